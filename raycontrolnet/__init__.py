@@ -1,0 +1,25 @@
+"""raycontrolnet: the ControlNet trainer for Ray."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["RunResult", "TrainConfig", "fit"]
+
+if TYPE_CHECKING:
+    from raycontrolnet.config import TrainConfig
+    from raycontrolnet.train import RunResult, fit
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `raycontrolnet --help` must not wait for torch and Ray."""
+    if name == "TrainConfig":
+        from raycontrolnet.config import TrainConfig
+
+        return TrainConfig
+    if name in ("fit", "RunResult"):
+        from raycontrolnet import train
+
+        return getattr(train, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

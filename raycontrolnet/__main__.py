@@ -1,0 +1,5 @@
+import sys
+
+from raycontrolnet.cli import main
+
+sys.exit(main())

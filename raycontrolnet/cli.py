@@ -1,0 +1,119 @@
+"""The command line: `raycontrolnet train | demo`. Turns flags and YAML into a `TrainConfig`, errors into exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from raycontrolnet import __version__
+from raycontrolnet.config import GROUPS, TrainConfig, coerce, load_yaml, setting_types
+from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
+
+USAGE = f"""\
+raycontrolnet {__version__}: the ControlNet trainer for Ray
+
+  raycontrolnet train [--config FILE.yaml] [FLAGS]   train a ControlNet; `raycontrolnet train --help` lists the flags
+  raycontrolnet demo  [FLAGS]                        train a small one on data made here, to see that it works
+  raycontrolnet --version
+"""
+
+SOURCE_EXIT_CODE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 1 failed run, 2 bad input, 130 Ctrl-C."""
+    command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    commands = {"train": train, "demo": demo}
+    if command in ("--help", "-h", "help"):
+        print(USAGE, end="")
+        return 0
+    if command == "--version":
+        print(__version__)
+        return 0
+    if command not in commands:
+        print(f"{command}: no such command\n\n{USAGE}", end="", file=sys.stderr)
+        return 2
+    try:
+        commands[command](rest)
+    except (UserError, RunError, Interrupted) as error:
+        print(_message(error), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("Interrupted before training began.", file=sys.stderr)
+        return Interrupted.exit_code
+    return 0
+
+
+def train(argv: Sequence[str]) -> None:
+    config = parse_train(argv)
+    from raycontrolnet.train import fit
+
+    fit(config)
+
+
+def demo(argv: Sequence[str]) -> None:
+    from raycontrolnet.demo import demo_settings
+
+    config = parse_train(argv, defaults=demo_settings, program="raycontrolnet demo")
+    from raycontrolnet.demo import run_demo
+
+    run_demo(config)
+
+
+def parse_train(
+    argv: Sequence[str], *, defaults: Mapping[str, Any] | None = None, program: str = "raycontrolnet train"
+) -> TrainConfig:
+    """Flags over `--config FILE.yaml` over `defaults` over the settings' own defaults.
+
+    Raises:
+        ConfigError: bad settings, all at once.
+        SystemExit: by tyro: 0 for --help, 2 for unknown flags and values of the wrong type.
+    """
+    import tyro
+
+    pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    pre.add_argument("--config")
+    known, flags = pre.parse_known_args(argv)
+    settings = dict(defaults or {}) | (load_yaml(known.config) if known.config else {})
+    parsed = tyro.cli(
+        _flag_groups(),
+        prog=program,
+        description="Train a ControlNet. --config FILE.yaml reads the same settings from a file; flags override it.",
+        args=flags,
+        default=_flag_groups()(*(_group_default(group, settings, known.config) for group in GROUPS)),
+        use_underscores=True,
+    )
+    return TrainConfig(**{
+        setting.name: getattr(group, setting.name)
+        for group in (getattr(parsed, field.name) for field in dataclasses.fields(parsed))
+        for setting in dataclasses.fields(group)
+    })  # fmt: skip
+
+
+def _flag_groups() -> type:
+    """The groups as one dataclass of dataclasses: tyro makes a section of --help of each, with flat flag names."""
+    import tyro
+
+    fields = [(group.__doc__ or group.__name__, Annotated[group, tyro.conf.OmitArgPrefixes]) for group in GROUPS]
+    return dataclasses.make_dataclass("Flags", [(name.lower(), kind) for name, kind in fields])
+
+
+def _group_default(group: type, settings: Mapping[str, Any], path: str | None) -> Any:
+    own, problems = {}, []
+    for setting in dataclasses.fields(group):
+        if setting.name in settings:
+            try:
+                own[setting.name] = coerce(settings[setting.name], setting_types()[setting.name])
+            except ValueError as error:
+                problems.append(f"--config={path}: {setting.name}: {settings[setting.name]!r} {error}")
+    if problems:
+        raise ConfigError(problems)
+    return group(**own)
+
+
+def _message(error: Exception) -> str:
+    prefix = "" if isinstance(error, Interrupted) else "error: "
+    return "\n".join(prefix + line if i == 0 else line for i, line in enumerate(str(error).splitlines()))

@@ -1,0 +1,152 @@
+"""Ray itself: start it or connect to it, keep its noise in files, and decide what each worker gets of the machines."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from raycontrolnet.config import ClusterConfig
+from raycontrolnet.data.stream import LOADING_CPUS
+from raycontrolnet.errors import ConfigError
+
+LOCAL = "local"
+LOGGERS = (
+    "ray", "ray.train", "ray.data", "ray.tune", "raycontrolnet", "diffusers", "transformers", "accelerate",
+    "huggingface_hub", "py.warnings",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WorkerResources:
+    """What a run asks of the cluster."""
+
+    num_workers: tuple[int, int]
+    """(fewest, most)."""
+    use_gpu: bool
+    cpus_per_worker: float
+    accelerator_type: str | None
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of a worker: its CPUs, rounded up (loading takes the remainder of a CPU only at times)."""
+        return max(1, math.ceil(self.cpus_per_worker))
+
+
+@contextmanager
+def ray_session(address: str | None) -> Iterator[None]:
+    """Ray for the time of a run: the one that is already connected, `address`, RAY_ADDRESS, or a new local one.
+
+    What this function starts or connects to, it leaves again; what was there before stays.
+
+    Raises:
+        ConfigError: if there is no cluster at the address.
+    """
+    import ray
+
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths in the data set mean the same in workers
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if ray.is_initialized():
+        yield
+        return
+    target = address or os.environ.get("RAY_ADDRESS") or LOCAL
+    try:
+        ray.init(address=target, log_to_driver=False, configure_logging=False, include_dashboard=None)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        origin = "--address" if address else "RAY_ADDRESS"
+        raise ConfigError(
+            [
+                f"{origin}={target}: no Ray cluster answers there ({' '.join(str(error).split())[:200]}). Start one with "
+                "`ray start --head`, or leave the address out to train on this machine alone"
+            ]
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def worker_resources(cluster: ClusterConfig) -> WorkerResources:
+    """What each worker gets, by the settings and the connected cluster.
+
+    Raises:
+        ConfigError: if the workers would leave no CPU for loading data (Ray would wait forever), or there is no GPU.
+    """
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    node_cpus = [node.get("CPU", 0.0) for node in nodes]
+    gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    use_gpu = gpus > 0 if cluster.use_gpu is None else cluster.use_gpu
+    fewest, most = cluster.worker_range
+    if cluster.cpus_per_worker is not None:
+        cpus = cluster.cpus_per_worker
+    else:
+        cpus = 1.0 if use_gpu else _cpu_share(node_cpus, most)
+    autoscales = _autoscales()
+    if use_gpu and gpus == 0 and not autoscales:
+        raise ConfigError(["--use_gpu=True: the cluster has no GPU; leave the flag out to train on the CPU"])
+    if fewest * cpus + LOADING_CPUS > sum(node_cpus) and not autoscales:
+        raise ConfigError(
+            [
+                f"--num_workers={cluster.num_workers}, --cpus_per_worker={cpus:g}: {fewest} x {cpus:g} of the "
+                f"{sum(node_cpus):g} CPUs leave less than the {LOADING_CPUS:g} that loading data needs; lower either, "
+                "or leave --cpus_per_worker out"
+            ]
+        )
+    return WorkerResources((fewest, most), use_gpu, cpus, cluster.accelerator_type)
+
+
+def _cpu_share(node_cpus: Sequence[float], num_workers: int) -> float:
+    """The largest equal share, a multiple of 1/4 CPU, that fits `num_workers` times beside the loading of data."""
+    spare = [max(0.0, cpus - min(1.0, cpus / 4)) for cpus in node_cpus]
+    share = max(spare, default=1.0)
+    while share > 0.25 and sum(cpus // share for cpus in spare) < num_workers:
+        share -= 0.25
+    return math.floor(max(share, 0.1) * 4) / 4 or 0.25
+
+
+def _autoscales() -> bool:
+    """Whether the connected cluster may add nodes: then what it has now is no limit."""
+    import ray
+    from ray._private.state import state  # no public API tells it
+
+    if not ray.is_initialized():
+        return False
+    try:
+        return bool(state.get_cluster_config() and state.get_cluster_config().node_group_configs)
+    except (AttributeError, RuntimeError):
+        return False
+
+
+@contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Send what Ray, the libraries and this package log, and Python's warnings, to a file instead of the terminal."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    import ray.data
+    import ray.train  # they set their loggers up when imported
+
+    before = {}
+    logging.captureWarnings(True)
+    for name in LOGGERS:
+        logger = logging.getLogger(name)
+        before[name] = (logger.handlers[:], logger.propagate, logger.level)
+        logger.handlers[:] = [handler]
+        logger.propagate = False
+        logger.setLevel(logging.INFO if name == "raycontrolnet" else logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        for name, (handlers, propagate, level) in before.items():
+            logger = logging.getLogger(name)
+            logger.handlers[:] = handlers
+            logger.propagate = propagate
+            logger.setLevel(level)
+        handler.close()

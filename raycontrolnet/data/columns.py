@@ -1,0 +1,116 @@
+"""What the sources share: which columns hold what, and whether the files that they name exist."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raycontrolnet.config import DataConfig
+
+SHOWN_PROBLEMS = 10
+"""So many problems of one kind are listed; the rest is counted."""
+
+_KIND_NAMES = {
+    str: "a text",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
+
+# setting -> the names that go without saying: the image-folder convention, then the original ControlNet layout's
+_CUSTOMARY_NAMES = {
+    "image_column": ("file_name", "target"),
+    "conditioning_image_column": ("conditioning_image_file_name", "source"),
+    "caption_column": ("prompt",),
+}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a data set hold what."""
+
+    image: str
+    conditioning_image: str
+    caption: str
+
+
+def find_columns(data: DataConfig, available: Sequence[str], where: str) -> tuple[Columns | None, list[str]]:
+    """The columns of `where` (a file or data set, for messages) that `data` asks for, or the problems.
+
+    A column may also be called `<name>_file_name`, as image folders do. If a setting has its default, the customary
+    names of the known layouts are tried as well; a column that the user named must exist.
+    """
+    found, problems = {}, []
+    for setting, customary in _CUSTOMARY_NAMES.items():
+        asked = getattr(data, setting)
+        candidates = [asked] if setting == "caption_column" else [asked, f"{asked}_file_name"]
+        if asked == getattr(DataConfig, setting):
+            candidates += customary
+        name = next((candidate for candidate in candidates if candidate in available), None)
+        if name is None:
+            near = difflib.get_close_matches(asked, available, n=1)
+            advice = f"perhaps you meant {near[0]}" if near else f"name one of them with --{setting}"
+            has = f"has: {', '.join(available)}; {advice}" if available else "has no columns"
+            problems.append(f"--{setting}={asked}: no such column in {where}, which {has}")
+        else:
+            found[setting] = name
+    if problems:
+        return None, problems
+    return Columns(found["image_column"], found["conditioning_image_column"], found["caption_column"]), []
+
+
+def read_captions(value: Any) -> tuple[str, ...]:
+    """The captions of one row, at least one.
+
+    Raises:
+        ValueError: if `value` is not a text or a list of them; says what it is.
+    """
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list):
+        raise ValueError(f"must be a text or a list of texts, is {kind_name(value)}")
+    for item in value:
+        if not isinstance(item, str):
+            raise ValueError(f"must be a text or a list of texts, is a list with {kind_name(item)} in it")
+    if not value:
+        raise ValueError("must hold at least one caption, is an empty list")
+    return tuple(value)
+
+
+def kind_name(value: Any) -> str:
+    """What JSON calls the type of `value`, with an article."""
+    return _KIND_NAMES.get(type(value), type(value).__name__)
+
+
+def missing_files(root: str, paths: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """(index, path) of those `paths`, relative to `root` or absolute, that do not exist; "" is no path and passes.
+
+    Lists each folder once: a system call per file takes minutes for a million files on a network disk.
+    """
+    listings: dict[str, frozenset[str]] = {}
+    for index, path in enumerate(paths):
+        cut = path.rfind("/") + 1
+        folder, name = path[:cut], path[cut:]
+        if folder not in listings:
+            try:
+                with os.scandir(Path(root, folder)) as entries:
+                    listings[folder] = frozenset(entry.name for entry in entries)
+            except OSError:
+                listings[folder] = frozenset()
+        # names are listed as they were made; file systems that ignore case or Unicode forms may find others too
+        if path and name not in listings[folder] and not (listings[folder] and Path(root, path).exists()):
+            yield index, path
+
+
+def shortened(problems: Sequence[str], what: str) -> list[str]:
+    """The first few of `problems` (of the kind `what`) and how many there are."""
+    if len(problems) <= SHOWN_PROBLEMS:
+        return list(problems)
+    return [*problems[:SHOWN_PROBLEMS], f"... {len(problems):,} {what} in all"]

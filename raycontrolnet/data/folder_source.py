@@ -1,0 +1,195 @@
+"""A folder of images with one JSON object per line: metadata.jsonl, or prompt.json of the original ControlNet."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raycontrolnet.config import DataConfig
+from raycontrolnet.data.columns import Columns, find_columns, kind_name, missing_files, read_captions, shortened
+from raycontrolnet.data.records import ImageRow
+from raycontrolnet.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+METADATA_FILES = ("metadata.jsonl", "prompt.json", "train.jsonl")
+"""Looked for in this order: image folders; the original ControlNet layout; the fill50k data set's repository."""
+
+_ROWS_PER_BATCH = 65_536
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """Rows of a metadata file, kept in one Arrow table: small for millions of rows, and pickled without a copy.
+
+    The paths are resolved where they are read, so the folder must have one name on all machines.
+    """
+
+    folder: str
+    """Absolute path of the metadata file's folder, where its paths begin."""
+    metadata_file: str
+    """Path of the metadata file as the user knows it, for messages."""
+    table: pa.Table
+    """image, conditioning_image: large_string paths, relative to the folder or absolute; captions: large_list of
+    large_string; line: int64, in the metadata file, from 1."""
+    content_hash: str
+    """Of the metadata file and the columns read from it."""
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def read(self, row: int) -> ImageRow:
+        """Row 0 <= `row` < len; constant time, no file is opened."""
+        table = self.table
+        return ImageRow(
+            image=str(Path(self.folder, table["image"][row].as_py())),
+            conditioning_image=str(Path(self.folder, table["conditioning_image"][row].as_py())),
+            captions=tuple(table["captions"][row].as_py()),
+            place=f"{self.metadata_file}:{table['line'][row].as_py()}",
+        )
+
+    def problems(self) -> Iterator[str]:
+        """What keeps rows from being read on this machine: no rows at all, or files that do not exist."""
+        if not len(self):
+            yield f"{self.metadata_file}: has no rows"
+        missing = []
+        for column in ("image", "conditioning_image"):
+            paths = (path for chunk in self.table[column].chunks for path in chunk.to_pylist())
+            for row, path in missing_files(self.folder, paths):
+                line = self.table["line"][row]
+                missing.append((row, f"{self.metadata_file}:{line}: {column} {path}: no such file"))
+        yield from shortened([problem for _, problem in sorted(missing)], "files are missing")
+
+    def fingerprint(self) -> str:
+        """Identity of the data: the metadata file's content and the columns read. A folder may be moved."""
+        return self.content_hash
+
+
+def has_metadata(folder: str) -> bool:
+    """Whether `open_folder` has something to read in `folder`."""
+    return _metadata_file(folder) is not None
+
+
+def open_folder(folder: str, data: DataConfig) -> FolderSource:
+    """Reads the metadata file of `folder`; no image is opened.
+
+    Raises:
+        DataError: with all problems of the file: columns that do not exist, and lines (`file:line`) that are no JSON
+            objects, lack a column or hold a wrong type. Files that do not exist are for `FolderSource.problems`.
+    """
+    path = _metadata_file(folder)
+    if path is None:
+        raise DataError(f"{folder}: has none of {', '.join(METADATA_FILES)}")
+    try:
+        columns = _columns(path, data)
+        table = _read_table(path, columns) if columns else _empty_table()
+        content_hash = _content_hash(path, columns)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    return FolderSource(str(path.parent.absolute()), str(path), table, content_hash)
+
+
+def _metadata_file(folder: str) -> Path | None:
+    # `train` is where image folders with several splits keep this one
+    paths = (Path(folder, split, name) for split in (".", "train") for name in METADATA_FILES)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _columns(path: Path, data: DataConfig) -> Columns | None:
+    """The columns, going by the first row; None for a file without rows."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.isspace():
+                try:
+                    first = _parse(line)
+                except ValueError as error:
+                    raise DataError(f"{path}:{number}: {error}") from None
+                columns, problems = find_columns(data, list(first), str(path))
+                if columns is None:
+                    raise DataError("\n".join(problems))
+                return columns
+    return None
+
+
+def _read_table(path: Path, columns: Columns) -> pa.Table:
+    """The rows as `FolderSource.table`. Plain json per line: a million lines take seconds, and errors know theirs."""
+    import pyarrow as pa
+
+    batches, problems = [_empty_table()], []
+    rows: list[tuple[str, str, tuple[str, ...], int]] = []
+
+    def flush() -> None:
+        arrays = [pa.array(values, kind) for values, kind in zip(zip(*rows, strict=True), _schema().types, strict=True)]
+        batches.append(pa.table(arrays, schema=_schema()))
+        rows.clear()
+
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.isspace():
+                continue
+            try:
+                rows.append((*_read_row(_parse(line), columns), number))
+            except ValueError as error:
+                problems.append(f"{path}:{number}: {error}")
+            if len(rows) == _ROWS_PER_BATCH:
+                flush()
+    if problems:
+        raise DataError("\n".join(shortened(problems, "lines cannot be used")))
+    if rows:
+        flush()
+    return pa.concat_tables(batches).combine_chunks()  # one chunk per column: finding a row takes no search
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line.removeprefix(b"\xef\xbb\xbf").strip())
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not valid JSON ({error.msg}, column {error.colno})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"must be a JSON object, is {kind_name(row)}; the file holds one object per line")
+    return row
+
+
+def _read_row(row: dict[str, Any], columns: Columns) -> tuple[str, str, tuple[str, ...]]:
+    if columns.caption not in row:
+        raise ValueError(f"has no {columns.caption}, only: {', '.join(row)}")
+    try:
+        captions = read_captions(row[columns.caption])
+    except ValueError as error:
+        raise ValueError(f"{columns.caption} {error}") from None
+    return _read_path(row, columns.image), _read_path(row, columns.conditioning_image), captions
+
+
+def _read_path(row: dict[str, Any], column: str) -> str:
+    path = row.get(column)
+    if isinstance(path, str) and path:
+        return path
+    if column not in row:
+        raise ValueError(f"has no {column}, only: {', '.join(row)}")
+    raise ValueError(f"{column} must be the path of an image, is {'empty' if path == '' else kind_name(path)}")
+
+
+def _schema() -> pa.Schema:
+    import pyarrow as pa
+
+    text = pa.large_string()  # 64-bit offsets: the paths of very large data sets exceed 2 GiB
+    return pa.schema({"image": text, "conditioning_image": text, "captions": pa.large_list(text), "line": pa.int64()})
+
+
+def _empty_table() -> pa.Table:
+    return _schema().empty_table()
+
+
+def _content_hash(path: Path, columns: Columns | None) -> str:
+    digest = hashlib.sha256(repr(("folder", columns)).encode())
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]

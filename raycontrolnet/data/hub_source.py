@@ -1,0 +1,260 @@
+"""Data sets that the `datasets` library reads: a Hub id, a local folder or file, or a folder made by `save_to_disk`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raycontrolnet.config import DataConfig
+from raycontrolnet.data.columns import Columns, find_columns, missing_files, read_captions, shortened
+from raycontrolnet.data.records import ImageRow
+from raycontrolnet.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
+
+_FILE_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
+_SAVED_MARKS = ("state.json", "dataset_dict.json")
+_FINGERPRINT_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Location:
+    """What to open: the arguments of `datasets.load_dataset`."""
+
+    name: str
+    """A Hub id, or an absolute path: workers have another working directory."""
+    shown: str
+    """`--dataset_name=...` as the user gave it, for messages."""
+    config_name: str | None = None
+    cache_dir: str | None = None
+    token: str | None = field(default=None, repr=False)
+    """Only if the user gave one and the data set is on the Hub; otherwise each machine uses its own login."""
+
+    @property
+    def is_local(self) -> bool:
+        return Path(self.name).is_absolute()
+
+    @property
+    def folder(self) -> str:
+        """Where a local data set's relative paths begin."""
+        return self.name if Path(self.name).is_dir() else str(Path(self.name).parent)
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """Rows of a `datasets.Dataset`. Pickles as the arguments that open it; each process opens it once, to read."""
+
+    location: Location
+    columns: Columns
+    num_rows: int
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def read(self, row: int) -> ImageRow:
+        """Row 0 <= `row` < len; reads this row's part of the Arrow file only.
+
+        Raises:
+            DataError: if the row lacks an image or a caption, or if the data set cannot be opened on this machine.
+        """
+        values = self._dataset()[row]
+        place = f"{self.location.shown}, row {row}"
+        try:
+            captions = read_captions(values[self.columns.caption])
+        except ValueError as error:
+            raise DataError(f"{place}: {self.columns.caption} {error}") from None
+        return ImageRow(
+            image=self._encoded(values[self.columns.image], f"{place}: {self.columns.image}"),
+            conditioning_image=self._encoded(
+                values[self.columns.conditioning_image], f"{place}: {self.columns.conditioning_image}"
+            ),
+            captions=captions,
+            place=place,
+        )
+
+    def problems(self) -> Iterator[str]:
+        """What keeps rows from being read on this machine: no rows, empty cells, or files that do not exist."""
+        dataset = self._dataset()
+        if not len(dataset):
+            yield f"{self.location.shown}: has no rows"
+        if getattr(dataset, "_indices", None) is not None:  # a saved selection: the table below has other rows as well
+            return
+        table = dataset.data
+        for column in (self.columns.image, self.columns.conditioning_image, self.columns.caption):
+            if empty := table.column(column).null_count:
+                yield f"{self.location.shown}: {column} is null in {empty:,} of {len(dataset):,} rows"
+        missing = []
+        for column in (self.columns.image, self.columns.conditioning_image):
+            for index, path in missing_files(self.location.folder, _paths(table.column(column))):
+                missing.append((index, f"{self.location.shown}, row {index}: {column} {path}: no such file"))
+        yield from shortened([problem for _, problem in sorted(missing)], "files are missing")
+
+    def fingerprint(self) -> str:
+        """Identity of the data: its name (of Hub data sets; a local one may move), size and columns, and a few rows."""
+        dataset = self._dataset()
+        name = None if self.location.is_local else (self.location.name, self.location.config_name)
+        columns = [self.columns.image, self.columns.conditioning_image, self.columns.caption]
+        identity = (name, self.num_rows, [(column, str(dataset.features[column])) for column in columns])
+        digest = hashlib.sha256(repr(identity).encode())
+        for row in range(0, self.num_rows, max(1, self.num_rows // _FINGERPRINT_ROWS)):
+            values = self.read(row)
+            for value in (values.image, values.conditioning_image):  # the cache's paths differ between machines
+                digest.update(value if isinstance(value, bytes) else Path(value).name.encode())
+            digest.update(repr(values.captions).encode())
+        return digest.hexdigest()[:16]
+
+    def _dataset(self) -> datasets.Dataset:
+        dataset = _open(self.location, self.columns)
+        if len(dataset) != self.num_rows:
+            raise DataError(
+                f"{self.location.shown}: has {len(dataset):,} rows on this machine and {self.num_rows:,} where the run "
+                "was started; bring both to one version of the data set"
+            )
+        return dataset
+
+    def _encoded(self, value: Any, place: str) -> bytes | str:
+        if isinstance(value, dict):
+            value = value["bytes"] if value["bytes"] is not None else value["path"]
+        if isinstance(value, str) and value:
+            return str(Path(self.location.folder, value))
+        if isinstance(value, bytes):
+            return value
+        raise DataError(f"{place} is empty")
+
+
+def open_dataset(shown: str, name: str, data: DataConfig, cache_dir: str | None, token: str | None) -> HubSource:
+    """Opens, and if need be downloads, the split `train` of the data set `name`; `shown` is what messages call it.
+
+    Raises:
+        DataError: if it cannot be opened, or with all problems of its columns.
+    """
+    is_local = Path(name).exists()
+    if not is_local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise DataError(f"{shown}: no such file or folder")
+    location = Location(
+        name=str(Path(name).absolute()) if is_local else name,
+        shown=shown,
+        config_name=data.dataset_config_name,
+        cache_dir=str(Path(cache_dir).absolute()) if cache_dir else None,
+        token=None if is_local else token,
+    )
+    _open.cache_clear()  # what was opened for an earlier run may have changed since
+    dataset = _load(location)
+    columns, problems = find_columns(data, dataset.column_names, shown)
+    if columns is not None:
+        problems = list(_type_problems(dataset.features, columns, location))
+    if columns is None or problems:
+        raise DataError("\n".join(problems))
+    return HubSource(location, columns, len(dataset))
+
+
+@lru_cache(maxsize=8)
+def _open(location: Location, columns: Columns) -> datasets.Dataset:
+    """The three columns that are read, with images left encoded: decoding is for the transforms."""
+    import datasets
+
+    names = [columns.image, columns.conditioning_image, columns.caption]
+    dataset = _load(location).with_format(None).select_columns(list(dict.fromkeys(names)))
+    for name in names[:2]:
+        if isinstance(dataset.features[name], datasets.Image):
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    return dataset
+
+
+def _load(location: Location) -> datasets.Dataset:
+    import warnings
+
+    import datasets
+
+    name, options = location.name, {"cache_dir": location.cache_dir, "split": "train"}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # datasets leaves metadata files to the garbage collector
+            if location.is_local and Path(name).is_file():
+                builder = _FILE_BUILDERS.get(Path(name).suffix)
+                if builder is None:
+                    raise DataError(f"{location.shown}: is a file, but none of {', '.join(_FILE_BUILDERS)}")
+                return datasets.load_dataset(builder, data_files=name, **options)
+            if location.is_local and any(Path(name, mark).exists() for mark in _SAVED_MARKS):
+                saved = datasets.load_from_disk(name)
+                if isinstance(saved, datasets.Dataset):
+                    return saved
+                if "train" not in saved:
+                    raise DataError(f"{location.shown}: has no split train, only: {', '.join(map(str, saved))}")
+                return saved["train"]
+            return datasets.load_dataset(name, location.config_name, token=location.token, **options)
+    except DataError:
+        raise
+    except Exception as error:  # noqa: BLE001 - datasets raises some twenty kinds, among them bare ValueErrors
+        raise DataError(f"{location.shown}: {_reason(error, location)}") from None
+
+
+def _reason(error: Exception, location: Location) -> str:
+    """One line that says what is wrong and what to do."""
+    import datasets
+
+    cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+    text = " ".join(str(cause or error).split()) or type(error).__name__
+    if location.token:
+        text = text.replace(location.token, "***")
+    if "Unknown split" in text:
+        return f"has no split train ({text.split('. ')[-1].replace('Should be one of', 'it has').rstrip('.')})"
+    if "BuilderConfig" in text or "Config name is missing" in text:
+        return f"choose a configuration with --dataset_config_name ({text})"
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return (
+            f"the Hub cannot be reached ({text}); check the network and HF_HUB_OFFLINE, or download the data set "
+            f"elsewhere (hf download --repo-type dataset {location.name} --local-dir DIR) and pass --dataset_name=DIR"
+        )
+    if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+        return f"not found ({text}); check the spelling, and if it is private or gated log in with: hf auth login"
+    if "Dataset scripts" in text:
+        return f"needs code to be read, which datasets no longer runs ({text}); use a copy in parquet"
+    return f"cannot be read ({text})"
+
+
+def _type_problems(features: datasets.Features, columns: Columns, location: Location) -> Iterator[str]:
+    for column in (columns.image, columns.conditioning_image):
+        kind = _value_type(features[column])
+        if not _holds_images(features[column]) and kind not in ("string", "binary"):
+            yield f"{location.shown}: {column} must hold images or paths of images, is {features[column]}"
+        elif kind == "string" and not location.is_local:
+            yield (
+                f"{location.shown}: {column} holds paths, which can be followed in local data sets only; download it "
+                f"(hf download --repo-type dataset {location.name} --local-dir DIR) and pass --dataset_name=DIR"
+            )
+    feature = features[columns.caption]
+    item = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", feature)
+    if _value_type(item) != "string":
+        yield f"{location.shown}: {columns.caption} must hold a text or a list of texts, is {feature}"
+
+
+def _value_type(feature: Any) -> str:
+    return str(getattr(feature, "dtype", "")).removeprefix("large_")
+
+
+def _holds_images(feature: Any) -> bool:
+    """Also true for an image's fields in a parquet file that does not say that it holds images."""
+    import datasets
+
+    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and {"bytes", "path"} <= set(feature))
+
+
+def _paths(column: Any) -> Iterator[str]:
+    """The paths in an Arrow column of images or texts; "" for images that are embedded."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for chunk in column.chunks:
+        if pa.types.is_struct(chunk.type):
+            embedded = pc.is_valid(chunk.field("bytes"))
+            chunk = pc.if_else(embedded, "", pc.cast(chunk.field("path"), pa.large_string()))
+        elif not (pa.types.is_string(chunk.type) or pa.types.is_large_string(chunk.type)):
+            continue
+        for path in chunk.to_pylist():
+            yield path or ""

@@ -1,0 +1,164 @@
+"""The stream of prepared batches: from sample indices, through Ray Data tasks, to the workers, in a fixed order.
+
+One Ray Data row, and one block, holds one worker's whole batch. Blocks of equal size are dealt to the workers round
+robin, so that rank r of W at micro-step m gets samples [(m * W + r) * B, (m * W + r + 1) * B) after the first. A lazy
+generator makes the blocks' indices as they are needed: start-up and memory do not grow with the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from raycontrolnet.config import DataConfig
+from raycontrolnet.data.order import Purpose, SampleOrder, keyed_rng
+from raycontrolnet.data.records import PreparedRow
+from raycontrolnet.data.sources import Source
+from raycontrolnet.data.transforms import prepare_row
+from raycontrolnet.errors import UserError
+
+if TYPE_CHECKING:
+    import ray
+
+READ_CPUS = 0.01
+"""CPUs of the task that counts sample indices: it only counts. Unlike TASK_CPUS, which keeps Ray Data from fusing them."""
+TASK_CPUS = 0.25
+"""CPUs that one loading task reserves: small, so that loading finds room beside workers that take nearly every CPU."""
+LOADING_CPUS = 2 * READ_CPUS + TASK_CPUS
+"""CPUs that loading needs at least."""
+READ_AHEAD_BATCHES = 8
+"""Batches per worker that may wait in Ray's object store."""
+
+
+@dataclass(frozen=True)
+class BatchLoader:
+    """Makes the batch that begins at a sample index. Pickled to the loading tasks, so it holds no open files."""
+
+    source: Source
+    order: SampleOrder
+    batch_size: int
+    resolution: int
+    proportion_empty_prompts: float
+
+    @staticmethod
+    def build(source: Source, data: DataConfig, batch_size: int, seed: int) -> BatchLoader:
+        order = SampleOrder(len(source), seed, data.max_train_samples)
+        return BatchLoader(source, order, batch_size, data.resolution, data.proportion_empty_prompts)
+
+    def sample(self, sample_index: int) -> PreparedRow:
+        """The k-th sample: its row, decoded and transformed.
+
+        Raises:
+            DataError: if the row cannot be used; names it.
+        """
+        return prepare_row(
+            self.source.read(self.order.row(sample_index)),
+            sample_index,
+            resolution=self.resolution,
+            proportion_empty_prompts=self.proportion_empty_prompts,
+            rng=keyed_rng(self.order.seed, Purpose.PROMPT, sample_index),
+        )
+
+    def batch(self, first_sample: int) -> list[PreparedRow]:
+        """Samples [first_sample, first_sample + batch_size)."""
+        return [self.sample(index) for index in range(first_sample, first_sample + self.batch_size)]
+
+
+def pack(rows: list[PreparedRow]) -> pa.Table:
+    """A batch as a table of one row, so that Ray Data moves it as one block and cannot split it."""
+    side = rows[0].image.shape[0]
+    return pa.table(
+        {
+            "first_sample": pa.array([rows[0].sample_index], pa.int64()),
+            "side": pa.array([side], pa.int64()),
+            "prompts": pa.array([[row.prompt for row in rows]], pa.list_(pa.string())),
+            "images": pa.array([b"".join(row.image.tobytes() for row in rows)], pa.large_binary()),
+            "conditioning_images": pa.array(
+                [b"".join(row.conditioning_image.tobytes() for row in rows)], pa.large_binary()
+            ),
+        }
+    )
+
+
+def unpack(table: pa.Table) -> list[PreparedRow]:
+    """The inverse of `pack`; the images are views of the table's memory."""
+    first, side = table["first_sample"][0].as_py(), table["side"][0].as_py()
+    prompts = table["prompts"][0].as_py()
+    shape = (len(prompts), side, side, 3)
+    images, conditioning_images = (
+        np.frombuffer(table[name][0].as_buffer(), np.uint8).reshape(shape) for name in ("images", "conditioning_images")
+    )
+    return [
+        PreparedRow(first + i, images[i], conditioning_images[i], prompt) for i, prompt in enumerate(prompts)
+    ]
+
+
+def local_batches(loader: BatchLoader, first_sample: int, num_batches: int) -> Iterator[list[PreparedRow]]:
+    """The batches of a run without Ray, made in this process one by one."""
+    for index in range(num_batches):
+        yield loader.batch(first_sample + index * loader.batch_size)
+
+
+def ray_dataset(
+    loader_ref: ray.ObjectRef[BatchLoader], batch_size: int, first_sample: int, num_batches: int, max_tasks: int | None
+) -> ray.data.Dataset:
+    """The batches from `first_sample` on as a lazy Ray data set of `num_batches` rows.
+
+    Args:
+        loader_ref: a `BatchLoader` in Ray's object store: rows of millions of paths travel once a node.
+        max_tasks: loading tasks at a time; None leaves it to Ray Data.
+    """
+    import ray
+
+    def count(_: Any) -> Iterator[dict[str, Any]]:
+        for index in range(num_batches):
+            yield {"first_sample": np.array([first_sample + index * batch_size])}
+
+    def load(block: dict[str, Any]) -> Iterator[pa.Table]:
+        loader = ray.get(loader_ref)
+        for first in block["first_sample"]:
+            yield pack(loader.batch(int(first)))
+
+    dataset = (
+        ray.data.range(1, override_num_blocks=1)
+        .map_batches(count, num_cpus=READ_CPUS)
+        .map_batches(load, num_cpus=TASK_CPUS, batch_size=None, concurrency=max_tasks)
+    )
+    dataset.context.target_max_block_size = 1  # bytes: a block is cut after every row
+    dataset.context.enable_progress_bars = False
+    return dataset
+
+
+def ray_batches(shard: ray.data.DataIterator, prefetch_batches: int = 2) -> Iterator[list[PreparedRow]]:
+    """This worker's batches from its share (`ray.train.get_dataset_shard`) of `ray_dataset`.
+
+    Raises:
+        UserError: the one that a loading task raised, without Ray's wrapping.
+    """
+    try:
+        for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch_batches):
+            yield unpack(table)
+    except Exception as error:
+        if cause := _user_error(error):
+            raise cause from None
+        raise
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+    """The user's error among the causes of `error`."""
+    while error is not None and not isinstance(error, UserError):
+        error = getattr(error, "cause", None) or error.__cause__
+    return getattr(error, "cause", None) or error
+
+
+def execution_options(batch_bytes: int, num_workers: int) -> ray.data.ExecutionOptions:
+    """How Ray Data should run `ray_dataset`: in order, and only a few batches ahead of the workers."""
+    from ray.data import ExecutionOptions, ExecutionResources
+
+    # Enough to hide the loading behind the step, and flat memory however slow the step is.
+    limits = ExecutionResources(object_store_memory=READ_AHEAD_BATCHES * batch_bytes * num_workers)
+    return ExecutionOptions(preserve_order=True, resource_limits=limits)

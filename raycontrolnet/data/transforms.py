@@ -1,0 +1,199 @@
+"""From an image file's bytes to arrays that can be stacked: pure functions, in the order in which a row meets them.
+
+    ImageRow -> decode_rgb -> resize_and_crop -> choose_prompt -> PreparedRow
+
+`prepare_row`, at the end, is the list. Nothing here knows of tensors, workers or the order of samples.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from raycontrolnet.data.records import ImageRow, PreparedRow, UInt8Image
+from raycontrolnet.errors import DataError
+
+Colour = tuple[int, int, int]
+
+IMAGE_BACKGROUND: Colour = (255, 255, 255)
+"""Behind transparent target images: paper is white, and so are most pages that such pictures were made for."""
+CONDITIONING_BACKGROUND: Colour = (0, 0, 0)
+"""Behind transparent conditioning images: in edge, depth and pose maps black says `nothing here`."""
+
+MAX_ASPECT_RATIO = 100
+"""Beyond it, a picture whose short side is resized would fill gigabytes; it is a broken file, not a picture."""
+
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_GREY_LEVEL = {"L;2": 85, "L;4": 17}
+_UNMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
+
+
+def decode_rgb(image: bytes | str, *, background: Colour, place: str = "") -> Image.Image:
+    """The first frame of an encoded image (bytes, or the path of a file) as 8-bit RGB, upright as its EXIF data says.
+
+    Transparent pixels show `background`. Modes deeper than 8 bits are scaled, not clipped; see `to_8_bit`. Colour
+    profiles are not applied, as in the scripts that users come from.
+
+    Raises:
+        DataError: `place: reason`, one line, if there is no such file or no picture can be made from it.
+    """
+    prefix = f"{place}: " if place else ""
+    data = _read_file(image, prefix) if isinstance(image, str) else image
+    name = f"{prefix}{image}" if isinstance(image, str) else f"{prefix}image of {len(data):,} bytes"
+    if not data:
+        raise DataError(f"{name} is empty")
+    try:
+        with warnings.catch_warnings():  # Pillow warns of odd metadata and of sizes that are fine here
+            warnings.simplefilter("ignore")
+            opened = Image.open(io.BytesIO(data))
+            _scale_transparent_colour(opened)
+            opened.load()
+            rgb = to_rgb(_upright(opened), background)
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{name} is too large to be decoded safely ({_one_line(error)})") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{name} is not an image in a format that Pillow reads") from None
+    except Exception as error:  # noqa: BLE001 - decoders raise OSError, SyntaxError, ValueError, struct.error and more
+        raise DataError(f"{name} is broken or truncated ({_one_line(error)})") from None
+    if max(rgb.size) > MAX_ASPECT_RATIO * min(rgb.size):
+        width, height = rgb.size
+        raise DataError(f"{name} is {width} x {height} pixels, longer than {MAX_ASPECT_RATIO} times its short side")
+    return rgb
+
+
+def to_rgb(image: Image.Image, background: Colour) -> Image.Image:
+    """An opened image of any Pillow mode as 8-bit RGB; its transparent pixels show `background`."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _deep_grey_to_rgb(image, background)
+    if image.mode in _UNMULTIPLIED:
+        image = image.convert(_UNMULTIPLIED[image.mode])
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    canvas = Image.new("RGB", image.size, background)
+    canvas.paste(rgba, mask=rgba)
+    return canvas
+
+
+def to_8_bit(values: NDArray[np.generic]) -> UInt8Image:
+    """Grey values of modes I;16, I and F as uint8 of the same shape, rounded.
+
+    Full white is what the file's depth says, as far as it can be known, so that images of one data set agree:
+
+    - 16-bit integers: 65535 (divided by 257), however dark the picture is.
+    - 32-bit integers: 65535 (16-bit data stored or opened deeper); if a value is above, the picture's own maximum.
+    - floats: 1 if nothing is above 1, else 255, else 65535, else the picture's own maximum.
+
+    Negative values and NaN are black, infinity is white.
+    """
+    scales: tuple[float, ...] = (1, 255, 65535) if np.issubdtype(values.dtype, np.floating) else (65535,)
+    exact = values.astype(np.float64)
+    peak = float(np.max(exact, where=np.isfinite(exact), initial=0))
+    white = next((scale for scale in scales if peak <= scale), peak)
+    scaled = np.nan_to_num(exact * (255 / white), nan=0)  # infinities become huge numbers, which clip
+    return np.rint(np.clip(scaled, 0, 255)).astype(np.uint8)
+
+
+def resize_and_crop(image: Image.Image, resolution: int) -> UInt8Image:
+    """The middle of an RGB image as uint8 [resolution, resolution, 3]: short side to `resolution`, bilinear with
+    antialiasing, then a centre crop.
+
+    The rounding is torchvision's `Resize(resolution)` and `CenterCrop(resolution)` on PIL images: the long side is cut
+    off to whole pixels, the crop's offset is rounded half to even.
+    """
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    new_long = int(resolution * long / short)
+    new_width, new_height = (resolution, new_long) if width <= height else (new_long, resolution)
+    if (new_width, new_height) != (width, height):
+        image = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
+    left, top = round((new_width - resolution) / 2), round((new_height - resolution) / 2)
+    return np.array(image.crop((left, top, left + resolution, top + resolution)))
+
+
+def choose_prompt(captions: tuple[str, ...], rng: np.random.Generator, proportion_empty_prompts: float) -> str:
+    """The empty prompt with probability `proportion_empty_prompts`, else one of `captions`, each equally likely.
+
+    The draw for the empty prompt comes first and is always made, so that changing the proportion leaves the captions of
+    the remaining samples as they were.
+    """
+    empty = rng.random() < proportion_empty_prompts
+    caption = captions[rng.integers(len(captions))] if len(captions) > 1 else captions[0]
+    return "" if empty else caption
+
+
+def prepare_row(
+    row: ImageRow, sample_index: int, *, resolution: int, proportion_empty_prompts: float, rng: np.random.Generator
+) -> PreparedRow:
+    """All transforms of one row, top to bottom. `rng` is the sample's own: the prompt is all that is drawn here.
+
+    Raises:
+        DataError: naming the row's place, if one of its images cannot be decoded.
+    """
+    image = decode_rgb(row.image, background=IMAGE_BACKGROUND, place=f"{row.place}, image")
+    conditioning_image = decode_rgb(
+        row.conditioning_image, background=CONDITIONING_BACKGROUND, place=f"{row.place}, conditioning image"
+    )
+    return PreparedRow(
+        sample_index=sample_index,
+        image=resize_and_crop(image, resolution),
+        conditioning_image=resize_and_crop(conditioning_image, resolution),
+        prompt=choose_prompt(row.captions, rng, proportion_empty_prompts),
+    )
+
+
+def _read_file(path: str, prefix: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{prefix}{path}: no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise DataError(f"{prefix}{path}: cannot be read ({_one_line(error)})") from None
+
+
+def _one_line(error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(reason).split())
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG)
+    except Exception:  # noqa: BLE001 - of many kinds; damaged EXIF data says nothing about the pixels
+        return image
+    method = _TRANSPOSE.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
+
+
+def _scale_transparent_colour(image: ImageFile.ImageFile) -> None:
+    """Brings a PNG's transparent colour to the 8 bits of its pixels; Pillow leaves it in the depth of the file."""
+    key = image.info.get("transparency")
+    raw_mode = image.tile[0][3] if image.format == "PNG" and image.tile else None
+    if isinstance(key, int) and raw_mode in _GREY_LEVEL:
+        image.info["transparency"] = key * _GREY_LEVEL[raw_mode]
+    elif isinstance(key, tuple) and raw_mode == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+
+
+def _deep_grey_to_rgb(image: Image.Image, background: Colour) -> Image.Image:
+    values = np.asarray(image)
+    rgb = np.repeat(to_8_bit(values)[..., None], 3, axis=-1)
+    if isinstance(key := image.info.get("transparency"), int):
+        rgb[values == key] = background
+    return Image.fromarray(rgb)

@@ -1,0 +1,258 @@
+"""A Stable Diffusion with random weights in the folder layout of diffusers, for tests, the demo and benchmarks."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from raycontrolnet.demo.circles import COLOURS
+
+Size = Literal["tiny", "small", "quarter"]
+
+CONTEXT_LENGTH = 77
+"""Tokens per prompt, as every Stable Diffusion 1.x and 2.x has."""
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+SCALING_FACTOR = 0.18215
+"""Latents x this have about unit variance, as in Stable Diffusion."""
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """The sizes of one base model. The VAE has four levels, that is a factor of 8 between pixels and latents."""
+
+    resolution: int
+    """Pixels of the images that the model is for."""
+    unet_channels: tuple[int, ...]
+    unet_heads: int
+    unet_groups: int
+    """Group norm's groups; 32 (as in Stable Diffusion) does not divide a quarter of its channels."""
+    layers_per_block: int
+    vae_channels: tuple[int, int, int, int]
+    vae_layers_per_block: int
+    vae_groups: int
+    text_width: int
+    text_layers: int
+    text_heads: int
+    conditioning_embedding_channels: tuple[int, int, int, int]
+
+
+_SHAPES: dict[Size, _Shape] = {
+    # As fast as it can be with two resolutions, cross attention and a middle block: for tests.
+    "tiny": _Shape(32, (8, 16), 2, 4, 1, (4, 4, 8, 8), 1, 4, 16, 1, 2, (4, 4, 8, 8)),
+    # For the demo: learns circles on a CPU.
+    "small": _Shape(64, (64, 128), 4, 32, 2, (8, 16, 32, 64), 1, 8, 64, 2, 4, (8, 16, 48, 128)),
+    # A quarter of SD 1.5's channels everywhere, and so its proportions of work: for benchmarks.
+    "quarter": _Shape(256, (80, 160, 320, 320), 8, 16, 2, (32, 64, 128, 128), 2, 32, 192, 12, 3, (4, 8, 24, 64)),
+}
+
+CONDITIONING_EMBEDDING_CHANNELS: dict[Size, tuple[int, int, int, int]] = {
+    size: shape.conditioning_embedding_channels for size, shape in _SHAPES.items()
+}
+"""`conditioning_embedding_out_channels` for a ControlNet in proportion to the base; diffusers' default is SD 1.5's."""
+
+
+def write_random_base(
+    folder: Path,
+    size: Size = "small",
+    *,
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon",
+    seed: int = 0,
+) -> Path:
+    """Write a Stable Diffusion of `size` with random weights (fp32 safetensors) to `folder`, and return `folder`.
+
+    The same seed gives the same weights; torch's own random state is left as it was. `model_index.json` is written
+    last, so a folder that has it is whole.
+    """
+    folder = Path(folder)
+    shape = _SHAPES[size]
+    tokenizer = _write_tokenizer(folder / "tokenizer")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
+        parts: dict[str, Any] = {
+            "text_encoder": _text_encoder(shape, tokenizer),
+            "vae": _vae(shape),
+            "unet": _unet(shape),
+            "scheduler": _scheduler(prediction_type),
+        }
+    with _without_progress_bars():
+        for name, part in parts.items():
+            part.save_pretrained(folder / name)
+    # Written here, because StableDiffusionPipeline, which could do it, takes seconds to import.
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "requires_safety_checker": False,
+        **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), (None, None)),
+        "tokenizer": ("transformers", "CLIPTokenizer"),
+        **{name: (type(part).__module__.partition(".")[0], type(part).__name__) for name, part in parts.items()},
+    }
+    unfinished = folder / ".model_index.json.unfinished"
+    unfinished.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, folder / "model_index.json")
+    return folder
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Saving takes no time here, so that transformers' bars would be noise."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
+
+
+def _unet(shape: _Shape) -> UNet2DConditionModel:
+    # Like SD 1.5: attention at every resolution but the last.
+    attention_levels = len(shape.unet_channels) - 1
+    return UNet2DConditionModel(
+        sample_size=shape.resolution // 8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D",) * attention_levels + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * attention_levels,
+        block_out_channels=shape.unet_channels,
+        layers_per_block=shape.layers_per_block,
+        norm_num_groups=shape.unet_groups,
+        cross_attention_dim=shape.text_width,
+        attention_head_dim=shape.unet_heads,  # diffusers' name for the number of heads
+    )
+
+
+def _vae(shape: _Shape) -> AutoencoderKL:
+    vae = AutoencoderKL(
+        sample_size=shape.resolution,
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=shape.vae_channels,
+        layers_per_block=shape.vae_layers_per_block,
+        norm_num_groups=shape.vae_groups,
+        scaling_factor=SCALING_FACTOR,
+    )
+    _normalize_latents(vae)
+    return vae
+
+
+@torch.no_grad()
+def _normalize_latents(vae: AutoencoderKL) -> None:
+    """Scale the encoder's last layer so that latents x scaling factor have mean 0 and variance 1, as a trained VAE's.
+
+    The log variance of the posterior comes out around 0: sampling from it shows, and does not drown the image.
+    """
+    patches = torch.rand(8, 3, 8, 8) * 2 - 1  # patches of plain colour and their edges
+    images = torch.nn.functional.interpolate(patches, size=(64, 64), mode="nearest")
+    moments = torch.cat([vae.encode(image[None]).latent_dist.parameters for image in images])  # [8, 2 * 4, 8, 8]
+    std, mean = torch.std_mean(moments, dim=(0, 2, 3))
+    wanted_std = torch.tensor([1 / SCALING_FACTOR] * 4 + [0.5] * 4)
+    scale = wanted_std / std
+    layer = vae.quant_conv
+    assert layer is not None
+    assert layer.bias is not None
+    layer.weight.mul_(scale[:, None, None, None])
+    layer.bias.sub_(mean).mul_(scale)
+
+
+def _text_encoder(shape: _Shape, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.text_width,
+        intermediate_size=4 * shape.text_width,
+        projection_dim=shape.text_width,
+        num_hidden_layers=shape.text_layers,
+        num_attention_heads=shape.text_heads,
+        max_position_embeddings=CONTEXT_LENGTH,
+        hidden_act="quick_gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config).eval()
+
+
+def _scheduler(prediction_type: str) -> PNDMScheduler | DDIMScheduler:
+    """The scheduler of SD 1.5 (epsilon) or SD 2.1 (v_prediction)."""
+    settings = {
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "steps_offset": 1,
+        "set_alpha_to_one": False,
+        "prediction_type": prediction_type,
+    }
+    if prediction_type == "v_prediction":
+        return DDIMScheduler(**settings, clip_sample=False)
+    # PNDM does not clip; the entry is there for DDPM and DDIM, which read this config and would clip without it.
+    scheduler = PNDMScheduler(**settings, skip_prk_steps=True)
+    scheduler.register_to_config(clip_sample=False)
+    return scheduler
+
+
+def _write_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Write CLIP's byte-level BPE with a small vocabulary, and return it loaded.
+
+    Any text can be encoded; the words of the circles' captions are one token each.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    merges = _learn_merges((*COLOURS, "circle", "with", "background"))
+    letters = list(_byte_letters())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), START, END]
+    files = {
+        "vocab.json": json.dumps({token: index for index, token in enumerate(tokens)}, ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, merges), ""]),
+        "tokenizer_config.json": json.dumps(
+            {
+                "tokenizer_class": "CLIPTokenizer",
+                "model_max_length": CONTEXT_LENGTH,
+                "do_lower_case": True,
+                "bos_token": START,
+                "eos_token": END,
+                "pad_token": END,
+                "unk_token": END,
+            }
+        ),
+    }
+    for name, content in files.items():
+        (folder / name).write_text(content, encoding="utf-8")
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def _byte_letters() -> Iterable[str]:
+    """One printable letter for each of the 256 bytes, in the order of CLIP's vocabulary."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = 256 - len(printable)
+    return map(chr, [*printable, *range(256, 256 + others)])
+
+
+def _learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:
+    """Byte pair encoding: merge the commonest pair of neighbours until each of `words` is one token."""
+    splits = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges = []
+    while pairs := Counter(pair for split in splits for pair in pairwise(split)):
+        pair = min(pairs, key=lambda candidate: (-pairs[candidate], candidate))
+        merges.append(pair)
+        for split in splits:
+            for place in range(len(split) - 2, -1, -1):
+                if tuple(split[place : place + 2]) == pair:
+                    split[place : place + 2] = ["".join(pair)]
+    return merges

@@ -1,0 +1,170 @@
+"""The models of Stable Diffusion 1.x and 2.x with a ControlNet: loading, copying, freezing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from raycontrolnet.config import ModelConfig
+from raycontrolnet.errors import UserError
+from raycontrolnet.model.diffusion import PREDICTION_TYPES
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+Loaded = TypeVar("Loaded")
+
+
+@dataclass
+class Components:
+    """Everything that a training step and a validation image need; all but `controlnet` frozen."""
+
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    noise_scheduler: DDPMScheduler
+    controlnet: ControlNetModel
+    """fp32, trained."""
+
+    def frozen(self) -> tuple[torch.nn.Module, ...]:
+        return self.text_encoder, self.vae, self.unet
+
+
+def working_precision(mixed_precision: str | None) -> torch.dtype:
+    """The dtype of the frozen models."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision or "no", torch.float32)
+
+
+def load_components(
+    model: ModelConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    token: str | None = None,
+    controlnet_path: str | None = None,
+) -> Components:
+    """Load the base model and make or load the ControlNet.
+
+    Args:
+        dtype: of the frozen models. The ControlNet is fp32 whatever its files hold.
+        seed: of the ControlNet's conditioning embedding, the one part without weights to copy.
+        token: for private models on the Hub.
+        controlnet_path: a checkpoint's ControlNet, instead of the settings'.
+
+    Raises:
+        UserError: if a part is missing or unreadable, or the model is of a kind that cannot be trained.
+    """
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    base = model.pretrained_model_name_or_path
+    hub: dict[str, Any] = {"revision": model.revision, "cache_dir": model.cache_dir, "token": token}
+    weights = hub | {"variant": model.variant}
+
+    def part(load: Callable[..., Loaded], subfolder: str, **options: Any) -> Loaded:
+        return _loading("pretrained_model_name_or_path", base, load, subfolder=subfolder, **options)
+
+    noise_scheduler = part(DDPMScheduler.from_pretrained, "scheduler", **hub)
+    # fp32 first: the ControlNet is copied from the UNet's weights as they are stored, not rounded.
+    unet = part(UNet2DConditionModel.from_pretrained, "unet", torch_dtype=torch.float32, **weights)
+    _check_trainable(base, unet, noise_scheduler)
+    if model.tokenizer_name:
+        tokenizer = _loading("tokenizer_name", model.tokenizer_name, CLIPTokenizer.from_pretrained, **hub)
+    else:
+        tokenizer = part(CLIPTokenizer.from_pretrained, "tokenizer", **hub)
+    components = Components(
+        tokenizer=tokenizer,
+        text_encoder=part(CLIPTextModel.from_pretrained, "text_encoder", dtype=dtype, **weights),
+        vae=part(AutoencoderKL.from_pretrained, "vae", torch_dtype=dtype, **weights),
+        unet=unet,
+        noise_scheduler=noise_scheduler,
+        controlnet=load_controlnet(controlnet_path) if controlnet_path else _make_controlnet(model, unet, seed, token),
+    )
+    for module in components.frozen():
+        module.requires_grad_(False).eval().to(device)
+    if dtype != torch.float32:
+        unet.to(dtype)
+    components.controlnet.requires_grad_(True).train().to(device)
+    return components
+
+
+def load_controlnet(name_or_path: str, flag: str = "controlnet_model_name_or_path", **options: Any) -> ControlNetModel:
+    """A ControlNet from a folder or the Hub, its weights raised to fp32."""
+    from diffusers import ControlNetModel
+
+    return _loading(flag, name_or_path, ControlNetModel.from_pretrained, torch_dtype=torch.float32, **options)
+
+
+def _make_controlnet(model: ModelConfig, unet: UNet2DConditionModel, seed: int, token: str | None) -> ControlNetModel:
+    from diffusers import ControlNetModel
+
+    if model.controlnet_model_name_or_path:
+        controlnet = load_controlnet(model.controlnet_model_name_or_path, cache_dir=model.cache_dir, token=token)
+        if controlnet.config["cross_attention_dim"] != unet.config["cross_attention_dim"]:
+            raise UserError(
+                f"--controlnet_model_name_or_path={model.controlnet_model_name_or_path}: made for another base model "
+                f"(cross_attention_dim {controlnet.config['cross_attention_dim']}, the base model's UNet has "
+                f"{unet.config['cross_attention_dim']})"
+            )
+        return controlnet
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ControlNetModel.from_unet(unet)
+
+
+def _check_trainable(base: str, unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler) -> None:
+    prediction_type = noise_scheduler.config["prediction_type"]
+    if prediction_type not in PREDICTION_TYPES:
+        raise UserError(
+            f"--pretrained_model_name_or_path={base}: its scheduler's prediction_type is {prediction_type!r}; "
+            f"only {' and '.join(PREDICTION_TYPES)} can be trained"
+        )
+    if unet.config["in_channels"] != 4 or unet.config["addition_embed_type"] is not None:
+        raise UserError(
+            f"--pretrained_model_name_or_path={base}: not a text-to-image Stable Diffusion 1.x or 2.x model "
+            f"(UNet with {unet.config['in_channels']} input channels, addition_embed_type "
+            f"{unet.config['addition_embed_type']}); inpainting and SDXL models cannot be trained"
+        )
+
+
+def _loading(flag: str, name: str, load: Callable[..., Loaded], **options: Any) -> Loaded:
+    """`load(name, **options)`, with the libraries' many errors turned into one that names the flag."""
+    try:
+        return load(name, **options)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        what = f" ({options['subfolder']})" if "subfolder" in options else ""
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"--{flag}={name}: cannot be loaded{what}: {reason}. Give a folder in diffusers' layout or a Hub id; "
+            "a private one needs --hub_token or `hf auth login`"
+        ) from error
+
+
+def enable_memory_savers(components: Components, *, gradient_checkpointing: bool, xformers: bool) -> None:
+    """Gradient checkpointing and xformers attention, in the ControlNet and the UNet it is trained through.
+
+    Raises:
+        UserError: if xformers cannot run here.
+    """
+    for module in (components.unet, components.controlnet):
+        if gradient_checkpointing:
+            module.enable_gradient_checkpointing()
+        if xformers:
+            try:
+                module.enable_xformers_memory_efficient_attention()
+            except (ImportError, ModuleNotFoundError, ValueError, NotImplementedError) as error:
+                raise UserError(
+                    f"--enable_xformers_memory_efficient_attention: {' '.join(str(error).split())[:200]}; "
+                    "needs a CUDA GPU and pip install 'raycontrolnet[xformers]'"
+                ) from error
+
+
+def with_controlnet(components: Components, controlnet: ControlNetModel) -> Components:
+    """The same frozen models with another ControlNet."""
+    return replace(components, controlnet=controlnet)

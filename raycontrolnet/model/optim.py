@@ -1,0 +1,55 @@
+"""The optimizer and its learning-rate schedule, counted in optimizer updates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from raycontrolnet.config import OptimConfig
+from raycontrolnet.errors import UserError
+
+
+def build_optimizer(
+    parameters: Iterable[torch.nn.Parameter], optim: OptimConfig, learning_rate: float
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101), or bitsandbytes' AdamW8bit.
+
+    Args:
+        learning_rate: after `scale_lr`.
+
+    Raises:
+        UserError: if bitsandbytes is asked for and missing.
+    """
+    options: dict[str, Any] = {
+        "lr": learning_rate,
+        "betas": (optim.adam_beta1, optim.adam_beta2),
+        "weight_decay": optim.adam_weight_decay,
+        "eps": optim.adam_epsilon,
+    }
+    if optim.use_8bit_adam:
+        try:
+            import bitsandbytes
+        except ImportError:
+            raise UserError(
+                "--use_8bit_adam: bitsandbytes is not installed; run pip install 'raycontrolnet[8bit]'"
+            ) from None
+        return bitsandbytes.optim.AdamW8bit(parameters, **options)
+    # One kernel for all parameters: the default on the CPU walks through the ControlNet's hundreds of tensors.
+    return torch.optim.AdamW(parameters, fused=True, **options)
+
+
+def build_lr_scheduler(optim: OptimConfig, optimizer: torch.optim.Optimizer, total_updates: int) -> LRScheduler:
+    """One of diffusers' six schedules, to be stepped once per optimizer update."""
+    from diffusers.optimization import get_scheduler
+
+    return get_scheduler(
+        optim.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=optim.lr_warmup_steps,
+        num_training_steps=total_updates,
+        num_cycles=optim.lr_num_cycles,
+        power=optim.lr_power,
+    )

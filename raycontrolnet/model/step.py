@@ -1,0 +1,172 @@
+"""The training step: a function of (state, batch, draws). No I/O, no Ray, no globals, no randomness of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from raycontrolnet.data.order import Purpose, keyed_seed
+from raycontrolnet.data.records import PreparedRow
+from raycontrolnet.model.components import Components
+from raycontrolnet.model.diffusion import add_noise, per_sample_loss, prediction_target, sample_posterior
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+    from transformers import CLIPTokenizer
+
+
+class Batch(NamedTuple):
+    """B samples on the device."""
+
+    images: Tensor
+    """uint8 [B, H, W, 3] RGB."""
+    conditioning_images: Tensor
+    """uint8 [B, H, W, 3] RGB."""
+    input_ids: Tensor
+    """int64 [B, T], padded and truncated to the tokenizer's maximum length T."""
+
+
+class Draws(NamedTuple):
+    """The randomness of B samples, on the device."""
+
+    posterior_noise: Tensor
+    """fp32 [B, 4, H/8, W/8], standard normal: which latents of the VAE's posterior."""
+    noise: Tensor
+    """fp32 [B, 4, H/8, W/8], standard normal: the noise that is added."""
+    timesteps: Tensor
+    """int64 [B], uniform over the scheduler's training timesteps."""
+
+
+@dataclass
+class TrainState:
+    """What training changes, and the accelerator that drives it."""
+
+    components: Components
+    controlnet: torch.nn.Module
+    """`components.controlnet` as the accelerator prepared it (autocast, DDP)."""
+    optimizer: AcceleratedOptimizer
+    lr_scheduler: LRScheduler
+    accelerator: Accelerator
+    max_grad_norm: float
+    set_grads_to_none: bool
+    step: int = 0
+    """Optimizer updates done."""
+    samples: int = 0
+    """k: samples consumed by all workers together."""
+
+
+class StepMetrics(NamedTuple):
+    loss: Tensor
+    """fp32 scalar on the device, detached: this worker's mean over the batch."""
+    grad_norm: Tensor | None
+    """fp32 scalar before clipping; None when the batch ended no update."""
+    lr: float
+    """Learning rate of the update."""
+
+
+def make_batch(rows: Sequence[PreparedRow], tokenizer: CLIPTokenizer, device: torch.device) -> Batch:
+    """Stack prepared rows on the device, still uint8: a quarter of the bytes to copy."""
+    tokens = tokenizer(
+        [row.prompt for row in rows],
+        max_length=tokenizer.model_max_length,
+        padding="max_length",
+        truncation=True,
+        return_tensors="pt",
+    )
+    images = torch.from_numpy(np.stack([row.image for row in rows]))
+    conditioning_images = torch.from_numpy(np.stack([row.conditioning_image for row in rows]))
+    return Batch(
+        images=images.to(device, non_blocking=True),
+        conditioning_images=conditioning_images.to(device, non_blocking=True),
+        input_ids=tokens.input_ids.to(device, non_blocking=True),
+    )
+
+
+def draw(
+    seed: int, sample_indices: Sequence[int], latent_shape: tuple[int, ...], num_timesteps: int, device: torch.device
+) -> Draws:
+    """The draws of samples k, from (seed, k) alone.
+
+    Made on the CPU, so that they are the same on every kind of device.
+
+    Args:
+        latent_shape: (C, h, w) of one sample's latents.
+        num_timesteps: training timesteps of the noise scheduler.
+    """
+    generator = torch.Generator()
+    noises, timesteps = [], []
+    for index in sample_indices:
+        generator.manual_seed(keyed_seed(seed, Purpose.DIFFUSION, index))
+        noises.append(torch.randn((2, *latent_shape), generator=generator))
+        timesteps.append(torch.randint(num_timesteps, (), generator=generator))
+    posterior_noise, noise = torch.stack(noises, dim=1).to(device, non_blocking=True)
+    return Draws(posterior_noise, noise, torch.stack(timesteps).to(device, non_blocking=True))
+
+
+def latent_shape(components: Components, resolution: int) -> tuple[int, int, int]:
+    """(C, h, w) of one image's latents."""
+    factor = 2 ** (len(components.vae.config["block_out_channels"]) - 1)
+    return components.vae.config["latent_channels"], resolution // factor, resolution // factor
+
+
+def controlnet_loss(components: Components, controlnet: torch.nn.Module, batch: Batch, draws: Draws) -> Tensor:
+    """The loss of every sample, fp32 [B]: how well the base model, steered by the ControlNet, removes the noise.
+
+    ControlNet (Zhang et al. 2023, arXiv:2302.05543), eq. 5.
+    """
+    dtype = components.unet.dtype
+    with torch.no_grad():
+        pixel_values = (batch.images.permute(0, 3, 1, 2).float() / 127.5 - 1.0).to(dtype)
+        posterior = components.vae.encode(pixel_values).latent_dist
+        latents = sample_posterior(posterior.mean, posterior.logvar, draws.posterior_noise)
+        latents = latents * components.vae.config["scaling_factor"]
+        encoder_hidden_states = components.text_encoder(batch.input_ids, return_dict=False)[0]
+
+    alphas_cumprod = components.noise_scheduler.alphas_cumprod.to(draws.timesteps.device)[draws.timesteps]
+    noisy_latents = add_noise(latents, draws.noise, alphas_cumprod).to(dtype)
+    down_residuals, mid_residual = controlnet(
+        noisy_latents,
+        draws.timesteps,
+        encoder_hidden_states=encoder_hidden_states,
+        controlnet_cond=(batch.conditioning_images.permute(0, 3, 1, 2).float() / 255.0).to(dtype),
+        return_dict=False,
+    )
+    prediction = components.unet(
+        noisy_latents,
+        draws.timesteps,
+        encoder_hidden_states=encoder_hidden_states,
+        down_block_additional_residuals=[residual.to(dtype) for residual in down_residuals],
+        mid_block_additional_residual=mid_residual.to(dtype),
+        return_dict=False,
+    )[0]
+    prediction_type = components.noise_scheduler.config["prediction_type"]
+    target = prediction_target(prediction_type, latents, draws.noise, alphas_cumprod)
+    return per_sample_loss(prediction, target)
+
+
+def train_step(state: TrainState, batch: Batch, draws: Draws) -> StepMetrics:
+    """One forward and backward pass; with the last one of an accumulation, an optimizer update."""
+    accelerator = state.accelerator
+    with accelerator.accumulate(state.controlnet):
+        loss = controlnet_loss(state.components, state.controlnet, batch, draws).mean()
+        accelerator.backward(loss)
+        grad_norm = None
+        lr = state.lr_scheduler.get_last_lr()[0]
+        if accelerator.sync_gradients:
+            grad_norm = accelerator.clip_grad_norm_(state.controlnet.parameters(), state.max_grad_norm)
+        state.optimizer.step()
+        if accelerator.sync_gradients:
+            # fp16's loss scaler skips an update whose gradients overflowed: the schedule then waits.
+            if not accelerator.optimizer_step_was_skipped:
+                state.lr_scheduler.step()
+            state.step += 1
+        state.optimizer.zero_grad(set_to_none=state.set_grads_to_none)
+    state.samples += len(batch.images) * accelerator.num_processes
+    return StepMetrics(loss.detach(), grad_norm, lr)

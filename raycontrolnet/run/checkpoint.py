@@ -1,0 +1,207 @@
+"""Checkpoints: whole or not at all.
+
+    checkpoint-N/
+        controlnet/            in diffusers' form
+        training_state.pt      optimizer, schedule and loss scaler
+        manifest.json          written last: what the run was, and every file with its size
+
+A checkpoint is written beside its place and renamed into it, so a folder `checkpoint-N` with a manifest whose files
+have their sizes is complete. The folder on disk is the only truth: no other record of checkpoints is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raycontrolnet.errors import ConfigError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+CONTROLNET = "controlnet"
+TRAINING_STATE = "training_state.pt"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    step: int
+    """Optimizer updates done."""
+    samples: int
+    """k: samples consumed; a continued run goes on with sample k."""
+    seed: int
+    run_id: str
+    manifest: Mapping[str, Any]
+
+    @staticmethod
+    def open(path: Path) -> Checkpoint:
+        """The checkpoint at `path`.
+
+        Raises:
+            ValueError: if it is not complete, saying what is missing.
+        """
+        try:
+            manifest = json.loads((path / MANIFEST).read_text())
+        except FileNotFoundError:
+            raise ValueError(f"has no {MANIFEST}, so it was not finished") from None
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"its {MANIFEST} cannot be read ({error})") from None
+        if manifest.get("format") != FORMAT:
+            raise ValueError(f"its format is {manifest.get('format')}, this version reads {FORMAT}")
+        for name, size in manifest["files"].items():
+            file = path / name
+            if not file.is_file():
+                raise ValueError(f"{name} is missing")
+            if file.stat().st_size != size:
+                raise ValueError(f"{name} is truncated: {file.stat().st_size} of {size} bytes")
+        return Checkpoint(
+            path, manifest["step"], manifest["samples"], manifest["seed"], manifest["run_id"], manifest
+        )
+
+
+def name_of(step: int) -> str:
+    return f"checkpoint-{step}"
+
+
+def all_checkpoints(output_dir: Path) -> list[Checkpoint]:
+    """The complete checkpoints of a run's folder, by step."""
+    found = []
+    for path in output_dir.glob("checkpoint-*"):
+        if re.fullmatch(r"checkpoint-\d+", path.name):
+            try:
+                found.append(Checkpoint.open(path))
+            except ValueError:
+                continue  # not finished, or damaged: `latest` must not choose it
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def latest(output_dir: Path, run_id: str | None = None) -> Checkpoint | None:
+    """The complete checkpoint with most updates; with `run_id`, among those that run wrote."""
+    wanted = [c for c in all_checkpoints(output_dir) if run_id is None or c.run_id == run_id]
+    return wanted[-1] if wanted else None
+
+
+def resolve(resume_from_checkpoint: str | None, output_dir: Path) -> Checkpoint | None:
+    """The checkpoint that `--resume_from_checkpoint` names: `latest`, a name under `output_dir`, or a path.
+
+    Raises:
+        ConfigError: if there is no such complete checkpoint; or if `output_dir` holds checkpoints and the setting is
+            not given, because a fresh run would mix with them.
+    """
+    present = all_checkpoints(output_dir)
+    if resume_from_checkpoint is None:
+        if present:
+            raise ConfigError(
+                [
+                    f"--output_dir={output_dir}: holds {present[-1].path.name} of an earlier run. Go on with it: add "
+                    "--resume_from_checkpoint latest. Start anew: name another --output_dir, or delete that folder"
+                ]
+            )
+        return None
+    if resume_from_checkpoint == "latest":
+        if not present:
+            raise ConfigError(
+                [
+                    f"--resume_from_checkpoint=latest: no complete checkpoint in {output_dir}; "
+                    "leave the flag out to start anew"
+                ]
+            )
+        return present[-1]
+    path = Path(resume_from_checkpoint)
+    if not path.is_absolute() and (output_dir / path.name).is_dir() and path.name == str(path):
+        path = output_dir / path
+    if not path.is_dir():
+        names = ", ".join(checkpoint.path.name for checkpoint in present) or "none"
+        raise ConfigError(
+            [f"--resume_from_checkpoint={resume_from_checkpoint}: no such folder; complete in {output_dir}: {names}"]
+        )
+    try:
+        return Checkpoint.open(path.resolve())
+    except ValueError as error:
+        raise ConfigError([f"--resume_from_checkpoint={resume_from_checkpoint}: {error}"]) from None
+
+
+def write(
+    output_dir: Path,
+    *,
+    step: int,
+    samples: int,
+    seed: int,
+    run_id: str,
+    save: Callable[[Path], None],
+    facts: Mapping[str, Any],
+) -> Checkpoint:
+    """Write `checkpoint-<step>`.
+
+    Args:
+        save: writes the files into the folder it is given.
+        facts: what else the manifest should say of the run (settings, data, versions); no secrets.
+    """
+    partial = output_dir / f".{name_of(step)}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save(partial)
+    files = sorted(file for file in partial.rglob("*") if file.is_file())
+    for file in files:
+        _sync(file)
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "samples": samples,
+        "seed": seed,
+        "run_id": run_id,
+        "written_at": time.time(),
+        "files": {file.relative_to(partial).as_posix(): file.stat().st_size for file in files},
+        **facts,
+    }
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    _sync(partial / MANIFEST)
+    final = output_dir / name_of(step)
+    if final.exists():  # of an earlier run that went further, or damaged
+        old = output_dir / f".{name_of(step)}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        partial.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        partial.rename(final)
+    _sync(output_dir)
+    return Checkpoint.open(final)
+
+
+def prune(output_dir: Path, limit: int | None) -> None:
+    """Delete all but the `limit` checkpoints written last. Call it only when the newest is in its place."""
+    if limit is None:
+        return
+    by_age = sorted(all_checkpoints(output_dir), key=lambda checkpoint: checkpoint.manifest["written_at"])
+    for checkpoint in by_age[:-limit]:
+        # Renamed first: a deletion that is cut short must not leave half a checkpoint under its name.
+        doomed = output_dir / f".{checkpoint.path.name}.old"
+        shutil.rmtree(doomed, ignore_errors=True)
+        checkpoint.path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Delete what interrupted writes and deletions left behind."""
+    for pattern in (".checkpoint-*.partial", ".checkpoint-*.old"):
+        for path in output_dir.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or folder to the disk, so that a power cut cannot leave a manifest without its files."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,124 @@
+"""metrics.jsonl: one line per optimizer update, the run's own record. The progress line and reports read it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+
+from raycontrolnet.errors import RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NAME = "metrics.jsonl"
+
+
+class UpdateMetrics(NamedTuple):
+    """One line of metrics.jsonl; `loss` and `grad_norm` may still be tensors on the device."""
+
+    step: int
+    loss: float | Tensor
+    """Mean over workers and accumulation."""
+    lr: float
+    grad_norm: float | Tensor
+    """Before clipping."""
+    samples: int
+    """k after this update."""
+    images_per_second: float
+    """All workers together, this update alone."""
+    time: float
+    """Unix seconds at the update's end."""
+
+    def on_host(self) -> UpdateMetrics:
+        return self._replace(loss=float(self.loss), grad_norm=float(self.grad_norm))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file; a last line that was cut short is left out."""
+    return read_from(path, 0)[0] if path.is_file() else []
+
+
+def read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines from byte `offset` on, and the offset after them."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        whole = file.read().rpartition(b"\n")[0]
+    return [json.loads(line) for line in whole.splitlines()], offset + len(whole) + (1 if whole else 0)
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl. Opening it drops the lines after `step`: the updates that a restart does again."""
+
+    def __init__(self, output_dir: Path, step: int):
+        path = output_dir / NAME
+        kept = [json.dumps(record) + "\n" for record in read(path) if record["step"] <= step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, path)
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def append(self, update: UpdateMetrics) -> None:
+        self._file.write(json.dumps(update._asdict()) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class PendingMetrics:
+    """Updates whose figures are still on the device.
+
+    Reading a figure waits for the device, so on a GPU they are read together, about once a second.
+    """
+
+    def __init__(self, interval_s: float):
+        self.interval_s = interval_s
+        self._pending: list[UpdateMetrics] = []
+        self._flushed_at = time.monotonic()
+
+    def add(self, update: UpdateMetrics) -> None:
+        self._pending.append(update)
+
+    def ready(self, *, force: bool = False) -> list[UpdateMetrics]:
+        """The updates so far, if it is time or `force`.
+
+        Raises:
+            RunError: if a loss is not finite.
+        """
+        if not force and time.monotonic() - self._flushed_at < self.interval_s:
+            return []
+        updates, self._pending = [update.on_host() for update in self._pending], []
+        self._flushed_at = time.monotonic()
+        for update in updates:
+            if not math.isfinite(update.loss):
+                raise RunError(
+                    f"The loss is {update.loss} at update {update.step} (learning rate {update.lr:g}): training has "
+                    "diverged. The last checkpoint stands; go on from it with a lower --learning_rate, or with "
+                    "--mixed_precision bf16 instead of fp16"
+                )
+        return updates
+
+
+class PhaseClock:
+    """Seconds spent by phase (model, data wait, step, checkpoint, ...), for run.json."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - start
+
+    def rounded(self) -> dict[str, float]:
+        return {f"{phase}_s": round(seconds, 3) for phase, seconds in self.seconds.items()}

@@ -1,0 +1,63 @@
+"""How many updates a run does, of how many samples each, and when something is due: the one place that decides."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from raycontrolnet.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The arithmetic of a run on `world_size` workers.
+
+    Updates per epoch = ceil(ceil(N / (workers x batch)) / accumulation).
+    """
+
+    num_samples: int
+    """N, samples per epoch."""
+    world_size: int
+    batch_size: int
+    """Samples per worker and micro-step."""
+    accumulation_steps: int
+    total_updates: int
+    learning_rate: float
+    """After scale_lr."""
+    checkpointing_steps: int
+    validation_steps: int
+    validates: bool
+
+    @staticmethod
+    def of(config: TrainConfig, num_samples: int, world_size: int) -> RunPlan:
+        """The plan for N = `num_samples`; `world_size` counts workers (1 for a run in the caller's process)."""
+        batch_size, accumulation_steps = config.train_batch_size, config.gradient_accumulation_steps
+        micro_steps = math.ceil(num_samples / (world_size * batch_size))
+        updates_per_epoch = math.ceil(micro_steps / accumulation_steps)
+        scale = world_size * accumulation_steps * batch_size if config.scale_lr else 1
+        return RunPlan(
+            num_samples=num_samples,
+            world_size=world_size,
+            batch_size=batch_size,
+            accumulation_steps=accumulation_steps,
+            total_updates=config.max_train_steps or config.num_train_epochs * updates_per_epoch,
+            learning_rate=config.learning_rate * scale,
+            checkpointing_steps=config.checkpointing_steps,
+            validation_steps=config.validation_steps,
+            validates=bool(config.validation_pairs),
+        )
+
+    def batches_per_worker(self, step: int) -> int:
+        """Micro-steps from `step` updates to the end."""
+        return max(0, self.total_updates - step) * self.accumulation_steps
+
+    def first_sample(self, samples: int, micro_step: int, rank: int) -> int:
+        """k of the first sample that worker `rank` gets at `micro_step`, in a stream that begins at k = `samples`."""
+        return samples + (micro_step * self.world_size + rank) * self.batch_size
+
+    def checkpoint_due(self, step: int) -> bool:
+        return step % self.checkpointing_steps == 0 or step == self.total_updates
+
+    def validation_due(self, step: int) -> bool:
+        """Within the run; the last validation is made from the saved weights."""
+        return self.validates and step % self.validation_steps == 0 and step < self.total_updates

@@ -1,0 +1,115 @@
+"""The progress line of a run, drawn from metrics.jsonl by the driver: the workers need no channel of their own."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from raycontrolnet.run import metrics
+
+LINE_INTERVAL_S = 0.5
+PLAIN_INTERVAL_S = 15.0
+"""Without a terminal, a line of its own is printed this often, and for the first and the last update."""
+RATE_WINDOW_S = 30.0
+MIN_STEPS_FOR_RATE = 2
+
+
+class Progress:
+    """Shows step, loss, learning rate, images/s and time left while a run goes on, on a terminal or in a plain log.
+
+        with Progress(output_dir, total_steps, stream): trainer.fit()
+    """
+
+    def __init__(self, output_dir: Path, total_steps: int, first_step: int, stream: TextIO):
+        self.path = output_dir / metrics.NAME
+        self.total_steps = total_steps
+        self.first_step = first_step
+        self.stream = stream
+        self.live = stream.isatty()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
+        self._offset = self.path.stat().st_size if self.path.exists() else 0
+        self._updates: deque[dict[str, Any]] = deque(maxlen=10_000)
+        self._shown = 0
+        self._printed_at = float("-inf")
+        self._started = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._show(last=True)
+        if self.live:
+            self.stream.write("\n")
+            self.stream.flush()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(LINE_INTERVAL_S):
+            self._show()
+
+    def _show(self, *, last: bool = False) -> None:
+        self._read()
+        step = self._updates[-1]["step"] if self._updates else self.first_step
+        if self.live:
+            width = shutil.get_terminal_size().columns - 1
+            self.stream.write("\r\x1b[2K" + self.line()[:width])
+            self.stream.flush()
+        elif step != self._shown and (last or time.monotonic() - self._printed_at >= PLAIN_INTERVAL_S):
+            self.stream.write(self.line() + "\n")
+            self.stream.flush()
+            self._printed_at, self._shown = time.monotonic(), step
+
+    def line(self) -> str:
+        """The line as it stands."""
+        if not self._updates:
+            return f"step {self.first_step}/{self.total_steps} | starting, {time.monotonic() - self._started:.0f} s"
+        update = self._updates[-1]
+        parts = [
+            f"step {update['step']}/{self.total_steps}",
+            f"loss {update['loss']:.4f}",
+            f"lr {update['lr']:.3g}",
+        ]
+        if rates := self._rates():
+            images_per_second, steps_per_second = rates
+            left = (self.total_steps - update["step"]) / steps_per_second
+            parts += [f"{images_per_second:.3g} images/s", f"{duration(left)} left"]
+        else:
+            parts.append(f"{update['images_per_second']:.3g} images/s")
+        return " | ".join(parts)
+
+    def _rates(self) -> tuple[float, float] | None:
+        """(images/s, steps/s) of the last half minute."""
+        last = self._updates[-1]
+        recent = [update for update in self._updates if last["time"] - update["time"] <= RATE_WINDOW_S]
+        first = recent[0] if len(recent) > MIN_STEPS_FOR_RATE else self._updates[-min(len(self._updates), 3)]
+        seconds = last["time"] - first["time"]
+        if last["step"] - first["step"] < MIN_STEPS_FOR_RATE or seconds <= 0:
+            return None
+        return (last["samples"] - first["samples"]) / seconds, (last["step"] - first["step"]) / seconds
+
+    def _read(self) -> None:
+        """Take in the lines that came since; a restarted run goes back to its last checkpoint and writes them again."""
+        if not self.path.exists():
+            return
+        if self.path.stat().st_size < self._offset:
+            self._offset = 0
+            self._updates.clear()
+        records, self._offset = metrics.read_from(self.path, self._offset)
+        for record in records:
+            if record["step"] > self.first_step:
+                self._updates.append(record)
+
+
+def duration(seconds: float) -> str:
+    """3725 -> 1:02:05, 65 -> 1:05."""
+    minutes, secs = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"

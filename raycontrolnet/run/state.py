@@ -1,0 +1,138 @@
+"""The training state's life around the step: build it, save it, load it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from raycontrolnet.config import TrainConfig
+from raycontrolnet.data.order import Purpose, keyed_seed
+from raycontrolnet.errors import UserError
+from raycontrolnet.model.components import (
+    enable_memory_savers,
+    load_components,
+    load_controlnet,
+    working_precision,
+)
+from raycontrolnet.model.optim import build_lr_scheduler, build_optimizer
+from raycontrolnet.model.step import TrainState
+from raycontrolnet.run.checkpoint import CONTROLNET, TRAINING_STATE, Checkpoint
+from raycontrolnet.run.plan import RunPlan
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import ControlNetModel
+
+
+@contextmanager
+def accelerator_for(config: TrainConfig, *, use_gpu: bool) -> Iterator[Accelerator]:
+    """Accelerate for mixed precision, accumulation and DDP: inside a Ray Train worker, or alone in a process.
+
+    Its state is process-wide and keeps the first settings it saw, so it is cleared afterwards for the next run.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.utils import GradientAccumulationPlugin
+
+    try:
+        yield Accelerator(
+            cpu=not use_gpu,
+            mixed_precision=config.mixed_precision or "no",
+            step_scheduler_with_optimizer=False,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
+        )
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+def build_state(
+    config: TrainConfig, plan: RunPlan, accelerator: Accelerator, checkpoint: Checkpoint | None, token: str | None
+) -> TrainState:
+    """The state at the start of a run, or as `checkpoint` left it.
+
+    Raises:
+        UserError: if a model or the checkpoint does not fit the settings.
+    """
+    assert config.seed is not None  # the driver draws one
+    components = load_components(
+        config,
+        device=accelerator.device,
+        dtype=working_precision(config.mixed_precision),
+        seed=keyed_seed(config.seed, Purpose.CONTROLNET, 0),
+        token=token,
+        controlnet_path=str(checkpoint.path / CONTROLNET) if checkpoint else None,
+    )
+    enable_memory_savers(
+        components,
+        gradient_checkpointing=config.gradient_checkpointing,
+        xformers=config.enable_xformers_memory_efficient_attention,
+    )
+    optimizer = build_optimizer(components.controlnet.parameters(), config, plan.learning_rate)
+    lr_scheduler = build_lr_scheduler(config, optimizer, plan.total_updates)
+    if checkpoint:
+        saved = torch.load(checkpoint.path / TRAINING_STATE, map_location="cpu", weights_only=True)
+        try:
+            optimizer.load_state_dict(saved["optimizer"])
+            lr_scheduler.load_state_dict(saved["lr_scheduler"])
+            if accelerator.scaler is not None and saved["scaler"] is not None:
+                accelerator.scaler.load_state_dict(saved["scaler"])
+        except (KeyError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(
+                f"--resume_from_checkpoint: {checkpoint.path} does not fit these settings ({error}); continue with the "
+                "optimizer settings it was written with (see its manifest.json)"
+            ) from error
+    controlnet, prepared_optimizer = accelerator.prepare(components.controlnet, optimizer)
+    return TrainState(
+        components=components,
+        controlnet=controlnet,
+        optimizer=prepared_optimizer,
+        lr_scheduler=lr_scheduler,
+        accelerator=accelerator,
+        max_grad_norm=config.max_grad_norm,
+        set_grads_to_none=config.set_grads_to_none,
+        step=checkpoint.step if checkpoint else 0,
+        samples=checkpoint.samples if checkpoint else 0,
+    )
+
+
+def save_state(state: TrainState, folder: Path) -> None:
+    """Write what `build_state` reads back, into a checkpoint's folder."""
+    unwrap_controlnet(state).save_pretrained(folder / CONTROLNET)
+    scaler: Any = state.accelerator.scaler
+    torch.save(
+        {
+            "optimizer": state.optimizer.state_dict(),
+            "lr_scheduler": state.lr_scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        },
+        folder / TRAINING_STATE,
+    )
+
+
+def save_final_weights(state: TrainState, output_dir: Path) -> None:
+    """The ControlNet in diffusers' form at the root of `output_dir`, each file whole or not at all."""
+    partial = output_dir / ".final.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    unwrap_controlnet(state).save_pretrained(partial)
+    for file in sorted(partial.iterdir(), reverse=True):  # the weights before config.json
+        os.replace(file, output_dir / file.name)
+    partial.rmdir()
+
+
+def unwrap_controlnet(state: TrainState) -> ControlNetModel:
+    return cast("ControlNetModel", state.accelerator.unwrap_model(state.controlnet, keep_fp32_wrapper=False))
+
+
+def saved_controlnet(folder: Path, like: TrainState) -> ControlNetModel:
+    """The ControlNet that lies in `folder`, on the device of `like`, not to be trained."""
+    controlnet = load_controlnet(str(folder), flag="output_dir")
+    return controlnet.requires_grad_(False).eval().to(like.accelerator.device)

@@ -1,0 +1,424 @@
+"""The driver of one training run: `fit(config) -> RunResult`.
+
+Checks everything that can be checked before anything is loaded, hands a `Job` to the workers of a Ray Train
+`TorchTrainer`, shows the progress, and finishes what they left: model card, run.json, the Hub.
+`python -m raycontrolnet.train ARGS` is `raycontrolnet train ARGS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import secrets
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from raycontrolnet import __version__
+from raycontrolnet.cluster import WorkerResources, logging_to, ray_session, worker_resources
+from raycontrolnet.config import TrainConfig, changed_settings, public_settings
+from raycontrolnet.data.sources import Source, open_source
+from raycontrolnet.data.stream import BatchLoader, execution_options, ray_dataset
+from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
+from raycontrolnet.run import checkpoint as checkpoints
+from raycontrolnet.run import export, trackers, validation
+from raycontrolnet.run.plan import RunPlan
+from raycontrolnet.run.progress import Progress, duration
+
+if TYPE_CHECKING:
+    import ray.data
+
+    from raycontrolnet.train_controlnet import Job
+
+logger = logging.getLogger(__name__)
+
+LOG = "run.log"
+CONFIG = "config.yaml"
+STATUS = "run.json"
+VERSIONS_OF = ("ray", "torch", "diffusers", "transformers", "accelerate", "datasets")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run left."""
+
+    output_dir: Path
+    step: int
+    """Optimizer updates done, those of earlier parts of the run included."""
+    samples: int
+    """Samples consumed."""
+    loss: float | None
+    """Of the last update: mean over workers and accumulation; None if there was nothing left to do."""
+    checkpoint: Path | None
+    """The last checkpoint."""
+    seconds: float
+    timings: dict[str, float]
+    """Seconds by phase in the worker of rank 0."""
+    hub_url: str | None = None
+    """Where the weights were pushed to."""
+
+
+def fit(config: TrainConfig, *, stream: TextIO | None = None) -> RunResult:
+    """Train a ControlNet.
+
+    Uses the Ray that is connected, or `config.address`, or RAY_ADDRESS, or starts a local one for the run;
+    with `num_workers=0` it trains in this process, without Ray.
+
+    Args:
+        config: all settings.
+        stream: where progress is shown; standard error by default.
+
+    Raises:
+        UserError: bad settings, data or models (exit code 2 on the command line).
+        RunError: the run failed; the last checkpoint stands (exit code 1).
+        Interrupted: Ctrl-C; the last checkpoint stands (exit code 130).
+    """
+    started = time.time()
+    stream = stream or sys.stderr
+    output_dir = Path(config.output_dir).expanduser().resolve()
+    config = _with_absolute_paths(config, output_dir)
+    run = _check(config, output_dir)
+    with logging_to(output_dir / LOG), _status_kept(output_dir, started) as status:
+        if config.worker_range == (0, 0):
+            summary = _train_here(run, stream)
+        else:
+            with ray_session(config.address):
+                summary = _train_on_ray(run, stream)
+        last = checkpoints.latest(output_dir)
+        status |= {**summary, "status": "finished", "checkpoint": last.path.name if last else None}
+        export.write_model_card(output_dir, run.config, status)
+        hub_url = _push(run.config, output_dir, stream) if config.push_to_hub else None
+    seconds = time.time() - started
+    stream.write(f"done in {duration(seconds)}: {summary['step']} updates; weights in {output_dir}\n")
+    return RunResult(
+        output_dir=output_dir,
+        step=summary["step"],
+        samples=summary["samples"],
+        loss=summary["loss"],
+        checkpoint=last.path if last else None,
+        seconds=seconds,
+        timings=summary["timings"],
+        hub_url=hub_url,
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run whose input has been checked."""
+
+    config: TrainConfig
+    """With absolute paths and a seed."""
+    output_dir: Path
+    source: Source
+    start: checkpoints.Checkpoint | None
+    token: str | None = dataclasses.field(repr=False)
+
+    @property
+    def loader(self) -> BatchLoader:
+        assert self.config.seed is not None
+        return BatchLoader.build(self.source, self.config, self.config.train_batch_size, self.config.seed)
+
+    def plan(self, world_size: int) -> RunPlan:
+        return RunPlan.of(self.config, self.loader.order.num_samples, world_size)
+
+    def job(self, *, use_gpu: bool, threads: int | None, local: bool) -> Job:
+        from raycontrolnet.train_controlnet import Job
+
+        config = self.config
+        assert config.seed is not None
+        versions = {name: importlib.metadata.version(name) for name in VERSIONS_OF}
+        return Job(
+            config=dataclasses.replace(config, hub_token=None),
+            run_id=uuid.uuid4().hex,
+            num_samples=self.loader.order.num_samples,
+            start=self.start,
+            use_gpu=use_gpu,
+            threads=threads,
+            trackers=trackers.resolve(config.report_to),
+            tracker_settings=public_settings(config),
+            validation_items=tuple(validation.plan(config, config.seed)),
+            facts={
+                "settings": public_settings(config),
+                "data": self.source.fingerprint(),
+                "versions": {"raycontrolnet": __version__, **versions},
+            },
+            token=self.token,
+            loader=self.loader if local else None,
+        )
+
+
+def _check(config: TrainConfig, output_dir: Path) -> _Run:
+    """Everything that can be checked before Ray starts and models are read."""
+    problems = list(trackers.check_trackers(config.trackers if config.report_to != "all" else ()))
+    for flag, needed, package, extra in (
+        ("use_8bit_adam", config.use_8bit_adam, "bitsandbytes", "8bit"),
+        ("enable_xformers_memory_efficient_attention", config.enable_xformers_memory_efficient_attention, "xformers",
+         "xformers"),
+    ):  # fmt: skip
+        if needed and importlib.util.find_spec(package) is None:
+            problems.append(f"--{flag}: {package} is not installed; run pip install 'raycontrolnet[{extra}]'")
+    problems += _local_model_problems(config)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(output_dir, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        problems.append(f"--output_dir={output_dir}: cannot be written ({error.strerror}); name another folder")
+    if problems:
+        raise ConfigError(problems)
+    start = checkpoints.resolve(config.resume_from_checkpoint, output_dir)
+    validation.check(config)
+    token = config.hub_token or _hub_token()
+    source = open_source(config, cache_dir=config.cache_dir, token=token)
+    if config.seed is None:
+        config = dataclasses.replace(config, seed=start.seed if start else secrets.randbelow(2**31))
+    if start is not None:
+        for what, now in (("seed", config.seed), ("data", source.fingerprint())):
+            if start.manifest[what] != now:
+                logger.warning("%s was made with another %s: the order of samples changes", start.path, what)
+    checkpoints.remove_leftovers(output_dir)
+    return _Run(config, output_dir, source, start, token)
+
+
+def _local_model_problems(config: TrainConfig) -> Iterator[str]:
+    """Model folders that are named as paths but are not there; Hub ids are found out by the workers."""
+    for flag, parts in (
+        ("pretrained_model_name_or_path", ("unet", "vae", "text_encoder", "scheduler")),
+        ("controlnet_model_name_or_path", ()),
+        ("tokenizer_name", ()),
+    ):
+        name = getattr(config, flag)
+        if name is None:
+            continue
+        path = Path(name)
+        if path.is_dir():
+            missing = [part for part in parts if not (path / part).is_dir()]
+            if missing:
+                yield f"--{flag}={name}: no {', '.join(missing)} in that folder; it must be in diffusers' layout"
+        elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+            yield f"--{flag}={name}: no such folder, and not the form of a Hub id (owner/name)"
+
+
+def _with_absolute_paths(config: TrainConfig, output_dir: Path) -> TrainConfig:
+    """Paths as workers in other directories must see them; names that are no paths here (Hub ids) stay."""
+    paths: dict[str, Any] = {"output_dir": str(output_dir)}
+    for name in (
+        "pretrained_model_name_or_path", "controlnet_model_name_or_path", "tokenizer_name", "cache_dir",
+        "train_data_dir", "dataset_name",
+    ):  # fmt: skip
+        value = getattr(config, name)
+        if value is not None and (Path(value).expanduser().exists() or name in ("cache_dir", "train_data_dir")):
+            paths[name] = str(Path(value).expanduser().resolve())
+    return dataclasses.replace(config, **paths)
+
+
+def _hub_token() -> str | None:
+    from huggingface_hub import get_token
+
+    return get_token()
+
+
+def _train_here(run: _Run, stream: TextIO) -> dict[str, Any]:
+    """The worker loop in this process: Ray Train's local mode, for debugging and quick tests."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    import torch
+    from raycontrolnet.train_controlnet import FAILURE, train_controlnet
+
+    use_gpu = torch.cuda.is_available() if run.config.use_gpu is None else run.config.use_gpu
+    _check_precision(run.config, use_gpu)
+    job = run.job(use_gpu=use_gpu, threads=None, local=True)
+    _announce(run, 1, stream)
+    (run.output_dir / FAILURE).unlink(missing_ok=True)
+    trainer = TorchTrainer(
+        train_controlnet,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(num_workers=0),
+        run_config=RunConfig(storage_path=str(run.output_dir.parent), name=run.output_dir.name),
+    )
+    with _failures_explained(run), _progress(run, 1, stream):
+        return dict(trainer.fit().return_value)
+
+
+def _train_on_ray(run: _Run, stream: TextIO) -> dict[str, Any]:
+    import ray
+    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from raycontrolnet.train_controlnet import FAILURE, read_failure, train_controlnet
+
+    resources = worker_resources(run.config)
+    _check_precision(run.config, resources.use_gpu)
+    fewest, most = resources.num_workers
+    job = run.job(use_gpu=resources.use_gpu, threads=None if resources.use_gpu else resources.threads, local=False)
+    _announce(run, most, stream)
+    # Disk is the only truth about checkpoints: Ray's own record of an earlier run here must not speak up.
+    for leftover in (FAILURE, "checkpoint_manager_snapshot.json"):
+        (run.output_dir / leftover).unlink(missing_ok=True)
+    trainer = TorchTrainer(
+        train_controlnet,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(
+            num_workers=most if fewest == most else (fewest, most),
+            use_gpu=resources.use_gpu,
+            resources_per_worker=_resources_per_worker(resources),
+            accelerator_type=resources.accelerator_type,
+        ),
+        run_config=RunConfig(
+            storage_path=str(run.output_dir.parent),
+            name=run.output_dir.name,
+            failure_config=FailureConfig(max_failures=run.config.max_failures),
+        ),
+        datasets={"train": _dataset_factory(run, job, ray.put(run.loader))},
+        dataset_config=DataConfig(
+            execution_options=execution_options(_batch_bytes(run.config), most), enable_shard_locality=False
+        ),
+    )
+    with _failures_explained(run), _progress(run, most, stream):
+        summary = trainer.fit().return_value
+        if failure := read_failure(run.output_dir):
+            raise failure
+        if summary is None:
+            raise KeyboardInterrupt  # Ray Train ended the run at Ctrl-C
+        return dict(summary)
+
+
+def _resources_per_worker(resources: WorkerResources) -> dict[str, float]:
+    return {"CPU": resources.cpus_per_worker} | ({"GPU": 1} if resources.use_gpu else {})
+
+
+def _batch_bytes(config: TrainConfig) -> int:
+    return config.train_batch_size * 2 * 3 * config.resolution**2
+
+
+def _dataset_factory(run: _Run, job: Job, loader_ref: Any) -> Any:
+    """What Ray Train calls at every start of the workers: the stream from the last committed checkpoint on."""
+    batch_size = run.config.train_batch_size
+    max_tasks = run.config.dataloader_num_workers * run.config.worker_range[1] or None
+    plan = run.plan(run.config.worker_range[1])
+
+    def dataset() -> ray.data.Dataset:
+        checkpoint = job.current_checkpoint()
+        step, samples = (checkpoint.step, checkpoint.samples) if checkpoint else (0, 0)
+        num_batches = plan.batches_per_worker(step) * plan.world_size
+        return ray_dataset(loader_ref, batch_size, samples, num_batches, max_tasks)
+
+    return dataset
+
+
+def _check_precision(config: TrainConfig, use_gpu: bool) -> None:
+    if config.mixed_precision == "fp16" and not use_gpu:
+        raise ConfigError(["--mixed_precision=fp16: needs a GPU; use bf16 or no on the CPU"])
+    if config.enable_xformers_memory_efficient_attention and not use_gpu:
+        raise ConfigError(["--enable_xformers_memory_efficient_attention: needs a GPU; leave it out on the CPU"])
+
+
+def _announce(run: _Run, world_size: int, stream: TextIO) -> None:
+    """Say what will be done, and write config.yaml."""
+    import yaml
+
+    (run.output_dir / CONFIG).write_text(yaml.safe_dump(public_settings(run.config), sort_keys=False))
+    plan = run.plan(world_size)
+    step = run.start.step if run.start else 0
+    stream.write(
+        f"raycontrolnet {__version__}: {plan.num_samples} samples, {world_size} worker{'s' * (world_size != 1)} x batch "
+        f"{plan.batch_size} x accumulation {plan.accumulation_steps}, updates {step} to {plan.total_updates}, "
+        f"seed {run.config.seed}\n"
+    )
+    changed = ", ".join(f"{name}={value}" for name, value in changed_settings(run.config).items())
+    logger.info("settings: %s", changed)
+
+
+def _progress(run: _Run, world_size: int, stream: TextIO) -> Progress:
+    return Progress(run.output_dir, run.plan(world_size).total_updates, run.start.step if run.start else 0, stream)
+
+
+@contextmanager
+def _failures_explained(run: _Run) -> Iterator[None]:
+    """Turn whatever ends a run early into one paragraph that says what stands and how to go on."""
+    from raycontrolnet.train_controlnet import read_failure
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"Interrupted. {_how_to_go_on(run)}") from None
+    except Exception as error:
+        logger.exception("the run failed")
+        known = read_failure(run.output_dir) or (error if isinstance(error, (UserError, RunError)) else None)
+        message = str(known) if known else f"The run failed: {_root_cause(error)}."
+        kind = UserError if isinstance(known, UserError) else RunError
+        raise kind(f"{message}\n{_how_to_go_on(run)} Details: {run.output_dir / LOG}") from error
+
+
+def _root_cause(error: BaseException) -> str:
+    """The error that a worker raised, in one line; without Ray's wrapping and traceback."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        rank, error = next(iter(failures.items()))
+        prefix = f"worker {rank}: "
+    else:
+        prefix = ""
+    while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
+        error = cause
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{prefix}{type(error).__name__}: {lines[-1].strip() if lines else 'no message'}"
+
+
+def _how_to_go_on(run: _Run) -> str:
+    last = checkpoints.latest(run.output_dir)
+    if last is None:
+        return "There was no checkpoint yet."
+    return (
+        f"The checkpoint of update {last.step} stands: go on with --resume_from_checkpoint latest "
+        f"(--output_dir {run.output_dir})."
+    )
+
+
+def _push(config: TrainConfig, output_dir: Path, stream: TextIO) -> str:
+    token = config.hub_token or _hub_token()
+    repo_id = export.resolve_repo_id(output_dir, config.hub_model_id, token)
+    url = export.push_to_hub(output_dir, repo_id=repo_id, token=token, commit_message="End of training")
+    stream.write(f"pushed to {url}\n")
+    return url
+
+
+@contextmanager
+def _status_kept(output_dir: Path, started: float) -> Iterator[dict[str, Any]]:
+    """run.json: status, steps, samples, seconds by phase, versions; rewritten at the start and at the end."""
+    status: dict[str, Any] = {
+        "status": "running",
+        "started": started,
+        "versions": {"raycontrolnet": __version__, **{name: importlib.metadata.version(name) for name in VERSIONS_OF}},
+    }
+
+    def write() -> None:
+        partial = output_dir / f".{STATUS}.partial"
+        partial.write_text(json.dumps(status | {"seconds": round(time.time() - started, 3)}, indent=1) + "\n")
+        os.replace(partial, output_dir / STATUS)
+
+    write()
+    try:
+        yield status
+    except BaseException as error:
+        if status["status"] == "running":
+            status["status"] = "interrupted" if isinstance(error, Interrupted) else "failed"
+            status["cause"] = str(error)
+        raise
+    finally:
+        write()
+
+
+if __name__ == "__main__":
+    from raycontrolnet.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))

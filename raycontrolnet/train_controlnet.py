@@ -1,0 +1,330 @@
+"""The worker loop: what each Ray Train worker runs, and the one place that speaks to ray.train inside a worker.
+
+Reads from top to bottom: the stream of batches, the training state, then for every update: batches, steps, metrics,
+and when due a checkpoint or validation images; at the end the final weights.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray.train
+import torch
+
+from raycontrolnet.config import TrainConfig
+from raycontrolnet.data.records import PreparedRow
+from raycontrolnet.data.stream import BatchLoader, local_batches, ray_batches
+from raycontrolnet.errors import RunError, UserError
+from raycontrolnet.model.components import with_controlnet, working_precision
+from raycontrolnet.model.step import TrainState, draw, latent_shape, make_batch, train_step
+from raycontrolnet.run import checkpoint as checkpoints
+from raycontrolnet.run import validation
+from raycontrolnet.run.checkpoint import Checkpoint
+from raycontrolnet.run.metrics import MetricsLog, PendingMetrics, PhaseClock, UpdateMetrics
+from raycontrolnet.run.plan import RunPlan
+from raycontrolnet.run.state import (
+    accelerator_for,
+    build_state,
+    save_final_weights,
+    save_state,
+    saved_controlnet,
+    unwrap_controlnet,
+)
+from raycontrolnet.run.trackers import Trackers, open_trackers
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+FAILURE = ".failure.json"
+GPU_METRICS_INTERVAL_S = 1.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the driver hands to every worker: plain data, without secrets but for the token, which repr leaves out."""
+
+    config: TrainConfig
+    """With absolute paths, a seed, and no hub_token."""
+    run_id: str
+    num_samples: int
+    """N, samples per epoch."""
+    start: Checkpoint | None
+    """Where the run begins; after a failure it continues from its own last checkpoint."""
+    use_gpu: bool
+    threads: int | None
+    """CPU threads of a worker; None leaves them."""
+    trackers: tuple[str, ...]
+    tracker_settings: Mapping[str, Any]
+    validation_items: tuple[validation.ValidationItem, ...]
+    facts: Mapping[str, Any]
+    """For the checkpoints' manifests."""
+    token: str | None = field(default=None, repr=False)
+    loader: BatchLoader | None = None
+    """Only for a run in the caller's process: there is no Ray Data then."""
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.output_dir)
+
+    def current_checkpoint(self) -> Checkpoint | None:
+        """Where to continue: this run's last complete checkpoint, or its start."""
+        return checkpoints.latest(self.output_dir, self.run_id) or self.start
+
+
+def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
+    """The function that Ray Train runs on every worker; `loop_config` is {"job": Job}.
+
+    Returns:
+        Step, samples, loss and seconds by phase; None if the job has failed in a way that trying again cannot mend.
+    """
+    job = loop_config["job"]
+    if (job.output_dir / FAILURE).exists():
+        return None  # Ray restarted the workers after a failure of bad input: the driver reads the file
+    with _hopeless_failures_recorded(job), accelerator_for(job.config, use_gpu=job.use_gpu) as accelerator:
+        if job.threads is not None:
+            torch.set_num_threads(job.threads)
+        torch.backends.cuda.matmul.allow_tf32 = job.config.allow_tf32
+        torch.backends.cudnn.allow_tf32 = job.config.allow_tf32
+        context = ray.train.get_context()
+        plan = RunPlan.of(job.config, job.num_samples, context.get_world_size())
+        checkpoint = job.current_checkpoint()
+        clock = PhaseClock()
+        batches = _read_ahead(_batches(job, plan, checkpoint))  # begins now, while the models are read
+        with clock("model"):
+            state = build_state(job.config, plan, accelerator, checkpoint, job.token)
+        worker = Worker(job, plan, state, clock, context.get_world_rank())
+        return worker.run(batches)
+
+
+class Worker:
+    """One worker's part of a run. Everything but the step itself: timing, records, checkpoints, validation."""
+
+    def __init__(self, job: Job, plan: RunPlan, state: TrainState, clock: PhaseClock, rank: int):
+        self.job, self.plan, self.state, self.clock, self.rank = job, plan, state, clock, rank
+        self.first_sample = state.samples
+        self.latent_shape = latent_shape(state.components, job.config.resolution)
+        self.pending = PendingMetrics(0.0 if state.accelerator.device.type == "cpu" else GPU_METRICS_INTERVAL_S)
+        self.last: UpdateMetrics | None = None
+        self.metrics_log: MetricsLog | None = None
+        self.trackers: Trackers | None = None
+        if rank == 0:
+            self.metrics_log = MetricsLog(job.output_dir, state.step)
+            self.trackers = open_trackers(
+                job.trackers,
+                logging_dir=job.output_dir / job.config.logging_dir,
+                project=job.config.tracker_project_name,
+                run_name=job.output_dir.name,
+                settings=job.tracker_settings,
+            )
+
+    def run(self, batches: Iterator[list[PreparedRow]]) -> dict[str, Any]:
+        """Train to the end."""
+        state, plan = self.state, self.plan
+        try:
+            micro_step = 0
+            while state.step < plan.total_updates:
+                micro_step = self.update(batches, micro_step)
+                if plan.checkpoint_due(state.step):
+                    self.checkpoint()
+                if plan.validation_due(state.step):
+                    self.validate(state.step)
+            self.finish()
+        finally:
+            if self.metrics_log:
+                self.metrics_log.close()
+            if self.trackers:
+                self.trackers.close()
+        loss = None if self.last is None else self.last.loss
+        return {"step": state.step, "samples": state.samples, "loss": loss, "timings": self.clock.rounded()}
+
+    def update(self, batches: Iterator[list[PreparedRow]], micro_step: int) -> int:
+        """One optimizer update; returns the micro-steps done so far."""
+        state, plan, config = self.state, self.plan, self.job.config
+        start = time.perf_counter()
+        losses = []
+        for _ in range(plan.accumulation_steps):
+            with self.clock("data_wait" if micro_step else "first_batch"):
+                rows = self.next_rows(batches, micro_step)
+            with self.clock("step"):
+                device = state.accelerator.device
+                indices = [row.sample_index for row in rows]
+                num_timesteps = state.components.noise_scheduler.config["num_train_timesteps"]
+                assert config.seed is not None
+                metrics = train_step(
+                    state,
+                    make_batch(rows, state.components.tokenizer, device),
+                    draw(config.seed, indices, self.latent_shape, num_timesteps, device),
+                )
+                losses.append(metrics.loss)
+            micro_step += 1
+        with self.clock("step"):
+            loss = state.accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
+            assert metrics.grad_norm is not None
+            samples_per_update = plan.accumulation_steps * plan.batch_size * plan.world_size
+            rate = samples_per_update / (time.perf_counter() - start)
+            self.pending.add(
+                UpdateMetrics(state.step, loss, metrics.lr, metrics.grad_norm, state.samples, rate, time.time())
+            )
+            self.record()
+        return micro_step
+
+    def next_rows(self, batches: Iterator[list[PreparedRow]], micro_step: int) -> list[PreparedRow]:
+        """This worker's next batch; makes sure that it is the right one."""
+        try:
+            rows = next(batches)
+        except StopIteration:
+            raise RunError(f"The data stream ended at micro-step {micro_step}, before the run did") from None
+        except UserError:
+            if self.plan.world_size == 1 and micro_step % self.plan.accumulation_steps == 0:
+                self.checkpoint()  # a bad row must not cost the updates since the last checkpoint
+            raise
+        expected = self.plan.first_sample(self.first_sample, micro_step, self.rank)
+        if rows[0].sample_index != expected:
+            raise RunError(
+                f"Worker {self.rank} got sample {rows[0].sample_index} instead of {expected}: the data stream is out "
+                "of order. Please report this with the output folder's run.log"
+            )
+        return rows
+
+    def record(self, *, force: bool = False) -> None:
+        """Write the figures of finished updates, if it is time."""
+        for update in self.pending.ready(force=force):
+            self.last = update
+            if self.metrics_log and self.trackers:
+                self.metrics_log.append(update)
+                scalars = ("loss", "lr", "grad_norm", "images_per_second")
+                self.trackers.scalars(update.step, {name: getattr(update, name) for name in scalars})
+
+    def checkpoint(self) -> None:
+        """Write and report a checkpoint of the current update."""
+        state, job = self.state, self.job
+        self.record(force=True)  # a diverged model is not worth a checkpoint
+        with self.clock("checkpoint"):
+            reported = None
+            name = checkpoints.name_of(state.step)
+            if self.rank == 0:
+                assert job.config.seed is not None
+                written = checkpoints.write(
+                    job.output_dir,
+                    step=state.step,
+                    samples=state.samples,
+                    seed=job.config.seed,
+                    run_id=job.run_id,
+                    save=lambda folder: save_state(state, folder),
+                    facts=job.facts,
+                )
+                checkpoints.prune(job.output_dir, job.config.checkpoints_total_limit)
+                reported = ray.train.Checkpoint.from_directory(str(written.path))
+            ray.train.report(
+                self.last._asdict() if self.last else {"step": state.step},
+                checkpoint=reported,
+                checkpoint_dir_name=name,
+                checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
+            )
+
+    def validate(self, step: int, *, from_saved_weights: bool = False) -> None:
+        """Validation images, shared among the workers; the training's own randomness stays untouched."""
+        job, state = self.job, self.state
+        with self.clock("validation"):
+            controlnet = (
+                saved_controlnet(job.output_dir, state) if from_saved_weights else unwrap_controlnet(state)
+            )
+            precision = working_precision(job.config.mixed_precision)
+            validation.write(
+                job.output_dir,
+                step,
+                job.validation_items,
+                with_controlnet(state.components, controlnet),
+                resolution=job.config.resolution,
+                device=state.accelerator.device,
+                autocast=None if precision == torch.float32 else precision,
+                shard=(self.rank, self.plan.world_size),
+            )
+            _barrier()  # Ray's, not the process group's: a slow worker cannot time a collective out
+            if self.trackers:
+                for pair in validation.finish(
+                    job.output_dir, step, job.validation_items, resolution=job.config.resolution
+                ):
+                    self.trackers.images(step, pair.key, [pair.control, *pair.images], pair.prompt)
+
+    def finish(self) -> None:
+        """Final weights at the root of output_dir, and the last validation, made from them."""
+        self.record(force=True)
+        with self.clock("checkpoint"):
+            if self.rank == 0:
+                save_final_weights(self.state, self.job.output_dir)
+        if self.plan.validates:
+            _barrier()
+            self.validate(self.state.step, from_saved_weights=True)
+
+
+def _barrier() -> None:
+    if ray.train.get_context().get_world_size() > 1:
+        ray.train.collective.barrier()
+
+
+def _batches(job: Job, plan: RunPlan, checkpoint: Checkpoint | None) -> Iterator[list[PreparedRow]]:
+    if job.loader is None:
+        return ray_batches(ray.train.get_dataset_shard("train"))
+    step, samples = (checkpoint.step, checkpoint.samples) if checkpoint else (0, 0)
+    return local_batches(job.loader, samples, plan.batches_per_worker(step))
+
+
+def _read_ahead(items: Iterator[T]) -> Iterator[T]:
+    """`items`, one ahead of the consumer, in a thread that begins at once."""
+    end = object()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="read_ahead")
+    pending = pool.submit(next, items, end)
+
+    def consume() -> Iterator[T]:
+        nonlocal pending
+        try:
+            while (item := pending.result()) is not end:
+                pending = pool.submit(next, items, end)
+                yield item  # type: ignore[misc]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    return consume()
+
+
+@contextmanager
+def _hopeless_failures_recorded(job: Job) -> Iterator[None]:
+    """Leave a note of failures that would come again, so that Ray's next try ends at once instead of repeating them."""
+    try:
+        yield
+    except (UserError, RunError, torch.OutOfMemoryError) as error:
+        record_failure(job.output_dir, error)
+        raise
+
+
+def record_failure(output_dir: Path, error: Exception) -> None:
+    """Write the failure for the driver; the first one stands."""
+    if isinstance(error, torch.OutOfMemoryError):
+        error = RunError(
+            f"Out of GPU memory: {str(error).splitlines()[0]} Use a smaller --train_batch_size with more "
+            "--gradient_accumulation_steps, --gradient_checkpointing, or --mixed_precision bf16"
+        )
+    record = {"kind": "user" if isinstance(error, UserError) else "run", "message": str(error)}
+    try:
+        with (output_dir / FAILURE).open("x") as file:
+            json.dump(record, file)
+    except FileExistsError:
+        pass
+
+
+def read_failure(output_dir: Path) -> UserError | RunError | None:
+    """The failure a worker recorded, if any."""
+    try:
+        record = json.loads((output_dir / FAILURE).read_text())
+    except FileNotFoundError:
+        return None
+    return (UserError if record["kind"] == "user" else RunError)(record["message"])

@@ -1,0 +1,162 @@
+"""Speed of `python -m raycontrolnet.train` against the bare loop of reference_loop.py: the same work, run in turns.
+
+    python tests/benchmarks/train_speed.py [--steps 15] [--repeats 3] [-- FLAGS OF raycontrolnet train]
+
+It makes a base model of SD 1.5's proportions at a quarter of its width, and circles of 256 pixels. Both sides use
+`--threads` CPU threads. Goals: images/s at least as many, and at most 25 s more from the command to the first update.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from reference_loop import WARM_UP_UPDATES, images_per_second
+
+RESOLUTION = 256
+"""Pixels; the ratio of VAE to UNet work is SD 1.5's at 512."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    images_per_second: float
+    """After the warm-up."""
+    first_update_s: float
+    """From the command to the end of the first update."""
+    besides_updates_s: float
+    """From the command to its end, less the updates after the first: start-up, the first update, and the final save."""
+
+
+def main() -> None:
+    arguments, train_flags = split_arguments(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=15, help=f"updates a run; the first {WARM_UP_UPDATES} warm up")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each side")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of each side")
+    parser.add_argument("--batch_size", type=int, default=4)
+    args = parser.parse_args(arguments)
+    if args.steps <= WARM_UP_UPDATES:
+        parser.error(f"--steps={args.steps}: must be more than {WARM_UP_UPDATES}")
+
+    with tempfile.TemporaryDirectory(prefix="raycontrolnet-speed-") as temporary:
+        folder = Path(temporary)
+        write_inputs(folder)
+        speeds: dict[str, list[Speed]] = {"reference": [], "raycontrolnet": []}
+        for repeat in range(args.repeats):
+            for name, runs in speeds.items():
+                run = run_reference if name == "reference" else run_raycontrolnet
+                runs.append(run(folder, f"{name}-{repeat}", args, train_flags))
+                print(f"# {name} {repeat + 1}: {runs[-1]}", file=sys.stderr, flush=True)
+    print(table(speeds, args, train_flags))
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Those before and those after `--`."""
+    place = arguments.index("--") if "--" in arguments else len(arguments)
+    return list(arguments[:place]), list(arguments[place + 1 :])
+
+
+def write_inputs(folder: Path) -> None:
+    """Write `base` and `data` below `folder`."""
+    from raycontrolnet.demo.base_model import write_random_base
+    from raycontrolnet.demo.circles import write_circles
+
+    write_random_base(folder / "base", "quarter")
+    write_circles(folder / "data", 64, resolution=RESOLUTION)
+
+
+def run_reference(folder: Path, name: str, args: argparse.Namespace, _train_flags: Sequence[str]) -> Speed:
+    script = Path(__file__).with_name("reference_loop.py")
+    command = [sys.executable, str(script), "--base", str(folder / "base"), "--data", str(folder / "data")]
+    command += ["--resolution", str(RESOLUTION), "--batch_size", str(args.batch_size), "--steps", str(args.steps)]
+    command += ["--threads", str(args.threads)]
+    start, end = timed(command, folder / f"{name}.log")
+    result = json.loads((folder / f"{name}.log").read_text().strip().splitlines()[-1])
+    return speed_of(result["update_times"], start, end, args)
+
+
+def run_raycontrolnet(folder: Path, name: str, args: argparse.Namespace, train_flags: Sequence[str]) -> Speed:
+    output = folder / name
+    command = [sys.executable, "-m", "raycontrolnet.train", "--pretrained_model_name_or_path", str(folder / "base")]
+    command += ["--train_data_dir", str(folder / "data"), "--resolution", str(RESOLUTION)]
+    command += ["--train_batch_size", str(args.batch_size), "--max_train_steps", str(args.steps)]
+    command += ["--output_dir", str(output), "--seed", "0", "--report_to", "none", "--checkpointing_steps", "1000000"]
+    # A worker has as many threads as CPUs, rounded up; the half is left for loading. On two CPUs this is the default.
+    command += ["--cpus_per_worker", str(args.threads - 0.5)]
+    start, end = timed([*command, *train_flags], folder / f"{name}.log")
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return speed_of([line["time"] for line in lines], start, end, args)
+
+
+def timed(command: Sequence[str], log: Path) -> tuple[float, float]:
+    """Run `command` without GPU, its output into `log`; unix seconds of its start and end."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    start = time.time()
+    with log.open("w") as file:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False
+        )
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\nended with {done.returncode}:\n{log.read_text()[-5000:]}")
+    return start, time.time()
+
+
+def speed_of(update_times: list[float], start: float, end: float, args: argparse.Namespace) -> Speed:
+    if len(update_times) != args.steps:
+        sys.exit(f"{len(update_times)} updates were recorded, not {args.steps}")
+    return Speed(
+        images_per_second=images_per_second(update_times, args.batch_size),
+        first_update_s=update_times[0] - start,
+        besides_updates_s=end - start - (update_times[-1] - update_times[0]),
+    )
+
+
+def table(speeds: dict[str, list[Speed]], args: argparse.Namespace, train_flags: Sequence[str]) -> str:
+    """Markdown for RESULTS.md: medians, with the single runs in brackets."""
+    lines = [
+        f"{platform.machine()}, {os.cpu_count()} CPUs, {args.threads} threads; "
+        + ", ".join(f"{package} {version(package)}" for package in ("torch", "diffusers", "ray", "raycontrolnet"))
+        + f"; batch {args.batch_size}, {RESOLUTION} px, {args.steps} updates a run"
+        + (f"; {' '.join(train_flags)}" if train_flags else ""),
+        "",
+        "| | images/s | command to first update, s | all but the updates, s |",
+        "|---|---|---|---|",
+    ]
+    medians = {}
+    for name, runs in speeds.items():
+        columns = {
+            "images_per_second": [run.images_per_second for run in runs],
+            "first_update_s": [run.first_update_s for run in runs],
+            "besides_updates_s": [run.besides_updates_s for run in runs],
+        }
+        medians[name] = {column: statistics.median(values) for column, values in columns.items()}
+        cells = [
+            f"{statistics.median(values):.3g} ({', '.join(f'{value:.3g}' for value in values)})"
+            for values in columns.values()
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    ours, theirs = medians["raycontrolnet"], medians["reference"]
+    ratio = ours["images_per_second"] / theirs["images_per_second"]
+    first, besides = (ours[column] - theirs[column] for column in ("first_update_s", "besides_updates_s"))
+    lines.append(f"| raycontrolnet against reference | {ratio:.3f}x | {first:+.1f} | {besides:+.1f} |")
+    lines.append(f"| goal | >= 1.0x: {verdict(ratio >= 1)} | <= +25: {verdict(first <= 25)} | |")
+    return "\n".join(lines)
+
+
+def verdict(reached: bool) -> str:
+    return "reached" if reached else "missed"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What tests share: tiny base models and a tiny data set, written once per session, and no network unless asked for."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports huggingface_hub, which reads it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raycontrolnet.demo.circles import write_circles
+
+TINY_RESOLUTION = 32
+"""Pixels; 4 x 4 latents, 2 x 2 in the middle of the tiny UNet."""
+
+
+@pytest.fixture(autouse=True)
+def _network_only_if_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tests marked `network` reach the Hub; the others, and their subprocesses, stay offline."""
+    if request.node.get_closest_marker("network"):
+        import datasets
+        import huggingface_hub.constants
+
+        monkeypatch.delenv("HF_HUB_OFFLINE")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion of a few thousand random weights that predicts the noise."""
+    from raycontrolnet.demo.base_model import write_random_base
+
+    return write_random_base(tmp_path_factory.mktemp("tiny_base"), "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_base_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with prediction_type v_prediction."""
+    from raycontrolnet.demo.base_model import write_random_base
+
+    return write_random_base(tmp_path_factory.mktemp("tiny_base_v"), "tiny", prediction_type="v_prediction")
+
+
+@pytest.fixture(scope="session")
+def circles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """13 rows, so that epochs end within a batch. Do not write into it."""
+    return write_circles(tmp_path_factory.mktemp("circles"), 13, resolution=TINY_RESOLUTION)
+
+
+@pytest.fixture
+def tiny_settings(tiny_base: Path, circles: Path, tmp_path: Path) -> dict[str, Any]:
+    """Settings of a run of four updates in this process: `TrainConfig(**tiny_settings)`."""
+    return {
+        "pretrained_model_name_or_path": str(tiny_base),
+        "train_data_dir": str(circles),
+        "output_dir": str(tmp_path / "out"),
+        "resolution": TINY_RESOLUTION,
+        "train_batch_size": 4,
+        "max_train_steps": 4,
+        "checkpointing_steps": 2,
+        "learning_rate": 1e-3,
+        "seed": 0,
+        "report_to": "none",
+        "num_workers": "0",
+        "use_gpu": False,
+    }

@@ -1,0 +1,117 @@
+"""The demo's base models and data are what diffusers and the data path expect."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from raycontrolnet.demo.base_model import CONTEXT_LENGTH, SCALING_FACTOR, write_random_base
+from raycontrolnet.demo.circles import write_circles
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_base_depends_on_the_seed_alone_and_leaves_torchs_randomness(tiny_base: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    again = files(write_random_base(tmp_path / "again", "tiny"))
+    other = files(write_random_base(tmp_path / "other", "tiny", seed=1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert again == files(tiny_base)
+    assert len(again) >= 10
+    weights = {name for name in again if name.endswith(".safetensors")}
+    assert {name for name in again if again[name] != other[name]} == weights
+    assert sum(map(len, again.values())) < 2e6
+
+
+@pytest.mark.parametrize("fixture", ["tiny_base", "tiny_base_v"])
+def test_base_drives_a_controlnet_pipeline(fixture: str, request: pytest.FixtureRequest) -> None:
+    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, UNet2DConditionModel
+
+    base = request.getfixturevalue(fixture)
+    controlnet = ControlNetModel.from_unet(UNet2DConditionModel.from_pretrained(base, subfolder="unet"))
+    pipeline = StableDiffusionControlNetPipeline.from_pretrained(base, controlnet=controlnet)
+    pipeline.set_progress_bar_config(disable=True)
+    (image,) = pipeline("red circle", image=Image.new("RGB", (32, 32)), num_inference_steps=2).images
+    assert image.size == (32, 32)
+    assert pipeline.vae_scale_factor == 8
+    assert pipeline.scheduler.config.prediction_type == ("epsilon" if fixture == "tiny_base" else "v_prediction")
+
+
+def test_scheduler_settings_are_stable_diffusions(tiny_base: Path, tiny_base_v: Path) -> None:
+    for base in (tiny_base, tiny_base_v):
+        config = json.loads((base / "scheduler" / "scheduler_config.json").read_text())
+        assert (config["beta_start"], config["beta_end"], config["beta_schedule"]) == (0.00085, 0.012, "scaled_linear")
+        assert (config["num_train_timesteps"], config["steps_offset"], config["clip_sample"]) == (1000, 1, False)
+
+
+def test_latents_are_of_order_one(tiny_base: Path, circles: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(tiny_base, subfolder="vae")
+    assert vae.config.scaling_factor == SCALING_FACTOR
+    pixels = np.stack([np.asarray(Image.open(path)) for path in sorted((circles / "images").iterdir())])
+    posterior = vae.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
+    assert posterior.mean.shape == (13, 4, 4, 4)
+    assert 0.5 < (posterior.sample() * SCALING_FACTOR).std() < 2
+    assert posterior.logvar.abs().max() < 6
+
+
+def test_tokenizer_is_clips(tiny_base: Path) -> None:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_base, subfolder="tokenizer")
+    texts = ["red circle with blue background", "", "Größe 12 ≥ 3, 円 " * 40]
+    ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    assert ids.shape == (3, CONTEXT_LENGTH)
+    assert tokenizer.model_max_length == CONTEXT_LENGTH
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert tokenizer.pad_token_id == end
+    assert (ids[:, 0] == start).all()
+    assert (ids[0] == end).sum() == CONTEXT_LENGTH - 6, "each word of a caption is one token"
+    assert (ids[1, 1:] == end).all()
+    assert (ids[2] == end).sum() == 1
+    assert tokenizer.decode(ids[0], skip_special_tokens=True) == texts[0]
+    text_encoder = CLIPTextModel.from_pretrained(tiny_base, subfolder="text_encoder")
+    assert text_encoder.config.vocab_size == len(tokenizer) == end + 1
+    assert text_encoder.config.eos_token_id == end
+
+
+def test_circles_are_what_their_captions_say(tmp_path: Path) -> None:
+    from raycontrolnet.demo.circles import COLOURS
+
+    folder = write_circles(tmp_path / "circles", 20, resolution=64, seed=3)
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert len(rows) == 20
+    for row in rows:
+        assert list(row) == ["image", "conditioning_image", "text"]
+        image, outline = (Image.open(folder / row[column]) for column in ("image", "conditioning_image"))
+        assert image.mode == outline.mode == "RGB"
+        assert image.size == outline.size == (64, 64)
+        circle, _, _, background, _ = row["text"].split()
+        assert circle != background
+        white = np.argwhere(np.asarray(outline)[..., 0] > 127)
+        assert len(white) > 10
+        y, x = white.mean(axis=0).round().astype(int)
+        pixels = np.asarray(image)
+        assert tuple(pixels[y, x]) == COLOURS[circle]
+        colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
+        assert {tuple(colour) for colour in colours[counts.argsort()[-2:]]} == {COLOURS[circle], COLOURS[background]}
+
+
+def test_more_circles_begin_with_the_fewer(circles: Path, tmp_path: Path) -> None:
+    fewer, more = files(circles), files(write_circles(tmp_path, 15, resolution=32))
+    assert len(fewer) == 2 * 13 + 1
+    metadata = "metadata.jsonl"
+    assert more[metadata].startswith(fewer[metadata])
+    assert {name: more[name] for name in fewer if name != metadata} == {
+        name: content for name, content in fewer.items() if name != metadata
+    }
+    assert more.keys() - fewer.keys() == {f"{kind}/{i:05}.png" for kind in ("images", "conditioning") for i in (13, 14)}

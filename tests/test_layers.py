@@ -1,0 +1,186 @@
+"""Imports go one way: read from the source with `ast`, so that imports inside functions count too."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("config", "errors"),
+    ("data",),
+    ("model",),
+    ("run",),
+    ("cluster", "train_controlnet"),
+    ("prepare", "train"),
+    ("tune",),
+    ("demo",),  # stands beside the others; what it may import is what is below cli
+    ("", "cli"),  # "" is raycontrolnet/__init__.py, the names for Python users
+    ("__main__",),
+)
+"""From the bottom up. A module imports from lower layers, and from its own folder."""
+
+RAY_DRIVERS = {"cluster", "train_controlnet", "train", "prepare", "tune", "data.stream"}
+"""Modules that may import ray."""
+
+TORCH_FREE = ("", "__main__", "cli", "config", "data", "errors")
+"""Importing these must not wait for torch."""
+
+HEAVY = {"accelerate", "datasets", "diffusers", "ray", "torch", "transformers"}
+
+
+@dataclass(frozen=True)
+class Import:
+    importer: str
+    """Module name without the leading `raycontrolnet.`; empty for the package itself."""
+    target: str
+    """Imported module: as `importer` if `own`, else the name of another top-level package."""
+    own: bool
+    when: Literal["module", "function", "types"]
+    """Run with the module, run later in a function, or for the type checker alone."""
+
+    def __str__(self) -> str:
+        return f"{self.importer or '__init__'} imports {self.target or 'the package itself'} (in {self.when})"
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Module name without the leading `raycontrolnet.` -> its file; folders by their `__init__`."""
+    spec = find_spec("raycontrolnet")
+    assert spec is not None
+    assert spec.origin is not None
+    root = Path(spec.origin).parent
+    files = {path: path.relative_to(root).with_suffix("") for path in sorted(root.rglob("*.py"))}
+    return {".".join(name.parts).removesuffix("__init__").rstrip("."): path for path, name in files.items()}
+
+
+@cache
+def imports() -> tuple[Import, ...]:
+    return tuple(found for module, path in modules().items() for found in imports_of(module, path))
+
+
+def imports_of(module: str, path: Path) -> Iterator[Import]:
+    def visit(node: ast.AST, when: Literal["module", "function", "types"]) -> Iterator[Import]:
+        match node:
+            case ast.Import():
+                names = [alias.name for alias in node.names]
+            case ast.ImportFrom():
+                assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            case ast.If(test=ast.Name(id="TYPE_CHECKING") | ast.Attribute(attr="TYPE_CHECKING")):
+                for statement in node.body:
+                    yield from visit(statement, "types")
+                for statement in node.orelse:
+                    yield from visit(statement, when)
+                return
+            case _:
+                inside = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) and when == "module"
+                for child in ast.iter_child_nodes(node):
+                    yield from visit(child, "function" if inside else when)
+                return
+        for name in names:
+            package, _, rest = name.partition(".")
+            own = package == "raycontrolnet"
+            if own and rest not in modules():  # a name in a module, not a module
+                rest = rest.rpartition(".")[0]
+            yield Import(module, rest if own else package, own, when)
+
+    yield from visit(ast.parse(path.read_text(encoding="utf-8")), "module")
+
+
+def room(module: str) -> str:
+    """The folder or the file at the top that a module belongs to."""
+    return module.partition(".")[0]
+
+
+def height(module: str) -> int:
+    (found,) = (height for height, rooms in enumerate(LAYERS) if room(module) in rooms)
+    return found
+
+
+def test_the_package_was_read() -> None:
+    assert len(modules()) >= MODULES_AT_LEAST
+    own = [found for found in imports() if found.own]
+    assert len(own) >= OWN_IMPORTS_AT_LEAST
+    assert len(imports()) - len(own) >= OTHER_IMPORTS_AT_LEAST
+    assert {found.when for found in imports()} == {"module", "function", "types"}
+    assert {found.importer for found in own} >= {"config", "data.stream", "model.step"}
+
+
+def test_every_module_has_a_layer() -> None:
+    rooms = {name for layer in LAYERS for name in layer}
+    assert not {room(module) for module in modules()} - rooms, "put it into LAYERS, and into CONTRIBUTING.md"
+
+
+def test_imports_go_down() -> None:
+    wrong = [
+        str(found)
+        for found in imports()
+        if found.own
+        and height(found.target) >= height(found.importer)
+        and not (room(found.target) == room(found.importer) != "")
+        and {found.importer, found.target} != {"config", "errors"}
+    ]
+    assert wrong == []
+
+
+def test_only_the_command_line_knows_the_demo() -> None:
+    users = {found.importer for found in imports() if found.own and room(found.target) == "demo"}
+    assert {user for user in users if room(user) != "demo"} <= {"cli"}
+
+
+def test_no_circles_in_what_is_imported_with_a_module() -> None:
+    needs: dict[str, set[str]] = {module: set() for module in modules()}
+    for found in imports():
+        if found.own and found.when == "module" and found.target in needs and found.target != found.importer:
+            needs[found.importer].add(found.target)
+    while ready := {module for module, needed in needs.items() if not needed}:
+        needs = {module: needed - ready for module, needed in needs.items() if module not in ready}
+    assert needs == {}
+
+
+def test_ray_is_imported_only_where_ray_is_driven() -> None:
+    users = {found.importer for found in imports() if found.target == "ray" and not found.own}
+    assert "data.stream" in users
+    assert users <= RAY_DRIVERS
+
+
+def test_the_mathematics_imports_torch_alone() -> None:
+    found = [found for found in imports() if found.importer == "model.diffusion"]
+    packages = {one.target for one in found if one.when != "types" and not one.own}
+    assert packages - set(sys.stdlib_module_names) == {"torch"}
+    assert not [str(one) for one in found if one.own]
+
+
+def test_torch_is_not_imported_with_config_data_and_cli() -> None:
+    wrong = [
+        str(found)
+        for found in imports()
+        if room(found.importer) in TORCH_FREE and found.when == "module" and found.target == "torch"
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("module", ["", "config", "cli"])
+def test_importing_loads_nothing_heavy(module: str) -> None:
+    """What is really loaded, through everything that a module imports: `--help` waits for it."""
+    if module not in modules():
+        pytest.skip(f"no raycontrolnet.{module} yet")
+    name = f"raycontrolnet.{module}".rstrip(".")
+    code = f"import sys, {name}; print(*sorted({HEAVY} & set(sys.modules)))"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert loaded.split() == []
+
+
+# So that these tests cannot pass on nothing; lower them only together with the package.
+MODULES_AT_LEAST = 15
+OWN_IMPORTS_AT_LEAST = 30
+OTHER_IMPORTS_AT_LEAST = 60

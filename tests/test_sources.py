@@ -1,0 +1,608 @@
+"""Every kind of data set, written here, gives the same rows; and what is wrong with one is said by name and line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from raycontrolnet.config import DataConfig
+from raycontrolnet.data.folder_source import FolderSource
+from raycontrolnet.data.sources import Source, open_source
+from raycontrolnet.data.transforms import decode_rgb
+from raycontrolnet.errors import DataError
+
+COUNT = 3
+CAPTIONS = [("a cat",), ("a dog, “quoted”",), ("one", "two")]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    datasets.disable_progress_bars()
+
+
+def colour(row: int, conditioning: bool) -> tuple[int, int, int]:
+    return (40 * row, 200 if conditioning else 0, 7)
+
+
+def png_bytes(row: int, conditioning: bool) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), colour(row, conditioning)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_images(folder: Path, first: str = "images", second: str = "edges") -> None:
+    for name, conditioning in ((first, False), (second, True)):
+        (folder / name).mkdir(parents=True)
+        for row in range(COUNT):
+            (folder / name / f"{row}.png").write_bytes(png_bytes(row, conditioning))
+
+
+def write_lines(path: Path, rows: list[Any]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def rows_with(image: str, conditioning_image: str, caption: str, captions: list[Any] | None = None) -> list[Any]:
+    captions = captions or [item[0] if len(item) == 1 else list(item) for item in CAPTIONS]
+    return [
+        {caption: text, conditioning_image: f"edges/{row}.png", image: f"images/{row}.png"}
+        for row, text in enumerate(captions)
+    ]
+
+
+def check_rows(source: Source, captions: list[tuple[str, ...]] = CAPTIONS) -> None:
+    assert len(source) == COUNT
+    assert list(source.problems()) == []
+    for row in (2, 0, 1):
+        values = source.read(row)
+        assert values == source.read(row)
+        assert values.captions == captions[row]
+        for data, conditioning in ((values.image, False), (values.conditioning_image, True)):
+            image = decode_rgb(data, background=(0, 0, 0))
+            assert image.getpixel((0, 0)) == colour(row, conditioning)
+    assert len({source.read(row).place for row in range(COUNT)}) == COUNT
+
+
+def check_travels(source: Source, monkeypatch: pytest.MonkeyPatch, elsewhere: Path, **expected: Any) -> Source:
+    """It reads the same after a pickle, in another working directory, in a process that has opened nothing."""
+    from raycontrolnet.data import hub_source
+
+    data = pickle.dumps(source, protocol=5)
+    hub_source._open.cache_clear()
+    monkeypatch.chdir(elsewhere)
+    copy: Source = pickle.loads(data)
+    check_rows(copy, **expected)
+    assert copy.fingerprint() == source.fingerprint()
+    assert len(source.fingerprint()) == 16
+    return copy
+
+
+# --- folders with a metadata file ---
+
+
+@pytest.mark.parametrize("flag", ["train_data_dir", "dataset_name"])
+@pytest.mark.parametrize(
+    ("name", "columns", "flags"),
+    [
+        ("metadata.jsonl", ("image", "conditioning_image", "text"), {}),
+        ("metadata.jsonl", ("file_name", "conditioning_image_file_name", "text"), {}),
+        ("metadata.jsonl", ("image_file_name", "conditioning_image_file_name", "text"), {}),
+        ("metadata.jsonl", ("a", "b_file_name", "c"), {"image": "a", "conditioning_image": "b", "caption": "c"}),
+        ("prompt.json", ("target", "source", "prompt"), {}),
+        ("train.jsonl", ("image", "conditioning_image", "text"), {}),
+        ("train/metadata.jsonl", ("file_name", "conditioning_image_file_name", "text"), {}),
+    ],
+    ids=[
+        "named columns",
+        "image folder",
+        "suffixes",
+        "own names",
+        "original ControlNet",
+        "fill50k repository",
+        "split",
+    ],
+)
+def test_folders(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flag: str,
+    name: str,
+    columns: tuple[str, str, str],
+    flags: dict[str, str],
+) -> None:
+    folder = tmp_path / "data"
+    write_images((folder / name).parent)
+    write_lines(folder / name, rows_with(*columns))
+    monkeypatch.chdir(tmp_path)
+    settings: dict[str, Any] = {flag: "data", **{f"{key}_column": value for key, value in flags.items()}}
+    source = open_source(DataConfig(**settings))
+    assert isinstance(source, FolderSource)
+    check_rows(source)
+    assert source.read(1).place == str(Path("data", name)) + ":2"
+    check_travels(source, monkeypatch, tmp_path.parent)
+
+
+def test_absolute_paths_blank_lines_and_a_byte_order_mark(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    rows = rows_with("image", "conditioning_image", "text")
+    rows[1]["image"] = str(tmp_path / "images" / "1.png")
+    lines = "\n\n".join(json.dumps(row) for row in rows)  # without a newline at the end
+    (tmp_path / "metadata.jsonl").write_text("\ufeff" + lines + "\n \n", encoding="utf-8")
+    source = open_source(DataConfig(train_data_dir=str(tmp_path)))
+    check_rows(source)
+    assert [source.read(row).place.rpartition(":")[2] for row in range(COUNT)] == ["1", "3", "5"]
+
+
+def test_a_folder_travels_without_a_copy_and_many_rows_stay_small(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    write_lines(tmp_path / "metadata.jsonl", rows_with("image", "conditioning_image", "text") * 30_000)
+    source = open_source(DataConfig(train_data_dir=str(tmp_path)))
+    assert isinstance(source, FolderSource)
+    assert [source.table[column].num_chunks for column in source.table.column_names] == [1] * 4
+    assert source.table.nbytes < 100 * len(source)
+    buffers: list[pickle.PickleBuffer] = []
+    data = pickle.dumps(source, protocol=5, buffer_callback=buffers.append)
+    assert len(data) < 5_000
+    copy: FolderSource = pickle.loads(data, buffers=buffers)
+    assert copy.read(89_999) == source.read(89_999)
+    assert copy.read(89_999).place == f"{tmp_path}/metadata.jsonl:90000"
+    addresses = [column.chunk(0).buffers()[-1].address for column in (copy.table["image"], source.table["image"])]
+    assert addresses[0] == addresses[1]
+
+
+def test_the_fingerprint_is_the_datas(tmp_path: Path) -> None:
+    fingerprints = set()
+    for name, texts in (("a", ["x", "y", "z"]), ("b", ["x", "y", "z"]), ("c", ["x", "y", "other"])):
+        folder = tmp_path / name
+        write_images(folder)
+        write_lines(folder / "metadata.jsonl", rows_with("image", "conditioning_image", "text", texts))
+        fingerprints.add(open_source(DataConfig(train_data_dir=str(folder))).fingerprint())
+    assert len(fingerprints) == 2  # moving a data set does not make it another
+    swapped = DataConfig(
+        train_data_dir=str(folder), image_column="conditioning_image", conditioning_image_column="image"
+    )
+    assert open_source(swapped).fingerprint() not in fingerprints
+
+
+def problems_of(**settings: Any) -> list[str]:
+    with pytest.raises(DataError) as caught:
+        open_source(DataConfig(**settings))
+    return str(caught.value).split("\n")
+
+
+def test_missing_columns_are_named_with_those_that_exist(tmp_path: Path) -> None:
+    path = tmp_path / "metadata.jsonl"
+    write_lines(path, [{"img": "a.png", "text": "x", "depth": "b.png"}])
+    has = f"no such column in {path}, which has: img, text, depth"
+    assert problems_of(train_data_dir=str(tmp_path), caption_column="texts") == [
+        f"--image_column=image: {has}; perhaps you meant img",
+        f"--conditioning_image_column=conditioning_image: {has}; name one of them with --conditioning_image_column",
+        f"--caption_column=texts: {has}; perhaps you meant text",
+    ]
+
+
+def test_a_column_that_the_user_named_is_not_replaced_by_a_customary_one(tmp_path: Path) -> None:
+    write_lines(tmp_path / "prompt.json", [{"target": "a.png", "source": "b.png", "prompt": "x"}])
+    (problem,) = problems_of(train_data_dir=str(tmp_path), image_column="targt")
+    assert problem.startswith("--image_column=targt: no such column")
+    assert problem.endswith("perhaps you meant target")
+
+
+BAD_LINES = [
+    (b'{"image": "a.png", \n', "is not valid JSON (Expecting property name enclosed in double quotes, column 20)"),
+    (b"[1, 2]\n", "must be a JSON object, is a list; the file holds one object per line"),
+    (b'{"image": "\xff"}\n', "is not UTF-8 text"),
+    (b'{"image": "a.png", "text": "x"}\n', "has no conditioning_image, only: image, text"),
+    (b'{"image": "a.png", "conditioning_image": "a.png"}\n', "has no text, only: image, conditioning_image"),
+    (b'{"image": 5, "conditioning_image": "a.png", "text": "x"}\n', "image must be the path of an image, is a number"),
+    (b'{"image": "", "conditioning_image": "a.png", "text": "x"}\n', "image must be the path of an image, is empty"),
+    (b'{"image": "a", "conditioning_image": "a", "text": null}\n', "text must be a text or a list of texts, is null"),
+    (
+        b'{"image": "a", "conditioning_image": "a", "text": {}}\n',
+        "text must be a text or a list of texts, is an object",
+    ),
+    (
+        b'{"image": "a", "conditioning_image": "a", "text": ["x", true]}\n',
+        "text must be a text or a list of texts, is a list with true or false in it",
+    ),
+    (
+        b'{"image": "a", "conditioning_image": "a", "text": []}\n',
+        "text must hold at least one caption, is an empty list",
+    ),
+]
+
+
+def test_all_bad_lines_are_named(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    path = tmp_path / "metadata.jsonl"
+    write_lines(path, rows_with("image", "conditioning_image", "text"))
+    with path.open("ab") as file:
+        file.writelines(line for line, _ in BAD_LINES)
+    expected = [f"{path}:{COUNT + 1 + index}: {reason}" for index, (_, reason) in enumerate(BAD_LINES)]
+    assert len(expected) == 11
+    assert problems_of(train_data_dir=str(tmp_path)) == [*expected[:10], "... 11 lines cannot be used in all"]
+
+
+def test_a_bad_first_line(tmp_path: Path) -> None:
+    (tmp_path / "metadata.jsonl").write_text("image,text\n")
+    (problem,) = problems_of(train_data_dir=str(tmp_path))
+    assert problem == f"{tmp_path}/metadata.jsonl:1: is not valid JSON (Expecting value, column 1)"
+
+
+def test_missing_files_are_listed_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path)
+    path = tmp_path / "metadata.jsonl"
+    good = {"image": "images/0.png", "conditioning_image": "edges/0.png", "text": "x"}
+    write_lines(path, [good, good | {"image": "images/9.png", "conditioning_image": "nowhere/0.png"}, good])
+    assert problems_of(train_data_dir=str(tmp_path)) == [
+        f"{path}:2: conditioning_image nowhere/0.png: no such file",
+        f"{path}:2: image images/9.png: no such file",
+    ]
+    write_lines(path, [good] + [good | {"image": f"nowhere/{row}.png"} for row in range(5000)])
+    listed = []
+    scandir = os.scandir
+
+    def spy(folder: Any) -> Any:
+        listed.append(folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", spy)
+    problems = problems_of(train_data_dir=str(tmp_path))
+    assert problems[0] == f"{path}:2: image nowhere/0.png: no such file"
+    assert len(problems) == 11
+    assert problems[10] == "... 5,000 files are missing in all"
+    assert len(listed) == 3  # a listing per folder, not a call per file
+
+
+def test_files_that_vanish_are_seen_on_the_machine_that_reads(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    write_lines(tmp_path / "metadata.jsonl", rows_with("image", "conditioning_image", "text"))
+    source = open_source(DataConfig(train_data_dir=str(tmp_path)))
+    (tmp_path / "images" / "1.png").unlink()
+    assert list(source.problems()) == [f"{tmp_path}/metadata.jsonl:2: image images/1.png: no such file"]
+
+
+def test_folders_that_hold_no_data(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert problems_of(train_data_dir=str(tmp_path / "nope")) == [
+        f"--train_data_dir={tmp_path}/nope: no such folder",
+    ]
+    (problem,) = problems_of(train_data_dir=str(empty))
+    assert problem == (
+        f"--train_data_dir={empty}: has no metadata.jsonl, one line per image such as "
+        '{"image": "images/1.png", "conditioning_image": "edges/1.png", "text": "a caption"}; '
+        "also read are prompt.json, train.jsonl, metadata.csv and parquet files. It holds: nothing"
+    )
+    (empty / "metadata.jsonl").write_text("\n\n")
+    assert problems_of(train_data_dir=str(empty)) == [f"{empty}/metadata.jsonl: has no rows"]
+    assert problems_of(train_data_dir=str(tmp_path)) == [
+        f"--train_data_dir={tmp_path}: has no metadata.jsonl; perhaps you meant --train_data_dir={empty}"
+    ]
+    assert problems_of(train_data_dir=str(empty / "metadata.jsonl")) == [
+        f"--train_data_dir={empty}/metadata.jsonl: is a file; name the folder that it is in"
+    ]
+
+
+# --- what the datasets library reads ---
+
+
+def images_table(captions: list[Any]) -> dict[str, list[Any]]:
+    return {
+        "extra": list(range(COUNT)),
+        "image": [{"bytes": png_bytes(row, False), "path": None} for row in range(COUNT)],
+        "conditioning_image": [{"bytes": png_bytes(row, True), "path": None} for row in range(COUNT)],
+        "text": captions,
+    }
+
+
+LISTS: list[Any] = [list(captions) for captions in CAPTIONS]
+TEXTS: list[Any] = [captions[0] for captions in CAPTIONS]
+FIRST_OF_EACH: list[tuple[str, ...]] = [(text,) for text in TEXTS]
+
+
+def image_dataset(captions: list[Any]) -> Any:
+    import datasets
+
+    text = datasets.Value("string")
+    features = datasets.Features(
+        {
+            "extra": datasets.Value("int64"),
+            "image": datasets.Image(),
+            "conditioning_image": datasets.Image(),
+            "text": datasets.List(text) if isinstance(captions[0], list) else text,
+        }
+    )
+    return datasets.Dataset.from_dict(images_table(captions), features=features)
+
+
+def write_parquet(folder: Path) -> Path:
+    (folder / "data").mkdir(parents=True)
+    image_dataset(LISTS).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    return folder
+
+
+def write_bare_parquet_file(folder: Path) -> Path:
+    """Images as bytes in one column and as fields in another, with nothing that says that they are images."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir()
+    table = images_table(LISTS)
+    table["image"] = [image["bytes"] for image in table["image"]]
+    pq.write_table(pa.table(table), folder / "rows.parquet")
+    return folder / "rows.parquet"
+
+
+def write_saved(folder: Path) -> Path:
+    image_dataset(LISTS).save_to_disk(folder)
+    return folder
+
+
+def write_saved_splits(folder: Path) -> Path:
+    import datasets
+
+    datasets.DatasetDict({"train": image_dataset(LISTS)}).save_to_disk(folder)
+    return folder
+
+
+def write_saved_selection(folder: Path) -> Path:
+    import datasets
+
+    both = datasets.concatenate_datasets([image_dataset(LISTS), image_dataset(LISTS)])
+    both.select([5, 1, 3, 2]).select([2, 1, 3]).save_to_disk(folder)
+    return folder
+
+
+def write_json_lines(folder: Path) -> Path:
+    write_images(folder)
+    captions: list[Any] = LISTS
+    write_lines(folder / "rows.jsonl", rows_with("image", "conditioning_image", "text", captions))
+    return folder / "rows.jsonl"
+
+
+def write_image_folder(folder: Path) -> Path:
+    write_images(folder)
+    lines = [f'images/{row}.png,edges/{row}.png,"{text}"' for row, text in enumerate(TEXTS)]
+    header = "file_name,conditioning_image_file_name,text"
+    (folder / "metadata.csv").write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
+    return folder
+
+
+def write_image_folder_split(folder: Path) -> Path:
+    write_image_folder(folder / "train")
+    return folder
+
+
+WRITERS: list[tuple[Callable[[Path], Path], str, list[tuple[str, ...]]]] = [
+    (write_parquet, "dataset_name", CAPTIONS),
+    (write_parquet, "train_data_dir", CAPTIONS),
+    (write_bare_parquet_file, "dataset_name", CAPTIONS),
+    (write_saved, "dataset_name", CAPTIONS),
+    (write_saved, "train_data_dir", CAPTIONS),
+    (write_saved_splits, "dataset_name", CAPTIONS),
+    (write_json_lines, "dataset_name", CAPTIONS),
+    (write_image_folder, "dataset_name", FIRST_OF_EACH),
+    (write_image_folder, "train_data_dir", FIRST_OF_EACH),
+    (write_image_folder_split, "train_data_dir", FIRST_OF_EACH),
+]
+
+
+@pytest.mark.parametrize(("write", "flag", "captions"), WRITERS, ids=lambda value: getattr(value, "__name__", None))
+def test_data_sets(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    write: Callable[[Path], Path],
+    flag: str,
+    captions: list[tuple[str, ...]],
+) -> None:
+    path = write(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    shown = str(path.relative_to(tmp_path))
+    settings: dict[str, Any] = {flag: shown}
+    source = open_source(DataConfig(**settings), cache_dir="cache", token="hf_secret")
+    check_rows(source, captions)
+    assert source.read(1).place == f"--{flag}={shown}, row 1"
+    assert len(pickle.dumps(source)) < 1_000  # its arguments, not its rows
+    assert b"hf_secret" not in pickle.dumps(source)
+    check_travels(source, monkeypatch, tmp_path.parent, captions=captions)
+
+
+def test_a_saved_selection_keeps_its_order(tmp_path: Path) -> None:
+    path = write_saved_selection(tmp_path / "data")
+    source = open_source(DataConfig(dataset_name=str(path)))
+    assert [source.read(row).captions for row in range(3)] == [CAPTIONS[0], CAPTIONS[1], CAPTIONS[2]]
+
+
+def test_a_data_sets_fingerprint_is_the_datas(tmp_path: Path) -> None:
+    names = []
+    for name, captions in (("a", TEXTS), ("b", TEXTS), ("c", [*TEXTS[:2], "other"])):
+        image_dataset(captions).save_to_disk(tmp_path / name)
+        names.append(str(tmp_path / name))
+    a, b, c = (open_source(DataConfig(dataset_name=name)).fingerprint() for name in names)
+    assert a == b != c
+
+
+def test_reading_a_row_does_not_decode_it_or_load_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    source = open_source(DataConfig(dataset_name=str(write_saved(tmp_path / "data"))))
+    monkeypatch.setattr(Image, "open", None)
+    monkeypatch.setattr(datasets.Dataset, "to_table", None, raising=False)
+    assert source.read(2).image == png_bytes(2, False)
+
+
+def test_a_changed_data_set_is_noticed(tmp_path: Path) -> None:
+    import shutil
+
+    from raycontrolnet.data import hub_source
+
+    path = write_saved(tmp_path / "data")
+    source = open_source(DataConfig(dataset_name=str(path)))
+    shutil.rmtree(path)
+    image_dataset(TEXTS).select([0, 1]).save_to_disk(path)
+    hub_source._open.cache_clear()
+    with pytest.raises(DataError, match=r"has 2 rows on this machine and 3 where the run was started"):
+        source.read(0)
+    assert len(open_source(DataConfig(dataset_name=str(path)))) == 2
+
+
+def test_wrong_types_and_columns(tmp_path: Path) -> None:
+    name = str(write_saved(tmp_path / "data"))
+    shown = f"--dataset_name={name}"
+    has = f"no such column in {shown}, which has: extra, image, conditioning_image, text"
+    assert problems_of(dataset_name=name, image_column="imag") == [
+        f"--image_column=imag: {has}; perhaps you meant image"
+    ]
+    assert problems_of(dataset_name=name, conditioning_image_column="extra", caption_column="image") == [
+        f"{shown}: extra must hold images or paths of images, is Value('int64')",
+        f"{shown}: image must hold a text or a list of texts, is Image(mode=None, decode=True)",
+    ]
+
+
+def test_empty_cells_and_missing_files(tmp_path: Path) -> None:
+    dataset = image_dataset([TEXTS[0], None, None])
+    dataset.save_to_disk(tmp_path / "null")
+    name = str(tmp_path / "null")
+    assert problems_of(dataset_name=name) == [f"--dataset_name={name}: text is null in 2 of 3 rows"]
+    dataset.select([]).to_parquet(tmp_path / "none.parquet")
+    assert problems_of(dataset_name=f"{tmp_path}/none.parquet") == [
+        f"--dataset_name={tmp_path}/none.parquet: has no rows"
+    ]
+    lines = write_json_lines(tmp_path / "lines")
+    (lines.parent / "edges" / "2.png").unlink()
+    assert problems_of(dataset_name=str(lines)) == [
+        f"--dataset_name={lines}, row 2: conditioning_image edges/2.png: no such file"
+    ]
+    folder = write_image_folder(tmp_path / "csv")
+    source = open_source(DataConfig(train_data_dir=str(folder)))
+    (folder / "images" / "0.png").unlink()
+    assert list(source.problems()) == [f"--train_data_dir={folder}, row 0: image {folder}/images/0.png: no such file"]
+
+
+def test_rows_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = images_table([["x"], [], ["y"]])
+    table["image"][2] = {"bytes": None, "path": None}
+    pq.write_table(pa.table(table), tmp_path / "data.parquet")
+    source = open_source(DataConfig(dataset_name=f"{tmp_path}/data.parquet"))
+    source.read(0)
+    with pytest.raises(
+        DataError, match=r"data\.parquet, row 1: text must hold at least one caption, is an empty list$"
+    ):
+        source.read(1)
+    with pytest.raises(DataError, match=r"data\.parquet, row 2: image is empty$"):
+        source.read(2)
+
+
+def test_data_sets_that_cannot_be_opened(tmp_path: Path) -> None:
+    import datasets
+
+    def problem(name: str, **settings: Any) -> str:
+        (only,) = problems_of(dataset_name=name, **settings)
+        return only.removeprefix(f"--dataset_name={name}: ")
+
+    assert problem("./nope") == "no such file or folder"
+    assert problem(f"{tmp_path}/nope") == "no such file or folder"
+    assert problem("owner/offline-name") == (
+        "the Hub cannot be reached (Couldn't reach 'owner/offline-name' on the Hub (OfflineModeIsEnabled)); check the "
+        "network and HF_HUB_OFFLINE, or download the data set elsewhere (hf download --repo-type dataset "
+        "owner/offline-name --local-dir DIR) and pass --dataset_name=DIR"
+    )
+    datasets.DatasetDict({"test": image_dataset(TEXTS)}).save_to_disk(tmp_path / "splits")
+    assert problem(str(tmp_path / "splits")) == "has no split train, only: test"
+    (tmp_path / "jsonl").mkdir()
+    (tmp_path / "jsonl" / "test.jsonl").write_text('{"a": 1}\n')
+    assert problem(str(tmp_path / "jsonl")) == "has no split train (it has ['test'])"
+    assert problem(str(tmp_path / "jsonl"), dataset_config_name="big") == (
+        "choose a configuration with --dataset_config_name (BuilderConfig 'big' not found. Available: ['default'])"
+    )
+    (tmp_path / "empty").mkdir()
+    assert problem(str(tmp_path / "empty")).startswith("cannot be read (The directory at")
+    (tmp_path / "script").mkdir()
+    (tmp_path / "script" / "script.py").write_text("")
+    assert problem(str(tmp_path / "script")).startswith("needs code to be read, which datasets no longer runs")
+    (tmp_path / "notes.txt").write_text("x")
+    assert problem(f"{tmp_path}/notes.txt") == "is a file, but none of .parquet, .json, .jsonl, .csv, .arrow"
+
+
+class FakeHub:
+    """What `datasets.load_dataset` of a Hub id would do."""
+
+    def __init__(self, result: Any):
+        self.result = result
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self.calls.append((args, options))
+        if isinstance(self.result, Exception):
+            raise self.result
+        return self.result
+
+
+def test_the_hub_gets_its_arguments_and_the_token_stays_out_of_sight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    hub = FakeHub(image_dataset(LISTS))
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    data = DataConfig(dataset_name="owner/name", dataset_config_name="small")
+    source = open_source(data, cache_dir=str(tmp_path), token="hf_secret")
+    check_rows(source)
+    options = {"token": "hf_secret", "cache_dir": str(tmp_path), "split": "train"}
+    assert all(call == (("owner/name", "small"), options) for call in hub.calls)
+    assert len(hub.calls) == 2  # to look at it, and for all reads of this process
+    assert "hf_secret" not in repr(source)
+    check_travels(source, monkeypatch, tmp_path)
+    assert hub.calls[-1][1]["token"] == "hf_secret"
+    other = open_source(DataConfig(dataset_name="owner/other", dataset_config_name="small"))
+    assert other.fingerprint() != source.fingerprint()
+
+
+def test_what_the_hub_says_is_passed_on_without_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    refused = datasets.exceptions.DatasetNotFoundError("Dataset 'owner/name' doesn't exist\nor hf_secret is bad.")
+    monkeypatch.setattr(datasets, "load_dataset", FakeHub(refused))
+    with pytest.raises(DataError) as caught:
+        open_source(DataConfig(dataset_name="owner/name"), token="hf_secret")
+    assert str(caught.value) == (
+        "--dataset_name=owner/name: not found (Dataset 'owner/name' doesn't exist or *** is bad.); "
+        "check the spelling, and if it is private or gated log in with: hf auth login"
+    )
+    assert caught.value.__cause__ is None
+    paths = datasets.Dataset.from_dict({"image": ["a"], "conditioning_image": ["b"], "text": ["c"]})
+    monkeypatch.setattr(datasets, "load_dataset", FakeHub(paths))
+    problems = problems_of(dataset_name="owner/name")
+    assert [
+        problem.partition(" holds paths, which can be followed in local data sets only")[0] for problem in problems
+    ] == [
+        "--dataset_name=owner/name: image",
+        "--dataset_name=owner/name: conditioning_image",
+    ]
+
+
+def test_settings_without_data_are_refused() -> None:
+    with pytest.raises(DataError, match="--train_data_dir, --dataset_name: give one of them"):
+        open_source(DataConfig())
+
+
+def test_rows_read_at_random_are_those_read_in_order(circles: Path) -> None:
+    source = open_source(DataConfig(train_data_dir=str(circles)))
+    in_order = [source.read(row) for row in range(len(source))]
+    order = np.random.default_rng(0).permutation(len(source))
+    assert all(source.read(int(row)) == in_order[row] for row in order)
