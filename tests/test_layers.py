@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("prepare", "train"),
     ("tune",),
     ("demo",),  # stands beside the others; what it may import is what is below cli
-    ("", "cli"),  # "" is raycontrolnet/__init__.py, the names for Python users
+    ("", "cli"),  # "" is raycontrolnet/__init__.py, the names for users of Python
     ("__main__",),
 )
 """From the bottom up. A module imports from lower layers, and from its own folder."""
@@ -33,6 +33,8 @@ RAY_DRIVERS = {"cluster", "train_controlnet", "train", "prepare", "tune", "data.
 
 TORCH_FREE = ("", "__main__", "cli", "config", "data", "errors")
 """Importing these must not wait for torch."""
+
+When = Literal["module", "function", "script", "types"]
 
 HEAVY = {"accelerate", "datasets", "diffusers", "ray", "torch", "transformers"}
 
@@ -44,8 +46,8 @@ class Import:
     target: str
     """Imported module: as `importer` if `own`, else the name of another top-level package."""
     own: bool
-    when: Literal["module", "function", "types"]
-    """Run with the module, run later in a function, or for the type checker alone."""
+    when: When
+    """Run with the module, later in a function, by `python -m` of the module alone, or for the type checker alone."""
 
     def __str__(self) -> str:
         return f"{self.importer or '__init__'} imports {self.target or 'the package itself'} (in {self.when})"
@@ -68,32 +70,39 @@ def imports() -> tuple[Import, ...]:
 
 
 def imports_of(module: str, path: Path) -> Iterator[Import]:
-    def visit(node: ast.AST, when: Literal["module", "function", "types"]) -> Iterator[Import]:
-        match node:
-            case ast.Import():
-                names = [alias.name for alias in node.names]
-            case ast.ImportFrom():
-                assert node.level == 0, f"{path}:{node.lineno}: a relative import"
-                names = [f"{node.module}.{alias.name}" for alias in node.names]
-            case ast.If(test=ast.Name(id="TYPE_CHECKING") | ast.Attribute(attr="TYPE_CHECKING")):
-                for statement in node.body:
-                    yield from visit(statement, "types")
-                for statement in node.orelse:
-                    yield from visit(statement, when)
-                return
-            case _:
-                inside = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) and when == "module"
-                for child in ast.iter_child_nodes(node):
-                    yield from visit(child, "function" if inside else when)
-                return
+    for node, when in import_statements(ast.parse(path.read_text(encoding="utf-8")), "module"):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
+            if name == "raycontrolnet.__version__":  # a constant that is there before anything is imported
+                continue
             package, _, rest = name.partition(".")
             own = package == "raycontrolnet"
             if own and rest not in modules():  # a name in a module, not a module
                 rest = rest.rpartition(".")[0]
             yield Import(module, rest if own else package, own, when)
 
-    yield from visit(ast.parse(path.read_text(encoding="utf-8")), "module")
+
+def import_statements(node: ast.AST, when: When) -> Iterator[tuple[ast.Import | ast.ImportFrom, When]]:
+    """Those below `node`, which itself runs at `when`."""
+    match node:
+        case ast.Import() | ast.ImportFrom():
+            yield node, when
+        case ast.If(test=ast.Name(id="TYPE_CHECKING") | ast.Attribute(attr="TYPE_CHECKING")):
+            for statement in node.body:
+                yield from import_statements(statement, "types")
+            for statement in node.orelse:
+                yield from import_statements(statement, when)
+        case ast.If(test=ast.Compare(left=ast.Name(id="__name__"))):
+            for statement in node.body:
+                yield from import_statements(statement, "script")
+        case _:
+            in_function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and when == "module"
+            for child in ast.iter_child_nodes(node):
+                yield from import_statements(child, "function" if in_function else when)
 
 
 def room(module: str) -> str:
@@ -111,7 +120,7 @@ def test_the_package_was_read() -> None:
     own = [found for found in imports() if found.own]
     assert len(own) >= OWN_IMPORTS_AT_LEAST
     assert len(imports()) - len(own) >= OTHER_IMPORTS_AT_LEAST
-    assert {found.when for found in imports()} == {"module", "function", "types"}
+    assert {found.when for found in imports()} >= {"module", "function", "types"}
     assert {found.importer for found in own} >= {"config", "data.stream", "model.step"}
 
 
@@ -125,6 +134,7 @@ def test_imports_go_down() -> None:
         str(found)
         for found in imports()
         if found.own
+        and found.when != "script"  # `python -m raycontrolnet.train` is the command line
         and height(found.target) >= height(found.importer)
         and not (room(found.target) == room(found.importer) != "")
         and {found.importer, found.target} != {"config", "errors"}
@@ -181,6 +191,6 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
 
 
 # So that these tests cannot pass on nothing; lower them only together with the package.
-MODULES_AT_LEAST = 15
-OWN_IMPORTS_AT_LEAST = 30
-OTHER_IMPORTS_AT_LEAST = 60
+MODULES_AT_LEAST = 32
+OWN_IMPORTS_AT_LEAST = 140
+OTHER_IMPORTS_AT_LEAST = 280

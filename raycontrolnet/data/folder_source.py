@@ -1,7 +1,12 @@
-"""A folder of images with one JSON object per line: metadata.jsonl, or prompt.json of the original ControlNet."""
+"""A folder of images and a metadata file with a row for each: metadata.jsonl, the original prompt.json and others.
+
+Image folders are read here rather than by `datasets`, whose errors name no line, and which takes `file_name` for the
+first image column of the file, whichever that is (seen in 5.2).
+"""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 from collections.abc import Iterator
@@ -17,10 +22,10 @@ from raycontrolnet.errors import DataError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-METADATA_FILES = ("metadata.jsonl", "prompt.json", "train.jsonl")
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "prompt.json", "train.jsonl")
 """Looked for in this order: image folders; the original ControlNet layout; the fill50k data set's repository."""
 
-_ROWS_PER_BATCH = 65_536
+_ROWS_PER_TABLE = 65_536
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class FolderSource:
     """Path of the metadata file as the user knows it, for messages."""
     table: pa.Table
     """image, conditioning_image: large_string paths, relative to the folder or absolute; captions: large_list of
-    large_string; line: int64, in the metadata file, from 1."""
+    large_string; line: int64, of the metadata file, from 1 (of parquet: the row)."""
     content_hash: str
     """Of the metadata file and the columns read from it."""
 
@@ -102,47 +107,89 @@ def _metadata_file(folder: str) -> Path | None:
 
 def _columns(path: Path, data: DataConfig) -> Columns | None:
     """The columns, going by the first row; None for a file without rows."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.isspace():
-                try:
-                    first = _parse(line)
-                except ValueError as error:
-                    raise DataError(f"{path}:{number}: {error}") from None
-                columns, problems = find_columns(data, list(first), str(path))
-                if columns is None:
-                    raise DataError("\n".join(problems))
-                return columns
+    for number, first in _rows(path):
+        if isinstance(first, ValueError):
+            raise DataError(f"{path}:{number}: {first}")
+        columns, problems = find_columns(data, list(first), str(path))
+        if columns is None:
+            raise DataError("\n".join(problems))
+        return columns
     return None
 
 
 def _read_table(path: Path, columns: Columns) -> pa.Table:
-    """The rows as `FolderSource.table`. Plain json per line: a million lines take seconds, and errors know theirs."""
+    """The rows as `FolderSource.table`."""
     import pyarrow as pa
 
-    batches, problems = [_empty_table()], []
+    tables, problems = [_empty_table()], []
     rows: list[tuple[str, str, tuple[str, ...], int]] = []
 
     def flush() -> None:
-        arrays = [pa.array(values, kind) for values, kind in zip(zip(*rows, strict=True), _schema().types, strict=True)]
-        batches.append(pa.table(arrays, schema=_schema()))
+        try:
+            values = zip(zip(*rows, strict=True), _schema().types, strict=True)
+            tables.append(pa.table([pa.array(*value) for value in values], schema=_schema()))
+        except UnicodeEncodeError:  # half of a surrogate pair, as in "\ud83d"
+            problems.append(f"{path}: a text in lines {rows[0][-1]} to {rows[-1][-1]} is not valid Unicode")
         rows.clear()
 
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.isspace():
-                continue
-            try:
-                rows.append((*_read_row(_parse(line), columns), number))
-            except ValueError as error:
-                problems.append(f"{path}:{number}: {error}")
-            if len(rows) == _ROWS_PER_BATCH:
-                flush()
-    if problems:
-        raise DataError("\n".join(shortened(problems, "lines cannot be used")))
+    for number, row in _rows(path):
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            rows.append((*_read_row(row, columns), number))
+        except ValueError as error:
+            problems.append(f"{path}:{number}: {error}")
+        if len(rows) == _ROWS_PER_TABLE:
+            flush()
     if rows:
         flush()
-    return pa.concat_tables(batches).combine_chunks()  # one chunk per column: finding a row takes no search
+    if problems:
+        raise DataError("\n".join(shortened(problems, "lines cannot be used")))
+    return pa.concat_tables(tables).combine_chunks()  # one chunk per column: finding a row takes no search
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    """Line number, from 1, and content of every row of a metadata file; a ValueError for one that cannot be parsed."""
+    if path.suffix == ".csv":
+        return _csv_rows(path)
+    if path.suffix == ".parquet":
+        return _parquet_rows(path)
+    return _json_rows(path)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    """Plain json per line: a million take seconds, and what is wrong with one is known for that line."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.isspace():
+                try:
+                    yield number, _parse(line)
+                except ValueError as error:
+                    yield number, error
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, restkey="more columns than the first line")
+        try:
+            for row in reader:
+                yield reader.line_num, row
+        except UnicodeDecodeError:  # of a block of lines: there is no going on
+            yield reader.line_num + 1, ValueError("or a line soon after it is not UTF-8 text")
+        except csv.Error as error:
+            yield reader.line_num, ValueError(f"is not valid CSV ({error})")
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            yield from enumerate(rows, 1)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path}: is not valid parquet ({' '.join(str(error).split())})") from None
 
 
 def _parse(line: bytes) -> dict[str, Any]:

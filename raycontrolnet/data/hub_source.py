@@ -204,6 +204,8 @@ def _reason(error: Exception, location: Location) -> str:
         text = text.replace(location.token, "***")
     if "Unknown split" in text:
         return f"has no split train ({text.split('. ')[-1].replace('Should be one of', 'it has').rstrip('.')})"
+    if "corresponds to no data" in text:
+        return "has no rows"
     if "BuilderConfig" in text or "Config name is missing" in text:
         return f"choose a configuration with --dataset_config_name ({text})"
     if isinstance(error, (ConnectionError, TimeoutError)):

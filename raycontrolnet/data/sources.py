@@ -12,9 +12,8 @@ from raycontrolnet.data.hub_source import open_dataset
 from raycontrolnet.data.records import ImageRow
 from raycontrolnet.errors import DataError
 
-# folders that datasets reads and that have room for captions
-_DATASETS_FILES = ("metadata.csv", "metadata.parquet", "train/metadata.*", "*.parquet", "*/*.parquet", "*.arrow")
-_SAVED_FILES = ("state.json", "dataset_dict.json")
+_DATASETS_FILES = ("*.parquet", "*/*.parquet", "*.arrow", "state.json", "dataset_dict.json")
+"""What a folder holds that `datasets` reads, other than a metadata file."""
 _SHOWN_ENTRIES = 5
 
 
@@ -62,7 +61,7 @@ def _open(data: DataConfig, cache_dir: str | None, token: str | None) -> Source:
             raise DataError(f"{shown}: {'is a file; name the folder that it is in' if is_file else 'no such folder'}")
         if has_metadata(folder):
             return open_folder(folder, data)
-        if not any(any(Path(folder).glob(pattern)) for pattern in _DATASETS_FILES + _SAVED_FILES):
+        if not any(any(Path(folder).glob(pattern)) for pattern in _DATASETS_FILES):
             raise DataError(f"{shown}: {_what_is_expected(folder)}")
         return open_dataset(shown, folder, data, cache_dir, token)
     if data.dataset_name is None:
@@ -82,5 +81,5 @@ def _what_is_expected(folder: str) -> str:
     return (
         f"has no {METADATA_FILES[0]}, one line per image such as "
         '{"image": "images/1.png", "conditioning_image": "edges/1.png", "text": "a caption"}; '
-        f"also read are {', '.join(METADATA_FILES[1:])}, metadata.csv and parquet files. It holds: {holds}{more}"
+        f"also read are {', '.join(METADATA_FILES[1:])} and data sets in parquet. It holds: {holds}{more}"
     )

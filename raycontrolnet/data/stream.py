@@ -24,14 +24,16 @@ from raycontrolnet.errors import UserError
 if TYPE_CHECKING:
     import ray
 
-READ_CPUS = 0.01
+COUNT_CPUS = 0.01
 """CPUs of the task that counts sample indices: it only counts. Unlike TASK_CPUS, which keeps Ray Data from fusing them."""
 TASK_CPUS = 0.25
 """CPUs that one loading task reserves: small, so that loading finds room beside workers that take nearly every CPU."""
-LOADING_CPUS = 2 * READ_CPUS + TASK_CPUS
+LOADING_CPUS = COUNT_CPUS + TASK_CPUS
 """CPUs that loading needs at least."""
 READ_AHEAD_BATCHES = 8
 """Batches per worker that may wait in Ray's object store."""
+MIN_READ_AHEAD_BYTES = 64 * 2**20
+"""Ray Data shares its limit among its operators by rough estimates: a small limit would stop it."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,8 @@ def ray_dataset(
             yield pack(loader.batch(int(first)))
 
     dataset = (
-        ray.data.range(1, override_num_blocks=1)
-        .map_batches(count, num_cpus=READ_CPUS)
+        ray.data.from_blocks([pa.table({"stream": [0]})])  # unlike reads and from_arrow, this needs no CPU
+        .map_batches(count, num_cpus=COUNT_CPUS)
         .map_batches(load, num_cpus=TASK_CPUS, batch_size=None, concurrency=max_tasks)
     )
     dataset.context.target_max_block_size = 1  # bytes: a block is cut after every row
@@ -160,5 +162,6 @@ def execution_options(batch_bytes: int, num_workers: int) -> ray.data.ExecutionO
     from ray.data import ExecutionOptions, ExecutionResources
 
     # Enough to hide the loading behind the step, and flat memory however slow the step is.
-    limits = ExecutionResources(object_store_memory=READ_AHEAD_BATCHES * batch_bytes * num_workers)
+    ahead = max(MIN_READ_AHEAD_BYTES, READ_AHEAD_BATCHES * batch_bytes * num_workers)
+    limits = ExecutionResources(object_store_memory=ahead)
     return ExecutionOptions(preserve_order=True, resource_limits=limits)

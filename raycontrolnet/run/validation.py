@@ -199,7 +199,8 @@ def finish(
 ) -> list[PairResult]:
     """On rank 0, once every worker has written: control images, grids and metadata.jsonl.
 
-    Images that are missing (because a worker failed) are left out. Like `write`, it logs errors and does not raise.
+    Images that are missing (because a worker failed) are left out; without any, nothing is written. Like `write`, it
+    logs errors and does not raise.
 
     Returns:
         One result per pair that has images.
@@ -207,6 +208,8 @@ def finish(
     folder = step_folder(output_dir, step)
     try:
         there = [item for item in items if (folder / item.file_name).is_file()]
+        if not there:
+            return []
         for pair in dict.fromkeys(item.pair for item in there):
             of_pair = [item for item in there if item.pair == pair]
             control = of_pair[0].control(resolution)

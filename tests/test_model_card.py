@@ -1,0 +1,176 @@
+"""The model card: what it says, what it keeps to itself, and that its code runs as it stands."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from diffusers import ControlNetModel, UNet2DConditionModel
+from PIL import Image
+
+from raycontrolnet.config import TrainConfig, ValidationConfig
+from raycontrolnet.run import validation
+from raycontrolnet.run.model_card import write_model_card
+
+TOKEN = "hf_TheRightToken"
+EVIL = 'red `circle` | <script>alert(1)</script> ![x](y)\n---\nlicense: mit\n```"""'
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, tiny_base: Path) -> Path:
+    """A finished run's folder with its weights."""
+    folder = tmp_path / "circles-run"
+    unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
+    ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 4, 8, 8)).save_pretrained(folder)
+    return folder
+
+
+def config_of(folder: Path, base: Path, **settings: Any) -> TrainConfig:
+    given: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(base),
+        "train_data_dir": "data/circles",
+        "output_dir": str(folder),
+    }
+    return TrainConfig(**given | {"resolution": 32, "hub_token": TOKEN, "seed": 3} | settings)
+
+
+@pytest.fixture
+def finish_validation(tmp_path: Path) -> Callable[..., None]:
+    """Make a validation as it is left in a run's folder, without drawing."""
+
+    def finish(folder: Path, step: int, *prompts: str) -> None:
+        Image.new("RGB", (32, 32), "red").save(tmp_path / "control.png")
+        config = ValidationConfig(
+            validation_prompt=prompts, validation_image=(str(tmp_path / "control.png"),), num_validation_images=2
+        )
+        items = validation.plan(config, seed=0)
+        validation.step_folder(folder, step).mkdir(parents=True)
+        for item in items:
+            Image.new("RGB", (32, 32), (step, item.image, item.pair)).save(
+                validation.step_folder(folder, step) / item.file_name
+            )
+        assert len(validation.finish(folder, step, items, resolution=32)) == len(prompts)
+
+    return finish
+
+
+def parts(card: Path) -> tuple[dict[str, Any], str]:
+    _, metadata, text = card.read_text(encoding="utf-8").split("---\n", 2)
+    return yaml.safe_load(metadata), text
+
+
+def test_card(run_folder: Path, tiny_base: Path, finish_validation: Callable[..., None]) -> None:
+    finish_validation(run_folder, 1, "an older one")
+    finish_validation(run_folder, 2, "red circle", EVIL, " ")
+    config = config_of(
+        run_folder,
+        tiny_base,
+        learning_rate=1e-4,
+        validation_prompt=(EVIL,),
+        validation_image=(str(tiny_base / "model_index.json"),),
+    )
+    facts = {"step": 1234, "loss": 0.123456, "control_gap": None, "started": 1e9, "versions": {"torch": 2, "ray": "3"}}
+    card = write_model_card(run_folder, config, facts)
+    assert card == run_folder / "README.md"
+    metadata, text = parts(card)
+    assert metadata == {
+        "license": "creativeml-openrail-m",
+        "library_name": "diffusers",
+        "tags": [
+            "stable-diffusion",
+            "stable-diffusion-diffusers",
+            "text-to-image",
+            "diffusers",
+            "controlnet",
+            "diffusers-training",
+        ],
+        "inference": True,
+    }
+    assert text.startswith(
+        "\n# circles-run\n\nA ControlNet for `tiny_base0`, trained with raycontrolnet on `circles`.\n"
+    )
+    figures = ("- updates: `1,234`", "- loss of the last update: `0.1235`", "- versions: `torch 2, ray 3`")
+    assert "\n## Training\n\n" + "\n".join(figures) + "\n\nSettings" in text
+    assert "\n- `learning_rate`: `0.0001`\n" in text
+    assert '\n- `validation_image`: `["model_index.json"]`\n' in text
+    assert "hub_token" not in text
+    assert TOKEN not in text
+    assert str(run_folder.parent) not in text.replace(repr(str(run_folder)), "").replace(repr(str(tiny_base)), "")
+    assert "an older one" not in text
+    links = re.findall(r"^!\[[^]]*]\((.*)\)$", text, flags=re.MULTILINE)
+    assert links == [f"images/pair-{pair:02d}-grid.png" for pair in range(3)]
+    for link in links:
+        grid = validation.step_folder(run_folder, 2) / Path(link).name
+        assert (run_folder / link).read_bytes() == grid.read_bytes()
+    assert "\n`red circle`:\n" in text
+    assert "\nThe empty prompt:\n" in text
+
+
+def test_user_text_is_not_markup(run_folder: Path, tiny_base: Path, finish_validation: Callable[..., None]) -> None:
+    from markdown_it import MarkdownIt
+
+    finish_validation(run_folder, 2, EVIL)
+    folder = run_folder.rename(run_folder.with_name("a <b>*run* [x](y)"))
+    config = config_of(folder, tiny_base, caption_column=EVIL, dataset_name="a/*b*", train_data_dir=None)
+    metadata, text = parts(write_model_card(folder, config, {"versions": EVIL}))
+    assert metadata["license"] == "creativeml-openrail-m"
+    inline = [part for token in MarkdownIt().parse(text) for part in token.children or []]
+    assert {part.type for part in inline} <= {
+        "text",
+        "text_special",
+        "softbreak",
+        "code_inline",
+        "image",
+        "link_open",
+        "link_close",
+    }
+    assert [part.attrs["src"] for part in inline if part.type == "image"] == ["images/pair-00-grid.png"]
+    shown = " ".join(EVIL.split())
+    assert shown in [part.content for part in inline if part.type == "code_inline"]
+    assert MarkdownIt().render(text).startswith("<h1>a &lt;b&gt;*run* [x](y)</h1>")
+
+
+def test_card_of_models_on_the_hub(run_folder: Path) -> None:
+    config = config_of(run_folder, Path("runwayml/sd"), dataset_name="someone/circles", train_data_dir=None)
+    metadata, text = parts(write_model_card(run_folder, config, {}, repo_id="someone/model", license="mit"))
+    assert (metadata["base_model"], metadata["datasets"]) == ("runwayml/sd", ["someone/circles"])
+    assert metadata["license"] == "mit"
+    assert "[someone/circles](https://huggingface.co/datasets/someone/circles)" in text
+    assert "ControlNetModel.from_pretrained('someone/model')" in text
+    assert "Examples" not in text
+    assert "![" not in text
+    assert str(run_folder) not in text
+
+
+def test_card_of_an_earlier_run_is_replaced(
+    run_folder: Path, tiny_base: Path, finish_validation: Callable[..., None]
+) -> None:
+    finish_validation(run_folder, 2, "red circle", "blue circle")
+    write_model_card(run_folder, config_of(run_folder, tiny_base), {})
+    finish_validation(run_folder, 4, "red circle")
+    write_model_card(run_folder, config_of(run_folder, tiny_base), {})
+    names = sorted(path.name for path in (run_folder / "images").glob("*.png"))
+    assert names == ["pair-00-control.png", "pair-00-grid.png"]
+    assert "After 4 updates" in (run_folder / "README.md").read_text()
+    assert not list(run_folder.glob(".README*"))
+
+
+def test_snippet_runs(
+    run_folder: Path, tiny_base: Path, finish_validation: Callable[..., None], tmp_path: Path
+) -> None:
+    """As it stands in the card, with a prompt full of quotes."""
+    finish_validation(run_folder, 2, EVIL)
+    _, text = parts(write_model_card(run_folder, config_of(run_folder, tiny_base), {}))
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # threads only wait at this size
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, timeout=120, check=False)
+    assert done.returncode == 0
+    with Image.open(tmp_path / "image.png") as image:
+        assert image.size == (32, 32)
