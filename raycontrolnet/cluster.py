@@ -6,15 +6,18 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from raycontrolnet.config import ClusterConfig
 from raycontrolnet.data.stream import LOADING_CPUS
 from raycontrolnet.errors import ConfigError
 
 LOCAL = "local"
+MIN_CPU_SHARE = 0.25
+ABORT_TIMEOUT_S = 10.0
 LOGGERS = (
     "ray", "ray.train", "ray.data", "ray.tune", "raycontrolnet", "diffusers", "transformers", "accelerate",
     "huggingface_hub", "py.warnings",
@@ -47,6 +50,7 @@ def ray_session(address: str | None) -> Iterator[None]:
         ConfigError: if there is no cluster at the address.
     """
     import ray
+    from ray._private.utils import get_num_cpus  # knows about containers' limits
 
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths in the data set mean the same in workers
@@ -55,8 +59,11 @@ def ray_session(address: str | None) -> Iterator[None]:
         yield
         return
     target = address or os.environ.get("RAY_ADDRESS") or LOCAL
+    # On a machine of our own, loading gets a CPU beside the real ones: it is idle most of the time, so that workers
+    # need not give one up.
+    num_cpus = get_num_cpus() + LOADING_CPUS if target == LOCAL else None
     try:
-        ray.init(address=target, log_to_driver=False, configure_logging=False, include_dashboard=None)
+        ray.init(address=target, num_cpus=num_cpus, log_to_driver=False, configure_logging=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         origin = "--address" if address else "RAY_ADDRESS"
         raise ConfigError(
@@ -104,11 +111,11 @@ def worker_resources(cluster: ClusterConfig) -> WorkerResources:
 
 def _cpu_share(node_cpus: Sequence[float], num_workers: int) -> float:
     """The largest equal share, a multiple of 1/4 CPU, that fits `num_workers` times beside the loading of data."""
-    spare = [max(0.0, cpus - min(1.0, cpus / 4)) for cpus in node_cpus]
-    share = max(spare, default=1.0)
-    while share > 0.25 and sum(cpus // share for cpus in spare) < num_workers:
-        share -= 0.25
-    return math.floor(max(share, 0.1) * 4) / 4 or 0.25
+    spare = [max(0.0, cpus - LOADING_CPUS) for cpus in node_cpus]
+    share = math.floor(4 * max(spare, default=1.0)) / 4
+    while share > MIN_CPU_SHARE and sum(cpus // share for cpus in spare) < num_workers:
+        share -= MIN_CPU_SHARE
+    return max(share, MIN_CPU_SHARE)
 
 
 def _autoscales() -> bool:
@@ -122,6 +129,33 @@ def _autoscales() -> bool:
         return bool(state.get_cluster_config() and state.get_cluster_config().node_group_configs)
     except (AttributeError, RuntimeError):
         return False
+
+
+def interruptible_trainer() -> Any:
+    """Ray's TorchTrainer, but Ctrl-C raises KeyboardInterrupt once the workers are stopped.
+
+    Ray's own handler ends the process without a word, and waits without end while workers are starting.
+    """
+    import ray
+    from ray.train.torch import TorchTrainer
+
+    class InterruptibleTrainer(TorchTrainer):
+        controller: Any = None
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            self.controller = controller
+
+        def fit_or_abort(self) -> ray.train.Result:
+            try:
+                return self.fit()
+            except KeyboardInterrupt:
+                if self.controller is not None:
+                    with suppress(ray.exceptions.RayError):
+                        ray.get(self.controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
+                    ray.kill(self.controller)
+                raise
+
+    return InterruptibleTrainer
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from raycontrolnet import __version__
-from raycontrolnet.cluster import WorkerResources, logging_to, ray_session, worker_resources
+from raycontrolnet.cluster import WorkerResources, interruptible_trainer, logging_to, ray_session, worker_resources
 from raycontrolnet.config import TrainConfig, changed_settings, public_settings
 from raycontrolnet.data.sources import Source, open_source
 from raycontrolnet.data.stream import BatchLoader, execution_options, ray_dataset
@@ -253,7 +253,6 @@ def _train_here(run: _Run, stream: TextIO) -> dict[str, Any]:
 def _train_on_ray(run: _Run, stream: TextIO) -> dict[str, Any]:
     import ray
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
     from raycontrolnet.train_controlnet import FAILURE, read_failure, train_controlnet
 
@@ -265,7 +264,7 @@ def _train_on_ray(run: _Run, stream: TextIO) -> dict[str, Any]:
     # Disk is the only truth about checkpoints: Ray's own record of an earlier run here must not speak up.
     for leftover in (FAILURE, "checkpoint_manager_snapshot.json"):
         (run.output_dir / leftover).unlink(missing_ok=True)
-    trainer = TorchTrainer(
+    trainer = interruptible_trainer()(
         train_controlnet,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
@@ -285,11 +284,9 @@ def _train_on_ray(run: _Run, stream: TextIO) -> dict[str, Any]:
         ),
     )
     with _failures_explained(run), _progress(run, most, stream):
-        summary = trainer.fit().return_value
+        summary = trainer.fit_or_abort().return_value
         if failure := read_failure(run.output_dir):
             raise failure
-        if summary is None:
-            raise KeyboardInterrupt  # Ray Train ended the run at Ctrl-C
         return dict(summary)
 
 

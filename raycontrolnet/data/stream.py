@@ -28,8 +28,11 @@ COUNT_CPUS = 0.01
 """CPUs of the task that counts sample indices: it only counts. Unlike TASK_CPUS, which keeps Ray Data from fusing them."""
 TASK_CPUS = 0.25
 """CPUs that one loading task reserves: small, so that loading finds room beside workers that take nearly every CPU."""
-LOADING_CPUS = COUNT_CPUS + TASK_CPUS
-"""CPUs that loading needs at least."""
+LOADING_CPUS = 1
+"""CPUs that workers must leave to loading. Ray's coordinator shares out whole CPUs only: with less, loading stalls."""
+TICKET_BYTES = 256 * 1024
+"""Size of the note that asks for one batch. Ray Data holds back a task by the bytes of its waiting output, not by their
+number: without ballast, the counting task would run millions of tiny notes ahead."""
 READ_AHEAD_BATCHES = 8
 """Batches per worker that may wait in Ray's object store."""
 MIN_READ_AHEAD_BYTES = 64 * 2**20
@@ -116,19 +119,20 @@ def ray_dataset(
     """
     import ray
 
-    def count(_: Any) -> Iterator[dict[str, Any]]:
+    def count(_: pa.Table) -> Iterator[pa.Table]:
+        ballast = pa.array([bytes(TICKET_BYTES)], pa.large_binary())
         for index in range(num_batches):
-            yield {"first_sample": np.array([first_sample + index * batch_size])}
+            yield pa.table({"first_sample": [first_sample + index * batch_size], "ballast": ballast})
 
-    def load(block: dict[str, Any]) -> Iterator[pa.Table]:
+    def load(tickets: pa.Table) -> Iterator[pa.Table]:
         loader = ray.get(loader_ref)
-        for first in block["first_sample"]:
-            yield pack(loader.batch(int(first)))
+        for first in tickets["first_sample"].to_pylist():
+            yield pack(loader.batch(first))
 
     dataset = (
         ray.data.from_blocks([pa.table({"stream": [0]})])  # unlike reads and from_arrow, this needs no CPU
-        .map_batches(count, num_cpus=COUNT_CPUS)
-        .map_batches(load, num_cpus=TASK_CPUS, batch_size=None, concurrency=max_tasks)
+        .map_batches(count, num_cpus=COUNT_CPUS, batch_format="pyarrow", batch_size=None)
+        .map_batches(load, num_cpus=TASK_CPUS, batch_format="pyarrow", batch_size=None, concurrency=max_tasks)
     )
     dataset.context.target_max_block_size = 1  # bytes: a block is cut after every row
     dataset.context.enable_progress_bars = False

@@ -126,7 +126,7 @@ def table(speeds: dict[str, list[Speed]], args: argparse.Namespace, train_flags:
     """Markdown for RESULTS.md: medians, with the single runs in brackets."""
     lines = [
         f"{platform.machine()}, {os.cpu_count()} CPUs, {args.threads} threads; "
-        + ", ".join(f"{package} {version(package)}" for package in ("torch", "diffusers", "ray", "raycontrolnet"))
+        + ", ".join(f"{package} {version(package)}" for package in ("torch", "diffusers", "ray"))
         + f"; batch {args.batch_size}, {RESOLUTION} px, {args.steps} updates a run"
         + (f"; {' '.join(train_flags)}" if train_flags else ""),
         "",
