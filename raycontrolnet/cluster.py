@@ -61,17 +61,16 @@ def ray_session(address: str | None) -> Iterator[None]:
     target = address or os.environ.get("RAY_ADDRESS") or LOCAL
     # On a machine of our own, loading gets a CPU beside the real ones: it is idle most of the time, so that workers
     # need not give one up.
-    num_cpus = get_num_cpus() + LOADING_CPUS if target == LOCAL else None
+    of_our_own = {"num_cpus": get_num_cpus() + LOADING_CPUS, "include_dashboard": False} if target == LOCAL else {}
     try:
-        ray.init(address=target, num_cpus=num_cpus, log_to_driver=False, configure_logging=False)
+        ray.init(address=target, log_to_driver=False, **of_our_own)
     except (ConnectionError, ValueError, RuntimeError) as error:
         origin = "--address" if address else "RAY_ADDRESS"
-        raise ConfigError(
-            [
-                f"{origin}={target}: no Ray cluster answers there ({' '.join(str(error).split())[:200]}). Start one with "
-                "`ray start --head`, or leave the address out to train on this machine alone"
-            ]
-        ) from error
+        problem = (
+            f"{origin}={target}: no Ray cluster answers there ({' '.join(str(error).split())[:200]}). Start one with "
+            "`ray start --head`, or leave the address out to train on this machine alone"
+        )
+        raise ConfigError([problem]) from error
     try:
         yield
     finally:
@@ -99,13 +98,12 @@ def worker_resources(cluster: ClusterConfig) -> WorkerResources:
     if use_gpu and gpus == 0 and not autoscales:
         raise ConfigError(["--use_gpu=True: the cluster has no GPU; leave the flag out to train on the CPU"])
     if fewest * cpus + LOADING_CPUS > sum(node_cpus) and not autoscales:
-        raise ConfigError(
-            [
-                f"--num_workers={cluster.num_workers}, --cpus_per_worker={cpus:g}: {fewest} x {cpus:g} of the "
-                f"{sum(node_cpus):g} CPUs leave less than the {LOADING_CPUS:g} that loading data needs; lower either, "
-                "or leave --cpus_per_worker out"
-            ]
+        problem = (
+            f"--num_workers={cluster.num_workers}, --cpus_per_worker={cpus:g}: {fewest} x {cpus:g} of the "
+            f"{sum(node_cpus):g} CPUs leave less than the {LOADING_CPUS:g} that loading data needs; lower either, "
+            "or leave --cpus_per_worker out"
         )
+        raise ConfigError([problem])
     return WorkerResources((fewest, most), use_gpu, cpus, cluster.accelerator_type)
 
 
@@ -164,7 +162,7 @@ def logging_to(path: Path) -> Iterator[None]:
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     import ray.data
-    import ray.train  # they set their loggers up when imported
+    import ray.train  # noqa: F401 (they set their loggers up when imported)
 
     before = {}
     logging.captureWarnings(True)

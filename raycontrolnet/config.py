@@ -211,7 +211,9 @@ class OutputConfig:
             yield _problem(self, "output_dir", "is a file; name a folder")
         unknown = [name for name in self.trackers if name not in TRACKERS]
         if unknown:
-            yield _problem(self, "report_to", f"must be one of {', '.join(TRACKERS)}, all, none, or several with commas")
+            yield _problem(
+                self, "report_to", f"must be one of {', '.join(TRACKERS)}, all, none, or several with commas"
+            )
 
     @property
     def trackers(self) -> tuple[str, ...]:
@@ -336,7 +338,7 @@ class TrainConfig(
             raise ConfigError(problems)
 
 
-GROUPS: tuple[type, ...] = TrainConfig.__bases__[::-1]
+GROUPS: tuple[Any, ...] = TrainConfig.__bases__[::-1]
 
 
 @cache

@@ -96,7 +96,7 @@ def fit(config: TrainConfig, *, stream: TextIO | None = None) -> RunResult:
         last = checkpoints.latest(output_dir)
         status |= {**summary, "status": "finished", "checkpoint": last.path.name if last else None}
         export.write_model_card(output_dir, run.config, status)
-        hub_url = _push(run.config, output_dir, stream) if config.push_to_hub else None
+        hub_url = _push(run, status, stream) if config.push_to_hub else None
     seconds = time.time() - started
     stream.write(f"done in {duration(seconds)}: {summary['step']} updates; weights in {output_dir}\n")
     return RunResult(
@@ -167,6 +167,7 @@ def _check(config: TrainConfig, output_dir: Path) -> _Run:
         if needed and importlib.util.find_spec(package) is None:
             problems.append(f"--{flag}: {package} is not installed; run pip install 'raycontrolnet[{extra}]'")
     problems += _local_model_problems(config)
+    problems += export.check_push(config)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         if not os.access(output_dir, os.W_OK):
@@ -177,7 +178,7 @@ def _check(config: TrainConfig, output_dir: Path) -> _Run:
         raise ConfigError(problems)
     start = checkpoints.resolve(config.resume_from_checkpoint, output_dir)
     validation.check(config)
-    token = config.hub_token or _hub_token()
+    token = export.find_token(config.hub_token)
     source = open_source(config, cache_dir=config.cache_dir, token=token)
     if config.seed is None:
         config = dataclasses.replace(config, seed=start.seed if start else secrets.randbelow(2**31))
@@ -221,18 +222,12 @@ def _with_absolute_paths(config: TrainConfig, output_dir: Path) -> TrainConfig:
     return dataclasses.replace(config, **paths)
 
 
-def _hub_token() -> str | None:
-    from huggingface_hub import get_token
-
-    return get_token()
-
-
 def _train_here(run: _Run, stream: TextIO) -> dict[str, Any]:
     """The worker loop in this process: Ray Train's local mode, for debugging and quick tests."""
+    import torch
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    import torch
     from raycontrolnet.train_controlnet import FAILURE, train_controlnet
 
     use_gpu = torch.cuda.is_available() if run.config.use_gpu is None else run.config.use_gpu
@@ -327,10 +322,10 @@ def _announce(run: _Run, world_size: int, stream: TextIO) -> None:
     (run.output_dir / CONFIG).write_text(yaml.safe_dump(public_settings(run.config), sort_keys=False))
     plan = run.plan(world_size)
     step = run.start.step if run.start else 0
+    workers = f"{world_size} worker{'s' * (world_size != 1)}"
     stream.write(
-        f"raycontrolnet {__version__}: {plan.num_samples} samples, {world_size} worker{'s' * (world_size != 1)} x batch "
-        f"{plan.batch_size} x accumulation {plan.accumulation_steps}, updates {step} to {plan.total_updates}, "
-        f"seed {run.config.seed}\n"
+        f"raycontrolnet {__version__}: {plan.num_samples} samples, {workers} x batch {plan.batch_size} x accumulation "
+        f"{plan.accumulation_steps}, updates {step} to {plan.total_updates}, seed {run.config.seed}\n"
     )
     changed = ", ".join(f"{name}={value}" for name, value in changed_settings(run.config).items())
     logger.info("settings: %s", changed)
@@ -381,10 +376,10 @@ def _how_to_go_on(run: _Run) -> str:
     )
 
 
-def _push(config: TrainConfig, output_dir: Path, stream: TextIO) -> str:
-    token = config.hub_token or _hub_token()
-    repo_id = export.resolve_repo_id(output_dir, config.hub_model_id, token)
-    url = export.push_to_hub(output_dir, repo_id=repo_id, token=token, commit_message="End of training")
+def _push(run: _Run, facts: dict[str, Any], stream: TextIO) -> str:
+    repo_id = export.resolve_repo_id(run.output_dir, run.config.hub_model_id, run.token)
+    export.write_model_card(run.output_dir, run.config, facts, repo_id=repo_id)
+    url = export.push_to_hub(run.output_dir, repo_id=repo_id, token=run.token)
     stream.write(f"pushed to {url}\n")
     return url
 

@@ -123,6 +123,7 @@ class Worker:
                 project=job.config.tracker_project_name,
                 run_name=job.output_dir.name,
                 settings=job.tracker_settings,
+                done_steps=state.step,
             )
 
     def run(self, batches: Iterator[list[PreparedRow]]) -> dict[str, Any]:
@@ -234,9 +235,7 @@ class Worker:
         """Validation images, shared among the workers; the training's own randomness stays untouched."""
         job, state = self.job, self.state
         with self.clock("validation"):
-            controlnet = (
-                saved_controlnet(job.output_dir, state) if from_saved_weights else unwrap_controlnet(state)
-            )
+            controlnet = saved_controlnet(job.output_dir, state) if from_saved_weights else unwrap_controlnet(state)
             precision = working_precision(job.config.mixed_precision)
             validation.write(
                 job.output_dir,

@@ -1,6 +1,6 @@
 """The records of the data path, from a row on disk to a batch in the worker: dtype, shape and range of each.
 
-    ImageRow -> PreparedRow -> (a block of B prepared rows through Ray Data) -> model.step.Batch on the device
+ImageRow -> PreparedRow -> (a block of B prepared rows through Ray Data) -> model.step.Batch on the device
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ImageRow:
 
 @dataclass(frozen=True)
 class PreparedRow:
-    """One sample after the transforms, ready to be stacked. Still uint8: a quarter of float32 on its way to the device."""
+    """One sample after the transforms, ready to be stacked. Still uint8: a quarter of the bytes of float32."""
 
     sample_index: int
     """k: this is the k-th sample that the run consumes, counted from 0 over all epochs."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import ray
 
 COUNT_CPUS = 0.01
-"""CPUs of the task that counts sample indices: it only counts. Unlike TASK_CPUS, which keeps Ray Data from fusing them."""
+"""CPUs of the task that counts sample indices. Unlike TASK_CPUS, which keeps Ray Data from fusing the two."""
 TASK_CPUS = 0.25
 """CPUs that one loading task reserves: small, so that loading finds room beside workers that take nearly every CPU."""
 LOADING_CPUS = 1
@@ -97,9 +97,7 @@ def unpack(table: pa.Table) -> list[PreparedRow]:
     images, conditioning_images = (
         np.frombuffer(table[name][0].as_buffer(), np.uint8).reshape(shape) for name in ("images", "conditioning_images")
     )
-    return [
-        PreparedRow(first + i, images[i], conditioning_images[i], prompt) for i, prompt in enumerate(prompts)
-    ]
+    return [PreparedRow(first + i, images[i], conditioning_images[i], prompt) for i, prompt in enumerate(prompts)]
 
 
 def local_batches(loader: BatchLoader, first_sample: int, num_batches: int) -> Iterator[list[PreparedRow]]:

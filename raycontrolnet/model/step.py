@@ -158,7 +158,7 @@ def train_step(state: TrainState, batch: Batch, draws: Draws) -> StepMetrics:
         loss = controlnet_loss(state.components, state.controlnet, batch, draws).mean()
         accelerator.backward(loss)
         grad_norm = None
-        lr = state.lr_scheduler.get_last_lr()[0]
+        lr = float(state.lr_scheduler.get_last_lr()[0])
         if accelerator.sync_gradients:
             grad_norm = accelerator.clip_grad_norm_(state.controlnet.parameters(), state.max_grad_norm)
         state.optimizer.step()

@@ -63,9 +63,7 @@ class Checkpoint:
                 raise ValueError(f"{name} is missing")
             if file.stat().st_size != size:
                 raise ValueError(f"{name} is truncated: {file.stat().st_size} of {size} bytes")
-        return Checkpoint(
-            path, manifest["step"], manifest["samples"], manifest["seed"], manifest["run_id"], manifest
-        )
+        return Checkpoint(path, manifest["step"], manifest["samples"], manifest["seed"], manifest["run_id"], manifest)
 
 
 def name_of(step: int) -> str:
@@ -100,21 +98,16 @@ def resolve(resume_from_checkpoint: str | None, output_dir: Path) -> Checkpoint 
     present = all_checkpoints(output_dir)
     if resume_from_checkpoint is None:
         if present:
-            raise ConfigError(
-                [
-                    f"--output_dir={output_dir}: holds {present[-1].path.name} of an earlier run. Go on with it: add "
-                    "--resume_from_checkpoint latest. Start anew: name another --output_dir, or delete that folder"
-                ]
+            problem = (
+                f"--output_dir={output_dir}: holds {present[-1].path.name} of an earlier run. Go on with it: add "
+                "--resume_from_checkpoint latest. Start anew: name another --output_dir, or delete that folder"
             )
+            raise ConfigError([problem])
         return None
     if resume_from_checkpoint == "latest":
         if not present:
-            raise ConfigError(
-                [
-                    f"--resume_from_checkpoint=latest: no complete checkpoint in {output_dir}; "
-                    "leave the flag out to start anew"
-                ]
-            )
+            problem = f"--resume_from_checkpoint=latest: {output_dir} holds no complete one; leave it out to start anew"
+            raise ConfigError([problem])
         return present[-1]
     path = Path(resume_from_checkpoint)
     if not path.is_absolute() and (output_dir / path.name).is_dir() and path.name == str(path):

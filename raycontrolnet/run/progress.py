@@ -22,7 +22,7 @@ MIN_STEPS_FOR_RATE = 2
 class Progress:
     """Shows step, loss, learning rate, images/s and time left while a run goes on, on a terminal or in a plain log.
 
-        with Progress(output_dir, total_steps, stream): trainer.fit()
+    with Progress(output_dir, total_steps, stream): trainer.fit()
     """
 
     def __init__(self, output_dir: Path, total_steps: int, first_step: int, stream: TextIO):
