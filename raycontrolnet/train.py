@@ -7,44 +7,41 @@ Checks everything that can be checked before anything is loaded, hands a `Job` t
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
-import secrets
 import sys
 import time
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from raycontrolnet import __version__
-from raycontrolnet.cluster import WorkerResources, interruptible_trainer, logging_to, ray_session, worker_resources
+from raycontrolnet.cluster import (
+    WorkerResources,
+    interruptible_trainer,
+    logging_to,
+    ray_session,
+    worker_resources,
+)
 from raycontrolnet.config import TrainConfig, changed_settings, public_settings
-from raycontrolnet.data.sources import Source, open_source
-from raycontrolnet.data.stream import BatchLoader, execution_options, ray_dataset
-from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
+from raycontrolnet.data.stream import execution_options, ray_dataset
+from raycontrolnet.errors import Interrupted, RunError, UserError
+from raycontrolnet.preflight import CheckedRun, check, check_device, versions, with_absolute_paths
 from raycontrolnet.run import checkpoint as checkpoints
-from raycontrolnet.run import export, trackers, validation
-from raycontrolnet.run.plan import RunPlan
+from raycontrolnet.run import export
+from raycontrolnet.run.job import LOG, Job, forget_failure, read_failure
 from raycontrolnet.run.progress import Progress, duration
 
 if TYPE_CHECKING:
-    import ray.data
-
-    from raycontrolnet.train_controlnet import Job
+    import ray
 
 logger = logging.getLogger(__name__)
 
-LOG = "run.log"
 CONFIG = "config.yaml"
 STATUS = "run.json"
-VERSIONS_OF = ("ray", "torch", "diffusers", "transformers", "accelerate", "datasets")
 
 
 @dataclass(frozen=True)
@@ -85,8 +82,8 @@ def fit(config: TrainConfig, *, stream: TextIO | None = None) -> RunResult:
     started = time.time()
     stream = stream or sys.stderr
     output_dir = Path(config.output_dir).expanduser().resolve()
-    config = _with_absolute_paths(config, output_dir)
-    run = _check(config, output_dir)
+    config = with_absolute_paths(config, output_dir)
+    run = check(config, output_dir)
     with logging_to(output_dir / LOG), _status_kept(output_dir, started) as status:
         if config.worker_range == (0, 0):
             summary = _train_here(run, stream)
@@ -111,130 +108,19 @@ def fit(config: TrainConfig, *, stream: TextIO | None = None) -> RunResult:
     )
 
 
-@dataclass(frozen=True)
-class _Run:
-    """A run whose input has been checked."""
-
-    config: TrainConfig
-    """With absolute paths and a seed."""
-    output_dir: Path
-    source: Source
-    start: checkpoints.Checkpoint | None
-    token: str | None = dataclasses.field(repr=False)
-
-    @property
-    def loader(self) -> BatchLoader:
-        assert self.config.seed is not None
-        return BatchLoader.build(self.source, self.config, self.config.train_batch_size, self.config.seed)
-
-    def plan(self, world_size: int) -> RunPlan:
-        return RunPlan.of(self.config, self.loader.order.num_samples, world_size)
-
-    def job(self, *, use_gpu: bool, threads: int | None, local: bool) -> Job:
-        from raycontrolnet.train_controlnet import Job
-
-        config = self.config
-        assert config.seed is not None
-        versions = {name: importlib.metadata.version(name) for name in VERSIONS_OF}
-        return Job(
-            config=dataclasses.replace(config, hub_token=None),
-            run_id=uuid.uuid4().hex,
-            num_samples=self.loader.order.num_samples,
-            start=self.start,
-            use_gpu=use_gpu,
-            threads=threads,
-            trackers=trackers.resolve(config.report_to),
-            tracker_settings=public_settings(config),
-            validation_items=tuple(validation.plan(config, config.seed)),
-            facts={
-                "settings": public_settings(config),
-                "data": self.source.fingerprint(),
-                "versions": {"raycontrolnet": __version__, **versions},
-            },
-            token=self.token,
-            loader=self.loader if local else None,
-        )
-
-
-def _check(config: TrainConfig, output_dir: Path) -> _Run:
-    """Everything that can be checked before Ray starts and models are read."""
-    problems = list(trackers.check_trackers(config.trackers if config.report_to != "all" else ()))
-    for flag, needed, package, extra in (
-        ("use_8bit_adam", config.use_8bit_adam, "bitsandbytes", "8bit"),
-        ("enable_xformers_memory_efficient_attention", config.enable_xformers_memory_efficient_attention, "xformers",
-         "xformers"),
-    ):  # fmt: skip
-        if needed and importlib.util.find_spec(package) is None:
-            problems.append(f"--{flag}: {package} is not installed; run pip install 'raycontrolnet[{extra}]'")
-    problems += _local_model_problems(config)
-    problems += export.check_push(config)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        if not os.access(output_dir, os.W_OK):
-            raise PermissionError(13, "Permission denied")
-    except OSError as error:
-        problems.append(f"--output_dir={output_dir}: cannot be written ({error.strerror}); name another folder")
-    if problems:
-        raise ConfigError(problems)
-    start = checkpoints.resolve(config.resume_from_checkpoint, output_dir)
-    validation.check(config)
-    token = export.find_token(config.hub_token)
-    source = open_source(config, cache_dir=config.cache_dir, token=token)
-    if config.seed is None:
-        config = dataclasses.replace(config, seed=start.seed if start else secrets.randbelow(2**31))
-    if start is not None:
-        for what, now in (("seed", config.seed), ("data", source.fingerprint())):
-            if start.manifest[what] != now:
-                logger.warning("%s was made with another %s: the order of samples changes", start.path, what)
-    checkpoints.remove_leftovers(output_dir)
-    return _Run(config, output_dir, source, start, token)
-
-
-def _local_model_problems(config: TrainConfig) -> Iterator[str]:
-    """Model folders that are named as paths but are not there; Hub ids are found out by the workers."""
-    for flag, parts in (
-        ("pretrained_model_name_or_path", ("unet", "vae", "text_encoder", "scheduler")),
-        ("controlnet_model_name_or_path", ()),
-        ("tokenizer_name", ()),
-    ):
-        name = getattr(config, flag)
-        if name is None:
-            continue
-        path = Path(name)
-        if path.is_dir():
-            missing = [part for part in parts if not (path / part).is_dir()]
-            if missing:
-                yield f"--{flag}={name}: no {', '.join(missing)} in that folder; it must be in diffusers' layout"
-        elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-            yield f"--{flag}={name}: no such folder, and not the form of a Hub id (owner/name)"
-
-
-def _with_absolute_paths(config: TrainConfig, output_dir: Path) -> TrainConfig:
-    """Paths as workers in other directories must see them; names that are no paths here (Hub ids) stay."""
-    paths: dict[str, Any] = {"output_dir": str(output_dir)}
-    for name in (
-        "pretrained_model_name_or_path", "controlnet_model_name_or_path", "tokenizer_name", "cache_dir",
-        "train_data_dir", "dataset_name",
-    ):  # fmt: skip
-        value = getattr(config, name)
-        if value is not None and (Path(value).expanduser().exists() or name in ("cache_dir", "train_data_dir")):
-            paths[name] = str(Path(value).expanduser().resolve())
-    return dataclasses.replace(config, **paths)
-
-
-def _train_here(run: _Run, stream: TextIO) -> dict[str, Any]:
+def _train_here(run: CheckedRun, stream: TextIO) -> dict[str, Any]:
     """The worker loop in this process: Ray Train's local mode, for debugging and quick tests."""
     import torch
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from raycontrolnet.train_controlnet import FAILURE, train_controlnet
+    from raycontrolnet.train_controlnet import train_controlnet
 
     use_gpu = torch.cuda.is_available() if run.config.use_gpu is None else run.config.use_gpu
-    _check_precision(run.config, use_gpu)
+    check_device(run.config, use_gpu)
     job = run.job(use_gpu=use_gpu, threads=None, local=True)
     _announce(run, 1, stream)
-    (run.output_dir / FAILURE).unlink(missing_ok=True)
+    forget_failure(run.output_dir)
     trainer = TorchTrainer(
         train_controlnet,
         train_loop_config={"job": job},
@@ -245,20 +131,20 @@ def _train_here(run: _Run, stream: TextIO) -> dict[str, Any]:
         return dict(trainer.fit().return_value)
 
 
-def _train_on_ray(run: _Run, stream: TextIO) -> dict[str, Any]:
+def _train_on_ray(run: CheckedRun, stream: TextIO) -> dict[str, Any]:
     import ray
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 
-    from raycontrolnet.train_controlnet import FAILURE, read_failure, train_controlnet
+    from raycontrolnet.train_controlnet import train_controlnet
 
     resources = worker_resources(run.config)
-    _check_precision(run.config, resources.use_gpu)
+    check_device(run.config, resources.use_gpu)
     fewest, most = resources.num_workers
     job = run.job(use_gpu=resources.use_gpu, threads=None if resources.use_gpu else resources.threads, local=False)
     _announce(run, most, stream)
+    forget_failure(run.output_dir)
     # Disk is the only truth about checkpoints: Ray's own record of an earlier run here must not speak up.
-    for leftover in (FAILURE, "checkpoint_manager_snapshot.json"):
-        (run.output_dir / leftover).unlink(missing_ok=True)
+    (run.output_dir / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     trainer = interruptible_trainer()(
         train_controlnet,
         train_loop_config={"job": job},
@@ -293,7 +179,7 @@ def _batch_bytes(config: TrainConfig) -> int:
     return config.train_batch_size * 2 * 3 * config.resolution**2
 
 
-def _dataset_factory(run: _Run, job: Job, loader_ref: Any) -> Any:
+def _dataset_factory(run: CheckedRun, job: Job, loader_ref: ray.ObjectRef) -> Callable[[], ray.data.Dataset]:
     """What Ray Train calls at every start of the workers: the stream from the last committed checkpoint on."""
     batch_size = run.config.train_batch_size
     max_tasks = run.config.dataloader_num_workers * run.config.worker_range[1] or None
@@ -308,14 +194,7 @@ def _dataset_factory(run: _Run, job: Job, loader_ref: Any) -> Any:
     return dataset
 
 
-def _check_precision(config: TrainConfig, use_gpu: bool) -> None:
-    if config.mixed_precision == "fp16" and not use_gpu:
-        raise ConfigError(["--mixed_precision=fp16: needs a GPU; use bf16 or no on the CPU"])
-    if config.enable_xformers_memory_efficient_attention and not use_gpu:
-        raise ConfigError(["--enable_xformers_memory_efficient_attention: needs a GPU; leave it out on the CPU"])
-
-
-def _announce(run: _Run, world_size: int, stream: TextIO) -> None:
+def _announce(run: CheckedRun, world_size: int, stream: TextIO) -> None:
     """Say what will be done, and write config.yaml."""
     import yaml
 
@@ -331,15 +210,13 @@ def _announce(run: _Run, world_size: int, stream: TextIO) -> None:
     logger.info("settings: %s", changed)
 
 
-def _progress(run: _Run, world_size: int, stream: TextIO) -> Progress:
+def _progress(run: CheckedRun, world_size: int, stream: TextIO) -> Progress:
     return Progress(run.output_dir, run.plan(world_size).total_updates, run.start.step if run.start else 0, stream)
 
 
 @contextmanager
-def _failures_explained(run: _Run) -> Iterator[None]:
+def _failures_explained(run: CheckedRun) -> Iterator[None]:
     """Turn whatever ends a run early into one paragraph that says what stands and how to go on."""
-    from raycontrolnet.train_controlnet import read_failure
-
     try:
         yield
     except KeyboardInterrupt:
@@ -366,7 +243,7 @@ def _root_cause(error: BaseException) -> str:
     return f"{prefix}{type(error).__name__}: {lines[-1].strip() if lines else 'no message'}"
 
 
-def _how_to_go_on(run: _Run) -> str:
+def _how_to_go_on(run: CheckedRun) -> str:
     last = checkpoints.latest(run.output_dir)
     if last is None:
         return "There was no checkpoint yet."
@@ -376,7 +253,7 @@ def _how_to_go_on(run: _Run) -> str:
     )
 
 
-def _push(run: _Run, facts: dict[str, Any], stream: TextIO) -> str:
+def _push(run: CheckedRun, facts: dict[str, Any], stream: TextIO) -> str:
     repo_id = export.resolve_repo_id(run.output_dir, run.config.hub_model_id, run.token)
     export.write_model_card(run.output_dir, run.config, facts, repo_id=repo_id)
     url = export.push_to_hub(run.output_dir, repo_id=repo_id, token=run.token)
@@ -390,7 +267,7 @@ def _status_kept(output_dir: Path, started: float) -> Iterator[dict[str, Any]]:
     status: dict[str, Any] = {
         "status": "running",
         "started": started,
-        "versions": {"raycontrolnet": __version__, **{name: importlib.metadata.version(name) for name in VERSIONS_OF}},
+        "versions": versions(),
     }
 
     def write() -> None:

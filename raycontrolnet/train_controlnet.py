@@ -6,28 +6,27 @@ and when due a checkpoint or validation images; at the end the final weights.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
+import diffusers.utils.logging
 import ray.train
 import torch
+import transformers.utils.logging
 
-from raycontrolnet.config import TrainConfig
 from raycontrolnet.data.records import PreparedRow
-from raycontrolnet.data.stream import BatchLoader, local_batches, ray_batches
+from raycontrolnet.data.stream import local_batches, ray_batches
 from raycontrolnet.errors import RunError, UserError
 from raycontrolnet.model.components import with_controlnet, working_precision
 from raycontrolnet.model.step import TrainState, draw, latent_shape, make_batch, train_step
 from raycontrolnet.run import checkpoint as checkpoints
 from raycontrolnet.run import validation
 from raycontrolnet.run.checkpoint import Checkpoint
+from raycontrolnet.run.job import LOG, Job, read_failure, record_failure
 from raycontrolnet.run.metrics import MetricsLog, PendingMetrics, PhaseClock, UpdateMetrics
 from raycontrolnet.run.plan import RunPlan
 from raycontrolnet.run.state import (
@@ -43,40 +42,7 @@ from raycontrolnet.run.trackers import Trackers, open_trackers
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-FAILURE = ".failure.json"
 GPU_METRICS_INTERVAL_S = 1.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the driver hands to every worker: plain data, without secrets but for the token, which repr leaves out."""
-
-    config: TrainConfig
-    """With absolute paths, a seed, and no hub_token."""
-    run_id: str
-    num_samples: int
-    """N, samples per epoch."""
-    start: Checkpoint | None
-    """Where the run begins; after a failure it continues from its own last checkpoint."""
-    use_gpu: bool
-    threads: int | None
-    """CPU threads of a worker; None leaves them."""
-    trackers: tuple[str, ...]
-    tracker_settings: Mapping[str, Any]
-    validation_items: tuple[validation.ValidationItem, ...]
-    facts: Mapping[str, Any]
-    """For the checkpoints' manifests."""
-    token: str | None = field(default=None, repr=False)
-    loader: BatchLoader | None = None
-    """Only for a run in the caller's process: there is no Ray Data then."""
-
-    @property
-    def output_dir(self) -> Path:
-        return Path(self.config.output_dir)
-
-    def current_checkpoint(self) -> Checkpoint | None:
-        """Where to continue: this run's last complete checkpoint, or its start."""
-        return checkpoints.latest(self.output_dir, self.run_id) or self.start
 
 
 def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
@@ -86,17 +52,22 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
         Step, samples, loss and seconds by phase; None if the job has failed in a way that trying again cannot mend.
     """
     job = loop_config["job"]
-    if (job.output_dir / FAILURE).exists():
-        return None  # Ray restarted the workers after a failure of bad input: the driver reads the file
-    with _hopeless_failures_recorded(job), accelerator_for(job.config, use_gpu=job.use_gpu) as accelerator:
+    if read_failure(job.output_dir):
+        return None  # Ray restarted the workers after a hopeless failure: the driver tells the user
+    context = ray.train.get_context()
+    with (
+        _logging_to_run_log(job, context.get_world_rank()),
+        _hopeless_failures_recorded(job),
+        accelerator_for(job.config, use_gpu=job.use_gpu) as accelerator,
+    ):
         if job.threads is not None:
             torch.set_num_threads(job.threads)
         torch.backends.cuda.matmul.allow_tf32 = job.config.allow_tf32
         torch.backends.cudnn.allow_tf32 = job.config.allow_tf32
-        context = ray.train.get_context()
         plan = RunPlan.of(job.config, job.num_samples, context.get_world_size())
         checkpoint = job.current_checkpoint()
         clock = PhaseClock()
+        clock.seconds["start"] = time.time() - job.submitted
         batches = _read_ahead(_batches(job, plan, checkpoint))  # begins now, while the models are read
         with clock("model"):
             state = build_state(job.config, plan, accelerator, checkpoint, job.token)
@@ -297,33 +268,34 @@ def _read_ahead(items: Iterator[T]) -> Iterator[T]:
 
 @contextmanager
 def _hopeless_failures_recorded(job: Job) -> Iterator[None]:
-    """Leave a note of failures that would come again, so that Ray's next try ends at once instead of repeating them."""
+    """Record failures that would come again, so that Ray's next try ends at once instead of repeating them."""
     try:
         yield
-    except (UserError, RunError, torch.OutOfMemoryError) as error:
+    except (UserError, RunError) as error:
         record_failure(job.output_dir, error)
         raise
-
-
-def record_failure(output_dir: Path, error: Exception) -> None:
-    """Write the failure for the driver; the first one stands."""
-    if isinstance(error, torch.OutOfMemoryError):
-        error = RunError(
+    except torch.OutOfMemoryError as error:
+        advice = RunError(
             f"Out of GPU memory: {str(error).splitlines()[0]} Use a smaller --train_batch_size with more "
             "--gradient_accumulation_steps, --gradient_checkpointing, or --mixed_precision bf16"
         )
-    record = {"kind": "user" if isinstance(error, UserError) else "run", "message": str(error)}
-    try:
-        with (output_dir / FAILURE).open("x") as file:
-            json.dump(record, file)
-    except FileExistsError:
-        pass
+        record_failure(job.output_dir, advice)
+        raise advice from error
 
 
-def read_failure(output_dir: Path) -> UserError | RunError | None:
-    """The failure a worker recorded, if any."""
+@contextmanager
+def _logging_to_run_log(job: Job, rank: int) -> Iterator[None]:
+    """What this package logs in a worker, and the libraries' progress bars, must not be lost in Ray's files."""
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    package = logging.getLogger("raycontrolnet")
+    handler = logging.FileHandler(job.output_dir / LOG, encoding="utf-8")
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s worker {rank}: %(message)s"))
+    if job.loader is None:  # else this is the driver's process, which logs there already
+        package.addHandler(handler)
+        package.setLevel(logging.INFO)
     try:
-        record = json.loads((output_dir / FAILURE).read_text())
-    except FileNotFoundError:
-        return None
-    return (UserError if record["kind"] == "user" else RunError)(record["message"])
+        yield
+    finally:
+        package.removeHandler(handler)
+        handler.close()

@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data",),
     ("model",),
     ("run",),
-    ("cluster", "train_controlnet"),
+    ("cluster", "preflight", "train_controlnet"),
     ("prepare", "train"),
     ("tune",),
     ("demo",),  # stands beside the others; what it may import is what is below cli

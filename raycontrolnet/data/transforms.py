@@ -18,6 +18,11 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from raycontrolnet.data.records import ImageRow, PreparedRow, UInt8Image
 from raycontrolnet.errors import DataError
 
+# Pillow warns of odd metadata and of sizes that are fine here. Once and for all, because `catch_warnings` around every
+# decoding would not be safe in threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
 Colour = tuple[int, int, int]
 
 IMAGE_BACKGROUND: Colour = (255, 255, 255)
@@ -57,12 +62,10 @@ def decode_rgb(image: bytes | str, *, background: Colour, place: str = "") -> Im
     if not data:
         raise DataError(f"{name} is empty")
     try:
-        with warnings.catch_warnings():  # Pillow warns of odd metadata and of sizes that are fine here
-            warnings.simplefilter("ignore")
-            opened = Image.open(io.BytesIO(data))
-            _scale_transparent_colour(opened)
-            opened.load()
-            rgb = to_rgb(_upright(opened), background)
+        opened = Image.open(io.BytesIO(data))
+        _scale_transparent_colour(opened)
+        opened.load()
+        rgb = to_rgb(_upright(opened), background)
     except Image.DecompressionBombError as error:
         raise DataError(f"{name} is too large to be decoded safely ({_one_line(error)})") from None
     except UnidentifiedImageError:

@@ -106,16 +106,22 @@ def _make_controlnet(model: ModelConfig, unet: UNet2DConditionModel, seed: int, 
 
     if model.controlnet_model_name_or_path:
         controlnet = load_controlnet(model.controlnet_model_name_or_path, cache_dir=model.cache_dir, token=token)
-        if controlnet.config["cross_attention_dim"] != unet.config["cross_attention_dim"]:
-            raise UserError(
-                f"--controlnet_model_name_or_path={model.controlnet_model_name_or_path}: made for another base model "
-                f"(cross_attention_dim {controlnet.config['cross_attention_dim']}, the base model's UNet has "
-                f"{unet.config['cross_attention_dim']})"
-            )
+        for name in ("cross_attention_dim", "block_out_channels", "layers_per_block"):
+            own, wanted = (_listed(module.config[name]) for module in (controlnet, unet))
+            if own != wanted:
+                raise UserError(
+                    f"--controlnet_model_name_or_path={model.controlnet_model_name_or_path}: made for another base "
+                    f"model ({name} {own}, the base model's UNet has {wanted})"
+                )
         return controlnet
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return ControlNetModel.from_unet(unet)
+
+
+def _listed(value: Any) -> Any:
+    """Tuples as lists, which they become in files."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _check_trainable(base: str, unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from raycontrolnet.data.order import Purpose, keyed_seed
+from raycontrolnet.data.order import Purpose, keyed_rng
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.diffusion import add_noise, per_sample_loss, prediction_target, sample_posterior
@@ -100,14 +100,14 @@ def draw(
         latent_shape: (C, h, w) of one sample's latents.
         num_timesteps: training timesteps of the noise scheduler.
     """
-    generator = torch.Generator()
     noises, timesteps = [], []
     for index in sample_indices:
-        generator.manual_seed(keyed_seed(seed, Purpose.DIFFUSION, index))
-        noises.append(torch.randn((2, *latent_shape), generator=generator))
-        timesteps.append(torch.randint(num_timesteps, (), generator=generator))
-    posterior_noise, noise = torch.stack(noises, dim=1).to(device, non_blocking=True)
-    return Draws(posterior_noise, noise, torch.stack(timesteps).to(device, non_blocking=True))
+        # Not a torch.Generator: of its seed the CPU's takes 32 bits, so that among 100,000 samples two would be alike.
+        rng = keyed_rng(seed, Purpose.DIFFUSION, index)
+        noises.append(rng.standard_normal((2, *latent_shape), dtype=np.float32))
+        timesteps.append(int(rng.integers(num_timesteps)))
+    posterior_noise, noise = torch.from_numpy(np.stack(noises, axis=1)).to(device, non_blocking=True)
+    return Draws(posterior_noise, noise, torch.tensor(timesteps).to(device, non_blocking=True))
 
 
 def latent_shape(components: Components, resolution: int) -> tuple[int, int, int]:

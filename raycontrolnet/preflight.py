@@ -1,0 +1,155 @@
+"""Before a run: everything that can be checked before Ray starts and models are read, all problems at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import secrets
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raycontrolnet import __version__
+from raycontrolnet.config import TrainConfig, public_settings
+from raycontrolnet.data.sources import Source, open_source
+from raycontrolnet.data.stream import BatchLoader
+from raycontrolnet.errors import ConfigError
+from raycontrolnet.run import checkpoint as checkpoints
+from raycontrolnet.run import export, trackers, validation
+from raycontrolnet.run.job import Job
+from raycontrolnet.run.plan import RunPlan
+
+logger = logging.getLogger(__name__)
+
+VERSIONS_OF = ("ray", "torch", "diffusers", "transformers", "accelerate", "datasets")
+
+
+def versions() -> dict[str, str]:
+    """Of this package and those that decide what a run computes."""
+    return {"raycontrolnet": __version__} | {name: importlib.metadata.version(name) for name in VERSIONS_OF}
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """A run whose input has been checked."""
+
+    config: TrainConfig
+    """With absolute paths and a seed."""
+    output_dir: Path
+    source: Source
+    start: checkpoints.Checkpoint | None
+    token: str | None = dataclasses.field(repr=False)
+
+    @property
+    def loader(self) -> BatchLoader:
+        assert self.config.seed is not None
+        return BatchLoader.build(self.source, self.config, self.config.train_batch_size, self.config.seed)
+
+    def plan(self, world_size: int) -> RunPlan:
+        return RunPlan.of(self.config, self.loader.order.num_samples, world_size)
+
+    def job(self, *, use_gpu: bool, threads: int | None, local: bool) -> Job:
+        """What the workers get."""
+        config = self.config
+        assert config.seed is not None
+        return Job(
+            config=dataclasses.replace(config, hub_token=None),
+            run_id=uuid.uuid4().hex,
+            num_samples=self.loader.order.num_samples,
+            start=self.start,
+            use_gpu=use_gpu,
+            threads=threads,
+            trackers=trackers.resolve(config.report_to),
+            tracker_settings=public_settings(config),
+            validation_items=tuple(validation.plan(config, config.seed)),
+            facts={
+                "settings": public_settings(config),
+                "data": self.source.fingerprint(),
+                "versions": versions(),
+            },
+            token=self.token,
+            loader=self.loader if local else None,
+        )
+
+
+def check(config: TrainConfig, output_dir: Path) -> CheckedRun:
+    """Everything that can be checked before Ray starts and models are read."""
+    problems = list(trackers.check_trackers(config.trackers if config.report_to != "all" else ()))
+    for flag, needed, package, extra in (
+        ("use_8bit_adam", config.use_8bit_adam, "bitsandbytes", "8bit"),
+        ("enable_xformers_memory_efficient_attention", config.enable_xformers_memory_efficient_attention, "xformers",
+         "xformers"),
+    ):  # fmt: skip
+        if needed and importlib.util.find_spec(package) is None:
+            problems.append(f"--{flag}: {package} is not installed; run pip install 'raycontrolnet[{extra}]'")
+    problems += _local_model_problems(config)
+    problems += export.check_push(config)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(output_dir, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        problems.append(f"--output_dir={output_dir}: cannot be written ({error.strerror}); name another folder")
+    if problems:
+        raise ConfigError(problems)
+    start = checkpoints.resolve(config.resume_from_checkpoint, output_dir)
+    validation.check(config)
+    token = export.find_token(config.hub_token)
+    source = open_source(config, cache_dir=config.cache_dir, token=token)
+    if config.seed is None:
+        config = dataclasses.replace(config, seed=start.seed if start else secrets.randbelow(2**31))
+    if start is not None:
+        for what, now in (("seed", config.seed), ("data", source.fingerprint())):
+            if start.manifest[what] != now:
+                logger.warning("%s was made with another %s: the order of samples changes", start.path, what)
+    checkpoints.remove_leftovers(output_dir)
+    return CheckedRun(config, output_dir, source, start, token)
+
+
+def _local_model_problems(config: TrainConfig) -> Iterator[str]:
+    """Model folders that are named as paths but are not there; Hub ids are found out by the workers."""
+    for flag, parts in (
+        ("pretrained_model_name_or_path", ("unet", "vae", "text_encoder", "scheduler")),
+        ("controlnet_model_name_or_path", ()),
+        ("tokenizer_name", ()),
+    ):
+        name = getattr(config, flag)
+        if name is None:
+            continue
+        path = Path(name)
+        if path.is_dir():
+            missing = [part for part in parts if not (path / part).is_dir()]
+            if missing:
+                yield f"--{flag}={name}: no {', '.join(missing)} in that folder; it must be in diffusers' layout"
+        elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+            yield f"--{flag}={name}: no such folder, and not the form of a Hub id (owner/name)"
+
+
+def with_absolute_paths(config: TrainConfig, output_dir: Path) -> TrainConfig:
+    """Paths as workers in other directories must see them; names that are no paths here (Hub ids) stay."""
+    paths: dict[str, Any] = {"output_dir": str(output_dir)}
+    for name in (
+        "pretrained_model_name_or_path", "controlnet_model_name_or_path", "tokenizer_name", "cache_dir",
+        "train_data_dir", "dataset_name",
+    ):  # fmt: skip
+        value = getattr(config, name)
+        if value is not None and (Path(value).expanduser().exists() or name in ("cache_dir", "train_data_dir")):
+            paths[name] = str(Path(value).expanduser().resolve())
+    return dataclasses.replace(config, **paths)
+
+
+def check_device(config: TrainConfig, use_gpu: bool) -> None:
+    """What can be known only once the device is.
+
+    Raises:
+        ConfigError: if a setting cannot run on it.
+    """
+    if config.mixed_precision == "fp16" and not use_gpu:
+        raise ConfigError(["--mixed_precision=fp16: needs a GPU; use bf16 or no on the CPU"])
+    if config.enable_xformers_memory_efficient_attention and not use_gpu:
+        raise ConfigError(["--enable_xformers_memory_efficient_attention: needs a GPU; leave it out on the CPU"])

@@ -1,0 +1,119 @@
+"""What the tests compare with: the arithmetic of the diffusers example, written out with diffusers' own models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from raycontrolnet.config import TrainConfig
+from raycontrolnet.data.records import PreparedRow
+from raycontrolnet.model.step import Draws, TrainState, draw, make_batch, train_step
+from raycontrolnet.run.plan import RunPlan
+from raycontrolnet.run.state import accelerator_for, build_state
+
+CPU = torch.device("cpu")
+LATENT_SHAPE = (4, 4, 4)
+"""Of the tiny base at 32 pixels."""
+
+
+def write_trained_controlnet(base: Path, folder: Path, seed: int = 0) -> Path:
+    """A ControlNet as training leaves it: its zero convolutions are not zero any more, so that it has a say."""
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        controlnet = ControlNetModel.from_unet(UNet2DConditionModel.from_pretrained(base, subfolder="unet"))
+        zero_convolutions = [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]
+        for module in [*zero_convolutions, controlnet.controlnet_cond_embedding.conv_out]:
+            for parameter in module.parameters():
+                assert not parameter.any()
+                torch.nn.init.normal_(parameter, std=0.2)
+    controlnet.save_pretrained(folder)
+    return folder
+
+
+def to_tensor(images: NDArray[np.uint8]) -> Tensor:
+    """torchvision's ToTensor: uint8 [..., H, W, 3] -> float32 [..., 3, H, W] in [0, 1]."""
+    return torch.from_numpy(np.moveaxis(images, -1, -3).astype(np.float32)) / 255
+
+
+def normalize(pixels: Tensor) -> Tensor:
+    """torchvision's Normalize([0.5], [0.5])."""
+    return (pixels - 0.5) / 0.5
+
+
+def reference_loss(base: Path, controlnet_folder: Path, rows: list[PreparedRow], draws: Draws) -> Tensor:
+    """The loss of a batch in fp32, with everything that carries gradients to the ControlNet left attached."""
+    from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    noise_scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
+    tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder")
+    vae = AutoencoderKL.from_pretrained(base, subfolder="vae")
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    controlnet = ControlNetModel.from_pretrained(controlnet_folder)
+
+    pixel_values = normalize(to_tensor(np.stack([row.image for row in rows])))
+    conditioning_pixel_values = to_tensor(np.stack([row.conditioning_image for row in rows]))
+    prompts = [row.prompt for row in rows]
+    input_ids = tokenizer(
+        prompts, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
+
+    posterior = vae.encode(pixel_values).latent_dist
+    latents = (posterior.mean + posterior.std * draws.posterior_noise) * vae.config.scaling_factor
+    noisy_latents = noise_scheduler.add_noise(latents, draws.noise, draws.timesteps)
+    encoder_hidden_states = text_encoder(input_ids, return_dict=False)[0]
+    down_block_res_samples, mid_block_res_sample = controlnet(
+        noisy_latents,
+        draws.timesteps,
+        encoder_hidden_states=encoder_hidden_states,
+        controlnet_cond=conditioning_pixel_values,
+        return_dict=False,
+    )
+    model_pred = unet(
+        noisy_latents,
+        draws.timesteps,
+        encoder_hidden_states=encoder_hidden_states,
+        down_block_additional_residuals=down_block_res_samples,
+        mid_block_additional_residual=mid_block_res_sample,
+        return_dict=False,
+    )[0]
+    if noise_scheduler.config.prediction_type == "epsilon":
+        target = draws.noise
+    else:
+        assert noise_scheduler.config.prediction_type == "v_prediction"
+        target = noise_scheduler.get_velocity(latents, draws.noise, draws.timesteps)
+    return torch.nn.functional.mse_loss(model_pred.float(), target.float(), reduction="mean")
+
+
+@contextmanager
+def training(settings: dict[str, Any], num_samples: int = 13) -> Iterator[TrainState]:
+    """The state at the start of a run in this process."""
+    config = TrainConfig(**settings)
+    with accelerator_for(config, use_gpu=False) as accelerator:
+        yield build_state(config, RunPlan.of(config, num_samples, 1), accelerator, None, None)
+
+
+def fake_rows(*sample_indices: int) -> list[PreparedRow]:
+    return [PreparedRow.fake(index, resolution=32) for index in sample_indices]
+
+
+def steps(state: TrainState, *batches: list[PreparedRow], seed: int = 0) -> list[Any]:
+    """A `train_step` for each of `batches`; returns what they return."""
+    return [
+        train_step(
+            state,
+            make_batch(rows, state.components.tokenizer, CPU),
+            draw(seed, [row.sample_index for row in rows], LATENT_SHAPE, 1000, CPU),
+        )
+        for rows in batches
+    ]

@@ -1,0 +1,251 @@
+"""Runs on Ray: the same weights whatever the number of workers, restarts and places where they happen."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from raycontrolnet import TrainConfig, fit
+from raycontrolnet.config import public_settings
+from raycontrolnet.demo.circles import write_circles
+from raycontrolnet.errors import ConfigError, UserError
+from raycontrolnet.run import metrics
+
+Settings = dict[str, Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _local_ray() -> Iterator[None]:
+    """One Ray for the module: two CPUs for workers and one for loading."""
+    import ray
+
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def settings(tiny_settings: Settings) -> Settings:
+    return tiny_settings | {"num_workers": "1", "cpus_per_worker": 1.0}
+
+
+def run(settings: Settings, output_dir: Path, **changes: Any) -> Path:
+    fit(TrainConfig(**{**settings, "output_dir": str(output_dir), **changes}))
+    return output_dir
+
+
+def column(output_dir: Path, name: str) -> list[float]:
+    return [record[name] for record in metrics.read(output_dir / metrics.NAME)]
+
+
+def weights(output_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(output_dir / "diffusion_pytorch_model.safetensors")
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Bit for bit."""
+    assert column(one, "step") == column(other, "step")
+    assert column(one, "loss") == column(other, "loss")
+    assert column(one, "grad_norm") == column(other, "grad_norm")
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert len(first) > 50
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_two_workers_learn_what_one_does(settings: Settings, tmp_path: Path) -> None:
+    """1 worker x batch 4 and 2 workers x batch 2: the same losses over 10 updates, across the ends of epochs."""
+    changes = {"max_train_steps": 10, "checkpointing_steps": 100, "proportion_empty_prompts": 0.3}
+    one = run(settings, tmp_path / "one", **changes)
+    two = run(settings, tmp_path / "two", **changes, num_workers="2", train_batch_size=2)
+    assert column(one, "samples") == column(two, "samples") == [4 * update for update in range(1, 11)]
+    assert column(two, "loss") == pytest.approx(column(one, "loss"), rel=0, abs=1e-5)
+    assert len(set(column(one, "loss"))) == 10
+
+
+def test_learning_rate_counts_updates_not_workers(settings: Settings, tmp_path: Path) -> None:
+    from diffusers.optimization import get_scheduler
+
+    updates = {"max_train_steps": 6, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "gradient_accumulation_steps": 3}
+    done = run(settings, tmp_path / "out", **updates, num_workers="2", train_batch_size=1)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=settings["learning_rate"])
+    scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=2, num_training_steps=6)
+    expected = []
+    for _ in range(6):
+        expected.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert column(done, "lr") == pytest.approx(expected, rel=1e-12)
+    assert column(done, "samples") == [6 * update for update in range(1, 7)]
+
+
+def test_resume_is_exact_on_ray_and_off_it(settings: Settings, tmp_path: Path) -> None:
+    """Stopped after 2 of 4 updates, in the middle of an epoch, and continued: bit for bit the run in one piece."""
+    changes = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
+    whole = run(settings, tmp_path / "whole", **changes)
+    parts = run(settings, tmp_path / "parts", **changes, max_train_steps=2)
+    run(settings, parts, **changes, resume_from_checkpoint="latest")
+    assert_same_run(whole, parts)
+
+
+def test_a_killed_worker_costs_nothing(settings: Settings, tmp_path: Path) -> None:
+    """kill -9 between two checkpoints: Ray starts a new worker, which ends with the weights of an undisturbed run."""
+    changes = {"max_train_steps": 30, "checkpointing_steps": 10}
+    undisturbed = run(settings, tmp_path / "undisturbed", **changes)
+    disturbed = tmp_path / "disturbed"
+    with when(lambda: last_step(disturbed) >= 12, kill_a_train_worker) as killed:
+        run(settings, disturbed, **changes)
+    assert killed == [True], "no worker was killed"
+    assert_same_run(undisturbed, disturbed)
+
+
+def test_a_corrupt_image_ends_the_run_with_its_name(settings: Settings, tmp_path: Path) -> None:
+    """One try, not one for every allowed failure; the updates before it are kept, and the mended data continue."""
+    data = write_circles(tmp_path / "data", 13, resolution=settings["resolution"])
+    whole = run(settings, tmp_path / "whole", train_data_dir=str(data), max_train_steps=3, checkpointing_steps=100)
+    victim = first_image_of_update(3, data, settings)
+    content = victim.read_bytes()
+    victim.write_bytes(content[: len(content) // 2])
+    changes = {"train_data_dir": str(data), "max_train_steps": 3, "checkpointing_steps": 100}
+    with pytest.raises(UserError, match=rf"{victim.name}") as failure:
+        run(settings, tmp_path / "out", **changes)
+    assert "The checkpoint of update 2 stands: go on with --resume_from_checkpoint latest" in str(failure.value)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "failed"
+    victim.write_bytes(content)
+    run(settings, tmp_path / "out", **changes, resume_from_checkpoint="latest")
+    assert_same_run(whole, tmp_path / "out")
+
+
+def test_a_model_that_cannot_be_trained_is_refused_once(settings: Settings, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    subprocess.run(["cp", "-r", settings["pretrained_model_name_or_path"], str(base)], check=True)
+    scheduler = base / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "sample"}))
+    with pytest.raises(UserError, match="its scheduler's prediction_type is 'sample'; only epsilon and v_prediction"):
+        run(settings, tmp_path / "out", pretrained_model_name_or_path=str(base))
+
+
+def test_workers_that_leave_no_cpu_for_loading_are_refused(settings: Settings, tmp_path: Path) -> None:
+    """Ray would wait forever, without a word."""
+    with pytest.raises(ConfigError, match=r"--num_workers=3, --cpus_per_worker=1: 3 x 1 of the 3 CPUs leave less than"):
+        run(settings, tmp_path / "out", num_workers="3")
+    with pytest.raises(ConfigError, match="--use_gpu=True: the cluster has no GPU"):
+        run(settings, tmp_path / "out", use_gpu=True)
+    with pytest.raises(ConfigError, match="--mixed_precision=fp16: needs a GPU; use bf16 or no on the CPU"):
+        run(settings, tmp_path / "out", mixed_precision="fp16")
+
+
+@pytest.mark.parametrize("group", [False, True], ids=["to the driver", "to the terminal's processes"])
+def test_ctrl_c_ends_cleanly(settings: Settings, tmp_path: Path, group: bool) -> None:
+    """A Ray of its own: exit code 130, the last checkpoint stands, the message says how to go on, no process stays."""
+    output_dir = tmp_path / "out"
+    flags = public_settings(
+        TrainConfig(**settings | {"output_dir": str(output_dir), "max_train_steps": 100_000, "cpus_per_worker": None})
+    )
+    command = [sys.executable, "-m", "raycontrolnet", "train"]
+    command += [f"--{name}={value}" for name, value in flags.items() if value not in (None, False)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        wait_for(lambda: (output_dir / "checkpoint-4").exists(), timeout_s=120)
+        (os.killpg if group else os.kill)(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    step = max(int(path.name.partition("-")[2]) for path in output_dir.glob("checkpoint-*"))
+    expected = f"Interrupted. The checkpoint of update {step} stands: go on with --resume_from_checkpoint latest"
+    assert expected in stderr.splitlines()[-1]
+    assert json.loads((output_dir / "run.json").read_text())["status"] == "interrupted"
+    wait_for(lambda: not processes_of_session(process.pid), timeout_s=20)
+
+
+# Helpers
+
+
+class when:  # noqa: N801 (reads as a sentence)
+    """Inside the `with`, do something once a condition holds; the list that it gives says whether it was done."""
+
+    def __init__(self, condition: Callable[[], bool], action: Callable[[], None]):
+        self.done: list[bool] = []
+        self._over = threading.Event()
+        self._condition, self._action = condition, action
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> list[bool]:
+        self._thread.start()
+        return self.done
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.01):
+            if self._condition():
+                self._action()
+                self.done.append(True)
+                return
+
+
+def last_step(output_dir: Path) -> int:
+    records = metrics.read(output_dir / metrics.NAME)
+    return int(records[-1]["step"]) if records else 0
+
+
+def kill_a_train_worker() -> None:
+    workers = [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if "RayTrainWorker" in " ".join(child.cmdline()) and child.status() != psutil.STATUS_ZOMBIE
+    ]
+    assert len(workers) == 1
+    workers[0].kill()
+
+
+def first_image_of_update(update: int, data: Path, settings: Settings) -> Path:
+    from raycontrolnet.data.sources import open_source
+    from raycontrolnet.data.stream import BatchLoader
+
+    config = TrainConfig(**settings | {"train_data_dir": str(data)})
+    loader = BatchLoader.build(open_source(config), config, config.train_batch_size, settings["seed"])
+    row = loader.source.read(loader.order.row((update - 1) * config.train_batch_size))
+    assert isinstance(row.image, str)
+    earlier = {loader.order.row(index) for index in range((update - 1) * config.train_batch_size)}
+    assert loader.order.row((update - 1) * config.train_batch_size) not in earlier
+    return Path(row.image)
+
+
+def processes_of_session(leader: int) -> list[psutil.Process]:
+    """Processes that a command left behind: those that carry its output folder's Ray session."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, ProcessLookupError):
+            continue
+    return found
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"not within {timeout_s} s"
+        time.sleep(0.1)

@@ -1,0 +1,414 @@
+"""The training step does the reference's arithmetic, to the ControlNet alone, and updates when it should."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reference import CPU, LATENT_SHAPE, fake_rows, reference_loss, steps, training, write_trained_controlnet
+from safetensors.torch import load_file
+from torch import Tensor
+
+from raycontrolnet.errors import UserError
+from raycontrolnet.model.components import Components, enable_memory_savers, load_components
+from raycontrolnet.model.step import TrainState, controlnet_loss, draw, latent_shape, make_batch
+from raycontrolnet.run.plan import RunPlan
+
+
+@pytest.fixture(scope="module")
+def controlnet_folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_trained_controlnet(tiny_base, tmp_path_factory.mktemp("controlnet"))
+
+
+@pytest.fixture
+def settings(tiny_settings: dict[str, Any], controlnet_folder: Path) -> dict[str, Any]:
+    """Of a run that goes on from a ControlNet that was trained a bit."""
+    return tiny_settings | {"controlnet_model_name_or_path": str(controlnet_folder)}
+
+
+@pytest.fixture
+def components(settings: dict[str, Any]) -> Components:
+    return load_tiny(settings)
+
+
+def load_tiny(settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> Components:
+    from raycontrolnet.config import TrainConfig
+
+    return load_components(TrainConfig(**settings), device=CPU, dtype=dtype, seed=0)
+
+
+def losses(components: Components, *sample_indices: int) -> Tensor:
+    batch = make_batch(fake_rows(*sample_indices), components.tokenizer, CPU)
+    draws = draw(0, sample_indices, LATENT_SHAPE, 1000, CPU)
+    return controlnet_loss(components, components.controlnet, batch, draws)
+
+
+def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.grad for name, value in module.named_parameters() if value.grad is not None}
+
+
+def norm(tensors: Iterable[Tensor]) -> float:
+    return float(torch.linalg.vector_norm(torch.stack([tensor.norm() for tensor in tensors])))
+
+
+@pytest.mark.parametrize("base_fixture", ["tiny_base", "tiny_base_v"])
+def test_the_loss_is_the_references(
+    base_fixture: str, settings: dict[str, Any], controlnet_folder: Path, request: pytest.FixtureRequest
+) -> None:
+    base = request.getfixturevalue(base_fixture)
+    components = load_tiny(settings | {"pretrained_model_name_or_path": str(base)})
+    seen = []
+    for indices in ([0, 1, 2, 3], [4], [5, 6]):
+        rows = fake_rows(*indices)
+        draws = draw(0, indices, LATENT_SHAPE, 1000, CPU)
+        with torch.no_grad():
+            expected = reference_loss(base, controlnet_folder, rows, draws)
+            loss = controlnet_loss(
+                components, components.controlnet, make_batch(rows, components.tokenizer, CPU), draws
+            )
+        assert loss.dtype == torch.float32
+        assert loss.shape == (len(indices),)
+        assert abs(float(loss.mean() - expected)) <= 1e-6
+        seen.append(float(expected))
+    assert min(seen) > 0.1, "a loss near zero would agree with anything"
+    assert len(set(seen)) == 3
+
+
+def test_the_gradients_are_the_references(
+    components: Components, tiny_base: Path, controlnet_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import ControlNetModel
+
+    references = []
+    load = ControlNetModel.from_pretrained
+    monkeypatch.setattr(
+        ControlNetModel, "from_pretrained", lambda *args, **kw: references.append(load(*args, **kw)) or references[-1]
+    )
+    reference_loss(tiny_base, controlnet_folder, fake_rows(0, 1), draw(0, [0, 1], LATENT_SHAPE, 1000, CPU)).backward()
+    losses(components, 0, 1).mean().backward()
+    expected, found = gradients(references[0]), gradients(components.controlnet)
+    assert len(expected) > 50
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_every_input_has_a_say(components: Components) -> None:
+    """What agreement with the reference is worth: each part of batch, draws and ControlNet moves the loss."""
+    batch = make_batch(fake_rows(0, 1), components.tokenizer, CPU)
+    draws = draw(0, [0, 1], LATENT_SHAPE, 1000, CPU)
+    other_batch = make_batch(fake_rows(2, 3), components.tokenizer, CPU)
+    other_draws = draw(0, [2, 3], LATENT_SHAPE, 1000, CPU)
+    with torch.no_grad():
+        loss = controlnet_loss(components, components.controlnet, batch, draws)
+        for changed in (
+            *(batch._replace(**{name: getattr(other_batch, name)}) for name in batch._fields),
+            *(draws._replace(**{name: getattr(other_draws, name)}) for name in draws._fields),
+        ):
+            inputs = (changed, draws) if isinstance(changed, type(batch)) else (batch, changed)
+            other = controlnet_loss(components, components.controlnet, *inputs)
+            assert (loss - other).abs().min() > 1e-6
+        for parameter in components.controlnet.parameters():
+            parameter.zero_()
+        assert (loss - controlnet_loss(components, components.controlnet, batch, draws)).abs().min() > 1e-3
+
+
+def test_gradients_reach_only_the_controlnet(settings: dict[str, Any]) -> None:
+    with training(settings | {"gradient_accumulation_steps": 2}) as state:
+        steps(state, fake_rows(0, 1))
+        for module in state.components.frozen():
+            assert not module.training
+            assert not [name for name, value in module.named_parameters() if value.requires_grad]
+            assert gradients(module) == {}
+        assert state.components.controlnet.training
+        found = gradients(state.components.controlnet)
+        assert found.keys() == dict(state.components.controlnet.named_parameters()).keys()
+        assert all(gradient.isfinite().all() for gradient in found.values())
+        assert sum(bool(gradient.any()) for gradient in found.values()) > 0.9 * len(found)
+        optimized = {id(value) for group in state.optimizer.param_groups for value in group["params"]}
+        assert optimized == {id(value) for value in state.components.controlnet.parameters()}
+
+
+def test_training_changes_only_the_controlnet(settings: dict[str, Any]) -> None:
+    with training(settings) as state:
+        parts = {"controlnet": state.components.controlnet, "unet": state.components.unet,
+                 "vae": state.components.vae, "text_encoder": state.components.text_encoder}  # fmt: skip
+        before = {name: [value.clone() for value in part.state_dict().values()] for name, part in parts.items()}
+        steps(state, fake_rows(0, 1), fake_rows(2, 3))
+        changed = {
+            name for name, part in parts.items() if not all(map(torch.equal, before[name], part.state_dict().values()))
+        }
+        assert changed == {"controlnet"}
+
+
+def test_a_batch_is_the_mean_of_its_samples(components: Components) -> None:
+    indices = (0, 1, 2, 3, 4)
+    with torch.no_grad():
+        together = losses(components, *indices)
+        alone = torch.cat([losses(components, index) for index in indices])
+    torch.testing.assert_close(together, alone, rtol=0, atol=2e-6)
+    assert abs(float(together.mean() - alone.mean())) <= 1e-6
+    assert together.std() > 1e-3
+
+
+def forward_calls(module: torch.nn.Module) -> Counter[str]:
+    """Counts the forward passes of `module`'s residual blocks, recomputed ones included."""
+    calls: Counter[str] = Counter()
+
+    def counter(name: str) -> Callable[..., None]:
+        return lambda *_: calls.update([name])
+
+    for name, part in module.named_modules():
+        if type(part).__name__ == "ResnetBlock2D":
+            calls[name] = 0
+            part.register_forward_pre_hook(counter(name))  # a recomputation stops before a forward pass ends
+    return calls
+
+
+def test_gradient_checkpointing(settings: dict[str, Any]) -> None:
+    """The same loss and gradients, and the blocks that gradients pass are recomputed: in the UNet too."""
+    found = []
+    for checkpointing in (False, True):
+        components = load_tiny(settings)
+        enable_memory_savers(components, gradient_checkpointing=checkpointing, xformers=False)
+        controlnet, unet = forward_calls(components.controlnet), forward_calls(components.unet.up_blocks)
+        loss = losses(components, 0, 1).mean()
+        loss.backward()
+        found.append((loss.detach(), gradients(components.controlnet)))
+        assert len(controlnet) >= 4
+        assert len(unet) >= 4
+        in_blocks = {name: count for name, count in controlnet.items() if name.startswith("down_blocks")}
+        assert set(in_blocks.values()) == set(unet.values()) == {2 if checkpointing else 1}
+    (plain_loss, plain), (loss, checkpointed) = found
+    assert torch.equal(loss, plain_loss)
+    assert checkpointed.keys() == plain.keys()
+    for name, gradient in checkpointed.items():
+        torch.testing.assert_close(gradient, plain[name], rtol=1e-6, atol=1e-8)
+
+
+def test_a_run_has_gradient_checkpointing_only_if_asked(settings: dict[str, Any]) -> None:
+    for asked in (False, True):
+        with training(settings | {"gradient_checkpointing": asked}) as state:
+            calls = forward_calls(state.components.unet.up_blocks)
+            steps(state, fake_rows(0))
+            assert set(calls.values()) == {2 if asked else 1}
+
+
+def first_moments(state: TrainState) -> list[Tensor]:
+    """After one update: (1 - beta1) x the gradients that the optimizer was given."""
+    return [moment["exp_avg"] for moment in state.optimizer.state.values()]
+
+
+def test_clipping_happens_only_on_updates(settings: dict[str, Any]) -> None:
+    settings |= {"gradient_accumulation_steps": 3}
+    batches = [fake_rows(2 * i, 2 * i + 1) for i in range(3)]
+    accumulated, given, norms = {}, {}, []
+    for limit in (1e-3, 1e9):
+        with training(settings | {"max_grad_norm": limit}) as state:
+            first, second = steps(state, *batches[:2])
+            assert (first.grad_norm, second.grad_norm) == (None, None)
+            accumulated[limit] = [gradient.clone() for gradient in gradients(state.components.controlnet).values()]
+            assert first_moments(state) == []
+            (third,) = steps(state, batches[2])
+            norms.append(float(third.grad_norm))
+            given[limit] = [moment / (1 - 0.9) for moment in first_moments(state)]
+    assert all(map(torch.equal, *accumulated.values()))
+    assert norms[0] == norms[1] > 0.01, "the norm before clipping"
+    assert norm(given[1e-3]) == pytest.approx(1e-3, rel=1e-3)
+    assert norm(given[1e9]) == pytest.approx(norms[0], rel=1e-5)
+
+
+def test_three_batches_of_two_are_one_of_six(settings: dict[str, Any]) -> None:
+    settings |= {"adam_epsilon": 1e-2}  # by default Adam makes float noise in a vanishing gradient a whole step
+    weights, moments, losses_ = [], [], []
+    for accumulation in (1, 3):
+        size = 6 // accumulation
+        with training(settings | {"gradient_accumulation_steps": accumulation}) as state:
+            for update in range(2):
+                first = 6 * update
+                results = steps(state, *(fake_rows(*range(k, k + size)) for k in range(first, first + 6, size)))
+                assert [result.grad_norm is None for result in results] == [True] * (accumulation - 1) + [False]
+                assert (state.step, state.samples) == (update + 1, 6 * (update + 1))
+            losses_.append(torch.stack([result.loss for result in results]).mean())
+            weights.append([value.detach().clone() for value in state.components.controlnet.parameters()])
+            moments.append(first_moments(state))
+    torch.testing.assert_close(losses_[0], losses_[1], rtol=0, atol=1e-6)
+    for pair in zip(*moments, strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-7)
+    for pair in zip(*weights, strict=True):
+        torch.testing.assert_close(*pair, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("to_none", [False, True])
+def test_set_grads_to_none(to_none: bool, settings: dict[str, Any]) -> None:
+    with training(settings | {"set_grads_to_none": to_none}) as state:
+        steps(state, fake_rows(0))
+        parameters = list(state.components.controlnet.parameters())
+        assert len(parameters) > 50
+        for parameter in parameters:
+            if to_none:
+                assert parameter.grad is None
+            else:
+                assert parameter.grad is not None
+                assert not parameter.grad.any()
+
+
+def test_bf16_mixed_precision(settings: dict[str, Any]) -> None:
+    """Frozen parts in bf16, the trained part and its optimizer in fp32."""
+    losses_ = []
+    for mixed_precision, dtype in (("no", torch.float32), ("bf16", torch.bfloat16)):
+        with training(settings | {"mixed_precision": mixed_precision}) as state:
+            before = [value.detach().clone() for value in state.components.controlnet.parameters()]
+            results = steps(state, fake_rows(0, 1), fake_rows(2, 3))
+            assert {value.dtype for part in state.components.frozen() for value in part.parameters()} == {dtype}
+            after = list(state.components.controlnet.parameters())
+            assert {value.dtype for value in after} == {torch.float32}
+            moments = [moment[name] for moment in state.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+            assert len(moments) == 2 * len(after)
+            assert {moment.dtype for moment in moments} == {torch.float32}
+            assert not all(map(torch.equal, before, after))
+            assert {result.loss.dtype for result in results} == {torch.float32}
+            losses_.append(torch.stack([result.loss for result in results]))
+    assert losses_[1].isfinite().all()
+    torch.testing.assert_close(losses_[1], losses_[0], rtol=0.02, atol=0)
+    assert not torch.equal(*losses_)
+
+
+def test_the_controlnet_is_copied_from_the_unet(tiny_settings: dict[str, Any]) -> None:
+    components = load_tiny(tiny_settings)
+    state, copied = components.unet.state_dict(), components.controlnet.state_dict()
+    shared = copied.keys() & state.keys()
+    assert len(shared) > 50
+    assert all(torch.equal(copied[name], state[name]) for name in shared)
+    zero = [value for name, value in copied.items() if name.startswith(("controlnet_down_", "controlnet_mid_"))]
+    assert zero
+    assert not any(value.any() for value in zero)
+    again, other = load_tiny(tiny_settings), load_components_with_seed(tiny_settings, 1)
+    assert all(map(torch.equal, copied.values(), again.controlnet.state_dict().values()))
+    differing = {name for name, value in other.controlnet.state_dict().items() if not torch.equal(value, copied[name])}
+    assert differing
+    assert all(name.startswith("controlnet_cond_embedding.") for name in differing)
+
+
+def load_components_with_seed(settings: dict[str, Any], seed: int) -> Components:
+    from raycontrolnet.config import TrainConfig
+
+    torch.manual_seed(7)
+    random_state = torch.get_rng_state()
+    components = load_components(TrainConfig(**settings), device=CPU, dtype=torch.float32, seed=seed)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    return components
+
+
+def test_half_precision_weights_are_raised(settings: dict[str, Any], controlnet_folder: Path, tmp_path: Path) -> None:
+    from diffusers import ControlNetModel
+
+    half = ControlNetModel.from_pretrained(controlnet_folder, torch_dtype=torch.float16)
+    half.save_pretrained(tmp_path / "half")
+    stored = load_file(tmp_path / "half" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    raised = load_tiny(settings | {"controlnet_model_name_or_path": str(tmp_path / "half")}).controlnet
+    assert all(value.requires_grad for value in raised.parameters())
+    found = raised.state_dict()
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    assert found.keys() == stored.keys()
+    assert all(torch.equal(found[name], value.float()) for name, value in stored.items())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"cross_attention_dim": 8},
+            "made for another base model (cross_attention_dim 8, the base model's UNet has 16",
+        ),
+        ({"block_out_channels": (8, 8)}, "made for another base model (block_out_channels [8, 8], the base model's"),
+        ({"layers_per_block": 2}, "made for another base model (layers_per_block 2, the base model's UNet has 1"),
+    ],
+)
+def test_a_controlnet_of_another_base_is_refused(
+    changed: dict[str, Any], message: str, settings: dict[str, Any], controlnet_folder: Path, tmp_path: Path
+) -> None:
+    from diffusers import ControlNetModel
+
+    config = dict(ControlNetModel.load_config(controlnet_folder)) | changed
+    ControlNetModel.from_config(config).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError) as error:
+        load_tiny(settings | {"controlnet_model_name_or_path": str(tmp_path / "other")})
+    assert str(error.value).startswith(f"--controlnet_model_name_or_path={tmp_path / 'other'}: ")
+    assert message in str(error.value)
+
+
+def test_the_latents_have_the_vaes_shape(components: Components) -> None:
+    assert latent_shape(components, 32) == LATENT_SHAPE
+    pixels = torch.zeros(1, 3, 64, 64)
+    assert tuple(components.vae.encode(pixels).latent_dist.mean.shape[1:]) == latent_shape(components, 64)
+
+
+# --- draws ---
+
+
+def test_a_samples_draws_are_its_own() -> None:
+    """The same in any batch and on any worker, whatever was drawn before."""
+    batch = draw(0, [3, 10**9, 7, 3], LATENT_SHAPE, 1000, CPU)
+    torch.randn(3)
+    for place, index in enumerate([3, 10**9, 7, 3]):
+        alone = draw(0, [index], LATENT_SHAPE, 1000, CPU)
+        assert all(torch.equal(one[0], many[place]) for one, many in zip(alone, batch, strict=True))
+    assert (batch.noise.dtype, batch.posterior_noise.dtype, batch.timesteps.dtype) == (
+        torch.float32, torch.float32, torch.int64
+    )  # fmt: skip
+
+
+def test_draws_differ_between_samples_seeds_and_purposes() -> None:
+    draws = [draw(seed, [index], LATENT_SHAPE, 1000, CPU) for seed in (0, 1, 2**40) for index in (0, 1, 2)]
+    noises = [noise for one in draws for noise in (one.noise, one.posterior_noise)]
+    assert len({noise.numpy().tobytes() for noise in noises}) == 18
+    assert len({int(one.timesteps) for one in draws}) > 5
+
+
+def test_no_two_samples_share_noise() -> None:
+    """These two did, when torch's CPU generator took 32 bits of their keys: among 100,000 samples two always did."""
+    draws = draw(0, [8790, 50346], LATENT_SHAPE, 10**6, CPU)
+    assert not torch.equal(draws.noise[0], draws.noise[1])
+    assert draws.timesteps[0] != draws.timesteps[1]
+
+
+def test_two_workers_never_share_noise(tiny_settings: dict[str, Any]) -> None:
+    from raycontrolnet.config import TrainConfig
+
+    plan = RunPlan.of(TrainConfig(**tiny_settings | {"train_batch_size": 2}), 13, 2)
+    of_rank: dict[int, list[int]] = {0: [], 1: []}
+    for micro_step in range(20):
+        for rank, indices in of_rank.items():
+            first = plan.first_sample(0, micro_step, rank)
+            indices += range(first, first + plan.batch_size)
+    assert sorted(of_rank[0] + of_rank[1]) == list(range(80))
+    noises = {
+        rank: {noise.numpy().tobytes() for noise in draw(0, indices, LATENT_SHAPE, 1000, CPU).noise}
+        for rank, indices in of_rank.items()
+    }
+    assert [len(of) for of in noises.values()] == [40, 40]
+    assert not noises[0] & noises[1]
+
+
+def test_the_distributions_of_draws() -> None:
+    """Standard normal noise, independent of the posterior's, and timesteps uniform over 0..999: within 5 sigma."""
+    count = 20_000
+    draws = draw(0, range(count), (4, 2, 2), 1000, CPU)
+    values = count * 16
+    for noise in (draws.noise, draws.posterior_noise):
+        assert abs(float(noise.mean())) < 5 / values**0.5
+        assert abs(float(noise.var()) - 1) < 5 * (2 / values) ** 0.5
+        assert abs(float(noise.pow(4).mean()) - 3) < 5 * (96 / values) ** 0.5
+    assert abs(float((draws.noise * draws.posterior_noise).mean())) < 5 / values**0.5
+    timesteps = draws.timesteps
+    assert (int(timesteps.min()), int(timesteps.max())) == (0, 999)
+    counts = torch.bincount(timesteps // 100, minlength=10).float()
+    chi_squared = float(((counts - count / 10) ** 2 / (count / 10)).sum())
+    assert chi_squared < 9 + 5 * 18**0.5
+    assert abs(float(torch.corrcoef(torch.stack([timesteps.float(), draws.noise[:, 0, 0, 0]]))[0, 1])) < 5 / count**0.5
