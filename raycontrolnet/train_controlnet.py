@@ -29,6 +29,7 @@ from raycontrolnet.run.checkpoint import Checkpoint
 from raycontrolnet.run.job import LOG, Job, read_failure, record_failure
 from raycontrolnet.run.metrics import MetricsLog, PendingMetrics, PhaseClock, UpdateMetrics
 from raycontrolnet.run.plan import RunPlan
+from raycontrolnet.run.prompts import warn_if_cut
 from raycontrolnet.run.state import (
     accelerator_for,
     build_state,
@@ -164,6 +165,8 @@ class Worker:
                 f"Worker {self.rank} got sample {rows[0].sample_index} instead of {expected}: the data stream is out "
                 "of order. Please report this with the output folder's run.log"
             )
+        for row in rows:
+            warn_if_cut(self.state.components.tokenizer, row.prompt)
         return rows
 
     def record(self, *, force: bool = False) -> None:

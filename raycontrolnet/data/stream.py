@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ from raycontrolnet.data.order import Purpose, SampleOrder, keyed_rng
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.sources import Source
 from raycontrolnet.data.transforms import prepare_row
-from raycontrolnet.errors import UserError
+from raycontrolnet.errors import DataError, UserError
 
 if TYPE_CHECKING:
     import ray
@@ -75,22 +75,28 @@ class BatchLoader:
 
 def pack(rows: list[PreparedRow]) -> pa.Table:
     """A batch as a table of one row, so that Ray Data moves it as one block and cannot split it."""
-    side = rows[0].image.shape[0]
-    return pa.table(
-        {
-            "first_sample": pa.array([rows[0].sample_index], pa.int64()),
-            "side": pa.array([side], pa.int64()),
-            "prompts": pa.array([[row.prompt for row in rows]], pa.list_(pa.string())),
-            "images": pa.array([b"".join(row.image.tobytes() for row in rows)], pa.large_binary()),
-            "conditioning_images": pa.array(
-                [b"".join(row.conditioning_image.tobytes() for row in rows)], pa.large_binary()
-            ),
-        }
+    return _table(
+        first_sample=rows[0].sample_index,
+        side=rows[0].image.shape[0],
+        prompts=[row.prompt for row in rows],
+        images=b"".join(row.image.tobytes() for row in rows),
+        conditioning_images=b"".join(row.conditioning_image.tobytes() for row in rows),
     )
 
 
+def pack_error(first_sample: int, error: UserError) -> pa.Table:
+    """What travels in the place of a batch that could not be made."""
+    return _table(first_sample=first_sample, error=str(error))
+
+
 def unpack(table: pa.Table) -> list[PreparedRow]:
-    """The inverse of `pack`; the images are views of the table's memory."""
+    """The inverse of `pack`; the images are views of the table's memory.
+
+    Raises:
+        DataError: if it is `pack_error`'s.
+    """
+    if error := table["error"][0].as_py():
+        raise DataError(error)
     first, side = table["first_sample"][0].as_py(), table["side"][0].as_py()
     prompts = table["prompts"][0].as_py()
     shape = (len(prompts), side, side, 3)
@@ -98,6 +104,22 @@ def unpack(table: pa.Table) -> list[PreparedRow]:
         np.frombuffer(table[name][0].as_buffer(), np.uint8).reshape(shape) for name in ("images", "conditioning_images")
     )
     return [PreparedRow(first + i, images[i], conditioning_images[i], prompt) for i, prompt in enumerate(prompts)]
+
+
+_SCHEMA = pa.schema(
+    {
+        "first_sample": pa.int64(),
+        "side": pa.int64(),
+        "prompts": pa.list_(pa.string()),
+        "images": pa.large_binary(),
+        "conditioning_images": pa.large_binary(),
+        "error": pa.string(),
+    }
+)
+
+
+def _table(**values: Any) -> pa.Table:
+    return pa.table({name: [values.get(name)] for name in _SCHEMA.names}, schema=_SCHEMA)
 
 
 def local_batches(loader: BatchLoader, first_sample: int, num_batches: int) -> Iterator[list[PreparedRow]]:
@@ -125,7 +147,11 @@ def ray_dataset(
     def load(tickets: pa.Table) -> Iterator[pa.Table]:
         loader = ray.get(loader_ref)
         for first in tickets["first_sample"].to_pylist():
-            yield pack(loader.batch(first))
+            try:
+                yield pack(loader.batch(first))
+            except UserError as error:
+                # Raising here would end the stream now, many batches before the workers come to this one.
+                yield pack_error(first, error)
 
     dataset = (
         ray.data.from_blocks([pa.table({"stream": [0]})])  # unlike reads and from_arrow, this needs no CPU
@@ -137,26 +163,14 @@ def ray_dataset(
     return dataset
 
 
-def ray_batches(shard: ray.data.DataIterator, prefetch_batches: int = 2) -> Iterator[list[PreparedRow]]:
+def ray_batches(share: ray.data.DataIterator, prefetch_batches: int = 2) -> Iterator[list[PreparedRow]]:
     """This worker's batches from its share (`ray.train.get_dataset_shard`) of `ray_dataset`.
 
     Raises:
-        UserError: the one that a loading task raised, without Ray's wrapping.
+        DataError: when the worker comes to a batch that could not be made.
     """
-    try:
-        for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch_batches):
-            yield unpack(table)
-    except Exception as error:
-        if cause := _user_error(error):
-            raise cause from None
-        raise
-
-
-def _user_error(error: BaseException | None) -> UserError | None:
-    """The user's error among the causes of `error`."""
-    while error is not None and not isinstance(error, UserError):
-        error = getattr(error, "cause", None) or error.__cause__
-    return getattr(error, "cause", None) or error
+    for table in share.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch_batches):
+        yield unpack(table)
 
 
 def execution_options(batch_bytes: int, num_workers: int) -> ray.data.ExecutionOptions:

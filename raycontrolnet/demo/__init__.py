@@ -1,4 +1,4 @@
-"""`raycontrolnet demo`: a small ControlNet, trained with the ordinary `fit` on a base model and data made on the spot."""
+"""`raycontrolnet demo`: a small ControlNet, trained by the ordinary `fit` on a base model and data made on the spot."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _report(result: RunResult, config: TrainConfig) -> str:
     folder = _as_seen_from_here(result.output_dir)
     lines = [f"\nThe ControlNet is in {folder}, which diffusers' ControlNetModel.from_pretrained reads."]
     losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    if (window := min(LOSS_WINDOW_UPDATES, len(losses) // 2)) > 0:
+    if len(losses) >= 2 * (window := LOSS_WINDOW_UPDATES):
         first, last = fmean(losses[:window]), fmean(losses[-window:])
         lines.append(f"  loss     {first:.3f} -> {last:.3f} (means of the first and last {window} updates)")
     lines.append(f"  curves   {folder / 'metrics.jsonl'}; or tensorboard --logdir {folder / config.logging_dir}")

@@ -41,10 +41,14 @@ def build_optimizer(
     return torch.optim.AdamW(parameters, fused=True, **options)
 
 
-def build_lr_scheduler(optim: OptimConfig, optimizer: torch.optim.Optimizer, total_updates: int) -> LRScheduler:
-    """One of diffusers' six schedules, to be stepped once per optimizer update."""
+def build_lr_scheduler(
+    optim: OptimConfig, optimizer: torch.optim.Optimizer, total_updates: int, updates_done: int = 0
+) -> LRScheduler:
+    """One of diffusers' six schedules, to be stepped once per optimizer update; goes on after `updates_done`."""
     from diffusers.optimization import get_scheduler
 
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
     return get_scheduler(
         optim.lr_scheduler,
         optimizer=optimizer,
@@ -52,4 +56,5 @@ def build_lr_scheduler(optim: OptimConfig, optimizer: torch.optim.Optimizer, tot
         num_training_steps=total_updates,
         num_cycles=optim.lr_num_cycles,
         power=optim.lr_power,
+        last_epoch=updates_done - 1,
     )

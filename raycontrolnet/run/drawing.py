@@ -7,16 +7,15 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from PIL import Image
 
+from raycontrolnet.run.prompts import warn_if_cut
+
 if TYPE_CHECKING:
     from raycontrolnet.model.components import Components
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def draw(
         autocast: fp16 or bf16 with mixed precision, None without.
     """
     modules = (pipeline.text_encoder, pipeline.vae, pipeline.unet, pipeline.controlnet)
-    _warn_if_cut(pipeline.tokenizer, prompt)
+    warn_if_cut(pipeline.tokenizer, prompt)
     with ExitStack() as drawing:
         drawing.enter_context(_quiet())
         drawing.enter_context(_evaluating(modules))
@@ -92,18 +91,6 @@ def draw(
             guidance_scale=sampling.guidance_scale,
             generator=torch.Generator().manual_seed(seed),
         ).images[0]
-
-
-def _warn_if_cut(tokenizer: Any, prompt: str) -> None:
-    with _quiet():
-        tokens = len(tokenizer(prompt).input_ids)
-    if tokens > tokenizer.model_max_length:
-        _warn_cut(prompt, tokens, tokenizer.model_max_length)
-
-
-@cache
-def _warn_cut(prompt: str, tokens: int, limit: int) -> None:  # cached, and so said once
-    logger.warning("a prompt has %d tokens; those after the first %d do nothing: %r", tokens, limit, prompt)
 
 
 @contextmanager

@@ -77,12 +77,16 @@ def build_state(
         xformers=config.enable_xformers_memory_efficient_attention,
     )
     optimizer = build_optimizer(components.controlnet.parameters(), config, plan.learning_rate)
-    lr_scheduler = build_lr_scheduler(config, optimizer, plan.total_updates)
+    updates_done = 0
     if checkpoint:
         saved = torch.load(checkpoint.path / TRAINING_STATE, map_location="cpu", weights_only=True)
         try:
-            optimizer.load_state_dict(saved["optimizer"])
-            lr_scheduler.load_state_dict(saved["lr_scheduler"])
+            if saved["optimizer_class"] != type(optimizer).__name__:
+                raise ValueError(f"it holds the state of {saved['optimizer_class']}, not of {type(optimizer).__name__}")
+            # The moments alone: learning rate, betas and weight decay are those of the settings, which may be new.
+            settings = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({**saved["optimizer"], "param_groups": settings})
+            updates_done = saved["lr_scheduler"]["last_epoch"]
             if accelerator.scaler is not None and saved["scaler"] is not None:
                 accelerator.scaler.load_state_dict(saved["scaler"])
         except (KeyError, ValueError, RuntimeError, AttributeError) as error:
@@ -90,6 +94,7 @@ def build_state(
                 f"--resume_from_checkpoint: {checkpoint.path} does not fit these settings ({error}); continue with the "
                 "optimizer settings it was written with (see its manifest.json)"
             ) from error
+    lr_scheduler = build_lr_scheduler(config, optimizer, plan.total_updates, updates_done)
     controlnet, prepared_optimizer = accelerator.prepare(components.controlnet, optimizer)
     return TrainState(
         components=components,
@@ -111,6 +116,7 @@ def save_state(state: TrainState, folder: Path) -> None:
     torch.save(
         {
             "optimizer": state.optimizer.state_dict(),
+            "optimizer_class": type(state.optimizer.optimizer).__name__,
             "lr_scheduler": state.lr_scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         },

@@ -1,0 +1,124 @@
+"""The stream of batches: packing, and Ray Data's part of it: the order, the start and the memory."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raycontrolnet.data.records import PreparedRow
+from raycontrolnet.data.stream import (
+    MIN_READ_AHEAD_BYTES,
+    execution_options,
+    local_batches,
+    pack,
+    ray_batches,
+    ray_dataset,
+    unpack,
+)
+from raycontrolnet.errors import DataError
+
+BATCH = 4
+RESOLUTION = 128
+BATCH_BYTES = BATCH * 2 * 3 * RESOLUTION**2
+
+
+@dataclass(frozen=True)
+class FakeLoader:
+    """Stands in for BatchLoader: made-up rows, a mark for every batch that is loaded, and one bad sample."""
+
+    marks: Path
+    bad_sample: int = -1
+    batch_size: int = BATCH
+
+    def batch(self, first_sample: int) -> list[PreparedRow]:
+        if first_sample <= self.bad_sample < first_sample + BATCH:
+            raise DataError("photo.png is broken")
+        (self.marks / str(first_sample)).touch()
+        return [PreparedRow.fake(index, RESOLUTION) for index in range(first_sample, first_sample + BATCH)]
+
+
+@pytest.fixture(scope="module")
+def _local_ray() -> Iterator[None]:
+    import ray
+
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def shares(loader: FakeLoader, num_workers: int, first_sample: int, num_batches: int) -> list[Any]:
+    """The workers' shares, as Ray Train splits them."""
+    import ray
+
+    dataset = ray_dataset(ray.put(loader), BATCH, first_sample, num_batches, None)
+    dataset.context.execution_options = execution_options(BATCH_BYTES, num_workers)
+    return dataset.streaming_split(num_workers, equal=True)
+
+
+def test_packing_is_lossless() -> None:
+    rows = [PreparedRow.fake(index, 24) for index in range(8, 11)]
+    table = pack(rows)
+    assert table.num_rows == 1  # Ray Data cannot split it
+    for row, back in zip(rows, unpack(table), strict=True):
+        assert (back.sample_index, back.prompt) == (row.sample_index, row.prompt)
+        np.testing.assert_array_equal(back.image, row.image)
+        np.testing.assert_array_equal(back.conditioning_image, row.conditioning_image)
+
+
+def test_local_batches_count_on_from_any_sample(tmp_path: Path) -> None:
+    batches = list(local_batches(FakeLoader(tmp_path), first_sample=12, num_batches=3))  # type: ignore[arg-type]
+    assert [row.sample_index for rows in batches for row in rows] == list(range(12, 24))
+
+
+@pytest.mark.usefixtures("_local_ray")
+@pytest.mark.parametrize(("num_workers", "first_sample"), [(1, 0), (2, 20)])
+def test_every_worker_gets_its_samples_in_order(tmp_path: Path, num_workers: int, first_sample: int) -> None:
+    """Rank r at micro-step m gets the samples from first + (m * W + r) * B on, and whole batches."""
+    import ray
+
+    @ray.remote(num_cpus=0)  # type: ignore[untyped-decorator]
+    def worker(share: Any, rank: int) -> list[list[int]]:
+        received = []
+        for rows in ray_batches(share):
+            if rank == 0:
+                time.sleep(0.02)  # workers of different speed
+            received.append([row.sample_index for row in rows])
+            np.testing.assert_array_equal(rows[-1].image, PreparedRow.fake(rows[-1].sample_index, RESOLUTION).image)
+        return received
+
+    split = shares(FakeLoader(tmp_path), num_workers, first_sample, num_batches=12)
+    results = ray.get([worker.remote(share, rank) for rank, share in enumerate(split)])
+    for rank, received in enumerate(results):
+        firsts = [first_sample + (step * num_workers + rank) * BATCH for step in range(12 // num_workers)]
+        assert received == [list(range(first, first + BATCH)) for first in firsts]
+
+
+@pytest.mark.usefixtures("_local_ray")
+def test_start_and_memory_do_not_grow_with_the_run(tmp_path: Path) -> None:
+    """Ten million batches ahead: the first comes at once, and only a bounded number waits for a slow worker."""
+    start = time.monotonic()
+    (share,) = shares(FakeLoader(tmp_path), 1, 0, num_batches=10_000_000)
+    batches = ray_batches(share)
+    assert next(batches)[0].sample_index == 0
+    assert time.monotonic() - start < 40
+    time.sleep(4)
+    loaded = len(list(tmp_path.iterdir()))
+    time.sleep(4)
+    assert loaded == len(list(tmp_path.iterdir())), "loading goes on without bounds"
+    assert 2 <= loaded <= MIN_READ_AHEAD_BYTES / BATCH_BYTES
+    assert [next(batches)[0].sample_index for _ in range(3)] == [4, 8, 12]
+
+
+@pytest.mark.usefixtures("_local_ray")
+def test_a_bad_sample_is_raised_as_the_users_error(tmp_path: Path) -> None:
+    (share,) = shares(FakeLoader(tmp_path, bad_sample=9), 1, 0, num_batches=4)
+    with pytest.raises(DataError, match=r"^photo\.png is broken$"):
+        list(ray_batches(share))
