@@ -22,11 +22,11 @@ from raycontrolnet.run.state import accelerator_for, build_state
 from raycontrolnet.train import fit
 
 ACCUMULATIONS = (1, 3)
-UPDATES = 8
+UPDATES = 6
 CURVE: dict[str, Any] = {
     "max_train_steps": UPDATES,
     "checkpointing_steps": UPDATES,
-    "lr_warmup_steps": 3,
+    "lr_warmup_steps": 2,
     "lr_num_cycles": 2,
     "lr_power": 2.0,
     "learning_rate": 1e-3,
@@ -41,7 +41,7 @@ def expected_curve(scheduler: str, learning_rate: float, updates: int = UPDATES)
 
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
     lr_scheduler = get_scheduler(
-        scheduler, optimizer=optimizer, num_warmup_steps=3, num_training_steps=updates, num_cycles=2, power=2.0
+        scheduler, optimizer=optimizer, num_warmup_steps=2, num_training_steps=updates, num_cycles=2, power=2.0
     )
     curve = []
     for _ in range(updates):
@@ -60,7 +60,7 @@ def test_the_expected_curves_are_six_different_ones() -> None:
     assert len({tuple(curve) for curve in curves.values()}) == len(curves) == 6
     assert curves.pop("constant") == [1.0] * UPDATES, "constant ignores the warm-up"
     for curve in curves.values():
-        assert curve[:4] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+        assert curve[:3] == [0, 0.5, 1]
 
 
 @pytest.mark.parametrize("accumulation", ACCUMULATIONS)
@@ -106,8 +106,8 @@ def test_a_curve_goes_on_after_any_update(scheduler: str) -> None:
 
 def worker(rank: int, folder: str, settings: dict[str, Any]) -> None:
     """What Ray Train sets up for a worker of two, then updates with every scheduler."""
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ["OMP_NUM_THREADS"] = "1"  # accelerate sets as many threads
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     found: dict[str, Any] = {}
     for scheduler in LR_SCHEDULERS:

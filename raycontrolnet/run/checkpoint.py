@@ -53,10 +53,11 @@ class Checkpoint:
             manifest = json.loads((path / MANIFEST).read_text())
         except FileNotFoundError:
             raise ValueError(f"has no {MANIFEST}, so it was not finished") from None
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"its {MANIFEST} cannot be read ({error})") from None
-        if manifest.get("format") != FORMAT:
-            raise ValueError(f"its format is {manifest.get('format')}, this version reads {FORMAT}")
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            found = manifest.get("format") if isinstance(manifest, dict) else "unknown"
+            raise ValueError(f"its format is {found}, this version reads {FORMAT}")
         for name, size in manifest["files"].items():
             file = path / name
             if not file.is_file():
@@ -142,7 +143,11 @@ def write(
     partial = output_dir / f".{name_of(step)}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save(partial)
+    try:
+        save(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
+        raise
     files = sorted(file for file in partial.rglob("*") if file.is_file())
     for file in files:
         _sync(file)
@@ -152,7 +157,7 @@ def write(
         "samples": samples,
         "seed": seed,
         "run_id": run_id,
-        "written_at": time.time(),
+        "written_at": max([time.time(), *(_written_at(former) + 1e-3 for former in all_checkpoints(output_dir))]),
         "files": {file.relative_to(partial).as_posix(): file.stat().st_size for file in files},
         **facts,
     }
@@ -175,13 +180,18 @@ def prune(output_dir: Path, limit: int | None) -> None:
     """Delete all but the `limit` checkpoints written last. Call it only when the newest is in its place."""
     if limit is None:
         return
-    by_age = sorted(all_checkpoints(output_dir), key=lambda checkpoint: checkpoint.manifest["written_at"])
+    by_age = sorted(all_checkpoints(output_dir), key=_written_at)
     for checkpoint in by_age[:-limit]:
         # Renamed first: a deletion that is cut short must not leave half a checkpoint under its name.
         doomed = output_dir / f".{checkpoint.path.name}.old"
         shutil.rmtree(doomed, ignore_errors=True)
         checkpoint.path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _written_at(checkpoint: Checkpoint) -> float:
+    """Unix seconds; later than those written before it, also if the clock was put back."""
+    return float(checkpoint.manifest["written_at"])
 
 
 def remove_leftovers(output_dir: Path) -> None:

@@ -33,7 +33,7 @@ class Progress:
         self.live = stream.isatty()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
-        self._offset = self.path.stat().st_size if self.path.exists() else 0
+        self._file, self._offset = self._stat()
         self._updates: deque[dict[str, Any]] = deque(maxlen=10_000)
         self._shown = 0
         self._printed_at = float("-inf")
@@ -97,15 +97,24 @@ class Progress:
 
     def _read(self) -> None:
         """Take in the lines that came since; a restarted run goes back to its last checkpoint and writes them again."""
-        if not self.path.exists():
+        file, size = self._stat()
+        if file is None:
             return
-        if self.path.stat().st_size < self._offset:
-            self._offset = 0
+        if file != self._file or size < self._offset:
+            self._file, self._offset = file, 0
             self._updates.clear()
         records, self._offset = metrics.read_from(self.path, self._offset)
         for record in records:
             if record["step"] > self.first_step:
                 self._updates.append(record)
+
+    def _stat(self) -> tuple[int | None, int]:
+        """(identity, bytes) of the metrics file; a restarted run puts a new file, with fewer lines, in its place."""
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            return None, 0
+        return found.st_ino, found.st_size
 
 
 def duration(seconds: float) -> str:
