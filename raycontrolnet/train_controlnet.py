@@ -13,10 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import diffusers.utils.logging
 import ray.train
 import torch
-import transformers.utils.logging
 
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.stream import local_batches, ray_batches
@@ -56,24 +54,20 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
     if read_failure(job.output_dir):
         return None  # Ray restarted the workers after a hopeless failure: the driver tells the user
     context = ray.train.get_context()
-    with (
-        _logging_to_run_log(job, context.get_world_rank()),
-        _hopeless_failures_recorded(job),
-        accelerator_for(job.config, use_gpu=job.use_gpu) as accelerator,
-    ):
-        if job.threads is not None:
-            torch.set_num_threads(job.threads)
-        torch.backends.cuda.matmul.allow_tf32 = job.config.allow_tf32
-        torch.backends.cudnn.allow_tf32 = job.config.allow_tf32
+    clock = PhaseClock()
+    clock.seconds["start"] = time.time() - job.submitted
+    with _logging_to_run_log(job, context.get_world_rank()), _hopeless_failures_recorded(job):
         plan = RunPlan.of(job.config, job.num_samples, context.get_world_size())
         checkpoint = job.current_checkpoint()
-        clock = PhaseClock()
-        clock.seconds["start"] = time.time() - job.submitted
         batches = _read_ahead(_batches(job, plan, checkpoint))  # begins now, while the models are read
-        with clock("model"):
-            state = build_state(job.config, plan, accelerator, checkpoint, job.token)
-        worker = Worker(job, plan, state, clock, context.get_world_rank())
-        return worker.run(batches)
+        with accelerator_for(job.config, use_gpu=job.use_gpu) as accelerator:
+            if job.threads is not None:
+                torch.set_num_threads(job.threads)
+            torch.backends.cuda.matmul.allow_tf32 = job.config.allow_tf32
+            torch.backends.cudnn.allow_tf32 = job.config.allow_tf32
+            with clock("model"):
+                state = build_state(job.config, plan, accelerator, checkpoint, job.token)
+            return Worker(job, plan, state, clock, context.get_world_rank()).run(batches)
 
 
 class Worker:
@@ -289,6 +283,9 @@ def _hopeless_failures_recorded(job: Job) -> Iterator[None]:
 @contextmanager
 def _logging_to_run_log(job: Job, rank: int) -> Iterator[None]:
     """What this package logs in a worker, and the libraries' progress bars, must not be lost in Ray's files."""
+    import diffusers.utils.logging  # here: the driver, which imports this module too, need not wait for them
+    import transformers.utils.logging
+
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
     package = logging.getLogger("raycontrolnet")

@@ -92,8 +92,7 @@ def run_raycontrolnet(folder: Path, name: str, args: argparse.Namespace, train_f
     command += ["--train_data_dir", str(folder / "data"), "--resolution", str(RESOLUTION)]
     command += ["--train_batch_size", str(args.batch_size), "--max_train_steps", str(args.steps)]
     command += ["--output_dir", str(output), "--seed", "0", "--report_to", "none", "--checkpointing_steps", "1000000"]
-    # A worker has as many threads as CPUs, rounded up; the half is left for loading. On two CPUs this is the default.
-    command += ["--cpus_per_worker", str(args.threads - 0.5)]
+    command += ["--cpus_per_worker", str(args.threads)]  # and so its threads; on two CPUs this is the default
     start, end = timed([*command, *train_flags], folder / f"{name}.log")
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return speed_of([line["time"] for line in lines], start, end, args)
