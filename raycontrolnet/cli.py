@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -20,11 +21,11 @@ raycontrolnet {__version__}: the ControlNet trainer for Ray
   raycontrolnet --version
 """
 
-SOURCE_EXIT_CODE = 2
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 failed run, 2 bad input, 130 Ctrl-C."""
+    if argv is None:
+        _hide_token()
     command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     commands = {"train": train, "demo": demo}
     if command in ("--help", "-h", "help"):
@@ -45,6 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("Interrupted before training began.", file=sys.stderr)
         return Interrupted.exit_code
     return 0
+
+
+def _hide_token() -> None:
+    """Start again with --hub_token moved into the environment: everyone can see a command line, and Ray stores it."""
+    for index, argument in enumerate(sys.argv):
+        name, has_value, token = argument.replace("-", "_").partition("=")
+        if name == "__hub_token":
+            token = argument.partition("=")[2] if has_value else "".join(sys.argv[index + 1 : index + 2])
+            rest = sys.argv[1:index] + sys.argv[index + (1 if has_value else 2) :]
+            os.environ["HF_TOKEN"] = token
+            os.execv(sys.executable, [sys.executable, "-m", "raycontrolnet", *rest])
 
 
 def train(argv: Sequence[str]) -> None:
@@ -108,7 +120,8 @@ def _group_default(group: type, settings: Mapping[str, Any], path: str | None) -
             try:
                 own[setting.name] = coerce(settings[setting.name], setting_types()[setting.name])
             except ValueError as error:
-                problems.append(f"--config={path}: {setting.name}: {settings[setting.name]!r} {error}")
+                shown = "" if setting.metadata.get("secret") else f"{settings[setting.name]!r} "
+                problems.append(f"--config={path}: {setting.name}: {shown}{error}")
     if problems:
         raise ConfigError(problems)
     return group(**own)

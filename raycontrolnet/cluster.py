@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,11 @@ from raycontrolnet.errors import ConfigError
 
 LOCAL = "local"
 MIN_CPU_SHARE = 0.25
+BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml")
 ABORT_TIMEOUT_S = 10.0
 LOGGERS = (
     "ray", "ray.train", "ray.data", "ray.tune", "raycontrolnet", "diffusers", "transformers", "accelerate",
-    "huggingface_hub", "py.warnings",
+    "bitsandbytes", "huggingface_hub", "py.warnings",
 )  # fmt: skip
 
 
@@ -33,6 +34,8 @@ class WorkerResources:
     use_gpu: bool
     cpus_per_worker: float
     accelerator_type: str | None
+    waits_for: str | None = None
+    """What an autoscaling cluster does not have yet."""
 
     @property
     def threads(self) -> int:
@@ -81,30 +84,62 @@ def worker_resources(cluster: ClusterConfig) -> WorkerResources:
     """What each worker gets, by the settings and the connected cluster.
 
     Raises:
-        ConfigError: if the workers would leave no CPU for loading data (Ray would wait forever), or there is no GPU.
+        ConfigError: as `share_out`.
     """
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return share_out(cluster, nodes, autoscaler_node_types())
+
+
+def share_out(
+    cluster: ClusterConfig, nodes: Sequence[Mapping[str, float]], node_types: Sequence[Mapping[str, float]] | None
+) -> WorkerResources:
+    """What each worker gets of `nodes`, or of those that an autoscaler may add.
+
+    Args:
+        nodes: Ray resources of every node that is up.
+        node_types: Ray resources of every node type that an autoscaler can start; None if the cluster does not grow.
+
+    Raises:
+        ConfigError: if the cluster does not grow and the workers do not fit, or would leave no CPU for loading data:
+            Ray would wait forever, without a word.
+    """
+    fewest, most = cluster.worker_range
     node_cpus = [node.get("CPU", 0.0) for node in nodes]
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
-    use_gpu = gpus > 0 if cluster.use_gpu is None else cluster.use_gpu
-    fewest, most = cluster.worker_range
-    if cluster.cpus_per_worker is not None:
-        cpus = cluster.cpus_per_worker
-    else:
-        cpus = 1.0 if use_gpu else _cpu_share(node_cpus, most)
-    autoscales = _autoscales()
-    if use_gpu and gpus == 0 and not autoscales:
-        raise ConfigError(["--use_gpu=True: the cluster has no GPU; leave the flag out to train on the CPU"])
-    if fewest * cpus + LOADING_CPUS > sum(node_cpus) and not autoscales:
+    use_gpu = cluster.use_gpu
+    if use_gpu is None:
+        use_gpu = gpus > 0 or any(kind.get("GPU", 0) > 0 for kind in node_types or ())
+    cpus = cluster.cpus_per_worker
+    if cpus is None:
+        share = _cpu_share(node_cpus, most)
+        cpus = (min(1.0, share) if gpus else 1.0) if use_gpu else share
+    room = sum(_room(node, cpus, use_gpu, cluster.accelerator_type) for node in nodes)
+    problem = None
+    if use_gpu and gpus == 0:
+        problem = "--use_gpu=True: the cluster has no GPU; leave the flag out to train on the CPU"
+    elif fewest * cpus + LOADING_CPUS > sum(node_cpus):
         problem = (
             f"--num_workers={cluster.num_workers}, --cpus_per_worker={cpus:g}: {fewest} x {cpus:g} of the "
-            f"{sum(node_cpus):g} CPUs leave less than the {LOADING_CPUS:g} that loading data needs; lower either, "
-            "or leave --cpus_per_worker out"
+            f"{sum(node_cpus):g} CPUs leave less than the {LOADING_CPUS:g} that loading data needs; lower either"
         )
+    elif room < fewest:
+        each = f"{cpus:g} CPUs" + (" and a GPU" if use_gpu else "")
+        each += f" of type {cluster.accelerator_type}" if cluster.accelerator_type else ""
+        problem = f"--num_workers={cluster.num_workers}: the cluster's nodes have room for {room} workers of {each}"
+    if problem and node_types is None:
         raise ConfigError([problem])
-    return WorkerResources((fewest, most), use_gpu, cpus, cluster.accelerator_type)
+    waits_for = f"the autoscaler: {problem}" if problem else None
+    return WorkerResources((fewest, most), use_gpu, cpus, cluster.accelerator_type, waits_for)
+
+
+def _room(node: Mapping[str, float], cpus: float, use_gpu: bool, accelerator_type: str | None) -> int:
+    """How many workers fit on a node."""
+    if accelerator_type and not node.get(f"accelerator_type:{accelerator_type}"):
+        return 0
+    room = int(node.get("CPU", 0.0) / cpus)
+    return min(room, int(node.get("GPU", 0.0))) if use_gpu else room
 
 
 def _cpu_share(node_cpus: Sequence[float], num_workers: int) -> float:
@@ -116,17 +151,18 @@ def _cpu_share(node_cpus: Sequence[float], num_workers: int) -> float:
     return max(share, MIN_CPU_SHARE)
 
 
-def _autoscales() -> bool:
-    """Whether the connected cluster may add nodes: then what it has now is no limit."""
-    import ray
-    from ray._private.state import state  # no public API tells it
+def autoscaler_node_types() -> list[dict[str, float]] | None:
+    """Resources of the node types that an autoscaler of this cluster can start; None if there is none.
 
-    if not ray.is_initialized():
-        return False
-    try:
-        return bool(state.get_cluster_config() and state.get_cluster_config().node_group_configs)
-    except (AttributeError, RuntimeError):
-        return False
+    Ray has no call that tells. `ray up` leaves its configuration on the head, where drivers run; KubeRay names its
+    cluster in the environment, but not its node types.
+    """
+    if BOOTSTRAP_CONFIG.expanduser().is_file():
+        import yaml
+
+        types = yaml.safe_load(BOOTSTRAP_CONFIG.expanduser().read_text()).get("available_node_types", {})
+        return [kind.get("resources", {}) for kind in types.values() if kind.get("max_workers", 1) > 0]
+    return [] if "RAY_CLUSTER_NAME" in os.environ else None
 
 
 def interruptible_trainer() -> Any:

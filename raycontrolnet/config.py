@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -331,7 +332,8 @@ class TrainConfig(
                 value = coerce(getattr(self, setting.name), setting_types()[setting.name])
                 object.__setattr__(self, setting.name, value)
             except ValueError as error:
-                problems.append(f"--{setting.name}={getattr(self, setting.name)!r}: {error}")
+                shown = "" if setting.metadata.get("secret") else f"={getattr(self, setting.name)!r}"
+                problems.append(f"--{setting.name}{shown}: {error}")
         if not problems:  # the groups' own checks may count on the types
             problems = [problem for group in GROUPS for problem in group.problems(self)]
         if problems:
@@ -366,11 +368,14 @@ def coerce(value: Any, kind: Any) -> Any:
         if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
             return tuple(items) or None
         raise ValueError("must be a text or a list of texts")
-    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+    if kind is float and isinstance(value, (float, int, str)) and not isinstance(value, bool):
         try:
-            return float(value)
+            number = float(value)
         except ValueError:
-            raise ValueError("must be a number") from None
+            number = math.nan
+        if math.isnan(number):  # which every comparison lets through
+            raise ValueError("must be a number")
+        return number
     if kind is str and isinstance(value, (int, float, Path)) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):

@@ -10,6 +10,7 @@ import os
 import secrets
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from raycontrolnet import __version__
 from raycontrolnet.config import TrainConfig, public_settings
 from raycontrolnet.data.sources import Source, open_source
 from raycontrolnet.data.stream import BatchLoader
-from raycontrolnet.errors import ConfigError
+from raycontrolnet.errors import ConfigError, UserError
 from raycontrolnet.run import checkpoint as checkpoints
 from raycontrolnet.run import export, trackers, validation
 from raycontrolnet.run.job import Job
@@ -44,14 +45,19 @@ class CheckedRun:
     source: Source
     start: checkpoints.Checkpoint | None
     token: str | None = dataclasses.field(repr=False)
+    run_id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
     def loader(self) -> BatchLoader:
         assert self.config.seed is not None
         return BatchLoader.build(self.source, self.config, self.config.train_batch_size, self.config.seed)
 
-    def plan(self, world_size: int) -> RunPlan:
-        return RunPlan.of(self.config, self.loader.order.num_samples, world_size)
+    def plan(self, world_size: int, checkpoint: checkpoints.Checkpoint | None) -> RunPlan:
+        return RunPlan.of(self.config, self.loader.order.num_samples, world_size, checkpoint)
+
+    def last_checkpoint(self) -> checkpoints.Checkpoint | None:
+        """The last one of this run, or where it started."""
+        return checkpoints.latest(self.output_dir, self.run_id) or self.start
 
     def job(self, *, use_gpu: bool, threads: int | None, local: bool) -> Job:
         """What the workers get."""
@@ -59,7 +65,7 @@ class CheckedRun:
         assert config.seed is not None
         return Job(
             config=dataclasses.replace(config, hub_token=None),
-            run_id=uuid.uuid4().hex,
+            run_id=self.run_id,
             num_samples=self.loader.order.num_samples,
             start=self.start,
             use_gpu=use_gpu,
@@ -78,7 +84,11 @@ class CheckedRun:
 
 
 def check(config: TrainConfig, output_dir: Path) -> CheckedRun:
-    """Everything that can be checked before Ray starts and models are read."""
+    """Everything that can be checked before Ray starts and models are read.
+
+    Raises:
+        ConfigError: with the problems of settings, model folders, output folder, validation images and data together.
+    """
     problems = list(trackers.check_trackers(config.trackers if config.report_to != "all" else ()))
     for flag, needed, package, extra in (
         ("use_8bit_adam", config.use_8bit_adam, "bitsandbytes", "8bit"),
@@ -95,20 +105,33 @@ def check(config: TrainConfig, output_dir: Path) -> CheckedRun:
             raise PermissionError(13, "Permission denied")
     except OSError as error:
         problems.append(f"--output_dir={output_dir}: cannot be written ({error.strerror}); name another folder")
-    if problems:
-        raise ConfigError(problems)
-    start = checkpoints.resolve(config.resume_from_checkpoint, output_dir)
-    validation.check(config)
+    else:
+        checkpoints.remove_leftovers(output_dir)
     token = export.find_token(config.hub_token)
-    source = open_source(config, cache_dir=config.cache_dir, token=token)
+    start, source = None, None
+    with _collected(problems):
+        start = checkpoints.resolve(config.resume_from_checkpoint, output_dir)
+    with _collected(problems):
+        validation.check(config)
+    with _collected(problems):
+        source = open_source(config, cache_dir=config.cache_dir, token=token)
+    if problems or source is None:
+        raise ConfigError(problems)
     if config.seed is None:
         config = dataclasses.replace(config, seed=start.seed if start else secrets.randbelow(2**31))
     if start is not None:
         for what, now in (("seed", config.seed), ("data", source.fingerprint())):
             if start.manifest[what] != now:
                 logger.warning("%s was made with another %s: the order of samples changes", start.path, what)
-    checkpoints.remove_leftovers(output_dir)
     return CheckedRun(config, output_dir, source, start, token)
+
+
+@contextmanager
+def _collected(problems: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        problems.append(str(error))
 
 
 def _local_model_problems(config: TrainConfig) -> Iterator[str]:
@@ -143,12 +166,14 @@ def with_absolute_paths(config: TrainConfig, output_dir: Path) -> TrainConfig:
     return dataclasses.replace(config, **paths)
 
 
-def check_device(config: TrainConfig, use_gpu: bool) -> None:
+def check_device(config: TrainConfig, *, use_gpu: bool, has_gpu: bool) -> None:
     """What can be known only once the device is.
 
     Raises:
         ConfigError: if a setting cannot run on it.
     """
+    if use_gpu and not has_gpu:
+        raise ConfigError(["--use_gpu=True: there is no GPU here; leave the flag out to train on the CPU"])
     if config.mixed_precision == "fp16" and not use_gpu:
         raise ConfigError(["--mixed_precision=fp16: needs a GPU; use bf16 or no on the CPU"])
     if config.enable_xformers_memory_efficient_attention and not use_gpu:

@@ -32,7 +32,7 @@ from raycontrolnet.errors import Interrupted, RunError, UserError
 from raycontrolnet.preflight import CheckedRun, check, check_device, versions, with_absolute_paths
 from raycontrolnet.run import checkpoint as checkpoints
 from raycontrolnet.run import export
-from raycontrolnet.run.job import LOG, Job, forget_failure, read_failure
+from raycontrolnet.run.job import LOG, Job, begin, end, read_failure
 from raycontrolnet.run.progress import Progress, duration
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
+ENDLESS = 2**40
 STATUS = "run.json"
 
 
@@ -84,13 +85,13 @@ def fit(config: TrainConfig, *, stream: TextIO | None = None) -> RunResult:
     output_dir = Path(config.output_dir).expanduser().resolve()
     config = with_absolute_paths(config, output_dir)
     run = check(config, output_dir)
-    with logging_to(output_dir / LOG), _status_kept(output_dir, started) as status:
+    with logging_to(output_dir / LOG), _status_kept(output_dir, started) as status, _interruption_explained(run):
         if config.worker_range == (0, 0):
             summary = _train_here(run, stream)
         else:
             with ray_session(config.address):
                 summary = _train_on_ray(run, stream)
-        last = checkpoints.latest(output_dir)
+        last = run.last_checkpoint()
         status |= {**summary, "status": "finished", "checkpoint": last.path.name if last else None}
         export.write_model_card(output_dir, run.config, status)
         hub_url = _push(run, status, stream) if config.push_to_hub else None
@@ -117,10 +118,10 @@ def _train_here(run: CheckedRun, stream: TextIO) -> dict[str, Any]:
     from raycontrolnet.train_controlnet import train_controlnet
 
     use_gpu = torch.cuda.is_available() if run.config.use_gpu is None else run.config.use_gpu
-    check_device(run.config, use_gpu)
+    check_device(run.config, use_gpu=use_gpu, has_gpu=torch.cuda.is_available())
     job = run.job(use_gpu=use_gpu, threads=None, local=True)
-    _announce(run, 1, stream)
-    forget_failure(run.output_dir)
+    _announce(run, 1, stream, use_gpu=use_gpu)
+    begin(job)
     trainer = TorchTrainer(
         train_controlnet,
         train_loop_config={"job": job},
@@ -138,13 +139,13 @@ def _train_on_ray(run: CheckedRun, stream: TextIO) -> dict[str, Any]:
     from raycontrolnet.train_controlnet import train_controlnet
 
     resources = worker_resources(run.config)
-    check_device(run.config, resources.use_gpu)
+    check_device(run.config, use_gpu=resources.use_gpu, has_gpu=resources.use_gpu)
     fewest, most = resources.num_workers
     job = run.job(use_gpu=resources.use_gpu, threads=None if resources.use_gpu else resources.threads, local=False)
-    _announce(run, most, stream)
-    forget_failure(run.output_dir)
-    # Disk is the only truth about checkpoints: Ray's own record of an earlier run here must not speak up.
-    (run.output_dir / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
+    _announce(run, most, stream, use_gpu=resources.use_gpu)
+    if resources.waits_for:
+        stream.write(f"waiting for {resources.waits_for}\n")
+    begin(job)
     trainer = interruptible_trainer()(
         train_controlnet,
         train_loop_config={"job": job},
@@ -183,25 +184,28 @@ def _dataset_factory(run: CheckedRun, job: Job, loader_ref: ray.ObjectRef) -> Ca
     """What Ray Train calls at every start of the workers: the stream from the last committed checkpoint on."""
     batch_size = run.config.train_batch_size
     max_tasks = run.config.dataloader_num_workers * run.config.worker_range[1] or None
-    plan = run.plan(run.config.worker_range[1])
+    fewest, most = run.config.worker_range
 
     def dataset() -> ray.data.Dataset:
         checkpoint = job.current_checkpoint()
         step, samples = (checkpoint.step, checkpoint.samples) if checkpoint else (0, 0)
-        num_batches = plan.batches_per_worker(step) * plan.world_size
+        # How many workers an elastic run got is not known here: they stop by themselves.
+        num_batches = run.plan(most, checkpoint).batches_per_worker(step) * most if fewest == most else ENDLESS
         return ray_dataset(loader_ref, batch_size, samples, num_batches, max_tasks)
 
     return dataset
 
 
-def _announce(run: CheckedRun, world_size: int, stream: TextIO) -> None:
+def _announce(run: CheckedRun, world_size: int, stream: TextIO, *, use_gpu: bool) -> None:
     """Say what will be done, and write config.yaml."""
     import yaml
 
-    (run.output_dir / CONFIG).write_text(yaml.safe_dump(public_settings(run.config), sort_keys=False))
-    plan = run.plan(world_size)
+    settings = public_settings(run.config)
+    del settings["resume_from_checkpoint"]  # the file is for doing the same again, elsewhere
+    (run.output_dir / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False))
+    plan = run.plan(world_size, run.start)
     step = run.start.step if run.start else 0
-    workers = f"{world_size} worker{'s' * (world_size != 1)}"
+    workers = f"{world_size} worker{'s' * (world_size != 1)} on {'GPUs' if use_gpu else 'CPUs'}"
     stream.write(
         f"raycontrolnet {__version__}: {plan.num_samples} samples, {workers} x batch {plan.batch_size} x accumulation "
         f"{plan.accumulation_steps}, updates {step} to {plan.total_updates}, seed {run.config.seed}\n"
@@ -211,7 +215,17 @@ def _announce(run: CheckedRun, world_size: int, stream: TextIO) -> None:
 
 
 def _progress(run: CheckedRun, world_size: int, stream: TextIO) -> Progress:
-    return Progress(run.output_dir, run.plan(world_size).total_updates, run.start.step if run.start else 0, stream)
+    total_updates = run.plan(world_size, run.start).total_updates
+    return Progress(run.output_dir, total_updates, run.start.step if run.start else 0, stream)
+
+
+@contextmanager
+def _interruption_explained(run: CheckedRun) -> Iterator[None]:
+    """Ctrl-C, wherever it comes: what stands, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"Interrupted. {_how_to_go_on(run)}") from None
 
 
 @contextmanager
@@ -219,36 +233,43 @@ def _failures_explained(run: CheckedRun) -> Iterator[None]:
     """Turn whatever ends a run early into one paragraph that says what stands and how to go on."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise Interrupted(f"Interrupted. {_how_to_go_on(run)}") from None
     except Exception as error:
         logger.exception("the run failed")
-        known = read_failure(run.output_dir) or (error if isinstance(error, (UserError, RunError)) else None)
-        message = str(known) if known else f"The run failed: {_root_cause(error)}."
+        cause = _root_cause(error)
+        known = read_failure(run.output_dir) or (cause if isinstance(cause, (UserError, RunError)) else None)
+        message = str(known) if known else f"The run failed: {_in_one_line(cause)}."
         kind = UserError if isinstance(known, UserError) else RunError
         raise kind(f"{message}\n{_how_to_go_on(run)} Details: {run.output_dir / LOG}") from error
+    finally:
+        end(run.output_dir)
 
 
-def _root_cause(error: BaseException) -> str:
-    """The error that a worker raised, in one line; without Ray's wrapping and traceback."""
+def _root_cause(error: BaseException) -> BaseException:
+    """The error that a worker raised, without Ray's wrapping."""
     failures = getattr(error, "worker_failures", None)
     if failures:
-        rank, error = next(iter(failures.items()))
-        prefix = f"worker {rank}: "
-    else:
-        prefix = ""
+        error = next(iter(failures.values()))
     while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
         error = cause
+    return error
+
+
+def _in_one_line(error: BaseException) -> str:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{prefix}{type(error).__name__}: {lines[-1].strip() if lines else 'no message'}"
+    return f"{type(error).__name__}: {lines[-1].strip() if lines else 'no message'}"
 
 
 def _how_to_go_on(run: CheckedRun) -> str:
-    last = checkpoints.latest(run.output_dir)
+    last = run.last_checkpoint()
     if last is None:
         return "There was no checkpoint yet."
+    newest = checkpoints.latest(run.output_dir)
+    if last.path.parent != run.output_dir:
+        name = str(last.path)
+    else:
+        name = "latest" if newest and newest.path == last.path else last.path.name
     return (
-        f"The checkpoint of update {last.step} stands: go on with --resume_from_checkpoint latest "
+        f"The checkpoint of update {last.step} stands: go on with --resume_from_checkpoint {name} "
         f"(--output_dir {run.output_dir})."
     )
 
@@ -290,4 +311,5 @@ def _status_kept(output_dir: Path, started: float) -> Iterator[dict[str, Any]]:
 if __name__ == "__main__":
     from raycontrolnet.cli import main
 
-    sys.exit(main(["train", *sys.argv[1:]]))
+    sys.argv[1:1] = ["train"]
+    sys.exit(main())

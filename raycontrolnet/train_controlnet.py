@@ -20,11 +20,11 @@ from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.stream import local_batches, ray_batches
 from raycontrolnet.errors import RunError, UserError
 from raycontrolnet.model.components import with_controlnet, working_precision
-from raycontrolnet.model.step import TrainState, draw, latent_shape, make_batch, train_step
+from raycontrolnet.model.step import Batch, Draws, TrainState, draw, latent_shape, make_batch, train_step
 from raycontrolnet.run import checkpoint as checkpoints
 from raycontrolnet.run import validation
 from raycontrolnet.run.checkpoint import Checkpoint
-from raycontrolnet.run.job import LOG, Job, read_failure, record_failure
+from raycontrolnet.run.job import LOG, Job, check_folder_is_shared, read_failure, record_failure
 from raycontrolnet.run.metrics import MetricsLog, PendingMetrics, PhaseClock, UpdateMetrics
 from raycontrolnet.run.plan import RunPlan
 from raycontrolnet.run.prompts import warn_if_cut
@@ -51,21 +51,21 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
         Step, samples, loss and seconds by phase; None if the job has failed in a way that trying again cannot mend.
     """
     job = loop_config["job"]
+    check_folder_is_shared(job)
     if read_failure(job.output_dir):
         return None  # Ray restarted the workers after a hopeless failure: the driver tells the user
     context = ray.train.get_context()
     clock = PhaseClock()
     clock.seconds["start"] = time.time() - job.submitted
     with _logging_to_run_log(job, context.get_world_rank()), _hopeless_failures_recorded(job):
-        plan = RunPlan.of(job.config, job.num_samples, context.get_world_size())
         checkpoint = job.current_checkpoint()
+        plan = RunPlan.of(job.config, job.num_samples, context.get_world_size(), checkpoint)
         batches = _read_ahead(_batches(job, plan, checkpoint))  # begins now, while the models are read
         with accelerator_for(job.config, use_gpu=job.use_gpu) as accelerator:
             if job.threads is not None:
                 torch.set_num_threads(job.threads)
             torch.backends.cuda.matmul.allow_tf32 = job.config.allow_tf32
-            torch.backends.cudnn.allow_tf32 = job.config.allow_tf32
-            with clock("model"):
+            with clock("model"), _worth_another_try(continued=checkpoint is not job.start):
                 state = build_state(job.config, plan, accelerator, checkpoint, job.token)
             return Worker(job, plan, state, clock, context.get_world_rank()).run(batches)
 
@@ -75,9 +75,9 @@ class Worker:
 
     def __init__(self, job: Job, plan: RunPlan, state: TrainState, clock: PhaseClock, rank: int):
         self.job, self.plan, self.state, self.clock, self.rank = job, plan, state, clock, rank
-        self.first_sample = state.samples
-        self.latent_shape = latent_shape(state.components, job.config.resolution)
-        self.pending = PendingMetrics(0.0 if state.accelerator.device.type == "cpu" else GPU_METRICS_INTERVAL_S)
+        self.first_sample, self.first_step = state.samples, state.step
+        interval_s = 0.0 if state.accelerator.device.type == "cpu" else GPU_METRICS_INTERVAL_S
+        self.pending = PendingMetrics(interval_s, plan.samples_per_update)
         self.last: UpdateMetrics | None = None
         self.metrics_log: MetricsLog | None = None
         self.trackers: Trackers | None = None
@@ -95,14 +95,17 @@ class Worker:
     def run(self, batches: Iterator[list[PreparedRow]]) -> dict[str, Any]:
         """Train to the end."""
         state, plan = self.state, self.plan
+        inputs = _read_ahead(self.inputs(batches))
         try:
-            micro_step = 0
             while state.step < plan.total_updates:
-                micro_step = self.update(batches, micro_step)
+                self.update(inputs)
                 if plan.checkpoint_due(state.step):
                     self.checkpoint()
                 if plan.validation_due(state.step):
+                    self.record(force=True)
                     self.validate(state.step)
+                if plan.checkpoint_due(state.step) or plan.validation_due(state.step):
+                    self.pending.restart_clock()
             self.finish()
         finally:
             if self.metrics_log:
@@ -112,56 +115,53 @@ class Worker:
         loss = None if self.last is None else self.last.loss
         return {"step": state.step, "samples": state.samples, "loss": loss, "timings": self.clock.rounded()}
 
-    def update(self, batches: Iterator[list[PreparedRow]], micro_step: int) -> int:
-        """One optimizer update; returns the micro-steps done so far."""
-        state, plan, config = self.state, self.plan, self.job.config
+    def inputs(self, batches: Iterator[list[PreparedRow]]) -> Iterator[tuple[Batch, Draws]]:
+        """Each micro-step's batch and draws on the device; runs in a thread, one ahead of the step."""
+        components, device, seed = self.state.components, self.state.accelerator.device, self.job.config.seed
+        assert seed is not None
+        num_timesteps = components.noise_scheduler.config["num_train_timesteps"]
+        shape = latent_shape(components, self.job.config.resolution)
+        for micro_step, rows in enumerate(batches):
+            expected = self.plan.first_sample(self.first_sample, micro_step, self.rank)
+            if rows[0].sample_index != expected:
+                raise RunError(
+                    f"Worker {self.rank} got sample {rows[0].sample_index} instead of {expected}: the data stream is "
+                    "out of order. Please report this with the output folder's run.log"
+                )
+            for row in rows:
+                warn_if_cut(components.tokenizer, row.prompt)
+            indices = [row.sample_index for row in rows]
+            yield make_batch(rows, components.tokenizer, device), draw(seed, indices, shape, num_timesteps, device)
+
+    def update(self, inputs: Iterator[tuple[Batch, Draws]]) -> None:
+        """One optimizer update."""
+        state, plan = self.state, self.plan
         start = time.perf_counter()
         losses = []
         for _ in range(plan.accumulation_steps):
-            with self.clock("data_wait" if micro_step else "first_batch"):
-                rows = self.next_rows(batches, micro_step)
+            with self.clock("first_batch" if state.samples == self.first_sample else "data_wait"):
+                batch, draws = self.next_input(inputs)
             with self.clock("step"):
-                device = state.accelerator.device
-                indices = [row.sample_index for row in rows]
-                num_timesteps = state.components.noise_scheduler.config["num_train_timesteps"]
-                assert config.seed is not None
-                metrics = train_step(
-                    state,
-                    make_batch(rows, state.components.tokenizer, device),
-                    draw(config.seed, indices, self.latent_shape, num_timesteps, device),
-                )
+                metrics = train_step(state, batch, draws)
                 losses.append(metrics.loss)
-            micro_step += 1
         with self.clock("step"):
             loss = state.accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
             assert metrics.grad_norm is not None
-            samples_per_update = plan.accumulation_steps * plan.batch_size * plan.world_size
-            rate = samples_per_update / (time.perf_counter() - start)
+            rate = plan.samples_per_update / (time.perf_counter() - start)
             self.pending.add(
                 UpdateMetrics(state.step, loss, metrics.lr, metrics.grad_norm, state.samples, rate, time.time())
             )
             self.record()
-        return micro_step
 
-    def next_rows(self, batches: Iterator[list[PreparedRow]], micro_step: int) -> list[PreparedRow]:
-        """This worker's next batch; makes sure that it is the right one."""
+    def next_input(self, inputs: Iterator[tuple[Batch, Draws]]) -> tuple[Batch, Draws]:
         try:
-            rows = next(batches)
+            return next(inputs)
         except StopIteration:
-            raise RunError(f"The data stream ended at micro-step {micro_step}, before the run did") from None
+            raise RunError(f"The data stream ended at update {self.state.step}, before the run did") from None
         except UserError:
-            if self.plan.world_size == 1 and micro_step % self.plan.accumulation_steps == 0:
+            if self.plan.world_size == 1 and self.state.step > self.first_step:
                 self.checkpoint()  # a bad row must not cost the updates since the last checkpoint
             raise
-        expected = self.plan.first_sample(self.first_sample, micro_step, self.rank)
-        if rows[0].sample_index != expected:
-            raise RunError(
-                f"Worker {self.rank} got sample {rows[0].sample_index} instead of {expected}: the data stream is out "
-                "of order. Please report this with the output folder's run.log"
-            )
-        for row in rows:
-            warn_if_cut(self.state.components.tokenizer, row.prompt)
-        return rows
 
     def record(self, *, force: bool = False) -> None:
         """Write the figures of finished updates, if it is time."""
@@ -184,7 +184,8 @@ class Worker:
                 written = checkpoints.write(
                     job.output_dir,
                     step=state.step,
-                    samples=state.samples,
+                    # Not state.samples: an accumulation that a bad row cut short is done again.
+                    samples=self.first_sample + (state.step - self.first_step) * self.plan.samples_per_update,
                     seed=job.config.seed,
                     run_id=job.run_id,
                     save=lambda folder: save_state(state, folder),
@@ -278,6 +279,17 @@ def _hopeless_failures_recorded(job: Job) -> Iterator[None]:
         )
         record_failure(job.output_dir, advice)
         raise advice from error
+
+
+@contextmanager
+def _worth_another_try(*, continued: bool) -> Iterator[None]:
+    """Models that could be read when the run began are there: failing to read them now is a passing fault."""
+    try:
+        yield
+    except UserError as error:
+        if continued:
+            raise ConnectionError(str(error)) from error
+        raise
 
 
 @contextmanager

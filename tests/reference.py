@@ -18,9 +18,6 @@ from raycontrolnet.model.step import Draws, TrainState, draw, make_batch, train_
 from raycontrolnet.run.plan import RunPlan
 from raycontrolnet.run.state import accelerator_for, build_state
 
-# Threads that share a tiny tensor mostly wait for each other: on a busy machine, for minutes.
-torch.set_num_threads(1)
-
 CPU = torch.device("cpu")
 LATENT_SHAPE = (4, 4, 4)
 """Of the tiny base at 32 pixels."""

@@ -21,6 +21,7 @@ from raycontrolnet.config import TrainConfig
 from raycontrolnet.errors import ConfigError, RunError
 from raycontrolnet.run import checkpoint as checkpoints
 from raycontrolnet.run.checkpoint import Checkpoint
+from raycontrolnet.run.state import save_state
 from raycontrolnet.train import fit
 
 RUN = "the run's id"
@@ -34,9 +35,7 @@ def save(folder: Path) -> None:
 
 def write(output_dir: Path, step: int, save: Callable[[Path], None] = save, run_id: str = RUN) -> Checkpoint:
     facts = {"data": "fingerprint", "settings": {"learning_rate": 1e-3}}
-    return checkpoints.write(
-        output_dir, step=step, samples=4 * step, seed=7, run_id=run_id, save=save, facts=facts
-    )
+    return checkpoints.write(output_dir, step=step, samples=4 * step, seed=7, run_id=run_id, save=save, facts=facts)
 
 
 def names(output_dir: Path) -> list[str]:
@@ -190,7 +189,6 @@ def test_writing_in_the_place_of_another(tmp_path: Path) -> None:
 def test_a_run_whose_disk_fills_up(tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The former checkpoint is deleted only when the new one is in place; the run goes on from it."""
     settings = tiny_settings | {"checkpoints_total_limit": 1, "train_batch_size": 1}
-    save_state = train_controlnet.save_state
 
     def full(state: Any, folder: Path) -> None:
         save_state(state, folder)
@@ -299,7 +297,7 @@ def test_only_folders_of_that_name_count(tmp_path: Path) -> None:
     assert checkpoints.latest(tmp_path) == good
     checkpoints.remove_leftovers(tmp_path)
     assert set(names(tmp_path)) == {
-        "checkpoint-4", "checkpoint-9x", "checkpoint-", "my-checkpoint-9", "checkpoint-11"
+        "checkpoint-4", "checkpoint-9", "checkpoint-9x", "checkpoint-", "my-checkpoint-9", "checkpoint-11"
     }  # fmt: skip
 
 
@@ -348,8 +346,10 @@ def test_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             None,
-            "--output_dir={out}: holds checkpoint-4 of an earlier run. Go on with it: add --resume_from_checkpoint "
-            "latest. Start anew: name another --output_dir, or delete that folder",
+            (
+                "--output_dir={out}: holds checkpoint-4 of an earlier run. Go on with it: add --resume_from_checkpoint "
+                "latest. Start anew: name another --output_dir, or delete that folder"
+            ),
         ),
         ("checkpoint-3", "no such folder; complete in {out}: checkpoint-2, checkpoint-4"),
         ("{tmp}/gone/checkpoint-2", "no such folder; complete in {out}: checkpoint-2, checkpoint-4"),

@@ -143,7 +143,7 @@ def test_a_model_that_cannot_be_trained_is_refused_once(settings: Settings, tmp_
 
 def test_workers_that_leave_no_cpu_for_loading_are_refused(settings: Settings, tmp_path: Path) -> None:
     """Ray would wait forever, without a word."""
-    with pytest.raises(ConfigError, match=r"--num_workers=3, --cpus_per_worker=1: 3 x 1 of the 3 CPUs leave less than"):
+    with pytest.raises(ConfigError, match=r"--num_workers=3, --cpus_per_worker=1: 3 x 1 of the 3 CPUs leave less"):
         run(settings, tmp_path / "out", num_workers="3")
     with pytest.raises(ConfigError, match="--use_gpu=True: the cluster has no GPU"):
         run(settings, tmp_path / "out", use_gpu=True)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from reference import fake_rows, steps, training
 from safetensors.torch import load_file
+from torch.multiprocessing.spawn import spawn
 
 from raycontrolnet.config import LR_SCHEDULERS, TrainConfig
 from raycontrolnet.errors import ConfigError, UserError
@@ -107,7 +108,6 @@ def test_a_curve_goes_on_after_any_update(scheduler: str) -> None:
 def worker(rank: int, folder: str, settings: dict[str, Any]) -> None:
     """What Ray Train sets up for a worker of two, then updates with every scheduler."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ["OMP_NUM_THREADS"] = "1"  # accelerate sets as many threads
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     found: dict[str, Any] = {}
     for scheduler in LR_SCHEDULERS:
@@ -137,7 +137,7 @@ def worker(rank: int, folder: str, settings: dict[str, Any]) -> None:
 def test_curves_of_two_workers(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
     """The same as of one: get_scheduler in updates. And two workers with half the batch train alike."""
     settings = tiny_settings | CURVE
-    torch.multiprocessing.spawn(worker, (str(tmp_path), settings), nprocs=2)
+    spawn(worker, (str(tmp_path), settings), nprocs=2)
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
     assert len(first) == 12
     assert first == second, "both workers hold the same weights"

@@ -79,12 +79,13 @@ def _fresh_folder(output_dir: Path) -> str:
     """`output_dir` or, where an earlier demo left checkpoints, the first of `output_dir`-2, -3 and so on without."""
     from raycontrolnet.run.checkpoint import latest
 
-    folder, number = output_dir, 1
+    folder, number, before = output_dir, 1, ""
     while (last := latest(folder)) is not None:
         number += 1
-        fresh = output_dir.with_name(f"{output_dir.name}-{number}")
-        _say(f"{folder} holds an earlier demo (up to update {last.step}); this one goes to {fresh}")
-        folder = fresh
+        before = f"{folder} holds an earlier demo (up to update {last.step})"
+        folder = output_dir.with_name(f"{output_dir.name}-{number}")
+    if before:
+        _say(f"{before}; this one goes to {folder}")
     return str(folder)
 
 

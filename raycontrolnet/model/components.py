@@ -78,9 +78,11 @@ def load_components(
         tokenizer = _loading("tokenizer_name", model.tokenizer_name, CLIPTokenizer.from_pretrained, **hub)
     else:
         tokenizer = part(CLIPTokenizer.from_pretrained, "tokenizer", **hub)
+    text_encoder = part(CLIPTextModel.from_pretrained, "text_encoder", dtype=dtype, **weights)
+    _check_tokenizer(model, tokenizer, text_encoder)
     components = Components(
         tokenizer=tokenizer,
-        text_encoder=part(CLIPTextModel.from_pretrained, "text_encoder", dtype=dtype, **weights),
+        text_encoder=text_encoder,
         vae=part(AutoencoderKL.from_pretrained, "vae", torch_dtype=dtype, **weights),
         unet=unet,
         noise_scheduler=noise_scheduler,
@@ -136,6 +138,17 @@ def _check_trainable(base: str, unet: UNet2DConditionModel, noise_scheduler: DDP
             f"--pretrained_model_name_or_path={base}: not a text-to-image Stable Diffusion 1.x or 2.x model "
             f"(UNet with {unet.config['in_channels']} input channels, addition_embed_type "
             f"{unet.config['addition_embed_type']}); inpainting and SDXL models cannot be trained"
+        )
+
+
+def _check_tokenizer(model: ModelConfig, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
+    """Transformers makes an empty tokenizer, of endless length, of a folder without one."""
+    most = text_encoder.config.max_position_embeddings
+    if tokenizer.model_max_length > most:
+        flag = "tokenizer_name" if model.tokenizer_name else "pretrained_model_name_or_path"
+        raise UserError(
+            f"--{flag}={getattr(model, flag)}: its tokenizer is missing or of another model (model_max_length "
+            f"{tokenizer.model_max_length:.4g}, the text encoder takes {most} tokens)"
         )
 
 

@@ -13,12 +13,14 @@ from raycontrolnet.errors import UserError
 
 
 def build_optimizer(
-    parameters: Iterable[torch.nn.Parameter], optim: OptimConfig, learning_rate: float
+    parameters: Iterable[torch.nn.Parameter], optim: OptimConfig, learning_rate: float, *, fused: bool = True
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101), or bitsandbytes' AdamW8bit.
 
     Args:
         learning_rate: after `scale_lr`.
+        fused: one kernel for all parameters; not with fp16's loss scaler, whose skipped updates a fused AdamW hides
+            from accelerate.
 
     Raises:
         UserError: if bitsandbytes is asked for and missing.
@@ -37,8 +39,7 @@ def build_optimizer(
                 "--use_8bit_adam: bitsandbytes is not installed; run pip install 'raycontrolnet[8bit]'"
             ) from None
         return bitsandbytes.optim.AdamW8bit(parameters, **options)
-    # One kernel for all parameters: the default on the CPU walks through the ControlNet's hundreds of tensors.
-    return torch.optim.AdamW(parameters, fused=True, **options)
+    return torch.optim.AdamW(parameters, fused=fused, **options)
 
 
 def build_lr_scheduler(

@@ -66,7 +66,7 @@ class StepMetrics(NamedTuple):
     loss: Tensor
     """fp32 scalar on the device, detached: this worker's mean over the batch."""
     grad_norm: Tensor | None
-    """fp32 scalar before clipping; None when the batch ended no update."""
+    """fp32 scalar before clipping; None when the batch ended no update, 0 when fp16's loss scaler skipped it."""
     lr: float
     """Learning rate of the update."""
 
@@ -83,10 +83,15 @@ def make_batch(rows: Sequence[PreparedRow], tokenizer: CLIPTokenizer, device: to
     images = torch.from_numpy(np.stack([row.image for row in rows]))
     conditioning_images = torch.from_numpy(np.stack([row.conditioning_image for row in rows]))
     return Batch(
-        images=images.to(device, non_blocking=True),
-        conditioning_images=conditioning_images.to(device, non_blocking=True),
-        input_ids=tokens.input_ids.to(device, non_blocking=True),
+        images=_to_device(images, device),
+        conditioning_images=_to_device(conditioning_images, device),
+        input_ids=_to_device(tokens.input_ids, device),
     )
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy to a GPU that waits for nothing: only pinned memory allows it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def draw(
@@ -106,8 +111,8 @@ def draw(
         rng = keyed_rng(seed, Purpose.DIFFUSION, index)
         noises.append(rng.standard_normal((2, *latent_shape), dtype=np.float32))
         timesteps.append(int(rng.integers(num_timesteps)))
-    posterior_noise, noise = torch.from_numpy(np.stack(noises, axis=1)).to(device, non_blocking=True)
-    return Draws(posterior_noise, noise, torch.tensor(timesteps).to(device, non_blocking=True))
+    posterior_noise, noise = _to_device(torch.from_numpy(np.stack(noises, axis=1)), device)
+    return Draws(posterior_noise, noise, _to_device(torch.tensor(timesteps), device))
 
 
 def latent_shape(components: Components, resolution: int) -> tuple[int, int, int]:
@@ -164,7 +169,9 @@ def train_step(state: TrainState, batch: Batch, draws: Draws) -> StepMetrics:
         state.optimizer.step()
         if accelerator.sync_gradients:
             # fp16's loss scaler skips an update whose gradients overflowed: the schedule then waits.
-            if not accelerator.optimizer_step_was_skipped:
+            if accelerator.optimizer_step_was_skipped:
+                grad_norm = torch.zeros_like(loss)
+            else:
                 state.lr_scheduler.step()
             state.step += 1
         state.optimizer.zero_grad(set_to_none=state.set_grads_to_none)

@@ -17,6 +17,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,9 @@ class Checkpoint:
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             found = manifest.get("format") if isinstance(manifest, dict) else "unknown"
             raise ValueError(f"its format is {found}, this version reads {FORMAT}")
+        unsaid = sorted({"files", "step", "samples", "seed", "run_id", "written_at"} - manifest.keys())
+        if unsaid:
+            raise ValueError(f"its {MANIFEST} does not say {', '.join(unsaid)}")
         for name, size in manifest["files"].items():
             file = path / name
             if not file.is_file():
@@ -76,10 +80,8 @@ def all_checkpoints(output_dir: Path) -> list[Checkpoint]:
     found = []
     for path in output_dir.glob("checkpoint-*"):
         if re.fullmatch(r"checkpoint-\d+", path.name):
-            try:
+            with suppress(ValueError):  # not finished, or damaged: `latest` must not choose it
                 found.append(Checkpoint.open(path))
-            except ValueError:
-                continue  # not finished, or damaged: `latest` must not choose it
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
@@ -102,6 +104,14 @@ def resolve(resume_from_checkpoint: str | None, output_dir: Path) -> Checkpoint 
             problem = (
                 f"--output_dir={output_dir}: holds {present[-1].path.name} of an earlier run. Go on with it: add "
                 "--resume_from_checkpoint latest. Start anew: name another --output_dir, or delete that folder"
+            )
+            raise ConfigError([problem])
+        # Of another program, such as diffusers' script, or damaged: not to be written over either.
+        others = [*output_dir.glob("checkpoint-[0-9]*"), *output_dir.glob("diffusion_pytorch_model.safetensors")]
+        if others:
+            problem = (
+                f"--output_dir={output_dir}: holds {others[0].name}, which is no complete checkpoint of raycontrolnet "
+                "and would be overwritten; name another --output_dir, or delete that folder"
             )
             raise ConfigError([problem])
         return None
@@ -195,9 +205,15 @@ def _written_at(checkpoint: Checkpoint) -> float:
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Delete what interrupted writes and deletions left behind."""
-    for pattern in (".checkpoint-*.partial", ".checkpoint-*.old"):
-        for path in output_dir.glob(pattern):
+    """Delete what interrupted writes and deletions left behind, but put back what is complete and in no other place."""
+    for suffix in (".partial", ".old"):
+        for path in output_dir.glob(f".checkpoint-*{suffix}"):
+            final = output_dir / path.name[1:].removesuffix(suffix)
+            with suppress(ValueError):
+                if not final.exists():
+                    Checkpoint.open(path)
+                    path.rename(final)
+                    continue
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import time
+import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,10 @@ from raycontrolnet.run.validation import ValidationItem
 
 FAILURE = ".failure.json"
 LOG = "run.log"
+RUN_ID = ".run_id"
+RAY_FILES = (".validate_storage_marker", "checkpoint_manager_snapshot.json")
+SHARED_WITHIN_S = 15.0
+"""How long a network file system may take to show a worker what the driver wrote."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +65,11 @@ class Job:
 def record_failure(output_dir: Path, error: UserError | RunError) -> None:
     """Leave a note of a failure that would come again, for the driver and for Ray's next try; the first one stands."""
     record = {"kind": "user" if isinstance(error, UserError) else "run", "message": str(error)}
-    try:
-        with (output_dir / FAILURE).open("x") as file:
-            json.dump(record, file)
-    except FileExistsError:
-        pass
+    partial = output_dir / f"{FAILURE}.{uuid.uuid4().hex}"
+    partial.write_text(json.dumps(record))
+    with suppress(FileExistsError):
+        os.link(partial, output_dir / FAILURE)  # whole at once, and never over another
+    partial.unlink()
 
 
 def read_failure(output_dir: Path) -> UserError | RunError | None:
@@ -73,5 +81,30 @@ def read_failure(output_dir: Path) -> UserError | RunError | None:
     return (UserError if record["kind"] == "user" else RunError)(record["message"])
 
 
-def forget_failure(output_dir: Path) -> None:
-    (output_dir / FAILURE).unlink(missing_ok=True)
+def begin(job: Job) -> None:
+    """On the driver, before the workers start: mark the folder as this run's."""
+    end(job.output_dir)  # Ray's record of an earlier run must not speak up: the checkpoints on disk are the only truth
+    (job.output_dir / RUN_ID).write_text(job.run_id)
+
+
+def end(output_dir: Path) -> None:
+    """On the driver, when the workers have gone: take away what was for them alone, and Ray Train's own records."""
+    for name in (FAILURE, RUN_ID, *RAY_FILES):
+        (output_dir / name).unlink(missing_ok=True)
+
+
+def check_folder_is_shared(job: Job) -> None:
+    """On a worker: the folder must be the one that the driver sees, or the results would stay on this machine's disk.
+
+    Raises:
+        UserError: if it is another folder of the same name.
+    """
+    marker = job.output_dir / RUN_ID
+    end = time.monotonic() + SHARED_WITHIN_S
+    while not (marker.is_file() and marker.read_text() == job.run_id):
+        if time.monotonic() > end:
+            raise UserError(
+                f"--output_dir={job.output_dir}: on the node {socket.gethostname()} this is not the folder that the "
+                "driver writes to; name a folder on storage that all nodes share"
+            )
+        time.sleep(0.5)

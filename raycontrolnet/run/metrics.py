@@ -78,28 +78,38 @@ class PendingMetrics:
     Reading a figure waits for the device, so on a GPU they are read together, about once a second.
     """
 
-    def __init__(self, interval_s: float):
-        self.interval_s = interval_s
+    def __init__(self, interval_s: float, samples_per_update: int):
+        self.interval_s, self.samples_per_update = interval_s, samples_per_update
         self._pending: list[UpdateMetrics] = []
         self._flushed_at = time.monotonic()
 
     def add(self, update: UpdateMetrics) -> None:
         self._pending.append(update)
 
+    def restart_clock(self) -> None:
+        """What came since the last update, such as a checkpoint, is no part of the next one."""
+        self._flushed_at = time.monotonic()
+
     def ready(self, *, force: bool = False) -> list[UpdateMetrics]:
         """The updates so far, if it is time or `force`.
 
         Raises:
-            RunError: if a loss is not finite.
+            RunError: if a loss, or a gradient that the weights were changed by, is not finite.
         """
         if not force and time.monotonic() - self._flushed_at < self.interval_s:
             return []
         updates, self._pending = [update.on_host() for update in self._pending], []
-        self._flushed_at = time.monotonic()
+        elapsed, self._flushed_at = time.monotonic() - self._flushed_at, time.monotonic()
+        if self.interval_s and updates:
+            # A GPU's updates end long after they are launched: only together can they be timed.
+            mean_rate = len(updates) * self.samples_per_update / elapsed
+            updates = [update._replace(images_per_second=mean_rate) for update in updates]
         for update in updates:
-            if not math.isfinite(update.loss):
+            for name, value in (("loss", update.loss), ("gradient norm", update.grad_norm)):
+                if math.isfinite(value):
+                    continue
                 raise RunError(
-                    f"The loss is {update.loss} at update {update.step} (learning rate {update.lr:g}): training has "
+                    f"The {name} is {value} at update {update.step} (learning rate {update.lr:g}): training has "
                     "diverged. The last checkpoint stands; go on from it with a lower --learning_rate, or with "
                     "--mixed_precision bf16 instead of fp16"
                 )

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from raycontrolnet.config import TrainConfig
+from raycontrolnet.run.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -29,23 +30,37 @@ class RunPlan:
     validates: bool
 
     @staticmethod
-    def of(config: TrainConfig, num_samples: int, world_size: int) -> RunPlan:
-        """The plan for N = `num_samples`; `world_size` counts workers (1 for a run in the caller's process)."""
+    def of(config: TrainConfig, num_samples: int, world_size: int, start: Checkpoint | None = None) -> RunPlan:
+        """The plan for N = `num_samples`; `world_size` counts workers (1 for a run in the caller's process).
+
+        Args:
+            start: where the run goes on. If its samples were consumed by another number of workers, or in batches of
+                another size, the epochs that are left are counted from its samples.
+        """
         batch_size, accumulation_steps = config.train_batch_size, config.gradient_accumulation_steps
         micro_steps = math.ceil(num_samples / (world_size * batch_size))
         updates_per_epoch = math.ceil(micro_steps / accumulation_steps)
-        scale = world_size * accumulation_steps * batch_size if config.scale_lr else 1
+        samples_per_update = world_size * accumulation_steps * batch_size
+        total_updates = config.num_train_epochs * updates_per_epoch
+        if start is not None and start.samples != start.step * samples_per_update:
+            left = max(0, config.num_train_epochs * num_samples - start.samples)
+            total_updates = start.step + math.ceil(left / samples_per_update)
+        scale = samples_per_update if config.scale_lr else 1
         return RunPlan(
             num_samples=num_samples,
             world_size=world_size,
             batch_size=batch_size,
             accumulation_steps=accumulation_steps,
-            total_updates=config.max_train_steps or config.num_train_epochs * updates_per_epoch,
+            total_updates=config.max_train_steps or total_updates,
             learning_rate=config.learning_rate * scale,
             checkpointing_steps=config.checkpointing_steps,
             validation_steps=config.validation_steps,
             validates=bool(config.validation_pairs),
         )
+
+    @property
+    def samples_per_update(self) -> int:
+        return self.world_size * self.accumulation_steps * self.batch_size
 
     def batches_per_worker(self, step: int) -> int:
         """Micro-steps from `step` updates to the end."""

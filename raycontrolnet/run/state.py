@@ -76,7 +76,9 @@ def build_state(
         gradient_checkpointing=config.gradient_checkpointing,
         xformers=config.enable_xformers_memory_efficient_attention,
     )
-    optimizer = build_optimizer(components.controlnet.parameters(), config, plan.learning_rate)
+    optimizer = build_optimizer(
+        components.controlnet.parameters(), config, plan.learning_rate, fused=accelerator.scaler is None
+    )
     updates_done = 0
     if checkpoint:
         saved = torch.load(checkpoint.path / TRAINING_STATE, map_location="cpu", weights_only=True)
@@ -135,7 +137,8 @@ def save_final_weights(state: TrainState, output_dir: Path) -> None:
 
 
 def unwrap_controlnet(state: TrainState) -> ControlNetModel:
-    return cast("ControlNetModel", state.accelerator.unwrap_model(state.controlnet, keep_fp32_wrapper=False))
+    # Without keep_fp32_wrapper, accelerate would take the autocast off the model that goes on training.
+    return cast("ControlNetModel", state.accelerator.unwrap_model(state.controlnet, keep_fp32_wrapper=True))
 
 
 def saved_controlnet(folder: Path, like: TrainState) -> ControlNetModel:

@@ -1,0 +1,330 @@
+"""The command line: exit codes, what is said for every kind of bad input, and no traceback in any."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from raycontrolnet import __version__
+from raycontrolnet.cli import main
+
+Settings = dict[str, Any]
+
+
+class Answer(NamedTuple):
+    code: str | int | None
+    out: str
+    err: str
+
+    @property
+    def said(self) -> str:
+        """Standard error as one line, without frames."""
+        return " ".join(self.err.replace("│", " ").split())
+
+
+@pytest.fixture
+def ask(capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """ask(*argv): the command line in this process."""
+
+    def ask(*argv: str) -> Answer:
+        capsys.readouterr()
+        code: str | int | None
+        try:
+            code = main(argv)
+        except SystemExit as stop:  # tyro's own
+            code = stop.code
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return Answer(code, out, err)
+
+    return ask
+
+
+def run(*arguments: str, **options: Any) -> Answer:
+    """The command line as a user's shell runs it."""
+    environment = os.environ | {"COLUMNS": "100"}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=environment,
+        **options,
+    )
+    assert "Traceback" not in done.stdout + done.stderr
+    return Answer(done.returncode, done.stdout, done.stderr)
+
+
+def flags(settings: Settings, **changed: Any) -> list[str]:
+    return [part for name, value in (settings | changed).items() for part in (f"--{name}", str(value))]
+
+
+# --- help and names ---
+
+
+def test_help_and_version(ask: Callable[..., Answer]) -> None:
+    for argv in ([], ["--help"], ["-h"], ["help"]):
+        answer = ask(*argv)
+        assert (answer.code, answer.err) == (0, "")
+        assert "raycontrolnet train" in answer.out
+        assert "raycontrolnet demo" in answer.out
+    assert ask("--version") == (0, f"{__version__}\n", "")
+
+
+def test_help_of_commands(ask: Callable[..., Answer]) -> None:
+    for command in ("train", "demo"):
+        answer = ask(command, "--help")
+        assert (answer.code, answer.err) == (0, "")
+        assert answer.out.startswith(f"usage: raycontrolnet {command} ")
+        assert "--learning_rate" in answer.out
+        assert "--config FILE.yaml" in answer.out
+
+
+def test_the_modules_are_the_command() -> None:
+    top, train, by_train = (
+        run("-m", *arguments)
+        for arguments in (
+            ("raycontrolnet", "--help"), ("raycontrolnet", "train", "--help"), ("raycontrolnet.train", "--help")
+        )
+    )  # fmt: skip
+    assert (top.code, train.code, by_train.code) == (0, 0, 0)
+    assert "raycontrolnet train" in top.out
+    assert by_train == train
+    assert len(train.out.splitlines()) > 100
+
+
+def test_the_console_script_is_the_command() -> None:
+    script = Path(sys.executable).with_name("raycontrolnet")
+    if not script.exists():
+        pytest.skip("raycontrolnet is not installed as a package here")
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == f"{__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("train", "--help")])
+def test_help_answers_at_once(arguments: tuple[str, ...]) -> None:
+    """Under 1 s on a free machine (the median of three, warm); the limit here leaves room for a busy one."""
+    run("-m", "raycontrolnet", *arguments)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert run("-m", "raycontrolnet", *arguments).code == 0
+        seconds.append(time.perf_counter() - start)
+    print(f"raycontrolnet {' '.join(arguments)}: {statistics.median(seconds):.2f} s")
+    assert statistics.median(seconds) < 2.5
+
+
+# --- bad input: exit code 2 ---
+
+
+def test_an_unknown_command(ask: Callable[..., Answer]) -> None:
+    answer = ask("trian")
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.startswith("trian: no such command\n")
+    assert "raycontrolnet train" in answer.err
+    assert ask("--learning_rate", "1").code == 2
+
+
+def test_an_unknown_flag(ask: Callable[..., Answer]) -> None:
+    answer = ask("train", "--lerning_rate", "3")
+    assert answer.code == 2
+    assert "Unrecognized options: --lerning_rate" in answer.said
+    assert "Perhaps you meant: " in answer.said
+    assert "--learning_rate FLOAT" in answer.said
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--learning_rate", "fast"], "Error parsing --learning_rate: could not convert string to float: 'fast'"),
+        (["--resolution", "64.5"], "Error parsing --resolution: invalid literal for int() with base 10: '64.5'"),
+        (["--resolution"], "Missing value for argument '--resolution"),
+        (["--config"], "argument --config: expected one argument"),
+    ],
+)
+def test_values_that_do_not_parse(argv: list[str], message: str, ask: Callable[..., Answer]) -> None:
+    answer = ask("train", *argv)
+    assert answer.code == 2
+    assert message in answer.said
+
+
+def test_several_problems_at_once(ask: Callable[..., Answer]) -> None:
+    argv = ["--resolution", "500", "--proportion_empty_prompts", "2", "--lr_scheduler", "cosin", "--num_workers", "x"]
+    answer = ask("train", *argv)
+    assert (answer.code, answer.out) == (2, "")
+    lines = answer.err.splitlines()
+    assert lines[0].startswith("error: --")
+    assert len(lines) == 6
+    for message in (
+        "--pretrained_model_name_or_path: required",
+        "--train_data_dir, --dataset_name: give one of them (neither is given)",
+        "--resolution=500: must be divisible by 8; use 496 or 504",
+        "--proportion_empty_prompts=2.0: must be in [0, 1]",
+        "perhaps you meant cosine",
+        "--num_workers=x: must be a number, or MIN:MAX",
+    ):
+        assert message in answer.err
+
+
+def test_problems_of_a_file(ask: Callable[..., Answer], tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("lerning_rate: 1\n")
+    answer = ask("train", "--config", str(path))
+    assert answer == (2, "", f"error: --config={path}: unknown setting lerning_rate; perhaps you meant learning_rate\n")
+    answer = ask("train", "--config", str(tmp_path / "gone.yaml"))
+    assert answer == (2, "", f"error: --config={tmp_path / 'gone.yaml'}: cannot be read (No such file or directory)\n")
+
+
+def test_problems_of_the_surroundings(
+    tiny_settings: Settings, tiny_base: Path, tmp_path: Path, ask: Callable[..., Answer]
+) -> None:
+    """Folders that are not there or not what they should be, as far as no model need be read for it."""
+    part = shutil.copytree(tiny_base, tmp_path / "part")
+    shutil.rmtree(part / "vae")
+    shutil.rmtree(part / "scheduler")
+    file, gone = tmp_path / "file", tmp_path / "gone"
+    file.write_text("")
+    gone_file = f"{file}/below"
+    for changed, message in (
+        ({"train_data_dir": gone}, f"--train_data_dir={gone}: no such folder"),
+        ({"train_data_dir": file}, f"--train_data_dir={file}: is a file; name the folder that it is in"),
+        ({"train_data_dir": part}, f"--train_data_dir={part}: has no metadata.jsonl"),
+        (
+            {"pretrained_model_name_or_path": gone},
+            f"--pretrained_model_name_or_path={gone}: no such folder, and not the form of a Hub id (owner/name)",
+        ),
+        (
+            {"pretrained_model_name_or_path": part},
+            f"--pretrained_model_name_or_path={part}: no vae, scheduler in that folder; it must be in diffusers' ",
+        ),
+        ({"controlnet_model_name_or_path": gone}, f"--controlnet_model_name_or_path={gone}: no such folder"),
+        ({"tokenizer_name": gone}, f"--tokenizer_name={gone}: no such folder"),
+        ({"output_dir": file}, f"--output_dir={file}: is a file; name a folder"),
+        # as root may write everywhere, the place that cannot be written is one below a file
+        ({"output_dir": gone_file}, f"--output_dir={gone_file}: cannot be written (Not a directory); name another"),
+        ({"image_column": "photo"}, "--image_column=photo: no such column in "),
+        ({"resume_from_checkpoint": "latest"}, "--resume_from_checkpoint=latest: "),
+        ({"resume_from_checkpoint": "checkpoint-7"}, "--resume_from_checkpoint=checkpoint-7: no such folder; complete"),
+        ({"mixed_precision": "fp16"}, "--mixed_precision=fp16: needs a GPU; use bf16 or no on the CPU"),
+    ):
+        answer = ask("train", *flags(tiny_settings, **changed))
+        assert (answer.code, answer.out) == (2, "")
+        assert answer.err.startswith(f"error: {message}"), answer.err
+        assert not list(tmp_path.glob("out/checkpoint-*"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere; see the place below a file above")
+def test_an_output_folder_that_cannot_be_written(
+    tiny_settings: Settings, tmp_path: Path, ask: Callable[..., Answer]
+) -> None:
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o555)
+    answer = ask("train", *flags(tiny_settings, output_dir=folder))
+    assert answer.code == 2
+    assert f"--output_dir={folder}: cannot be written (Permission denied); name another folder" in answer.err
+
+
+def test_a_model_that_cannot_be_read(
+    tiny_settings: Settings, tiny_base: Path, tmp_path: Path, ask: Callable[..., Answer]
+) -> None:
+    """Found out when it is loaded: still the user's input, so still code 2."""
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    weights = base / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    answer = ask("train", *flags(tiny_settings, pretrained_model_name_or_path=base))
+    assert answer.code == 2
+    assert f"error: --pretrained_model_name_or_path={base}: cannot be loaded (unet): " in answer.err
+    assert "There was no checkpoint yet. Details: " in answer.err
+
+
+def test_a_run_and_the_ways_on(tiny_settings: Settings, ask: Callable[..., Answer]) -> None:
+    """0; a second one is refused with both ways forward; resumed, there is 0 again."""
+    out = tiny_settings["output_dir"]
+    answer = ask("train", *flags(tiny_settings, max_train_steps=2))
+    assert (answer.code, answer.out) == (0, "")
+    assert f"2 updates; weights in {out}" in answer.err
+    answer = ask("train", *flags(tiny_settings))
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err == (
+        f"error: --output_dir={out}: holds checkpoint-2 of an earlier run. Go on with it: add --resume_from_checkpoint "
+        "latest. Start anew: name another --output_dir, or delete that folder\n"
+    )
+    answer = ask("train", *flags(tiny_settings, resume_from_checkpoint="latest"))
+    assert answer.code == 0
+    assert "updates 2 to 4" in answer.err
+
+
+def test_settings_of_a_file_train(tiny_settings: Settings, tmp_path: Path, ask: Callable[..., Answer]) -> None:
+    import yaml
+
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(tiny_settings))
+    answer = ask("train", "--config", str(path), "--max_train_steps", "1")
+    assert answer.code == 0
+    assert "updates 0 to 1, seed 0" in answer.err
+
+
+# --- failed and interrupted runs ---
+
+
+def test_a_failed_run_is_1(
+    tiny_settings: Settings, ask: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raycontrolnet import train_controlnet
+
+    def fail(*_: Any) -> None:
+        raise LookupError("something")
+
+    monkeypatch.setattr(train_controlnet, "train_step", fail)
+    answer = ask("train", *flags(tiny_settings))
+    assert (answer.code, answer.out) == (1, "")
+    assert "error: The run failed: LookupError: something.\nThere was no checkpoint yet. Details: " in answer.err
+
+
+def test_an_interrupted_run_is_130(
+    tiny_settings: Settings, ask: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raycontrolnet import cli, train_controlnet
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_controlnet, "train_step", interrupt)
+    answer = ask("train", *flags(tiny_settings))
+    assert (answer.code, answer.out) == (130, "")
+    assert answer.err.endswith("Interrupted. There was no checkpoint yet.\n")
+    monkeypatch.setattr(cli, "parse_train", interrupt)
+    assert ask("train") == (130, "", "Interrupted before training began.\n")
+
+
+# --- as a process ---
+
+
+def test_bad_input_in_a_shell(tiny_settings: Settings, tmp_path: Path) -> None:
+    """What a user sees is the message alone: no traceback, and no library's warnings."""
+    gone = tmp_path / "gone"
+    answer = run("-m", "raycontrolnet", "train", *flags(tiny_settings, train_data_dir=gone))
+    assert answer == (2, "", f"error: --train_data_dir={gone}: no such folder\n")
+
+
+def test_a_run_in_a_shell(tiny_settings: Settings, tmp_path: Path) -> None:
+    """Three lines, and nothing of the libraries'; the log is in the folder."""
+    settings = tiny_settings | {"output_dir": "out", "max_train_steps": 2}
+    answer = run("-m", "raycontrolnet.train", *flags(settings), cwd=tmp_path)
+    assert (answer.code, answer.out) == (0, "")
+    lines = answer.err.splitlines()
+    assert lines[0].startswith(f"raycontrolnet {__version__}: 13 samples, 1 worker on CPUs x batch 4 x accumulation 1")
+    assert lines[-2].startswith("step 2/2 | loss ")
+    assert lines[-1].startswith("done in ")
+    assert all(line.startswith("step ") for line in lines[1:-1]), answer.err
+    assert (tmp_path / "out" / "run.log").is_file()

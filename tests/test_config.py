@@ -1,0 +1,528 @@
+"""Settings: the 52 flags of the contract, every rule by its message, YAML files, and no secret anywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from raycontrolnet.cli import parse_train
+from raycontrolnet.config import (
+    GROUPS,
+    LR_SCHEDULERS,
+    TrainConfig,
+    changed_settings,
+    from_mapping,
+    load_yaml,
+    public_settings,
+)
+from raycontrolnet.errors import ConfigError, UserError
+from raycontrolnet.train import fit
+
+# Copied by hand from the page of the existing scripts' behaviour: names, types and defaults are a contract.
+FLAGS: dict[str, tuple[str, Any]] = {
+    "pretrained_model_name_or_path": ("STR", ""),  # required: the empty default is refused
+    "controlnet_model_name_or_path": ("STR", None),
+    "revision": ("STR", None),
+    "variant": ("STR", None),
+    "tokenizer_name": ("STR", None),
+    "output_dir": ("STR", "controlnet-model"),
+    "cache_dir": ("STR", None),
+    "seed": ("INT", None),
+    "resolution": ("INT", 512),
+    "train_batch_size": ("INT", 4),
+    "num_train_epochs": ("INT", 1),
+    "max_train_steps": ("INT", None),
+    "checkpointing_steps": ("INT", 500),
+    "checkpoints_total_limit": ("INT", None),
+    "resume_from_checkpoint": ("STR", None),
+    "gradient_accumulation_steps": ("INT", 1),
+    "gradient_checkpointing": ("FLAG", False),
+    "learning_rate": ("FLOAT", 5e-6),
+    "scale_lr": ("FLAG", False),
+    "lr_scheduler": ("STR", "constant"),
+    "lr_warmup_steps": ("INT", 500),
+    "lr_num_cycles": ("INT", 1),
+    "lr_power": ("FLOAT", 1.0),
+    "use_8bit_adam": ("FLAG", False),
+    "dataloader_num_workers": ("INT", 0),
+    "adam_beta1": ("FLOAT", 0.9),
+    "adam_beta2": ("FLOAT", 0.999),
+    "adam_weight_decay": ("FLOAT", 1e-2),
+    "adam_epsilon": ("FLOAT", 1e-8),
+    "max_grad_norm": ("FLOAT", 1.0),
+    "push_to_hub": ("FLAG", False),
+    "hub_token": ("STR", None),
+    "hub_model_id": ("STR", None),
+    "logging_dir": ("STR", "logs"),
+    "allow_tf32": ("FLAG", False),
+    "report_to": ("STR", "tensorboard"),
+    "mixed_precision": ("STR", None),
+    "enable_xformers_memory_efficient_attention": ("FLAG", False),
+    "set_grads_to_none": ("FLAG", False),
+    "dataset_name": ("STR", None),
+    "dataset_config_name": ("STR", None),
+    "train_data_dir": ("STR", None),
+    "image_column": ("STR", "image"),
+    "conditioning_image_column": ("STR", "conditioning_image"),
+    "caption_column": ("STR", "text"),
+    "max_train_samples": ("INT", None),
+    "proportion_empty_prompts": ("FLOAT", 0.0),
+    "validation_prompt": ("STRS", None),
+    "validation_image": ("STRS", None),
+    "num_validation_images": ("INT", 4),
+    "validation_steps": ("INT", 100),
+    "tracker_project_name": ("STR", "train_controlnet"),
+}
+
+RAY_FLAGS: dict[str, tuple[str, Any]] = {
+    "num_workers": ("STR", "1"),
+    "use_gpu": ("BOOL", None),
+    "cpus_per_worker": ("FLOAT", None),
+    "accelerator_type": ("STR", None),
+    "max_failures": ("INT", 3),
+    "address": ("STR", None),
+}
+
+Settings = dict[str, Any]
+MINIMAL: Settings = {"pretrained_model_name_or_path": "base", "train_data_dir": "data"}
+EXAMPLES: dict[str, tuple[list[str], Any]] = {
+    "STR": (["a b"], "a b"),
+    "STRS": (["a b", "c"], ("a b", "c")),
+    "INT": (["24"], 24),
+    "FLOAT": (["2.5e-1"], 0.25),
+    "FLAG": ([], True),
+    "BOOL": (["True"], True),
+}
+"""kind -> (arguments, value)."""
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> str:
+    (tmp_path / "image.png").write_bytes(b"is looked at later")
+    return str(tmp_path / "image.png")
+
+
+def config(**settings: Any) -> TrainConfig:
+    return TrainConfig(**MINIMAL | settings)
+
+
+def problems(**settings: Any) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as error:
+        config(**settings)
+    return error.value.problems
+
+
+@pytest.fixture(scope="module")
+def help_text() -> str:
+    """`raycontrolnet train --help` without its frames, in one line."""
+    command = [sys.executable, "-m", "raycontrolnet", "train", "--help"]
+    environment = os.environ | {"COLUMNS": "100"}  # in a wider terminal, tyro sets the groups side by side
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment)
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", done.stdout).split())
+
+
+# --- the flags ---
+
+
+def test_there_are_52_flags_and_those_of_ray() -> None:
+    assert len(FLAGS) == 52
+    assert set(FLAGS) | set(RAY_FLAGS) == {setting.name for setting in dataclasses.fields(TrainConfig)}
+
+
+def test_defaults() -> None:
+    defaults = {setting.name: setting.default for setting in dataclasses.fields(TrainConfig)}
+    assert defaults == {name: default for name, (_, default) in (FLAGS | RAY_FLAGS).items()}
+    for name, default in defaults.items():
+        kind = (FLAGS | RAY_FLAGS)[name][0]
+        if default is not None:
+            assert type(default) is {"STR": str, "INT": int, "FLOAT": float, "FLAG": bool}[kind]
+
+
+@pytest.mark.parametrize("name", FLAGS | RAY_FLAGS)
+def test_a_flag_is_in_help(name: str, help_text: str) -> None:
+    """With its type, what it does, and its default."""
+    kind, default = (FLAGS | RAY_FLAGS)[name]
+    type_text = {
+        "STRS": r"\{None\}\|\{\[STR \[STR \.\.\.\]\]\}",
+        "FLAG": rf", --no_{name}",
+        "BOOL": r"\{None,True,False\}",
+    }.get(kind, kind if default is not None else rf"\{{None\}}\|{kind}")
+    shown_default = re.escape(repr(default) if default == "" else str(default))
+    separator = "" if kind == "FLAG" else " "
+    found = re.search(rf"--{name}{separator}{type_text} (\S.*?) \(default: {shown_default}\)", help_text)
+    assert found, help_text[max(0, help_text.find(f"--{name}") - 20) :][:300]
+    assert "(default:" not in found[1]
+    assert len(found[1].split()) >= 2
+
+
+def test_help_shows_every_docstring_and_group(help_text: str) -> None:
+    docstrings = [line.strip('" ') for line in field_docstrings()]
+    assert len(docstrings) == len(FLAGS) + len(RAY_FLAGS)
+    for docstring in docstrings:
+        assert " ".join(docstring.split()) in help_text
+    for group in GROUPS:
+        assert f"{group.__doc__.lower()} options" in help_text
+
+
+def field_docstrings() -> list[str]:
+    """Those below the fields of the groups, from the source."""
+    import ast
+
+    from raycontrolnet import config as module
+
+    assert module.__file__ is not None
+    found = []
+    for node in ast.parse(Path(module.__file__).read_text()).body:
+        if isinstance(node, ast.ClassDef) and node.name in {group.__name__ for group in GROUPS}:
+            for statement, below in zip(node.body, node.body[1:], strict=False):
+                if isinstance(statement, ast.AnnAssign):
+                    assert isinstance(below, ast.Expr)
+                    assert isinstance(below.value, ast.Constant)
+                    found.append(str(below.value.value))
+    return found
+
+
+# What a rule needs besides, or an example that it allows
+COMPANIONS: dict[str, list[str]] = {
+    "dataset_name": ["--train_data_dir", "None"],
+    "dataset_config_name": ["--train_data_dir", "None", "--dataset_name", "d"],
+    "validation_prompt": ["--validation_image", "IMAGE"],
+    "validation_image": ["--validation_prompt", "a prompt"],
+}
+VALUES: dict[str, tuple[list[str], Any]] = {
+    "lr_scheduler": (["cosine"], "cosine"),
+    "mixed_precision": (["bf16"], "bf16"),
+    "report_to": (["wandb"], "wandb"),
+    "num_workers": (["2:4"], "2:4"),
+    "validation_image": (["IMAGE", "IMAGE"], ("IMAGE", "IMAGE")),
+    "validation_prompt": (["a b"], ("a b",)),
+}
+
+
+@pytest.mark.parametrize("form", ["words", "equals", "yaml", "python"])
+@pytest.mark.parametrize("name", FLAGS | RAY_FLAGS)
+def test_a_setting_arrives(name: str, form: str, image: str, tmp_path: Path) -> None:
+    """By `--name value`, `--name=value`, YAML and Python: one name and one value."""
+    arguments, value = VALUES.get(name) or EXAMPLES[(FLAGS | RAY_FLAGS)[name][0]]
+    arguments = [argument.replace("IMAGE", image) for argument in arguments]
+    if isinstance(value, tuple):
+        value = tuple(item.replace("IMAGE", image) for item in value)
+    base = ["--pretrained_model_name_or_path", "base", "--train_data_dir", "data"]
+    base += [argument.replace("IMAGE", image) for argument in COMPANIONS.get(name, [])]
+    if form == "equals" and len(arguments) == 1:
+        found = parse_train([*base, f"--{name}={arguments[0]}"])
+    elif form in ("words", "equals"):
+        found = parse_train([*base, f"--{name}", *arguments])
+    elif form == "yaml":
+        plain = list(value) if isinstance(value, tuple) else value
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump({name: plain}))
+        own = [f for f in base if f != "--train_data_dir"] if name == "train_data_dir" else base
+        own = ["--pretrained_model_name_or_path", "base"] if name == "train_data_dir" else own
+        own = ["--train_data_dir", "data"] if name == "pretrained_model_name_or_path" else own
+        found = parse_train(["--config", str(tmp_path / "c.yaml"), *own])
+    else:
+        companions = dict(zip(COMPANIONS.get(name, [])[::2], COMPANIONS.get(name, [])[1::2], strict=True))
+        settings = {
+            flag[2:]: None if given == "None" else given.replace("IMAGE", image) for flag, given in companions.items()
+        }
+        found = config(**settings | {name: value})
+    assert getattr(found, name) == value
+    assert type(getattr(found, name)) is type(value)
+
+
+# --- the rules ---
+
+LIMITS: list[tuple[Settings, str]] = [
+    ({"train_data_dir": None}, "--train_data_dir, --dataset_name: give one of them (neither is given)"),
+    ({"dataset_name": "d"}, "--train_data_dir, --dataset_name: give one of them (both are given)"),
+    ({"dataset_config_name": "c"}, "--dataset_config_name=c: needs --dataset_name"),
+    (
+        {"pretrained_model_name_or_path": ""},
+        "--pretrained_model_name_or_path: required; a local folder or a Hub id of a Stable Diffusion model",
+    ),
+    ({"proportion_empty_prompts": 1.5}, "--proportion_empty_prompts=1.5: must be in [0, 1]"),
+    ({"proportion_empty_prompts": -0.1}, "--proportion_empty_prompts=-0.1: must be in [0, 1]"),
+    ({"resolution": 500}, "--resolution=500: must be divisible by 8; use 496 or 504"),
+    ({"resolution": 7}, "--resolution=7: must be divisible by 8; use 8"),
+    ({"resolution": 0}, "--resolution=0: must be divisible by 8; use 8"),
+    ({"resolution": -8}, "--resolution=-8: must be divisible by 8; use 8"),
+    (
+        {"validation_prompt": "red"},
+        "--validation_image: needed, because the other of --validation_prompt and --validation_image is given",
+    ),
+    (
+        {"lr_scheduler": "cosin"},
+        (
+            "--lr_scheduler=cosin: must be one of linear, cosine, cosine_with_restarts, polynomial, constant, "
+            "constant_with_warmup; perhaps you meant cosine"
+        ),
+    ),
+    ({"mixed_precision": "int4"}, "--mixed_precision=int4: must be one of no, fp16, bf16"),
+    ({"mixed_precision": "fp61"}, "--mixed_precision=fp61: must be one of no, fp16, bf16; perhaps you meant fp16"),
+    (
+        {"report_to": "wandb,tensorbord"},
+        "--report_to=wandb,tensorbord: must be one of tensorboard, wandb, comet_ml, all, none, or several with commas",
+    ),
+    ({"adam_beta1": 1.0}, "--adam_beta1=1.0: must be in [0, 1)"),
+    ({"adam_beta2": -0.5}, "--adam_beta2=-0.5: must be in [0, 1)"),
+    ({"max_grad_norm": 0.0}, "--max_grad_norm=0.0: must be above 0"),
+    ({"seed": -1}, "--seed=-1: must be in [0, 2**63)"),
+    ({"seed": 2**63}, f"--seed={2**63}: must be in [0, 2**63)"),
+    ({"output_dir": ""}, "--output_dir: must name a folder"),
+    (
+        {"output_dir": "s3://bucket/out"},
+        "--output_dir=s3://bucket/out: must be a local or mounted folder; URIs are not supported yet",
+    ),
+    ({"cpus_per_worker": 0}, "--cpus_per_worker=0.0: must be above 0"),
+    ({"num_workers": "two"}, "--num_workers=two: must be a number, or MIN:MAX"),
+    ({"num_workers": "1:x"}, "--num_workers=1:x: must be a number, or MIN:MAX"),
+    *(
+        ({"num_workers": workers}, f"--num_workers={workers}: must be 0 or more, or MIN:MAX with 1 <= MIN <= MAX")
+        for workers in ("-1", "4:2", "0:2")
+    ),
+    *(
+        ({name: 0}, f"--{name}=0: must be at least 1")
+        for name in (
+            "max_train_samples", "train_batch_size", "num_train_epochs", "max_train_steps",
+            "gradient_accumulation_steps", "lr_num_cycles", "checkpointing_steps", "checkpoints_total_limit",
+            "num_validation_images", "validation_steps",
+        )
+    ),
+    *(
+        ({name: -1}, f"--{name}=-1: must be at least 0")
+        for name in ("lr_warmup_steps", "max_failures", "dataloader_num_workers")
+    ),
+    *(
+        ({name: -1}, f"--{name}=-1.0: must be at least 0")
+        for name in ("learning_rate", "adam_weight_decay", "adam_epsilon")
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "message"), LIMITS, ids=[message.split(":")[0] for _, message in LIMITS])
+def test_a_rule(settings: Settings, message: str) -> None:
+    assert problems(**settings) == (message,)
+
+
+def test_validation_prompts_and_images(image: str, tmp_path: Path) -> None:
+    assert problems(validation_image=image) == (
+        "--validation_prompt: needed, because the other of --validation_prompt and --validation_image is given",
+    )
+    assert problems(validation_prompt=["a", "b"], validation_image=[image] * 3) == (
+        "--validation_prompt, --validation_image: 2 prompts and 3 images; give equal counts, or a single one of either",
+    )
+    gone = tmp_path / "gone.png"
+    assert problems(validation_prompt="a", validation_image=str(gone)) == (f"--validation_image={gone}: no such file",)
+
+
+@pytest.mark.parametrize(("prompts", "images", "pairs"), [(2, 2, 2), (1, 3, 3), (3, 1, 3), (1, 1, 1), (0, 0, 0)])
+def test_validation_pairs(prompts: int, images: int, pairs: int, tmp_path: Path) -> None:
+    """A single one is reused; equal counts go together."""
+    paths = [str(tmp_path / f"{i}.png") for i in range(images)]
+    for path in paths:
+        Path(path).write_bytes(b"")
+    texts = [f"prompt {i}" for i in range(prompts)]
+    found = config(validation_prompt=texts or None, validation_image=paths or None).validation_pairs
+    assert len(found) == pairs
+    assert found == tuple((texts[min(i, prompts - 1)], paths[min(i, images - 1)]) for i in range(pairs))
+
+
+def test_output_dir_that_is_a_file(image: str) -> None:
+    assert problems(output_dir=image) == (f"--output_dir={image}: is a file; name a folder",)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"resolution": "big"}, "--resolution='big': must be a whole number"),
+        ({"resolution": 512.0}, "--resolution=512.0: must be a whole number"),
+        ({"seed": True}, "--seed=True: must be a whole number"),
+        ({"learning_rate": "fast"}, "--learning_rate='fast': must be a number"),
+        ({"learning_rate": float("nan")}, "--learning_rate=nan: must be a number"),
+        ({"max_grad_norm": "nan"}, "--max_grad_norm='nan': must be a number"),
+        ({"learning_rate": True}, "--learning_rate=True: must be a number"),
+        ({"scale_lr": "yes"}, "--scale_lr='yes': must be true or false"),
+        ({"scale_lr": 1}, "--scale_lr=1: must be true or false"),
+        ({"output_dir": ["a"]}, "--output_dir=['a']: must be a text"),
+        ({"resolution": None}, "--resolution=None: must be a whole number"),
+        ({"validation_prompt": [1]}, "--validation_prompt=[1]: must be a text or a list of texts"),
+    ],
+)
+def test_a_wrong_type(settings: Settings, message: str) -> None:
+    assert problems(**settings) == (message,)
+
+
+def test_all_problems_at_once() -> None:
+    found = problems(
+        pretrained_model_name_or_path="", train_data_dir=None, resolution=500, proportion_empty_prompts=2,
+        lr_scheduler="x", train_batch_size=0, checkpointing_steps=0, num_workers="x", validation_prompt="p",
+        mixed_precision="x", report_to="x",
+    )  # fmt: skip
+    assert len(found) == 11
+    with pytest.raises(ConfigError) as error:
+        config(resolution=500, seed=-1)
+    assert str(error.value).splitlines() == list(error.value.problems)
+    assert len(problems(resolution="x", learning_rate="y", scale_lr="z")) == 3
+    assert isinstance(error.value, UserError)
+    assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"proportion_empty_prompts": 0}, {"proportion_empty_prompts": 1}, {"resolution": 8}, {"lr_warmup_steps": 0},
+        {"learning_rate": 0}, {"max_grad_norm": float("inf")}, {"seed": 0}, {"seed": 2**63 - 1}, {"adam_beta1": 0},
+        {"report_to": "all"}, {"report_to": "none"}, {"report_to": "wandb, comet_ml"}, {"num_workers": 0},
+        {"num_workers": "0"}, {"num_workers": "1:4"}, {"num_workers": "3:3"}, {"max_failures": 0},
+        {"train_data_dir": None, "dataset_name": "a/b", "dataset_config_name": "c"}, {"mixed_precision": None},
+        *({"mixed_precision": name} for name in ("no", "fp16", "bf16")),
+        *({"lr_scheduler": name} for name in LR_SCHEDULERS),
+    ],
+)  # fmt: skip
+def test_what_is_allowed(settings: Settings) -> None:
+    found = config(**settings)
+    for name, value in settings.items():
+        assert getattr(found, name) == (str(value) if name == "num_workers" else value)
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config().seed = 1  # type: ignore[misc]
+    with pytest.raises(ConfigError, match="resolution"):
+        dataclasses.replace(config(), resolution=9)
+    with pytest.raises(TypeError, match="lerning_rate"):
+        config(lerning_rate=1.0)
+
+
+def test_trackers_and_workers() -> None:
+    assert config(report_to="none").trackers == ()
+    assert config(report_to="wandb, comet_ml").trackers == ("wandb", "comet_ml")
+    assert config(report_to="all").trackers == ("tensorboard", "wandb", "comet_ml")
+    assert config().worker_range == (1, 1)
+    assert config(num_workers="2:8").worker_range == (2, 8)
+
+
+# --- YAML ---
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Callable[[str], str]:
+    def write(text: str) -> str:
+        (tmp_path / "settings.yaml").write_text(text)
+        return str(tmp_path / "settings.yaml")
+
+    return write
+
+
+def test_yaml_and_flags(file: Callable[[str], str], image: str) -> None:
+    """The same names; YAML 1.1's texts for numbers; flags override the file, which overrides the defaults."""
+    path = file(
+        f"pretrained_model_name_or_path: base\ntrain_data_dir: data\nlearning_rate: 1e-5\nadam_epsilon: 1\n"
+        f"resolution: 64\nvalidation_prompt: red circle\nvalidation_image: [{image}, {image}]\nscale_lr: true\n"
+        "num_workers: 2\nseed:\n"
+    )
+    found = parse_train(["--config", path, "--resolution", "128", "--no_scale_lr"])
+    assert (found.learning_rate, found.adam_epsilon, type(found.adam_epsilon)) == (1e-5, 1.0, float)
+    assert (found.resolution, found.scale_lr, found.num_workers, found.seed) == (128, False, "2", None)
+    assert found.validation_pairs == (("red circle", image), ("red circle", image))
+    assert found.train_batch_size == 4
+    again = parse_train([f"--config={path}"])
+    assert (again.resolution, again.scale_lr) == (64, True)
+    assert again == TrainConfig(**load_yaml(path))
+
+
+def test_config_yaml_can_be_read_again(file: Callable[[str], str], image: str) -> None:
+    """What a run writes is what --config reads."""
+    given = config(learning_rate=3e-7, validation_prompt=["a", "b"], validation_image=image, seed=2**62)
+    path = file(yaml.safe_dump(public_settings(given), sort_keys=False))
+    assert parse_train(["--config", path]) == given
+
+
+def test_an_unknown_key(file: Callable[[str], str]) -> None:
+    path = file("lerning_rate: 1\nresolution: 64\nfoo: 2\n")
+    with pytest.raises(ConfigError) as error:
+        parse_train(["--config", path])
+    assert error.value.problems == (
+        f"--config={path}: unknown setting lerning_rate; perhaps you meant learning_rate",
+        f"--config={path}: unknown setting foo; raycontrolnet train --help lists the settings",
+    )
+    with pytest.raises(ConfigError, match="space: unknown setting 3; raycontrolnet train"):
+        from_mapping({3: 4}, "space")  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1\n", "is not valid YAML (while parsing"),
+        ("- learning_rate\n", "must be a list of `setting: value` lines"),
+        ("learning_rate\n", "must be a list of `setting: value` lines"),
+        ("learning_rate: fast\n", "learning_rate: 'fast' must be a number"),
+        ("learning_rate: [1]\n", "learning_rate: [1] must be a number"),
+        ("scale_lr: 'true'\n", "scale_lr: 'true' must be true or false"),
+    ],
+)
+def test_a_bad_file(text: str, message: str, file: Callable[[str], str]) -> None:
+    path = file(text)
+    with pytest.raises(ConfigError) as error:
+        parse_train(["--config", path, *flags(MINIMAL)])
+    (problem,) = error.value.problems
+    assert problem.startswith(f"--config={path}: {message}")
+
+
+def flags(settings: Settings) -> list[str]:
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    for path, reason in ((tmp_path / "gone.yaml", "No such file or directory"), (tmp_path, "Is a directory")):
+        with pytest.raises(ConfigError) as error:
+            load_yaml(path)
+        assert error.value.problems == (f"--config={path}: cannot be read ({reason})",)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ConfigError, match=r"binary\.yaml: cannot be read"):
+        load_yaml(tmp_path / "binary.yaml")
+
+
+def test_an_empty_file_is_no_settings(file: Callable[[str], str]) -> None:
+    assert load_yaml(file("# nothing\n")) == {}
+
+
+# --- secrets ---
+
+
+def test_the_token_is_shown_and_stored_nowhere(tiny_settings: Settings) -> None:
+    secret = "hf_ShownNowhere"
+    given = TrainConfig(**tiny_settings | {"hub_token": secret, "max_train_steps": 1})
+    assert given.hub_token == secret
+    assert secret not in repr(given)
+    assert secret not in str(given)
+    assert "hub_token" not in public_settings(given)
+    assert secret not in str(public_settings(given)) + str(changed_settings(given))
+    with pytest.raises(ConfigError) as error:
+        dataclasses.replace(given, resolution=9, seed=-1)
+    assert secret not in str(error.value)
+    fit(given)
+    output_dir = Path(tiny_settings["output_dir"])
+    assert "hub_token" not in yaml.safe_load((output_dir / "config.yaml").read_text())
+    files = [path for path in output_dir.rglob("*") if path.is_file()]
+    assert len(files) > 8
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
+
+
+def test_a_token_of_the_wrong_type_is_not_shown_either() -> None:
+    assert problems(hub_token=["hf_ShownNowhere"]) == ("--hub_token: must be a text",)
+
+
+def test_public_and_changed_settings() -> None:
+    given = config(seed=3)
+    assert public_settings(given).keys() == (FLAGS | RAY_FLAGS).keys() - {"hub_token"}
+    assert changed_settings(given) == MINIMAL | {"seed": 3}

@@ -1,0 +1,703 @@
+"""Whole runs in this process: what they leave, that they go on as if they had not stopped, and what each flag does."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from reference import normalize, to_tensor, write_trained_controlnet
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from raycontrolnet import RunResult, TrainConfig, fit, train_controlnet
+from raycontrolnet.config import public_settings
+from raycontrolnet.data.order import SampleOrder
+from raycontrolnet.data.records import PreparedRow
+from raycontrolnet.data.transforms import resize_and_crop
+from raycontrolnet.demo.circles import write_circles
+from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
+from raycontrolnet.model import step
+from raycontrolnet.run.progress import Progress
+
+Settings = dict[str, Any]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+COMPARED = ("step", "loss", "lr", "grad_norm", "samples")
+
+
+def run(settings: Settings, output_dir: Path, **changed: Any) -> Path:
+    """Train into `output_dir`, and return it."""
+    fit(TrainConfig(**settings | {"output_dir": str(output_dir)} | changed))
+    return output_dir
+
+
+def metrics(output_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def column(output_dir: Path, name: str) -> list[Any]:
+    return [line[name] for line in metrics(output_dir)]
+
+
+def weights(output_dir: Path) -> dict[str, Tensor]:
+    return load_file(output_dir / WEIGHTS)
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture(scope="module")
+def captions(circles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The circles with three captions a row."""
+    folder = tmp_path_factory.mktemp("captions") / "data"
+    shutil.copytree(circles, folder)
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["text"] = [row["text"], "a circle", f"{row['text']}, drawn"]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[PreparedRow]]:
+    """The batches that the step gets, in order."""
+    batches: list[list[PreparedRow]] = []
+    make_batch = step.make_batch
+
+    def recording(rows: list[PreparedRow], *rest: Any) -> Any:
+        batches.append(rows)
+        return make_batch(rows, *rest)
+
+    monkeypatch.setattr(train_controlnet, "make_batch", recording)
+    return batches
+
+
+# --- what a run leaves ---
+
+
+def test_what_a_run_leaves(
+    tiny_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The contract, for a run whose paths are relative."""
+    monkeypatch.chdir(tmp_path)
+    Path("data").symlink_to(tiny_settings["train_data_dir"])
+    config = TrainConfig(
+        **tiny_settings | {"output_dir": "runs/out", "train_data_dir": "data", "hub_token": "hf_Secret"}
+    )
+    stream = io.StringIO()
+    result = fit(config, stream=stream)
+    out = tmp_path / "runs" / "out"
+
+    assert isinstance(result, RunResult)
+    assert (result.output_dir, result.step, result.samples) == (out, 4, 16)
+    assert (result.checkpoint, result.hub_url) == (out / "checkpoint-4", None)
+    assert result.loss == column(out, "loss")[-1]
+    assert 0 < sum(result.timings.values()) <= result.seconds + 1
+    files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    checkpoint = {"controlnet/config.json", f"controlnet/{WEIGHTS}", "training_state.pt", "manifest.json"}
+    assert files == {
+        "config.json", WEIGHTS, "README.md", "config.yaml", "metrics.jsonl", "run.json", "run.log",
+        *(f"checkpoint-{step}/{name}" for step in (2, 4) for name in checkpoint),
+    }  # fmt: skip
+
+    assert equal(weights(out), load_file(out / "checkpoint-4" / "controlnet" / WEIGHTS))
+    assert not equal(weights(out), load_file(out / "checkpoint-2" / "controlnet" / WEIGHTS))
+    assert (out / "config.json").read_text() == (out / "checkpoint-4" / "controlnet" / "config.json").read_text()
+
+    lines = metrics(out)
+    assert [(line["step"], line["samples"]) for line in lines] == [(1, 4), (2, 8), (3, 12), (4, 16)]
+    for line in lines:
+        assert {"loss", "lr", "images_per_second"} <= line.keys()
+        assert line["loss"] == torch.tensor(line["loss"], dtype=torch.float32).item(), "at full precision"
+        assert line["images_per_second"] > 0
+
+    status = json.loads((out / "run.json").read_text())
+    assert (status["status"], status["step"], status["samples"]) == ("finished", 4, 16)
+    assert status["loss"] == result.loss
+    assert status["checkpoint"] == "checkpoint-4"
+    assert status["timings"] == result.timings
+    assert status["timings"].keys() >= {"model_s", "step_s", "checkpoint_s"}
+    for package in ("raycontrolnet", "ray", "torch", "diffusers"):
+        assert status["versions"][package] == __import__(package).__version__
+
+    settings = yaml.safe_load((out / "config.yaml").read_text())
+    assert settings.pop("output_dir") == str(out)
+    assert settings.pop("train_data_dir") == tiny_settings["train_data_dir"]
+    assert "hub_token" not in settings
+    expected = public_settings(config)
+    assert settings == {name: expected[name] for name in settings}
+    assert not [path for path in out.rglob("*") if path.is_file() and b"hf_Secret" in path.read_bytes()]
+
+    said = stream.getvalue()
+    assert "13 samples, 1 worker x batch 4 x accumulation 1, updates 0 to 4, seed 0" in said
+    assert "step 4/4 | loss " in said
+    assert f"4 updates; weights in {out}" in said
+    assert capfd.readouterr().out == ""
+
+
+def test_config_yaml_repeats_the_run(tiny_settings: Settings, out: Path, tmp_path: Path) -> None:
+    """A seed that was not given is drawn and written down."""
+    del tiny_settings["seed"]
+    run(tiny_settings, out)
+    settings = yaml.safe_load((out / "config.yaml").read_text())
+    assert isinstance(settings["seed"], int)
+    again = run(settings, tmp_path / "again")
+    assert column(again, "loss") == column(out, "loss")
+    other = run(tiny_settings, tmp_path / "other")
+    assert yaml.safe_load((other / "config.yaml").read_text())["seed"] != settings["seed"]
+    assert column(other, "loss") != column(out, "loss")
+
+
+def test_the_weights_drive_a_pipeline(tiny_settings: Settings, tiny_base: Path, out: Path) -> None:
+    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+
+    run(tiny_settings, out, learning_rate=1e-2)
+    images = []
+    for folder in (out, out / "checkpoint-2" / "controlnet"):
+        controlnet = ControlNetModel.from_pretrained(folder)
+        assert {value.dtype for value in controlnet.parameters()} == {torch.float32}
+        pipeline = StableDiffusionControlNetPipeline.from_pretrained(tiny_base, controlnet=controlnet)
+        pipeline.set_progress_bar_config(disable=True)
+        (image,) = pipeline(
+            "red circle",
+            image=Image.new("RGB", (32, 32), "white"),
+            num_inference_steps=4,
+            generator=torch.Generator().manual_seed(0),
+        ).images
+        assert image.size == (32, 32)
+        images.append(np.asarray(image))
+    assert not np.array_equal(images[0], images[1])
+
+
+def test_a_second_run_into_the_folder_is_refused(tiny_settings: Settings, out: Path) -> None:
+    run(tiny_settings, out, max_train_steps=2)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"holds checkpoint-2 .* add --resume_from_checkpoint latest.*another --outp"):
+        run(tiny_settings, out)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+# --- resume ---
+
+RESUMED: dict[str, Settings] = {
+    "plain": {},  # 13 rows, batch 4: update 2 is within the first epoch, update 4 goes over its end
+    "accumulation": {"gradient_accumulation_steps": 2},  # update 2 goes over the end, update 4 over that of the second
+    "draws of prompts": {"proportion_empty_prompts": 0.5},
+    "a curve": {"lr_scheduler": "cosine", "lr_warmup_steps": 1, "max_grad_norm": 0.05},
+    "a subset": {"max_train_samples": 5, "train_batch_size": 3},
+    "bf16": {"mixed_precision": "bf16", "gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_resume_is_exact(case: str, tiny_settings: Settings, captions: Path, tmp_path: Path) -> None:
+    """From 2 to 4 as if it had never stopped: weights, losses, and the state for what comes after."""
+    settings = tiny_settings | RESUMED[case] | {"train_data_dir": str(captions)}
+    straight = run(settings, tmp_path / "straight")
+    elsewhere = run(settings, tmp_path / "elsewhere", resume_from_checkpoint=str(straight / "checkpoint-2"))
+    stopped = tmp_path / "stopped"
+    shutil.copytree(straight, stopped)
+    shutil.rmtree(stopped / "checkpoint-4")
+    (stopped / WEIGHTS).unlink()
+    run(settings, stopped, resume_from_checkpoint="latest")
+
+    expected = [[line[name] for name in COMPARED] for line in metrics(straight)]
+    assert len({line[1] for line in expected}) == 4, "losses that differ"
+    assert [[line[name] for name in COMPARED] for line in metrics(stopped)] == expected
+    assert [[line[name] for name in COMPARED] for line in metrics(elsewhere)] == expected[2:]
+    states = []
+    for output_dir in (straight, stopped, elsewhere):
+        assert equal(weights(output_dir), weights(straight))
+        states.append(torch.load(output_dir / "checkpoint-4" / "training_state.pt", weights_only=True))
+        assert json.loads((output_dir / "checkpoint-4" / "manifest.json").read_text())["samples"] == expected[-1][-1]
+    for state in states[1:]:
+        for number, moments in states[0]["optimizer"]["state"].items():
+            assert equal(moments, state["optimizer"]["state"][number])
+        assert state["lr_scheduler"]["last_epoch"] == 4
+
+
+def test_resume_of_a_run_that_was_to_end_at_two(tiny_settings: Settings, tmp_path: Path) -> None:
+    """By name; and once more when there is nothing left to do."""
+    straight = run(tiny_settings, tmp_path / "straight")
+    stopped = run(tiny_settings, tmp_path / "stopped", max_train_steps=2)
+    assert column(stopped, "loss") == column(straight, "loss")[:2]
+    run(tiny_settings, stopped, resume_from_checkpoint="checkpoint-2")
+    assert column(stopped, "loss") == column(straight, "loss")
+    assert equal(weights(stopped), weights(straight))
+    before = weights(stopped)
+    result = fit(TrainConfig(**tiny_settings | {"output_dir": str(stopped), "resume_from_checkpoint": "latest"}))
+    assert (result.step, result.loss) == (4, None)
+    assert column(stopped, "step") == [1, 2, 3, 4]
+    assert equal(weights(stopped), before)
+
+
+def test_going_back_replaces_the_metrics(tiny_settings: Settings, out: Path) -> None:
+    run(tiny_settings, out)
+    losses = column(out, "loss")
+    run(tiny_settings, out, resume_from_checkpoint="checkpoint-2", learning_rate=1e-2)
+    assert column(out, "step") == [1, 2, 3, 4]
+    assert column(out, "loss")[:3] == losses[:3], "the third update's loss is that of checkpoint-2's weights"
+    assert column(out, "loss")[3] != losses[3]
+
+
+def test_resume_with_other_optimizer_settings(tiny_settings: Settings, out: Path) -> None:
+    """What a diverged run is told to do: go on with a lower learning rate."""
+    run(tiny_settings, out, max_train_steps=2)
+    changed = {"learning_rate": 1e-4, "adam_beta1": 0.5, "adam_weight_decay": 0.5, "resume_from_checkpoint": "latest"}
+    run(tiny_settings, out, **changed)
+    assert column(out, "lr") == [1e-3, 1e-3, 1e-4, 1e-4]
+    state = torch.load(out / "checkpoint-4" / "training_state.pt", weights_only=True)
+    (group,) = state["optimizer"]["param_groups"]
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-4, (0.5, 0.999), 0.5)
+
+
+def test_a_longer_run_goes_on_with_its_own_curve(tiny_settings: Settings, out: Path) -> None:
+    curve = {"lr_scheduler": "linear", "lr_warmup_steps": 0, "learning_rate": 1.0e-3}
+    run(tiny_settings, out, max_train_steps=2, **curve)
+    run(tiny_settings, out, resume_from_checkpoint="latest", **curve)
+    assert column(out, "lr") == pytest.approx([1e-3, 0.5e-3, 0.5e-3, 0.25e-3])
+
+
+def test_progress_of_a_run_that_goes_back(tmp_path: Path) -> None:
+    """Its metrics file is cut, and soon longer than before: that is no reason for the run to fail."""
+
+    def lines(*steps: int, loss: float) -> str:
+        record = {"loss": loss, "lr": 1e-3, "samples": 4, "images_per_second": 1.0, "time": 0.0}
+        return "".join(json.dumps({"step": step} | record) + "\n" for step in steps)
+
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(lines(1, 2, 3, 4, loss=0.123456))
+    stream = io.StringIO()
+    with Progress(tmp_path, 9, 2, stream):
+        (tmp_path / "new").write_text(lines(1, 2, loss=0.5) + lines(3, 4, 5, 6, 7, loss=0.25))
+        (tmp_path / "new").replace(path)
+    assert stream.getvalue().splitlines()[-1].startswith("step 7/9 | loss 0.2500 | lr 0.001 | ")
+
+
+# --- flags ---
+
+
+def test_rows_are_the_data_sets_in_order(tiny_settings: Settings, circles: Path, out: Path, seen: Any) -> None:
+    """Sample k is the row that the order says, with its own images and caption: over the end of the epoch."""
+    run(tiny_settings, out)
+    order = SampleOrder(13, seed=0)
+    rows = [json.loads(line) for line in (circles / "metadata.jsonl").read_text().splitlines()]
+    samples = [row for batch in seen for row in batch]
+    assert [sample.sample_index for sample in samples] == list(range(16))
+    assert [len(batch) for batch in seen] == [4] * 4
+    for k, sample in enumerate(samples):
+        row = rows[order.row(k)]
+        assert sample.prompt == row["text"]
+        for name in ("image", "conditioning_image"):
+            expected = resize_and_crop(Image.open(circles / row[name]), 32)
+            assert np.array_equal(getattr(sample, name), expected)
+
+
+def test_pixels_reach_the_models_in_their_ranges(
+    tiny_settings: Settings, out: Path, seen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images in [-1, 1], conditioning images in [0, 1]."""
+    from diffusers import AutoencoderKL, ControlNetModel
+
+    given: dict[str, Tensor] = {}
+    encode, forward = AutoencoderKL.encode, ControlNetModel.forward
+
+    def recording_encode(self: Any, x: Tensor, *args: Any, **options: Any) -> Any:
+        given["image"] = x
+        return encode(self, x, *args, **options)
+
+    def recording_forward(self: Any, *args: Any, **options: Any) -> Any:
+        given["conditioning_image"] = options["controlnet_cond"]
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(AutoencoderKL, "encode", recording_encode)
+    monkeypatch.setattr(ControlNetModel, "forward", recording_forward)
+    run(tiny_settings, out, max_train_steps=1)
+    images, conditioning = (np.stack([getattr(row, name) for row in seen[0]]) for name in given)
+    torch.testing.assert_close(given["image"], normalize(to_tensor(images)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(given["conditioning_image"], to_tensor(conditioning), rtol=0, atol=1e-6)
+
+
+def test_resolution_and_batch_size(tiny_settings: Settings, out: Path, seen: Any) -> None:
+    run(tiny_settings, out, resolution=16, train_batch_size=3, max_train_steps=2)
+    assert [len(batch) for batch in seen] == [3, 3]
+    assert {row.image.shape for batch in seen for row in batch} == {(16, 16, 3)}
+    assert {row.conditioning_image.shape for batch in seen for row in batch} == {(16, 16, 3)}
+
+
+@pytest.mark.parametrize("proportion", [0, 0.5, 1])
+def test_proportion_empty_prompts(proportion: float, tiny_settings: Settings, out: Path, seen: Any) -> None:
+    run(tiny_settings, out, proportion_empty_prompts=proportion, train_batch_size=20, max_train_steps=2)
+    empty = sum(row.prompt == "" for batch in seen for row in batch)
+    assert empty == 40 * proportion if proportion in (0, 1) else 8 < empty < 32
+
+
+def test_every_caption_is_used(tiny_settings: Settings, captions: Path, out: Path, seen: Any) -> None:
+    run(tiny_settings, out, train_data_dir=str(captions), train_batch_size=20, max_train_steps=2)
+    prompts = [row.prompt for batch in seen for row in batch]
+    assert 4 < prompts.count("a circle") < 25
+    assert 4 < sum(prompt.endswith(", drawn") for prompt in prompts) < 25
+
+
+def test_max_train_samples(tiny_settings: Settings, out: Path, seen: Any) -> None:
+    run(tiny_settings, out, max_train_samples=5, max_train_steps=None, num_train_epochs=2)
+    assert column(out, "step") == [1, 2, 3, 4], "2 epochs of 5 samples in batches of 4"
+    samples = [row.image.tobytes() for batch in seen for row in batch]
+    assert len(set(samples[:5])) == len(set(samples[5:10])) == len(set(samples)) == 5
+
+
+@pytest.mark.parametrize(("accumulation", "updates"), [(1, 12), (3, 6)])
+def test_num_train_epochs(accumulation: int, updates: int, tiny_settings: Settings, out: Path, seen: Any) -> None:
+    """Updates per epoch = ceil(ceil(13 / 4) / accumulation)."""
+    changed = {"max_train_steps": None, "num_train_epochs": 3, "gradient_accumulation_steps": accumulation}
+    run(tiny_settings, out, **changed)
+    assert column(out, "step") == list(range(1, updates + 1))
+    assert len(seen) == updates * accumulation
+
+
+def test_accumulation_is_a_larger_batch(tiny_settings: Settings, out: Path, tmp_path: Path) -> None:
+    small = run(tiny_settings, out, gradient_accumulation_steps=3, train_batch_size=2)
+    large = run(tiny_settings, tmp_path / "large", train_batch_size=6)
+    assert column(small, "loss") == pytest.approx(column(large, "loss"), abs=1e-5)
+    assert column(small, "grad_norm") == pytest.approx(column(large, "grad_norm"), rel=1e-3)
+    assert column(small, "samples") == column(large, "samples") == [6, 12, 18, 24]
+
+
+def test_gradient_checkpointing_learns_the_same(tiny_settings: Settings, out: Path, tmp_path: Path) -> None:
+    plain, saved = run(tiny_settings, out), run(tiny_settings, tmp_path / "saved", gradient_checkpointing=True)
+    assert column(saved, "loss") == pytest.approx(column(plain, "loss"), abs=1e-6)
+
+
+def test_set_grads_to_none_learns_the_same(tiny_settings: Settings, out: Path, tmp_path: Path) -> None:
+    plain, freed = run(tiny_settings, out), run(tiny_settings, tmp_path / "freed", set_grads_to_none=True)
+    assert column(freed, "loss") == column(plain, "loss")
+    assert equal(weights(freed), weights(plain))
+
+
+def test_mixed_precision(tiny_settings: Settings, out: Path, tmp_path: Path) -> None:
+    plain, mixed = run(tiny_settings, out), run(tiny_settings, tmp_path / "mixed", mixed_precision="bf16")
+    assert column(mixed, "loss") == pytest.approx(column(plain, "loss"), rel=0.02)
+    assert column(mixed, "loss") != column(plain, "loss")
+    assert {value.dtype for value in weights(mixed).values()} == {torch.float32}
+    with pytest.raises(ConfigError, match="--mixed_precision=fp16: needs a GPU; use bf16 or no on the CPU"):
+        run(tiny_settings, tmp_path / "fp16", mixed_precision="fp16")
+
+
+def test_allow_tf32(tiny_settings: Settings, out: Path, tmp_path: Path) -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    try:
+        run(tiny_settings, out, allow_tf32=True, max_train_steps=1)
+        assert matmul.allow_tf32
+        run(tiny_settings, tmp_path / "without", max_train_steps=1)
+        assert not matmul.allow_tf32
+    finally:
+        matmul.allow_tf32 = before
+
+
+def test_learning_rate_and_max_grad_norm(tiny_settings: Settings, tiny_base: Path, out: Path, tmp_path: Path) -> None:
+    start = write_trained_controlnet(tiny_base, tmp_path / "start")
+    settings = tiny_settings | {"controlnet_model_name_or_path": str(start), "max_train_steps": 1}
+    still = run(settings, out, learning_rate=0)
+    assert equal(weights(still), load_file(start / WEIGHTS))
+    # A gradient clipped to next to nothing leaves the weight decay of the first update, and epsilon sees to the rest.
+    clipped = run(settings, tmp_path / "clipped", max_grad_norm=1e-12, adam_weight_decay=0, adam_epsilon=1)
+    for name, value in weights(clipped).items():
+        torch.testing.assert_close(value, weights(still)[name], rtol=0, atol=1e-9)
+    moved = run(settings, tmp_path / "moved", adam_weight_decay=0, adam_epsilon=1)
+    assert any((value - weights(still)[name]).abs().max() > 1e-6 for name, value in weights(moved).items())
+
+
+def test_columns(tiny_settings: Settings, circles: Path, out: Path, tmp_path: Path, seen: Any) -> None:
+    data = shutil.copytree(circles, tmp_path / "data")
+    text = (data / "metadata.jsonl").read_text()
+    for old, new in (('"image"', '"photo"'), ('"conditioning_image"', '"edges"'), ('"text"', '"says"')):
+        text = text.replace(old, new)
+    (data / "metadata.jsonl").write_text(text)
+    names = {"image_column": "photo", "conditioning_image_column": "edges", "caption_column": "says"}
+    run(tiny_settings, out, train_data_dir=str(data), **names)
+    plain = run(tiny_settings, tmp_path / "plain")
+    assert column(out, "loss") == column(plain, "loss")
+    with pytest.raises(ConfigError, match=r"--image_column=picture: no such column .* which has: photo, edges, says"):
+        run(tiny_settings, tmp_path / "bad", train_data_dir=str(data), **names | {"image_column": "picture"})
+
+
+def test_dataset_name(tiny_settings: Settings, circles: Path, out: Path, tmp_path: Path) -> None:
+    """A folder with metadata, and a parquet file with the images in it: read through `datasets`, into cache_dir."""
+    import datasets
+
+    plain = run(tiny_settings, out)
+    settings = tiny_settings | {"train_data_dir": None}
+    folder = run(settings, tmp_path / "folder", dataset_name=str(circles))
+    assert column(folder, "loss") == column(plain, "loss")
+
+    rows = [json.loads(line) for line in (circles / "metadata.jsonl").read_text().splitlines()]
+    columns: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in rows[0]}
+    for name in ("image", "conditioning_image"):
+        columns[name] = [{"bytes": (circles / path).read_bytes(), "path": None} for path in columns[name]]
+    features = datasets.Features(
+        {"image": datasets.Image(), "conditioning_image": datasets.Image(), "text": datasets.Value("string")}
+    )
+    parquet = tmp_path / "data" / "train.parquet"
+    parquet.parent.mkdir()
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(parquet)
+    cache = tmp_path / "cache"
+    by_parquet = run(settings, tmp_path / "by_parquet", dataset_name=str(parquet.parent), cache_dir=str(cache))
+    assert column(by_parquet, "loss") == column(plain, "loss")
+    assert list(cache.rglob("*.arrow"))
+
+
+def test_tokenizer_name(tiny_settings: Settings, tiny_base: Path, out: Path, tmp_path: Path) -> None:
+    plain = run(tiny_settings, out)
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (base / "tokenizer").rename(tmp_path / "tokenizer")
+    settings = tiny_settings | {"pretrained_model_name_or_path": str(base)}
+    named = run(settings, tmp_path / "named", tokenizer_name=str(tmp_path / "tokenizer"))
+    assert column(named, "loss") == column(plain, "loss")
+    with pytest.raises(UserError, match=rf"--pretrained_model_name_or_path={base}: its tokenizer is missing"):
+        run(settings, tmp_path / "without")
+    with pytest.raises(UserError, match=rf"--tokenizer_name={tmp_path}: its tokenizer is missing"):
+        run(settings, tmp_path / "wrong", tokenizer_name=str(tmp_path))
+    # another one gives other tokens, and so other losses
+    vocabulary = json.loads((tmp_path / "tokenizer" / "vocab.json").read_text())
+    words = [word for word in vocabulary if not word.startswith("<|")]
+    turned = dict(zip(words, [vocabulary[word] for word in reversed(words)], strict=True))
+    (tmp_path / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary | turned))
+    other = run(settings, tmp_path / "other", tokenizer_name=str(tmp_path / "tokenizer"))
+    assert column(other, "loss") != column(plain, "loss")
+
+
+@pytest.fixture
+def hub_cache(tiny_base: Path, tiny_base_v: Path, tmp_path: Path) -> Path:
+    """What downloads leave: main and the revision v2 (which predicts the velocity, and has files in half precision)."""
+    model = tmp_path / "hub" / "models--someone--tiny"
+    (model / "refs").mkdir(parents=True)
+    for revision, commit, base in (("main", "a" * 40, tiny_base), ("v2", "b" * 40, tiny_base_v)):
+        (model / "refs" / revision).write_text(commit)
+        shutil.copytree(base, model / "snapshots" / commit)
+    for path in (model / "snapshots" / ("b" * 40)).rglob("*.safetensors"):
+        half = {name: value.half() for name, value in load_file(path).items()}
+        save_file(half, path.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
+        path.unlink()
+    return tmp_path / "hub"
+
+
+@pytest.mark.filterwarnings("ignore:.*local_dir_use_symlinks:UserWarning")  # diffusers' and the Hub library's affair
+def test_hub_id_revision_variant_and_cache_dir(
+    tiny_settings: Settings, tiny_base_v: Path, hub_cache: Path, out: Path, tmp_path: Path
+) -> None:
+    """A model of the Hub that was downloaded to cache_dir."""
+    plain = run(tiny_settings, out)
+    hub = tiny_settings | {"pretrained_model_name_or_path": "someone/tiny", "cache_dir": str(hub_cache)}
+    main = run(hub, tmp_path / "main")
+    assert column(main, "loss") == column(plain, "loss")
+    plain_v = run(tiny_settings, tmp_path / "plain_v", pretrained_model_name_or_path=str(tiny_base_v))
+    half = run(hub, tmp_path / "half", revision="v2", variant="fp16")
+    assert column(half, "loss") == pytest.approx(column(plain_v, "loss"), rel=1e-2)
+    assert column(half, "loss") != pytest.approx(column(plain, "loss"), rel=1e-2)
+    with pytest.raises(UserError, match=r"--pretrained_model_name_or_path=someone/tiny: cannot be loaded \(unet\)"):
+        run(hub, tmp_path / "no_such_files", revision="v2")
+    with pytest.raises(UserError, match=r"--pretrained_model_name_or_path=someone/tiny: cannot be loaded"):
+        run(hub, tmp_path / "elsewhere", cache_dir=str(tmp_path / "empty"))
+
+
+def test_tensorboard(tiny_settings: Settings, out: Path) -> None:
+    """Under logging_dir, under output_dir; in the folder of tracker_project_name."""
+    run(tiny_settings, out, report_to="tensorboard", logging_dir="my/logs", tracker_project_name="circles")
+    files = [path for path in out.rglob("events.out.*") if path.is_file()]
+    assert files
+    assert all(path.is_relative_to(out / "my" / "logs" / "circles") for path in files)
+    from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]
+
+    read = event_accumulator.EventAccumulator(str(out / "my" / "logs" / "circles")).Reload()
+    assert [(event.step, event.value) for event in read.Scalars("loss")] == [
+        (line["step"], pytest.approx(line["loss"])) for line in metrics(out)
+    ]
+    assert [event.value for event in read.Scalars("lr")] == pytest.approx(column(out, "lr"))
+
+
+# --- validation ---
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' UniPC and numpy 2
+def test_validation(tiny_settings: Settings, tiny_base: Path, circles: Path, out: Path, tmp_path: Path) -> None:
+    """Images at validation_steps and at the end; the training does not notice."""
+    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, UniPCMultistepScheduler
+
+    controls = [str(circles / "conditioning" / f"0000{i}.png") for i in (0, 1)]
+    changed = {
+        "validation_prompt": ("red circle",), "validation_image": tuple(controls), "num_validation_images": 1,
+        "validation_steps": 2, "proportion_empty_prompts": 0.5, "report_to": "tensorboard",
+    }  # fmt: skip
+    run(tiny_settings, out, **changed, max_train_steps=5)
+    plain = run(tiny_settings, tmp_path / "plain", proportion_empty_prompts=0.5, max_train_steps=5)
+    assert column(out, "loss") == column(plain, "loss")
+    assert equal(weights(out), weights(plain))
+
+    folders = sorted((out / "validation").iterdir())
+    assert [folder.name for folder in folders] == ["step-000002", "step-000004", "step-000005"]
+    assert not (plain / "validation").exists()
+    drawn = []
+    for folder in folders:
+        lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+        assert [(line["prompt"], line["validation_image"]) for line in lines] == [
+            ("red circle", control) for control in controls
+        ]
+        assert {(line["num_inference_steps"], line["scheduler"]) for line in lines} == {(20, "UniPCMultistepScheduler")}
+        drawn.append([np.asarray(Image.open(folder / line["file_name"])) for line in lines])
+        assert {image.shape for image in drawn[-1]} == {(32, 32, 3)}
+    assert not np.array_equal(drawn[0][0], drawn[2][0])
+
+    # the last ones are of the saved weights
+    pipeline = StableDiffusionControlNetPipeline.from_pretrained(
+        tiny_base, controlnet=ControlNetModel.from_pretrained(out)
+    )
+    pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    seed = json.loads((folders[-1] / "metadata.jsonl").read_text().splitlines()[0])["seed"]
+    (image,) = pipeline(
+        "red circle", Image.open(controls[0]), num_inference_steps=20, generator=torch.Generator().manual_seed(seed)
+    ).images
+    assert np.abs(np.asarray(image).astype(int) - drawn[-1][0]).max() <= 1
+
+
+def test_validation_images_are_looked_at_first(tiny_settings: Settings, out: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"--validation_image: .*broken.png is not an image"):
+        run(tiny_settings, out, validation_prompt=("red",), validation_image=(str(broken),))
+    assert not list(out.glob("checkpoint-*"))
+
+
+# --- failures ---
+
+
+def test_a_corrupt_image(tiny_settings: Settings, out: Path, tmp_path: Path) -> None:
+    """Named; the updates before it are kept; mended, the run ends as if nothing had been."""
+    data = write_circles(tmp_path / "data", 13, resolution=32)
+    settings = tiny_settings | {"train_data_dir": str(data), "checkpointing_steps": 100, "max_train_steps": 5}
+    straight = run(settings, tmp_path / "straight")
+    row = SampleOrder(13, seed=0).row(9)  # of the third update
+    image = data / "images" / f"{row:05}.png"
+    whole = image.read_bytes()
+    image.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError) as error:
+        run(settings, out)
+    message = str(error.value)
+    assert f"metadata.jsonl:{row + 1}, image: " in message
+    assert f"{image.name} is broken or truncated" in message
+    assert "The checkpoint of update 2 stands: go on with --resume_from_checkpoint latest" in message
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert column(out, "loss") == column(straight, "loss")[:2]
+    assert json.loads((out / "run.json").read_text())["status"] == "failed"
+    assert not (out / WEIGHTS).exists()
+
+    with pytest.raises(UserError, match=f"{image.name} is broken or truncated"):
+        run(settings, out, resume_from_checkpoint="latest")
+    image.write_bytes(whole)
+    run(settings, out, resume_from_checkpoint="latest")
+    assert column(out, "loss") == column(straight, "loss")
+    assert equal(weights(out), weights(straight))
+    assert json.loads((out / "run.json").read_text())["status"] == "finished"
+
+
+@pytest.fixture
+def before_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[Any], None]], None]]:
+    """before_step(act): `act(state)` runs before every training step."""
+    train_step = step.train_step
+    with monkeypatch.context() as patch:
+
+        def install(act: Callable[[Any], None]) -> None:
+            def acting_step(state: Any, *rest: Any) -> Any:
+                act(state)
+                return train_step(state, *rest)
+
+            patch.setattr(train_controlnet, "train_step", acting_step)
+
+        yield install
+
+
+def test_a_diverged_run(tiny_settings: Settings, out: Path, before_step: Any) -> None:
+    """It fails at once, and no checkpoint holds its weights."""
+
+    def diverge(state: Any) -> None:
+        if state.step == 2:
+            with torch.no_grad():
+                state.components.controlnet.controlnet_mid_block.bias.fill_(float("nan"))
+
+    before_step(diverge)
+    with pytest.raises(RunError) as error:
+        run(tiny_settings, out, checkpointing_steps=1)
+    message = str(error.value)
+    assert message.startswith("The loss is nan at update 3 (learning rate 0.001): training has diverged. ")
+    assert "--learning_rate" in message
+    assert "The checkpoint of update 2 stands" in message
+    assert column(out, "step") == [1, 2]
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    for path in out.glob("checkpoint-*/controlnet"):
+        assert all(value.isfinite().all() for value in weights(path).values())
+    before_step(lambda state: None)
+    run(tiny_settings, out, resume_from_checkpoint="latest", learning_rate=1e-4)
+    assert column(out, "lr") == [1e-3, 1e-3, 1e-4, 1e-4]
+
+
+def test_gradients_that_are_not_finite(tiny_settings: Settings, out: Path, before_step: Any) -> None:
+    """The loss still is, but the weights after the update are not: they must not become the last checkpoint."""
+
+    def spoil(state: Any) -> None:
+        if state.step == 1:
+            state.components.controlnet.controlnet_mid_block.bias.register_hook(lambda grad: grad * float("nan"))
+
+    before_step(spoil)
+    with pytest.raises(RunError, match=r"The gradient norm is nan at update 2 .*: training has diverged"):
+        run(tiny_settings, out, checkpointing_steps=1)
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_ctrl_c(tiny_settings: Settings, out: Path, tmp_path: Path, before_step: Any) -> None:
+    straight = run(tiny_settings, tmp_path / "straight")
+
+    def interrupt(state: Any) -> None:
+        if state.step == 3:
+            raise KeyboardInterrupt
+
+    before_step(interrupt)
+    with pytest.raises(Interrupted) as error:
+        run(tiny_settings, out)
+    assert str(error.value).startswith("Interrupted. The checkpoint of update 2 stands: go on with --resume_from_check")
+    assert error.value.exit_code == 130
+    assert json.loads((out / "run.json").read_text())["status"] == "interrupted"
+    before_step(lambda state: None)
+    run(tiny_settings, out, resume_from_checkpoint="latest")
+    assert column(out, "loss") == column(straight, "loss")
+    assert equal(weights(out), weights(straight))
+
+
+def test_an_error_that_nobody_foresaw(tiny_settings: Settings, out: Path, before_step: Any) -> None:
+    """Its cause in one line; the traceback is in the log."""
+
+    def fail(state: Any) -> None:
+        raise LookupError("something\nunforeseen")
+
+    before_step(fail)
+    with pytest.raises(RunError) as error:
+        run(tiny_settings, out)
+    assert str(error.value).splitlines() == [
+        "The run failed: LookupError: unforeseen.",
+        f"There was no checkpoint yet. Details: {out / 'run.log'}",
+    ]
+    assert "Traceback" in (out / "run.log").read_text()

@@ -1,0 +1,194 @@
+"""A Ray head of its own on this machine: jobs, and runs that connect to it."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from test_documentation import block, environment, run, write_workspace
+
+from raycontrolnet.run import metrics
+
+pytestmark = pytest.mark.slow
+
+PORTS = range(25000, 30000)
+"""Ray hands 10002 to 19999 to its workers."""
+STOP_TIMEOUT_S = 10.0
+UPDATES = 2
+"""Of `job/train.yaml`, which `write_workspace` writes."""
+
+
+@dataclass(frozen=True)
+class Head:
+    address: str
+    """For `--address` of a run."""
+    dashboard: str
+    """For `ray job submit`."""
+    workspace: Path
+    environment: dict[str, str]
+    """Of the user's shell."""
+
+    def output_dir(self, name: str) -> Path:
+        """The output folder that `job/train.yaml` names from now on."""
+        path = self.workspace / "job" / "train.yaml"
+        settings = yaml.safe_load(path.read_text()) | {"output_dir": str(self.workspace / name)}
+        path.write_text(yaml.safe_dump(settings))
+        return self.workspace / name
+
+    def shell(self, command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return run(["bash", "-euo", "pipefail", "-c", command], self.workspace, self.environment | variables)
+
+
+@contextmanager
+def ray_head(workspace: Path, shell: dict[str, str]) -> Iterator[Head]:
+    """Three CPUs: loading takes a whole one, and what the workers leave must be enough for it."""
+    temp_dir = tempfile.mkdtemp(prefix="rcn", dir="/tmp")  # short: Ray makes sockets below it
+    names = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port")
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    flags = [f"--{name}={port}" for name, port in ports.items()]
+    command = ["ray", "start", "--head", "--num-cpus=3", f"--temp-dir={temp_dir}", "--disable-usage-stats", *flags]
+    try:
+        started = run(command, workspace, shell)
+        assert started.returncode == 0, started.stdout
+        address, dashboard = (f"127.0.0.1:{ports[name]}" for name in ("port", "dashboard-port"))
+        yield Head(address, f"http://{dashboard}", workspace, shell)
+    finally:
+        stop_processes_of(temp_dir)
+        shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterator[Head]:
+    """Without authentication."""
+    workspace = write_workspace(tmp_path_factory.mktemp("cluster"), tiny_base)
+    with ray_head(workspace, environment(workspace)) as head:
+        yield head
+
+
+def free_ports(count: int) -> list[int]:
+    found: list[int] = []
+    for port in random.sample(PORTS, len(PORTS)):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                found.append(port)
+        if len(found) == count:
+            return found
+    raise RuntimeError("no free ports")
+
+
+def stop_processes_of(temp_dir: str) -> None:
+    """Those whose command line names the head's folder, and all that they have started; no other Ray is touched."""
+    found: dict[int, psutil.Process] = {}
+    for process in psutil.process_iter(["cmdline"]):
+        if any(temp_dir in argument for argument in process.info["cmdline"] or ()):
+            found |= {one.pid: one for one in [process, *process.children(recursive=True)]}
+    assert len(found) >= 3, "the head's processes were not found"
+    for process in found.values():
+        process.terminate()
+    _, alive = psutil.wait_procs(found.values(), timeout=STOP_TIMEOUT_S)
+    for process in alive:
+        process.kill()
+    _, alive = psutil.wait_procs(alive, timeout=STOP_TIMEOUT_S)
+    assert not alive
+
+
+def assert_trained(output_dir: Path, output: str) -> None:
+    assert f"step {UPDATES}/{UPDATES} | loss" in output
+    assert f"weights in {output_dir}" in output
+    assert (output_dir / "diffusion_pytorch_model.safetensors").is_file()
+    assert [record["step"] for record in metrics.read(output_dir / metrics.NAME)] == list(range(1, UPDATES + 1))
+    assert json.loads((output_dir / "run.json").read_text())["status"] == "finished"
+    assert "Traceback" not in output
+
+
+def test_readmes_job(head: Head) -> None:
+    command, documented = block("job").command, "http://127.0.0.1:8265"
+    assert documented in command
+    output_dir = head.output_dir("from-job")
+    submitted = head.shell(command.replace(documented, head.dashboard))
+    assert submitted.returncode == 0, submitted.stdout
+    assert "succeeded" in submitted.stdout
+    (job,) = set(re.findall(r"raysubmit_\w+", submitted.stdout))
+    assert_trained(output_dir, head.shell(f"ray job logs --address {head.dashboard} {job}").stdout)
+
+
+def test_a_job_with_a_bad_setting_fails_with_the_message(head: Head) -> None:
+    submitted = head.shell(f"ray job submit --address {head.dashboard} -- raycontrolnet train --resolution 100")
+    assert submitted.returncode != 0
+    assert "--resolution=100: must be divisible by 8; use 96 or 104" in submitted.stdout
+    assert "failed" in submitted.stdout
+
+
+def test_readmes_command_on_a_machine_of_the_cluster(head: Head) -> None:
+    command, documented = block("cluster").command, "--address auto"
+    assert documented in command
+    output_dir = head.output_dir("from-address")
+    # `auto` might find another Ray of this machine
+    result = head.shell(command.replace(documented, f"--address {head.address}"))
+    assert result.returncode == 0, result.stdout
+    assert_trained(output_dir, result.stdout)
+
+
+def test_ray_address_in_the_environment(head: Head) -> None:
+    output_dir = head.output_dir("from-environment")
+    result = head.shell("raycontrolnet train --config job/train.yaml", RAY_ADDRESS=head.address)
+    assert result.returncode == 0, result.stdout
+    assert_trained(output_dir, result.stdout)
+
+
+def test_workers_that_leave_nothing_for_loading_are_refused(head: Head) -> None:
+    head.output_dir("refused")
+    command = f"raycontrolnet train --config job/train.yaml --address {head.address} --num_workers 3"
+    result = head.shell(f"{command} --cpus_per_worker 1")
+    assert result.returncode == 2
+    assert "3 x 1 of the 3 CPUs leave less than the 1 that loading data needs" in result.stdout
+
+
+def test_a_head_that_asks_for_a_token(tmp_path: Path, tiny_base: Path) -> None:
+    """What users have after a run of their own: README's note on RAY_AUTH_MODE."""
+    workspace = write_workspace(tmp_path / "reader", tiny_base)
+    token = workspace / "home" / ".ray" / "auth_token"
+    token.parent.mkdir(parents=True)
+    token.write_text("0123456789abcdef" * 4)
+    shell = environment(workspace) | {"HOME": str(workspace / "home")}
+    del shell["RAY_AUTH_MODE"]
+    with ray_head(workspace, shell) as head:
+        job = f"ray job submit --address {head.dashboard} --working-dir job -- raycontrolnet train --config train.yaml"
+        refused = head.shell(job)
+        assert refused.returncode != 0
+        assert "AuthenticationError" in refused.stdout
+        output_dir = head.output_dir("from-job")
+        submitted = head.shell(job, RAY_AUTH_MODE="token")
+        assert submitted.returncode == 0, submitted.stdout
+        assert_trained(output_dir, submitted.stdout)
+        output_dir = head.output_dir("from-address")
+        command = f"raycontrolnet train --config job/train.yaml --address {head.address}"
+        connected = head.shell(command, RAY_AUTH_MODE="token")
+        assert connected.returncode == 0, connected.stdout
+        assert_trained(output_dir, connected.stdout)
+
+
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_no_cluster_at_the_address(tmp_path: Path, tiny_base: Path, *, by_flag: bool) -> None:
+    workspace = write_workspace(tmp_path / "reader", tiny_base)
+    (port,) = free_ports(1)
+    address = f"127.0.0.1:{port}"
+    origin, flags = ("--address", ["--address", address]) if by_flag else ("RAY_ADDRESS", [])
+    variables = {} if by_flag else {"RAY_ADDRESS": address}
+    command = ["raycontrolnet", "train", "--config", "job/train.yaml", *flags]
+    result = run(["bash", "-c", " ".join(command)], workspace, environment(workspace) | variables)
+    assert result.returncode == 2
+    assert f"error: {origin}={address}: no Ray cluster answers there" in result.stdout
+    assert "Traceback" not in result.stdout
