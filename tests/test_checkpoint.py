@@ -378,3 +378,13 @@ def test_resolve_in_an_empty_folder(tmp_path: Path) -> None:
     assert problem.startswith(f"--resume_from_checkpoint=latest: {tmp_path} holds no complete one; leave it out")
     with pytest.raises(ConfigError, match=rf"=checkpoint-2: no such folder; complete in {tmp_path}: none"):
         checkpoints.resolve("checkpoint-2", tmp_path)
+
+
+@pytest.mark.parametrize("foreign", ["checkpoint-500/optimizer.bin", "diffusion_pytorch_model.safetensors"])
+def test_what_another_program_left_is_not_written_over(tmp_path: Path, foreign: str) -> None:
+    """The folder and the checkpoints of diffusers' script have the same names."""
+    (tmp_path / foreign).parent.mkdir(exist_ok=True)
+    (tmp_path / foreign).write_text("weights")
+    with pytest.raises(ConfigError, match="which is no complete checkpoint of raycontrolnet and would be overwritten"):
+        checkpoints.resolve(None, tmp_path)
+    assert checkpoints.latest(tmp_path) is None

@@ -244,8 +244,8 @@ def test_data_in_the_forms_of_readme(workspace: Path, tmp_path: Path) -> None:
     write_data(tmp_path, "prompt.json", line, ("target", "source"))
     original = open_source(TrainConfig(pretrained_model_name_or_path="base", train_data_dir=str(tmp_path)))
     assert len(original) == 1
-    assert original.read(0).image.endswith("target/0.png")
-    assert original.read(0).conditioning_image.endswith("source/0.png")
+    assert str(original.read(0).image).endswith("target/0.png")
+    assert str(original.read(0).conditioning_image).endswith("source/0.png")
 
 
 def test_settings_table() -> None:

@@ -143,7 +143,7 @@ def test_what_a_run_leaves(
     assert not [path for path in out.rglob("*") if path.is_file() and b"hf_Secret" in path.read_bytes()]
 
     said = stream.getvalue()
-    assert "13 samples, 1 worker x batch 4 x accumulation 1, updates 0 to 4, seed 0" in said
+    assert "13 samples, 1 worker on CPUs x batch 4 x accumulation 1, updates 0 to 4, seed 0" in said
     assert "step 4/4 | loss " in said
     assert f"4 updates; weights in {out}" in said
     assert capfd.readouterr().out == ""

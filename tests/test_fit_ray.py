@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 from raycontrolnet import TrainConfig, fit
 from raycontrolnet.config import public_settings
 from raycontrolnet.demo.circles import write_circles
-from raycontrolnet.errors import ConfigError, UserError
+from raycontrolnet.errors import ConfigError, RunError, UserError
 from raycontrolnet.run import metrics
 
 Settings = dict[str, Any]
@@ -113,6 +114,26 @@ def test_a_killed_worker_costs_nothing(settings: Settings, tmp_path: Path) -> No
         run(settings, disturbed, **changes)
     assert killed == [True], "no worker was killed"
     assert_same_run(undisturbed, disturbed)
+
+
+def test_without_allowed_failures_a_killed_worker_ends_the_run(settings: Settings, tmp_path: Path) -> None:
+    changes = {"max_train_steps": 30, "checkpointing_steps": 10, "max_failures": 0}
+    message = "The checkpoint of update (10|20) stands: go on with --resume_from_checkpoint latest"
+    with (
+        when(lambda: last_step(tmp_path / "out") >= 12, kill_a_train_worker) as killed,
+        pytest.raises(RunError, match=message),
+    ):
+        run(settings, tmp_path / "out", **changes)
+    assert killed == [True], "no worker was killed"
+
+
+def test_an_elastic_run_of_one_epoch(settings: Settings, tmp_path: Path) -> None:
+    """MIN:MAX workers, as many as there is room for; the stream does not end before the run does."""
+    changes = {"num_workers": "1:2", "train_batch_size": 2, "max_train_steps": None, "dataloader_num_workers": 1}
+    done = run(settings, tmp_path / "out", **changes)
+    samples = column(done, "samples")
+    assert samples[-1] >= 13 > samples[-2]
+    assert {second - first for first, second in itertools.pairwise(samples)} <= {2, 4}
 
 
 def test_a_corrupt_image_ends_the_run_with_its_name(settings: Settings, tmp_path: Path) -> None:

@@ -13,10 +13,13 @@ from reference import CPU, LATENT_SHAPE, fake_rows, reference_loss, steps, train
 from safetensors.torch import load_file
 from torch import Tensor
 
+from raycontrolnet import TrainConfig
 from raycontrolnet.errors import UserError
 from raycontrolnet.model.components import Components, enable_memory_savers, load_components
+from raycontrolnet.model.optim import build_optimizer
 from raycontrolnet.model.step import TrainState, controlnet_loss, draw, latent_shape, make_batch
 from raycontrolnet.run.plan import RunPlan
+from raycontrolnet.run.state import accelerator_for
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +232,22 @@ def test_an_update_that_the_loss_scaler_skips(settings: dict[str, Any], monkeypa
         results = steps(state, fake_rows(0), fake_rows(1))
         assert [(result.lr, float(result.grad_norm)) for result in results] == [(0, 0), (0, 0)]
         assert (state.step, state.samples) == (2, 2)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_why_adamw_is_not_fused_with_a_loss_scaler(fused: bool, settings: dict[str, Any]) -> None:
+    """A real scaler and infinite gradients: only the plain optimizer tells accelerate that the update was skipped."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    with accelerator_for(TrainConfig(**settings), use_gpu=False):
+        parameter = torch.nn.Parameter(torch.ones(4))
+        scaler = torch.amp.GradScaler("cpu")
+        optimizer = build_optimizer([parameter], TrainConfig(**settings), 1e-3, fused=fused)
+        accelerated = AcceleratedOptimizer(optimizer, scaler=scaler)
+        scaler.scale(parameter.sum() * torch.inf).backward()
+        accelerated.step()
+        assert torch.equal(parameter, torch.ones(4))
+        assert accelerated.step_was_skipped == (not fused)
 
 
 def test_three_batches_of_two_are_one_of_six(settings: dict[str, Any]) -> None:

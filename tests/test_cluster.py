@@ -1,0 +1,97 @@
+"""What a worker gets of a cluster: by arithmetic on made-up nodes, no Ray."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raycontrolnet import cluster
+from raycontrolnet.cluster import share_out
+from raycontrolnet.config import ClusterConfig
+from raycontrolnet.errors import ConfigError
+
+Node = dict[str, float]
+CPU_HEAD: Node = {"CPU": 8}
+GPU_NODE: Node = {"CPU": 8, "GPU": 1, "accelerator_type:A10G": 1}
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "nodes", "cpus", "threads"),
+    [
+        ("1", [{"CPU": 3}], 2, 2),  # our own Ray on 2 cores: one CPU more than there are, for loading
+        ("2", [{"CPU": 3}], 1, 1),
+        ("4", [{"CPU": 3}], 0.5, 1),
+        ("1", [{"CPU": 2}], 1, 1),
+        ("2", [{"CPU": 4}, {"CPU": 4}], 3, 3),
+        ("3", [{"CPU": 4}, {"CPU": 4}], 1.5, 2),
+        ("1:4", [{"CPU": 9}], 2, 2),
+    ],
+)
+def test_share_of_the_cpus(num_workers: str, nodes: list[Node], cpus: float, threads: int) -> None:
+    given = share_out(ClusterConfig(num_workers=num_workers), nodes, None)
+    assert (given.cpus_per_worker, given.threads, given.use_gpu, given.waits_for) == (cpus, threads, False, None)
+
+
+def test_gpus_are_used_where_there_are_some() -> None:
+    assert share_out(ClusterConfig(), [CPU_HEAD, GPU_NODE], None).use_gpu
+    assert not share_out(ClusterConfig(use_gpu=False), [CPU_HEAD, GPU_NODE], None).use_gpu
+    assert not share_out(ClusterConfig(), [CPU_HEAD], None).use_gpu
+
+
+def test_as_many_workers_as_cpus_on_a_gpu_machine() -> None:
+    """4 GPUs and 4 CPUs: the workers share what loading leaves."""
+    given = share_out(ClusterConfig(num_workers="4"), [{"CPU": 4, "GPU": 4}], None)
+    assert (given.use_gpu, given.cpus_per_worker) == (True, 0.75)
+
+
+def test_an_autoscaler_may_bring_the_gpus() -> None:
+    """No GPU node is up yet: the run waits for them, and says so, instead of training on the head's CPUs."""
+    given = share_out(ClusterConfig(num_workers="4"), [CPU_HEAD], [CPU_HEAD, GPU_NODE])
+    assert (given.use_gpu, given.cpus_per_worker) == (True, 1)
+    assert given.waits_for is not None
+    assert "the cluster has no GPU" in given.waits_for
+
+
+@pytest.mark.parametrize(
+    ("settings", "nodes", "message"),
+    [
+        ({"use_gpu": True}, [CPU_HEAD], "--use_gpu=True: the cluster has no GPU; leave the flag out to train"),
+        (
+            {"num_workers": "4"},
+            [{"CPU": 16, "GPU": 1}],
+            "--num_workers=4: the cluster's nodes have room for 1 workers of 1 CPUs and a GPU",
+        ),
+        (
+            {"num_workers": "1", "cpus_per_worker": 6.0},
+            [{"CPU": 4}, {"CPU": 4}],
+            "--num_workers=1: the cluster's nodes have room for 0 workers of 6 CPUs",
+        ),
+        (
+            {"num_workers": "1", "cpus_per_worker": 2.0},
+            [{"CPU": 2}],
+            "--num_workers=1, --cpus_per_worker=2: 1 x 2 of the 2 CPUs leave less than the 1 that loading data needs",
+        ),
+        (
+            {"accelerator_type": "H100"},
+            [CPU_HEAD, GPU_NODE],
+            "--num_workers=1: the cluster's nodes have room for 0 workers of 1 CPUs and a GPU of type H100",
+        ),
+    ],
+)
+def test_what_cannot_fit_is_refused(settings: dict[str, Any], nodes: list[Node], message: str) -> None:
+    """Ray would wait for it without end."""
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        share_out(ClusterConfig(**settings), nodes, None)
+
+
+def test_the_autoscaler_is_found_by_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_CLUSTER_NAME", raising=False)
+    monkeypatch.setattr(cluster, "BOOTSTRAP_CONFIG", tmp_path / "ray_bootstrap_config.yaml")
+    assert cluster.autoscaler_node_types() is None
+    (tmp_path / "ray_bootstrap_config.yaml").write_text(
+        "available_node_types: {head: {resources: {CPU: 8}, max_workers: 0}, gpu: {resources: {CPU: 8, GPU: 1}}}"
+    )
+    assert cluster.autoscaler_node_types() == [{"CPU": 8, "GPU": 1}]
