@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from raycontrolnet.errors import ConfigError
 
 LOCAL = "local"
 MIN_CPU_SHARE = 0.25
+ANSWER_TIMEOUT_S = 10.0
+AUTH_TOKEN = Path("~/.ray/auth_token")
 BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml")
 ABORT_TIMEOUT_S = 10.0
 LOGGERS = (
@@ -58,6 +61,9 @@ def ray_session(address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths in the data set mean the same in workers
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's default of 15 lets everything else on the machine go first: with two threads waiting for each other, a
+    # busy neighbour then slows training tenfold. Loading tasks lower their own priority.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     if ray.is_initialized():
         yield
         return
@@ -66,8 +72,12 @@ def ray_session(address: str | None) -> Iterator[None]:
     # need not give one up.
     of_our_own = {"num_cpus": get_num_cpus() + LOADING_CPUS, "include_dashboard": False} if target == LOCAL else {}
     try:
+        if target != LOCAL:
+            _check_somebody_answers(target)
+            if AUTH_TOKEN.expanduser().is_file():  # `ray start` then asks for it
+                os.environ.setdefault("RAY_AUTH_MODE", "token")
         ray.init(address=target, log_to_driver=False, **of_our_own)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         origin = "--address" if address else "RAY_ADDRESS"
         problem = (
             f"{origin}={target}: no Ray cluster answers there ({' '.join(str(error).split())[:200]}). Start one with "
@@ -78,6 +88,13 @@ def ray_session(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_somebody_answers(address: str) -> None:
+    """Raise an OSError if nobody listens at HOST:PORT: Ray itself would try for minutes, printing."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=ANSWER_TIMEOUT_S).close()
 
 
 def worker_resources(cluster: ClusterConfig) -> WorkerResources:

@@ -163,6 +163,8 @@ def with_absolute_paths(config: TrainConfig, output_dir: Path) -> TrainConfig:
         value = getattr(config, name)
         if value is not None and (Path(value).expanduser().exists() or name in ("cache_dir", "train_data_dir")):
             paths[name] = str(Path(value).expanduser().resolve())
+    if config.validation_image:
+        paths["validation_image"] = tuple(str(Path(path).expanduser().resolve()) for path in config.validation_image)
     return dataclasses.replace(config, **paths)
 
 

@@ -61,7 +61,7 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
         checkpoint = job.current_checkpoint()
         plan = RunPlan.of(job.config, job.num_samples, context.get_world_size(), checkpoint)
         batches = _read_ahead(_batches(job, plan, checkpoint))  # begins now, while the models are read
-        with accelerator_for(job.config, use_gpu=job.use_gpu) as accelerator:
+        with accelerator_for(job.config, use_gpu=job.use_gpu, world_size=plan.world_size) as accelerator:
             if job.threads is not None:
                 torch.set_num_threads(job.threads)
             torch.backends.cuda.matmul.allow_tf32 = job.config.allow_tf32

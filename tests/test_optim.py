@@ -114,7 +114,7 @@ def worker(rank: int, folder: str, settings: dict[str, Any]) -> None:
         for accumulation in ACCUMULATIONS:
             config = TrainConfig(**settings | {"lr_scheduler": scheduler, "gradient_accumulation_steps": accumulation})
             plan = RunPlan.of(config, 13, 2)
-            with accelerator_for(config, use_gpu=False) as accelerator:
+            with accelerator_for(config, use_gpu=False, world_size=2) as accelerator:
                 assert accelerator.num_processes == 2
                 state = build_state(config, plan, accelerator, None, None)
                 batches = []

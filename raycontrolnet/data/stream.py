@@ -7,6 +7,7 @@ generator makes the blocks' indices as they are needed: start-up and memory do n
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ LOADING_CPUS = 1
 TICKET_BYTES = 256 * 1024
 """Size of the note that asks for one batch. Ray Data holds back a task by the bytes of its waiting output, not by their
 number: without ballast, the counting task would run millions of tiny notes ahead."""
+LOADING_NICENESS = 15
 READ_AHEAD_BATCHES = 8
 """Batches per worker that may wait in Ray's object store."""
 MIN_READ_AHEAD_BYTES = 64 * 2**20
@@ -145,6 +147,7 @@ def ray_dataset(
             yield pa.table({"first_sample": [first_sample + index * batch_size], "ballast": ballast})
 
     def load(tickets: pa.Table) -> Iterator[pa.Table]:
+        _let_training_go_first()
         loader = ray.get(loader_ref)
         for first in tickets["first_sample"].to_pylist():
             try:
@@ -161,6 +164,11 @@ def ray_dataset(
     dataset.context.target_max_block_size = 1  # bytes: a block is cut after every row
     dataset.context.enable_progress_bars = False
     return dataset
+
+
+def _let_training_go_first() -> None:
+    """Give this loading process the lowest priority: it shares cores with the workers that wait for each other."""
+    os.nice(max(0, LOADING_NICENESS - os.nice(0)))
 
 
 def ray_batches(share: ray.data.DataIterator, prefetch_batches: int = 2) -> Iterator[list[PreparedRow]]:
