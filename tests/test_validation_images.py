@@ -275,7 +275,7 @@ def test_long_prompts_are_said_once(
 ) -> None:
     items = [dataclasses.replace(item, prompt="red circle " * 50) for item in validation.plan(config, seed=7)[:2]]
     assert len(list(validation.generate(components, items, resolution=32, device=CPU, sampling=FEW))) == 2
-    assert [record.name for record in caplog.records] == ["raycontrolnet.run.drawing"]
+    assert [record.name for record in caplog.records] == ["raycontrolnet.run.prompts"]
     assert "102 tokens; those after the first 77 do nothing" in caplog.text
 
 
