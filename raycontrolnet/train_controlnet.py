@@ -102,10 +102,7 @@ class Worker:
                 if plan.checkpoint_due(state.step):
                     self.checkpoint()
                 if plan.validation_due(state.step):
-                    self.record(force=True)
                     self.validate(state.step)
-                if plan.checkpoint_due(state.step) or plan.validation_due(state.step):
-                    self.pending.restart_clock()
             self.finish()
         finally:
             if self.metrics_log:
@@ -199,10 +196,12 @@ class Worker:
                 checkpoint_dir_name=name,
                 checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
             )
+        self.pending.restart_clock()
 
     def validate(self, step: int, *, from_saved_weights: bool = False) -> None:
         """Validation images, shared among the workers; the training's own randomness stays untouched."""
         job, state = self.job, self.state
+        self.record(force=True)
         with self.clock("validation"):
             controlnet = saved_controlnet(job.output_dir, state) if from_saved_weights else unwrap_controlnet(state)
             precision = working_precision(job.config.mixed_precision)
@@ -222,6 +221,7 @@ class Worker:
                     job.output_dir, step, job.validation_items, resolution=job.config.resolution
                 ):
                     self.trackers.images(step, pair.key, [pair.control, *pair.images], pair.prompt)
+        self.pending.restart_clock()
 
     def finish(self) -> None:
         """Final weights at the root of output_dir, and the last validation, made from them."""
