@@ -63,6 +63,8 @@ def load_components(
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
+    from raycontrolnet.model.attention import pad_narrow_heads  # which imports diffusers
+
     base = model.pretrained_model_name_or_path
     hub: dict[str, Any] = {"revision": model.revision, "cache_dir": model.cache_dir, "token": token}
     weights = hub | {"variant": model.variant}
@@ -93,6 +95,9 @@ def load_components(
     if dtype != torch.float32:
         unet.to(dtype)
     components.controlnet.requires_grad_(True).train().to(device)
+    if device.type == "cpu":
+        for module in (unet, components.controlnet):
+            pad_narrow_heads(module)
     return components
 
 
