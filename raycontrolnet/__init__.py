@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["RunResult", "TrainConfig", "fit"]
+__all__ = ["PrepareResult", "RunResult", "TrainConfig", "fit", "prepare"]
 
 if TYPE_CHECKING:
     from raycontrolnet.config import TrainConfig
+    from raycontrolnet.prepare_latents import PrepareResult, prepare
     from raycontrolnet.train import RunResult, fit
 
 
@@ -22,4 +23,8 @@ def __getattr__(name: str) -> Any:
         from raycontrolnet import train
 
         return getattr(train, name)
+    if name in ("prepare", "PrepareResult"):
+        from raycontrolnet import prepare_latents
+
+        return getattr(prepare_latents, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The command line: `raycontrolnet train | demo`. Turns flags and YAML into a `TrainConfig`, errors into exit codes."""
+"""The command line: `raycontrolnet train | prepare | demo`. Flags and YAML to a `TrainConfig`, errors to exit codes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ USAGE = f"""\
 raycontrolnet {__version__}: the ControlNet trainer for Ray
 
   raycontrolnet train [--config FILE.yaml] [FLAGS]   train a ControlNet; `raycontrolnet train --help` lists the flags
-  raycontrolnet demo  [FLAGS]                        train a small one on data made here, to see that it works
+  raycontrolnet prepare [FLAGS]                      encode the images once, for runs with the same flags to train from
+  raycontrolnet demo [FLAGS]                         train a small one on data made here, to see that it works
   raycontrolnet --version
 """
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         _hide_token()
     command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    commands = {"train": train, "demo": demo}
+    commands = {"train": train, "prepare": prepare, "demo": demo}
     if command in ("--help", "-h", "help"):
         print(USAGE, end="")
         return 0
@@ -64,6 +65,13 @@ def train(argv: Sequence[str]) -> None:
     from raycontrolnet.train import fit
 
     fit(config)
+
+
+def prepare(argv: Sequence[str]) -> None:
+    config = parse_train(argv, program="raycontrolnet prepare")
+    from raycontrolnet import prepare_latents
+
+    prepare_latents.prepare(config)
 
 
 def demo(argv: Sequence[str]) -> None:

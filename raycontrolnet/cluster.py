@@ -6,15 +6,16 @@ import logging
 import math
 import os
 import socket
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from raycontrolnet.config import ClusterConfig
 from raycontrolnet.data.stream import LOADING_CPUS
 from raycontrolnet.errors import ConfigError
+from raycontrolnet.settings import ClusterConfig
 
 LOCAL = "local"
 MIN_CPU_SHARE = 0.25
@@ -39,6 +40,8 @@ class WorkerResources:
     accelerator_type: str | None
     waits_for: str | None = None
     """What an autoscaling cluster does not have yet."""
+    one_machine: bool = True
+    """Whether all of the cluster is, and stays, a single machine."""
 
     @property
     def threads(self) -> int:
@@ -148,7 +151,8 @@ def share_out(
     if problem and node_types is None:
         raise ConfigError([problem])
     waits_for = f"the autoscaler: {problem}" if problem else None
-    return WorkerResources((fewest, most), use_gpu, cpus, cluster.accelerator_type, waits_for)
+    one_machine = len(nodes) == 1 and not node_types
+    return WorkerResources((fewest, most), use_gpu, cpus, cluster.accelerator_type, waits_for, one_machine)
 
 
 def _room(node: Mapping[str, float], cpus: float, use_gpu: bool, accelerator_type: str | None) -> int:
@@ -209,9 +213,43 @@ def interruptible_trainer() -> Any:
     return InterruptibleTrainer
 
 
+def terminal() -> TextIO:
+    """Standard error as it is now: `logging_to` takes the real one away from Ray."""
+    try:
+        return os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1, encoding=sys.stderr.encoding)
+    except (OSError, ValueError, AttributeError):  # a test's or a notebook's, which is no file
+        return sys.stderr
+
+
+@contextmanager
+def _stderr_to(path: Path) -> Iterator[None]:
+    """What is written to the process's standard error, also by Ray's C++ parts, goes to a file."""
+    try:
+        stderr = sys.stderr.fileno()
+        kept = os.dup(stderr)
+    except (OSError, ValueError, AttributeError):
+        yield
+        return
+    sys.stderr.flush()
+    with path.open("ab") as file:
+        os.dup2(file.fileno(), stderr)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, stderr)
+        os.close(kept)
+
+
 @contextmanager
 def logging_to(path: Path) -> Iterator[None]:
     """Send what Ray, the libraries and this package log, and Python's warnings, to a file instead of the terminal."""
+    with _stderr_to(path), _loggers_to(path):
+        yield
+
+
+@contextmanager
+def _loggers_to(path: Path) -> Iterator[None]:
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     import ray.data

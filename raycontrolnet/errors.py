@@ -36,3 +36,19 @@ class Interrupted(Exception):
     """Ctrl-C: the run ended at the user's wish and can be continued. Exit code 130."""
 
     exit_code = 130
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The error that a worker raised, without Ray's wrapping."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        error = next(iter(failures.values()))
+    while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
+        error = cause
+    return error
+
+
+def in_one_line(error: BaseException) -> str:
+    """Its kind and the last line of its message."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1].strip() if lines else 'no message'}"

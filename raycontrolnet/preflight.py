@@ -17,8 +17,10 @@ from typing import Any
 
 from raycontrolnet import __version__
 from raycontrolnet.config import TrainConfig, public_settings
+from raycontrolnet.data.latents import LatentCache
+from raycontrolnet.data.order import SampleOrder
 from raycontrolnet.data.sources import Source, open_source
-from raycontrolnet.data.stream import BatchLoader
+from raycontrolnet.data.stream import BatchLoader, PixelRows
 from raycontrolnet.errors import ConfigError, UserError
 from raycontrolnet.run import checkpoint as checkpoints
 from raycontrolnet.run import export, trackers, validation
@@ -45,12 +47,22 @@ class CheckedRun:
     source: Source
     start: checkpoints.Checkpoint | None
     token: str | None = dataclasses.field(repr=False)
+    cache: LatentCache | None = None
+    """Where samples come from, if not from the source's pixels."""
+    bad_rows: tuple[int, ...] = ()
+    """Those that the cache left out."""
     run_id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
     def loader(self) -> BatchLoader:
         assert self.config.seed is not None
-        return BatchLoader.build(self.source, self.config, self.config.train_batch_size, self.config.seed)
+        config = self.config
+        return BatchLoader(
+            rows=self.cache or PixelRows(self.source, config.resolution),
+            order=SampleOrder(len(self.source), self.config.seed, config.max_train_samples, self.bad_rows),
+            batch_size=config.train_batch_size,
+            proportion_empty_prompts=config.proportion_empty_prompts,
+        )
 
     def plan(self, world_size: int, checkpoint: checkpoints.Checkpoint | None) -> RunPlan:
         return RunPlan.of(self.config, self.loader.order.num_samples, world_size, checkpoint)
@@ -69,6 +81,7 @@ class CheckedRun:
             num_samples=self.loader.order.num_samples,
             start=self.start,
             use_gpu=use_gpu,
+            cached=self.cache is not None,
             threads=threads,
             trackers=trackers.resolve(config.report_to),
             tracker_settings=public_settings(config),
@@ -126,6 +139,21 @@ def check(config: TrainConfig, output_dir: Path) -> CheckedRun:
     return CheckedRun(config, output_dir, source, start, token)
 
 
+def check_inputs(config: TrainConfig) -> tuple[Source, str | None]:
+    """What the encoding of latents needs: the data, and the Hub token.
+
+    Raises:
+        ConfigError: with the problems of model folders and data together.
+    """
+    problems = list(_local_model_problems(config))
+    token, source = export.find_token(config.hub_token), None
+    with _collected(problems):
+        source = open_source(config, cache_dir=config.cache_dir, token=token)
+    if problems or source is None:
+        raise ConfigError(problems)
+    return source, token
+
+
 @contextmanager
 def _collected(problems: list[str]) -> Iterator[None]:
     try:
@@ -163,6 +191,8 @@ def with_absolute_paths(config: TrainConfig, output_dir: Path) -> TrainConfig:
         value = getattr(config, name)
         if value is not None and (Path(value).expanduser().exists() or name in ("cache_dir", "train_data_dir")):
             paths[name] = str(Path(value).expanduser().resolve())
+    if config.latents_cache_dir is not None and "://" not in config.latents_cache_dir:
+        paths["latents_cache_dir"] = str(Path(config.latents_cache_dir).expanduser().resolve())
     if config.validation_image:
         paths["validation_image"] = tuple(str(Path(path).expanduser().resolve()) for path in config.validation_image)
     return dataclasses.replace(config, **paths)

@@ -7,6 +7,7 @@ Checks everything that can be checked before anything is loaded, hands a `Job` t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -24,12 +25,15 @@ from raycontrolnet.cluster import (
     interruptible_trainer,
     logging_to,
     ray_session,
+    terminal,
     worker_resources,
 )
 from raycontrolnet.config import TrainConfig, changed_settings, public_settings
 from raycontrolnet.data.stream import execution_options, ray_dataset
-from raycontrolnet.errors import Interrupted, RunError, UserError
+from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError, in_one_line, root_cause
+from raycontrolnet.latent_plan import LatentPlan
 from raycontrolnet.preflight import CheckedRun, check, check_device, versions, with_absolute_paths
+from raycontrolnet.prepare_latents import Encode, cache_for_run, here, on_ray
 from raycontrolnet.run import checkpoint as checkpoints
 from raycontrolnet.run import export
 from raycontrolnet.run.job import LOG, Job, begin, end, read_failure
@@ -81,7 +85,7 @@ def fit(config: TrainConfig, *, stream: TextIO | None = None) -> RunResult:
         Interrupted: Ctrl-C; the last checkpoint stands (exit code 130).
     """
     started = time.time()
-    stream = stream or sys.stderr
+    stream = stream or terminal()
     output_dir = Path(config.output_dir).expanduser().resolve()
     config = with_absolute_paths(config, output_dir)
     run = check(config, output_dir)
@@ -119,6 +123,7 @@ def _train_here(run: CheckedRun, stream: TextIO) -> dict[str, Any]:
 
     use_gpu = torch.cuda.is_available() if run.config.use_gpu is None else run.config.use_gpu
     check_device(run.config, use_gpu=use_gpu, has_gpu=torch.cuda.is_available())
+    run = _with_latents(run, 1, here(run.config), stream)
     job = run.job(use_gpu=use_gpu, threads=None, local=True)
     _announce(run, 1, stream, use_gpu=use_gpu)
     begin(job)
@@ -141,6 +146,7 @@ def _train_on_ray(run: CheckedRun, stream: TextIO) -> dict[str, Any]:
     resources = worker_resources(run.config)
     check_device(run.config, use_gpu=resources.use_gpu, has_gpu=resources.use_gpu)
     fewest, most = resources.num_workers
+    run = _with_latents(run, most, on_ray(resources), stream, shared=not resources.one_machine)
     job = run.job(use_gpu=resources.use_gpu, threads=None if resources.use_gpu else resources.threads, local=False)
     _announce(run, most, stream, use_gpu=resources.use_gpu)
     if resources.waits_for:
@@ -170,6 +176,32 @@ def _train_on_ray(run: CheckedRun, stream: TextIO) -> dict[str, Any]:
         if failure := read_failure(run.output_dir):
             raise failure
         return dict(summary)
+
+
+def _with_latents(
+    run: CheckedRun, world_size: int, encode: Encode, stream: TextIO, *, shared: bool = False
+) -> CheckedRun:
+    """The run as it will be: from cached latents, if it is to use them, which are made now if need be.
+
+    Args:
+        shared: whether the cache must lie on storage that several machines see.
+
+    Raises:
+        ConfigError: if there is a cache that does not fit; else as `prepare`.
+    """
+    config = run.config
+    plan = run.plan(world_size, None)
+    again = plan.total_updates * plan.samples_per_update > plan.num_samples
+    if config.cache_latents == "off" or (config.cache_latents == "auto" and not again):
+        return run
+    if shared and config.latents_cache_dir is None:
+        problem = "the cluster has several machines: name a folder that all of them see, or an object store's URI"
+        if config.cache_latents == "on":
+            raise ConfigError([f"--latents_cache_dir: {problem}"])
+        stream.write(f"latents: not cached; to train faster, give --latents_cache_dir ({problem})\n")
+        return run
+    cache, manifest = cache_for_run(LatentPlan.of(config, run.source, run.token), encode, run.token, stream)
+    return dataclasses.replace(run, cache=cache, bad_rows=tuple(sample.row for sample in manifest.bad_samples))
 
 
 def _resources_per_worker(resources: WorkerResources) -> dict[str, float]:
@@ -235,28 +267,13 @@ def _failures_explained(run: CheckedRun) -> Iterator[None]:
         yield
     except Exception as error:
         logger.exception("the run failed")
-        cause = _root_cause(error)
+        cause = root_cause(error)
         known = read_failure(run.output_dir) or (cause if isinstance(cause, (UserError, RunError)) else None)
-        message = str(known) if known else f"The run failed: {_in_one_line(cause)}."
+        message = str(known) if known else f"The run failed: {in_one_line(cause)}."
         kind = UserError if isinstance(known, UserError) else RunError
         raise kind(f"{message}\n{_how_to_go_on(run)} Details: {run.output_dir / LOG}") from error
     finally:
         end(run.output_dir)
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    """The error that a worker raised, without Ray's wrapping."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        error = next(iter(failures.values()))
-    while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
-        error = cause
-    return error
-
-
-def _in_one_line(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1].strip() if lines else 'no message'}"
 
 
 def _how_to_go_on(run: CheckedRun) -> str:

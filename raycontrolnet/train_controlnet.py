@@ -19,7 +19,7 @@ import torch
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.stream import local_batches, ray_batches
 from raycontrolnet.errors import RunError, UserError
-from raycontrolnet.model.components import with_controlnet, working_precision
+from raycontrolnet.model.components import vae_on, with_controlnet, working_precision
 from raycontrolnet.model.step import Batch, Draws, TrainState, draw, latent_shape, make_batch, train_step
 from raycontrolnet.run import checkpoint as checkpoints
 from raycontrolnet.run import validation
@@ -66,7 +66,7 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
                 torch.set_num_threads(job.threads)
             torch.backends.cuda.matmul.allow_tf32 = job.config.allow_tf32
             with clock("model"), _worth_another_try(continued=checkpoint is not job.start):
-                state = build_state(job.config, plan, accelerator, checkpoint, job.token)
+                state = build_state(job.config, plan, accelerator, checkpoint, job.token, encodes=not job.cached)
             return Worker(job, plan, state, clock, context.get_world_rank()).run(batches)
 
 
@@ -202,7 +202,7 @@ class Worker:
         """Validation images, shared among the workers; the training's own randomness stays untouched."""
         job, state = self.job, self.state
         self.record(force=True)
-        with self.clock("validation"):
+        with self.clock("validation"), vae_on(state.components, state.accelerator.device):
             controlnet = saved_controlnet(job.output_dir, state) if from_saved_weights else unwrap_controlnet(state)
             precision = working_precision(job.config.mixed_precision)
             validation.write(

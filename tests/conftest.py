@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # Before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Nothing of what is tested goes into the caches of who runs the tests.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="raycontrolnet-tests-")
 # Before anything imports torch: threads that share a tiny tensor wait for each other, on a busy machine for minutes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -68,6 +71,7 @@ def tiny_settings(tiny_base: Path, circles: Path, tmp_path: Path) -> dict[str, A
         "learning_rate": 1e-3,
         "seed": 0,
         "report_to": "none",
+        "cache_latents": "off",
         "num_workers": "0",
         "use_gpu": False,
     }

@@ -61,7 +61,7 @@ def reference_loss(base: Path, controlnet_folder: Path, rows: list[PreparedRow],
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
     controlnet = ControlNetModel.from_pretrained(controlnet_folder)
 
-    pixel_values = normalize(to_tensor(np.stack([row.image for row in rows])))
+    pixel_values = normalize(to_tensor(np.stack([row.image for row in rows if row.image is not None])))
     conditioning_pixel_values = to_tensor(np.stack([row.conditioning_image for row in rows]))
     prompts = [row.prompt for row in rows]
     input_ids = tokenizer(

@@ -10,9 +10,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
-from raycontrolnet.config import ModelConfig
 from raycontrolnet.model.attention import FAST_HEAD_DIM, PaddedAttnProcessor, pad_narrow_heads
 from raycontrolnet.model.components import load_components
+from raycontrolnet.settings import ModelConfig
 
 
 @pytest.mark.parametrize("head_dim", [1, 10, 15])

@@ -10,8 +10,8 @@ import pytest
 
 from raycontrolnet import cluster
 from raycontrolnet.cluster import share_out
-from raycontrolnet.config import ClusterConfig
 from raycontrolnet.errors import ConfigError
+from raycontrolnet.settings import ClusterConfig
 
 Node = dict[str, float]
 CPU_HEAD: Node = {"CPU": 8}

@@ -15,16 +15,9 @@ import pytest
 import yaml
 
 from raycontrolnet.cli import parse_train
-from raycontrolnet.config import (
-    GROUPS,
-    LR_SCHEDULERS,
-    TrainConfig,
-    changed_settings,
-    from_mapping,
-    load_yaml,
-    public_settings,
-)
+from raycontrolnet.config import GROUPS, TrainConfig, changed_settings, from_mapping, load_yaml, public_settings
 from raycontrolnet.errors import ConfigError, UserError
+from raycontrolnet.settings import LR_SCHEDULERS
 from raycontrolnet.train import fit
 
 # Copied by hand from the page of the existing scripts' behaviour: names, types and defaults are a contract.

@@ -241,16 +241,17 @@ def kill_a_train_worker() -> None:
 
 
 def first_image_of_update(update: int, data: Path, settings: Settings) -> Path:
+    from raycontrolnet.data.order import SampleOrder
     from raycontrolnet.data.sources import open_source
-    from raycontrolnet.data.stream import BatchLoader
 
     config = TrainConfig(**settings | {"train_data_dir": str(data)})
-    loader = BatchLoader.build(open_source(config), config, config.train_batch_size, settings["seed"])
-    row = loader.source.read(loader.order.row((update - 1) * config.train_batch_size))
-    assert isinstance(row.image, str)
-    earlier = {loader.order.row(index) for index in range((update - 1) * config.train_batch_size)}
-    assert loader.order.row((update - 1) * config.train_batch_size) not in earlier
-    return Path(row.image)
+    source = open_source(config)
+    order = SampleOrder(len(source), settings["seed"])
+    first_sample = (update - 1) * config.train_batch_size
+    assert order.row(first_sample) not in {order.row(index) for index in range(first_sample)}
+    image = source.read(order.row(first_sample)).image
+    assert isinstance(image, str)
+    return Path(image)
 
 
 def processes_of_session(leader: int) -> list[psutil.Process]:

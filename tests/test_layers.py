@@ -15,12 +15,16 @@ from typing import Literal
 import pytest
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("config", "errors"),
+    ("errors",),
+    ("settings",),
+    ("config",),
     ("data",),
     ("model",),
     ("run",),
     ("cluster", "preflight", "train_controlnet"),
-    ("prepare", "train"),
+    ("encode_latents", "latent_plan"),
+    ("prepare_latents",),
+    ("train",),
     ("tune",),
     ("demo",),  # stands beside the others; what it may import is what is below cli
     ("", "cli"),  # "" is raycontrolnet/__init__.py, the names for users of Python
@@ -28,10 +32,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 """From the bottom up. A module imports from lower layers, and from its own folder."""
 
-RAY_DRIVERS = {"cluster", "train_controlnet", "train", "prepare", "tune", "data.stream"}
+RAY_DRIVERS = {"cluster", "train_controlnet", "train", "encode_latents", "tune", "data.stream"}
 """Modules that may import ray."""
 
-TORCH_FREE = ("", "__main__", "cli", "config", "data", "errors")
+TORCH_FREE = ("", "__main__", "cli", "config", "data", "errors", "settings")
 """Importing these must not wait for torch."""
 
 When = Literal["module", "function", "script", "types"]
@@ -137,7 +141,6 @@ def test_imports_go_down() -> None:
         and found.when != "script"  # `python -m raycontrolnet.train` is the command line
         and height(found.target) >= height(found.importer)
         and not (room(found.target) == room(found.importer) != "")
-        and {found.importer, found.target} != {"config", "errors"}
     ]
     assert wrong == []
 
@@ -191,6 +194,6 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
 
 
 # So that these tests cannot pass on nothing; lower them only together with the package.
-MODULES_AT_LEAST = 32
+MODULES_AT_LEAST = 38
 OWN_IMPORTS_AT_LEAST = 140
 OTHER_IMPORTS_AT_LEAST = 280

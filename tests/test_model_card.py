@@ -15,9 +15,10 @@ import yaml
 from diffusers import ControlNetModel, UNet2DConditionModel
 from PIL import Image
 
-from raycontrolnet.config import TrainConfig, ValidationConfig
+from raycontrolnet.config import TrainConfig
 from raycontrolnet.run import validation
 from raycontrolnet.run.model_card import write_model_card
+from raycontrolnet.settings import ValidationConfig
 
 TOKEN = "hf_TheRightToken"
 EVIL = 'red `circle` | <script>alert(1)</script> ![x](y)\n---\nlicense: mit\n```"""'

@@ -15,11 +15,12 @@ from reference import fake_rows, steps, training
 from safetensors.torch import load_file
 from torch.multiprocessing.spawn import spawn
 
-from raycontrolnet.config import LR_SCHEDULERS, TrainConfig
+from raycontrolnet.config import TrainConfig
 from raycontrolnet.errors import ConfigError, UserError
 from raycontrolnet.model.optim import build_lr_scheduler, build_optimizer
 from raycontrolnet.run.plan import RunPlan
 from raycontrolnet.run.state import accelerator_for, build_state
+from raycontrolnet.settings import LR_SCHEDULERS
 from raycontrolnet.train import fit
 
 ACCUMULATIONS = (1, 3)

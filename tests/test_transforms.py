@@ -349,6 +349,7 @@ def test_prepare_row() -> None:
 
     first = prepare_row(row, 5, resolution=16, proportion_empty_prompts=0.0, rng=np.random.default_rng(1))
     assert first.sample_index == 5
+    assert first.image is not None
     assert first.image.shape == first.conditioning_image.shape == (16, 16, 3)
     assert (first.image == IMAGE_BACKGROUND).all()
     assert (first.conditioning_image == CONDITIONING_BACKGROUND).all()

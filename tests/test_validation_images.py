@@ -16,11 +16,11 @@ import torch
 from diffusers import ControlNetModel
 from PIL import Image
 
-from raycontrolnet.config import ModelConfig, ValidationConfig
 from raycontrolnet.errors import DataError
 from raycontrolnet.model.components import Components, load_components, with_controlnet
 from raycontrolnet.run import drawing, validation
 from raycontrolnet.run.drawing import Sampling
+from raycontrolnet.settings import ModelConfig, ValidationConfig
 
 RESOLUTION = 32
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raycontrolnet.config import DataConfig
+from raycontrolnet.settings import DataConfig
 
 SHOWN_PROBLEMS = 10
 """So many problems of one kind are listed; the rest is counted."""
@@ -107,6 +107,14 @@ def missing_files(root: str, paths: Iterable[str]) -> Iterator[tuple[int, str]]:
         # names are listed as they were made; file systems that ignore case or Unicode forms may find others too
         if path and name not in listings[folder] and not (listings[folder] and Path(root, path).exists()):
             yield index, path
+
+
+def file_bytes(root: str, path: str) -> int | None:
+    """Size of the file `path`, relative to `root` or absolute; None if it cannot be seen."""
+    try:
+        return Path(root, path).stat().st_size
+    except (OSError, ValueError):
+        return None
 
 
 def shortened(problems: Sequence[str], what: str) -> list[str]:

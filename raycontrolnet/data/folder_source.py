@@ -9,15 +9,23 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raycontrolnet.config import DataConfig
-from raycontrolnet.data.columns import Columns, find_columns, kind_name, missing_files, read_captions, shortened
+from raycontrolnet.data.columns import (
+    Columns,
+    file_bytes,
+    find_columns,
+    kind_name,
+    missing_files,
+    read_captions,
+    shortened,
+)
 from raycontrolnet.data.records import ImageRow
 from raycontrolnet.errors import DataError
+from raycontrolnet.settings import DataConfig
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -73,6 +81,20 @@ class FolderSource:
     def fingerprint(self) -> str:
         """Identity of the data: the metadata file's content and the columns read. A folder may be moved."""
         return self.content_hash
+
+    def identities(self, rows: Sequence[int]) -> Iterator[str]:
+        """See `Source.identities`."""
+        for row in rows:
+            image, conditioning_image = (self.table[name][row].as_py() for name in ("image", "conditioning_image"))
+            yield json.dumps(
+                [
+                    image,
+                    file_bytes(self.folder, image),
+                    conditioning_image,
+                    file_bytes(self.folder, conditioning_image),
+                    self.table["captions"][row].as_py(),
+                ]
+            )
 
 
 def has_metadata(folder: str) -> bool:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raycontrolnet.config import DataConfig
-from raycontrolnet.data.columns import Columns, find_columns, missing_files, read_captions, shortened
+from raycontrolnet.data.columns import Columns, file_bytes, find_columns, missing_files, read_captions, shortened
 from raycontrolnet.data.records import ImageRow
 from raycontrolnet.errors import DataError
+from raycontrolnet.settings import DataConfig
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow as pa
 
 _FILE_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
 _SAVED_MARKS = ("state.json", "dataset_dict.json")
@@ -107,6 +109,19 @@ class HubSource:
                 digest.update(value if isinstance(value, bytes) else Path(value).name.encode())
             digest.update(repr(values.captions).encode())
         return digest.hexdigest()[:16]
+
+    def identities(self, rows: Sequence[int]) -> Iterator[str]:
+        """See `Source.identities`. Of embedded images, Arrow's table of lengths is read, not their bytes."""
+        dataset = self._dataset()
+        indices = getattr(dataset, "_indices", None)  # of a saved selection: the table below has other rows as well
+        places = rows if indices is None else [indices.column(0)[row].as_py() for row in rows]
+        table = dataset.data
+        for place in places:
+            images = [
+                _image_identity(table.column(name)[place], self.location.folder)
+                for name in (self.columns.image, self.columns.conditioning_image)
+            ]
+            yield json.dumps([*images, table.column(self.columns.caption)[place].as_py()])
 
     def _dataset(self) -> datasets.Dataset:
         dataset = _open(self.location, self.columns)
@@ -245,6 +260,18 @@ def _holds_images(feature: Any) -> bool:
     import datasets
 
     return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and {"bytes", "path"} <= set(feature))
+
+
+def _image_identity(cell: pa.Scalar, folder: str) -> tuple[str | None, int | None]:
+    """(name, bytes) of an image in an Arrow column of images or texts."""
+    import pyarrow as pa
+
+    path = cell.get("path").as_py() if isinstance(cell, pa.StructScalar) else None
+    data = cell.get("bytes") if isinstance(cell, pa.StructScalar) else cell
+    if isinstance(data, (pa.BinaryScalar, pa.LargeBinaryScalar)) and data.is_valid:
+        return path and Path(path).name, len(data.as_buffer())
+    path = path if isinstance(cell, pa.StructScalar) else cell.as_py()
+    return path and Path(path).name, file_bytes(folder, path or "")
 
 
 def _paths(column: Any) -> Iterator[str]:

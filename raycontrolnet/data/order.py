@@ -6,6 +6,7 @@ workers, restarts or loading tasks cannot change what is learned.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from functools import lru_cache
 
@@ -40,23 +41,28 @@ class SampleOrder:
         num_rows: rows of the source, at least 1.
         seed: the run's seed.
         max_samples: if fewer than `num_rows`, only a seeded random subset of this size is used.
+        without: rows that cannot be used; the others keep their order in the subset.
     """
 
-    def __init__(self, num_rows: int, seed: int, max_samples: int | None = None):
-        self.num_rows = num_rows
+    def __init__(self, num_rows: int, seed: int, max_samples: int | None = None, without: Sequence[int] = ()):
         self.seed = seed
-        self.num_samples = num_rows if max_samples is None else min(num_rows, max_samples)
+        self.rows: NDArray[np.int64] | None = None
+        """The rows that are used, in the order that permutations count; None for all of them."""
+        if max_samples is not None and max_samples < num_rows:
+            self.rows = _permutation(seed, Purpose.SUBSET, 0, num_rows)[:max_samples]
+        if without:
+            rows = np.arange(num_rows) if self.rows is None else self.rows
+            self.rows = rows[~np.isin(rows, list(without))]
+        self.num_samples = num_rows if self.rows is None else len(self.rows)
         """N, samples per epoch."""
 
     def row(self, sample_index: int) -> int:
         """The source row of sample k = `sample_index`."""
         epoch, position = divmod(sample_index, self.num_samples)
-        position = int(_permutation(self.seed, Purpose.ORDER, epoch, self.num_samples)[position])
-        if self.num_samples == self.num_rows:
-            return position
-        return int(_permutation(self.seed, Purpose.SUBSET, 0, self.num_rows)[position])
+        place = int(_permutation(self.seed, Purpose.ORDER, epoch, self.num_samples)[position])
+        return place if self.rows is None else int(self.rows[place])
 
 
-@lru_cache(maxsize=4)  # a batch may straddle two epochs; plus the subset's
+@lru_cache(maxsize=4)  # a batch may straddle two epochs
 def _permutation(seed: int, purpose: Purpose, key: int, size: int) -> NDArray[np.int64]:
     return keyed_rng(seed, purpose, key).permutation(size)

@@ -1,6 +1,7 @@
 """The records of the data path, from a row on disk to a batch in the worker: dtype, shape and range of each.
 
-ImageRow -> PreparedRow -> (a block of B prepared rows through Ray Data) -> model.step.Batch on the device
+from pixels: ImageRow -> PreparedRow -> (a block of B prepared rows through Ray Data) -> model.step.Batch on the device
+from the cache: ImageRow -> EncodedRow, once, on disk -> PreparedRow -> ...
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 UInt8Image = NDArray[np.uint8]
+Posterior = NDArray[np.float16] | NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,34 @@ class ImageRow:
 
 
 @dataclass(frozen=True)
+class EncodedRow:
+    """One row of the latent cache: what every use of the row shares."""
+
+    row: int
+    """Index in the source."""
+    posterior: Posterior
+    """[2, C, h, w]: mean and log-variance of the VAE's posterior for the image, not scaled."""
+    conditioning_png: bytes
+    """The conditioning image after the geometry, [resolution, resolution], as a PNG file: RGB, or L if it is grey."""
+    captions: tuple[str, ...]
+    identity: str
+    """`Source.identities` of the row when it was encoded."""
+
+
+@dataclass(frozen=True)
 class PreparedRow:
-    """One sample after the transforms, ready to be stacked. Still uint8: a quarter of the bytes of float32."""
+    """One sample, ready to be stacked. Images are still uint8: a quarter of the bytes of float32."""
 
     sample_index: int
     """k: this is the k-th sample that the run consumes, counted from 0 over all epochs."""
-    image: UInt8Image
-    """[resolution, resolution, 3] RGB."""
+    image: UInt8Image | None
+    """[resolution, resolution, 3] RGB; None if the sample comes from the latent cache."""
     conditioning_image: UInt8Image
     """[resolution, resolution, 3] RGB."""
     prompt: str
     """The caption drawn for this use, or the empty prompt."""
+    posterior: Posterior | None = None
+    """As in `EncodedRow`; None if the sample comes from pixels."""
 
     @staticmethod
     def fake(sample_index: int = 0, resolution: int = 16) -> PreparedRow:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from raycontrolnet.config import DataConfig
 from raycontrolnet.data.folder_source import METADATA_FILES, has_metadata, open_folder
 from raycontrolnet.data.hub_source import open_dataset
 from raycontrolnet.data.records import ImageRow
 from raycontrolnet.errors import DataError
+from raycontrolnet.settings import DataConfig
 
 _DATASETS_FILES = ("*.parquet", "*/*.parquet", "*.arrow", "state.json", "dataset_dict.json")
 """What a folder holds that `datasets` reads, other than a metadata file."""
@@ -35,7 +35,13 @@ class Source(Protocol):
         """What keeps rows from being read on this machine, as far as can be seen without opening images."""
 
     def fingerprint(self) -> str:
-        """Short hash of what the data is (not where), for manifests and caches."""
+        """Short hash of what the data is (not where), for the checkpoints' manifests."""
+
+    def identities(self, rows: Sequence[int]) -> Iterator[str]:
+        """What tells a row from what it was before, for the latent cache: file names, sizes in bytes and captions.
+
+        One line of text per row; reads no images. An image that was replaced by one of exactly its size is not noticed.
+        """
 
 
 def open_source(data: DataConfig, *, cache_dir: str | None = None, token: str | None = None) -> Source:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from raycontrolnet.config import DataConfig
+from raycontrolnet.data.latents import LatentCache
 from raycontrolnet.data.order import Purpose, SampleOrder, keyed_rng
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.sources import Source
@@ -35,6 +36,8 @@ TICKET_BYTES = 256 * 1024
 """Size of the note that asks for one batch. Ray Data holds back a task by the bytes of its waiting output, not by their
 number: without ballast, the counting task would run millions of tiny notes ahead."""
 LOADING_NICENESS = 15
+REMOTE_READS = 16
+"""Rows that one loading task reads at a time from a cache in an object store."""
 READ_AHEAD_BATCHES = 8
 """Batches per worker that may wait in Ray's object store."""
 MIN_READ_AHEAD_BYTES = 64 * 2**20
@@ -42,47 +45,74 @@ MIN_READ_AHEAD_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
+class PixelRows:
+    """Rows that become samples by decoding and transforming their images."""
+
+    source: Source
+    resolution: int
+
+    def sample(
+        self, row: int, sample_index: int, *, proportion_empty_prompts: float, rng: np.random.Generator
+    ) -> PreparedRow:
+        """The source's row `row`, decoded and transformed.
+
+        Raises:
+            DataError: if it cannot be used; names it.
+        """
+        return prepare_row(
+            self.source.read(row),
+            sample_index,
+            resolution=self.resolution,
+            proportion_empty_prompts=proportion_empty_prompts,
+            rng=rng,
+        )
+
+
+@dataclass(frozen=True)
 class BatchLoader:
     """Makes the batch that begins at a sample index. Pickled to the loading tasks, so it holds no open files."""
 
-    source: Source
+    rows: PixelRows | LatentCache
     order: SampleOrder
     batch_size: int
-    resolution: int
     proportion_empty_prompts: float
 
-    @staticmethod
-    def build(source: Source, data: DataConfig, batch_size: int, seed: int) -> BatchLoader:
-        order = SampleOrder(len(source), seed, data.max_train_samples)
-        return BatchLoader(source, order, batch_size, data.resolution, data.proportion_empty_prompts)
-
     def sample(self, sample_index: int) -> PreparedRow:
-        """The k-th sample: its row, decoded and transformed.
+        """The k-th sample: its row, from pixels or from the cache.
 
         Raises:
             DataError: if the row cannot be used; names it.
         """
-        return prepare_row(
-            self.source.read(self.order.row(sample_index)),
+        return self.rows.sample(
+            self.order.row(sample_index),
             sample_index,
-            resolution=self.resolution,
             proportion_empty_prompts=self.proportion_empty_prompts,
             rng=keyed_rng(self.order.seed, Purpose.PROMPT, sample_index),
         )
 
     def batch(self, first_sample: int) -> list[PreparedRow]:
         """Samples [first_sample, first_sample + batch_size)."""
-        return [self.sample(index) for index in range(first_sample, first_sample + self.batch_size)]
+        indices = range(first_sample, first_sample + self.batch_size)
+        if isinstance(self.rows, LatentCache) and not self.rows.folder.is_local:
+            with ThreadPoolExecutor(REMOTE_READS) as pool:  # an object store answers late, but many at a time
+                return list(pool.map(self.sample, indices))
+        return [self.sample(index) for index in indices]
 
 
 def pack(rows: list[PreparedRow]) -> pa.Table:
     """A batch as a table of one row, so that Ray Data moves it as one block and cannot split it."""
+    arrays = {
+        name: np.stack([getattr(row, name) for row in rows])
+        for name in ("image", "conditioning_image", "posterior")
+        if getattr(rows[0], name) is not None
+    }
     return _table(
         first_sample=rows[0].sample_index,
-        side=rows[0].image.shape[0],
         prompts=[row.prompt for row in rows],
-        images=b"".join(row.image.tobytes() for row in rows),
-        conditioning_images=b"".join(row.conditioning_image.tobytes() for row in rows),
+        **{
+            name: {"data": array.data, "shape": array.shape, "dtype": array.dtype.name}
+            for name, array in arrays.items()
+        },
     )
 
 
@@ -99,22 +129,38 @@ def unpack(table: pa.Table) -> list[PreparedRow]:
     """
     if error := table["error"][0].as_py():
         raise DataError(error)
-    first, side = table["first_sample"][0].as_py(), table["side"][0].as_py()
-    prompts = table["prompts"][0].as_py()
-    shape = (len(prompts), side, side, 3)
-    images, conditioning_images = (
-        np.frombuffer(table[name][0].as_buffer(), np.uint8).reshape(shape) for name in ("images", "conditioning_images")
+    first, prompts = table["first_sample"][0].as_py(), table["prompts"][0].as_py()
+    images, conditioning_images, posteriors = (
+        _array(table[name][0]) for name in ("image", "conditioning_image", "posterior")
     )
-    return [PreparedRow(first + i, images[i], conditioning_images[i], prompt) for i, prompt in enumerate(prompts)]
+    return [
+        PreparedRow(
+            sample_index=first + index,
+            image=None if images is None else images[index],
+            conditioning_image=conditioning_images[index],
+            prompt=prompt,
+            posterior=None if posteriors is None else posteriors[index],
+        )
+        for index, prompt in enumerate(prompts)
+    ]
 
 
+def _array(cell: pa.StructScalar) -> Any:
+    """The array in a cell, without a copy; None from an empty one."""
+    if not cell.is_valid:
+        return None
+    data = np.frombuffer(cell["data"].as_buffer(), np.dtype(cell["dtype"].as_py()))
+    return data.reshape(cell["shape"].as_py())
+
+
+_ARRAY = pa.struct({"data": pa.large_binary(), "shape": pa.list_(pa.int64()), "dtype": pa.string()})
 _SCHEMA = pa.schema(
     {
         "first_sample": pa.int64(),
-        "side": pa.int64(),
         "prompts": pa.list_(pa.string()),
-        "images": pa.large_binary(),
-        "conditioning_images": pa.large_binary(),
+        "image": _ARRAY,
+        "conditioning_image": _ARRAY,
+        "posterior": _ARRAY,
         "error": pa.string(),
     }
 )

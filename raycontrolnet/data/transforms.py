@@ -23,6 +23,9 @@ from raycontrolnet.errors import DataError
 warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
+TRANSFORMS_VERSION = 1
+"""Goes up when the pixels that come out change: latents that were cached before then no longer fit."""
+
 Colour = tuple[int, int, int]
 
 IMAGE_BACKGROUND: Colour = (255, 255, 255)
@@ -149,16 +152,26 @@ def prepare_row(
     Raises:
         DataError: naming the row's place, if one of its images cannot be decoded.
     """
+    image, conditioning_image = prepare_images(row, resolution)
+    return PreparedRow(
+        sample_index=sample_index,
+        image=image,
+        conditioning_image=conditioning_image,
+        prompt=choose_prompt(row.captions, rng, proportion_empty_prompts),
+    )
+
+
+def prepare_images(row: ImageRow, resolution: int) -> tuple[UInt8Image, UInt8Image]:
+    """Image and conditioning image of a row, uint8 [resolution, resolution, 3]: what every use of the row shares.
+
+    Raises:
+        DataError: naming the row's place, if one of its images cannot be decoded.
+    """
     image = decode_rgb(row.image, background=IMAGE_BACKGROUND, place=f"{row.place}, image")
     conditioning_image = decode_rgb(
         row.conditioning_image, background=CONDITIONING_BACKGROUND, place=f"{row.place}, conditioning image"
     )
-    return PreparedRow(
-        sample_index=sample_index,
-        image=resize_and_crop(image, resolution),
-        conditioning_image=resize_and_crop(conditioning_image, resolution),
-        prompt=choose_prompt(row.captions, rng, proportion_empty_prompts),
-    )
+    return resize_and_crop(image, resolution), resize_and_crop(conditioning_image, resolution)
 
 
 def _read_file(path: str, prefix: str) -> bytes:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from raycontrolnet.config import ModelConfig
 from raycontrolnet.errors import UserError
 from raycontrolnet.model.diffusion import PREDICTION_TYPES
+from raycontrolnet.settings import ModelConfig
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
@@ -48,10 +49,12 @@ def load_components(
     seed: int,
     token: str | None = None,
     controlnet_path: str | None = None,
+    vae_device: torch.device | None = None,
 ) -> Components:
     """Load the base model and make or load the ControlNet.
 
     Args:
+        vae_device: where the VAE waits, if not on `device`.
         dtype: of the frozen models. The ControlNet is fp32 whatever its files hold.
         seed: of the ControlNet's conditioning embedding, the one part without weights to copy.
         token: for private models on the Hub.
@@ -60,7 +63,7 @@ def load_components(
     Raises:
         UserError: if a part is missing or unreadable, or the model is of a kind that cannot be trained.
     """
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from diffusers import DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
     from raycontrolnet.model.attention import pad_narrow_heads  # which imports diffusers
@@ -85,13 +88,13 @@ def load_components(
     components = Components(
         tokenizer=tokenizer,
         text_encoder=text_encoder,
-        vae=part(AutoencoderKL.from_pretrained, "vae", torch_dtype=dtype, **weights),
+        vae=load_vae(model, dtype=dtype, token=token),
         unet=unet,
         noise_scheduler=noise_scheduler,
         controlnet=load_controlnet(controlnet_path) if controlnet_path else _make_controlnet(model, unet, seed, token),
     )
     for module in components.frozen():
-        module.requires_grad_(False).eval().to(device)
+        module.requires_grad_(False).eval().to(vae_device if vae_device and module is components.vae else device)
     if dtype != torch.float32:
         unet.to(dtype)
     components.controlnet.requires_grad_(True).train().to(device)
@@ -99,6 +102,27 @@ def load_components(
         for module in (unet, components.controlnet):
             pad_narrow_heads(module)
     return components
+
+
+def load_vae(model: ModelConfig, *, dtype: torch.dtype, token: str | None = None) -> AutoencoderKL:
+    """The base model's VAE, on the CPU.
+
+    Raises:
+        UserError: if it is missing or unreadable.
+    """
+    from diffusers import AutoencoderKL
+
+    return _loading(
+        "pretrained_model_name_or_path",
+        model.pretrained_model_name_or_path,
+        AutoencoderKL.from_pretrained,
+        subfolder="vae",
+        torch_dtype=dtype,
+        revision=model.revision,
+        variant=model.variant,
+        cache_dir=model.cache_dir,
+        token=token,
+    )
 
 
 def load_controlnet(name_or_path: str, flag: str = "controlnet_model_name_or_path", **options: Any) -> ControlNetModel:
@@ -187,6 +211,17 @@ def enable_memory_savers(components: Components, *, gradient_checkpointing: bool
                     f"--enable_xformers_memory_efficient_attention: {' '.join(str(error).split())[:200]}; "
                     "needs a CUDA GPU and pip install 'raycontrolnet[xformers]'"
                 ) from error
+
+
+@contextmanager
+def vae_on(components: Components, device: torch.device) -> Iterator[None]:
+    """The VAE on `device` for as long as it is needed, then where it was."""
+    before = components.vae.device
+    components.vae.to(device)
+    try:
+        yield
+    finally:
+        components.vae.to(before)
 
 
 def with_controlnet(components: Components, controlnet: ControlNetModel) -> Components:

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0
+"""diffusers' DiagonalGaussianDistribution clamps to them."""
 
 
 def sample_posterior(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
     """A sample of the VAE's diagonal Gaussian posterior, in the dtype of `noise`; all [B, C, h, w].
 
-    `logvar` is clamped to [-30, 20], as diffusers' DiagonalGaussianDistribution does.
+    `logvar` is clamped, as diffusers' DiagonalGaussianDistribution does.
     """
-    return mean.to(noise) + torch.exp(0.5 * logvar.to(noise).clamp(-30.0, 20.0)) * noise
+    return mean.to(noise) + torch.exp(0.5 * logvar.to(noise).clamp(MIN_LOGVAR, MAX_LOGVAR)) * noise
 
 
 def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -25,12 +26,14 @@ if TYPE_CHECKING:
 class Batch(NamedTuple):
     """B samples on the device."""
 
-    images: Tensor
-    """uint8 [B, H, W, 3] RGB."""
+    images: Tensor | None
+    """uint8 [B, H, W, 3] RGB; None if `posterior` is there."""
     conditioning_images: Tensor
     """uint8 [B, H, W, 3] RGB."""
     input_ids: Tensor
     """int64 [B, T], padded and truncated to the tokenizer's maximum length T."""
+    posterior: Tensor | None = None
+    """fp16 or fp32 [B, 2, 4, H/8, W/8]: mean and log-variance from the latent cache; None to encode `images`."""
 
 
 class Draws(NamedTuple):
@@ -80,13 +83,18 @@ def make_batch(rows: Sequence[PreparedRow], tokenizer: CLIPTokenizer, device: to
         truncation=True,
         return_tensors="pt",
     )
-    images = torch.from_numpy(np.stack([row.image for row in rows]))
-    conditioning_images = torch.from_numpy(np.stack([row.conditioning_image for row in rows]))
     return Batch(
-        images=_to_device(images, device),
-        conditioning_images=_to_device(conditioning_images, device),
+        images=_stacked([row.image for row in rows], device),
+        conditioning_images=_to_device(torch.from_numpy(np.stack([row.conditioning_image for row in rows])), device),
         input_ids=_to_device(tokens.input_ids, device),
+        posterior=_stacked([row.posterior for row in rows], device),
     )
+
+
+def _stacked(arrays: Sequence[NDArray[Any] | None], device: torch.device) -> Tensor | None:
+    """On the device; None if the rows do not have it."""
+    there = [array for array in arrays if array is not None]
+    return _to_device(torch.from_numpy(np.stack(there)), device) if there else None
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -128,9 +136,8 @@ def controlnet_loss(components: Components, controlnet: torch.nn.Module, batch: 
     """
     dtype = components.unet.dtype
     with torch.no_grad():
-        pixel_values = (batch.images.permute(0, 3, 1, 2).float() / 127.5 - 1.0).to(dtype)
-        posterior = components.vae.encode(pixel_values).latent_dist
-        latents = sample_posterior(posterior.mean, posterior.logvar, draws.posterior_noise)
+        mean, logvar = _posterior(components, batch, dtype)
+        latents = sample_posterior(mean, logvar, draws.posterior_noise)
         latents = latents * components.vae.config["scaling_factor"]
         encoder_hidden_states = components.text_encoder(batch.input_ids, return_dict=False)[0]
 
@@ -156,6 +163,17 @@ def controlnet_loss(components: Components, controlnet: torch.nn.Module, batch: 
     return per_sample_loss(prediction, target)
 
 
+def _posterior(components: Components, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance of the images' latents, [B, C, h, w]: from the cache, or encoded now."""
+    if batch.posterior is not None:
+        mean, logvar = batch.posterior.unbind(1)
+        return mean, logvar
+    assert batch.images is not None
+    pixel_values = (batch.images.permute(0, 3, 1, 2).float() / 127.5 - 1.0).to(dtype)
+    encoded = components.vae.encode(pixel_values).latent_dist
+    return encoded.mean, encoded.logvar
+
+
 def train_step(state: TrainState, batch: Batch, draws: Draws) -> StepMetrics:
     """One forward and backward pass; with the last one of an accumulation, an optimizer update."""
     accelerator = state.accelerator
@@ -175,5 +193,5 @@ def train_step(state: TrainState, batch: Batch, draws: Draws) -> StepMetrics:
                 state.lr_scheduler.step()
             state.step += 1
         state.optimizer.zero_grad(set_to_none=state.set_grads_to_none)
-    state.samples += len(batch.images) * accelerator.num_processes
+    state.samples += len(batch.input_ids) * accelerator.num_processes
     return StepMetrics(loss.detach(), grad_norm, lr)

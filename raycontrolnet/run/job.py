@@ -40,6 +40,8 @@ class Job:
     start: Checkpoint | None
     """Where the run begins; after a failure it continues from its own last checkpoint."""
     use_gpu: bool
+    cached: bool
+    """Whether samples come from the latent cache."""
     threads: int | None
     """CPU threads of a worker; None leaves them."""
     trackers: tuple[str, ...]

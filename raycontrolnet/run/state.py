@@ -71,9 +71,18 @@ def _no_process_group() -> Iterator[None]:
 
 
 def build_state(
-    config: TrainConfig, plan: RunPlan, accelerator: Accelerator, checkpoint: Checkpoint | None, token: str | None
+    config: TrainConfig,
+    plan: RunPlan,
+    accelerator: Accelerator,
+    checkpoint: Checkpoint | None,
+    token: str | None,
+    *,
+    encodes: bool = True,
 ) -> TrainState:
     """The state at the start of a run, or as `checkpoint` left it.
+
+    Args:
+        encodes: whether the step encodes images; without it the VAE waits on the CPU, for validation.
 
     Raises:
         UserError: if a model or the checkpoint does not fit the settings.
@@ -86,6 +95,7 @@ def build_state(
         seed=keyed_seed(config.seed, Purpose.CONTROLNET, 0),
         token=token,
         controlnet_path=str(checkpoint.path / CONTROLNET) if checkpoint else None,
+        vae_device=None if encodes else torch.device("cpu"),
     )
     enable_memory_savers(
         components,

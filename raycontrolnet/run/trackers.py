@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from raycontrolnet.config import OutputConfig, TrainConfig
+from raycontrolnet.config import TrainConfig
+from raycontrolnet.settings import OutputConfig
 
 logger = logging.getLogger(__name__)
 

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from raycontrolnet.config import ValidationConfig
 from raycontrolnet.data.transforms import CONDITIONING_BACKGROUND, decode_rgb, resize_and_crop
 from raycontrolnet.errors import DataError
 from raycontrolnet.run.drawing import DEFAULT_SAMPLING, Sampling, build_pipeline, draw
+from raycontrolnet.settings import ValidationConfig
 
 if TYPE_CHECKING:
     from raycontrolnet.model.components import Components

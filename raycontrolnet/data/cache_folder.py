@@ -1,0 +1,138 @@
+"""A folder of whole files, on a local disk or in an object store: what the latent cache is written to."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raycontrolnet.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyarrow import fs
+
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class CacheFolder:
+    """Files that are there whole or not at all, whoever else writes. Pickles as its name."""
+
+    uri: str
+    """An absolute path, or a URI that pyarrow's file systems know, such as s3://bucket/folder."""
+
+    @property
+    def is_local(self) -> bool:
+        return "://" not in self.uri
+
+    def path(self, name: str) -> str:
+        """How messages call the file `name`."""
+        return f"{self.uri.partition('?')[0].rstrip('/')}/{name}"
+
+    def sizes(self) -> dict[str, int]:
+        """Name -> bytes of every file that is there; empty if the folder does not exist.
+
+        Raises:
+            UserError: if the folder cannot be reached.
+        """
+        from pyarrow import fs
+
+        try:
+            system, folder = _open(self.uri)
+            found = system.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+        except OSError as error:
+            raise _unreachable(self.uri, error) from None
+        files = (info for info in found if info.type == fs.FileType.File)
+        return {info.base_name: info.size for info in files if not info.base_name.endswith(PARTIAL)}
+
+    def read(self, name: str) -> bytes:
+        """The file `name`.
+
+        Raises:
+            FileNotFoundError: if there is none.
+        """
+        with self.open(name) as file:
+            return file.read()
+
+    def open(self, name: str) -> pa.NativeFile:
+        """The file `name` for random access: mapped into memory from a local disk, by ranges from an object store."""
+        import pyarrow as pa
+
+        system, folder = _open(self.uri)
+        path = f"{folder}/{name}"
+        return pa.memory_map(path) if self.is_local else system.open_input_file(path)
+
+    def write(self, name: str, data: bytes | pa.Buffer) -> None:
+        """Put the file `name` in its place. What was there before, or a reader of it, stays unharmed.
+
+        Raises:
+            OSError: if it cannot be written, as on a full disk; nothing is left of it then.
+        """
+        system, folder = _open(self.uri)
+        if not self.is_local:  # an object appears when its stream is closed without error
+            system.create_dir(folder)
+            with system.open_output_stream(f"{folder}/{name}") as stream:
+                stream.write(data)
+            return
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        partial = Path(folder, f".{name}.{uuid.uuid4().hex}{PARTIAL}")
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, Path(folder, name))
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+
+    def free_bytes(self) -> int | None:
+        """Bytes that can still be written; None if that cannot be known."""
+        import shutil
+
+        if not self.is_local:
+            return None
+        there = next(path for path in (Path(self.uri), *Path(self.uri).parents) if path.exists())
+        return shutil.disk_usage(there).free
+
+
+def cache_folder(name: str) -> CacheFolder:
+    """The folder that a path or URI names, checked to be one that can be used.
+
+    Raises:
+        UserError: if it is a file, or of a kind of store that pyarrow does not know.
+    """
+    if "://" not in name:
+        path = Path(name).expanduser().resolve()
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--latents_cache_dir={name}: is a file; name a folder")
+        return CacheFolder(str(path))
+    try:
+        _open(name)
+    except (OSError, ValueError, ImportError) as error:
+        raise _unreachable(name, error) from None
+    return CacheFolder(name)
+
+
+@lru_cache(maxsize=8)
+def _open(uri: str) -> tuple[fs.FileSystem, str]:
+    from pyarrow import fs
+
+    if "://" not in uri:
+        return fs.LocalFileSystem(), uri
+    system, path = fs.FileSystem.from_uri(uri)
+    return system, path.rstrip("/")
+
+
+def _unreachable(uri: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(
+        f"--latents_cache_dir={uri}: cannot be used ({reason}); name a folder, or a URI such as s3://bucket/folder "
+        "that this machine may read and write"
+    )

@@ -1,0 +1,128 @@
+"""The latent cache as it should be, beside what is there."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from raycontrolnet.config import TrainConfig
+from raycontrolnet.data.cache_folder import CacheFolder, cache_folder
+from raycontrolnet.data.encoding import ShardResult
+from raycontrolnet.data.latents import read_contents, read_identities
+from raycontrolnet.data.manifest import Encoding, Manifest, Shard, data_changes, plan_shards
+from raycontrolnet.data.order import SampleOrder
+from raycontrolnet.data.sources import Source
+from raycontrolnet.errors import ConfigError, DataError
+from raycontrolnet.model.vae_files import VaeFiles
+
+
+@dataclass(frozen=True)
+class LatentPlan:
+    """Which shards a run needs, and where."""
+
+    config: TrainConfig
+    source: Source
+    folder: CacheFolder
+    encoding: Encoding
+    shards: tuple[Shard, ...]
+    manifest: Manifest | None
+    """Of the complete cache that is there, whether it fits or not."""
+    posterior_bytes: int
+    """Of one sample's latents."""
+
+    @staticmethod
+    def of(config: TrainConfig, source: Source, token: str | None) -> LatentPlan:
+        """Looks at the folder, the VAE's files and the size of every image; reads no image.
+
+        Raises:
+            UserError: if folder or VAE cannot be used.
+        """
+        vae = VaeFiles.find(config, token)
+        subset = None
+        if config.max_train_samples is not None and config.max_train_samples < len(source):
+            if config.seed is None:
+                problem = f"--max_train_samples={config.max_train_samples}: needs --seed, which decides the rows"
+                raise ConfigError([problem])
+            subset = (config.seed, config.max_train_samples)
+        encoding = Encoding(vae.fingerprint, config.resolution, config.latents_dtype, subset)
+        folder = cache_folder(config.latents_cache_dir or str(_default_folder(config, encoding)))
+        manifest = Manifest.read(folder)
+        if manifest is not None and manifest.encoding == dataclasses.replace(encoding, subset=None):
+            encoding = manifest.encoding  # a cache of all rows serves a subset as well
+        order = SampleOrder(len(source), config.seed or 0, config.max_train_samples if encoding.subset else None)
+        rows: Sequence[int] = range(len(source)) if order.rows is None else sorted(order.rows.tolist())
+        shards = tuple(plan_shards(source, rows, encoding))
+        side = config.resolution // vae.factor
+        posterior_bytes = 2 * vae.latent_channels * side * side * int(config.latents_dtype.removeprefix("float")) // 8
+        return LatentPlan(config, source, folder, encoding, shards, manifest, posterior_bytes)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(len(shard.rows) for shard in self.shards)
+
+    def check_encoding(self, command: Callable[..., str]) -> None:
+        """Raise a ConfigError if the folder holds a cache of another kind; `command` makes the one that fits."""
+        if self.manifest is None or self.manifest.encoding == self.encoding:
+            return
+        differences = "; ".join(self.manifest.encoding.differences(self.encoding))
+        other = f"{self.folder.uri}-{self.encoding.resolution}px"
+        problem = (
+            f"--latents_cache_dir={self.folder.uri}: the cache there does not fit this run ({differences}). Make one "
+            f"that does in another folder:\n  {command(self.config, latents_cache_dir=other)}"
+        )
+        raise ConfigError([problem])
+
+    def changes(self) -> str | None:
+        """What changed in the data since the cache was made, in words."""
+        if self.manifest is None:
+            return None
+        return data_changes(
+            self.manifest,
+            self.shards,
+            stored=read_identities(self.folder, self.manifest.shards),
+            now=(identity for shard in self.shards for identity in self.source.identities(shard.rows)),
+        )
+
+    def survey(self) -> tuple[dict[str, ShardResult], tuple[Shard, ...]]:
+        """(what is there, by name; the shards that are missing).
+
+        A file of another size than the manifest says is missing, and so is, unless bad samples may be skipped, a shard
+        with bad samples: they may have been mended.
+        """
+        sizes = self.folder.sizes()
+        known = {} if self.manifest is None else {shard.name: shard for shard in self.manifest.shards}
+        known_bad = {} if self.manifest is None else {sample.row: sample for sample in self.manifest.bad_samples}
+        there, missing = {}, []
+        for shard in self.shards:
+            size, found = sizes.get(shard.name), None
+            if shard.name in known:
+                if size == known[shard.name].num_bytes:
+                    bad_samples = [known_bad[row] for row in shard.rows if row in known_bad]
+                    found = ShardResult(known[shard.name], bad_samples)
+            elif size is not None:
+                with suppress(DataError):  # damaged
+                    found = ShardResult(*read_contents(self.folder, shard.name, size))
+            if found is None or (found.bad_samples and self.config.on_bad_sample == "fail"):
+                missing.append(shard)
+            else:
+                there[shard.name] = found
+        return there, tuple(missing)
+
+    def stale(self) -> dict[str, int]:
+        """Name -> bytes of shards that are there and not needed: of earlier data."""
+        needed = {shard.name for shard in self.shards}
+        sizes = self.folder.sizes()
+        return {name: size for name, size in sizes.items() if name.endswith(".arrow") and name not in needed}
+
+
+def _default_folder(config: TrainConfig, encoding: Encoding) -> Path:
+    """One for each data set, model and size, named after the data."""
+    data = config.train_data_dir or config.dataset_name or ""
+    key = hashlib.blake2b(repr((data, config.dataset_config_name, encoding)).encode(), digest_size=4).hexdigest()
+    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return root / "raycontrolnet" / "latents" / f"{Path(data).name}-{encoding.resolution}px-{key}"
