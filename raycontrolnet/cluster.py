@@ -213,12 +213,18 @@ def interruptible_trainer() -> Any:
     return InterruptibleTrainer
 
 
-def terminal() -> TextIO:
-    """Standard error as it is now: `logging_to` takes the real one away from Ray."""
+@contextmanager
+def shown_on(stream: TextIO | None) -> Iterator[TextIO]:
+    """Where progress is shown: `stream`, or else standard error as it is now, for `logging_to` gives it to a file."""
     try:
-        return os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1, encoding=sys.stderr.encoding)
+        terminal = None if stream else os.dup(sys.stderr.fileno())
     except (OSError, ValueError, AttributeError):  # a test's or a notebook's, which is no file
-        return sys.stderr
+        terminal = None
+    if terminal is None:
+        yield stream or sys.stderr
+        return
+    with os.fdopen(terminal, "w", buffering=1, encoding=sys.stderr.encoding) as opened:
+        yield opened
 
 
 @contextmanager

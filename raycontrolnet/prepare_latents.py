@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TextIO
 
-from raycontrolnet.cluster import WorkerResources, logging_to, ray_session, terminal, worker_resources
+from raycontrolnet.cluster import WorkerResources, logging_to, ray_session, shown_on, worker_resources
 from raycontrolnet.config import TrainConfig, changed_settings
 from raycontrolnet.data.columns import shortened
 from raycontrolnet.data.encoding import ShardResult, load_shard
@@ -70,8 +70,12 @@ def prepare(config: TrainConfig, *, stream: TextIO | None = None) -> PrepareResu
         RunError: it failed, as on a full disk; what was written stands (exit code 1).
         Interrupted: Ctrl-C (exit code 130).
     """
+    with shown_on(stream) as shown:
+        return _prepare(config, shown)
+
+
+def _prepare(config: TrainConfig, stream: TextIO) -> PrepareResult:
     started = time.monotonic()
-    stream = stream or terminal()
     config = with_absolute_paths(config, Path(config.output_dir).expanduser().resolve())
     source, token = check_inputs(config)
     plan = LatentPlan.of(config, source, token)

@@ -25,7 +25,7 @@ from raycontrolnet.cluster import (
     interruptible_trainer,
     logging_to,
     ray_session,
-    terminal,
+    shown_on,
     worker_resources,
 )
 from raycontrolnet.config import TrainConfig, changed_settings, public_settings
@@ -84,8 +84,12 @@ def fit(config: TrainConfig, *, stream: TextIO | None = None) -> RunResult:
         RunError: the run failed; the last checkpoint stands (exit code 1).
         Interrupted: Ctrl-C; the last checkpoint stands (exit code 130).
     """
+    with shown_on(stream) as shown:
+        return _fit(config, shown)
+
+
+def _fit(config: TrainConfig, stream: TextIO) -> RunResult:
     started = time.time()
-    stream = stream or terminal()
     output_dir = Path(config.output_dir).expanduser().resolve()
     config = with_absolute_paths(config, output_dir)
     run = check(config, output_dir)

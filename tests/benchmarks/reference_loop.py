@@ -79,7 +79,9 @@ def train(args: argparse.Namespace) -> list[float]:
     text_encoder = CLIPTextModel.from_pretrained(args.base, subfolder="text_encoder").to(accelerator.device)
     vae = AutoencoderKL.from_pretrained(args.base, subfolder="vae").to(accelerator.device)
     unet = UNet2DConditionModel.from_pretrained(args.base, subfolder="unet").to(accelerator.device)
-    controlnet = ControlNetModel.from_unet(unet)
+    controlnet = (
+        ControlNetModel.from_pretrained(args.controlnet) if args.controlnet else ControlNetModel.from_unet(unet)
+    )
     for frozen in (text_encoder, vae, unet):
         frozen.requires_grad_(False)
     controlnet.train()
@@ -133,6 +135,7 @@ def train(args: argparse.Namespace) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True, help="folder of a Stable Diffusion")
+    parser.add_argument("--controlnet", type=Path, help="ControlNet to start from; by default a copy of the UNet")
     parser.add_argument("--data", type=Path, required=True, help="folder with metadata.jsonl")
     parser.add_argument("--resolution", type=int, default=256, help="pixels")
     parser.add_argument("--batch_size", type=int, default=4)
