@@ -131,6 +131,8 @@ class CacheConfig:
             yield _problem(self, "max_bad_fraction", "must be in [0, 1]")
         if self.latents_cache_dir == "":
             yield "--latents_cache_dir: must name a folder; leave it out for the default one"
+        elif self.latents_cache_dir and "@" in self.latents_cache_dir.partition("://")[2].partition("/")[0]:
+            yield "--latents_cache_dir: leave user and key out of the URI; give them in the environment of all machines"
         if self.cache_latents == "off" and self.on_bad_sample == "skip":
             yield "--on_bad_sample=skip: bad samples are found when latents are cached; leave out --cache_latents=off"
 

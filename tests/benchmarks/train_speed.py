@@ -2,9 +2,9 @@
 
     python tests/benchmarks/train_speed.py [--steps 23] [--repeats 3] [-- FLAGS OF raycontrolnet train]
 
-The three run in turns, on a base model of SD 1.5's proportions at a quarter of its width and circles of 256 pixels, with
-`--threads` CPU threads each. The cache is made beforehand: this is the steady state. Goals: images/s at least as many
-from pixels and 1.35 times as many from the cache; at most 25 s more from the command to the first update.
+The three run in turns, on a base model of SD 1.5's proportions at a quarter of its width and circles of 256 pixels,
+with `--threads` CPU threads each. The cache is made beforehand: this is the steady state. Goals: images/s at least as
+many from pixels and 1.35 times as many from the cache; at most 25 s more from the command to the first update.
 """
 
 from __future__ import annotations

@@ -1,0 +1,206 @@
+"""Training from cached latents: the same learning as from pixels, exactly resumed, without VAE or image files."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+
+from raycontrolnet import RunResult, TrainConfig, fit, prepare
+from raycontrolnet.data import transforms
+from raycontrolnet.data.manifest import Manifest
+from raycontrolnet.errors import ConfigError, UserError
+from raycontrolnet.model.components import load_components, vae_on
+
+Settings = dict[str, Any]
+
+
+@pytest.fixture
+def settings(tiny_settings: Settings, tmp_path: Path) -> Settings:
+    return tiny_settings | {"cache_latents": "on", "latents_cache_dir": str(tmp_path / "cache")}
+
+
+def run(settings: Settings, output_dir: Path, **changed: Any) -> Path:
+    fit(TrainConfig(**settings | {"output_dir": str(output_dir)} | changed))
+    return output_dir
+
+
+def losses(output_dir: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(output_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(output_dir / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("float32", 1e-5)])
+def test_the_losses_are_those_from_pixels(settings: Settings, tmp_path: Path, dtype: str, tolerance: float) -> None:
+    changed = {"max_train_steps": 50, "checkpointing_steps": 100, "proportion_empty_prompts": 0.3}
+    pixels = run(settings, tmp_path / "pixels", **changed, cache_latents="off")
+    cached = run(settings, tmp_path / "cached", **changed, latents_dtype=dtype)
+    assert len(set(losses(cached))) == 50
+    assert losses(cached) == pytest.approx(losses(pixels), rel=tolerance)
+    assert (losses(cached) == losses(pixels)) is False, "from the cache?"
+
+
+def test_resume_is_exact(settings: Settings, tmp_path: Path) -> None:
+    """Stopped after 2 of 8 updates, in the middle of an epoch."""
+    changed = {"train_batch_size": 2, "max_train_steps": 8, "checkpointing_steps": 2}
+    whole = run(settings, tmp_path / "whole", **changed)
+    parts = run(settings, tmp_path / "parts", **changed | {"max_train_steps": 2})
+    run(settings, parts, **changed, resume_from_checkpoint="latest")
+    assert losses(parts) == losses(whole)
+    first, second = weights(whole), weights(parts)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_neither_vae_nor_images_are_needed_once_the_cache_is_there(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(TrainConfig(**settings), stream=io.StringIO())
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("from the cache, nothing is encoded and no image file decoded")
+
+    monkeypatch.setattr(AutoencoderKL, "encode", never)
+    monkeypatch.setattr(transforms, "decode_rgb", never)
+    assert len(losses(run(settings, tmp_path / "out"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "cached"),
+    [
+        ({"max_train_steps": None, "num_train_epochs": 1, "train_batch_size": 13}, False),
+        ({"max_train_steps": 3}, False),  # 12 of 13 samples
+        ({"max_train_steps": 4}, True),
+        ({"max_train_steps": 2, "gradient_accumulation_steps": 2}, True),
+        ({"max_train_steps": None, "num_train_epochs": 2}, True),
+        ({"max_train_steps": 1, "cache_latents": "on"}, True),
+        ({"max_train_steps": 8, "cache_latents": "off"}, False),
+    ],
+)
+def test_auto_caches_what_is_used_more_than_once(
+    settings: Settings, tmp_path: Path, changed: Settings, cached: bool
+) -> None:
+    run({**settings, "cache_latents": "auto"}, tmp_path / "out", **changed)
+    assert (tmp_path / "cache" / "manifest.json").exists() == cached
+
+
+def test_a_longer_run_that_is_resumed_may_begin_to_cache(settings: Settings, tmp_path: Path) -> None:
+    settings |= {"cache_latents": "auto", "checkpointing_steps": 1}
+    pixels = run(settings, tmp_path / "pixels", max_train_steps=6, cache_latents="off")
+    out = run(settings, tmp_path / "out", max_train_steps=3)
+    assert losses(out) == losses(pixels)[:3]
+    run(settings, out, max_train_steps=6, resume_from_checkpoint="latest")
+    assert (tmp_path / "cache" / "manifest.json").exists()
+    assert losses(out) == pytest.approx(losses(pixels), rel=1e-3)
+
+
+def test_changed_data_is_refused_with_what_changed_and_the_command(settings: Settings, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(settings["train_data_dir"], tmp_path / "data"))
+    settings["train_data_dir"] = str(data)
+    run(settings, tmp_path / "out")
+    lines = (data / "metadata.jsonl").read_text().splitlines()
+    (data / "metadata.jsonl").write_text("\n".join([*lines, lines[0]]) + "\n")
+    with pytest.raises(UserError) as caught:
+        run(settings, tmp_path / "again")
+    message = str(caught.value)
+    assert (
+        f"the data changed since its latents were cached in {tmp_path / 'cache'}: 14 rows, 13 in the cache" in message
+    )
+    assert (
+        f"raycontrolnet prepare --pretrained_model_name_or_path {settings['pretrained_model_name_or_path']}" in message
+    )
+    prepare(TrainConfig(**settings), stream=io.StringIO())
+    run(settings, tmp_path / "again")
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_training(settings: Settings, tmp_path: Path) -> None:
+    run(settings, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"does not fit this run \(resolution: 32, not 16\)"):
+        run(settings, tmp_path / "again", resolution=16)
+    assert json.loads((tmp_path / "again" / "run.json").read_text())["status"] == "failed"
+    assert not (tmp_path / "again" / "metrics.jsonl").exists()
+
+
+def test_a_damaged_cache_ends_the_run_before_it_is_trained_on(settings: Settings, tmp_path: Path) -> None:
+    run(settings, tmp_path / "out")
+    (shard,) = (tmp_path / "cache").glob("*.arrow")
+    content = bytearray(shard.read_bytes())
+    manifest = Manifest.read(prepare_folder := _folder(tmp_path))
+    assert manifest is not None
+    posterior = load_posterior(prepare_folder, shard.name)
+    place = bytes(content).index(posterior)
+    content[place] ^= 1
+    shard.write_bytes(bytes(content))
+    with pytest.raises(UserError, match=rf"{shard}: this part of the latent cache is damaged \(the checksum of row 0"):
+        run(settings, tmp_path / "again", max_train_steps=13, train_batch_size=1)
+
+
+def _folder(tmp_path: Path) -> Any:
+    from raycontrolnet.data.cache_folder import cache_folder
+
+    return cache_folder(str(tmp_path / "cache"))
+
+
+def load_posterior(folder: Any, shard: str) -> bytes:
+    from raycontrolnet.data.latents import read_row
+
+    return read_row(folder, shard, 0, 0).posterior.tobytes()
+
+
+def test_skipped_samples_are_never_trained_on(settings: Settings, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(settings["train_data_dir"], tmp_path / "data"))
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    (data / rows[4]["image"]).write_bytes(b"")
+    shown = io.StringIO()
+    config = TrainConfig(
+        **settings
+        | {"train_data_dir": str(data), "on_bad_sample": "skip", "max_bad_fraction": 0.1, "max_train_steps": None}
+        | {"num_train_epochs": 2, "train_batch_size": 1, "output_dir": str(tmp_path / "out")}
+    )
+    result: RunResult = fit(config, stream=shown)
+    assert "latents: 12 samples, 1 bad ones skipped" in shown.getvalue()
+    assert "raycontrolnet 0.1.0: 12 samples" in shown.getvalue()
+    assert result.step == 24
+
+
+def test_validation_images_need_the_vae_and_get_it(settings: Settings, tmp_path: Path) -> None:
+    image = next(Path(settings["train_data_dir"]).glob("conditioning/*.png"))
+    validation = {"validation_prompt": "a circle", "validation_image": str(image), "num_validation_images": 1}
+    out = run(settings, tmp_path / "out", **validation, validation_steps=2)
+    assert {path.parent.name for path in out.glob("validation/*/pair-00-image-00.png")} == {
+        "step-000002",
+        "step-000004",
+    }
+
+
+def test_the_vae_is_on_the_device_only_while_it_is_needed(tiny_base: Path) -> None:
+    model = TrainConfig(pretrained_model_name_or_path=str(tiny_base), train_data_dir=".")
+    components = load_components(
+        model, device=torch.device("cpu"), dtype=torch.float32, seed=0, vae_device=torch.device("meta")
+    )
+    assert components.vae.device.type == "meta"
+    assert components.unet.device.type == "cpu"
+    components = dataclasses.replace(components, vae=AutoencoderKL.from_pretrained(tiny_base, subfolder="vae"))
+    with vae_on(components, torch.device("meta")):
+        assert components.vae.device.type == "meta"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_vae_waits_on_the_cpu(tiny_base: Path) -> None:
+    model = TrainConfig(pretrained_model_name_or_path=str(tiny_base), train_data_dir=".")
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    components = load_components(model, device=cuda, dtype=torch.float32, seed=0, vae_device=cpu)
+    assert (components.vae.device.type, components.unet.device.type) == ("cpu", "cuda")
+    with vae_on(components, cuda):
+        assert components.vae.device.type == "cuda"
+    assert components.vae.device.type == "cpu"

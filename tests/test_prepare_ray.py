@@ -1,0 +1,146 @@
+"""The encoding pass on Ray, and runs from its cache: any number of workers, and `kill -9` in the middle."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from raycontrolnet import TrainConfig, fit, prepare
+from raycontrolnet.data.manifest import SHARD_ROWS
+from raycontrolnet.demo.circles import write_circles
+from raycontrolnet.errors import RunError, UserError
+
+Settings = dict[str, Any]
+NUM_SHARDS = 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _local_ray() -> Iterator[None]:
+    import ray
+
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_circles(tmp_path_factory.mktemp("many"), NUM_SHARDS * SHARD_ROWS, resolution=16)
+
+
+@pytest.fixture
+def settings(tiny_settings: Settings, tmp_path: Path) -> Settings:
+    changed = {"num_workers": "1", "cpus_per_worker": 1.0, "cache_latents": "on"}
+    return tiny_settings | changed | {"latents_cache_dir": str(tmp_path / "cache")}
+
+
+def shards_in(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).glob("*.arrow")}
+
+
+def losses(output_dir: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def run(settings: Settings, output_dir: Path, **changed: Any) -> list[float]:
+    fit(TrainConfig(**settings | {"output_dir": str(output_dir)} | changed), stream=io.StringIO())
+    return losses(output_dir)
+
+
+def test_two_workers_learn_from_the_cache_what_one_does(settings: Settings, tmp_path: Path) -> None:
+    changed = {"max_train_steps": 8, "checkpointing_steps": 100, "proportion_empty_prompts": 0.3}
+    one = run(settings, tmp_path / "one", **changed)
+    two = run(settings, tmp_path / "two", **changed, num_workers="2", train_batch_size=2)
+    here = run(settings, tmp_path / "here", **changed, num_workers="0")
+    pixels = run(settings, tmp_path / "pixels", **changed, cache_latents="off")
+    assert two == pytest.approx(one, rel=0, abs=1e-5)
+    assert here == pytest.approx(one, rel=0, abs=1e-5)
+    assert pixels == pytest.approx(one, rel=1e-3)
+    assert pixels != one
+
+
+def test_a_pool_of_encoders_makes_what_one_process_makes(settings: Settings, many: Path, tmp_path: Path) -> None:
+    settings |= {"train_data_dir": str(many), "resolution": 16}
+    shown = io.StringIO()
+    result = prepare(TrainConfig(**settings | {"num_workers": "2"}), stream=shown)
+    assert result.num_encoded == NUM_SHARDS * SHARD_ROWS
+    here = settings | {"num_workers": "0", "latents_cache_dir": str(tmp_path / "here")}
+    prepare(TrainConfig(**here), stream=io.StringIO())
+    on_ray, in_process = shards_in(settings["latents_cache_dir"]), shards_in(here["latents_cache_dir"])
+    assert on_ray.keys() == in_process.keys()
+    assert len(on_ray) == NUM_SHARDS
+    assert on_ray == in_process
+    assert "core_worker" not in shown.getvalue()
+
+
+def test_bad_samples_are_listed_and_the_rest_is_there(settings: Settings, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(settings["train_data_dir"], tmp_path / "data"))
+    row = json.loads((data / "metadata.jsonl").read_text().splitlines()[2])
+    (data / row["conditioning_image"]).write_bytes(b"")
+    settings["train_data_dir"] = str(data)
+    with pytest.raises(UserError, match=r"metadata.jsonl:3, conditioning image: .* is empty\n1 of 13 samples cannot"):
+        run(settings, tmp_path / "out")
+    assert len(run(settings | {"on_bad_sample": "skip", "max_bad_fraction": 0.1}, tmp_path / "out")) == 4
+
+
+def test_a_vae_that_cannot_be_loaded_is_the_users_to_mend(settings: Settings, tiny_base: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    (base / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"broken")
+    settings["pretrained_model_name_or_path"] = str(base)
+    with pytest.raises(UserError, match=rf"--pretrained_model_name_or_path={base}: cannot be loaded \(vae\)"):
+        prepare(TrainConfig(**settings), stream=io.StringIO())
+
+
+def test_a_cache_that_cannot_be_written_fails_with_the_reason(settings: Settings, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    # A file name of the cache's is taken by a folder: root may write everywhere else.
+    from raycontrolnet.data.sources import open_source
+    from raycontrolnet.latent_plan import LatentPlan
+
+    config = TrainConfig(**settings)
+    (shard,) = LatentPlan.of(config, open_source(config), None).shards
+    (folder / shard.name).mkdir()
+    with pytest.raises(RunError, match=r"Encoding failed: .*cache: Is a directory\.\n0 of 13 images are cached"):
+        prepare(config, stream=io.StringIO())
+
+
+def test_killed_in_the_middle_it_goes_on(settings: Settings, many: Path) -> None:
+    """kill -9 of the driver, which takes its Ray with it; then the same command to the end."""
+    settings |= {"train_data_dir": str(many), "resolution": 16}
+    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "raycontrolnet", "prepare", *flags]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    folder = settings["latents_cache_dir"]
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, start_new_session=True
+    ) as first:
+        try:
+            while not shards_in(folder):
+                assert first.poll() is None
+                time.sleep(0.01)
+            children = psutil.Process(first.pid).children(recursive=True)
+            first.kill()
+            first.wait()
+        finally:
+            first.kill()
+    psutil.wait_procs(children, timeout=60)  # Ray's processes end when their driver has gone
+    before = shards_in(folder)
+    assert 0 < len(before) < NUM_SHARDS
+    result = prepare(TrainConfig(**settings), stream=io.StringIO())
+    assert result.num_samples == NUM_SHARDS * SHARD_ROWS
+    assert result.num_encoded == (NUM_SHARDS - len(before)) * SHARD_ROWS
+    assert {name: content for name, content in shards_in(folder).items() if name in before} == before
