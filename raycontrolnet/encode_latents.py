@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from raycontrolnet.data.encoding import EncodedShard, LoadedShard, ShardResult, 
 from raycontrolnet.data.manifest import SHARD_ROWS, Encoding, Shard
 from raycontrolnet.data.sources import Source
 from raycontrolnet.data.stream import COUNT_CPUS, LOADING_NICENESS, TASK_CPUS
+from raycontrolnet.errors import RunError, UserError
 from raycontrolnet.settings import ModelConfig
 
 if TYPE_CHECKING:
@@ -54,7 +55,14 @@ class EncodeJob:
         return load_shard(self.source, shard, self.encoding.resolution)
 
     def encode(self, loaded: LoadedShard, encoder: LatentEncoder) -> EncodedShard:
-        return with_posteriors(loaded, encoder.encode([row.image for row in loaded.rows]), self.encoding.dtype)
+        import torch
+
+        try:
+            posteriors = encoder.encode([row.image for row in loaded.rows])
+        except torch.OutOfMemoryError as error:
+            message = f"Out of GPU memory: {str(error).splitlines()[0]} Use a smaller --latents_batch_size"
+            raise RunError(message) from error
+        return with_posteriors(loaded, posteriors, self.encoding.dtype)
 
     def store(self, encoded: EncodedShard) -> ShardResult:
         return store_shard(self.folder, encoded)
@@ -84,19 +92,23 @@ def encode_on_ray(job: EncodeJob, resources: WorkerResources) -> Iterator[ShardR
             yield _boxed(job.load(job.shards[index]))
 
     class Encode:
-        def __init__(self) -> None:
+        encoder: LatentEncoder | None = None
+
+        def __call__(self, table: pa.Table) -> pa.Table:
+            job: EncodeJob = ray.get(job_ref)
+            return _boxed(_or_error(lambda: job.encode(_unboxed(table), self.encoder or self.open(job))))
+
+        def open(self, job: EncodeJob) -> LatentEncoder:
             import torch
 
             if not resources.use_gpu:
                 torch.set_num_threads(resources.threads)
-            self.job = ray.get(job_ref)
-            self.encoder = self.job.encoder(use_gpu=resources.use_gpu)
-
-        def __call__(self, table: pa.Table) -> pa.Table:
-            return _boxed(self.job.encode(_unboxed(table), self.encoder))
+            self.encoder = job.encoder(use_gpu=resources.use_gpu)
+            return self.encoder
 
     def store(table: pa.Table) -> pa.Table:
-        return _boxed(ray.get(job_ref).store(_unboxed(table)))
+        encoded = _unboxed(table)
+        return table if isinstance(encoded, Exception) else _boxed(_or_error(lambda: ray.get(job_ref).store(encoded)))
 
     fewest, most = resources.num_workers
     pool = ray.data.ActorPoolStrategy(min_size=fewest, max_size=most)
@@ -119,7 +131,18 @@ def encode_on_ray(job: EncodeJob, resources: WorkerResources) -> Iterator[ShardR
     ahead = max(MIN_STORE_BYTES, SHARDS_AHEAD * shard_bytes * most)
     dataset.context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=ahead)
     for table in dataset.iter_batches(prefetch_batches=0, **whole):
-        yield from (pickle.loads(cell.as_buffer()) for cell in table["object"])
+        result = _unboxed(table)
+        if isinstance(result, Exception):
+            raise result
+        yield result
+
+
+def _or_error(work: Callable[[], object]) -> object:
+    """What `work` returns, or the error that the driver must know of: Ray Data's own would hide its cause."""
+    try:
+        return work()
+    except (UserError, RunError, OSError) as error:
+        return error
 
 
 def _boxed(item: object) -> pa.Table:

@@ -147,6 +147,7 @@ def _complete(
     results = dict(there)
     if missing:
         assert encode is not None
+        plan.folder.remove_leftovers()
         _announce(plan, there, stream)
         # In another order than that of a second process that does the same, so that they share the work.
         shards = random.sample(missing, len(missing))
@@ -211,7 +212,7 @@ def _failures_explained(plan: LatentPlan, counter: Counter) -> Iterator[None]:
         cause = root_cause(error)
         if isinstance(cause, UserError):
             raise cause from error
-        reason = in_one_line(cause)
+        reason = str(cause) if isinstance(cause, RunError) else in_one_line(cause)
         if isinstance(cause, OSError) and cause.errno is not None:
             reason = f"{plan.folder.uri}: {cause.strerror}"
         raise RunError(

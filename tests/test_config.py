@@ -76,13 +76,19 @@ FLAGS: dict[str, tuple[str, Any]] = {
     "tracker_project_name": ("STR", "train_controlnet"),
 }
 
-RAY_FLAGS: dict[str, tuple[str, Any]] = {
+OWN_FLAGS: dict[str, tuple[str, Any]] = {
     "num_workers": ("STR", "1"),
     "use_gpu": ("BOOL", None),
     "cpus_per_worker": ("FLOAT", None),
     "accelerator_type": ("STR", None),
     "max_failures": ("INT", 3),
     "address": ("STR", None),
+    "cache_latents": ("STR", "auto"),
+    "latents_cache_dir": ("STR", None),
+    "latents_dtype": ("STR", "float16"),
+    "latents_batch_size": ("INT", 4),
+    "on_bad_sample": ("STR", "fail"),
+    "max_bad_fraction": ("FLOAT", 0.01),
 }
 
 Settings = dict[str, Any]
@@ -126,24 +132,24 @@ def help_text() -> str:
 # --- the flags ---
 
 
-def test_there_are_52_flags_and_those_of_ray() -> None:
+def test_there_are_52_flags_and_our_own() -> None:
     assert len(FLAGS) == 52
-    assert set(FLAGS) | set(RAY_FLAGS) == {setting.name for setting in dataclasses.fields(TrainConfig)}
+    assert set(FLAGS) | set(OWN_FLAGS) == {setting.name for setting in dataclasses.fields(TrainConfig)}
 
 
 def test_defaults() -> None:
     defaults = {setting.name: setting.default for setting in dataclasses.fields(TrainConfig)}
-    assert defaults == {name: default for name, (_, default) in (FLAGS | RAY_FLAGS).items()}
+    assert defaults == {name: default for name, (_, default) in (FLAGS | OWN_FLAGS).items()}
     for name, default in defaults.items():
-        kind = (FLAGS | RAY_FLAGS)[name][0]
+        kind = (FLAGS | OWN_FLAGS)[name][0]
         if default is not None:
             assert type(default) is {"STR": str, "INT": int, "FLOAT": float, "FLAG": bool}[kind]
 
 
-@pytest.mark.parametrize("name", FLAGS | RAY_FLAGS)
+@pytest.mark.parametrize("name", FLAGS | OWN_FLAGS)
 def test_a_flag_is_in_help(name: str, help_text: str) -> None:
     """With its type, what it does, and its default."""
-    kind, default = (FLAGS | RAY_FLAGS)[name]
+    kind, default = (FLAGS | OWN_FLAGS)[name]
     type_text = {
         "STRS": r"\{None\}\|\{\[STR \[STR \.\.\.\]\]\}",
         "FLAG": rf", --no_{name}",
@@ -159,7 +165,7 @@ def test_a_flag_is_in_help(name: str, help_text: str) -> None:
 
 def test_help_shows_every_docstring_and_group(help_text: str) -> None:
     docstrings = [line.strip('" ') for line in field_docstrings()]
-    assert len(docstrings) == len(FLAGS) + len(RAY_FLAGS)
+    assert len(docstrings) == len(FLAGS) + len(OWN_FLAGS)
     for docstring in docstrings:
         assert " ".join(docstring.split()) in help_text
     for group in GROUPS:
@@ -170,7 +176,7 @@ def field_docstrings() -> list[str]:
     """Those below the fields of the groups, from the source."""
     import ast
 
-    from raycontrolnet import config as module
+    from raycontrolnet import settings as module
 
     assert module.__file__ is not None
     found = []
@@ -196,16 +202,19 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "mixed_precision": (["bf16"], "bf16"),
     "report_to": (["wandb"], "wandb"),
     "num_workers": (["2:4"], "2:4"),
+    "cache_latents": (["on"], "on"),
+    "latents_dtype": (["float32"], "float32"),
+    "on_bad_sample": (["skip"], "skip"),
     "validation_image": (["IMAGE", "IMAGE"], ("IMAGE", "IMAGE")),
     "validation_prompt": (["a b"], ("a b",)),
 }
 
 
 @pytest.mark.parametrize("form", ["words", "equals", "yaml", "python"])
-@pytest.mark.parametrize("name", FLAGS | RAY_FLAGS)
+@pytest.mark.parametrize("name", FLAGS | OWN_FLAGS)
 def test_a_setting_arrives(name: str, form: str, image: str, tmp_path: Path) -> None:
     """By `--name value`, `--name=value`, YAML and Python: one name and one value."""
-    arguments, value = VALUES.get(name) or EXAMPLES[(FLAGS | RAY_FLAGS)[name][0]]
+    arguments, value = VALUES.get(name) or EXAMPLES[(FLAGS | OWN_FLAGS)[name][0]]
     arguments = [argument.replace("IMAGE", image) for argument in arguments]
     if isinstance(value, tuple):
         value = tuple(item.replace("IMAGE", image) for item in value)
@@ -244,6 +253,20 @@ LIMITS: list[tuple[Settings, str]] = [
     ),
     ({"proportion_empty_prompts": 1.5}, "--proportion_empty_prompts=1.5: must be in [0, 1]"),
     ({"proportion_empty_prompts": -0.1}, "--proportion_empty_prompts=-0.1: must be in [0, 1]"),
+    ({"cache_latents": "yes"}, "--cache_latents=yes: must be one of auto, on, off"),
+    ({"latents_dtype": "half"}, "--latents_dtype=half: must be one of float16, float32"),
+    ({"on_bad_sample": "drop"}, "--on_bad_sample=drop: must be one of fail, skip"),
+    ({"max_bad_fraction": 2}, "--max_bad_fraction=2.0: must be in [0, 1]"),
+    ({"latents_batch_size": 0}, "--latents_batch_size=0: must be at least 1"),
+    ({"latents_cache_dir": ""}, "--latents_cache_dir: must name a folder; leave it out for the default one"),
+    (
+        {"latents_cache_dir": "s3://id:key@bucket/x"},
+        "--latents_cache_dir: leave user and key out of the URI; give them in the environment of all machines",
+    ),
+    (
+        {"cache_latents": "off", "on_bad_sample": "skip"},
+        "--on_bad_sample=skip: bad samples are found when latents are cached; leave out --cache_latents=off",
+    ),
     ({"resolution": 500}, "--resolution=500: must be divisible by 8; use 496 or 504"),
     ({"resolution": 7}, "--resolution=7: must be divisible by 8; use 8"),
     ({"resolution": 0}, "--resolution=0: must be divisible by 8; use 8"),
@@ -517,5 +540,5 @@ def test_a_token_of_the_wrong_type_is_not_shown_either() -> None:
 
 def test_public_and_changed_settings() -> None:
     given = config(seed=3)
-    assert public_settings(given).keys() == (FLAGS | RAY_FLAGS).keys() - {"hub_token"}
+    assert public_settings(given).keys() == (FLAGS | OWN_FLAGS).keys() - {"hub_token"}
     assert changed_settings(given) == MINIMAL | {"seed": 3}

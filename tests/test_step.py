@@ -106,10 +106,11 @@ def test_every_input_has_a_say(components: Components) -> None:
     with torch.no_grad():
         loss = controlnet_loss(components, components.controlnet, batch, draws)
         inputs = [
-            *((batch._replace(**{name: getattr(other_batch, name)}), draws) for name in batch._fields),
+            *((batch._replace(**{name: getattr(other_batch, name)}), draws) for name in batch._fields[:-1]),
+            (batch._replace(posterior=torch.randn(2, 2, *LATENT_SHAPE)), draws),
             *((batch, draws._replace(**{name: getattr(other_draws, name)})) for name in draws._fields),
         ]
-        assert len(inputs) == 6
+        assert len(inputs) == 7
         for changed_batch, changed_draws in inputs:
             other = controlnet_loss(components, components.controlnet, changed_batch, changed_draws)
             assert (loss - other).abs().min() > 1e-6

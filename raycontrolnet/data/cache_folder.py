@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from pyarrow import fs
 
 PARTIAL = ".partial"
+LEFTOVER_AGE_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,14 @@ class CacheFolder:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
             raise
+
+    def remove_leftovers(self) -> None:
+        """Take away what killed processes left unfinished; what is young may belong to one that is at work."""
+        if self.is_local:
+            for path in Path(self.uri).glob(f".*{PARTIAL}"):
+                with suppress(OSError):
+                    if time.time() - path.stat().st_mtime > LEFTOVER_AGE_S:
+                        path.unlink()
 
     def free_bytes(self) -> int | None:
         """Bytes that can still be written; None if that cannot be known."""

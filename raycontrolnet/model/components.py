@@ -95,9 +95,11 @@ def load_components(
     )
     for module in components.frozen():
         module.requires_grad_(False).eval().to(vae_device if vae_device and module is components.vae else device)
-    # channels_last is what convolutions want; 11% off a step on a CPU (tests/benchmarks/RESULTS.md). The ControlNet's
+    if dtype != torch.float32:
+        unet.to(dtype)
+    # The layout that convolutions want: 11% off a step on a CPU (tests/benchmarks/RESULTS.md). The ControlNet's
     # activations follow, its weights stay as they are saved.
-    unet.to(dtype=dtype, memory_format=torch.channels_last)
+    unet.to(memory_format=torch.channels_last)
     components.controlnet.requires_grad_(True).train().to(device)
     if device.type == "cpu":
         for module in (unet, components.controlnet):

@@ -123,7 +123,8 @@ def epochs(folder: Path, images: int, repeats: int) -> None:
     steps = 10 * images // BATCH_SIZE
     reference = [sys.executable, str(Path(__file__).with_name("reference_loop.py")), "--base", str(folder / "base")]
     reference += ["--controlnet", str(folder / "controlnet"), "--data", str(folder / "data"), "--steps", str(steps)]
-    ours, bare = [], []
+    ours: list[float] = []
+    bare: list[float] = []
     for repeat in range(repeats):
         output = folder / f"out-{repeat}"
         flags = ["--controlnet_model_name_or_path", str(folder / "controlnet"), "--train_batch_size", str(BATCH_SIZE)]
