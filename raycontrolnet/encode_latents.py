@@ -9,6 +9,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -22,6 +23,8 @@ from raycontrolnet.errors import RunError, UserError
 from raycontrolnet.settings import ModelConfig
 
 if TYPE_CHECKING:
+    import ray
+
     from raycontrolnet.cluster import WorkerResources
     from raycontrolnet.model.latent_encoder import LatentEncoder
 
@@ -80,50 +83,26 @@ def encode_on_ray(job: EncodeJob, resources: WorkerResources) -> Iterator[ShardR
     import ray
 
     job_ref = ray.put(job)
-
-    def tickets(_: pa.Table) -> Iterator[pa.Table]:
-        for index in range(len(ray.get(job_ref).shards)):
-            yield pa.table({"shard": [index]})
-
-    def load(table: pa.Table) -> Iterator[pa.Table]:
-        os.nice(max(0, LOADING_NICENESS - os.nice(0)))
-        job = ray.get(job_ref)
-        for index in table["shard"].to_pylist():
-            yield _boxed(job.load(job.shards[index]))
-
-    class Encode:
-        encoder: LatentEncoder | None = None
-
-        def __call__(self, table: pa.Table) -> pa.Table:
-            job: EncodeJob = ray.get(job_ref)
-            return _boxed(_or_error(lambda: job.encode(_unboxed(table), self.encoder or self.open(job))))
-
-        def open(self, job: EncodeJob) -> LatentEncoder:
-            import torch
-
-            if not resources.use_gpu:
-                torch.set_num_threads(resources.threads)
-            self.encoder = job.encoder(use_gpu=resources.use_gpu)
-            return self.encoder
-
-    def store(table: pa.Table) -> pa.Table:
-        encoded = _unboxed(table)
-        return table if isinstance(encoded, Exception) else _boxed(_or_error(lambda: ray.get(job_ref).store(encoded)))
-
     fewest, most = resources.num_workers
-    pool = ray.data.ActorPoolStrategy(min_size=fewest, max_size=most)
-    actors: dict[str, Any] = {"num_cpus": resources.cpus_per_worker, "compute": pool}
+    actors: dict[str, Any] = {"num_cpus": resources.cpus_per_worker}
     if resources.use_gpu:
         actors["num_gpus"] = 1
     if resources.accelerator_type:
         actors["accelerator_type"] = resources.accelerator_type
     whole = {"batch_format": "pyarrow", "batch_size": None}
+    with_job = {"fn_kwargs": {"job_ref": job_ref}} | whole
     dataset = (
-        ray.data.from_blocks([pa.table({"stream": [0]})])
-        .map_batches(tickets, num_cpus=COUNT_CPUS, **whole)
-        .map_batches(load, num_cpus=TASK_CPUS, **whole)
-        .map_batches(Encode, **actors, **whole)
-        .map_batches(store, num_cpus=COUNT_CPUS, **whole)
+        ray.data.from_blocks([pa.table({"shards": [len(job.shards)]})])
+        .map_batches(_tickets, num_cpus=COUNT_CPUS, **whole)
+        .map_batches(_load, num_cpus=TASK_CPUS, **with_job)
+        .map_batches(
+            _Encoder,
+            compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most),
+            fn_constructor_args=(job_ref, resources),
+            **actors,
+            **whole,
+        )
+        .map_batches(_store, num_cpus=COUNT_CPUS, **with_job)
     )
     shard_bytes = SHARD_ROWS * 3 * job.encoding.resolution**2
     dataset.context.target_max_block_size = 1  # bytes: a block is cut after every shard
@@ -135,6 +114,48 @@ def encode_on_ray(job: EncodeJob, resources: WorkerResources) -> Iterator[ShardR
         if isinstance(result, Exception):
             raise result
         yield result
+
+
+def _tickets(table: pa.Table) -> Iterator[pa.Table]:
+    """A row for each shard."""
+    for index in range(table["shards"][0].as_py()):
+        yield pa.table({"shard": [index]})
+
+
+def _load(table: pa.Table, job_ref: ray.ObjectRef[EncodeJob]) -> Iterator[pa.Table]:
+    import ray
+
+    os.nice(max(0, LOADING_NICENESS - os.nice(0)))  # encoding goes first
+    job = ray.get(job_ref)
+    for index in table["shard"].to_pylist():
+        yield _boxed(job.load(job.shards[index]))
+
+
+class _Encoder:
+    """An actor with the VAE, which it loads with its first shard: what fails then is told as any other error."""
+
+    def __init__(self, job_ref: ray.ObjectRef[EncodeJob], resources: WorkerResources):
+        import ray
+
+        self.job, self.resources = ray.get(job_ref), resources
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return _boxed(_or_error(lambda: self.job.encode(_unboxed(table), self.encoder)))
+
+    @cached_property
+    def encoder(self) -> LatentEncoder:
+        import torch
+
+        if not self.resources.use_gpu:
+            torch.set_num_threads(self.resources.threads)
+        return self.job.encoder(use_gpu=self.resources.use_gpu)
+
+
+def _store(table: pa.Table, job_ref: ray.ObjectRef[EncodeJob]) -> pa.Table:
+    import ray
+
+    encoded = _unboxed(table)
+    return table if isinstance(encoded, Exception) else _boxed(_or_error(lambda: ray.get(job_ref).store(encoded)))
 
 
 def _or_error(work: Callable[[], object]) -> object:
