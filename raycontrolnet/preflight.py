@@ -127,7 +127,7 @@ def check(config: TrainConfig, output_dir: Path) -> CheckedRun:
     with _collected(problems):
         validation.check(config)
     with _collected(problems):
-        source = open_source(config, cache_dir=config.cache_dir, token=token)
+        source = open_source(config, cache_dir=config.cache_dir, token=token, skip_bad=config.on_bad_sample == "skip")
     if problems or source is None:
         raise ConfigError(problems)
     if config.seed is None:
@@ -148,7 +148,7 @@ def check_inputs(config: TrainConfig) -> tuple[Source, str | None]:
     problems = list(_local_model_problems(config))
     token, source = export.find_token(config.hub_token), None
     with _collected(problems):
-        source = open_source(config, cache_dir=config.cache_dir, token=token)
+        source = open_source(config, cache_dir=config.cache_dir, token=token, skip_bad=config.on_bad_sample == "skip")
     if problems or source is None:
         raise ConfigError(problems)
     return source, token

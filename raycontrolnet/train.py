@@ -196,7 +196,8 @@ def _with_latents(
     config = run.config
     plan = run.plan(world_size, None)
     again = plan.total_updates * plan.samples_per_update > plan.num_samples
-    if config.cache_latents == "off" or (config.cache_latents == "auto" and not again):
+    wanted = again or config.on_bad_sample == "skip"  # who is to skip must look at all before
+    if config.cache_latents == "off" or (config.cache_latents == "auto" and not wanted):
         return run
     if shared and config.latents_cache_dir is None:
         problem = "the cluster has several machines: name a folder that all of them see, or an object store's URI"

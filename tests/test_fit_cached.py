@@ -85,6 +85,7 @@ def test_neither_vae_nor_images_are_needed_once_the_cache_is_there(
         ({"max_train_steps": None, "num_train_epochs": 2}, True),
         ({"max_train_steps": 1, "cache_latents": "on"}, True),
         ({"max_train_steps": 8, "cache_latents": "off"}, False),
+        ({"max_train_steps": 1, "on_bad_sample": "skip"}, True),
     ],
 )
 def test_auto_caches_what_is_used_more_than_once(

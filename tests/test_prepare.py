@@ -327,6 +327,18 @@ def test_bad_samples_can_be_skipped_up_to_a_share(
         run(on_bad_sample="fail")
 
 
+def test_missing_files_and_empty_cells_are_bad_samples_like_others(
+    run: Prepare, data: Path, settings: Settings
+) -> None:
+    missing = spoil(data, 1)
+    missing.unlink()
+    with pytest.raises(ConfigError, match=rf"metadata.jsonl:2: image .*{missing.name}: no such file"):
+        run()
+    result = run(on_bad_sample="skip", max_bad_fraction=0.02)
+    assert [bad.row for bad in result.bad_samples] == [1]
+    assert result.bad_samples[0].reason.endswith(f"{missing}: no such file")
+
+
 def test_without_any_good_sample_nothing_is_skipped(run: Prepare, data: Path) -> None:
     for row in range(NUM_ROWS):
         spoil(data, row)

@@ -44,17 +44,20 @@ class Source(Protocol):
         """
 
 
-def open_source(data: DataConfig, *, cache_dir: str | None = None, token: str | None = None) -> Source:
+def open_source(
+    data: DataConfig, *, cache_dir: str | None = None, token: str | None = None, skip_bad: bool = False
+) -> Source:
     """The source that `data` asks for, checked with `Source.problems`.
 
     A local folder with a metadata file is read in the same way whichever flag names it; all else is for `datasets`.
-    `token` is for private data sets on the Hub, if this machine is not logged in.
+    `token` is for private data sets on the Hub, if this machine is not logged in. With `skip_bad`, rows that cannot be
+    read are no reason to stop.
 
     Raises:
         DataError: with all problems that can be seen without opening images, one per line.
     """
     source = _open(data, cache_dir, token)
-    if problems := list(source.problems()):
+    if (problems := list(source.problems())) and not (skip_bad and len(source)):
         raise DataError("\n".join(problems))
     return source
 
