@@ -18,6 +18,7 @@ from raycontrolnet.errors import ConfigError
 from raycontrolnet.settings import ClusterConfig
 
 LOCAL = "local"
+STDERR = 2
 MIN_CPU_SHARE = 0.25
 ANSWER_TIMEOUT_S = 10.0
 AUTH_TOKEN = Path("~/.ray/auth_token")
@@ -67,6 +68,8 @@ def ray_session(address: str | None) -> Iterator[None]:
     # Ray's default of 15 lets everything else on the machine go first: with two threads waiting for each other, a
     # busy neighbour then slows training tenfold. Loading tasks lower their own priority.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Ray ends processes that were idle for a second: between two batches, and a new one takes seconds to import all.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
     if ray.is_initialized():
         yield
         return
@@ -151,7 +154,7 @@ def share_out(
     if problem and node_types is None:
         raise ConfigError([problem])
     waits_for = f"the autoscaler: {problem}" if problem else None
-    one_machine = len(nodes) == 1 and not node_types
+    one_machine = len(nodes) == 1 and node_types is None
     return WorkerResources((fewest, most), use_gpu, cpus, cluster.accelerator_type, waits_for, one_machine)
 
 
@@ -216,34 +219,37 @@ def interruptible_trainer() -> Any:
 @contextmanager
 def shown_on(stream: TextIO | None) -> Iterator[TextIO]:
     """Where progress is shown: `stream`, or else standard error as it is now, for `logging_to` gives it to a file."""
-    try:
-        terminal = None if stream else os.dup(sys.stderr.fileno())
-    except (OSError, ValueError, AttributeError):  # a test's or a notebook's, which is no file
-        terminal = None
-    if terminal is None:
+    if stream not in (None, sys.stderr) or not _has_real_stderr():
         yield stream or sys.stderr
         return
-    with os.fdopen(terminal, "w", buffering=1, encoding=sys.stderr.encoding) as opened:
-        yield opened
+    encoding, errors = sys.stderr.encoding, sys.stderr.errors
+    with open(os.dup(STDERR), "w", buffering=1, encoding=encoding, errors=errors) as terminal:  # noqa: PTH123
+        yield terminal
+
+
+def _has_real_stderr() -> bool:
+    """Not a notebook's or a test's."""
+    try:
+        return sys.stderr is sys.__stderr__ and sys.stderr.fileno() == STDERR  # type: ignore[union-attr]
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 @contextmanager
 def _stderr_to(path: Path) -> Iterator[None]:
     """What is written to the process's standard error, also by Ray's C++ parts, goes to a file."""
-    try:
-        stderr = sys.stderr.fileno()
-        kept = os.dup(stderr)
-    except (OSError, ValueError, AttributeError):
+    if not _has_real_stderr():
         yield
         return
     sys.stderr.flush()
     with path.open("ab") as file:
-        os.dup2(file.fileno(), stderr)
+        kept = os.dup(STDERR)
+        os.dup2(file.fileno(), STDERR)
     try:
         yield
     finally:
         sys.stderr.flush()
-        os.dup2(kept, stderr)
+        os.dup2(kept, STDERR)
         os.close(kept)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,11 @@ import pyarrow as pa
 
 from raycontrolnet.data.cache_folder import CacheFolder
 from raycontrolnet.data.encoding import EncodedShard, LoadedShard, ShardResult, load_shard, store_shard, with_posteriors
+from raycontrolnet.data.latents import read_contents
 from raycontrolnet.data.manifest import SHARD_ROWS, Encoding, Shard
 from raycontrolnet.data.sources import Source
-from raycontrolnet.data.stream import COUNT_CPUS, LOADING_NICENESS, TASK_CPUS
-from raycontrolnet.errors import RunError, UserError
+from raycontrolnet.data.stream import COUNT_CPUS, LOADING_NICENESS, TASK_CPUS, RestWhenIdle
+from raycontrolnet.errors import DataError, RunError, root_cause
 from raycontrolnet.settings import ModelConfig
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ class EncodeJob:
     encoding: Encoding
     shards: tuple[Shard, ...]
     """Those that are missing."""
+    replaced: frozenset[str]
+    """Those of them that are there and are to be made anew."""
     model: ModelConfig
     batch_size: int
     token: str | None = field(default=None, repr=False)
@@ -54,10 +58,16 @@ class EncodeJob:
         device = torch.device("cuda" if use_gpu else "cpu")
         return LatentEncoder(self.model, device=device, batch_size=self.batch_size, token=self.token)
 
-    def load(self, shard: Shard) -> LoadedShard:
+    def load(self, shard: Shard) -> LoadedShard | ShardResult:
+        """The shard's rows; or what is stored, if another process was faster."""
+        if shard.name not in self.replaced and (size := self.folder.size(shard.name)) is not None:
+            with suppress(DataError):
+                return ShardResult(*read_contents(self.folder, shard.name, size))
         return load_shard(self.source, shard, self.encoding.resolution)
 
-    def encode(self, loaded: LoadedShard, encoder: LatentEncoder) -> EncodedShard:
+    def encode(self, loaded: LoadedShard | ShardResult, encoder: LatentEncoder) -> EncodedShard | ShardResult:
+        if isinstance(loaded, ShardResult):
+            return loaded
         import torch
 
         try:
@@ -67,8 +77,8 @@ class EncodeJob:
             raise RunError(message) from error
         return with_posteriors(loaded, posteriors, self.encoding.dtype)
 
-    def store(self, encoded: EncodedShard) -> ShardResult:
-        return store_shard(self.folder, encoded)
+    def store(self, encoded: EncodedShard | ShardResult) -> ShardResult:
+        return encoded if isinstance(encoded, ShardResult) else store_shard(self.folder, encoded)
 
 
 def encode_here(job: EncodeJob, *, use_gpu: bool) -> Iterator[ShardResult]:
@@ -107,6 +117,7 @@ def encode_on_ray(job: EncodeJob, resources: WorkerResources) -> Iterator[ShardR
     shard_bytes = SHARD_ROWS * 3 * job.encoding.resolution**2
     dataset.context.target_max_block_size = 1  # bytes: a block is cut after every shard
     dataset.context.enable_progress_bars = False
+    dataset.context.custom_execution_callback_classes = [RestWhenIdle]
     ahead = max(MIN_STORE_BYTES, SHARDS_AHEAD * shard_bytes * most)
     dataset.context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=ahead)
     for table in dataset.iter_batches(prefetch_batches=0, **whole):
@@ -128,7 +139,7 @@ def _load(table: pa.Table, job_ref: ray.ObjectRef[EncodeJob]) -> Iterator[pa.Tab
     os.nice(max(0, LOADING_NICENESS - os.nice(0)))  # encoding goes first
     job = ray.get(job_ref)
     for index in table["shard"].to_pylist():
-        yield _boxed(job.load(job.shards[index]))
+        yield _boxed(_or_error(job.load, job.shards[index]))
 
 
 class _Encoder:
@@ -140,7 +151,7 @@ class _Encoder:
         self.job, self.resources = ray.get(job_ref), resources
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        return _boxed(_or_error(lambda: self.job.encode(_unboxed(table), self.encoder)))
+        return _boxed(_or_error(lambda loaded: self.job.encode(loaded, self.encoder), _unboxed(table)))
 
     @cached_property
     def encoder(self) -> LatentEncoder:
@@ -154,16 +165,17 @@ class _Encoder:
 def _store(table: pa.Table, job_ref: ray.ObjectRef[EncodeJob]) -> pa.Table:
     import ray
 
-    encoded = _unboxed(table)
-    return table if isinstance(encoded, Exception) else _boxed(_or_error(lambda: ray.get(job_ref).store(encoded)))
+    return _boxed(_or_error(ray.get(job_ref).store, _unboxed(table)))
 
 
-def _or_error(work: Callable[[], object]) -> object:
-    """What `work` returns, or the error that the driver must know of: Ray Data's own would hide its cause."""
+def _or_error(work: Callable[[Any], object], item: object) -> object:
+    """`work(item)`, or the error of this step or of one before: Ray Data's own would hide its cause."""
+    if isinstance(item, Exception):
+        return item
     try:
-        return work()
-    except (UserError, RunError, OSError) as error:
-        return error
+        return work(item)
+    except Exception as error:  # noqa: BLE001 (the driver raises it)
+        return root_cause(error)
 
 
 def _boxed(item: object) -> pa.Table:

@@ -39,11 +39,14 @@ class Interrupted(Exception):
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The error that a worker raised, without Ray's wrapping."""
+    """The error that a worker raised, without Ray's wrapping; one of this package's own tells all that matters."""
     failures = getattr(error, "worker_failures", None)
     if failures:
         error = next(iter(failures.values()))
-    while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
+    while not isinstance(error, (UserError, RunError)):
+        cause = getattr(error, "cause", None) or error.__cause__
+        if cause is None:
+            break
         error = cause
     return error
 

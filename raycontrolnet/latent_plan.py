@@ -14,9 +14,10 @@ from raycontrolnet.config import TrainConfig
 from raycontrolnet.data.cache_folder import CacheFolder, cache_folder
 from raycontrolnet.data.encoding import ShardResult
 from raycontrolnet.data.latents import read_contents, read_identities
-from raycontrolnet.data.manifest import Encoding, Manifest, Shard, data_changes, plan_shards
+from raycontrolnet.data.manifest import BadSample, Encoding, Manifest, Shard, data_changes, plan_shards
 from raycontrolnet.data.order import SampleOrder
 from raycontrolnet.data.sources import Source
+from raycontrolnet.data.transforms import prepare_images
 from raycontrolnet.errors import ConfigError, DataError
 from raycontrolnet.model.vae_files import VaeFiles
 
@@ -50,7 +51,7 @@ class LatentPlan:
                 raise ConfigError([problem])
             subset = (config.seed, config.max_train_samples)
         encoding = Encoding(vae.fingerprint, config.resolution, config.latents_dtype, subset)
-        folder = cache_folder(config.latents_cache_dir or str(_default_folder(config, encoding)))
+        folder = _folder(config, encoding)
         manifest = Manifest.read(folder)
         if manifest is not None and manifest.encoding == dataclasses.replace(encoding, subset=None):
             encoding = manifest.encoding  # a cache of all rows serves a subset as well
@@ -70,7 +71,7 @@ class LatentPlan:
         if self.manifest is None or self.manifest.encoding == self.encoding:
             return
         differences = "; ".join(self.manifest.encoding.differences(self.encoding))
-        other = f"{self.folder.uri}-{self.encoding.resolution}px"
+        other = f"{self.folder.name}-{self.encoding.resolution}px"
         problem = (
             f"--latents_cache_dir={self.folder.uri}: the cache there does not fit this run ({differences}). Make one "
             f"that does in another folder:\n  {command(self.config, latents_cache_dir=other)}"
@@ -91,8 +92,8 @@ class LatentPlan:
     def survey(self) -> tuple[dict[str, ShardResult], tuple[Shard, ...]]:
         """(what is there, by name; the shards that are missing).
 
-        A file of another size than the manifest says is missing, and so is, unless bad samples may be skipped, a shard
-        with bad samples: they may have been mended.
+        A file of another size than the manifest says is missing, and so is a shard with a bad sample that is one no
+        longer.
         """
         sizes = self.folder.sizes()
         known = {} if self.manifest is None else {shard.name: shard for shard in self.manifest.shards}
@@ -107,17 +108,35 @@ class LatentPlan:
             elif size is not None:
                 with suppress(DataError):  # damaged
                     found = ShardResult(*read_contents(self.folder, shard.name, size))
-            if found is None or (found.bad_samples and self.config.on_bad_sample == "fail"):
+            if found is None or not all(self._is_bad(sample) for sample in found.bad_samples):
                 missing.append(shard)
             else:
                 there[shard.name] = found
         return there, tuple(missing)
+
+    def _is_bad(self, sample: BadSample) -> bool:
+        """Whether a bad sample still is one: it may have been mended, or a disk have been away."""
+        try:
+            prepare_images(self.source.read(sample.row), self.config.resolution)
+        except DataError:
+            return True
+        return False
 
     def stale(self) -> dict[str, int]:
         """Name -> bytes of shards that are there and not needed: of earlier data."""
         needed = {shard.name for shard in self.shards}
         sizes = self.folder.sizes()
         return {name: size for name, size in sizes.items() if name.endswith(".arrow") and name not in needed}
+
+
+def _folder(config: TrainConfig, encoding: Encoding) -> CacheFolder:
+    """Where the cache is or will be; without a setting, a complete one of all rows is preferred to one of a subset."""
+    if config.latents_cache_dir is not None:
+        return cache_folder(config.latents_cache_dir)
+    whole = CacheFolder(str(_default_folder(config, dataclasses.replace(encoding, subset=None))))
+    if encoding.subset is None or Manifest.read(whole) is None:
+        return cache_folder(str(_default_folder(config, encoding)))
+    return whole
 
 
 def _default_folder(config: TrainConfig, encoding: Encoding) -> Path:

@@ -51,6 +51,8 @@ class CheckedRun:
     """Where samples come from, if not from the source's pixels."""
     bad_rows: tuple[int, ...] = ()
     """Those that the cache left out."""
+    random_subset: bool = False
+    """Whether max_train_samples takes other rows in every run, because no seed was given."""
     run_id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
@@ -89,6 +91,7 @@ class CheckedRun:
             facts={
                 "settings": public_settings(config),
                 "data": self.source.fingerprint(),
+                "left_out": list(self.bad_rows),
                 "versions": versions(),
             },
             token=self.token,
@@ -130,13 +133,14 @@ def check(config: TrainConfig, output_dir: Path) -> CheckedRun:
         source = open_source(config, cache_dir=config.cache_dir, token=token, skip_bad=config.on_bad_sample == "skip")
     if problems or source is None:
         raise ConfigError(problems)
+    random_subset = config.seed is None and start is None and (config.max_train_samples or len(source)) < len(source)
     if config.seed is None:
         config = dataclasses.replace(config, seed=start.seed if start else secrets.randbelow(2**31))
     if start is not None:
         for what, now in (("seed", config.seed), ("data", source.fingerprint())):
             if start.manifest[what] != now:
                 logger.warning("%s was made with another %s: the order of samples changes", start.path, what)
-    return CheckedRun(config, output_dir, source, start, token)
+    return CheckedRun(config, output_dir, source, start, token, random_subset=random_subset)
 
 
 def check_inputs(config: TrainConfig) -> tuple[Source, str | None]:
@@ -148,7 +152,7 @@ def check_inputs(config: TrainConfig) -> tuple[Source, str | None]:
     problems = list(_local_model_problems(config))
     token, source = export.find_token(config.hub_token), None
     with _collected(problems):
-        source = open_source(config, cache_dir=config.cache_dir, token=token, skip_bad=config.on_bad_sample == "skip")
+        source = open_source(config, cache_dir=config.cache_dir, token=token, skip_bad=True)
     if problems or source is None:
         raise ConfigError(problems)
     return source, token

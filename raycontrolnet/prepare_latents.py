@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import random
 import shlex
 import tempfile
@@ -27,7 +28,7 @@ from raycontrolnet.data.manifest import BadSample, Manifest, Shard
 from raycontrolnet.encode_latents import EncodeJob, encode_here, encode_on_ray
 from raycontrolnet.errors import ConfigError, DataError, Interrupted, RunError, UserError, in_one_line, root_cause
 from raycontrolnet.latent_plan import LatentPlan
-from raycontrolnet.preflight import check_device, check_inputs, versions, with_absolute_paths
+from raycontrolnet.preflight import check_inputs, versions, with_absolute_paths
 from raycontrolnet.run.counter import Counter
 from raycontrolnet.settings import CacheConfig, DataConfig, ModelConfig
 
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 SAMPLED_SHARD_ROWS = 4
 """Rows whose conditioning images are compressed to estimate the cache's size."""
 SHOWN_STALE = 5
+SEVERAL_MACHINES = "the cluster has several machines: name a folder that all of them see, or an object store's URI"
 BAD_SAMPLES_FILE = "bad_samples.txt"
 
 Encode = Callable[[EncodeJob], Iterator[ShardResult]]
@@ -83,7 +85,7 @@ def _prepare(config: TrainConfig, stream: TextIO) -> PrepareResult:
     if changes := plan.changes():
         stream.write(f"latents: the data changed since ({changes}); what is new will be encoded\n")
     there, missing = plan.survey()
-    with logging_to(_log_file(plan)):
+    with logging_to(_file_for(plan, "prepare.log")):
         if not missing:
             manifest = _complete(plan, there, (), None, token, stream)
         elif config.worker_range == (0, 0):
@@ -91,7 +93,8 @@ def _prepare(config: TrainConfig, stream: TextIO) -> PrepareResult:
         else:
             with ray_session(config.address):
                 resources = worker_resources(config)
-                check_device(config, use_gpu=resources.use_gpu, has_gpu=resources.use_gpu)
+                if not resources.one_machine and config.latents_cache_dir is None:
+                    raise ConfigError([f"--latents_cache_dir: {SEVERAL_MACHINES}"])
                 manifest = _complete(plan, there, missing, on_ray(resources), token, stream)
     return PrepareResult(
         folder=plan.folder.uri,
@@ -125,6 +128,8 @@ def here(config: TrainConfig) -> Encode:
         import torch
 
         use_gpu = torch.cuda.is_available() if config.use_gpu is None else config.use_gpu
+        if use_gpu and not torch.cuda.is_available():
+            raise ConfigError(["--use_gpu=True: there is no GPU here; leave the flag out to encode on the CPU"])
         return encode_here(job, use_gpu=use_gpu)
 
     return encode
@@ -149,7 +154,7 @@ def _complete(
         assert encode is not None
         plan.folder.remove_leftovers()
         _announce(plan, there, stream)
-        # In another order than that of a second process that does the same, so that they share the work.
+        # In another order than that of a second process at work on the same, whose shards are not made again.
         shards = random.sample(missing, len(missing))
         job = EncodeJob(
             source=plan.source,
@@ -157,6 +162,7 @@ def _complete(
             encoding=plan.encoding,
             shards=tuple(shards),
             model=dataclasses.replace(plan.config, hub_token=None),
+            replaced=frozenset(shard.name for shard in missing if shard.name in plan.folder.sizes()),
             batch_size=plan.config.latents_batch_size,
             token=token,
         )
@@ -168,7 +174,11 @@ def _complete(
                 counter.advance(result.stored.num_rows + len(result.bad_samples))
     manifest = _manifest(plan, [results[shard.name] for shard in plan.shards])
     if manifest != plan.manifest:
-        manifest.write(plan.folder)
+        _check_all_is_there(plan, manifest)
+        try:
+            manifest.write(plan.folder)
+        except OSError as error:
+            raise RunError(f"{plan.folder.name} cannot be written to: {error.strerror or error}") from error
     _report(plan, manifest, stream)
     return manifest
 
@@ -182,7 +192,7 @@ def _manifest(plan: LatentPlan, results: list[ShardResult]) -> Manifest:
     bad = tuple(sample for result in results for sample in result.bad_samples)
     allowed = int(plan.config.max_bad_fraction * plan.num_rows) if plan.config.on_bad_sample == "skip" else 0
     if len(bad) > allowed or len(bad) == plan.num_rows:
-        file = _log_file(plan).with_name(BAD_SAMPLES_FILE)
+        file = _file_for(plan, BAD_SAMPLES_FILE)
         file.write_text("".join(f"{sample.reason}\n" for sample in bad), encoding="utf-8")
         lines = shortened([sample.reason for sample in bad], f"bad samples (the whole list: {file})")
         limit = (
@@ -200,6 +210,17 @@ def _manifest(plan: LatentPlan, results: list[ShardResult]) -> Manifest:
     return Manifest(plan.encoding, stored, bad, previous)
 
 
+def _check_all_is_there(plan: LatentPlan, manifest: Manifest) -> None:
+    """Raise a UserError if what other machines say they wrote is not in the folder that this one sees."""
+    sizes = plan.folder.sizes()
+    absent = [shard.name for shard in manifest.shards if sizes.get(shard.name) != shard.num_bytes]
+    if absent:
+        raise UserError(
+            f"--latents_cache_dir={plan.folder.name}: {len(absent):,} of the {len(manifest.shards):,} files that were "
+            "written are not there: other machines see another folder of that name. Name one on storage that all share"
+        )
+
+
 @contextmanager
 def _failures_explained(plan: LatentPlan, counter: Counter) -> Iterator[None]:
     """Turn whatever ends the encoding early into one paragraph that says what stands and how to go on."""
@@ -213,11 +234,7 @@ def _failures_explained(plan: LatentPlan, counter: Counter) -> Iterator[None]:
         if isinstance(cause, UserError):
             raise cause from error
         reason = str(cause) if isinstance(cause, RunError) else in_one_line(cause)
-        if isinstance(cause, OSError) and cause.errno is not None:
-            reason = f"{plan.folder.uri}: {cause.strerror}"
-        raise RunError(
-            f"Encoding failed: {reason}.\n{_how_to_go_on(plan, counter)} Details: {_log_file(plan)}"
-        ) from error
+        raise RunError(f"Encoding failed: {reason}.\n{_how_to_go_on(plan, counter)}") from error
     finally:
         counter.close()
 
@@ -279,11 +296,11 @@ def prepare_command(config: TrainConfig, **others: Any) -> str:
     )
 
 
-def _log_file(plan: LatentPlan) -> Path:
-    if not plan.folder.is_local:
-        return Path(tempfile.gettempdir()) / "raycontrolnet-prepare.log"
-    Path(plan.folder.uri).mkdir(parents=True, exist_ok=True)
-    return Path(plan.folder.uri) / "prepare.log"
+def _file_for(plan: LatentPlan, name: str) -> Path:
+    """A file for people: in the cache's folder, or where that cannot be written with the temporary ones."""
+    if plan.folder.is_local and os.access(plan.folder.uri, os.W_OK):
+        return Path(plan.folder.uri) / name
+    return Path(tempfile.mkdtemp(prefix="raycontrolnet-")) / name
 
 
 def _size(num_bytes: float) -> str:

@@ -45,6 +45,14 @@ def _one_of(config: Any, name: str, choices: tuple[str, ...]) -> Problems:
         yield _problem(config, name, f"must be one of {', '.join(choices)}{hint}")
 
 
+def _holds_secret(uri: str) -> bool:
+    """Whether a URI has a password, or an option that looks like a key: settings are written to files."""
+    authority, _, options = uri.partition("://")[2].partition("?")
+    user = authority.partition("/")[0].rpartition("@")[0]
+    words = ("secret", "token", "key", "password", "sig", "credential")
+    return ":" in user or any(word in options.lower() for word in words)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Model"""
@@ -131,8 +139,8 @@ class CacheConfig:
             yield _problem(self, "max_bad_fraction", "must be in [0, 1]")
         if self.latents_cache_dir == "":
             yield "--latents_cache_dir: must name a folder; leave it out for the default one"
-        elif self.latents_cache_dir and "@" in self.latents_cache_dir.partition("://")[2].partition("/")[0]:
-            yield "--latents_cache_dir: leave user and key out of the URI; give them in the environment of all machines"
+        elif self.latents_cache_dir and _holds_secret(self.latents_cache_dir):
+            yield "--latents_cache_dir: leave keys and tokens out of the URI; put them into the machines' environment"
         if self.cache_latents == "off" and self.on_bad_sample == "skip":
             yield "--on_bad_sample=skip: bad samples are found when latents are cached; leave out --cache_latents=off"
 

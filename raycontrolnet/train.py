@@ -33,7 +33,7 @@ from raycontrolnet.data.stream import execution_options, ray_dataset
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError, in_one_line, root_cause
 from raycontrolnet.latent_plan import LatentPlan
 from raycontrolnet.preflight import CheckedRun, check, check_device, versions, with_absolute_paths
-from raycontrolnet.prepare_latents import Encode, cache_for_run, here, on_ray
+from raycontrolnet.prepare_latents import SEVERAL_MACHINES, Encode, cache_for_run, here, on_ray
 from raycontrolnet.run import checkpoint as checkpoints
 from raycontrolnet.run import export
 from raycontrolnet.run.job import LOG, Job, begin, end, read_failure
@@ -200,13 +200,20 @@ def _with_latents(
     if config.cache_latents == "off" or (config.cache_latents == "auto" and not wanted):
         return run
     if shared and config.latents_cache_dir is None:
-        problem = "the cluster has several machines: name a folder that all of them see, or an object store's URI"
+        if config.cache_latents == "on" or config.on_bad_sample == "skip":
+            raise ConfigError([f"--latents_cache_dir: {SEVERAL_MACHINES}"])
+        stream.write(f"latents: not cached; to train faster, give --latents_cache_dir ({SEVERAL_MACHINES})\n")
+        return run
+    if run.random_subset:
         if config.cache_latents == "on":
-            raise ConfigError([f"--latents_cache_dir: {problem}"])
-        stream.write(f"latents: not cached; to train faster, give --latents_cache_dir ({problem})\n")
+            raise ConfigError([f"--max_train_samples={config.max_train_samples}: needs --seed, to cache these rows"])
+        stream.write("latents: not cached, because --max_train_samples draws other rows without --seed\n")
         return run
     cache, manifest = cache_for_run(LatentPlan.of(config, run.source, run.token), encode, run.token, stream)
-    return dataclasses.replace(run, cache=cache, bad_rows=tuple(sample.row for sample in manifest.bad_samples))
+    run = dataclasses.replace(run, cache=cache, bad_rows=tuple(sample.row for sample in manifest.bad_samples))
+    if run.start is not None and run.start.manifest.get("left_out", []) != list(run.bad_rows):
+        logger.warning("%s was made with other bad samples left out: the order of samples changes", run.start.path)
+    return run
 
 
 def _resources_per_worker(resources: WorkerResources) -> dict[str, float]:

@@ -261,7 +261,11 @@ LIMITS: list[tuple[Settings, str]] = [
     ({"latents_cache_dir": ""}, "--latents_cache_dir: must name a folder; leave it out for the default one"),
     (
         {"latents_cache_dir": "s3://id:key@bucket/x"},
-        "--latents_cache_dir: leave user and key out of the URI; give them in the environment of all machines",
+        "--latents_cache_dir: leave keys and tokens out of the URI; put them into the machines' environment",
+    ),
+    (
+        {"latents_cache_dir": "abfss://box@account.dfs.core.windows.net/x?sas_token=abc"},
+        "--latents_cache_dir: leave keys and tokens out of the URI; put them into the machines' environment",
     ),
     (
         {"cache_latents": "off", "on_bad_sample": "skip"},

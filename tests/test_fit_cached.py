@@ -215,3 +215,25 @@ def test_on_a_gpu_the_vae_waits_on_the_cpu(tiny_base: Path) -> None:
     with vae_on(components, cuda):
         assert components.vae.device.type == "cuda"
     assert components.vae.device.type == "cpu"
+
+
+def test_a_random_subset_is_not_cached_again_and_again(settings: Settings, tmp_path: Path) -> None:
+    settings |= {"max_train_samples": 5, "seed": None}
+    with pytest.raises(ConfigError, match="--max_train_samples=5: needs --seed, to cache these rows"):
+        run(settings, tmp_path / "out")
+    run(settings, tmp_path / "auto", cache_latents="auto")
+    assert not (tmp_path / "cache" / "manifest.json").exists()
+    run(settings, tmp_path / "seeded", cache_latents="auto", seed=1)
+    assert (tmp_path / "cache" / "manifest.json").exists()
+
+
+def test_going_on_with_other_samples_left_out_is_told(settings: Settings, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(settings["train_data_dir"], tmp_path / "data"))
+    row = json.loads((data / "metadata.jsonl").read_text().splitlines()[4])
+    content = (data / row["image"]).read_bytes()
+    (data / row["image"]).write_bytes(b"x" * len(content))
+    settings |= {"train_data_dir": str(data), "on_bad_sample": "skip", "max_bad_fraction": 0.1}
+    out = run(settings, tmp_path / "out", max_train_steps=2)
+    (data / row["image"]).write_bytes(content)
+    run(settings, out, resume_from_checkpoint="latest")
+    assert "was made with other bad samples left out" in (out / "run.log").read_text()

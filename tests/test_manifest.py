@@ -161,4 +161,4 @@ def test_rows_of_a_saved_selection_and_of_embedded_images_are_told_apart(data: P
     assert identities[1] == identities[0]
     assert identities[2] == [identities[0][4], identities[0][1]]
     first = json.loads(identities[0][0])
-    assert first[0] == [Path(rows[0]["image"]).name, len(columns["image"][0]["bytes"])]
+    assert first[0] == ["image", Path(rows[0]["image"]).name, len(columns["image"][0]["bytes"])]

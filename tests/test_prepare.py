@@ -195,7 +195,9 @@ def test_a_full_disk_leaves_what_is_whole(run: Prepare, settings: Settings, monk
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        with pytest.raises(RunError, match=r"cache: No space left on device\.\n.* images are cached and stand"):
+        with pytest.raises(
+            RunError, match=r"cache cannot be written to: No space left on device\.\n.* images are cached"
+        ):
             run()
     assert len(shards_in(settings["latents_cache_dir"])) == 2
     assert run().num_samples == NUM_ROWS
@@ -265,7 +267,9 @@ def test_changed_data_is_told_and_only_what_is_new_is_encoded(
     assert cache_of(settings).read(SHARD_ROWS).captions == ("another caption",)
 
 
-def test_bad_samples_fail_at_the_end_with_the_whole_list(run: Prepare, data: Path, settings: Settings) -> None:
+def test_bad_samples_fail_at_the_end_with_the_whole_list(
+    run: Prepare, data: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken, empty = spoil(data, 1), spoil(data, NUM_ROWS - 1, b"")
     with pytest.raises(DataError) as caught:
         run()
@@ -278,13 +282,19 @@ def test_bad_samples_fail_at_the_end_with_the_whole_list(run: Prepare, data: Pat
         "The others are cached"
     )
     assert Manifest.read(CacheFolder(settings["latents_cache_dir"])) is None
+    monkeypatch.setattr(LatentEncoder, "encode", no_encoding)
+    with pytest.raises(DataError, match="2 of 70 samples cannot be used"):
+        run()
+    monkeypatch.undo()
     # mended: only their shards are made again
     for path in (broken, empty):
         Image.new("RGB", (16, 16), "red").save(path)
     assert run().num_encoded == SHARD_ROWS + 6
 
 
-def test_bad_samples_that_were_mended_without_a_trace_are_looked_at_again(run: Prepare, data: Path) -> None:
+def test_bad_samples_that_were_mended_without_a_trace_are_looked_at_again(
+    run: Prepare, data: Path, settings: Settings
+) -> None:
     image = spoil(data, 1)
     image.chmod(0o000)
     content = io.BytesIO()
@@ -295,6 +305,8 @@ def test_bad_samples_that_were_mended_without_a_trace_are_looked_at_again(run: P
         run()
     image.write_bytes(content.getvalue())  # of the same size
     assert run().num_samples == NUM_ROWS
+    assert cache_of(settings).read(1).row == 1
+    assert cache_of(settings).read(5).row == 5  # the file that is read is the new one
 
 
 def test_many_bad_samples_are_listed_in_a_file(run: Prepare, data: Path, settings: Settings) -> None:
@@ -332,7 +344,7 @@ def test_missing_files_and_empty_cells_are_bad_samples_like_others(
 ) -> None:
     missing = spoil(data, 1)
     missing.unlink()
-    with pytest.raises(ConfigError, match=rf"metadata.jsonl:2: image .*{missing.name}: no such file"):
+    with pytest.raises(DataError, match=rf"metadata.jsonl:2, image: {missing}: no such file\n1 of 70 samples cannot"):
         run()
     result = run(on_bad_sample="skip", max_bad_fraction=0.02)
     assert [bad.row for bad in result.bad_samples] == [1]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from raycontrolnet.data.records import PreparedRow
@@ -113,7 +114,12 @@ def test_start_and_memory_do_not_grow_with_the_run(tmp_path: Path) -> None:
     assert time.monotonic() - start < 40
     time.sleep(4)
     loaded = len(list(tmp_path.iterdir()))
+    coordinator = next(
+        process for process in psutil.Process().children(recursive=True) if process.name().startswith("ray::SplitCoord")
+    )
+    before = sum(coordinator.cpu_times()[:2])
     time.sleep(4)
+    assert sum(coordinator.cpu_times()[:2]) - before < 4 * 0.3, "Ray Data's loop turns without pause"
     assert loaded == len(list(tmp_path.iterdir())), "loading goes on without bounds"
     assert 2 <= loaded <= MIN_READ_AHEAD_BYTES / BATCH_BYTES
     assert [next(batches)[0].sample_index for _ in range(3)] == [4, 8, 12]

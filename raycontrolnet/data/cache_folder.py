@@ -32,9 +32,14 @@ class CacheFolder:
     def is_local(self) -> bool:
         return "://" not in self.uri
 
+    @property
+    def name(self) -> str:
+        """How messages call the folder."""
+        return self.uri.partition("?")[0].rstrip("/")
+
     def path(self, name: str) -> str:
         """How messages call the file `name`."""
-        return f"{self.uri.partition('?')[0].rstrip('/')}/{name}"
+        return f"{self.name}/{name}"
 
     def sizes(self) -> dict[str, int]:
         """Name -> bytes of every file that is there; empty if the folder does not exist.
@@ -48,9 +53,17 @@ class CacheFolder:
             system, folder = _open(self.uri)
             found = system.get_file_info(fs.FileSelector(folder, allow_not_found=True))
         except OSError as error:
-            raise _unreachable(self.uri, error) from None
+            raise unreachable(self.uri, error) from None
         files = (info for info in found if info.type == fs.FileType.File)
         return {info.base_name: info.size for info in files if not info.base_name.endswith(PARTIAL)}
+
+    def size(self, name: str) -> int | None:
+        """Bytes of the file `name`; None if there is none."""
+        from pyarrow import fs
+
+        system, folder = _open(self.uri)
+        info = system.get_file_info(f"{folder}/{name}")
+        return info.size if info.type == fs.FileType.File else None
 
     def read(self, name: str) -> bytes:
         """The file `name`.
@@ -118,15 +131,20 @@ def cache_folder(name: str) -> CacheFolder:
     Raises:
         UserError: if it is a file, or of a kind of store that pyarrow does not know.
     """
+    name = name.removeprefix("file://")
     if "://" not in name:
         path = Path(name).expanduser().resolve()
         if path.exists() and not path.is_dir():
             raise UserError(f"--latents_cache_dir={name}: is a file; name a folder")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unreachable(name, error) from None
         return CacheFolder(str(path))
     try:
         _open(name)
     except (OSError, ValueError, ImportError) as error:
-        raise _unreachable(name, error) from None
+        raise unreachable(name, error) from None
     return CacheFolder(name)
 
 
@@ -140,9 +158,10 @@ def _open(uri: str) -> tuple[fs.FileSystem, str]:
     return system, path.rstrip("/")
 
 
-def _unreachable(uri: str, error: Exception) -> UserError:
+def unreachable(uri: str, error: Exception) -> UserError:
+    """What the user is told of a folder that cannot be used."""
     reason = " ".join(str(error).split())[:200]
     return UserError(
-        f"--latents_cache_dir={uri}: cannot be used ({reason}); name a folder, or a URI such as s3://bucket/folder "
-        "that this machine may read and write"
+        f"--latents_cache_dir={uri.partition('?')[0]}: cannot be used ({reason}); name a folder, or a URI such as "
+        "s3://bucket/folder that this machine may read and write"
     )

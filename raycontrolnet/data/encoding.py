@@ -14,7 +14,7 @@ from raycontrolnet.data.manifest import BadSample, Shard, StoredShard
 from raycontrolnet.data.records import EncodedRow, UInt8Image
 from raycontrolnet.data.sources import Source
 from raycontrolnet.data.transforms import prepare_images
-from raycontrolnet.errors import DataError
+from raycontrolnet.errors import DataError, RunError
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,11 @@ def store_shard(folder: CacheFolder, encoded: EncodedShard) -> ShardResult:
     """Write the shard's file, whole or not at all.
 
     Raises:
-        OSError: if it cannot be written, as on a full disk.
+        RunError: if it cannot be written, as on a full disk.
     """
     data = shard_bytes(encoded.rows, encoded.bad_samples)
-    folder.write(encoded.shard.name, data)
+    try:
+        folder.write(encoded.shard.name, data)
+    except OSError as error:
+        raise RunError(f"{folder.name} cannot be written to: {error.strerror or error}") from error
     return ShardResult(StoredShard(encoded.shard.name, len(encoded.rows), data.size), encoded.bad_samples)

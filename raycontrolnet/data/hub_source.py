@@ -104,7 +104,11 @@ class HubSource:
         identity = (name, self.num_rows, [(column, str(dataset.features[column])) for column in columns])
         digest = hashlib.sha256(repr(identity).encode())
         for row in range(0, self.num_rows, max(1, self.num_rows // _FINGERPRINT_ROWS)):
-            values = self.read(row)
+            try:
+                values = self.read(row)
+            except DataError as error:  # a bad sample, which may be skipped
+                digest.update(str(error).encode())
+                continue
             for value in (values.image, values.conditioning_image):  # the cache's paths differ between machines
                 digest.update(value if isinstance(value, bytes) else Path(value).name.encode())
             digest.update(repr(values.captions).encode())
@@ -118,7 +122,7 @@ class HubSource:
         table = dataset.data
         for place in places:
             images = [
-                _image_identity(table.column(name)[place], self.location.folder)
+                (name, *_image_identity(table.column(name)[place], self.location.folder))
                 for name in (self.columns.image, self.columns.conditioning_image)
             ]
             yield json.dumps([*images, table.column(self.columns.caption)[place].as_py()])

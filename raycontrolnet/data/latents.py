@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -147,11 +148,11 @@ def read_row(folder: CacheFolder, shard: str, slot: int, row: int) -> EncodedRow
         DataError: if the shard is damaged or gone.
     """
     with _naming(folder, shard):
-        batch = _reader(folder, shard).get_batch(slot)
-        batch.validate(full=True)
-        values = {name: batch.column(name)[0].as_py() for name in batch.schema.names}
-        if values["row"] != row or values.pop("checksum") != _checksum(values):
-            raise pa.ArrowInvalid(f"the checksum of row {row} is wrong")
+        try:
+            values = _verified(_reader(folder, shard), slot, row)
+        except (pa.ArrowException, OSError, ValueError, IndexError):
+            _reader.cache_clear()  # the file may have been made anew since it was opened
+            values = _verified(_reader(folder, shard), slot, row)
     return EncodedRow(
         row=row,
         posterior=np.frombuffer(values["posterior"], values["dtype"]).reshape(values["shape"]),
@@ -161,6 +162,15 @@ def read_row(folder: CacheFolder, shard: str, slot: int, row: int) -> EncodedRow
     )
 
 
+def _verified(reader: pa.RecordBatchFileReader, slot: int, row: int) -> dict[str, Any]:
+    batch = reader.get_batch(slot)
+    batch.validate(full=True)
+    values = {name: batch.column(name)[0].as_py() for name in batch.schema.names}
+    if values["row"] != row or values.pop("checksum") != _checksum(values):
+        raise pa.ArrowInvalid(f"the checksum of row {row} is wrong")
+    return values
+
+
 def read_contents(folder: CacheFolder, shard: str, num_bytes: int) -> tuple[StoredShard, list[BadSample]]:
     """What a shard that is there holds, from its index alone.
 
@@ -168,7 +178,7 @@ def read_contents(folder: CacheFolder, shard: str, num_bytes: int) -> tuple[Stor
         DataError: if the shard is damaged or gone.
     """
     with _naming(folder, shard):
-        reader = _reader(folder, shard)
+        reader = pa.ipc.open_file(folder.open(shard))
         bad = [BadSample(*values) for values in json.loads((reader.schema.metadata or {})[_BAD_SAMPLES])]
         return StoredShard(shard, reader.num_record_batches, num_bytes), bad
 
@@ -177,7 +187,7 @@ def read_identities(folder: CacheFolder, shards: Sequence[StoredShard]) -> Itera
     """The identity of every row in `shards`; what is damaged or gone is passed over."""
     for shard in shards:
         try:
-            reader = _reader(folder, shard.name)
+            reader = pa.ipc.open_file(folder.open(shard.name))
             for slot in range(reader.num_record_batches):
                 yield reader.get_batch(slot).column("identity")[0].as_py()
         except (pa.ArrowException, OSError):

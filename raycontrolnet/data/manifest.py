@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raycontrolnet.data.cache_folder import CacheFolder
+from raycontrolnet.data.cache_folder import CacheFolder, unreachable
 from raycontrolnet.data.sources import Source
 from raycontrolnet.data.transforms import TRANSFORMS_VERSION
 
@@ -107,7 +107,11 @@ class Manifest:
 
     @staticmethod
     def read(folder: CacheFolder) -> Manifest | None:
-        """The manifest of a complete cache; None if there is none that this version can read."""
+        """The manifest of a complete cache; None if there is none that this version can read.
+
+        Raises:
+            UserError: if the folder cannot be reached.
+        """
         try:
             values: dict[str, Any] = json.loads(folder.read(MANIFEST))
             encoding = values["encoding"]
@@ -118,8 +122,10 @@ class Manifest:
                 bad_samples=tuple(BadSample(**bad) for bad in values["bad_samples"]),
                 versions=values["versions"],
             )
-        except (OSError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
+        except OSError as error:
+            raise unreachable(folder.uri, error) from None
 
 
 def data_changes(manifest: Manifest, shards: Sequence[Shard], stored: Iterator[str], now: Iterator[str]) -> str | None:

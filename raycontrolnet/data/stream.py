@@ -8,6 +8,7 @@ generator makes the blocks' indices as they are needed: start-up and memory do n
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -209,7 +210,40 @@ def ray_dataset(
     )
     dataset.context.target_max_block_size = 1  # bytes: a block is cut after every row
     dataset.context.enable_progress_bars = False
+    dataset.context.custom_execution_callback_classes = [RestWhenIdle]
     return dataset
+
+
+class RestWhenIdle:
+    """A Ray Data execution callback: lets its scheduling loop sleep while there is nothing to schedule.
+
+    While a task has made output that nobody has room for, and that is most of the time of a stream that is ahead of
+    training, Ray 2.60's loop turns without pause: it took 60 to 70% of a CPU, and a fifth of the training's speed.
+    """
+
+    INTERVAL_S = 0.1
+
+    def __init__(self) -> None:
+        self._done: list[Any] | None = None
+
+    def on_execution_step(self, executor: Any) -> None:
+        """After every turn of the loop."""
+        done = [
+            (op.metrics.num_tasks_submitted, op.metrics.num_tasks_finished, op.metrics.num_task_outputs_generated)
+            for op in executor._topology or ()
+        ]
+        if done == self._done:
+            time.sleep(self.INTERVAL_S)
+        self._done = done
+
+    def before_execution_starts(self, executor: Any) -> None:
+        pass
+
+    def after_execution_succeeds(self, executor: Any) -> None:
+        pass
+
+    def after_execution_fails(self, executor: Any, error: Exception) -> None:
+        pass
 
 
 def _let_training_go_first() -> None:
