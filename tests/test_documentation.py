@@ -178,8 +178,8 @@ FIRST, *OTHERS = (found for found in BLOCKS if found.kind == "run")
 
 def test_readme_is_read() -> None:
     assert Counter(found.kind for found in BLOCKS) == {
-        "run": 3,
-        "slow": 5,
+        "run": 4,
+        "slow": 6,
         "job": 1,
         "cluster": 1,
         "skip": 3,
@@ -211,6 +211,9 @@ def test_block_runs(found: Block, trained: Path) -> None:
     elif "--validation_image" in found.command:
         entries = {path.name for path in (trained / "validated-controlnet" / "validation").glob("step-*/*.png")}
         assert len(entries) == 6  # for each of two pairs an image, the control image and a grid
+    elif "raycontrolnet prepare" in found.command:
+        assert "latents: 2 samples, " in output
+        assert len(list((trained / "my-latents").glob("*.arrow"))) == 1
     else:
         assert "done in" in output, "an expectation is missing here"
 
@@ -274,7 +277,7 @@ def test_commands_and_flags_are_in_help(capsys: pytest.CaptureFixture[str]) -> N
     usage = capsys.readouterr().out
     shell = "\n".join(found.text for found in BLOCKS if found.language == "bash")
     commands = set(re.findall(r"raycontrolnet ([a-z]+)\b", shell))
-    assert commands == {"train", "demo"}
+    assert commands == {"train", "prepare", "demo"}
     assert commands <= set(re.findall(r"raycontrolnet ([a-z]+)\b", usage))
     with pytest.raises(SystemExit) as exit_info:
         cli.main(["train", "--help"])
