@@ -179,7 +179,7 @@ FIRST, *OTHERS = (found for found in BLOCKS if found.kind == "run")
 def test_readme_is_read() -> None:
     assert Counter(found.kind for found in BLOCKS) == {
         "run": 4,
-        "slow": 6,
+        "slow": 5,
         "job": 1,
         "cluster": 1,
         "skip": 3,
