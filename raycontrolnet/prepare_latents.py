@@ -73,7 +73,10 @@ def prepare(config: TrainConfig, *, stream: TextIO | None = None) -> PrepareResu
         Interrupted: Ctrl-C (exit code 130).
     """
     with shown_on(stream) as shown:
-        return _prepare(config, shown)
+        try:
+            return _prepare(config, shown)
+        except KeyboardInterrupt:
+            raise Interrupted("Interrupted. What is cached stands; the same command goes on from there.") from None
 
 
 def _prepare(config: TrainConfig, stream: TextIO) -> PrepareResult:
@@ -227,21 +230,23 @@ def _failures_explained(plan: LatentPlan, counter: Counter) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted(f"Interrupted. {_how_to_go_on(plan, counter)}") from None
+        raise Interrupted(f"Interrupted. {_how_to_go_on(plan)}") from None
     except Exception as error:
         logger.exception("encoding failed")
         cause = root_cause(error)
         if isinstance(cause, UserError):
             raise cause from error
         reason = str(cause) if isinstance(cause, RunError) else in_one_line(cause)
-        raise RunError(f"Encoding failed: {reason}.\n{_how_to_go_on(plan, counter)}") from error
+        raise RunError(f"Encoding failed: {reason}.\n{_how_to_go_on(plan)}") from error
     finally:
         counter.close()
 
 
-def _how_to_go_on(plan: LatentPlan, counter: Counter) -> str:
+def _how_to_go_on(plan: LatentPlan) -> str:
+    sizes = plan.folder.sizes()
+    done = sum(len(shard.rows) for shard in plan.shards if shard.name in sizes)
     return (
-        f"{counter.done:,} of {counter.total:,} images are cached and stand; the same command, or\n"
+        f"{done:,} of {plan.num_rows:,} images are cached and stand; the same command, or\n"
         f"  {prepare_command(plan.config)}\ngoes on from there."
     )
 
@@ -260,8 +265,8 @@ def _announce(plan: LatentPlan, there: dict[str, ShardResult], stream: TextIO) -
     missing = wanted - sum(result.stored.num_bytes for result in there.values())
     stream.write(
         f"latents: {plan.num_rows:,} images at {plan.config.resolution} px need about {_size(wanted)} in "
-        f"{plan.folder.uri} ({_size(plan.posterior_bytes)} of latents and {_size(control_bytes)} of conditioning image "
-        "each)\n"
+        f"{plan.folder.name} (each {_size(plan.posterior_bytes)} of latents, {_size(control_bytes)} of conditioning "
+        f"image, {_size(ROW_OVERHEAD_BYTES)} of index)\n"
     )
     free = plan.folder.free_bytes()
     if free is not None and free < missing:

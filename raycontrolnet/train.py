@@ -249,10 +249,11 @@ def _announce(run: CheckedRun, world_size: int, stream: TextIO, *, use_gpu: bool
     (run.output_dir / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False))
     plan = run.plan(world_size, run.start)
     step = run.start.step if run.start else 0
+    source = "" if run.cache is None else " from cached latents"
     workers = f"{world_size} worker{'s' * (world_size != 1)} on {'GPUs' if use_gpu else 'CPUs'}"
     stream.write(
-        f"raycontrolnet {__version__}: {plan.num_samples} samples, {workers} x batch {plan.batch_size} x accumulation "
-        f"{plan.accumulation_steps}, updates {step} to {plan.total_updates}, seed {run.config.seed}\n"
+        f"raycontrolnet {__version__}: {plan.num_samples} samples{source}, {workers} x batch {plan.batch_size} x "
+        f"accumulation {plan.accumulation_steps}, updates {step} to {plan.total_updates}, seed {run.config.seed}\n"
     )
     changed = ", ".join(f"{name}={value}" for name, value in changed_settings(run.config).items())
     logger.info("settings: %s", changed)
