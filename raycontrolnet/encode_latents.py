@@ -5,11 +5,10 @@ load (tasks on CPUs)  ->  encode (a pool of actors, on GPUs or CPUs)  ->  store 
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from raycontrolnet.data.encoding import EncodedShard, LoadedShard, ShardResult, 
 from raycontrolnet.data.latents import read_contents
 from raycontrolnet.data.manifest import SHARD_ROWS, Encoding, Shard
 from raycontrolnet.data.sources import Source
-from raycontrolnet.data.stream import COUNT_CPUS, LOADING_NICENESS, TASK_CPUS, RestWhenIdle
+from raycontrolnet.data.stream import COUNT_CPUS, TASK_CPUS, let_training_go_first, one_row_a_block
 from raycontrolnet.errors import DataError, RunError, root_cause
 from raycontrolnet.settings import ModelConfig
 
@@ -92,7 +91,8 @@ def encode_on_ray(job: EncodeJob, resources: WorkerResources) -> Iterator[ShardR
     """All shards of the job on the connected Ray cluster, in the order in which they are done."""
     import ray
 
-    job_ref = ray.put(job)
+    shards_ref = ray.put(job.shards)
+    job_ref = ray.put(replace(job, shards=()))  # every task unpickles it
     fewest, most = resources.num_workers
     actors: dict[str, Any] = {"num_cpus": resources.cpus_per_worker}
     if resources.use_gpu:
@@ -102,8 +102,8 @@ def encode_on_ray(job: EncodeJob, resources: WorkerResources) -> Iterator[ShardR
     whole = {"batch_format": "pyarrow", "batch_size": None}
     with_job = {"fn_kwargs": {"job_ref": job_ref}} | whole
     dataset = (
-        ray.data.from_blocks([pa.table({"shards": [len(job.shards)]})])
-        .map_batches(_tickets, num_cpus=COUNT_CPUS, **whole)
+        ray.data.from_blocks([pa.table({"stream": [0]})])
+        .map_batches(_tickets, fn_kwargs={"shards_ref": shards_ref}, num_cpus=COUNT_CPUS, **whole)
         .map_batches(_load, num_cpus=TASK_CPUS, **with_job)
         .map_batches(
             _Encoder,
@@ -115,9 +115,7 @@ def encode_on_ray(job: EncodeJob, resources: WorkerResources) -> Iterator[ShardR
         .map_batches(_store, num_cpus=COUNT_CPUS, **with_job)
     )
     shard_bytes = SHARD_ROWS * 3 * job.encoding.resolution**2
-    dataset.context.target_max_block_size = 1  # bytes: a block is cut after every shard
-    dataset.context.enable_progress_bars = False
-    dataset.context.custom_execution_callback_classes = [RestWhenIdle]
+    one_row_a_block(dataset)
     ahead = max(MIN_STORE_BYTES, SHARDS_AHEAD * shard_bytes * most)
     dataset.context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=ahead)
     for table in dataset.iter_batches(prefetch_batches=0, **whole):
@@ -127,19 +125,19 @@ def encode_on_ray(job: EncodeJob, resources: WorkerResources) -> Iterator[ShardR
         yield result
 
 
-def _tickets(table: pa.Table) -> Iterator[pa.Table]:
+def _tickets(_: pa.Table, shards_ref: ray.ObjectRef[tuple[Shard, ...]]) -> Iterator[pa.Table]:
     """A row for each shard."""
-    for index in range(table["shards"][0].as_py()):
-        yield pa.table({"shard": [index]})
-
-
-def _load(table: pa.Table, job_ref: ray.ObjectRef[EncodeJob]) -> Iterator[pa.Table]:
     import ray
 
-    os.nice(max(0, LOADING_NICENESS - os.nice(0)))  # encoding goes first
-    job = ray.get(job_ref)
-    for index in table["shard"].to_pylist():
-        yield _boxed(_or_error(job.load, job.shards[index]))
+    for shard in ray.get(shards_ref):
+        yield _boxed(shard)
+
+
+def _load(table: pa.Table, job_ref: ray.ObjectRef[EncodeJob]) -> pa.Table:
+    import ray
+
+    let_training_go_first()
+    return _boxed(_or_error(ray.get(job_ref).load, _unboxed(table)))
 
 
 class _Encoder:

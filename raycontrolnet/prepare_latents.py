@@ -159,13 +159,14 @@ def _complete(
         _announce(plan, there, stream)
         # In another order than that of a second process at work on the same, whose shards are not made again.
         shards = random.sample(missing, len(missing))
+        stored = plan.folder.sizes()
         job = EncodeJob(
             source=plan.source,
             folder=plan.folder,
             encoding=plan.encoding,
             shards=tuple(shards),
             model=dataclasses.replace(plan.config, hub_token=None),
-            replaced=frozenset(shard.name for shard in missing if shard.name in plan.folder.sizes()),
+            replaced=frozenset(shard.name for shard in missing if shard.name in stored),
             batch_size=plan.config.latents_batch_size,
             token=token,
         )

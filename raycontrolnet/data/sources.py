@@ -57,7 +57,7 @@ def open_source(
         DataError: with all problems that can be seen without opening images, one per line.
     """
     source = _open(data, cache_dir, token)
-    if (problems := list(source.problems())) and not (skip_bad and len(source)):
+    if not (skip_bad and len(source)) and (problems := list(source.problems())):
         raise DataError("\n".join(problems))
     return source
 

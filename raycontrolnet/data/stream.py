@@ -194,7 +194,7 @@ def ray_dataset(
             yield pa.table({"first_sample": [first_sample + index * batch_size], "ballast": ballast})
 
     def load(tickets: pa.Table) -> Iterator[pa.Table]:
-        _let_training_go_first()
+        let_training_go_first()
         loader = ray.get(loader_ref)
         for first in tickets["first_sample"].to_pylist():
             try:
@@ -208,10 +208,15 @@ def ray_dataset(
         .map_batches(count, num_cpus=COUNT_CPUS, batch_format="pyarrow", batch_size=None)
         .map_batches(load, num_cpus=TASK_CPUS, batch_format="pyarrow", batch_size=None, concurrency=max_tasks)
     )
+    one_row_a_block(dataset)
+    return dataset
+
+
+def one_row_a_block(dataset: ray.data.Dataset) -> None:
+    """Make every row of `dataset` a block of its own, quietly, and let Ray Data rest when it is idle."""
     dataset.context.target_max_block_size = 1  # bytes: a block is cut after every row
     dataset.context.enable_progress_bars = False
     dataset.context.custom_execution_callback_classes = [RestWhenIdle]
-    return dataset
 
 
 class RestWhenIdle:
@@ -246,8 +251,8 @@ class RestWhenIdle:
         pass
 
 
-def _let_training_go_first() -> None:
-    """Give this loading process the lowest priority: it shares cores with the workers that wait for each other."""
+def let_training_go_first() -> None:
+    """Give this loading process the lowest priority: it shares cores with workers whose threads wait for each other."""
     os.nice(max(0, LOADING_NICENESS - os.nice(0)))
 
 

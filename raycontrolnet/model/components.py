@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from raycontrolnet.errors import UserError
 from raycontrolnet.model.diffusion import PREDICTION_TYPES
@@ -126,6 +127,12 @@ def load_vae(model: ModelConfig, *, dtype: torch.dtype, token: str | None = None
         cache_dir=model.cache_dir,
         token=token,
     )
+
+
+def encode_images(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance of the VAE's posterior, [B, C, h, w] in its dtype, of images uint8 [B, H, W, 3] RGB."""
+    posterior = vae.encode((images.permute(0, 3, 1, 2).float() / 127.5 - 1.0).to(vae.dtype)).latent_dist
+    return posterior.mean, posterior.logvar
 
 
 def load_controlnet(name_or_path: str, flag: str = "controlnet_model_name_or_path", **options: Any) -> ControlNetModel:

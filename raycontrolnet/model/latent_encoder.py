@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from raycontrolnet.data.records import UInt8Image
-from raycontrolnet.model.components import load_vae
+from raycontrolnet.model.components import encode_images, load_vae
 from raycontrolnet.model.diffusion import MAX_LOGVAR, MIN_LOGVAR
 from raycontrolnet.settings import ModelConfig
 
@@ -32,7 +32,6 @@ class LatentEncoder:
         with torch.no_grad():
             for start in range(0, len(images), self.batch_size):
                 stacked = torch.from_numpy(np.stack(images[start : start + self.batch_size])).to(self.device)
-                posterior = self.vae.encode(stacked.permute(0, 3, 1, 2).float() / 127.5 - 1.0).latent_dist
-                logvar = posterior.logvar.clamp(MIN_LOGVAR, MAX_LOGVAR)
-                posteriors += list(torch.stack([posterior.mean, logvar], dim=1).cpu().numpy())
+                mean, logvar = encode_images(self.vae, stacked)
+                posteriors += list(torch.stack([mean, logvar.clamp(MIN_LOGVAR, MAX_LOGVAR)], dim=1).cpu().numpy())
         return posteriors

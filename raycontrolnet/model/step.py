@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from raycontrolnet.data.order import Purpose, keyed_rng
 from raycontrolnet.data.records import PreparedRow
-from raycontrolnet.model.components import Components
+from raycontrolnet.model.components import Components, encode_images
 from raycontrolnet.model.diffusion import add_noise, per_sample_loss, prediction_target, sample_posterior
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def controlnet_loss(components: Components, controlnet: torch.nn.Module, batch: 
     """
     dtype = components.unet.dtype
     with torch.no_grad():
-        mean, logvar = _posterior(components, batch, dtype)
+        mean, logvar = _posterior(components, batch)
         latents = sample_posterior(mean, logvar, draws.posterior_noise)
         latents = latents * components.vae.config["scaling_factor"]
         encoder_hidden_states = components.text_encoder(batch.input_ids, return_dict=False)[0]
@@ -163,15 +163,13 @@ def controlnet_loss(components: Components, controlnet: torch.nn.Module, batch: 
     return per_sample_loss(prediction, target)
 
 
-def _posterior(components: Components, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _posterior(components: Components, batch: Batch) -> tuple[Tensor, Tensor]:
     """Mean and log-variance of the images' latents, [B, C, h, w]: from the cache, or encoded now."""
     if batch.posterior is not None:
         mean, logvar = batch.posterior.unbind(1)
         return mean, logvar
     assert batch.images is not None
-    pixel_values = (batch.images.permute(0, 3, 1, 2).float() / 127.5 - 1.0).to(dtype)
-    encoded = components.vae.encode(pixel_values).latent_dist
-    return encoded.mean, encoded.logvar
+    return encode_images(components.vae, batch.images)
 
 
 def train_step(state: TrainState, batch: Batch, draws: Draws) -> StepMetrics:
