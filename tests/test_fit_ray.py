@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,9 @@ from raycontrolnet.demo.circles import write_circles
 from raycontrolnet.errors import ConfigError, RunError, UserError
 from raycontrolnet.run import metrics
 
+pytestmark = pytest.mark.usefixtures("_local_ray")
+
 Settings = dict[str, Any]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _local_ray() -> Iterator[None]:
-    """One Ray for the module: two CPUs for workers and one for loading."""
-    import ray
-
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,19 +21,10 @@ from raycontrolnet.data.manifest import SHARD_ROWS
 from raycontrolnet.demo.circles import write_circles
 from raycontrolnet.errors import RunError, UserError
 
+pytestmark = pytest.mark.usefixtures("_local_ray")
+
 Settings = dict[str, Any]
 NUM_SHARDS = 20
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _local_ray() -> Iterator[None]:
-    import ray
-
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
