@@ -162,7 +162,8 @@ def test_finished(finished: Path) -> None:
         "training (smoothed; pale: single updates) held-out rows",
         "control appears at step 120 (dashed)",
         "red circle control image step 200 step 180",
-        "data wait 20.5 s · 1% step 55:10 · 89% validation 1:35 · 3% validation images 2:40 · 4% checkpoint 12.1 s",
+        "data wait 20.5 s · 1% step 55:10 · 89% validation: held-out loss 1:35 · 3%",
+        "validation: images 2:40 · 4% checkpoint 12.1 s · 0%",
         "everything else 1:19 · 2%",
         "ray 2.60.0, torch 2.13.0",
     ):

@@ -12,11 +12,13 @@ from io import StringIO
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-
-from raycontrolnet.run.recorded import Column
+import numpy.typing as npt
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+Column = npt.NDArray[np.float64]
+"""A value per update or measurement, steps ascending."""
 
 MOST_POINTS = 400
 SMOOTHED_SHARE = 0.08

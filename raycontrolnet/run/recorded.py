@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from raycontrolnet.run import metrics
-
-Column = npt.NDArray[np.float64]
+from raycontrolnet.run import held_out, metrics
+from raycontrolnet.run.curves import Column
+from raycontrolnet.run.job import TIMINGS
+from raycontrolnet.run.status import STATUS
 
 UPDATE_COLUMNS = ("step", "loss", "lr", "images_per_second", "time")
 MEASUREMENT = ("step", "val_loss", "val_loss_shuffled", "control_gap", "control_gap_error")
@@ -89,10 +89,10 @@ class Recorded:
 
 def read(output_dir: Path) -> Recorded:
     """All records in `output_dir` but the pictures."""
-    status = _json(output_dir / "run.json")
+    status = _json(output_dir / STATUS)
     timings = status.get("timings")
     if not isinstance(timings, dict):
-        timings = _json(output_dir / ".timings.json")
+        timings = _json(output_dir / TIMINGS)
     seconds = {str(name).removesuffix("_s"): _number(value) for name, value in timings.items()}
     updates = _by_step(_lines(output_dir / metrics.NAME))
     return Recorded(
@@ -105,7 +105,7 @@ def read(output_dir: Path) -> Recorded:
         },
         held_out=[
             record
-            for record in _by_step(_lines(output_dir / "validation.jsonl"))
+            for record in _by_step(_lines(output_dir / held_out.NAME))
             if all(math.isfinite(_number(record.get(name))) for name in MEASUREMENT)
         ],
     )

@@ -20,10 +20,10 @@ import numpy as np
 
 from raycontrolnet.config import TrainConfig
 from raycontrolnet.run import curves
-from raycontrolnet.run.curves import STANDARD_ERRORS
+from raycontrolnet.run.curves import STANDARD_ERRORS, Column
 from raycontrolnet.run.held_out import control_appeared
 from raycontrolnet.run.progress import duration
-from raycontrolnet.run.recorded import RECENT_UPDATES, Column, Recorded, read
+from raycontrolnet.run.recorded import RECENT_UPDATES, Recorded, read
 from raycontrolnet.run.thumbnails import MOST_PAIRS, MOST_STEPS, PairHistory, pair_histories
 
 NAME = "report.html"
@@ -35,8 +35,8 @@ _PHASES = {
     "first_batch": "wait for the first batch",
     "data_wait": "data wait",
     "step": "step",
-    "validation": "validation",
-    "validation_images": "validation images",
+    "validation": "validation: held-out loss",
+    "validation_images": "validation: images",
     "checkpoint": "checkpoint",
 }
 """Phase in the worker's clock -> its name in the report, in this order."""
