@@ -40,6 +40,8 @@ _PHASES = {
     "checkpoint": "checkpoint",
 }
 """Phase in the worker's clock -> its name in the report, in this order."""
+_BESIDE = "validation_beside"
+"""The one that another worker spends while the training goes on: no part of the whole."""
 
 
 def write_report(output_dir: Path) -> Path:
@@ -222,9 +224,10 @@ def _speed(run: Recorded) -> Iterable[str]:
 
 def _phases(run: Recorded) -> str:
     phases = {phase: run.seconds_by_phase[phase] for phase in _PHASES if phase in run.seconds_by_phase}
-    phases |= {phase: seconds for phase, seconds in run.seconds_by_phase.items() if phase not in _PHASES}
-    named = {_PHASES.get(phase, phase.replace("_", " ")): seconds for phase, seconds in phases.items()}
-    if run.state != "running" and run.seconds and (rest := run.seconds - sum(phases.values())) > 0:
+    others = {phase: seconds for phase, seconds in run.seconds_by_phase.items() if phase not in (*_PHASES, _BESIDE)}
+    named = {_PHASES[phase]: seconds for phase, seconds in phases.items()}
+    named |= {phase.replace("_", " "): seconds for phase, seconds in others.items()}
+    if run.state != "running" and run.seconds and (rest := run.seconds - sum(named.values())) > 0:
         named["everything else"] = rest
     whole = sum(named.values()) or 1.0
     items = [
@@ -232,6 +235,8 @@ def _phases(run: Recorded) -> str:
         f'<i style="width: {100 * seconds / whole:.1f}%"></i></li>'
         for name, seconds in named.items()
     ]
+    if seconds := run.seconds_by_phase.get(_BESIDE):
+        items.append(f"<li><span>beside the training: images</span><span>{_time(seconds)}</span></li>")
     return '<ul class="phases">\n' + "\n".join(items) + "\n</ul>"
 
 
