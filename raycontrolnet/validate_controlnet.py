@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import ray
 import ray.train
+import ray.train.collective
 import torch
 
 from raycontrolnet.data.stream import BatchLoader

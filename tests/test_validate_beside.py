@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from raycontrolnet import TrainConfig, fit
+from raycontrolnet import TrainConfig, fit, train
 from raycontrolnet.cluster import share_out
 from raycontrolnet.run import metrics
 from raycontrolnet.settings import ClusterConfig
@@ -50,10 +51,14 @@ def losses(output_dir: Path) -> list[float]:
 
 @pytest.mark.usefixtures("_local_ray")
 @pytest.mark.parametrize(("workers", "cpus"), [("1", 1.0), ("2", 0.5)])
-def test_the_images_are_those_of_the_workers(settings: Settings, tmp_path: Path, workers: str, cpus: float) -> None:
-    options = {"num_workers": workers, "train_batch_size": 4 // int(workers)}
-    beside = run(settings, tmp_path / "beside", **options, cpus_per_worker=cpus)
-    alone = run(settings, tmp_path / "alone", **options, cpus_per_worker=2.0 / int(workers))  # no room for one more
+def test_the_images_are_those_of_the_workers(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: str, cpus: float
+) -> None:
+    options = {"num_workers": workers, "train_batch_size": 4 // int(workers), "cpus_per_worker": cpus}
+    beside = run(settings, tmp_path / "beside", **options)
+    resources_of = train.worker_resources
+    monkeypatch.setattr(train, "worker_resources", lambda config: replace(resources_of(config), spare=False))
+    alone = run(settings, tmp_path / "alone", **options)
     timings = [json.loads((folder / "run.json").read_text())["timings"] for folder in (beside, alone)]
     assert timings[0]["validation_beside_s"] > 0
     assert "validation_beside_s" not in timings[1]
