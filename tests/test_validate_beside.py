@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from raycontrolnet import TrainConfig, fit, train
+from raycontrolnet import TrainConfig, cluster, fit
 from raycontrolnet.cluster import share_out
 from raycontrolnet.run import metrics
 from raycontrolnet.settings import ClusterConfig
@@ -55,8 +55,10 @@ def test_the_images_are_those_of_the_workers(
 ) -> None:
     options = {"num_workers": workers, "train_batch_size": 4 // int(workers), "cpus_per_worker": cpus}
     beside = run(settings, tmp_path / "beside", **options)
-    resources_of = train.worker_resources
-    monkeypatch.setattr(train, "worker_resources", lambda config: replace(resources_of(config), spare=False))
+    resources_of = cluster.worker_resources
+    monkeypatch.setattr(
+        "raycontrolnet.train.worker_resources", lambda config: replace(resources_of(config), spare=False)
+    )
     alone = run(settings, tmp_path / "alone", **options)
     timings = [json.loads((folder / "run.json").read_text())["timings"] for folder in (beside, alone)]
     assert timings[0]["validation_beside_s"] > 0
