@@ -26,6 +26,7 @@ from raycontrolnet.cluster import (
     worker_resources,
 )
 from raycontrolnet.config import TrainConfig, changed_settings, public_settings
+from raycontrolnet.data.bundles import StreamPlan
 from raycontrolnet.data.stream import execution_options, ray_dataset
 from raycontrolnet.ending import failures_explained, interruption_explained
 from raycontrolnet.latent_plan import LatentPlan
@@ -210,16 +211,18 @@ def _batch_bytes(config: TrainConfig) -> int:
 
 def _dataset_factory(run: CheckedRun, job: Job) -> Callable[[], ray.data.Dataset]:
     """What Ray Train calls at every start of the workers: the stream from the last committed checkpoint on."""
-    batch_size = run.config.train_batch_size
+    batch_size, bundle = run.config.train_batch_size, StreamPlan.bundle_for(_batch_bytes(run.config))
     max_tasks = run.config.dataloader_num_workers * run.config.worker_range[1] or None
     fewest, most = run.config.worker_range
 
     def dataset() -> ray.data.Dataset:
         checkpoint = job.current_checkpoint()
         step, samples = (checkpoint.step, checkpoint.samples) if checkpoint else (0, 0)
-        # How many workers an elastic run got is not known here: they stop by themselves.
-        num_batches = run.plan(most, checkpoint).batches_per_worker(step) * most if fewest == most else ENDLESS
-        return ray_dataset(job.loader, batch_size, samples, num_batches, max_tasks)
+        if fewest == most:
+            plan = StreamPlan(samples, run.plan(most, checkpoint).batches_per_worker(step), batch_size, most, bundle)
+        else:  # how many workers an elastic run got is not known here: they stop by themselves
+            plan = StreamPlan(samples, ENDLESS, batch_size)
+        return ray_dataset(job.loader, plan, max_tasks)
 
     return dataset
 
