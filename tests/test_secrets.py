@@ -31,9 +31,11 @@ import pytest
 from hub_stand_in import HubStandIn
 
 import raycontrolnet
+from raycontrolnet import TrainConfig
+from raycontrolnet.preflight import check
 
 TIMEOUT_S = 400.0
-SAMPLING_INTERVAL_S = 0.05
+SAMPLING_INTERVAL_S = 0.1
 TOOLS = ("tensorboard", "wandb", *(["comet_ml"] if find_spec("comet_ml") else []))
 
 IN_PYTHON = """
@@ -169,6 +171,18 @@ def test_the_search_finds(tmp_path: Path) -> None:
     assert [pid for pid, seen in lines.seen.items() if secret in " ".join(seen)] == [process.pid]
 
 
+def test_what_ray_shows_of_a_run_has_no_token(tiny_settings: dict[str, Any]) -> None:
+    """Ray Train keeps `str` of what the workers get, for its dashboard and its exported events."""
+    hub_token = token("hf_")
+    config = TrainConfig(**tiny_settings, hub_token=hub_token)
+    run = check(config, Path(config.output_dir))
+    job = run.job(use_gpu=False, threads=1, local=True)
+    assert (run.token, job.token, job.config.hub_token) == (hub_token, hub_token, None)
+    for shown in (config, run, job):
+        assert "output_dir=" in repr(shown)
+        assert hub_token not in repr(shown) + str(shown)
+
+
 # The run
 
 
@@ -210,7 +224,10 @@ def environment(box: Path, hub: HubStandIn) -> dict[str, str]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("given", ["by flag", "by environment", "in Python"])
+@pytest.mark.parametrize(
+    "given",
+    ["by flag", *(pytest.param(given, marks=pytest.mark.slow) for given in ("by environment", "in Python"))],
+)
 def test_no_secret_is_left_anywhere(given: str, box: Path, tiny_settings: dict[str, Any]) -> None:
     hub_token, wandb_key, comet_key = token("hf_"), secrets.token_hex(20), token("")
     canary = f"circle{secrets.token_hex(8)}"

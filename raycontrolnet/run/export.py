@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from raycontrolnet import __version__
 from raycontrolnet.config import TrainConfig
 from raycontrolnet.errors import RunError
 from raycontrolnet.run.licence import Licence, find_licence
@@ -138,7 +139,7 @@ def _files(output_dir: Path) -> list[Path]:
 def _api(endpoint: str | None, token: str) -> Any:
     from huggingface_hub import HfApi
 
-    return HfApi(endpoint=endpoint, token=token, library_name="raycontrolnet")
+    return HfApi(endpoint=endpoint, token=token, library_name="raycontrolnet", library_version=__version__)
 
 
 def _need(token: str | None) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from raycontrolnet import __version__
 from raycontrolnet.config import TrainConfig
 from raycontrolnet.settings import ModelConfig
 
@@ -115,7 +116,7 @@ def _head_on_hub(model: ModelConfig, token: str | None) -> Mapping[str, Any]:
 
     def ask() -> None:
         try:
-            info = HfApi(token=token, library_name="raycontrolnet").model_info(
+            info = HfApi(token=token, library_name="raycontrolnet", library_version=__version__).model_info(
                 base, revision=model.revision, timeout=ANSWER_TIMEOUT_S, expand=["cardData"]
             )
             heads.append(info.card_data.to_dict() if info.card_data else {})
