@@ -158,6 +158,14 @@ def test_values_that_do_not_parse(argv: list[str], message: str, ask: Callable[.
     assert message in answer.said
 
 
+def test_a_token_that_is_missing() -> None:
+    """The program looks for it before the flags are parsed, to hide it: it must not take the next flag for one."""
+    for rest in ([], ["--push_to_hub"]):
+        answer = run("-m", "raycontrolnet", "train", "--hub_token", *rest)
+        assert answer.code == 2
+        assert "Missing value for argument '--hub_token" in answer.said
+
+
 def test_several_problems_at_once(ask: Callable[..., Answer]) -> None:
     argv = ["--resolution", "500", "--proportion_empty_prompts", "2", "--lr_scheduler", "cosin", "--num_workers", "x"]
     answer = ask("train", *argv)
@@ -284,7 +292,8 @@ def test_validation_images_that_cannot_be_used(
 def test_a_validation_image_that_cannot_be_read(
     tiny_settings: Settings, circles: Path, tmp_path: Path, ask: Callable[..., Answer]
 ) -> None:
-    locked = shutil.copy(circles / "conditioning" / "00000.png", tmp_path / "locked.png")
+    locked = tmp_path / "locked.png"
+    shutil.copy(circles / "conditioning" / "00000.png", locked)
     locked.chmod(0)
     answer = ask("train", *flags(tiny_settings, validation_prompt="a", validation_image=locked))
     assert answer.code == 2

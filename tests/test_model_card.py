@@ -78,8 +78,14 @@ def test_card(run_folder: Path, tiny_base: Path, finish_validation: Callable[...
         validation_prompt=(EVIL,),
         validation_image=(str(tiny_base / "model_index.json"),),
     )
-    facts = {"step": 1234, "loss": 0.123456, "control_gap": None, "started": 1e9, "versions": {"torch": 2, "ray": "3"}}
-    facts["push_failure"] = "nobody's business"
+    facts: dict[str, Any] = {
+        "step": 1234,
+        "loss": 0.123456,
+        "control_gap": None,
+        "started": 1e9,
+        "push_failure": "nobody's business",
+        "versions": {"torch": 2, "ray": "3"},
+    }
     card = write_model_card(run_folder, config, facts)
     assert card == run_folder / "README.md"
     metadata, text = parts(card)

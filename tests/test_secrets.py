@@ -264,7 +264,7 @@ def settings(tiny_settings: dict[str, Any], canary: str) -> dict[str, Any]:
         "validation_prompt": [f"red {canary}"],
         "validation_image": [str(Path(tiny_settings["train_data_dir"]) / "conditioning" / "00000.png")],
         "num_validation_images": 1,
-        "report_to": ",".join(TOOLS),
+        "report_to": "all",
         "push_to_hub": True,
     }
 
