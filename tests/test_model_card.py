@@ -124,13 +124,17 @@ def test_card(run_folder: Path, tiny_base: Path, finish_validation: Callable[...
 
 
 def test_what_the_held_out_rows_say(run_folder: Path, tiny_base: Path) -> None:
-    facts = {"val_loss": 0.1234567, "control_gap": 0.000123456, "control_appeared_at_step": 1200}
+    never = "control_appeared_at_step"
+    facts = {"val_loss": 0.1234567, "control_gap": 0.000123456, never: 1200}
     _, text = parts(write_model_card(run_folder, config_of(run_folder, tiny_base), facts))
     assert "\n- held-out loss: `0.1235`\n- control gap (" in text
-    assert "): `0.0001235`\n- control appeared at update: `1,200`\n" in text
+    assert "): `0.0001235`\n- control appeared at update `1,200`\n" in text
+    _, text = parts(write_model_card(run_folder, config_of(run_folder, tiny_base), facts | {never: None}))
+    assert "): `0.0001235`\n- no control yet\n" in text
     _, text = parts(write_model_card(run_folder, config_of(run_folder, tiny_base), dict.fromkeys(facts)))
     assert "held-out" not in text
-    assert "control appeared" not in text
+    assert "- control appeared" not in text
+    assert "no control yet" not in text
 
 
 @pytest.mark.parametrize(

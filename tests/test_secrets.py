@@ -176,7 +176,7 @@ def test_what_ray_shows_of_a_run_has_no_token(tiny_settings: dict[str, Any]) -> 
     hub_token = token("hf_")
     config = TrainConfig(**tiny_settings, hub_token=hub_token)
     run = check(config, Path(config.output_dir))
-    job = run.job(use_gpu=False, threads=1, local=True)
+    job = run.job(use_gpu=False, threads=1, loader=run.loader)
     assert (run.token, job.token, job.config.hub_token) == (hub_token, hub_token, None)
     for shown in (config, run, job):
         assert "output_dir=" in repr(shown)

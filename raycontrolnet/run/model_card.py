@@ -32,7 +32,6 @@ _FACTS = {
     "loss": "loss of the last update",
     "val_loss": "held-out loss",
     "control_gap": "control gap (the held-out loss with another row's control image, less that with its own)",
-    "control_appeared_at_step": "control appeared at update",
     "versions": "versions",
 }
 """What of a run's status the card shows, and under which name."""
@@ -161,7 +160,11 @@ def _licence_text(licence: Licence, base: str) -> str:
 
 def _facts_list(facts: Mapping[str, Any]) -> str:
     shown = {title: facts[name] for name, title in _FACTS.items() if facts.get(name) is not None}
-    return "\n".join(f"- {title}: {_code(_plain(value))}" for title, value in shown.items())
+    lines = [f"{title}: {_code(_plain(value))}" for title, value in shown.items()]
+    if facts.get("control_gap") is not None:
+        step = facts.get("control_appeared_at_step")
+        lines.append("no control yet" if step is None else f"control appeared at update {_code(_plain(step))}")
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _settings_list(config: TrainConfig) -> str:

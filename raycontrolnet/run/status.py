@@ -1,0 +1,51 @@
+"""run.json: what became of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from raycontrolnet.errors import Interrupted
+from raycontrolnet.run.job import TIMINGS, read_timings
+
+STATUS = "run.json"
+
+
+class RunStatus(dict[str, Any]):
+    """What run.json says: status, steps, samples, seconds by phase, versions."""
+
+    def __init__(self, output_dir: Path, started: float, versions: dict[str, str]):
+        super().__init__(status="running", started=started, versions=versions)
+        self._path, self._started = output_dir / STATUS, started
+
+    def write(self) -> None:
+        """Replace run.json."""
+        partial = self._path.with_name(f".{STATUS}.partial")
+        content = {**self, "seconds": round(time.time() - self._started, 3)}
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(partial, self._path)
+
+
+@contextmanager
+def status_kept(output_dir: Path, started: float, versions: dict[str, str]) -> Iterator[RunStatus]:
+    """run.json, written at the start and, whatever the end is, at the end."""
+    status = RunStatus(output_dir, started, versions)
+    (output_dir / TIMINGS).unlink(missing_ok=True)  # of a driver that was killed
+    status.write()
+    try:
+        yield status
+    except BaseException as error:
+        if status["status"] == "running":
+            status["status"] = "interrupted" if isinstance(error, Interrupted) else "failed"
+            status["cause"] = str(error)
+        raise
+    finally:
+        if "timings" not in status:  # of a run that did not come to its end
+            status["timings"] = read_timings(output_dir)
+        status.write()
+        (output_dir / TIMINGS).unlink(missing_ok=True)
