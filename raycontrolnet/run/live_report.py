@@ -23,7 +23,7 @@ LOWEST_PRIORITY = 19
 
 @contextmanager
 def report_kept(output_dir: Path) -> Iterator[None]:
-    """Write the report now and then, and at the end, whatever the end is. Errors are logged: no report is worth them."""
+    """Write the report now and then, and at the end, whatever that is. Errors are logged: no report is worth a run."""
     over = threading.Event()
     thread = threading.Thread(target=_rewrite, args=(output_dir, over), name="report", daemon=True)
     thread.start()
