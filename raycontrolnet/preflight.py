@@ -6,8 +6,8 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import logging
-import os
 import secrets
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -125,8 +125,8 @@ def check(config: TrainConfig, output_dir: Path) -> CheckedRun:
     problems += export.check_push(config)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        if not os.access(output_dir, os.W_OK):
-            raise PermissionError(13, "Permission denied")
+        with tempfile.TemporaryFile(dir=output_dir):  # os.access tells root that it may, also where it may not
+            pass
     except OSError as error:
         problems.append(f"--output_dir={output_dir}: cannot be written ({error.strerror}); name another folder")
     else:

@@ -29,6 +29,7 @@ from raycontrolnet.config import TrainConfig, changed_settings, public_settings
 from raycontrolnet.data.bundles import StreamPlan
 from raycontrolnet.data.stream import execution_options, ray_dataset
 from raycontrolnet.ending import failures_explained, interruption_explained
+from raycontrolnet.errors import RunError
 from raycontrolnet.latent_plan import LatentPlan
 from raycontrolnet.latents_of_run import planned_latents, with_latents
 from raycontrolnet.preflight import CheckedRun, check, check_device, versions, with_absolute_paths
@@ -114,8 +115,11 @@ def _fit(config: TrainConfig, stream: TextIO) -> RunResult:
         last = run.last_checkpoint()
         measured = held_out.summary(output_dir)
         status |= {**summary, **measured, "status": "finished", "checkpoint": last.path.name if last else None}
-        export.write_model_card(output_dir, run.config, status)
-        hub_url = _push(run, status, stream) if config.push_to_hub else None
+        licence = export.find_licence(run.config, run.token)
+        # Fit to be pushed, also by hand: if the Hub does not even say who the owner is, there is no better name.
+        name = export.repo_name(output_dir, config.hub_model_id) if config.push_to_hub else None
+        export.write_model_card(output_dir, run.config, status, repo_id=name, licence=licence)
+        hub_url = _push(run, status, licence, stream) if config.push_to_hub else None
     seconds = time.time() - started
     stream.write(f"done in {duration(seconds)}: {summary['step']} updates; weights in {output_dir}\n")
     return RunResult(
@@ -253,10 +257,16 @@ def _progress(run: CheckedRun, world_size: int, stream: TextIO) -> Progress:
     return Progress(run.output_dir, total_updates, run.start.step if run.start else 0, stream)
 
 
-def _push(run: CheckedRun, facts: dict[str, Any], stream: TextIO) -> str:
-    repo_id = export.resolve_repo_id(run.output_dir, run.config.hub_model_id, run.token)
-    export.write_model_card(run.output_dir, run.config, facts, repo_id=repo_id)
-    url = export.push_to_hub(run.output_dir, repo_id=repo_id, token=run.token)
+def _push(run: CheckedRun, status: dict[str, Any], licence: export.Licence, stream: TextIO) -> str:
+    """Push what the run left; a push that fails is no failed run, and `status` says so."""
+    try:
+        repo_id = export.resolve_repo_id(run.output_dir, run.config.hub_model_id, run.token)
+        export.write_model_card(run.output_dir, run.config, status, repo_id=repo_id, licence=licence)
+        url = export.push_to_hub(run.output_dir, repo_id=repo_id, token=run.token)
+    except RunError as error:
+        status["push_failure"] = str(error)
+        raise
+    status["pushed_to"] = url
     stream.write(f"pushed to {url}\n")
     return url
 
