@@ -97,9 +97,9 @@ def coerce(value: Any, kind: Any) -> Any:
             return None
         (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
     if typing.get_origin(kind) is tuple:
-        items = [value] if isinstance(value, str) else value
-        if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
-            return tuple(items) or None
+        items = [value] if isinstance(value, (str, Path)) else value
+        if isinstance(items, (list, tuple)) and all(isinstance(item, (str, Path)) for item in items):
+            return tuple(map(str, items)) or None
         raise ValueError("must be a text or a list of texts")
     if kind is float and isinstance(value, (float, int, str)) and not isinstance(value, bool):
         try:

@@ -38,13 +38,13 @@ from raycontrolnet.run import checkpoint as checkpoints
 from raycontrolnet.run import export
 from raycontrolnet.run.job import LOG, Job, begin, end, read_failure
 from raycontrolnet.run.progress import Progress, duration
+from raycontrolnet.run.trained import CONFIG
 
 if TYPE_CHECKING:
     import ray
 
 logger = logging.getLogger(__name__)
 
-CONFIG = "config.yaml"
 ENDLESS = 2**40
 STATUS = "run.json"
 

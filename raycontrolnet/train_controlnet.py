@@ -220,7 +220,8 @@ class Worker:
                 for pair in validation.finish(
                     job.output_dir, step, job.validation_items, resolution=job.config.resolution
                 ):
-                    self.trackers.images(step, pair.key, [pair.control, *pair.images], pair.prompt)
+                    key = validation.tracker_key(pair)
+                    self.trackers.images(step, key, [pair.control, *pair.images], pair.prompt)
         self.pending.restart_clock()
 
     def finish(self) -> None:

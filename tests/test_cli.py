@@ -304,7 +304,7 @@ def test_an_interrupted_run_is_130(
     assert (answer.code, answer.out) == (130, "")
     assert answer.err.endswith("Interrupted. There was no checkpoint yet.\n")
     monkeypatch.setattr(cli, "parse_train", interrupt)
-    assert ask("train") == (130, "", "Interrupted before training began.\n")
+    assert ask("train") == (130, "", "Interrupted before raycontrolnet train began.\n")
 
 
 # --- as a process ---

@@ -18,12 +18,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("settings",),
     ("config",),
+    ("generate_settings",),
     ("data",),
     ("model",),
     ("run",),
     ("cluster", "preflight", "train_controlnet"),
     ("encode_latents", "latent_plan"),
-    ("prepare_latents",),
+    ("generate_images", "prepare_latents"),
     ("train",),
     ("tune",),
     ("demo",),  # stands beside the others; what it may import is what is below cli
@@ -35,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 RAY_DRIVERS = {"cluster", "train_controlnet", "train", "encode_latents", "tune", "data.stream"}
 """Modules that may import ray."""
 
-TORCH_FREE = ("", "__main__", "cli", "config", "data", "errors", "settings")
+TORCH_FREE = ("", "__main__", "cli", "config", "data", "errors", "generate_settings", "settings")
 """Importing these must not wait for torch."""
 
 When = Literal["module", "function", "script", "types"]

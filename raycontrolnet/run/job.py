@@ -18,7 +18,7 @@ from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.errors import RunError, UserError
 from raycontrolnet.run import checkpoint as checkpoints
 from raycontrolnet.run.checkpoint import Checkpoint
-from raycontrolnet.run.validation import ValidationItem
+from raycontrolnet.run.images import ImageItem
 
 FAILURE = ".failure.json"
 LOG = "run.log"
@@ -46,7 +46,7 @@ class Job:
     """CPU threads of a worker; None leaves them."""
     trackers: tuple[str, ...]
     tracker_settings: Mapping[str, Any]
-    validation_items: tuple[ValidationItem, ...]
+    validation_items: tuple[ImageItem, ...]
     facts: Mapping[str, Any]
     """For the checkpoints' manifests."""
     token: str | None = field(default=None, repr=False)
