@@ -173,8 +173,8 @@ def _device_problems(config: GenerateConfig, given: GenerateConfig) -> Iterator[
     if config.use_gpu and not torch.cuda.is_available():
         yield "--use_gpu=True: there is no GPU here; leave the flag out to draw on the CPU"
     elif config.mixed_precision == "fp16" and not _uses_gpu(config):
-        origin = "" if given.mixed_precision else ", which the run was trained with,"
-        yield f"--mixed_precision=fp16{origin}: needs a GPU; use bf16 or no on the CPU"
+        whose = "" if given.mixed_precision else "the run's own precision "
+        yield f"--mixed_precision=fp16: {whose}needs a GPU; use bf16 or no on the CPU"
 
 
 def _overwritten(out: Path, items: Sequence[ImageItem], config: GenerateConfig) -> Iterator[str]:
