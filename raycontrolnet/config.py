@@ -69,10 +69,10 @@ def check_settings(config: Any, groups: Sequence[Any]) -> None:
     Raises:
         ConfigError: with every problem at once.
     """
-    problems = []
+    problems, kinds = [], setting_types(config.__class__)
     for setting in dataclasses.fields(config):
         try:
-            value = coerce(getattr(config, setting.name), setting_types(type(config))[setting.name])
+            value = coerce(getattr(config, setting.name), kinds[setting.name])
             object.__setattr__(config, setting.name, value)
         except ValueError as error:
             shown = "" if setting.metadata.get("secret") else f"={getattr(config, setting.name)!r}"

@@ -243,7 +243,7 @@ def _failures_explained(task: _Task, drawn: Sequence[ImageItem]) -> Iterator[Non
         raise
     except Exception as error:
         logger.exception("drawing failed")
-        reason = f"Drawing failed: {in_one_line(error)}."
+        reason = f"Drawing failed: {in_one_line(error).rstrip('.')}."
         if isinstance(error, torch.OutOfMemoryError):
             cause = str(error).splitlines()[0]
             reason = f"Out of GPU memory: {cause} Use a smaller --resolution, or --mixed_precision bf16."
