@@ -43,6 +43,8 @@ class WorkerResources:
     """What an autoscaling cluster does not have yet."""
     one_machine: bool = True
     """Whether all of the cluster is, and stays, a single machine."""
+    spare: bool = False
+    """Whether there is room for one worker more than the run may have, and for loading data still."""
 
     @property
     def threads(self) -> int:
@@ -155,7 +157,8 @@ def share_out(
         raise ConfigError([problem])
     waits_for = f"the autoscaler: {problem}" if problem else None
     one_machine = len(nodes) == 1 and node_types is None
-    return WorkerResources((fewest, most), use_gpu, cpus, cluster.accelerator_type, waits_for, one_machine)
+    spare = room > most and (most + 1) * cpus + LOADING_CPUS <= sum(node_cpus)
+    return WorkerResources((fewest, most), use_gpu, cpus, cluster.accelerator_type, waits_for, one_machine, spare)
 
 
 def _room(node: Mapping[str, float], cpus: float, use_gpu: bool, accelerator_type: str | None) -> int:

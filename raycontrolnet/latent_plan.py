@@ -45,17 +45,18 @@ class LatentPlan:
         """
         vae = VaeFiles.find(config, token)
         subset = None
-        if config.max_train_samples is not None and config.max_train_samples < len(source):
+        num_used = (config.max_train_samples or len(source)) + config.num_held_out(len(source))
+        if num_used < len(source):
             if config.seed is None:
                 problem = f"--max_train_samples={config.max_train_samples}: needs --seed, which decides the rows"
                 raise ConfigError([problem])
-            subset = (config.seed, config.max_train_samples)
+            subset = (config.seed, num_used)
         encoding = Encoding(vae.fingerprint, config.resolution, config.latents_dtype, subset)
         folder = _folder(config, encoding)
         manifest = Manifest.read(folder)
         if manifest is not None and manifest.encoding == dataclasses.replace(encoding, subset=None):
             encoding = manifest.encoding  # a cache of all rows serves a subset as well
-        order = SampleOrder(len(source), config.seed or 0, config.max_train_samples if encoding.subset else None)
+        order = SampleOrder(len(source), config.seed or 0, num_used if encoding.subset else None)
         rows: Sequence[int] = range(len(source)) if order.rows is None else sorted(order.rows.tolist())
         shards = tuple(plan_shards(source, rows, encoding))
         side = config.resolution // vae.factor

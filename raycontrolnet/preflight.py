@@ -63,7 +63,13 @@ class CheckedRun:
         config = self.config
         return BatchLoader(
             rows=self.cache or PixelRows(self.source, config.resolution),
-            order=SampleOrder(len(self.source), self.config.seed, config.max_train_samples, self.bad_rows),
+            order=SampleOrder(
+                len(self.source),
+                self.config.seed,
+                config.max_train_samples,
+                self.bad_rows,
+                config.num_held_out(len(self.source)),
+            ),
             batch_size=config.train_batch_size,
             proportion_empty_prompts=config.proportion_empty_prompts,
         )
@@ -75,14 +81,15 @@ class CheckedRun:
         """The last one of this run, or where it started."""
         return checkpoints.latest(self.output_dir, self.run_id) or self.start
 
-    def job(self, *, use_gpu: bool, threads: int | None, local: bool) -> Job:
-        """What the workers get."""
-        config = self.config
+    def job(self, *, use_gpu: bool, threads: int | None, loader: Any) -> Job:
+        """What the workers get; `loader` is that of the run, or a reference to it."""
+        config, order = self.config, self.loader.order
         assert config.seed is not None
         return Job(
             config=dataclasses.replace(config, hub_token=None),
             run_id=self.run_id,
-            num_samples=self.loader.order.num_samples,
+            num_samples=order.num_samples,
+            num_held_out=len(order.held_out),
             start=self.start,
             use_gpu=use_gpu,
             cached=self.cache is not None,
@@ -94,10 +101,11 @@ class CheckedRun:
                 "settings": public_settings(config),
                 "data": self.source.fingerprint(),
                 "left_out": list(self.bad_rows),
+                "held_out": config.num_held_out(len(self.source)),
                 "versions": versions(),
             },
             token=self.token,
-            loader=self.loader if local else None,
+            loader=loader,
         )
 
 
@@ -131,14 +139,31 @@ def check(config: TrainConfig, output_dir: Path) -> CheckedRun:
         source = open_source(config, cache_dir=config.cache_dir, token=token, skip_bad=config.on_bad_sample == "skip")
     if problems or source is None:
         raise ConfigError(problems)
+    config = _with_held_out_rows(config, len(source), start)
     random_subset = config.seed is None and start is None and (config.max_train_samples or len(source)) < len(source)
     if config.seed is None:
         config = dataclasses.replace(config, seed=start.seed if start else secrets.randbelow(2**31))
     if start is not None:
-        for what, now in (("seed", config.seed), ("data", source.fingerprint())):
-            if start.manifest[what] != now:
+        held_out = config.num_held_out(len(source))
+        for what, now in (("seed", config.seed), ("data", source.fingerprint()), ("held_out", held_out)):
+            if start.manifest.get(what, 0) != now:
                 logger.warning("%s was made with another %s: the order of samples changes", start.path, what)
     return CheckedRun(config, output_dir, source, start, token, random_subset=random_subset)
+
+
+def _with_held_out_rows(config: TrainConfig, num_rows: int, start: checkpoints.Checkpoint | None) -> TrainConfig:
+    """The settings, with as many held-out rows as the run had that goes on, unless they say how many.
+
+    Raises:
+        ConfigError: if no row would be left to train on.
+    """
+    before = start.manifest.get("held_out", 0) if start else None
+    if config.validation_split is None and before not in (None, config.num_held_out(num_rows)):
+        config = dataclasses.replace(config, validation_split=before)
+    if config.num_held_out(num_rows) >= num_rows:
+        problem = f"--validation_split={config.validation_split:g}: leaves none of the {num_rows:,} rows to train on"
+        raise ConfigError([f"{problem}; hold out fewer, or 0"])
+    return config
 
 
 def check_inputs(config: TrainConfig) -> tuple[Source, str | None]:

@@ -23,7 +23,7 @@ from raycontrolnet.cluster import WorkerResources, logging_to, ray_session, show
 from raycontrolnet.config import TrainConfig, changed_settings
 from raycontrolnet.data.columns import shortened
 from raycontrolnet.data.encoding import ShardResult, load_shard
-from raycontrolnet.data.latents import ROW_OVERHEAD_BYTES, LatentCache
+from raycontrolnet.data.latents import ROW_OVERHEAD_BYTES
 from raycontrolnet.data.manifest import BadSample, Manifest, Shard
 from raycontrolnet.encode_latents import EncodeJob, encode_here, encode_on_ray
 from raycontrolnet.errors import ConfigError, DataError, Interrupted, RunError, UserError, in_one_line, root_cause
@@ -90,15 +90,15 @@ def _prepare(config: TrainConfig, stream: TextIO) -> PrepareResult:
     there, missing = plan.survey()
     with logging_to(_file_for(plan, "prepare.log")):
         if not missing:
-            manifest = _complete(plan, there, (), None, token, stream)
+            manifest = complete(plan, there, (), None, token, stream)
         elif config.worker_range == (0, 0):
-            manifest = _complete(plan, there, missing, here(config), token, stream)
+            manifest = complete(plan, there, missing, here(config), token, stream)
         else:
             with ray_session(config.address):
                 resources = worker_resources(config)
                 if not resources.one_machine and config.latents_cache_dir is None:
                     raise ConfigError([f"--latents_cache_dir: {SEVERAL_MACHINES}"])
-                manifest = _complete(plan, there, missing, on_ray(resources), token, stream)
+                manifest = complete(plan, there, missing, on_ray(resources), token, stream)
     return PrepareResult(
         folder=plan.folder.uri,
         num_samples=manifest.num_rows,
@@ -107,21 +107,6 @@ def _prepare(config: TrainConfig, stream: TextIO) -> PrepareResult:
         num_encoded=sum(len(shard.rows) for shard in missing),
         seconds=time.monotonic() - started,
     )
-
-
-def cache_for_run(plan: LatentPlan, encode: Encode, token: str | None, stream: TextIO) -> tuple[LatentCache, Manifest]:
-    """The cache for a run, made or completed if need be.
-
-    Raises:
-        ConfigError: if the folder holds a cache that does not fit; else as `prepare`.
-    """
-    plan.check_encoding(prepare_command)
-    if changes := plan.changes():
-        problem = f"the data changed since its latents were cached in {plan.folder.uri}: {changes}"
-        raise ConfigError([f"{problem}. Encode what is new with:\n  {prepare_command(plan.config)}"])
-    there, missing = plan.survey()
-    manifest = _complete(plan, there, missing, encode, token, stream)
-    return LatentCache.of(plan.folder, manifest, plan.shards), manifest
 
 
 def here(config: TrainConfig) -> Encode:
@@ -143,7 +128,7 @@ def on_ray(resources: WorkerResources) -> Encode:
     return lambda job: encode_on_ray(job, resources)
 
 
-def _complete(
+def complete(
     plan: LatentPlan,
     there: dict[str, ShardResult],
     missing: tuple[Shard, ...],
@@ -295,8 +280,10 @@ def prepare_command(config: TrainConfig, **others: Any) -> str:
     names = {field.name for group in (ModelConfig, DataConfig, CacheConfig) for field in dataclasses.fields(group)}
     names -= {"controlnet_model_name_or_path", "proportion_empty_prompts", "tokenizer_name", "cache_latents"}
     settings = {name: value for name, value in changed_settings(config).items() if name in names} | others
-    if "max_train_samples" in settings:
+    if "max_train_samples" in settings:  # the rows are drawn together with the held-out ones
         settings["seed"] = config.seed
+        if config.validation_split is not None:
+            settings["validation_split"] = config.validation_split
     return "raycontrolnet prepare " + " ".join(
         f"--{name} {shlex.quote(str(value))}" for name, value in settings.items()
     )

@@ -320,7 +320,7 @@ class ValidationConfig:
     validation_steps: int = 100
     """Validate every N updates, and once at the end."""
     validation_split: float | None = None
-    """Rows never trained on, to measure learning: a share below 1, or a count; 0 for none. By default 16, from 320 on."""
+    """Rows to measure learning by, never trained on: a share below 1 or a count; by default 16 of 320 rows or more."""
 
     def num_held_out(self, num_rows: int) -> int:
         """How many of a data set's rows are held out: none, or at least 2, because control images are shuffled."""

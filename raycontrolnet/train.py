@@ -8,13 +8,10 @@ Checks everything that can be checked before anything is loaded, hands a `Job` t
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -30,14 +27,16 @@ from raycontrolnet.cluster import (
 )
 from raycontrolnet.config import TrainConfig, changed_settings, public_settings
 from raycontrolnet.data.stream import execution_options, ray_dataset
-from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError, in_one_line, root_cause
+from raycontrolnet.ending import failures_explained, interruption_explained
 from raycontrolnet.latent_plan import LatentPlan
+from raycontrolnet.latents_of_run import planned_latents, with_latents
 from raycontrolnet.preflight import CheckedRun, check, check_device, versions, with_absolute_paths
-from raycontrolnet.prepare_latents import SEVERAL_MACHINES, Encode, cache_for_run, here, on_ray
-from raycontrolnet.run import checkpoint as checkpoints
-from raycontrolnet.run import export
-from raycontrolnet.run.job import LOG, Job, begin, end, read_failure
+from raycontrolnet.prepare_latents import here, on_ray
+from raycontrolnet.run import export, held_out
+from raycontrolnet.run.failures import read_failure
+from raycontrolnet.run.job import LOG, Job, begin
 from raycontrolnet.run.progress import Progress, duration
+from raycontrolnet.run.status import status_kept
 from raycontrolnet.run.trained import CONFIG
 
 if TYPE_CHECKING:
@@ -46,7 +45,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ENDLESS = 2**40
-STATUS = "run.json"
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,12 @@ class RunResult:
     """Seconds by phase in the worker of rank 0."""
     hub_url: str | None = None
     """Where the weights were pushed to."""
+    val_loss: float | None = None
+    """Of the rows that are held out, at the last measurement; None if there are none."""
+    control_gap: float | None = None
+    """By how much val_loss grows when the control images are shuffled."""
+    control_appeared_at_step: int | None = None
+    """Since when the model obeys the control image, as far as the held-out rows show."""
 
 
 def fit(config: TrainConfig, *, stream: TextIO | None = None) -> RunResult:
@@ -93,14 +97,20 @@ def _fit(config: TrainConfig, stream: TextIO) -> RunResult:
     output_dir = Path(config.output_dir).expanduser().resolve()
     config = with_absolute_paths(config, output_dir)
     run = check(config, output_dir)
-    with logging_to(output_dir / LOG), _status_kept(output_dir, started) as status, _interruption_explained(run):
+    latents = planned_latents(run, stream)
+    with (
+        logging_to(output_dir / LOG),
+        status_kept(output_dir, started, versions()) as status,
+        interruption_explained(run),
+    ):
         if config.worker_range == (0, 0):
-            summary = _train_here(run, stream)
+            summary = _train_here(run, latents, stream)
         else:
             with ray_session(config.address):
-                summary = _train_on_ray(run, stream)
+                summary = _train_on_ray(run, latents, stream)
         last = run.last_checkpoint()
-        status |= {**summary, "status": "finished", "checkpoint": last.path.name if last else None}
+        measured = held_out.summary(output_dir)
+        status |= {**summary, **measured, "status": "finished", "checkpoint": last.path.name if last else None}
         export.write_model_card(output_dir, run.config, status)
         hub_url = _push(run, status, stream) if config.push_to_hub else None
     seconds = time.time() - started
@@ -114,10 +124,11 @@ def _fit(config: TrainConfig, stream: TextIO) -> RunResult:
         seconds=seconds,
         timings=summary["timings"],
         hub_url=hub_url,
+        **measured,
     )
 
 
-def _train_here(run: CheckedRun, stream: TextIO) -> dict[str, Any]:
+def _train_here(run: CheckedRun, latents: LatentPlan | None, stream: TextIO) -> dict[str, Any]:
     """The worker loop in this process: Ray Train's local mode, for debugging and quick tests."""
     import torch
     from ray.train import RunConfig, ScalingConfig
@@ -127,8 +138,8 @@ def _train_here(run: CheckedRun, stream: TextIO) -> dict[str, Any]:
 
     use_gpu = torch.cuda.is_available() if run.config.use_gpu is None else run.config.use_gpu
     check_device(run.config, use_gpu=use_gpu, has_gpu=torch.cuda.is_available())
-    run = _with_latents(run, 1, here(run.config), stream)
-    job = run.job(use_gpu=use_gpu, threads=None, local=True)
+    run = with_latents(run, latents, here(run.config), stream)
+    job = run.job(use_gpu=use_gpu, threads=None, loader=run.loader)
     _announce(run, 1, stream, use_gpu=use_gpu)
     begin(job)
     trainer = TorchTrainer(
@@ -137,21 +148,26 @@ def _train_here(run: CheckedRun, stream: TextIO) -> dict[str, Any]:
         scaling_config=ScalingConfig(num_workers=0),
         run_config=RunConfig(storage_path=str(run.output_dir.parent), name=run.output_dir.name),
     )
-    with _failures_explained(run), _progress(run, 1, stream):
+    with failures_explained(run), _progress(run, 1, stream):
         return dict(trainer.fit().return_value)
 
 
-def _train_on_ray(run: CheckedRun, stream: TextIO) -> dict[str, Any]:
+def _train_on_ray(run: CheckedRun, latents: LatentPlan | None, stream: TextIO) -> dict[str, Any]:
     import ray
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 
     from raycontrolnet.train_controlnet import train_controlnet
+    from raycontrolnet.validate_beside import start_painter
 
     resources = worker_resources(run.config)
     check_device(run.config, use_gpu=resources.use_gpu, has_gpu=resources.use_gpu)
     fewest, most = resources.num_workers
-    run = _with_latents(run, most, on_ray(resources), stream, shared=not resources.one_machine)
-    job = run.job(use_gpu=resources.use_gpu, threads=None if resources.use_gpu else resources.threads, local=False)
+    run = with_latents(run, latents, on_ray(resources), stream, shared=not resources.one_machine)
+    loader_ref = ray.put(run.loader)
+    threads = None if resources.use_gpu else resources.threads
+    job = run.job(use_gpu=resources.use_gpu, threads=threads, loader=loader_ref)
+    if job.validation_items and resources.spare:
+        job = dataclasses.replace(job, painter=start_painter(job, resources))
     _announce(run, most, stream, use_gpu=resources.use_gpu)
     if resources.waits_for:
         stream.write(f"waiting for {resources.waits_for}\n")
@@ -170,50 +186,16 @@ def _train_on_ray(run: CheckedRun, stream: TextIO) -> dict[str, Any]:
             name=run.output_dir.name,
             failure_config=FailureConfig(max_failures=run.config.max_failures),
         ),
-        datasets={"train": _dataset_factory(run, job, ray.put(run.loader))},
+        datasets={"train": _dataset_factory(run, job)},
         dataset_config=DataConfig(
             execution_options=execution_options(_batch_bytes(run.config), most), enable_shard_locality=False
         ),
     )
-    with _failures_explained(run), _progress(run, most, stream):
+    with failures_explained(run), _progress(run, most, stream):
         summary = trainer.fit_or_abort().return_value
         if failure := read_failure(run.output_dir):
             raise failure
         return dict(summary)
-
-
-def _with_latents(
-    run: CheckedRun, world_size: int, encode: Encode, stream: TextIO, *, shared: bool = False
-) -> CheckedRun:
-    """The run as it will be: from cached latents, if it is to use them, which are made now if need be.
-
-    Args:
-        shared: whether the cache must lie on storage that several machines see.
-
-    Raises:
-        ConfigError: if there is a cache that does not fit; else as `prepare`.
-    """
-    config = run.config
-    plan = run.plan(world_size, None)
-    again = plan.total_updates * plan.samples_per_update > plan.num_samples
-    wanted = again or config.on_bad_sample == "skip"  # who is to skip must look at all before
-    if config.cache_latents == "off" or (config.cache_latents == "auto" and not wanted):
-        return run
-    if shared and config.latents_cache_dir is None:
-        if config.cache_latents == "on" or config.on_bad_sample == "skip":
-            raise ConfigError([f"--latents_cache_dir: {SEVERAL_MACHINES}"])
-        stream.write(f"latents: not cached; to train faster, give --latents_cache_dir ({SEVERAL_MACHINES})\n")
-        return run
-    if run.random_subset:
-        if config.cache_latents == "on":
-            raise ConfigError([f"--max_train_samples={config.max_train_samples}: needs --seed, to cache these rows"])
-        stream.write("latents: not cached, because --max_train_samples draws other rows without --seed\n")
-        return run
-    cache, manifest = cache_for_run(LatentPlan.of(config, run.source, run.token), encode, run.token, stream)
-    run = dataclasses.replace(run, cache=cache, bad_rows=tuple(sample.row for sample in manifest.bad_samples))
-    if run.start is not None and run.start.manifest.get("left_out", []) != list(run.bad_rows):
-        logger.warning("%s was made with other bad samples left out: the order of samples changes", run.start.path)
-    return run
 
 
 def _resources_per_worker(resources: WorkerResources) -> dict[str, float]:
@@ -224,7 +206,7 @@ def _batch_bytes(config: TrainConfig) -> int:
     return config.train_batch_size * 2 * 3 * config.resolution**2
 
 
-def _dataset_factory(run: CheckedRun, job: Job, loader_ref: ray.ObjectRef) -> Callable[[], ray.data.Dataset]:
+def _dataset_factory(run: CheckedRun, job: Job) -> Callable[[], ray.data.Dataset]:
     """What Ray Train calls at every start of the workers: the stream from the last committed checkpoint on."""
     batch_size = run.config.train_batch_size
     max_tasks = run.config.dataloader_num_workers * run.config.worker_range[1] or None
@@ -235,7 +217,7 @@ def _dataset_factory(run: CheckedRun, job: Job, loader_ref: ray.ObjectRef) -> Ca
         step, samples = (checkpoint.step, checkpoint.samples) if checkpoint else (0, 0)
         # How many workers an elastic run got is not known here: they stop by themselves.
         num_batches = run.plan(most, checkpoint).batches_per_worker(step) * most if fewest == most else ENDLESS
-        return ray_dataset(loader_ref, batch_size, samples, num_batches, max_tasks)
+        return ray_dataset(job.loader, batch_size, samples, num_batches, max_tasks)
 
     return dataset
 
@@ -264,78 +246,12 @@ def _progress(run: CheckedRun, world_size: int, stream: TextIO) -> Progress:
     return Progress(run.output_dir, total_updates, run.start.step if run.start else 0, stream)
 
 
-@contextmanager
-def _interruption_explained(run: CheckedRun) -> Iterator[None]:
-    """Ctrl-C, wherever it comes: what stands, and how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Interrupted(f"Interrupted. {_how_to_go_on(run)}") from None
-
-
-@contextmanager
-def _failures_explained(run: CheckedRun) -> Iterator[None]:
-    """Turn whatever ends a run early into one paragraph that says what stands and how to go on."""
-    try:
-        yield
-    except Exception as error:
-        logger.exception("the run failed")
-        cause = root_cause(error)
-        known = read_failure(run.output_dir) or (cause if isinstance(cause, (UserError, RunError)) else None)
-        message = str(known) if known else f"The run failed: {in_one_line(cause)}."
-        kind = UserError if isinstance(known, UserError) else RunError
-        raise kind(f"{message}\n{_how_to_go_on(run)} Details: {run.output_dir / LOG}") from error
-    finally:
-        end(run.output_dir)
-
-
-def _how_to_go_on(run: CheckedRun) -> str:
-    last = run.last_checkpoint()
-    if last is None:
-        return "There was no checkpoint yet."
-    newest = checkpoints.latest(run.output_dir)
-    if last.path.parent != run.output_dir:
-        name = str(last.path)
-    else:
-        name = "latest" if newest and newest.path == last.path else last.path.name
-    return (
-        f"The checkpoint of update {last.step} stands: go on with --resume_from_checkpoint {name} "
-        f"(--output_dir {run.output_dir})."
-    )
-
-
 def _push(run: CheckedRun, facts: dict[str, Any], stream: TextIO) -> str:
     repo_id = export.resolve_repo_id(run.output_dir, run.config.hub_model_id, run.token)
     export.write_model_card(run.output_dir, run.config, facts, repo_id=repo_id)
     url = export.push_to_hub(run.output_dir, repo_id=repo_id, token=run.token)
     stream.write(f"pushed to {url}\n")
     return url
-
-
-@contextmanager
-def _status_kept(output_dir: Path, started: float) -> Iterator[dict[str, Any]]:
-    """run.json: status, steps, samples, seconds by phase, versions; rewritten at the start and at the end."""
-    status: dict[str, Any] = {
-        "status": "running",
-        "started": started,
-        "versions": versions(),
-    }
-
-    def write() -> None:
-        partial = output_dir / f".{STATUS}.partial"
-        partial.write_text(json.dumps(status | {"seconds": round(time.time() - started, 3)}, indent=1) + "\n")
-        os.replace(partial, output_dir / STATUS)
-
-    write()
-    try:
-        yield status
-    except BaseException as error:
-        if status["status"] == "running":
-            status["status"] = "interrupted" if isinstance(error, Interrupted) else "failed"
-            status["cause"] = str(error)
-        raise
-    finally:
-        write()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import ray.train
@@ -19,12 +18,11 @@ import torch
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.stream import local_batches, ray_batches
 from raycontrolnet.errors import RunError, UserError
-from raycontrolnet.model.components import vae_on, with_controlnet, working_precision
 from raycontrolnet.model.step import Batch, Draws, TrainState, draw, latent_shape, make_batch, train_step
 from raycontrolnet.run import checkpoint as checkpoints
-from raycontrolnet.run import validation
 from raycontrolnet.run.checkpoint import Checkpoint
-from raycontrolnet.run.job import LOG, Job, check_folder_is_shared, read_failure, record_failure
+from raycontrolnet.run.failures import hopeless_failures_recorded, read_failure, worth_another_try
+from raycontrolnet.run.job import Job, check_folder_is_shared, logging_to_run_log, write_timings
 from raycontrolnet.run.metrics import MetricsLog, PendingMetrics, PhaseClock, UpdateMetrics
 from raycontrolnet.run.plan import RunPlan
 from raycontrolnet.run.prompts import warn_if_cut
@@ -33,10 +31,9 @@ from raycontrolnet.run.state import (
     build_state,
     save_final_weights,
     save_state,
-    saved_controlnet,
-    unwrap_controlnet,
 )
 from raycontrolnet.run.trackers import Trackers, open_trackers
+from raycontrolnet.validate_controlnet import Validator
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -57,7 +54,7 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
     context = ray.train.get_context()
     clock = PhaseClock()
     clock.seconds["start"] = time.time() - job.submitted
-    with _logging_to_run_log(job, context.get_world_rank()), _hopeless_failures_recorded(job):
+    with logging_to_run_log(job, f"worker {context.get_world_rank()}"), hopeless_failures_recorded(job.output_dir):
         checkpoint = job.current_checkpoint()
         plan = RunPlan.of(job.config, job.num_samples, context.get_world_size(), checkpoint)
         batches = _read_ahead(_batches(job, plan, checkpoint))  # begins now, while the models are read
@@ -65,7 +62,7 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
             if job.threads is not None:
                 torch.set_num_threads(job.threads)
             torch.backends.cuda.matmul.allow_tf32 = job.config.allow_tf32
-            with clock("model"), _worth_another_try(continued=checkpoint is not job.start):
+            with clock("model"), worth_another_try(continued=checkpoint is not job.start):
                 state = build_state(job.config, plan, accelerator, checkpoint, job.token, encodes=not job.cached)
             return Worker(job, plan, state, clock, context.get_world_rank()).run(batches)
 
@@ -91,6 +88,7 @@ class Worker:
                 settings=job.tracker_settings,
                 done_steps=state.step,
             )
+        self.validator = Validator(job, plan, state, rank, clock, self.trackers)
 
     def run(self, batches: Iterator[list[PreparedRow]]) -> dict[str, Any]:
         """Train to the end."""
@@ -99,16 +97,21 @@ class Worker:
         try:
             while state.step < plan.total_updates:
                 self.update(inputs)
+                validates = plan.validation_due(state.step)
+                if validates:
+                    self.record(force=True)
+                    self.validator.measure()  # before the checkpoint, which is reported with what it is worth
                 if plan.checkpoint_due(state.step):
                     self.checkpoint()
-                if plan.validation_due(state.step):
-                    self.validate(state.step)
+                if validates and state.step < plan.total_updates:
+                    self.validator.draw()
+                if validates or plan.checkpoint_due(state.step):
+                    self.rest_from_training()
             self.finish()
         finally:
-            if self.metrics_log:
-                self.metrics_log.close()
-            if self.trackers:
-                self.trackers.close()
+            for part in (self.metrics_log, self.validator, self.trackers):
+                if part:
+                    part.close()
         loss = None if self.last is None else self.last.loss
         return {"step": state.step, "samples": state.samples, "loss": loss, "timings": self.clock.rounded()}
 
@@ -165,7 +168,7 @@ class Worker:
         for update in self.pending.ready(force=force):
             self.last = update
             if self.metrics_log and self.trackers:
-                self.metrics_log.append(update)
+                self.metrics_log.append(update._asdict())
                 scalars = ("loss", "lr", "grad_norm", "images_per_second")
                 self.trackers.scalars(update.step, {name: getattr(update, name) for name in scalars})
 
@@ -190,39 +193,19 @@ class Worker:
                 )
                 checkpoints.prune(job.output_dir, job.config.checkpoints_total_limit)
                 reported = ray.train.Checkpoint.from_directory(str(written.path))
+            measured = self.validator.last
             ray.train.report(
-                self.last._asdict() if self.last else {"step": state.step},
+                (measured._asdict() if measured else {}) | (self.last._asdict() if self.last else {"step": state.step}),
                 checkpoint=reported,
                 checkpoint_dir_name=name,
                 checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
             )
-        self.pending.restart_clock()
 
-    def validate(self, step: int, *, from_saved_weights: bool = False) -> None:
-        """Validation images, shared among the workers; the training's own randomness stays untouched."""
-        job, state = self.job, self.state
-        self.record(force=True)
-        with self.clock("validation"), vae_on(state.components, state.accelerator.device):
-            controlnet = saved_controlnet(job.output_dir, state) if from_saved_weights else unwrap_controlnet(state)
-            precision = working_precision(job.config.mixed_precision)
-            validation.write(
-                job.output_dir,
-                step,
-                job.validation_items,
-                with_controlnet(state.components, controlnet),
-                resolution=job.config.resolution,
-                device=state.accelerator.device,
-                autocast=None if precision == torch.float32 else precision,
-                shard=(self.rank, self.plan.world_size),
-            )
-            _barrier()  # Ray's, not the process group's: a slow worker cannot time a collective out
-            if self.trackers:
-                for pair in validation.finish(
-                    job.output_dir, step, job.validation_items, resolution=job.config.resolution
-                ):
-                    key = validation.tracker_key(pair)
-                    self.trackers.images(step, key, [pair.control, *pair.images], pair.prompt)
+    def rest_from_training(self) -> None:
+        """What came since the last update is no part of the next one; its time is on record."""
         self.pending.restart_clock()
+        if self.rank == 0:
+            write_timings(self.job.output_dir, self.clock.rounded())
 
     def finish(self) -> None:
         """Final weights at the root of output_dir, and the last validation, made from them."""
@@ -230,18 +213,11 @@ class Worker:
         with self.clock("checkpoint"):
             if self.rank == 0:
                 save_final_weights(self.state, self.job.output_dir)
-        if self.plan.validates:
-            _barrier()
-            self.validate(self.state.step, from_saved_weights=True)
-
-
-def _barrier() -> None:
-    if ray.train.get_context().get_world_size() > 1:
-        ray.train.collective.barrier()
+        self.validator.finish()
 
 
 def _batches(job: Job, plan: RunPlan, checkpoint: Checkpoint | None) -> Iterator[list[PreparedRow]]:
-    if job.loader is None:
+    if not job.local:
         return ray_batches(ray.train.get_dataset_shard("train"))
     step, samples = (checkpoint.step, checkpoint.samples) if checkpoint else (0, 0)
     return local_batches(job.loader, samples, plan.batches_per_worker(step))
@@ -263,52 +239,3 @@ def _read_ahead(items: Iterator[T]) -> Iterator[T]:
             pool.shutdown(wait=False, cancel_futures=True)
 
     return consume()
-
-
-@contextmanager
-def _hopeless_failures_recorded(job: Job) -> Iterator[None]:
-    """Record failures that would come again, so that Ray's next try ends at once instead of repeating them."""
-    try:
-        yield
-    except (UserError, RunError) as error:
-        record_failure(job.output_dir, error)
-        raise
-    except torch.OutOfMemoryError as error:
-        advice = RunError(
-            f"Out of GPU memory: {str(error).splitlines()[0]} Use a smaller --train_batch_size with more "
-            "--gradient_accumulation_steps, --gradient_checkpointing, or --mixed_precision bf16"
-        )
-        record_failure(job.output_dir, advice)
-        raise advice from error
-
-
-@contextmanager
-def _worth_another_try(*, continued: bool) -> Iterator[None]:
-    """Models that could be read when the run began are there: failing to read them now is a passing fault."""
-    try:
-        yield
-    except UserError as error:
-        if continued:
-            raise ConnectionError(str(error)) from error
-        raise
-
-
-@contextmanager
-def _logging_to_run_log(job: Job, rank: int) -> Iterator[None]:
-    """What this package logs in a worker, and the libraries' progress bars, must not be lost in Ray's files."""
-    import diffusers.utils.logging  # here: the driver, which imports this module too, need not wait for them
-    import transformers.utils.logging
-
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
-    package = logging.getLogger("raycontrolnet")
-    handler = logging.FileHandler(job.output_dir / LOG, encoding="utf-8")
-    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s worker {rank}: %(message)s"))
-    if job.loader is None:  # else this is the driver's process, which logs there already
-        package.addHandler(handler)
-        package.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        package.removeHandler(handler)
-        handler.close()

@@ -81,6 +81,7 @@ OWN_FLAGS: dict[str, tuple[str, Any]] = {
     "use_gpu": ("BOOL", None),
     "cpus_per_worker": ("FLOAT", None),
     "accelerator_type": ("STR", None),
+    "validation_split": ("FLOAT", None),
     "max_failures": ("INT", 3),
     "address": ("STR", None),
     "cache_latents": ("STR", "auto"),
@@ -256,6 +257,13 @@ LIMITS: list[tuple[Settings, str]] = [
     ({"cache_latents": "yes"}, "--cache_latents=yes: must be one of auto, on, off"),
     ({"latents_dtype": "half"}, "--latents_dtype=half: must be one of float16, float32"),
     ({"on_bad_sample": "drop"}, "--on_bad_sample=drop: must be one of fail, skip"),
+    *(
+        (
+            {"validation_split": split},
+            f"--validation_split={float(split)}: must be a share below 1, a count of at least 2, or 0 for none",
+        )
+        for split in (-0.1, 1, 2.5)
+    ),
     ({"max_bad_fraction": 2}, "--max_bad_fraction=2.0: must be in [0, 1]"),
     ({"latents_batch_size": 0}, "--latents_batch_size=0: must be at least 1"),
     ({"latents_cache_dir": ""}, "--latents_cache_dir: must name a folder; leave it out for the default one"),

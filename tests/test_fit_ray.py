@@ -23,7 +23,7 @@ from raycontrolnet import TrainConfig, fit
 from raycontrolnet.config import public_settings
 from raycontrolnet.demo.circles import write_circles
 from raycontrolnet.errors import ConfigError, RunError, UserError
-from raycontrolnet.run import metrics
+from raycontrolnet.run import held_out, metrics
 
 pytestmark = pytest.mark.usefixtures("_local_ray")
 
@@ -63,11 +63,16 @@ def assert_same_run(one: Path, other: Path) -> None:
 def test_two_workers_learn_what_one_does(settings: Settings, tmp_path: Path) -> None:
     """1 worker x batch 4 and 2 workers x batch 2: the same losses over 10 updates, across the ends of epochs."""
     changes = {"max_train_steps": 10, "checkpointing_steps": 100, "proportion_empty_prompts": 0.3}
+    changes |= {"validation_split": 5, "validation_steps": 5}
     one = run(settings, tmp_path / "one", **changes)
     two = run(settings, tmp_path / "two", **changes, num_workers="2", train_batch_size=2)
     assert column(one, "samples") == column(two, "samples") == [4 * update for update in range(1, 11)]
     assert column(two, "loss") == pytest.approx(column(one, "loss"), rel=0, abs=1e-5)
     assert len(set(column(one, "loss"))) == 10
+    for name in ("val_loss", "val_loss_shuffled", "control_gap"):
+        measured = [[line[name] for line in held_out.read(folder)] for folder in (one, two)]
+        assert len(measured[0]) == 2
+        assert measured[1] == pytest.approx(measured[0], rel=0, abs=1e-5)
 
 
 def test_learning_rate_counts_updates_not_workers(settings: Settings, tmp_path: Path) -> None:

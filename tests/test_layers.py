@@ -22,9 +22,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data",),
     ("model",),
     ("run",),
-    ("cluster", "preflight", "train_controlnet"),
+    ("cluster", "preflight"),
+    ("ending", "validate_beside"),
+    ("validate_controlnet",),
+    ("train_controlnet",),
     ("encode_latents", "latent_plan"),
     ("generate_images", "prepare_latents"),
+    ("latents_of_run",),
     ("train",),
     ("tune",),
     ("demo",),  # stands beside the others; what it may import is what is below cli
@@ -33,7 +37,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 """From the bottom up. A module imports from lower layers, and from its own folder."""
 
-RAY_DRIVERS = {"cluster", "train_controlnet", "train", "encode_latents", "tune", "data.stream"}
+RAY_DRIVERS = {
+    "cluster", "train_controlnet", "train", "encode_latents", "tune", "validate_beside", "validate_controlnet",
+    "data.stream",
+}  # fmt: skip
 """Modules that may import ray."""
 
 TORCH_FREE = ("", "__main__", "cli", "config", "data", "errors", "generate_settings", "settings")

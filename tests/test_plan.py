@@ -62,7 +62,7 @@ def test_samples_of_workers_follow_each_other(tiny_settings: dict[str, Any]) -> 
 
 
 def test_when_something_is_due(tiny_settings: dict[str, Any]) -> None:
-    config = TrainConfig(**tiny_settings | {"max_train_steps": 5, "checkpointing_steps": 2})
+    config = TrainConfig(**tiny_settings | {"max_train_steps": 5, "checkpointing_steps": 2, "validation_steps": 3})
     due = RunPlan.of(config, 13, 1)
     assert [step for step in range(1, 6) if due.checkpoint_due(step)] == [2, 4, 5]
-    assert not any(due.validation_due(step) for step in range(1, 6))
+    assert [step for step in range(1, 6) if due.validation_due(step)] == [3, 5]

@@ -295,6 +295,7 @@ def test_missing_files_are_listed_and_counted(tmp_path: Path, monkeypatch: pytes
     assert problems_of(train_data_dir=str(tmp_path)) == [
         f"{path}:2: conditioning_image nowhere/0.png: no such file",
         f"{path}:2: image images/9.png: no such file",
+        "mend the data, or leave such rows out with --on_bad_sample skip",
     ]
     write_lines(path, [good] + [good | {"image": f"nowhere/{row}.png"} for row in range(5000)])
     listed = []
@@ -307,7 +308,7 @@ def test_missing_files_are_listed_and_counted(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "scandir", spy)
     problems = problems_of(train_data_dir=str(tmp_path))
     assert problems[0] == f"{path}:2: image nowhere/0.png: no such file"
-    assert len(problems) == 11
+    assert len(problems) == 12
     assert problems[10] == "... 5,000 files are missing in all"
     assert len(listed) == 3  # a listing per folder, not a call per file
 
@@ -508,7 +509,10 @@ def test_empty_cells_and_missing_files(tmp_path: Path) -> None:
     dataset = image_dataset([TEXTS[0], None, None])
     dataset.save_to_disk(tmp_path / "null")
     name = str(tmp_path / "null")
-    assert problems_of(dataset_name=name) == [f"--dataset_name={name}: text is null in 2 of 3 rows"]
+    assert problems_of(dataset_name=name) == [
+        f"--dataset_name={name}: text is null in 2 of 3 rows",
+        "mend the data, or leave such rows out with --on_bad_sample skip",
+    ]
     dataset.select([]).to_parquet(tmp_path / "none.parquet")
     assert problems_of(dataset_name=f"{tmp_path}/none.parquet") == [
         f"--dataset_name={tmp_path}/none.parquet: has no rows"
@@ -516,7 +520,8 @@ def test_empty_cells_and_missing_files(tmp_path: Path) -> None:
     lines = write_json_lines(tmp_path / "lines")
     (lines.parent / "edges" / "2.png").unlink()
     assert problems_of(dataset_name=str(lines)) == [
-        f"--dataset_name={lines}, row 2: conditioning_image edges/2.png: no such file"
+        f"--dataset_name={lines}, row 2: conditioning_image edges/2.png: no such file",
+        "mend the data, or leave such rows out with --on_bad_sample skip",
     ]
 
 

@@ -22,6 +22,8 @@ class Purpose(IntEnum):
     PROMPT = 2
     DIFFUSION = 3
     CONTROLNET = 4
+    HELD_OUT = 5
+    HELD_OUT_PROMPT = 6
 
 
 def keyed_rng(seed: int, purpose: Purpose, key: int) -> np.random.Generator:
@@ -40,19 +42,32 @@ class SampleOrder:
     Args:
         num_rows: rows of the source, at least 1.
         seed: the run's seed.
-        max_samples: if fewer than `num_rows`, only a seeded random subset of this size is used.
+        max_samples: only a seeded random subset of this size is used, if there are more rows.
         without: rows that cannot be used; the others keep their order in the subset.
+        num_held_out: rows, drawn by the seed, that are never trained on.
     """
 
-    def __init__(self, num_rows: int, seed: int, max_samples: int | None = None, without: Sequence[int] = ()):
+    def __init__(
+        self,
+        num_rows: int,
+        seed: int,
+        max_samples: int | None = None,
+        without: Sequence[int] = (),
+        num_held_out: int = 0,
+    ):
         self.seed = seed
+        end = num_rows if max_samples is None else min(num_rows, num_held_out + max_samples)
+        self.held_out: NDArray[np.int64] = np.empty(0, np.int64)
+        """The rows that are held out."""
         self.rows: NDArray[np.int64] | None = None
-        """The rows that are used, in the order that permutations count; None for all of them."""
-        if max_samples is not None and max_samples < num_rows:
-            self.rows = _permutation(seed, Purpose.SUBSET, 0, num_rows)[:max_samples]
+        """The rows that are trained on, in the order that permutations count; None for all of them."""
+        if num_held_out or end < num_rows:
+            drawn = _permutation(seed, Purpose.SUBSET, 0, num_rows)
+            self.held_out, self.rows = drawn[:num_held_out], drawn[num_held_out:end]
         if without:
             rows = np.arange(num_rows) if self.rows is None else self.rows
             self.rows = rows[~np.isin(rows, list(without))]
+            self.held_out = self.held_out[~np.isin(self.held_out, list(without))]
         self.num_samples = num_rows if self.rows is None else len(self.rows)
         """N, samples per epoch."""
 

@@ -91,6 +91,19 @@ class BatchLoader:
             rng=keyed_rng(self.order.seed, Purpose.PROMPT, sample_index),
         )
 
+    def held_out_sample(self, index: int) -> PreparedRow:
+        """The held-out sample `index`; its caption is always the same, and never the empty prompt by chance.
+
+        Raises:
+            DataError: if the row cannot be used; names it.
+        """
+        return self.rows.sample(
+            int(self.order.held_out[index]),
+            index,
+            proportion_empty_prompts=0.0,
+            rng=keyed_rng(self.order.seed, Purpose.HELD_OUT_PROMPT, index),
+        )
+
     def batch(self, first_sample: int) -> list[PreparedRow]:
         """Samples [first_sample, first_sample + batch_size)."""
         indices = range(first_sample, first_sample + self.batch_size)

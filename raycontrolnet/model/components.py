@@ -149,7 +149,12 @@ def load_controlnet(name_or_path: str, flag: str = "controlnet_model_name_or_pat
     """A ControlNet from a folder or the Hub, its weights raised to fp32."""
     from diffusers import ControlNetModel
 
-    return _loading(flag, name_or_path, ControlNetModel.from_pretrained, torch_dtype=torch.float32, **options)
+    controlnet = _loading(flag, name_or_path, ControlNetModel.from_pretrained, torch_dtype=torch.float32, **options)
+    # Off the mapped file, where they lie at odd addresses: MKL rounds differently there, and a run that goes on must
+    # compute what it would have computed.
+    for weight in controlnet.parameters():
+        weight.data = weight.data.clone()
+    return controlnet
 
 
 def _make_controlnet(

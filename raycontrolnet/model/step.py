@@ -103,9 +103,14 @@ def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def draw(
-    seed: int, sample_indices: Sequence[int], latent_shape: tuple[int, ...], num_timesteps: int, device: torch.device
+    seed: int,
+    sample_indices: Sequence[int],
+    latent_shape: tuple[int, ...],
+    num_timesteps: int,
+    device: torch.device,
+    purpose: Purpose = Purpose.DIFFUSION,
 ) -> Draws:
-    """The draws of samples k, from (seed, k) alone.
+    """The draws of samples k, from (seed, purpose, k) alone.
 
     Made on the CPU, so that they are the same on every kind of device.
 
@@ -116,7 +121,7 @@ def draw(
     noises, timesteps = [], []
     for index in sample_indices:
         # Not a torch.Generator: of its seed the CPU's takes 32 bits, so that among 100,000 samples two would be alike.
-        rng = keyed_rng(seed, Purpose.DIFFUSION, index)
+        rng = keyed_rng(seed, purpose, index)
         noises.append(rng.standard_normal((2, *latent_shape), dtype=np.float32))
         timesteps.append(int(rng.integers(num_timesteps)))
     posterior_noise, noise = _to_device(torch.from_numpy(np.stack(noises, axis=1)), device)
@@ -161,6 +166,13 @@ def controlnet_loss(components: Components, controlnet: torch.nn.Module, batch: 
     prediction_type = components.noise_scheduler.config["prediction_type"]
     target = prediction_target(prediction_type, latents, draws.noise, alphas_cumprod)
     return per_sample_loss(prediction, target)
+
+
+def with_posterior(components: Components, batch: Batch) -> Batch:
+    """The batch with its images encoded, to be used more than once."""
+    with torch.no_grad():
+        mean, logvar = _posterior(components, batch)
+    return batch._replace(images=None, posterior=torch.stack([mean, logvar], dim=1))
 
 
 def _posterior(components: Components, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -80,7 +80,7 @@ def draw(
     warn_if_cut(pipeline.tokenizer, prompt)
     with ExitStack() as drawing:
         drawing.enter_context(_quiet())
-        drawing.enter_context(_evaluating(modules))
+        drawing.enter_context(evaluating(modules))
         drawing.enter_context(torch.no_grad())
         if autocast is not None:
             drawing.enter_context(torch.autocast(device.type, dtype=autocast))
@@ -94,7 +94,7 @@ def draw(
 
 
 @contextmanager
-def _evaluating(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+def evaluating(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
     """Evaluation mode; afterwards every submodule has the mode it had, also where they differed."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
     try:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import time
-import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from raycontrolnet.config import TrainConfig
 from raycontrolnet.data.stream import BatchLoader
-from raycontrolnet.errors import RunError, UserError
+from raycontrolnet.errors import UserError
 from raycontrolnet.run import checkpoint as checkpoints
 from raycontrolnet.run.checkpoint import Checkpoint
+from raycontrolnet.run.failures import FAILURE
 from raycontrolnet.run.images import ImageItem
 
-FAILURE = ".failure.json"
 LOG = "run.log"
 RUN_ID = ".run_id"
+TIMINGS = ".timings.json"
 RAY_FILES = (".validate_storage_marker", "checkpoint_manager_snapshot.json")
 SHARED_WITHIN_S = 15.0
 """How long a network file system may take to show a worker what the driver wrote."""
@@ -37,6 +38,7 @@ class Job:
     run_id: str
     num_samples: int
     """N, samples per epoch."""
+    num_held_out: int
     start: Checkpoint | None
     """Where the run begins; after a failure it continues from its own last checkpoint."""
     use_gpu: bool
@@ -52,8 +54,15 @@ class Job:
     token: str | None = field(default=None, repr=False)
     submitted: float = field(default_factory=time.time)
     """Unix seconds."""
-    loader: BatchLoader | None = None
-    """Only for a run in the caller's process: there is no Ray Data then."""
+    loader: BatchLoader | Any = None
+    """Or, for workers on Ray, a reference to it in Ray's object store."""
+    painter: Any = None
+    """The actor that draws validation images beside the training, if there is room for it."""
+
+    @property
+    def local(self) -> bool:
+        """Whether this is a run in the caller's process: there is no Ray Data then."""
+        return isinstance(self.loader, BatchLoader)
 
     @property
     def output_dir(self) -> Path:
@@ -62,25 +71,6 @@ class Job:
     def current_checkpoint(self) -> Checkpoint | None:
         """Where to continue: this run's last complete checkpoint, or its start."""
         return checkpoints.latest(self.output_dir, self.run_id) or self.start
-
-
-def record_failure(output_dir: Path, error: UserError | RunError) -> None:
-    """Leave a note of a failure that would come again, for the driver and for Ray's next try; the first one stands."""
-    record = {"kind": "user" if isinstance(error, UserError) else "run", "message": str(error)}
-    partial = output_dir / f"{FAILURE}.{uuid.uuid4().hex}"
-    partial.write_text(json.dumps(record))
-    with suppress(FileExistsError):
-        os.link(partial, output_dir / FAILURE)  # whole at once, and never over another
-    partial.unlink()
-
-
-def read_failure(output_dir: Path) -> UserError | RunError | None:
-    """The failure a worker recorded, if any."""
-    try:
-        record = json.loads((output_dir / FAILURE).read_text())
-    except FileNotFoundError:
-        return None
-    return (UserError if record["kind"] == "user" else RunError)(record["message"])
 
 
 def begin(job: Job) -> None:
@@ -110,3 +100,38 @@ def check_folder_is_shared(job: Job) -> None:
                 "driver writes to; name a folder on storage that all nodes share"
             )
         time.sleep(0.5)
+
+
+def write_timings(output_dir: Path, timings: Mapping[str, float]) -> None:
+    """On rank 0, now and then: the seconds by phase so far, for the report and for run.json if the run fails."""
+    partial = output_dir / f"{TIMINGS}.partial"
+    partial.write_text(json.dumps(timings))
+    os.replace(partial, output_dir / TIMINGS)
+
+
+def read_timings(output_dir: Path) -> dict[str, float]:
+    """What `write_timings` wrote last; empty if it did not."""
+    with suppress(FileNotFoundError):
+        return dict(json.loads((output_dir / TIMINGS).read_text()))
+    return {}
+
+
+@contextmanager
+def logging_to_run_log(job: Job, who: str) -> Iterator[None]:
+    """What this package logs in a worker, and the libraries' progress bars, must not be lost in Ray's files."""
+    import diffusers.utils.logging  # here: the driver, which imports this module too, need not wait for them
+    import transformers.utils.logging
+
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    package = logging.getLogger("raycontrolnet")
+    handler = logging.FileHandler(job.output_dir / LOG, encoding="utf-8")
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {who}: %(message)s"))
+    if not job.local:  # else this is the driver's process, which logs there already
+        package.addHandler(handler)
+        package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        handler.close()

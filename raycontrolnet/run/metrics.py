@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
@@ -54,22 +54,52 @@ def read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl. Opening it drops the lines after `step`: the updates that a restart does again."""
+    """Appends to metrics.jsonl, or another file of its kind.
 
-    def __init__(self, output_dir: Path, step: int):
-        path = output_dir / NAME
+    Opening it drops the lines after `step`: those of the updates that a restart does again.
+    """
+
+    def __init__(self, output_dir: Path, step: int, name: str = NAME):
+        path = output_dir / name
         kept = [json.dumps(record) + "\n" for record in read(path) if record["step"] <= step]
         partial = path.with_suffix(".partial")
         partial.write_text("".join(kept), encoding="utf-8")
         os.replace(partial, path)
         self._file: TextIO = path.open("a", encoding="utf-8")
 
-    def append(self, update: UpdateMetrics) -> None:
-        self._file.write(json.dumps(update._asdict()) + "\n")
+    def append(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(dict(record)) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+class Tail:
+    """The lines that are added to a metrics file; those that are there at first are left out."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file, self._offset = self._stat()
+
+    def read(self) -> tuple[list[dict[str, Any]], bool]:
+        """(lines that came since, whether they are all that count: a restarted run goes back to its checkpoint)."""
+        file, size = self._stat()
+        if file is None:
+            return [], False
+        restarted = file != self._file or size < self._offset
+        if restarted:
+            self._file, self._offset = file, 0
+        records, self._offset = read_from(self.path, self._offset)
+        return records, restarted
+
+    def _stat(self) -> tuple[int | None, int]:
+        """(identity, bytes) of the file; a restarted run puts a new one, with fewer lines, in its place."""
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            return None, 0
+        return found.st_ino, found.st_size
 
 
 class PendingMetrics:

@@ -27,7 +27,6 @@ class RunPlan:
     """After scale_lr."""
     checkpointing_steps: int
     validation_steps: int
-    validates: bool
 
     @staticmethod
     def of(config: TrainConfig, num_samples: int, world_size: int, start: Checkpoint | None = None) -> RunPlan:
@@ -55,7 +54,6 @@ class RunPlan:
             learning_rate=config.learning_rate * scale,
             checkpointing_steps=config.checkpointing_steps,
             validation_steps=config.validation_steps,
-            validates=bool(config.validation_pairs),
         )
 
     @property
@@ -74,5 +72,4 @@ class RunPlan:
         return step % self.checkpointing_steps == 0 or step == self.total_updates
 
     def validation_due(self, step: int) -> bool:
-        """Within the run; the last validation is made from the saved weights."""
-        return self.validates and step % self.validation_steps == 0 and step < self.total_updates
+        return step % self.validation_steps == 0 or step == self.total_updates

@@ -1,4 +1,4 @@
-"""The progress line of a run, drawn from metrics.jsonl by the driver: the workers need no channel of their own."""
+"""The progress of a run, drawn from its metrics files by the driver: the workers need no channel of their own."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from raycontrolnet.run import metrics
+from raycontrolnet.run import held_out, metrics
 
 LINE_INTERVAL_S = 0.5
 PLAIN_INTERVAL_S = 15.0
 """Without a terminal, a line of its own is printed this often, and for the first and the last update."""
 RATE_WINDOW_S = 30.0
 MIN_STEPS_FOR_RATE = 2
+ERASE = "\r\x1b[2K"
+"""Takes the terminal's line away."""
 
 
 class Progress:
@@ -26,14 +28,16 @@ class Progress:
     """
 
     def __init__(self, output_dir: Path, total_steps: int, first_step: int, stream: TextIO):
-        self.path = output_dir / metrics.NAME
+        self.output_dir = output_dir
         self.total_steps = total_steps
         self.first_step = first_step
         self.stream = stream
         self.live = stream.isatty()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
-        self._file, self._offset = self._stat()
+        self._metrics = metrics.Tail(output_dir / metrics.NAME)
+        self._held_out = metrics.Tail(output_dir / held_out.NAME)
+        self._measured = first_step
         self._updates: deque[dict[str, Any]] = deque(maxlen=10_000)
         self._shown = 0
         self._printed_at = float("-inf")
@@ -57,10 +61,11 @@ class Progress:
 
     def _show(self, *, last: bool = False) -> None:
         self._read()
+        self._show_measurements()
         step = self._updates[-1]["step"] if self._updates else self.first_step
         if self.live:
             width = shutil.get_terminal_size().columns - 1
-            self.stream.write("\r\x1b[2K" + self.line()[:width])
+            self.stream.write(ERASE + self.line()[:width])
             self.stream.flush()
         elif step != self._shown and (last or time.monotonic() - self._printed_at >= PLAIN_INTERVAL_S):
             self.stream.write(self.line() + "\n")
@@ -96,25 +101,19 @@ class Progress:
         return (last["samples"] - first["samples"]) / seconds, (last["step"] - first["step"]) / seconds
 
     def _read(self) -> None:
-        """Take in the lines that came since; a restarted run goes back to its last checkpoint and writes them again."""
-        file, size = self._stat()
-        if file is None:
-            return
-        if file != self._file or size < self._offset:
-            self._file, self._offset = file, 0
+        records, restarted = self._metrics.read()
+        if restarted:
             self._updates.clear()
-        records, self._offset = metrics.read_from(self.path, self._offset)
-        for record in records:
-            if record["step"] > self.first_step:
-                self._updates.append(record)
+        self._updates.extend(record for record in records if record["step"] > self.first_step)
 
-    def _stat(self) -> tuple[int | None, int]:
-        """(identity, bytes) of the metrics file; a restarted run puts a new file, with fewer lines, in its place."""
-        try:
-            found = self.path.stat()
-        except FileNotFoundError:
-            return None, 0
-        return found.st_ino, found.st_size
+    def _show_measurements(self) -> None:
+        """A line of its own for every new measurement of the held-out rows."""
+        records, _ = self._held_out.read()
+        for record in records:
+            if record["step"] > self._measured:
+                self._measured = record["step"]
+                known = [other for other in held_out.read(self.output_dir) if other["step"] <= record["step"]]
+                self.stream.write(f"{ERASE if self.live else ''}step {record['step']}: {held_out.in_words(known)}\n")
 
 
 def duration(seconds: float) -> str:

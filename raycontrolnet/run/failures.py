@@ -1,0 +1,63 @@
+"""Failures that end a run: what a worker leaves of them for the driver and for Ray's next try."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from raycontrolnet.errors import RunError, UserError
+
+FAILURE = ".failure.json"
+
+
+def record_failure(output_dir: Path, error: UserError | RunError) -> None:
+    """Leave a note of a failure that would come again, for the driver and for Ray's next try; the first one stands."""
+    record = {"kind": "user" if isinstance(error, UserError) else "run", "message": str(error)}
+    partial = output_dir / f"{FAILURE}.{uuid.uuid4().hex}"
+    partial.write_text(json.dumps(record))
+    with suppress(FileExistsError):
+        os.link(partial, output_dir / FAILURE)  # whole at once, and never over another
+    partial.unlink()
+
+
+def read_failure(output_dir: Path) -> UserError | RunError | None:
+    """The failure a worker recorded, if any."""
+    try:
+        record = json.loads((output_dir / FAILURE).read_text())
+    except FileNotFoundError:
+        return None
+    return (UserError if record["kind"] == "user" else RunError)(record["message"])
+
+
+@contextmanager
+def hopeless_failures_recorded(output_dir: Path) -> Iterator[None]:
+    """Record failures that would come again, so that Ray's next try ends at once instead of repeating them."""
+    try:
+        yield
+    except (UserError, RunError) as error:
+        record_failure(output_dir, error)
+        raise
+    except torch.OutOfMemoryError as error:
+        advice = RunError(
+            f"Out of GPU memory: {str(error).splitlines()[0]} Use a smaller --train_batch_size with more "
+            "--gradient_accumulation_steps, --gradient_checkpointing, or --mixed_precision bf16"
+        )
+        record_failure(output_dir, advice)
+        raise advice from error
+
+
+@contextmanager
+def worth_another_try(*, continued: bool) -> Iterator[None]:
+    """Models that could be read when the run began are there: failing to read them now is a passing fault."""
+    try:
+        yield
+    except UserError as error:
+        if continued:
+            raise ConnectionError(str(error)) from error
+        raise

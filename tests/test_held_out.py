@@ -1,0 +1,310 @@
+"""The held-out measure: what it says, that it never is trained on, and that it changes nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reference import training
+from safetensors.torch import load_file
+
+from raycontrolnet import TrainConfig, fit
+from raycontrolnet.config import public_settings
+from raycontrolnet.data.order import Purpose, SampleOrder
+from raycontrolnet.data.sources import open_source
+from raycontrolnet.data.stream import BatchLoader, PixelRows
+from raycontrolnet.errors import ConfigError, DataError
+from raycontrolnet.model.step import TrainState, controlnet_loss, draw, make_batch
+from raycontrolnet.run.held_out import control_appeared, in_words, measure
+
+Settings = dict[str, Any]
+NUM_ROWS = 13
+NUM_HELD_OUT = 5
+MEASURED = ("step", "val_loss", "val_loss_shuffled", "control_gap", "control_gap_error")
+
+
+@pytest.fixture
+def settings(tiny_settings: Settings) -> Settings:
+    """Measures after updates 2 and 4."""
+    return tiny_settings | {"validation_split": NUM_HELD_OUT, "validation_steps": 2}
+
+
+def run(settings: Settings, output_dir: Path, **changed: Any) -> Path:
+    fit(TrainConfig(**settings | {"output_dir": str(output_dir)} | changed), stream=io.StringIO())
+    return output_dir
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def measured(output_dir: Path) -> list[list[float]]:
+    return [[line[name] for name in MEASURED] for line in lines(output_dir / "validation.jsonl")]
+
+
+def losses(output_dir: Path) -> list[float]:
+    return [line["loss"] for line in lines(output_dir / "metrics.jsonl")]
+
+
+def loader_of(settings: Settings, batch_size: int = 2) -> BatchLoader:
+    config = TrainConfig(**settings)
+    source = open_source(config)
+    order = SampleOrder(len(source), seed=0, num_held_out=NUM_HELD_OUT)
+    return BatchLoader(PixelRows(source, config.resolution), order, batch_size, proportion_empty_prompts=0.9)
+
+
+def shake(state: TrainState) -> None:
+    """Weights that the control image reaches: those of a fresh ControlNet end in zeros."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in state.components.controlnet.parameters():
+            weight.add_(0.2 * torch.randn(weight.shape, generator=generator))
+
+
+# --- what is measured ---
+
+
+def test_it_is_the_mean_of_the_training_loss_with_pinned_draws(settings: Settings) -> None:
+    """Computed again sample by sample, each with its own control image and with that of the next one."""
+    loader = loader_of(settings)
+    with training(settings) as state:
+        shake(state)
+        found = measure(state, loader, resolution=32)
+        components = state.components
+        rows = [loader.held_out_sample(index) for index in range(NUM_HELD_OUT)]
+        right, shuffled = [], []
+        for index, row in enumerate(rows):
+            batch = make_batch([row], components.tokenizer, torch.device("cpu"))
+            other = make_batch([rows[(index + 1) % NUM_HELD_OUT]], components.tokenizer, torch.device("cpu"))
+            draws = draw(0, [index], (4, 4, 4), 1000, torch.device("cpu"), Purpose.HELD_OUT)
+            draws = draws._replace(timesteps=torch.tensor([[100, 300, 500, 700, 900][index]]))
+            with torch.no_grad():
+                right.append(controlnet_loss(components, components.controlnet, batch, draws))
+                batch = batch._replace(conditioning_images=other.conditioning_images)
+                shuffled.append(controlnet_loss(components, components.controlnet, batch, draws))
+    assert found is not None
+    gaps = torch.cat(shuffled) - torch.cat(right)
+    assert found.val_loss == pytest.approx(float(torch.cat(right).mean()), rel=1e-5)
+    assert found.val_loss_shuffled == pytest.approx(float(torch.cat(shuffled).mean()), rel=1e-5)
+    assert found.control_gap == pytest.approx(float(gaps.mean()), abs=1e-6)
+    assert found.control_gap != 0
+    assert found.control_gap_error == pytest.approx(float(gaps.std() / NUM_HELD_OUT**0.5), rel=1e-3)
+
+
+def test_a_fresh_controlnet_has_no_gap(settings: Settings) -> None:
+    """It ends in zero convolutions: no control image changes anything."""
+    with training(settings) as state:
+        found = measure(state, loader_of(settings), resolution=32)
+    assert found is not None
+    assert found.control_gap == found.control_gap_error == 0
+    assert found.val_loss == found.val_loss_shuffled > 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_the_batch_size_does_not_matter(settings: Settings, batch_size: int) -> None:
+    with training(settings) as state:
+        shake(state)
+        one = measure(state, loader_of(settings), resolution=32)
+        other = measure(state, loader_of(settings, batch_size), resolution=32)
+    assert one is not None
+    assert other is not None
+    assert other[1:5] == pytest.approx(one[1:5], rel=1e-5, abs=1e-7)
+
+
+def test_the_shares_of_two_workers_are_the_whole(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the workers would sum up, summed here; test_fit_ray.py does it with two."""
+    parts: list[torch.Tensor] = []
+    loader = loader_of(settings)
+    with training(settings) as state:
+        shake(state)
+        whole = measure(state, loader, resolution=32)
+
+        def reduce(sums: torch.Tensor, reduction: str) -> torch.Tensor:
+            assert reduction == "sum"
+            parts.append(sums)
+            return sums
+
+        monkeypatch.setattr(state.accelerator, "reduce", reduce)
+        for rank in range(7):  # two of them have nothing to do
+            measure(state, loader, resolution=32, rank=rank, world_size=7)
+    assert whole is not None
+    count, right, gap, _ = torch.stack(parts).sum(0).tolist()
+    assert count == NUM_HELD_OUT
+    assert right / count == pytest.approx(whole.val_loss, rel=1e-6)
+    assert gap / count == pytest.approx(whole.control_gap, abs=1e-6)
+
+
+def test_a_row_that_cannot_be_read_is_left_out(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    loader = loader_of(settings)
+    bad = int(loader.order.held_out[2])
+    rows = loader.rows
+
+    class Damaged:
+        def sample(self, row: int, *rest: Any, **options: Any) -> Any:
+            if row == bad:
+                raise DataError("circles/2.png: is damaged")
+            return rows.sample(row, *rest, **options)
+
+    with training(settings) as state, caplog.at_level(logging.WARNING):
+        found = measure(state, BatchLoader(Damaged(), loader.order, 2, 0.0), resolution=32)  # type: ignore[arg-type]
+    assert found is not None
+    assert found.val_loss > 0
+    assert "a held-out sample is left out: circles/2.png: is damaged" in caplog.text
+
+
+# --- in a run ---
+
+
+def test_measuring_changes_nothing(settings: Settings, tmp_path: Path) -> None:
+    """Bit for bit: losses and weights with a measurement after every update and with one at the end."""
+    often = run(settings, tmp_path / "often", validation_steps=1)
+    rarely = run(settings, tmp_path / "rarely", validation_steps=100)
+    assert losses(often) == losses(rarely)
+    first, second = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (often, rarely))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert [line[0] for line in measured(often)] == [1, 2, 3, 4]
+    assert measured(rarely) == measured(often)[-1:]
+
+
+def test_what_a_run_leaves(settings: Settings, tmp_path: Path) -> None:
+    stream = io.StringIO()
+    result = fit(TrainConfig(**settings | {"output_dir": str(tmp_path / "out")}), stream=stream)
+    records = lines(tmp_path / "out" / "validation.jsonl")
+    assert [record["step"] for record in records] == [2, 4]
+    assert all(record["seconds"] > 0 for record in records)
+    status = json.loads((tmp_path / "out" / "run.json").read_text())
+    last = records[-1]
+    for name in ("val_loss", "control_gap"):
+        assert status[name] == getattr(result, name) == last[name]
+    assert status["control_appeared_at_step"] == result.control_appeared_at_step
+    assert status["timings"]["validation_s"] == pytest.approx(sum(r["seconds"] for r in records), rel=0.5)
+    assert f"step 4: held-out loss {last['val_loss']:.4f}, control gap" in stream.getvalue()
+    assert f"held-out loss: `{last['val_loss']:.4g}`" in (tmp_path / "out" / "README.md").read_text()
+    assert status["samples"] == 16
+
+
+def test_from_the_cache_it_is_the_same(settings: Settings, tmp_path: Path) -> None:
+    pixels = run(settings, tmp_path / "pixels")
+    options = {"cache_latents": "on", "latents_cache_dir": str(tmp_path / "cache"), "latents_dtype": "float32"}
+    cached = run(settings, tmp_path / "cached", **options)
+    assert measured(cached)[0] == pytest.approx(measured(pixels)[0], rel=1e-4, abs=1e-6)
+
+
+def test_a_subset_and_held_out_rows_are_cached_together(settings: Settings, tmp_path: Path) -> None:
+    options = {"cache_latents": "on", "latents_cache_dir": str(tmp_path / "cache"), "max_train_samples": 6}
+    out = run(settings, tmp_path / "out", **options)
+    assert len(measured(out)) == 2
+    manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
+    assert sum(shard["num_rows"] for shard in manifest["shards"]) == 6 + NUM_HELD_OUT
+
+
+def test_a_continued_run_measures_on(settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The split is that of the checkpoint, also if the settings leave it to the default."""
+    whole = run(settings, tmp_path / "whole", max_train_steps=8)
+    parts = run(settings, tmp_path / "parts", max_train_steps=6)
+    run(settings, parts, max_train_steps=8, validation_split=None, resume_from_checkpoint="checkpoint-4")
+    assert measured(parts) == measured(whole)
+    assert losses(parts) == losses(whole)
+    assert "order of samples changes" not in caplog.text
+
+
+def test_another_split_is_noticed(settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = run(settings, tmp_path / "out")
+    run(settings, out, max_train_steps=5, validation_split=0, resume_from_checkpoint="latest")
+    assert "was made with another held_out: the order of samples changes" in caplog.text
+
+
+# --- which rows ---
+
+
+@pytest.mark.parametrize("max_samples", [None, 3, 8, 100])
+def test_held_out_rows_are_never_trained_on(max_samples: int | None) -> None:
+    order = SampleOrder(NUM_ROWS, 0, max_samples, num_held_out=NUM_HELD_OUT)
+    trained = {order.row(k) for k in range(3 * order.num_samples)}
+    assert len(trained) == order.num_samples == min(max_samples or NUM_ROWS, NUM_ROWS - NUM_HELD_OUT)
+    assert len(set(order.held_out.tolist())) == NUM_HELD_OUT
+    assert not trained & set(order.held_out.tolist())
+
+
+def test_they_are_drawn_by_the_seed_and_without_bad_rows() -> None:
+    held_out_rows = SampleOrder(100, 0, num_held_out=10).held_out.tolist()
+    assert held_out_rows == SampleOrder(100, 0, 50, num_held_out=10).held_out.tolist()
+    assert held_out_rows != SampleOrder(100, 1, num_held_out=10).held_out.tolist()
+    bad = held_out_rows[3]
+    assert bad not in SampleOrder(100, 0, without=[bad], num_held_out=10).held_out
+    assert SampleOrder(100, 0, without=[bad], num_held_out=10).num_samples == 90
+
+
+@pytest.mark.parametrize(
+    ("split", "num_rows", "held_out_rows"),
+    [
+        (None, 319, 0),
+        (None, 320, 16),
+        (None, 10**6, 16),
+        (0, 1000, 0),
+        (0.1, 1000, 100),
+        (0.001, 50, 2),
+        (40, 1000, 40),
+    ],
+)
+def test_how_many(tiny_settings: Settings, split: float | None, num_rows: int, held_out_rows: int) -> None:
+    assert TrainConfig(**tiny_settings | {"validation_split": split}).num_held_out(num_rows) == held_out_rows
+
+
+@pytest.mark.parametrize("split", [-0.1, 1, 2.5, float("inf")])
+def test_splits_that_mean_nothing(tiny_settings: Settings, split: float) -> None:
+    with pytest.raises(ConfigError, match=r"--validation_split=.*: must be a share below 1, a count of at least 2"):
+        TrainConfig(**tiny_settings | {"validation_split": split})
+
+
+def test_a_split_that_leaves_nothing(tiny_settings: Settings, tmp_path: Path) -> None:
+    config = TrainConfig(**tiny_settings | {"validation_split": 13, "output_dir": str(tmp_path / "out")})
+    with pytest.raises(ConfigError, match="--validation_split=13: leaves none of the 13 rows to train on"):
+        fit(config, stream=io.StringIO())
+
+
+def test_the_number_is_written_down(settings: Settings, tmp_path: Path) -> None:
+    out = run(settings, tmp_path / "out", validation_split=0.4)
+    manifest = json.loads((out / "checkpoint-4" / "manifest.json").read_text())
+    assert manifest["held_out"] == 5
+    assert manifest["settings"]["validation_split"] == 0.4
+    assert public_settings(TrainConfig(**settings))["validation_split"] == 5
+
+
+# --- in words ---
+
+
+def record(step: int, gap: float, error: float = 0.001, val_loss: float = 0.2) -> dict[str, float]:
+    return {"step": step, "control_gap": gap, "control_gap_error": error, "val_loss": val_loss}
+
+
+@pytest.mark.parametrize(
+    ("gaps", "step"),
+    [
+        ([], None),
+        ([0.0, 0.0], None),
+        ([0.0, 0.01], 2),
+        ([0.01, 0.0, 0.01, 0.02], 3),  # a fluke at first
+        ([0.01, 0.02, 0.0], None),
+        ([0.0, 0.0019], None),  # less than twice its error
+        ([0.0, -0.01], None),
+    ],
+)
+def test_when_control_appeared(gaps: list[float], step: int | None) -> None:
+    assert control_appeared([record(index + 1, gap) for index, gap in enumerate(gaps)]) == step
+
+
+def test_a_tiny_gap_is_no_control_however_sure() -> None:
+    assert control_appeared([record(1, 0.0019, error=1e-6)]) is None
+
+
+def test_in_words() -> None:
+    assert in_words([record(100, 0.0001)]) == "held-out loss 0.2000, control gap 0.0001 ± 0.001: no control yet"
+    records = [record(100, 0.0), record(200, 0.012), record(300, 0.034)]
+    expected = "held-out loss 0.2000, control gap 0.034 ± 0.001: control has appeared at step 200"
+    assert in_words(records) == expected

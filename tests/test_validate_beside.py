@@ -1,0 +1,108 @@
+"""Validation images drawn beside the training, on a Ray with room for a worker more: the same ones, and no later."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from raycontrolnet import TrainConfig, fit, train
+from raycontrolnet.cluster import share_out
+from raycontrolnet.run import metrics
+from raycontrolnet.settings import ClusterConfig
+
+Settings = dict[str, Any]
+GPU_BOX = {"CPU": 16, "GPU": 4, "accelerator_type:H100": 1}
+
+
+@pytest.fixture
+def settings(tiny_settings: Settings, circles: Path) -> Settings:
+    """8 updates; images at 2, 4, 6 and the end."""
+    control = sorted((circles / "conditioning").glob("*.png"))[:2]
+    return tiny_settings | {
+        "max_train_steps": 8,
+        "checkpointing_steps": 100,
+        "validation_steps": 2,
+        "validation_prompt": ("a red circle", "a blue circle"),
+        "validation_image": tuple(str(path) for path in control),
+        "num_validation_images": 1,
+        "report_to": "tensorboard",
+    }
+
+
+def run(settings: Settings, output_dir: Path, **changed: Any) -> Path:
+    fit(TrainConfig(**settings | {"output_dir": str(output_dir)} | changed), stream=io.StringIO())
+    return output_dir
+
+
+def images(output_dir: Path) -> dict[str, bytes]:
+    folder = output_dir / "validation"
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.png")}
+
+
+def losses(output_dir: Path) -> list[float]:
+    return [record["loss"] for record in metrics.read(output_dir / metrics.NAME)]
+
+
+@pytest.mark.usefixtures("_local_ray")
+@pytest.mark.parametrize(("workers", "cpus"), [("1", 1.0), ("2", 0.5)])
+def test_the_images_are_those_of_the_workers(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: str, cpus: float
+) -> None:
+    options = {"num_workers": workers, "train_batch_size": 4 // int(workers), "cpus_per_worker": cpus}
+    beside = run(settings, tmp_path / "beside", **options)
+    resources_of = train.worker_resources
+    monkeypatch.setattr(train, "worker_resources", lambda config: replace(resources_of(config), spare=False))
+    alone = run(settings, tmp_path / "alone", **options)
+    timings = [json.loads((folder / "run.json").read_text())["timings"] for folder in (beside, alone)]
+    assert timings[0]["validation_beside_s"] > 0
+    assert "validation_beside_s" not in timings[1]
+    assert losses(beside) == losses(alone)
+    assert images(beside) == images(alone)
+    assert len(images(beside)) == 4 * 2 * 3
+
+
+@pytest.mark.usefixtures("_local_ray")
+def test_a_lost_painter_is_replaced_by_the_workers(settings: Settings, tmp_path: Path) -> None:
+    """kill -9 as soon as it is there; it may come back once, and is killed again."""
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        from raycontrolnet import validate_beside
+
+        start = validate_beside.start_painter
+
+        def start_and_kill(*arguments: Any) -> Any:
+            import ray
+
+            painter = start(*arguments)
+            ray.get(painter.ready.remote())
+            for process in psutil.process_iter():
+                if "ray::Painter" in " ".join(process.cmdline()):
+                    process.kill()
+            ray.kill(painter)
+            return painter
+
+        patch.setattr(validate_beside, "start_painter", start_and_kill)
+        run(settings, out, num_workers="1", cpus_per_worker=1.0)
+    assert len(images(out)) == 4 * 2 * 3
+    assert "validation beside the training failed" in (out / "run.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "nodes", "spare"),
+    [
+        ("3", [GPU_BOX], True),
+        ("4", [GPU_BOX], False),
+        ("1:3", [GPU_BOX], True),
+        ("1:4", [GPU_BOX], False),
+        ("1", [{"CPU": 3}], False),  # the worker takes all CPUs but one
+        ("1", [{"CPU": 1, "GPU": 2}], False),  # a GPU, but no CPU for it
+    ],
+)
+def test_where_there_is_room(num_workers: str, nodes: list[dict[str, float]], spare: bool) -> None:
+    assert share_out(ClusterConfig(num_workers=num_workers), nodes, None).spare is spare
