@@ -26,6 +26,7 @@ from raycontrolnet.run.drawing import Sampling
 from raycontrolnet.run.export import find_token
 from raycontrolnet.run.images import METADATA, ImageItem, PairResult
 from raycontrolnet.run.progress import duration
+from raycontrolnet.run.prompts import cut
 from raycontrolnet.settings import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,9 @@ def _generate(config: GenerateConfig, stream: TextIO) -> list[PairResult]:
                 token=task.token,
                 controlnet_flag="controlnet",
             )
+            for prompt in dict.fromkeys(config.prompt or ()):
+                if problem := cut(components.tokenizer, prompt):
+                    stream.write(f"{problem}\n")
             results = _draw(task, components, drawn, stream)
     seconds = time.monotonic() - started
     stream.write(f"done in {duration(seconds)}: {len(drawn)} images, their grids and {METADATA} in {task.out}\n")

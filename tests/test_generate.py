@@ -270,6 +270,15 @@ def test_any_control_image(config: Callable[..., GenerateConfig], tmp_path: Path
     assert contents(tmp_path / "controls") == before
 
 
+def test_a_prompt_that_is_too_long_is_said(config: Callable[..., GenerateConfig]) -> None:
+    stream = io.StringIO()
+    long = "blue circle " * 50
+    generate(config(prompt=["red circle", long], num_inference_steps=1), stream=stream)
+    assert stream.getvalue().splitlines()[1] == (
+        f"a prompt has 102 tokens; those after the first 77 do nothing: {long!r}"
+    )
+
+
 # --- where the ControlNet and its run's settings come from ---
 
 
