@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["GenerateConfig", "PairResult", "PrepareResult", "RunResult", "TrainConfig", "fit", "generate", "prepare"]
+__all__ = ["GenerateConfig", "PairImages", "PrepareResult", "RunResult", "TrainConfig", "fit", "generate", "prepare"]
 
 if TYPE_CHECKING:
     from raycontrolnet.config import TrainConfig
     from raycontrolnet.generate_images import generate
     from raycontrolnet.generate_settings import GenerateConfig
     from raycontrolnet.prepare_latents import PrepareResult, prepare
-    from raycontrolnet.run.images import PairResult
+    from raycontrolnet.run.images import PairImages
     from raycontrolnet.train import RunResult, fit
 
 
@@ -38,8 +38,8 @@ def __getattr__(name: str) -> Any:
         from raycontrolnet.generate_images import generate
 
         return generate
-    if name == "PairResult":
-        from raycontrolnet.run.images import PairResult
+    if name == "PairImages":
+        from raycontrolnet.run.images import PairImages
 
-        return PairResult
+        return PairImages
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,7 +24,7 @@ from raycontrolnet.preflight import BASE_PARTS, collected, not_a_model, unwritab
 from raycontrolnet.run import images, trained
 from raycontrolnet.run.drawing import Sampling
 from raycontrolnet.run.export import find_token
-from raycontrolnet.run.images import METADATA, ImageItem, PairResult
+from raycontrolnet.run.images import METADATA, ImageItem, PairImages
 from raycontrolnet.run.progress import duration
 from raycontrolnet.run.prompts import cut
 from raycontrolnet.settings import ModelConfig
@@ -61,7 +61,7 @@ class _Task:
         return working_precision(self.config.mixed_precision)
 
 
-def generate(config: GenerateConfig, *, stream: TextIO | None = None) -> list[PairResult]:
+def generate(config: GenerateConfig, *, stream: TextIO | None = None) -> list[PairImages]:
     """Draw images with a trained ControlNet, one file each, into `config.out`.
 
     It works in the calling process, without Ray. An image depends on its place among the pairs, the seed, the other
@@ -84,7 +84,7 @@ def generate(config: GenerateConfig, *, stream: TextIO | None = None) -> list[Pa
         return _generate(config, shown)
 
 
-def _generate(config: GenerateConfig, stream: TextIO) -> list[PairResult]:
+def _generate(config: GenerateConfig, stream: TextIO) -> list[PairImages]:
     started = time.monotonic()
     task = _check(config)
     drawn: list[ImageItem] = []
@@ -212,7 +212,7 @@ def _announce(task: _Task, stream: TextIO) -> None:
     stream.write(f"raycontrolnet {__version__}: {what}\n")
 
 
-def _draw(task: _Task, components: Components, drawn: list[ImageItem], stream: TextIO) -> list[PairResult]:
+def _draw(task: _Task, components: Components, drawn: list[ImageItem], stream: TextIO) -> list[PairImages]:
     """Draw all, and make whole what is drawn: all of it, or what there is when something ends it early."""
     try:
         for item in images.write(

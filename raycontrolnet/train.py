@@ -35,8 +35,9 @@ from raycontrolnet.prepare_latents import here, on_ray
 from raycontrolnet.run import export, held_out
 from raycontrolnet.run.failures import read_failure
 from raycontrolnet.run.job import LOG, Job, begin
+from raycontrolnet.run.live_report import report_kept
 from raycontrolnet.run.progress import Progress, duration
-from raycontrolnet.run.status import status_kept
+from raycontrolnet.run.status import RunStatus, status_kept
 from raycontrolnet.run.trained import CONFIG
 
 if TYPE_CHECKING:
@@ -100,14 +101,15 @@ def _fit(config: TrainConfig, stream: TextIO) -> RunResult:
     latents = planned_latents(run, stream)
     with (
         logging_to(output_dir / LOG),
+        report_kept(output_dir),
         status_kept(output_dir, started, versions()) as status,
         interruption_explained(run),
     ):
         if config.worker_range == (0, 0):
-            summary = _train_here(run, latents, stream)
+            summary = _train_here(run, latents, status, stream)
         else:
             with ray_session(config.address):
-                summary = _train_on_ray(run, latents, stream)
+                summary = _train_on_ray(run, latents, status, stream)
         last = run.last_checkpoint()
         measured = held_out.summary(output_dir)
         status |= {**summary, **measured, "status": "finished", "checkpoint": last.path.name if last else None}
@@ -128,7 +130,7 @@ def _fit(config: TrainConfig, stream: TextIO) -> RunResult:
     )
 
 
-def _train_here(run: CheckedRun, latents: LatentPlan | None, stream: TextIO) -> dict[str, Any]:
+def _train_here(run: CheckedRun, latents: LatentPlan | None, status: RunStatus, stream: TextIO) -> dict[str, Any]:
     """The worker loop in this process: Ray Train's local mode, for debugging and quick tests."""
     import torch
     from ray.train import RunConfig, ScalingConfig
@@ -140,7 +142,7 @@ def _train_here(run: CheckedRun, latents: LatentPlan | None, stream: TextIO) -> 
     check_device(run.config, use_gpu=use_gpu, has_gpu=torch.cuda.is_available())
     run = with_latents(run, latents, here(run.config), stream)
     job = run.job(use_gpu=use_gpu, threads=None, loader=run.loader)
-    _announce(run, 1, stream, use_gpu=use_gpu)
+    _announce(run, 1, status, stream, use_gpu=use_gpu)
     begin(job)
     trainer = TorchTrainer(
         train_controlnet,
@@ -152,7 +154,7 @@ def _train_here(run: CheckedRun, latents: LatentPlan | None, stream: TextIO) -> 
         return dict(trainer.fit().return_value)
 
 
-def _train_on_ray(run: CheckedRun, latents: LatentPlan | None, stream: TextIO) -> dict[str, Any]:
+def _train_on_ray(run: CheckedRun, latents: LatentPlan | None, status: RunStatus, stream: TextIO) -> dict[str, Any]:
     import ray
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 
@@ -168,7 +170,7 @@ def _train_on_ray(run: CheckedRun, latents: LatentPlan | None, stream: TextIO) -
     job = run.job(use_gpu=resources.use_gpu, threads=threads, loader=loader_ref)
     if job.validation_items and resources.spare:
         job = dataclasses.replace(job, painter=start_painter(job, resources))
-    _announce(run, most, stream, use_gpu=resources.use_gpu)
+    _announce(run, most, status, stream, use_gpu=resources.use_gpu)
     if resources.waits_for:
         stream.write(f"waiting for {resources.waits_for}\n")
     begin(job)
@@ -222,7 +224,7 @@ def _dataset_factory(run: CheckedRun, job: Job) -> Callable[[], ray.data.Dataset
     return dataset
 
 
-def _announce(run: CheckedRun, world_size: int, stream: TextIO, *, use_gpu: bool) -> None:
+def _announce(run: CheckedRun, world_size: int, status: RunStatus, stream: TextIO, *, use_gpu: bool) -> None:
     """Say what will be done, and write config.yaml."""
     import yaml
 
@@ -230,6 +232,8 @@ def _announce(run: CheckedRun, world_size: int, stream: TextIO, *, use_gpu: bool
     del settings["resume_from_checkpoint"]  # the file is for doing the same again, elsewhere
     (run.output_dir / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False))
     plan = run.plan(world_size, run.start)
+    status["total_updates"] = plan.total_updates
+    status.write()
     step = run.start.step if run.start else 0
     source = "" if run.cache is None else " from cached latents"
     workers = f"{world_size} worker{'s' * (world_size != 1)} on {'GPUs' if use_gpu else 'CPUs'}"

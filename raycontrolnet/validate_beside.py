@@ -1,7 +1,8 @@
 """Validation images beside the training: drawn by an actor where the cluster has room for one worker more.
 
 The actor reads the base model once, and then draws with each ControlNet that it is sent: training waits for nothing but
-the copy of the weights. While the actor is busy, and if it is lost, the workers share the drawing, as without it.
+the copy of the weights. While the actor is busy, the workers share the drawing, as they do without it. If it is lost,
+so are the images that it was at, and the workers do the rest.
 """
 
 from __future__ import annotations

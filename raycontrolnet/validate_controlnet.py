@@ -133,8 +133,7 @@ class Validator:
         if drawn.seconds:
             self.clock.seconds["validation_beside"] += drawn.seconds
         for pair in drawn.pairs:
-            key = validation.tracker_key(pair)
-            self.trackers.images(drawn.step, key, [pair.control, *pair.images], pair.prompt)
+            self.trackers.images(drawn.step, pair.key, [pair.control, *pair.images], pair.prompt)
 
 
 def _barrier() -> None:

@@ -110,7 +110,7 @@ def test_what_a_run_leaves(
     files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     checkpoint = {"controlnet/config.json", f"controlnet/{WEIGHTS}", "training_state.pt", "manifest.json"}
     assert files == {
-        "config.json", WEIGHTS, "README.md", "config.yaml", "metrics.jsonl", "run.json", "run.log",
+        "config.json", WEIGHTS, "README.md", "config.yaml", "metrics.jsonl", "report.html", "run.json", "run.log",
         *(f"checkpoint-{step}/{name}" for step in (2, 4) for name in checkpoint),
     }  # fmt: skip
 

@@ -22,7 +22,7 @@ import torch
 import yaml
 from PIL import Image
 
-from raycontrolnet import GenerateConfig, PairResult, TrainConfig, __version__, fit, generate, generate_images
+from raycontrolnet import GenerateConfig, PairImages, TrainConfig, __version__, fit, generate, generate_images
 from raycontrolnet.cli import main, parse_generate
 from raycontrolnet.data.transforms import CONDITIONING_BACKGROUND, decode_rgb, resize_and_crop
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
@@ -115,7 +115,7 @@ def config(run: Run, tmp_path: Path) -> Callable[..., GenerateConfig]:
     return make
 
 
-def draw(config: GenerateConfig) -> list[PairResult]:
+def draw(config: GenerateConfig) -> list[PairImages]:
     return generate(config, stream=io.StringIO())
 
 
@@ -181,7 +181,6 @@ def test_the_images_are_those_of_the_runs_last_validation(
         assert (result.pair, result.prompt) == (validated.pair, validated.prompt)
         assert [path.name for path in result.images] == [path.name for path in validated.images]
         assert all(path.is_file() for path in (result.control, result.grid, *result.images))
-        assert (result.step, validated.step) == (None, 1 if mixed_precision else 4)
     assert results == images.results(tmp_path)
 
 

@@ -8,10 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from raycontrolnet import TrainConfig, fit, train
+from raycontrolnet import TrainConfig, cluster, fit
 from raycontrolnet.cluster import share_out
 from raycontrolnet.run import metrics
 from raycontrolnet.settings import ClusterConfig
@@ -56,8 +55,10 @@ def test_the_images_are_those_of_the_workers(
 ) -> None:
     options = {"num_workers": workers, "train_batch_size": 4 // int(workers), "cpus_per_worker": cpus}
     beside = run(settings, tmp_path / "beside", **options)
-    resources_of = train.worker_resources
-    monkeypatch.setattr(train, "worker_resources", lambda config: replace(resources_of(config), spare=False))
+    resources_of = cluster.worker_resources
+    monkeypatch.setattr(
+        "raycontrolnet.train.worker_resources", lambda config: replace(resources_of(config), spare=False)
+    )
     alone = run(settings, tmp_path / "alone", **options)
     timings = [json.loads((folder / "run.json").read_text())["timings"] for folder in (beside, alone)]
     assert timings[0]["validation_beside_s"] > 0
@@ -69,7 +70,7 @@ def test_the_images_are_those_of_the_workers(
 
 @pytest.mark.usefixtures("_local_ray")
 def test_a_lost_painter_is_replaced_by_the_workers(settings: Settings, tmp_path: Path) -> None:
-    """kill -9 as soon as it is there; it may come back once, and is killed again."""
+    """Killed as soon as it is there. The images that it was sent first are lost, the later ones are not."""
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
         from raycontrolnet import validate_beside
@@ -81,15 +82,12 @@ def test_a_lost_painter_is_replaced_by_the_workers(settings: Settings, tmp_path:
 
             painter = start(*arguments)
             ray.get(painter.ready.remote())
-            for process in psutil.process_iter():
-                if "ray::Painter" in " ".join(process.cmdline()):
-                    process.kill()
             ray.kill(painter)
             return painter
 
         patch.setattr(validate_beside, "start_painter", start_and_kill)
         run(settings, out, num_workers="1", cpus_per_worker=1.0)
-    assert len(images(out)) == 4 * 2 * 3
+    assert {name.partition("/")[0] for name in images(out)} >= {f"step-00000{step}" for step in (4, 6, 8)}
     assert "validation beside the training failed" in (out / "run.log").read_text()
 
 

@@ -225,7 +225,7 @@ def test_folder(components: Components, config: ValidationConfig, tmp_path: Path
         "num_inference_steps": 4,
         "guidance_scale": 7.5,
     }
-    assert [validation.tracker_key(result) for result in results] == ["validation/pair-00", "validation/pair-01"]
+    assert [result.key for result in results] == ["validation/pair-00", "validation/pair-01"]
     assert results == validation.latest(tmp_path / "two")
     for result, item in zip(results, items[::3], strict=True):
         np.testing.assert_array_equal(pixels(result.control), pixels(item.control(RESOLUTION)))

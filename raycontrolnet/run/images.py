@@ -71,7 +71,7 @@ class ImageItem:
 
 
 @dataclass(frozen=True)
-class PairResult:
+class PairImages:
     """The finished images of one pair."""
 
     pair: int
@@ -82,8 +82,6 @@ class PairResult:
     images: tuple[Path, ...]
     grid: Path
     """Control image and images side by side."""
-    step: int | None = None
-    """Of a validation: the updates that the ControlNet had had."""
 
 
 def check(paths: Iterable[str], flag: str) -> None:
@@ -181,7 +179,7 @@ def finish(
     resolution: int,
     sampling: Sampling = DEFAULT_SAMPLING,
     step: int | None = None,
-) -> list[PairResult]:
+) -> list[PairImages]:
     """Control images, grids and metadata.jsonl, once images are written.
 
     Those of `items` whose images are missing are left out; without any, nothing is written.
@@ -224,7 +222,7 @@ def _metadata(item: ImageItem, step: int | None, sampling: Sampling) -> dict[str
     }
 
 
-def results(folder: Path) -> list[PairResult]:
+def results(folder: Path) -> list[PairImages]:
     """What metadata.jsonl of a finished folder tells, pair by pair."""
     lines = [json.loads(line) for line in (folder / METADATA).read_text(encoding="utf-8").splitlines()]
     found = []
@@ -232,7 +230,7 @@ def results(folder: Path) -> list[PairResult]:
         of_pair = [line for line in lines if line["pair"] == pair]
         first, images = of_pair[0], tuple(folder / line["file_name"] for line in of_pair)
         control = folder / first["conditioning_image_file_name"]
-        found.append(PairResult(pair, first["prompt"], control, images, folder / _grid_name(pair), first.get("step")))
+        found.append(PairImages(pair, first["prompt"], control, images, folder / _grid_name(pair)))
     return found
 
 

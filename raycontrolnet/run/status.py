@@ -16,22 +16,27 @@ from raycontrolnet.run.job import TIMINGS, read_timings
 STATUS = "run.json"
 
 
+class RunStatus(dict[str, Any]):
+    """What run.json says: status, steps, samples, seconds by phase, versions."""
+
+    def __init__(self, output_dir: Path, started: float, versions: dict[str, str]):
+        super().__init__(status="running", started=started, versions=versions)
+        self._path, self._started = output_dir / STATUS, started
+
+    def write(self) -> None:
+        """Replace run.json."""
+        partial = self._path.with_name(f".{STATUS}.partial")
+        content = {**self, "seconds": round(time.time() - self._started, 3)}
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(partial, self._path)
+
+
 @contextmanager
-def status_kept(output_dir: Path, started: float, versions: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """run.json: status, steps, samples, seconds by phase, versions; rewritten at the start and at the end."""
-    status: dict[str, Any] = {
-        "status": "running",
-        "started": started,
-        "versions": versions,
-    }
-
-    def write() -> None:
-        partial = output_dir / f".{STATUS}.partial"
-        partial.write_text(json.dumps(status | {"seconds": round(time.time() - started, 3)}, indent=1) + "\n")
-        os.replace(partial, output_dir / STATUS)
-
+def status_kept(output_dir: Path, started: float, versions: dict[str, str]) -> Iterator[RunStatus]:
+    """run.json, written at the start and, whatever the end is, at the end."""
+    status = RunStatus(output_dir, started, versions)
     (output_dir / TIMINGS).unlink(missing_ok=True)  # of a driver that was killed
-    write()
+    status.write()
     try:
         yield status
     except BaseException as error:
@@ -42,5 +47,5 @@ def status_kept(output_dir: Path, started: float, versions: dict[str, str]) -> I
     finally:
         if "timings" not in status:  # of a run that did not come to its end
             status["timings"] = read_timings(output_dir)
-        write()
+        status.write()
         (output_dir / TIMINGS).unlink(missing_ok=True)

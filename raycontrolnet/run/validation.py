@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,17 +19,28 @@ import torch
 
 from raycontrolnet.run import images
 from raycontrolnet.run.drawing import DEFAULT_SAMPLING, Sampling
-from raycontrolnet.run.images import METADATA, ImageItem, PairResult
+from raycontrolnet.run.images import METADATA, ImageItem, PairImages
 from raycontrolnet.settings import ValidationConfig
 
 if TYPE_CHECKING:
     from raycontrolnet.model.components import Components
 
-__all__ = ["PairResult", "check", "finish", "latest", "plan", "step_folder", "tracker_key", "write"]
-
 logger = logging.getLogger(__name__)
 
 FLAG = "--validation_image"
+
+
+@dataclass(frozen=True)
+class PairResult(PairImages):
+    """What a finished validation left for one pair."""
+
+    step: int
+    """Updates that the ControlNet had had."""
+
+    @property
+    def key(self) -> str:
+        """Name of the pair in the trackers; equal prompts do not collide."""
+        return f"validation/pair-{self.pair:02d}"
 
 
 def check(config: ValidationConfig) -> None:
@@ -94,8 +106,10 @@ def finish(
     Returns:
         One result per pair that has images.
     """
+    folder = step_folder(output_dir, step)
     try:
-        return images.finish(step_folder(output_dir, step), items, resolution=resolution, sampling=sampling, step=step)
+        finished = images.finish(folder, items, resolution=resolution, sampling=sampling, step=step)
+        return results(folder) if finished else []
     except Exception as error:  # noqa: BLE001 (whatever it was)
         _log_failure(step, error)
         return []
@@ -111,14 +125,15 @@ def step_folder(output_dir: str | Path, step: int) -> Path:
     return Path(output_dir) / "validation" / f"step-{step:06d}"
 
 
+def results(folder: Path) -> list[PairResult]:
+    """What metadata.jsonl of a finished step folder tells, pair by pair."""
+    step = int(folder.name.removeprefix("step-"))
+    return [PairResult(**vars(pair), step=step) for pair in images.results(folder)]
+
+
 def latest(output_dir: str | Path) -> list[PairResult]:
     """Results of the last finished validation under `output_dir`; empty if there is none."""
     finished = list((Path(output_dir) / "validation").glob(f"step-*/{METADATA}"))
     if not finished:
         return []
-    return images.results(max(finished, key=lambda path: int(path.parent.name.removeprefix("step-"))).parent)
-
-
-def tracker_key(result: PairResult) -> str:
-    """Name of a pair in the trackers; equal prompts do not collide."""
-    return f"validation/pair-{result.pair:02d}"
+    return results(max(finished, key=lambda path: int(path.parent.name.removeprefix("step-"))).parent)

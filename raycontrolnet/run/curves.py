@@ -1,0 +1,202 @@
+"""Curves of a run as SVG for a page's inside: drawn with matplotlib's objects, coloured by the page's style sheet.
+
+A curve of any number of updates becomes one of at most `MOST_POINTS`. matplotlib is imported when the first curve is
+drawn, so that nothing else waits for it.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import AbstractContextManager
+from io import StringIO
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Column = npt.NDArray[np.float64]
+"""A value per update or measurement, steps ascending."""
+
+MOST_POINTS = 400
+SMOOTHED_SHARE = 0.08
+"""The smooth curve is the mean over this share of the updates around each."""
+MARKED_POINTS = 40
+"""Up to so many points are marked as such."""
+STANDARD_ERRORS = 2
+"""Drawn, and written, to either side of a control gap."""
+
+_SIZE = (5.0, 3.0)
+"""Inches of 72 units: at 360 units to the width of a phone, text of 12 units is read without glasses."""
+_PAINTS = {
+    name: f"#0{i}0{i}0{i}" for i, name in enumerate(("ink", "grid", "loss", "held-out", "gap", "speed", "lr"), 1)
+}
+"""Name of a CSS variable -> the colour that stands for it while matplotlib draws, and occurs nowhere else."""
+
+
+class Points(NamedTuple):
+    """A curve, thinned: neighbours are one point. All of one length."""
+
+    x: Column
+    mean: Column
+    low: Column
+    high: Column
+
+
+def thin(x: Column, y: Column, most: int = MOST_POINTS) -> Points:
+    """The mean, smallest and largest of at most `most` groups of neighbours, as equal in size as can be."""
+    groups = min(x.size, most)
+    if groups == 0:
+        return Points(x, y, y, y)
+    starts = np.arange(groups) * x.size // groups
+    sizes = np.diff(starts, append=x.size)
+    return Points(
+        np.add.reduceat(x, starts) / sizes,
+        np.add.reduceat(y, starts) / sizes,
+        np.minimum.reduceat(y, starts),
+        np.maximum.reduceat(y, starts),
+    )
+
+
+def smooth(values: Column) -> Column:
+    """The mean around each value, of `SMOOTHED_SHARE` of all values and at the ends of what there is of them."""
+    reach = round(values.size * SMOOTHED_SHARE / 2)
+    sums = np.concatenate(([0.0], np.cumsum(values)))
+    index = np.arange(values.size)
+    low, high = np.maximum(index - reach, 0), np.minimum(index + reach + 1, values.size)
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def finite(x: Column, y: Column) -> tuple[Column, Column]:
+    """`x` and `y` where both are finite numbers."""
+    there = np.isfinite(x) & np.isfinite(y)
+    return x[there], y[there]
+
+
+def loss(steps: Column, losses: Column, held_out_steps: Column, held_out_losses: Column) -> str:
+    """Loss of the updates, with its spread, and on the held-out rows (which may be none)."""
+    axes = _axes()
+    limits = _smooth_over_raw(axes, *finite(steps, losses), "loss")
+    _line(axes, held_out_steps, held_out_losses, "held-out", zorder=4)
+    _limit(axes, *limits, *held_out_losses)
+    return _svg(axes, "loss", "loss over the steps")
+
+
+def images_per_second(steps: Column, rates: Column) -> str:
+    axes = _axes()
+    limits = _smooth_over_raw(axes, *finite(steps, rates), "speed")
+    _limit(axes, 0.0, *limits)
+    return _svg(axes, "speed", "images per second over the steps")
+
+
+def learning_rate(steps: Column, rates: Column) -> str:
+    axes = _axes()
+    x, y, *_ = thin(*finite(steps, rates))
+    _line(axes, x, y, "lr")
+    _limit(axes, 0.0, *y)
+    return _svg(axes, "lr", "learning rate over the steps")
+
+
+def control_gap(steps: Column, gaps: Column, errors: Column, appeared_at: int | None) -> str:
+    """The control gap with its standard errors, and a dashed line at the step where control has appeared.
+
+    Args:
+        errors: standard error of each gap.
+    """
+    axes = _axes()
+    low, high = gaps - STANDARD_ERRORS * errors, gaps + STANDARD_ERRORS * errors
+    axes.axhline(0, color=_PAINTS["ink"], linewidth=0.8)
+    if steps.size == 1:
+        axes.vlines(steps, low, high, color=_PAINTS["gap"], alpha=0.4, linewidth=4)
+    axes.fill_between(steps, low, high, color=_PAINTS["gap"], alpha=0.25, linewidth=0)
+    _line(axes, steps, gaps, "gap")
+    if appeared_at is not None:
+        axes.axvline(appeared_at, color=_PAINTS["gap"], linewidth=1.5, linestyle=(0, (4, 3)))
+    _limit(axes, 0.0, *low, *high)
+    return _svg(axes, "gap", "control gap over the steps")
+
+
+def _axes() -> Axes:
+    """Empty axes on a figure of their own, over a count of steps."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    with _style():
+        figure = Figure(figsize=_SIZE, layout="constrained", facecolor="none")
+        axes = figure.add_subplot(facecolor="none")
+        axes.set_xlabel("step", color=_PAINTS["ink"], size=12)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(_PAINTS["grid"])
+    axes.grid(axis="y", color=_PAINTS["grid"], linewidth=0.8)
+    axes.tick_params(colors=_PAINTS["ink"], labelsize=12, length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axes.margins(x=0.02)
+    return axes
+
+
+def _style() -> AbstractContextManager[None]:
+    """matplotlib's own style, whatever the user's is (LaTeX, say), and letters that stay letters."""
+    import matplotlib.style
+
+    return matplotlib.style.context(["default", {"svg.fonttype": "none"}])
+
+
+def short(number: float) -> str:
+    """2500 -> 2.5k, 0.00001 -> 1e-5."""
+    for unit, sign in ((1e6, "M"), (1e3, "k")):
+        if abs(number) >= unit:
+            return f"{number / unit:.4g}{sign}"
+    return re.sub(r"e([+-])0*", r"e\1", f"{number:.4g}").replace("e+", "e")
+
+
+def _smooth_over_raw(axes: Axes, x: Column, y: Column, paint: str) -> list[float]:
+    """Draw the updates pale, their mean strong; returns what should be seen of them, without the rare outliers."""
+    if not x.size:
+        return []
+    raw, smoothed = thin(x, y), thin(x, smooth(y))
+    if x.size > MOST_POINTS:
+        axes.fill_between(raw.x, raw.low, raw.high, color=_PAINTS[paint], alpha=0.2, linewidth=0)
+    else:
+        axes.plot(raw.x, raw.mean, color=_PAINTS[paint], alpha=0.35, linewidth=1)
+    _line(axes, smoothed.x, smoothed.mean, paint, marked=x.size == 1)
+    return [*np.percentile(y, [1, 99]), smoothed.mean.min(), smoothed.mean.max()]
+
+
+def _line(axes: Axes, x: Column, y: Column, paint: str, *, marked: bool | None = None, zorder: float = 3) -> None:
+    if marked is None:
+        marked = x.size <= MARKED_POINTS
+    axes.plot(x, y, color=_PAINTS[paint], linewidth=2.2, marker="o" if marked else "", markersize=4.5, zorder=zorder)
+
+
+def _limit(axes: Axes, *values: float) -> None:
+    """Let the vertical axis hold `values`, and a little more."""
+    if not values:
+        return
+    low, high = float(min(values)), float(max(values))
+    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    axes.set_ylim(low if low == 0 else low - margin, high + margin)
+
+
+def _svg(axes: Axes, name: str, title: str) -> str:
+    """The figure of `axes` as an `<svg>` for a page that holds others: `name` makes its ids its own."""
+    with StringIO() as file, _style():
+        figure: Any = axes.figure
+        figure.savefig(file, format="svg")
+        drawn = file.getvalue()
+    box = re.search(r'viewBox="([^"]+)"', drawn)
+    assert box is not None
+    body = drawn[drawn.index(">", drawn.index("<svg")) + 1 :]
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->|<defs>\s*</defs>", "", body, flags=re.DOTALL)
+    body = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), body)
+    body = re.sub(r"\s*\n\s*", " ", body)
+    ids = {found: f"{name}-{i}" for i, found in enumerate(dict.fromkeys(re.findall(r'\bid="([^"]+)"', body)))}
+    body = re.sub(r'(\bid="|url\(#|href="#)([^")]+)', lambda link: link[1] + ids[link[2]], body)
+    for variable, colour in _PAINTS.items():
+        body = body.replace(colour, f"var(--{variable})")
+    return f'<svg viewBox="{box[1]}" role="img" aria-label="{title}">{body}'

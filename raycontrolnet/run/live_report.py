@@ -1,0 +1,60 @@
+"""report.html, kept up to date by the driver while a run goes on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from raycontrolnet.run import metrics
+from raycontrolnet.run.report import write_report
+
+logger = logging.getLogger(__name__)
+
+INTERVAL_S = 60.0
+COST_FACTOR = 50.0
+"""The report takes at most this part of the time: the machine has other things to do."""
+LOWEST_PRIORITY = 19
+
+
+@contextmanager
+def report_kept(output_dir: Path) -> Iterator[None]:
+    """Write the report now and then, and at the end, whatever that is. Errors are logged: no report is worth a run."""
+    over = threading.Event()
+    thread = threading.Thread(target=_rewrite, args=(output_dir, over), name="report", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        _write(output_dir)
+
+
+def _rewrite(output_dir: Path, over: threading.Event) -> None:
+    with suppress(OSError, AttributeError):  # only Linux has priorities of threads
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+    seen, wait_s = _state(output_dir), INTERVAL_S
+    while not over.wait(wait_s):
+        if (state := _state(output_dir)) != seen:
+            seen, started = state, time.monotonic()
+            _write(output_dir)
+            wait_s = max(INTERVAL_S, COST_FACTOR * (time.monotonic() - started))
+
+
+def _state(output_dir: Path) -> float | None:
+    """Changes when there is something new to show."""
+    with suppress(OSError):
+        return (output_dir / metrics.NAME).stat().st_mtime
+    return None
+
+
+def _write(output_dir: Path) -> None:
+    try:
+        write_report(output_dir)
+    except Exception:
+        logger.warning("report.html could not be written", exc_info=True)

@@ -1,0 +1,268 @@
+"""report.html: what a run's folder tells on one page, for a phone too. One file, without scripts or outside links.
+
+    read (recorded.py) -> curves (curves.py) and pictures (thumbnails.py) -> the page
+
+Every text that comes from a file is escaped; a policy in the page's head forbids it to load anything all the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raycontrolnet.config import TrainConfig
+from raycontrolnet.run import curves
+from raycontrolnet.run.curves import STANDARD_ERRORS, Column
+from raycontrolnet.run.held_out import control_appeared
+from raycontrolnet.run.progress import duration
+from raycontrolnet.run.recorded import RECENT_UPDATES, Recorded, read
+from raycontrolnet.run.thumbnails import MOST_PAIRS, MOST_STEPS, PairHistory, pair_histories
+
+NAME = "report.html"
+
+_STATES = ("running", "finished", "failed", "interrupted")
+_PHASES = {
+    "start": "start of the workers",
+    "model": "loading of the models",
+    "first_batch": "wait for the first batch",
+    "data_wait": "data wait",
+    "step": "step",
+    "validation": "validation: held-out loss",
+    "validation_images": "validation: images",
+    "checkpoint": "checkpoint",
+}
+"""Phase in the worker's clock -> its name in the report, in this order."""
+_BESIDE = "validation_beside"
+"""The one that another worker spends while the training goes on: no part of the whole."""
+
+
+def write_report(output_dir: Path) -> Path:
+    """Write `output_dir`/report.html, whole or not at all: what the folder's files tell, and nothing else.
+
+    The run may be going on, finished, failed or hardly begun: what is missing or half written is left out.
+
+    Returns:
+        The report's path.
+    """
+    output_dir = Path(output_dir)
+    run = read(output_dir)
+    pairs = pair_histories(output_dir, run.step if run.updates["step"].size else None)
+    page = _page(output_dir.resolve().name, run, pairs)
+    unfinished = output_dir / f".{NAME}.unfinished"
+    unfinished.write_bytes(page.encode("utf-8", "replace"))
+    os.replace(unfinished, output_dir / NAME)
+    return output_dir / NAME
+
+
+def _page(name: str, run: Recorded, pairs: Sequence[PairHistory]) -> str:
+    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    sections = [*_summary(name, run), *_learning(run), *_pictures(run, pairs), *_speed(run), *_settings(run)]
+    body = "\n".join(sections)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<link rel="icon" href="data:,">
+<title>{escape(name)}: {escape(run.state)}</title>
+<style>
+{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def _summary(name: str, run: Recorded) -> Iterable[str]:
+    """In words and a few figures: how far, how well, and what went wrong."""
+    kind = run.state if run.state in _STATES else ""
+    yield f'<div class="title"><h1>{escape(name)}</h1><span class="state {kind}">{escape(run.state)}</span></div>'
+    yield f"<p>{_how_far(run)}</p>"
+    if run.total_updates:
+        yield f'<progress class="{kind}" value="{run.step}" max="{run.total_updates}"></progress>'
+    if cause := run.status.get("cause"):
+        yield f'<p class="cause">{escape(str(cause))}</p>'
+    kind, words = _control(run)
+    yield f'<p class="control {kind}">{words}</p>'
+    yield '<dl class="figures">'
+    for title, value, note in _figures(run):
+        yield f"<div><dt>{title}</dt><dd><b>{value}</b><br><small>{note}</small></dd></div>"
+    yield "</dl>"
+
+
+def _how_far(run: Recorded) -> str:
+    total = run.total_updates
+    words = (
+        f"{run.step:,} of {total:,} updates ({run.step / total:.0%})"
+        if total
+        else f"{run.step:,} update{'s' * (run.step != 1)}"
+    )
+    if run.seconds is not None:
+        words += f" in {_time(run.seconds)}"
+    if run.seconds_left is not None:
+        words += f", about {_time(run.seconds_left)} left"
+    if run.last_sign_s is not None:
+        seen = datetime.fromtimestamp(run.last_sign_s, timezone.utc)
+        words += f'. <span class="pale seen">As of {seen:%Y-%m-%d %H:%M} UTC.</span>'
+    return words
+
+
+def _control(run: Recorded) -> tuple[str, str]:
+    """(class for the style sheet, what the control gap shows)."""
+    if not run.held_out:
+        yet = " yet" if run.state == "running" and run.settings.get("validation_split") != 0 else ""
+        return "", f"Control gap: not measured{yet}."
+    appeared = _appeared(run)
+    if appeared is None:
+        return "", "No control yet: swapping the control images does not clearly raise the held-out loss."
+    return "appeared", f"Control has appeared at step {appeared:,}."
+
+
+def _appeared(run: Recorded) -> int | None:
+    return control_appeared(run.held_out)
+
+
+def _figures(run: Recorded) -> Iterable[tuple[str, str, str]]:
+    """(title, value, note) of each figure at the top; as HTML."""
+    losses = run.updates["loss"][np.isfinite(run.updates["loss"])]
+    if losses.size:
+        smoothed = curves.smooth(losses)
+        yield "loss", f"{smoothed[-1]:.4g}", f"at first {smoothed[0]:.4g}"
+    if run.held_out:
+        first, last = run.held_out[0], run.held_out[-1]
+        yield "held-out loss", f"{last['val_loss']:.4g}", f"at first {first['val_loss']:.4g}"
+        error = STANDARD_ERRORS * last["control_gap_error"]
+        yield "control gap", f"{last['control_gap']:.2g}", f"± {error:.2g}, at step {last['step']:,}"
+    rates = run.updates["images_per_second"][-RECENT_UPDATES:]
+    if (rates := rates[np.isfinite(rates)]).size:
+        yield "images/s", f"{np.median(rates):.3g}", f"last {rates.size} updates"
+
+
+def _learning(run: Recorded) -> Iterable[str]:
+    steps, held_out = run.updates["step"], {name: _column(run, name) for name in ("step", "val_loss")}
+    yield '<h2>Learning</h2>\n<div class="cards">'
+    if not steps.size and not run.held_out:
+        yield '<p class="card pale">No update is done yet.</p>'
+    else:
+        drawn = curves.loss(steps, run.updates["loss"], held_out["step"], held_out["val_loss"])
+        legend = {"loss": "training (smoothed; pale: single updates)"} | (
+            {"held-out": "held-out rows"} if run.held_out else {}
+        )
+        yield _card("Loss", legend, drawn)
+    if run.held_out:
+        appeared = _appeared(run)
+        drawn = curves.control_gap(
+            held_out["step"], _column(run, "control_gap"), _column(run, "control_gap_error"), appeared
+        )
+        at = "" if appeared is None else f"; control appears at step {appeared:,} (dashed)"
+        yield _card("Control gap", {"gap": f"loss with swapped control images less loss{at}"}, drawn)
+    if steps.size:
+        drawn = curves.learning_rate(steps, run.updates["lr"])
+        yield _card("Learning rate", {}, drawn)
+    yield "</div>"
+
+
+def _column(run: Recorded, name: str) -> Column:
+    return np.array([record[name] for record in run.held_out], dtype=np.float64)
+
+
+def _card(title: str, legend: Mapping[str, str], content: str) -> str:
+    """A box of the page; `legend` names the curves by the CSS variables of their colours."""
+    entries = "".join(
+        f'<span><i style="background: var(--{colour})"></i>{words}</span>' for colour, words in legend.items()
+    )
+    legend_line = f'\n<p class="legend">{entries}</p>' if entries else ""
+    return f'<section class="card">\n<h3>{title}</h3>{legend_line}\n{content}\n</section>'
+
+
+def _pictures(run: Recorded, pairs: Sequence[PairHistory]) -> Iterable[str]:
+    yield "<h2>What it draws</h2>"
+    if not pairs:
+        wanted = run.settings.get("validation_prompt")
+        yield f'<p class="pale">No validation images{" yet" if wanted and run.state == "running" else ""}.</p>'
+        return
+    most = f"at most {MOST_STEPS} steps of at most {MOST_PAIRS} prompts"
+    yield f'<p class="pale">The newest first; {most}. All are in the folder <code>validation</code>.</p>'
+    for pair in pairs:
+        prompt = escape(pair.prompt) if pair.prompt.strip() else "(empty prompt)"
+        yield f'<section class="card pair"><h3>{prompt}</h3>'
+        yield f'<div class="strip" tabindex="0" role="group" aria-label="Images of: {prompt}">'
+        if pair.control:
+            yield _picture(pair.control, "control image", f"control image of: {prompt}")
+        for step, tile in reversed(pair.tiles.items()):
+            yield _picture(tile, f"step {step:,}", f"step {step:,}: {prompt}")
+        yield "</div></section>"
+
+
+def _picture(source: str, caption: str, alt: str) -> str:
+    return f'<figure><img src="{source}" alt="{alt}"><figcaption><small>{caption}</small></figcaption></figure>'
+
+
+def _speed(run: Recorded) -> Iterable[str]:
+    steps = run.updates["step"]
+    if not steps.size and not run.seconds_by_phase:
+        return
+    yield '<h2>Speed</h2>\n<div class="cards">'
+    if steps.size:
+        drawn = curves.images_per_second(steps, run.updates["images_per_second"])
+        yield _card("Images per second", {"speed": "all workers together (smoothed; pale: single updates)"}, drawn)
+    if run.seconds_by_phase:
+        yield _card("Time by phase", {}, _phases(run))
+    yield "</div>"
+
+
+def _phases(run: Recorded) -> str:
+    phases = {phase: run.seconds_by_phase[phase] for phase in _PHASES if phase in run.seconds_by_phase}
+    others = {phase: seconds for phase, seconds in run.seconds_by_phase.items() if phase not in (*_PHASES, _BESIDE)}
+    named = {_PHASES[phase]: seconds for phase, seconds in phases.items()}
+    named |= {phase.replace("_", " "): seconds for phase, seconds in others.items()}
+    if run.state != "running" and run.seconds and (rest := run.seconds - sum(named.values())) > 0:
+        named["everything else"] = rest
+    whole = sum(named.values()) or 1.0
+    items = [
+        f"<li><span>{escape(name)}</span><span>{_time(seconds)} · {seconds / whole:.0%}</span>"
+        f'<i style="width: {100 * seconds / whole:.1f}%"></i></li>'
+        for name, seconds in named.items()
+    ]
+    if seconds := run.seconds_by_phase.get(_BESIDE):
+        items.append(f"<li><span>beside the training: images</span><span>{_time(seconds)}</span></li>")
+    return '<ul class="phases">\n' + "\n".join(items) + "\n</ul>"
+
+
+def _time(seconds: float) -> str:
+    return duration(seconds) if seconds >= 60 else f"{seconds:.3g} s"
+
+
+def _settings(run: Recorded) -> Iterable[str]:
+    defaults = {setting.name: setting.default for setting in dataclasses.fields(TrainConfig)}
+    secret = {setting.name for setting in dataclasses.fields(TrainConfig) if setting.metadata.get("secret")}
+    shown = {name: value for name, value in run.settings.items() if name not in secret}
+    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in shown.items()}
+    changed = {name: value for name, value in shown.items() if name not in defaults or plain[name] != defaults[name]}
+    if shown:
+        yield "<h2>Settings</h2>\n<p>Those that differ from their defaults:</p>"
+        yield _table(changed)
+        yield f"<details><summary>All {len(shown)} settings</summary>\n{_table(shown)}\n</details>"
+    if isinstance(versions := run.status.get("versions"), dict):
+        listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+        yield f'<p class="pale">{escape(listed)}</p>'
+
+
+def _table(settings: Mapping[str, Any]) -> str:
+    shown = {name: json.dumps(value, ensure_ascii=False, default=str) for name, value in settings.items()}
+    rows = [
+        f"<tr><td>{escape(name).replace('_', '_<wbr>')}</td><td>{escape(value)}</td></tr>"
+        for name, value in shown.items()
+    ]
+    return "<table>\n" + "\n".join(rows) + "\n</table>"
