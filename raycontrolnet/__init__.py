@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["PrepareResult", "RunResult", "TrainConfig", "fit", "prepare"]
+__all__ = ["GenerateConfig", "PairImages", "PrepareResult", "RunResult", "TrainConfig", "fit", "generate", "prepare"]
 
 if TYPE_CHECKING:
     from raycontrolnet.config import TrainConfig
+    from raycontrolnet.generate_images import generate
+    from raycontrolnet.generate_settings import GenerateConfig
     from raycontrolnet.prepare_latents import PrepareResult, prepare
+    from raycontrolnet.run.images import PairImages
     from raycontrolnet.train import RunResult, fit
 
 
@@ -27,4 +30,16 @@ def __getattr__(name: str) -> Any:
         from raycontrolnet import prepare_latents
 
         return getattr(prepare_latents, name)
+    if name == "GenerateConfig":
+        from raycontrolnet.generate_settings import GenerateConfig
+
+        return GenerateConfig
+    if name == "generate":
+        from raycontrolnet.generate_images import generate
+
+        return generate
+    if name == "PairImages":
+        from raycontrolnet.run.images import PairImages
+
+        return PairImages
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

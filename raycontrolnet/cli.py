@@ -1,4 +1,4 @@
-"""The command line: `raycontrolnet train | prepare | demo`. Flags and YAML to a `TrainConfig`, errors to exit codes."""
+"""The command line: `raycontrolnet train | prepare | generate | demo`. Flags to a config, errors to exit codes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from typing import Annotated, Any
 from raycontrolnet import __version__
 from raycontrolnet.config import GROUPS, TrainConfig, coerce, load_yaml, setting_types
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
+from raycontrolnet.generate_settings import GENERATE_GROUPS, GenerateConfig
 
 USAGE = f"""\
 raycontrolnet {__version__}: the ControlNet trainer for Ray
 
   raycontrolnet train [--config FILE.yaml] [FLAGS]   train a ControlNet; `raycontrolnet train --help` lists the flags
   raycontrolnet prepare [FLAGS]                      encode the images once, for runs with the same flags to train from
+  raycontrolnet generate [FLAGS]                     draw images with a trained one
   raycontrolnet demo [FLAGS]                         train a small one on data made here, to see that it works
   raycontrolnet --version
 """
@@ -28,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         _hide_token()
     command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    commands = {"train": train, "prepare": prepare, "demo": demo}
+    commands = {"train": train, "prepare": prepare, "generate": generate, "demo": demo}
     if command in ("--help", "-h", "help"):
         print(USAGE, end="")
         return 0
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_message(error), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("Interrupted before training began.", file=sys.stderr)
+        print(f"Interrupted before raycontrolnet {command} began.", file=sys.stderr)
         return Interrupted.exit_code
     return 0
 
@@ -76,6 +78,13 @@ def prepare(argv: Sequence[str]) -> None:
     prepare_latents.prepare(config)
 
 
+def generate(argv: Sequence[str]) -> None:
+    config = parse_generate(argv)
+    from raycontrolnet import generate_images
+
+    generate_images.generate(config)
+
+
 def demo(argv: Sequence[str]) -> None:
     from raycontrolnet.demo import demo_settings
 
@@ -94,33 +103,48 @@ def parse_train(
         ConfigError: bad settings, all at once.
         SystemExit: by tyro: 0 for --help, 2 for unknown flags and values of the wrong type.
     """
-    import tyro
-
     pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     pre.add_argument("--config")
     known, flags = pre.parse_known_args(argv)
     settings = dict(defaults or {}) | (load_yaml(known.config) if known.config else {})
-    parsed = tyro.cli(
-        _flag_groups(),
-        prog=program,
-        description="Train a ControlNet. --config FILE.yaml reads the same settings from a file; flags override it.",
-        args=flags,
-        default=_flag_groups()(*(_group_default(group, settings, known.config) for group in GROUPS)),
-        use_underscores=True,
+    defaults_by_group = [_group_default(group, settings, known.config) for group in GROUPS]
+    description = "Train a ControlNet. --config FILE.yaml reads the same settings from a file; flags override it."
+    return TrainConfig(**_parsed(flags, defaults_by_group, program, description))
+
+
+def parse_generate(argv: Sequence[str]) -> GenerateConfig:
+    """The flags of `raycontrolnet generate`.
+
+    Raises:
+        ConfigError: bad settings, all at once.
+        SystemExit: by tyro: 0 for --help, 2 for unknown flags and values of the wrong type.
+    """
+    description = "Draw images with a trained ControlNet, as validation does."
+    return GenerateConfig(
+        **_parsed(argv, [group() for group in GENERATE_GROUPS], "raycontrolnet generate", description)
     )
-    return TrainConfig(**{
-        setting.name: getattr(group, setting.name)
-        for group in (getattr(parsed, field.name) for field in dataclasses.fields(parsed))
-        for setting in dataclasses.fields(group)
-    })  # fmt: skip
 
 
-def _flag_groups() -> type:
-    """The groups as one dataclass of dataclasses: tyro makes a section of --help of each, with flat flag names."""
+def _parsed(argv: Sequence[str], defaults: Sequence[Any], program: str, description: str) -> dict[str, Any]:
+    """Name -> value of every setting of the groups that `defaults` are instances of.
+
+    tyro makes a section of --help of each group, with flat flag names, of one dataclass of dataclasses.
+    """
     import tyro
 
-    fields = [(group.__doc__ or group.__name__, Annotated[group, tyro.conf.OmitArgPrefixes]) for group in GROUPS]
-    return dataclasses.make_dataclass("Flags", [(name.lower(), kind) for name, kind in fields])
+    groups = [type(default) for default in defaults]
+    fields = [
+        ((group.__doc__ or group.__name__).lower(), Annotated[group, tyro.conf.OmitArgPrefixes]) for group in groups
+    ]
+    flags = dataclasses.make_dataclass("Flags", fields)
+    parsed = tyro.cli(
+        flags, prog=program, description=description, args=argv, default=flags(*defaults), use_underscores=True
+    )
+    return {
+        setting.name: getattr(group, setting.name)
+        for group in (getattr(parsed, name) for name, _ in fields)
+        for setting in dataclasses.fields(group)
+    }
 
 
 def _group_default(group: type, settings: Mapping[str, Any], path: str | None) -> Any:

@@ -257,19 +257,24 @@ def _stderr_to(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def logging_to(path: Path) -> Iterator[None]:
-    """Send what Ray, the libraries and this package log, and Python's warnings, to a file instead of the terminal."""
-    with _stderr_to(path), _loggers_to(path):
-        yield
+def logging_to(path: Path, *, of_ray: bool = True) -> Iterator[None]:
+    """Send what Ray, the libraries and this package log, and Python's warnings, to a file instead of the terminal.
+
+    Args:
+        of_ray: False where Ray is not used, and need not be imported.
+    """
+    with _stderr_to(path):
+        if of_ray:
+            import ray.data
+            import ray.train  # noqa: F401 (they set their loggers up when imported)
+        with _loggers_to(path):
+            yield
 
 
 @contextmanager
 def _loggers_to(path: Path) -> Iterator[None]:
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    import ray.data
-    import ray.train  # noqa: F401 (they set their loggers up when imported)
-
     before = {}
     logging.captureWarnings(True)
     for name in LOGGERS:

@@ -7,7 +7,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -46,28 +46,41 @@ class TrainConfig(
     """
 
     def __post_init__(self) -> None:
-        problems = []
-        for setting in dataclasses.fields(self):
-            try:
-                value = coerce(getattr(self, setting.name), setting_types()[setting.name])
-                object.__setattr__(self, setting.name, value)
-            except ValueError as error:
-                shown = "" if setting.metadata.get("secret") else f"={getattr(self, setting.name)!r}"
-                problems.append(f"--{setting.name}{shown}: {error}")
-        if not problems:  # the groups' own checks may count on the types
-            problems = [problem for group in GROUPS for problem in group.problems(self)]
-        if problems:
-            raise ConfigError(problems)
+        check_settings(self, GROUPS)
 
 
 GROUPS: tuple[Any, ...] = TrainConfig.__bases__[::-1]
 
 
 @cache
-def setting_types() -> Mapping[str, Any]:
+def setting_types(config: type[Any] = TrainConfig) -> Mapping[str, Any]:
     """Name -> type of every setting."""
-    hints = typing.get_type_hints(TrainConfig)
-    return {setting.name: hints[setting.name] for setting in dataclasses.fields(TrainConfig)}
+    hints = typing.get_type_hints(config)
+    return {setting.name: hints[setting.name] for setting in dataclasses.fields(config)}
+
+
+def check_settings(config: Any, groups: Sequence[Any]) -> None:
+    """Bring the settings of a config that is being made to their types, and look for values that cannot be run.
+
+    Args:
+        config: a frozen dataclass.
+        groups: the classes that it is made of, whose `problems` are asked for.
+
+    Raises:
+        ConfigError: with every problem at once.
+    """
+    problems, kinds = [], setting_types(config.__class__)
+    for setting in dataclasses.fields(config):
+        try:
+            value = coerce(getattr(config, setting.name), kinds[setting.name])
+            object.__setattr__(config, setting.name, value)
+        except ValueError as error:
+            shown = "" if setting.metadata.get("secret") else f"={getattr(config, setting.name)!r}"
+            problems.append(f"--{setting.name}{shown}: {error}")
+    if not problems:  # the groups' own checks may count on the types
+        problems = [problem for group in groups for problem in group.problems(config)]
+    if problems:
+        raise ConfigError(problems)
 
 
 def coerce(value: Any, kind: Any) -> Any:
@@ -84,9 +97,9 @@ def coerce(value: Any, kind: Any) -> Any:
             return None
         (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
     if typing.get_origin(kind) is tuple:
-        items = [value] if isinstance(value, str) else value
-        if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
-            return tuple(items) or None
+        items = [value] if isinstance(value, (str, Path)) else value
+        if isinstance(items, (list, tuple)) and all(isinstance(item, (str, Path)) for item in items):
+            return tuple(map(str, items)) or None
         raise ValueError("must be a text or a list of texts")
     if kind is float and isinstance(value, (float, int, str)) and not isinstance(value, bool):
         try:
@@ -129,17 +142,27 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: if the file cannot be read, is not a mapping, or has unknown keys.
     """
+    place = f"--config={path}"
+    return from_mapping(read_yaml(path, place), place)
+
+
+def read_yaml(path: str | Path, place: str) -> dict[Any, Any]:
+    """A YAML file of `name: value` lines, whatever the names.
+
+    Raises:
+        ConfigError: saying what is wrong at `place`, if the file cannot be read or is no mapping.
+    """
     import yaml
 
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"--config={path}: cannot be read ({getattr(error, 'strerror', None) or error})"]) from None
+        raise ConfigError([f"{place}: cannot be read ({getattr(error, 'strerror', None) or error})"]) from None
     except yaml.YAMLError as error:
-        raise ConfigError([f"--config={path}: is not valid YAML ({' '.join(str(error).split())})"]) from None
+        raise ConfigError([f"{place}: is not valid YAML ({' '.join(str(error).split())})"]) from None
     if not isinstance(settings, dict):
-        raise ConfigError([f"--config={path}: must be a list of `setting: value` lines"])
-    return from_mapping(settings, f"--config={path}")
+        raise ConfigError([f"{place}: must be a list of `setting: value` lines"])
+    return settings
 
 
 def public_settings(config: TrainConfig) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import logging
 import secrets
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,8 @@ from raycontrolnet.run.plan import RunPlan
 
 logger = logging.getLogger(__name__)
 
+BASE_PARTS = ("unet", "vae", "text_encoder", "scheduler")
+"""Folders of a base model."""
 VERSIONS_OF = ("ray", "torch", "diffusers", "transformers", "accelerate", "datasets")
 
 
@@ -123,21 +125,17 @@ def check(config: TrainConfig, output_dir: Path) -> CheckedRun:
             problems.append(f"--{flag}: {package} is not installed; run pip install 'raycontrolnet[{extra}]'")
     problems += _local_model_problems(config)
     problems += export.check_push(config)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):  # os.access tells root that it may, also where it may not
-            pass
-    except OSError as error:
-        problems.append(f"--output_dir={output_dir}: cannot be written ({error.strerror}); name another folder")
+    if problem := unwritable(output_dir, "output_dir"):
+        problems.append(problem)
     else:
         checkpoints.remove_leftovers(output_dir)
     token = export.find_token(config.hub_token)
     start, source = None, None
-    with _collected(problems):
+    with collected(problems):
         start = checkpoints.resolve(config.resume_from_checkpoint, output_dir)
-    with _collected(problems):
+    with collected(problems):
         validation.check(config)
-    with _collected(problems):
+    with collected(problems):
         source = open_source(config, cache_dir=config.cache_dir, token=token, skip_bad=config.on_bad_sample == "skip")
     if problems or source is None:
         raise ConfigError(problems)
@@ -176,7 +174,7 @@ def check_inputs(config: TrainConfig) -> tuple[Source, str | None]:
     """
     problems = list(_local_model_problems(config))
     token, source = export.find_token(config.hub_token), None
-    with _collected(problems):
+    with collected(problems):
         source = open_source(config, cache_dir=config.cache_dir, token=token, skip_bad=True)
     if problems or source is None:
         raise ConfigError(problems)
@@ -184,7 +182,8 @@ def check_inputs(config: TrainConfig) -> tuple[Source, str | None]:
 
 
 @contextmanager
-def _collected(problems: list[str]) -> Iterator[None]:
+def collected(problems: list[str]) -> Iterator[None]:
+    """Add what a check raises to `problems`, so that the others are made as well."""
     try:
         yield
     except UserError as error:
@@ -194,20 +193,36 @@ def _collected(problems: list[str]) -> Iterator[None]:
 def _local_model_problems(config: TrainConfig) -> Iterator[str]:
     """Model folders that are named as paths but are not there; Hub ids are found out by the workers."""
     for flag, parts in (
-        ("pretrained_model_name_or_path", ("unet", "vae", "text_encoder", "scheduler")),
+        ("pretrained_model_name_or_path", BASE_PARTS),
         ("controlnet_model_name_or_path", ()),
         ("tokenizer_name", ()),
     ):
         name = getattr(config, flag)
-        if name is None:
-            continue
-        path = Path(name)
-        if path.is_dir():
-            missing = [part for part in parts if not (path / part).is_dir()]
-            if missing:
-                yield f"--{flag}={name}: no {', '.join(missing)} in that folder; it must be in diffusers' layout"
-        elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-            yield f"--{flag}={name}: no such folder, and not the form of a Hub id (owner/name)"
+        if name is not None and (problem := not_a_model(name, flag, parts)):
+            yield problem
+
+
+def not_a_model(name: str, flag: str, parts: Sequence[str]) -> str | None:
+    """What is wrong with the folder `name`, which must have all of `parts`; Hub ids pass."""
+    path = Path(name)
+    if path.is_dir():
+        missing = [part for part in parts if not (path / part).is_dir()]
+        if missing:
+            return f"--{flag}={name}: no {', '.join(missing)} in that folder; it must be in diffusers' layout"
+    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        return f"--{flag}={name}: no such folder, and not the form of a Hub id (owner/name)"
+    return None
+
+
+def unwritable(folder: Path, flag: str) -> str | None:
+    """What keeps results from being written to `folder`, which is made if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # os.access tells root that it may, also where it may not
+            pass
+    except OSError as error:
+        return f"--{flag}={folder}: cannot be written ({error.strerror}); name another folder"
+    return None
 
 
 def with_absolute_paths(config: TrainConfig, output_dir: Path) -> TrainConfig:

@@ -10,12 +10,21 @@ that group's `problems`. This module imports neither torch nor ray, so that `--h
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+
+from raycontrolnet.setting_rules import (
+    Problems,
+    at_least,
+    folder_problems,
+    holds_secret,
+    one_of,
+    pair_problems,
+    pairs_of,
+    problem_of,
+    resolution_problems,
+    seed_problems,
+)
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
@@ -27,35 +36,6 @@ HELD_OUT_ROWS = 16
 """Rows held out by default: measuring them every 100 updates of batch 4 costs a few percent."""
 ROWS_TO_SPARE = 320
 """A data set of this many can spare them."""
-
-Problems = Iterator[str]
-
-
-def _problem(config: Any, name: str, problem: str) -> str:
-    return f"--{name}={getattr(config, name)}: {problem}"
-
-
-def _at_least(config: Any, minimum: float, *names: str) -> Problems:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < minimum:
-            yield _problem(config, name, f"must be at least {minimum}")
-
-
-def _one_of(config: Any, name: str, choices: tuple[str, ...]) -> Problems:
-    value = getattr(config, name)
-    if value is not None and value not in choices:
-        near = difflib.get_close_matches(value, choices, n=1)
-        hint = f"; perhaps you meant {near[0]}" if near else ""
-        yield _problem(config, name, f"must be one of {', '.join(choices)}{hint}")
-
-
-def _holds_secret(uri: str) -> bool:
-    """Whether a URI has a password, or an option that looks like a key: settings are written to files."""
-    authority, _, options = uri.partition("://")[2].partition("?")
-    user = authority.partition("/")[0].rpartition("@")[0]
-    words = ("secret", "token", "key", "password", "sig", "credential")
-    return ":" in user or any(word in options.lower() for word in words)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,14 +88,11 @@ class DataConfig:
             given = "neither is given" if self.dataset_name is None else "both are given"
             yield f"--train_data_dir, --dataset_name: give one of them ({given})"
         if not 0 <= self.proportion_empty_prompts <= 1:
-            yield _problem(self, "proportion_empty_prompts", "must be in [0, 1]")
-        if self.resolution < 8 or self.resolution % 8:
-            lower = self.resolution // 8 * 8
-            near = f"{lower} or {lower + 8}" if lower > 0 else "8"
-            yield _problem(self, "resolution", f"must be divisible by 8; use {near}")
+            yield problem_of(self, "proportion_empty_prompts", "must be in [0, 1]")
+        yield from resolution_problems(self)
         if self.dataset_config_name is not None and self.dataset_name is None:
-            yield _problem(self, "dataset_config_name", "needs --dataset_name")
-        yield from _at_least(self, 1, "max_train_samples")
+            yield problem_of(self, "dataset_config_name", "needs --dataset_name")
+        yield from at_least(self, 1, "max_train_samples")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,15 +113,15 @@ class CacheConfig:
     """Largest share of samples that may be skipped, in [0, 1]."""
 
     def problems(self) -> Problems:
-        yield from _one_of(self, "cache_latents", CACHE_MODES)
-        yield from _one_of(self, "latents_dtype", LATENTS_DTYPES)
-        yield from _one_of(self, "on_bad_sample", BAD_SAMPLES)
-        yield from _at_least(self, 1, "latents_batch_size")
+        yield from one_of(self, "cache_latents", CACHE_MODES)
+        yield from one_of(self, "latents_dtype", LATENTS_DTYPES)
+        yield from one_of(self, "on_bad_sample", BAD_SAMPLES)
+        yield from at_least(self, 1, "latents_batch_size")
         if not 0 <= self.max_bad_fraction <= 1:
-            yield _problem(self, "max_bad_fraction", "must be in [0, 1]")
+            yield problem_of(self, "max_bad_fraction", "must be in [0, 1]")
         if self.latents_cache_dir == "":
             yield "--latents_cache_dir: must name a folder; leave it out for the default one"
-        elif self.latents_cache_dir and _holds_secret(self.latents_cache_dir):
+        elif self.latents_cache_dir and holds_secret(self.latents_cache_dir):
             yield "--latents_cache_dir: leave keys and tokens out of the URI; put them into the machines' environment"
         if self.cache_latents == "off" and self.on_bad_sample == "skip":
             yield "--on_bad_sample=skip: bad samples are found when latents are cached; leave out --cache_latents=off"
@@ -182,14 +159,14 @@ class OptimConfig:
     """Free the gradients after an update instead of setting them to zero."""
 
     def problems(self) -> Problems:
-        yield from _one_of(self, "lr_scheduler", LR_SCHEDULERS)
-        yield from _at_least(self, 0, "learning_rate", "lr_warmup_steps", "adam_weight_decay", "adam_epsilon")
-        yield from _at_least(self, 1, "lr_num_cycles")
+        yield from one_of(self, "lr_scheduler", LR_SCHEDULERS)
+        yield from at_least(self, 0, "learning_rate", "lr_warmup_steps", "adam_weight_decay", "adam_epsilon")
+        yield from at_least(self, 1, "lr_num_cycles")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
-                yield _problem(self, name, "must be in [0, 1)")
+                yield problem_of(self, name, "must be in [0, 1)")
         if self.max_grad_norm <= 0:
-            yield _problem(self, "max_grad_norm", "must be above 0")
+            yield problem_of(self, "max_grad_norm", "must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,11 +193,10 @@ class StepConfig:
     """Attention by xformers (needs a CUDA GPU): pip install 'raycontrolnet[xformers]'."""
 
     def problems(self) -> Problems:
-        yield from _at_least(self, 1, "train_batch_size", "num_train_epochs", "max_train_steps")
-        yield from _at_least(self, 1, "gradient_accumulation_steps")
-        yield from _one_of(self, "mixed_precision", MIXED_PRECISIONS)
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            yield _problem(self, "seed", "must be in [0, 2**63)")
+        yield from at_least(self, 1, "train_batch_size", "num_train_epochs", "max_train_steps")
+        yield from at_least(self, 1, "gradient_accumulation_steps")
+        yield from one_of(self, "mixed_precision", MIXED_PRECISIONS)
+        yield from seed_problems(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,16 +219,11 @@ class OutputConfig:
     """Project name in the trackers."""
 
     def problems(self) -> Problems:
-        yield from _at_least(self, 1, "checkpointing_steps", "checkpoints_total_limit")
-        if not self.output_dir:
-            yield "--output_dir: must name a folder"
-        elif "://" in self.output_dir:
-            yield _problem(self, "output_dir", "must be a local or mounted folder; URIs are not supported yet")
-        elif Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
-            yield _problem(self, "output_dir", "is a file; name a folder")
+        yield from at_least(self, 1, "checkpointing_steps", "checkpoints_total_limit")
+        yield from folder_problems(self, "output_dir")
         unknown = [name for name in self.trackers if name not in TRACKERS]
         if unknown:
-            yield _problem(
+            yield problem_of(
                 self, "report_to", f"must be one of {', '.join(TRACKERS)}, all, none, or several with commas"
             )
 
@@ -291,27 +262,17 @@ class ValidationConfig:
     def problems(self) -> Problems:
         split = self.validation_split
         if split is not None and (split < 0 or split == 1 or (split > 1 and split % 1 != 0)):
-            yield _problem(self, "validation_split", "must be a share below 1, a count of at least 2, or 0 for none")
-        prompts, images = self.validation_prompt or (), self.validation_image or ()
-        if bool(prompts) != bool(images):
-            missing = "validation_image" if prompts else "validation_prompt"
+            yield problem_of(self, "validation_split", "must be a share below 1, a count of at least 2, or 0 for none")
+        if bool(self.validation_prompt) != bool(self.validation_image):
+            missing = "validation_image" if self.validation_prompt else "validation_prompt"
             yield f"--{missing}: needed, because the other of --validation_prompt and --validation_image is given"
-        elif len(prompts) != len(images) and 1 not in (len(prompts), len(images)):
-            yield (
-                f"--validation_prompt, --validation_image: {len(prompts)} prompts and {len(images)} images; "
-                "give equal counts, or a single one of either"
-            )
-        for path in images:
-            if not Path(path).is_file():
-                yield f"--validation_image={path}: no such file"
-        yield from _at_least(self, 1, "num_validation_images", "validation_steps")
+        yield from pair_problems(self, "validation_prompt", "validation_image")
+        yield from at_least(self, 1, "num_validation_images", "validation_steps")
 
     @property
     def validation_pairs(self) -> tuple[tuple[str, str], ...]:
         """(prompt, control image path) of each validation pair; a single prompt or image is reused."""
-        prompts, images = self.validation_prompt or (), self.validation_image or ()
-        count = max(len(prompts), len(images)) if prompts and images else 0
-        return tuple((prompts[i % len(prompts)], images[i % len(images)]) for i in range(count))
+        return pairs_of(self.validation_prompt, self.validation_image)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,7 +291,7 @@ class HubConfig:
     def problems(self) -> Problems:
         if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
             names = "https://hf.co/docs/hub/repositories-licenses"
-            yield _problem(self, "license", f"must be one of the Hub's short names, such as apache-2.0 ({names})")
+            yield problem_of(self, "license", f"must be one of the Hub's short names, such as apache-2.0 ({names})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,16 +314,16 @@ class ClusterConfig:
     """Loading tasks at a time per worker (0: chosen for the machine)."""
 
     def problems(self) -> Problems:
-        yield from _at_least(self, 0, "max_failures", "dataloader_num_workers")
+        yield from at_least(self, 0, "max_failures", "dataloader_num_workers")
         if self.cpus_per_worker is not None and self.cpus_per_worker <= 0:
-            yield _problem(self, "cpus_per_worker", "must be above 0")
+            yield problem_of(self, "cpus_per_worker", "must be above 0")
         try:
             low, high = self.worker_range
         except ValueError:
-            yield _problem(self, "num_workers", "must be a number, or MIN:MAX")
+            yield problem_of(self, "num_workers", "must be a number, or MIN:MAX")
         else:
             if low < 0 or high < low or (low != high and low < 1):
-                yield _problem(self, "num_workers", "must be 0 or more, or MIN:MAX with 1 <= MIN <= MAX")
+                yield problem_of(self, "num_workers", "must be 0 or more, or MIN:MAX with 1 <= MIN <= MAX")
 
     @property
     def worker_range(self) -> tuple[int, int]:

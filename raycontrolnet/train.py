@@ -40,13 +40,13 @@ from raycontrolnet.run.job import LOG, Job, begin
 from raycontrolnet.run.live_report import report_kept
 from raycontrolnet.run.progress import Progress, duration
 from raycontrolnet.run.status import RunStatus, status_kept
+from raycontrolnet.run.trained import CONFIG
 
 if TYPE_CHECKING:
     import ray
 
 logger = logging.getLogger(__name__)
 
-CONFIG = "config.yaml"
 ENDLESS = 2**40
 
 

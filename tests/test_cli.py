@@ -111,7 +111,7 @@ def test_the_console_script_is_the_command() -> None:
     assert done.stdout == f"{__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("train", "--help")])
+@pytest.mark.parametrize("arguments", [("--help",), ("train", "--help"), ("generate", "--help")])
 def test_help_answers_at_once(arguments: tuple[str, ...]) -> None:
     """Under 1 s on a free machine (the median of three, warm); the limit here leaves room for a busy one."""
     run("-m", "raycontrolnet", *arguments)
@@ -371,7 +371,7 @@ def test_an_interrupted_run_is_130(
     assert (answer.code, answer.out) == (130, "")
     assert answer.err.endswith("Interrupted. There was no checkpoint yet.\n")
     monkeypatch.setattr(cli, "parse_train", interrupt)
-    assert ask("train") == (130, "", "Interrupted before training began.\n")
+    assert ask("train") == (130, "", "Interrupted before raycontrolnet train began.\n")
 
 
 # --- as a process ---

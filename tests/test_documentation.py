@@ -28,7 +28,7 @@ from typing import Any
 import pytest
 import yaml
 
-from raycontrolnet import TrainConfig, cli, fit
+from raycontrolnet import GenerateConfig, TrainConfig, cli, fit
 from raycontrolnet.config import GROUPS, load_yaml, setting_types
 from raycontrolnet.data.sources import open_source
 from raycontrolnet.demo import FOLDER, demo_settings, run_demo
@@ -178,8 +178,8 @@ FIRST, *OTHERS = (found for found in BLOCKS if found.kind == "run")
 
 def test_readme_is_read() -> None:
     assert Counter(found.kind for found in BLOCKS) == {
-        "run": 4,
-        "slow": 5,
+        "run": 5,
+        "slow": 6,
         "job": 1,
         "cluster": 1,
         "skip": 3,
@@ -211,6 +211,11 @@ def test_block_runs(found: Block, trained: Path) -> None:
     elif "--validation_image" in found.command:
         entries = {path.name for path in (trained / "validated-controlnet" / "validation").glob("step-*/*.png")}
         assert len(entries) == 6  # for each of two pairs an image, the control image and a grid
+    elif "raycontrolnet generate" in found.command:
+        assert "2 images, their grids and metadata.jsonl in " in output
+        assert len(list((trained / "generated").glob("*.png"))) == 4
+    elif "GenerateConfig" in found.command:
+        assert "houses/pair-00-grid.png" in output
     elif "raycontrolnet prepare" in found.command:
         assert "latents: 2 samples, " in output
         assert len(list((trained / "my-latents").glob("*.arrow"))) == 1
@@ -269,7 +274,8 @@ def test_flags_exist(path: str, at_least: int) -> None:
     of_others = {"logdir", "head", "region", "query", "output", "name", "port", "ulimit"}
     flags = re.findall(r"(?<![\w-])--(\w+)(?![\w-])", (ROOT / path).read_text(encoding="utf-8"))
     assert len(flags) >= at_least
-    assert set(flags) - {*setting_types(), "config", "help"} - of_others == set()
+    ours = {*setting_types(), *setting_types(GenerateConfig), "config", "help"}
+    assert set(flags) - ours - of_others == set()
 
 
 def test_commands_and_flags_are_in_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -277,7 +283,7 @@ def test_commands_and_flags_are_in_help(capsys: pytest.CaptureFixture[str]) -> N
     usage = capsys.readouterr().out
     shell = "\n".join(found.text for found in BLOCKS if found.language == "bash")
     commands = set(re.findall(r"raycontrolnet ([a-z]+)\b", shell))
-    assert commands == {"train", "prepare", "demo"}
+    assert commands == {"train", "prepare", "generate", "demo"}
     assert commands <= set(re.findall(r"raycontrolnet ([a-z]+)\b", usage))
     with pytest.raises(SystemExit) as exit_info:
         cli.main(["train", "--help"])

@@ -554,7 +554,7 @@ def test_validation(tiny_settings: Settings, tiny_base: Path, circles: Path, out
     drawn = []
     for folder in folders:
         lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-        assert [(line["prompt"], line["validation_image"]) for line in lines] == [
+        assert [(line["prompt"], line["control_image"]) for line in lines] == [
             ("red circle", control) for control in controls
         ]
         assert {(line["num_inference_steps"], line["scheduler"]) for line in lines} == {(20, "UniPCMultistepScheduler")}

@@ -16,8 +16,10 @@ import pytest
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
+    ("setting_rules",),
     ("settings",),
     ("config",),
+    ("generate_settings",),
     ("data",),
     ("model",),
     ("run",),
@@ -26,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("validate_controlnet",),
     ("train_controlnet",),
     ("encode_latents", "latent_plan"),
-    ("prepare_latents",),
+    ("generate_images", "prepare_latents"),
     ("latents_of_run",),
     ("train",),
     ("tune",),
@@ -42,7 +44,7 @@ RAY_DRIVERS = {
 }  # fmt: skip
 """Modules that may import ray."""
 
-TORCH_FREE = ("", "__main__", "cli", "config", "data", "errors", "settings")
+TORCH_FREE = ("", "__main__", "cli", "config", "data", "errors", "generate_settings", "settings")
 """Importing these must not wait for torch."""
 
 When = Literal["module", "function", "script", "types"]

@@ -20,8 +20,8 @@ from PIL import Image
 from raycontrolnet.config import TrainConfig, public_settings
 from raycontrolnet.demo.circles import draw_circle
 from raycontrolnet.run import report, validation
+from raycontrolnet.run.images import ImageItem
 from raycontrolnet.run.report import write_report
-from raycontrolnet.run.validation import ValidationItem
 
 CHROMIUM = shutil.which("chromium")
 EVIL = 'a <script>alert("1")</script> & \'b\' <img src="http://example.com/x.png">'
@@ -93,7 +93,7 @@ def write_images(folder: Path, steps: range, prompts: list[str], *, images: int 
             control.save(folder / "control.png")
             content = (folder / "control.png").read_bytes()
             for image in range(images):
-                items.append(ValidationItem(pair, image, prompt, f"control-{pair}.png", image, content))
+                items.append(ImageItem(pair, image, prompt, f"control-{pair}.png", image, content))
                 noise = Image.effect_noise(picture.size, 90).convert("RGB")
                 Image.blend(noise, picture, step / steps[-1]).save(place / items[-1].file_name)
         (folder / "control.png").unlink()

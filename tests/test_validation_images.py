@@ -18,7 +18,7 @@ from PIL import Image
 
 from raycontrolnet.errors import DataError
 from raycontrolnet.model.components import Components, load_components, with_controlnet
-from raycontrolnet.run import drawing, validation
+from raycontrolnet.run import drawing, images, validation
 from raycontrolnet.run.drawing import Sampling
 from raycontrolnet.settings import ModelConfig, ValidationConfig
 
@@ -120,7 +120,7 @@ def test_images_are_those_of_the_pipeline(base: str, config: ValidationConfig, r
     folder = request.getfixturevalue(base)
     components = components_of(folder)
     item = validation.plan(config, seed=7)[4]
-    ((drawn, image),) = validation.generate(components, [item], resolution=RESOLUTION, device=CPU)
+    ((drawn, image),) = images.draw_items(components, [item], resolution=RESOLUTION, device=CPU)
     assert drawn is item
     with drawing._quiet():
         pipeline = StableDiffusionControlNetPipeline.from_pretrained(folder, controlnet=components.controlnet)
@@ -140,9 +140,9 @@ def test_images_are_those_of_the_pipeline(base: str, config: ValidationConfig, r
 def test_control_image_and_seed_matter(components: Components, config: ValidationConfig) -> None:
     items = validation.plan(config, seed=7)
     first, other_control = items[0], dataclasses.replace(items[3], seed=items[0].seed)
-    images = [
+    drawn = [
         pixels(image)
-        for _, image in validation.generate(
+        for _, image in images.draw_items(
             components,
             [first, items[1], other_control, first],
             resolution=RESOLUTION,
@@ -151,8 +151,8 @@ def test_control_image_and_seed_matter(components: Components, config: Validatio
         )
     ]
     for other in (1, 2):
-        assert np.abs(images[0].astype(int) - images[other]).mean() > 0.5
-    np.testing.assert_array_equal(images[0], images[3])
+        assert np.abs(drawn[0].astype(int) - drawn[other]).mean() > 0.5
+    np.testing.assert_array_equal(drawn[0], drawn[3])
 
 
 def test_models_and_random_state_stay_as_they_were(components: Components, config: ValidationConfig) -> None:
@@ -175,7 +175,7 @@ def test_models_and_random_state_stay_as_they_were(components: Components, confi
 
     items = validation.plan(config, seed=7)[:2]
     before, during = state(), []
-    drawn = validation.generate(components, items, resolution=RESOLUTION, device=CPU, sampling=FEW)
+    drawn = images.draw_items(components, items, resolution=RESOLUTION, device=CPU, sampling=FEW)
     for _ in drawn:
         during.append(state())  # also between two images
     assert during == [before, before]
@@ -187,8 +187,8 @@ def test_mixed_precision(dtype: torch.dtype, tiny_base: Path, components: Compon
     """Half-precision frozen models and an fp32 ControlNet work together under autocast, and draw about the same."""
     items = validation.plan(config, seed=7)[:1]
     options: dict[str, Any] = {"resolution": RESOLUTION, "device": CPU, "sampling": FEW}
-    ((_, exact),) = validation.generate(components, items, **options)
-    ((_, rounded),) = validation.generate(components_of(tiny_base, dtype), items, autocast=dtype, **options)
+    ((_, exact),) = images.draw_items(components, items, **options)
+    ((_, rounded),) = images.draw_items(components_of(tiny_base, dtype), items, autocast=dtype, **options)
     assert np.abs(pixels(exact).astype(int) - pixels(rounded)).mean() < 8
     assert not torch.is_autocast_enabled("cpu")
 
@@ -216,7 +216,7 @@ def test_folder(components: Components, config: ValidationConfig, tmp_path: Path
         "file_name": "pair-01-image-01.png",
         "conditioning_image_file_name": "pair-01-control.png",
         "prompt": "red circle",
-        "validation_image": str(tmp_path / "transparent.png"),
+        "control_image": str(tmp_path / "transparent.png"),
         "pair": 1,
         "image": 1,
         "step": 12,
@@ -254,7 +254,7 @@ def test_a_failure_is_logged_and_leaves_what_there_is(
             raise torch.OutOfMemoryError("no memory left")
         return real(*arguments, **named)
 
-    monkeypatch.setattr(validation, "draw", out_of_memory)
+    monkeypatch.setattr(images, "draw", out_of_memory)
     validation.write(tmp_path, 5, items, components, device=CPU, **options)
     assert validation.latest(tmp_path) == []  # metadata.jsonl of before is gone
     assert validation.finish(tmp_path, 6, items, resolution=RESOLUTION) == []
@@ -274,7 +274,7 @@ def test_long_prompts_are_said_once(
     components: Components, config: ValidationConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     items = [dataclasses.replace(item, prompt="red circle " * 50) for item in validation.plan(config, seed=7)[:2]]
-    assert len(list(validation.generate(components, items, resolution=32, device=CPU, sampling=FEW))) == 2
+    assert len(list(images.draw_items(components, items, resolution=32, device=CPU, sampling=FEW))) == 2
     assert [record.name for record in caplog.records] == ["raycontrolnet.run.prompts"]
     assert "102 tokens; those after the first 77 do nothing" in caplog.text
 
@@ -282,7 +282,7 @@ def test_long_prompts_are_said_once(
 def test_nothing_is_printed(
     components: Components, config: ValidationConfig, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    list(validation.generate(components, validation.plan(config, seed=7)[:1], resolution=RESOLUTION, device=CPU))
+    list(images.draw_items(components, validation.plan(config, seed=7)[:1], resolution=RESOLUTION, device=CPU))
     assert capfd.readouterr() == ("", "")
 
 

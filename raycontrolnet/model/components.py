@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 Loaded = TypeVar("Loaded")
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 @dataclass
@@ -50,6 +51,7 @@ def load_components(
     seed: int,
     token: str | None = None,
     controlnet_path: str | None = None,
+    controlnet_flag: str = "controlnet_model_name_or_path",
     vae_device: torch.device | None = None,
 ) -> Components:
     """Load the base model and make or load the ControlNet.
@@ -60,14 +62,13 @@ def load_components(
         seed: of the ControlNet's conditioning embedding, the one part without weights to copy.
         token: for private models on the Hub.
         controlnet_path: a checkpoint's ControlNet, instead of the settings'.
+        controlnet_flag: where the user named the settings' ControlNet.
 
     Raises:
         UserError: if a part is missing or unreadable, or the model is of a kind that cannot be trained.
     """
     from diffusers import DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
-
-    from raycontrolnet.model.attention import pad_narrow_heads  # which imports diffusers
 
     base = model.pretrained_model_name_or_path
     hub: dict[str, Any] = {"revision": model.revision, "cache_dir": model.cache_dir, "token": token}
@@ -92,7 +93,9 @@ def load_components(
         vae=load_vae(model, dtype=dtype, token=token),
         unet=unet,
         noise_scheduler=noise_scheduler,
-        controlnet=load_controlnet(controlnet_path) if controlnet_path else _make_controlnet(model, unet, seed, token),
+        controlnet=load_controlnet(controlnet_path)
+        if controlnet_path
+        else _make_controlnet(model, unet, seed, token, controlnet_flag),
     )
     for module in components.frozen():
         module.requires_grad_(False).eval().to(vae_device if vae_device and module is components.vae else device)
@@ -101,11 +104,18 @@ def load_components(
     # The layout that convolutions want: 11% off a step on a CPU (tests/benchmarks/RESULTS.md). The ControlNet's
     # activations follow, its weights stay as they are saved.
     unet.to(memory_format=torch.channels_last)
-    components.controlnet.requires_grad_(True).train().to(device)
-    if device.type == "cpu":
-        for module in (unet, components.controlnet):
-            pad_narrow_heads(module)
+    on_device(unet, device)
+    on_device(components.controlnet.requires_grad_(True).train(), device)
     return components
+
+
+def on_device(module: Module, device: torch.device) -> Module:
+    """A UNet or ControlNet on `device`, computing in the way that is fastest there."""
+    from raycontrolnet.model.attention import pad_narrow_heads  # which imports diffusers
+
+    if device.type == "cpu":
+        pad_narrow_heads(module)
+    return module.to(device)
 
 
 def load_vae(model: ModelConfig, *, dtype: torch.dtype, token: str | None = None) -> AutoencoderKL:
@@ -147,17 +157,19 @@ def load_controlnet(name_or_path: str, flag: str = "controlnet_model_name_or_pat
     return controlnet
 
 
-def _make_controlnet(model: ModelConfig, unet: UNet2DConditionModel, seed: int, token: str | None) -> ControlNetModel:
+def _make_controlnet(
+    model: ModelConfig, unet: UNet2DConditionModel, seed: int, token: str | None, flag: str
+) -> ControlNetModel:
     from diffusers import ControlNetModel
 
-    if model.controlnet_model_name_or_path:
-        controlnet = load_controlnet(model.controlnet_model_name_or_path, cache_dir=model.cache_dir, token=token)
+    if name_or_path := model.controlnet_model_name_or_path:
+        controlnet = load_controlnet(name_or_path, flag, cache_dir=model.cache_dir, token=token)
         for name in ("cross_attention_dim", "block_out_channels", "layers_per_block"):
             own, wanted = (_listed(module.config[name]) for module in (controlnet, unet))
             if own != wanted:
                 raise UserError(
-                    f"--controlnet_model_name_or_path={model.controlnet_model_name_or_path}: made for another base "
-                    f"model ({name} {own}, the base model's UNet has {wanted})"
+                    f"--{flag}={name_or_path}: made for another base model ({name} {own}, the base model's UNet has "
+                    f"{wanted})"
                 )
         return controlnet
     with torch.random.fork_rng(devices=[]):

@@ -19,7 +19,7 @@ from raycontrolnet.errors import UserError
 from raycontrolnet.run import checkpoint as checkpoints
 from raycontrolnet.run.checkpoint import Checkpoint
 from raycontrolnet.run.failures import FAILURE
-from raycontrolnet.run.validation import ValidationItem
+from raycontrolnet.run.images import ImageItem
 
 LOG = "run.log"
 RUN_ID = ".run_id"
@@ -48,7 +48,7 @@ class Job:
     """CPU threads of a worker; None leaves them."""
     trackers: tuple[str, ...]
     tracker_settings: Mapping[str, Any]
-    validation_items: tuple[ValidationItem, ...]
+    validation_items: tuple[ImageItem, ...]
     facts: Mapping[str, Any]
     """For the checkpoints' manifests."""
     token: str | None = field(default=None, repr=False)

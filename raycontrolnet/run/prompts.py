@@ -16,11 +16,21 @@ _warned: set[str] = set()
 
 def warn_if_cut(tokenizer: CLIPTokenizer, prompt: str) -> None:
     """Log that `prompt` has more tokens than the text encoder reads; once a prompt, and for ten prompts at most."""
-    limit = tokenizer.model_max_length
-    # A token is at least a character: most prompts need no second look.
-    if len(prompt) + 2 <= limit or prompt in _warned or len(_warned) >= MOST_WARNINGS:
+    if prompt in _warned or len(_warned) >= MOST_WARNINGS:
         return
-    tokens = len(tokenizer(prompt, verbose=False).input_ids)
-    if tokens > limit:
+    if problem := cut(tokenizer, prompt):
         _warned.add(prompt)
-        logger.warning("a prompt has %d tokens; those after the first %d do nothing: %r", tokens, limit, prompt)
+        logger.warning("%s", problem)
+
+
+def cut(tokenizer: CLIPTokenizer, prompt: str) -> str | None:
+    """That `prompt` has more tokens than the text encoder reads, if so."""
+    limit = tokenizer.model_max_length
+    if len(prompt) + 2 <= limit:  # a token is at least a character: most prompts need no second look
+        return None
+    tokens = len(tokenizer(prompt, verbose=False).input_ids)
+    return (
+        f"a prompt has {tokens} tokens; those after the first {limit} do nothing: {prompt!r}"
+        if tokens > limit
+        else None
+    )

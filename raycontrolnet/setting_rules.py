@@ -1,0 +1,88 @@
+"""Rules that settings of several groups and commands share: each yields a line for what cannot be run."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Problems = Iterator[str]
+
+
+def problem_of(config: Any, name: str, problem: str) -> str:
+    return f"--{name}={getattr(config, name)}: {problem}"
+
+
+def at_least(config: Any, minimum: float, *names: str) -> Problems:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < minimum:
+            yield problem_of(config, name, f"must be at least {minimum}")
+
+
+def one_of(config: Any, name: str, choices: tuple[str, ...]) -> Problems:
+    value = getattr(config, name)
+    if value is not None and value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1)
+        hint = f"; perhaps you meant {near[0]}" if near else ""
+        yield problem_of(config, name, f"must be one of {', '.join(choices)}{hint}")
+
+
+def resolution_problems(config: Any) -> Problems:
+    """`resolution`, where it is given, must suit the VAE."""
+    if config.resolution is not None and (config.resolution < 8 or config.resolution % 8):
+        lower = config.resolution // 8 * 8
+        near = f"{lower} or {lower + 8}" if lower > 0 else "8"
+        yield problem_of(config, "resolution", f"must be divisible by 8; use {near}")
+
+
+def seed_problems(config: Any) -> Problems:
+    """`seed`, where it is given, must fit 63 bits."""
+    if config.seed is not None and not 0 <= config.seed < 2**63:
+        yield problem_of(config, "seed", "must be in [0, 2**63)")
+
+
+def folder_problems(config: Any, name: str) -> Problems:
+    """What the name alone of a folder for results tells."""
+    folder = getattr(config, name)
+    if not folder:
+        yield f"--{name}: must name a folder"
+    elif "://" in folder:
+        yield problem_of(config, name, "must be a local or mounted folder; URIs are not supported yet")
+    elif Path(folder).exists() and not Path(folder).is_dir():
+        yield problem_of(config, name, "is a file; name a folder")
+
+
+def pair_problems(config: Any, prompt: str, image: str) -> Problems:
+    """Prompts and control images, where both are given, must match and the images be there.
+
+    Args:
+        prompt: name of the setting with the prompts.
+        image: name of the setting with the images.
+    """
+    prompts, images = getattr(config, prompt) or (), getattr(config, image) or ()
+    if prompts and images and len(prompts) != len(images) and 1 not in (len(prompts), len(images)):
+        yield (
+            f"--{prompt}, --{image}: {len(prompts)} prompts and {len(images)} images; "
+            "give equal counts, or a single one of either"
+        )
+    for path in images:
+        if not Path(path).is_file():
+            yield f"--{image}={path}: no such file"
+
+
+def pairs_of(prompts: tuple[str, ...] | None, images: tuple[str, ...] | None) -> tuple[tuple[str, str], ...]:
+    """(prompt, control image path) of each pair; a single prompt or image is reused."""
+    if not prompts or not images:
+        return ()
+    count = max(len(prompts), len(images))
+    return tuple((prompts[i % len(prompts)], images[i % len(images)]) for i in range(count))
+
+
+def holds_secret(uri: str) -> bool:
+    """Whether a URI has a password, or an option that looks like a key: settings are written to files."""
+    authority, _, options = uri.partition("://")[2].partition("?")
+    user = authority.partition("/")[0].rpartition("@")[0]
+    words = ("secret", "token", "key", "password", "sig", "credential")
+    return ":" in user or any(word in options.lower() for word in words)

@@ -1,0 +1,781 @@
+"""`raycontrolnet generate`: validation's images, from whatever folder holds the ControlNet; and what is refused."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from raycontrolnet import GenerateConfig, PairImages, TrainConfig, __version__, fit, generate, generate_images
+from raycontrolnet.cli import main, parse_generate
+from raycontrolnet.data.transforms import CONDITIONING_BACKGROUND, decode_rgb, resize_and_crop
+from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
+from raycontrolnet.run import drawing, images, trained, validation
+
+RESOLUTION = 32
+SEED = 7
+PROMPTS = ("red circle", "blue circle")
+TOKEN = "hf_not_to_be_seen"
+
+
+class Run(NamedTuple):
+    """A finished run of four updates, with a checkpoint of two."""
+
+    folder: Path
+    base: Path
+    controls: tuple[str, ...]
+    """The control images of its validation."""
+
+
+@pytest.fixture(scope="module")
+def train(tiny_base: Path, circles: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    def run(**changed: Any) -> Run:
+        folder = tmp_path_factory.mktemp("trained")
+        controls = []
+        for index in range(2):
+            shutil.copyfile(circles / "conditioning" / f"0000{index}.png", folder / f"{index}.png")
+            controls.append(str(folder / f"{index}.png"))
+        settings: dict[str, Any] = {
+            "pretrained_model_name_or_path": str(tiny_base),
+            "train_data_dir": str(circles),
+            "output_dir": str(folder / "run"),
+            "resolution": RESOLUTION,
+            "max_train_steps": 4,
+            "checkpointing_steps": 2,
+            "learning_rate": 1e-3,
+            "lr_warmup_steps": 0,
+            "seed": SEED,
+            "validation_prompt": PROMPTS,
+            "validation_image": tuple(controls),
+            "num_validation_images": 2,
+            "report_to": "none",
+            "cache_latents": "off",
+            "num_workers": "0",
+            "use_gpu": False,
+        }
+        fit(TrainConfig(**settings | changed), stream=io.StringIO())
+        return Run(folder / "run", tiny_base, tuple(controls))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(train: Callable[..., Run]) -> Run:
+    """Do not write into it."""
+    return train()
+
+
+@pytest.fixture
+def own_run(run: Run, tmp_path: Path) -> Run:
+    """A copy to write into, in which checkpoint-2 holds a ControlNet whose images differ."""
+    from diffusers import ControlNetModel
+
+    folder = shutil.copytree(run.folder, tmp_path / "copy" / "run")
+    controlnet = ControlNetModel.from_pretrained(folder / "checkpoint-2" / "controlnet")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for weight in controlnet.parameters():
+            weight.data.normal_(0, 0.5)
+    controlnet.save_pretrained(folder / "checkpoint-2" / "controlnet")
+    return run._replace(folder=folder)
+
+
+@pytest.fixture
+def config(run: Run, tmp_path: Path) -> Callable[..., GenerateConfig]:
+    """config(name=value, ...): one image with few steps, unless it says otherwise."""
+
+    def make(**changed: Any) -> GenerateConfig:
+        settings: dict[str, Any] = {
+            "controlnet": str(run.folder),
+            "prompt": "red circle",
+            "image": run.controls[0],
+            "num_images": 1,
+            "num_inference_steps": 2,
+            "out": str(tmp_path / "generated"),
+            "use_gpu": False,
+        }
+        return GenerateConfig(**settings | changed)
+
+    return make
+
+
+def draw(config: GenerateConfig) -> list[PairImages]:
+    return generate(config, stream=io.StringIO())
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Every file below `folder`: its bytes and when it was written."""
+    return {
+        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def but_the_log(out: Path) -> dict[str, tuple[bytes, int]]:
+    return {name: content for name, content in contents(out).items() if name != "generate.log"}
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.png")}
+
+
+def opened(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
+def metadata(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+# --- what is drawn ---
+
+
+@pytest.mark.parametrize("mixed_precision", [None, "bf16"])
+def test_the_images_are_those_of_the_runs_last_validation(
+    mixed_precision: str | None, train: Callable[..., Run], run: Run, tmp_path: Path
+) -> None:
+    """To the byte, with everything but seed and pairs left to the run's settings."""
+    if mixed_precision:
+        run = train(mixed_precision=mixed_precision, max_train_steps=1)
+    before = contents(run.folder)
+    results = draw(
+        GenerateConfig(
+            controlnet=str(run.folder),
+            prompt=PROMPTS,
+            image=run.controls,
+            num_images=2,
+            seed=SEED,
+            out=str(tmp_path),
+            use_gpu=False,
+        )
+    )
+    steps = sorted((run.folder / "validation").iterdir())
+    last = steps[-1]
+    assert len(pictures(last)) == 8
+    assert pictures(tmp_path) == pictures(last)
+    assert metadata(tmp_path) == [
+        {name: value for name, value in line.items() if name != "step"} for line in metadata(last)
+    ]
+    assert contents(run.folder) == before
+    assert {path.name for path in tmp_path.iterdir()} == {*pictures(last), "metadata.jsonl", "generate.log"}
+    for result, validated in zip(results, validation.latest(run.folder), strict=True):
+        assert (result.pair, result.prompt) == (validated.pair, validated.prompt)
+        assert [path.name for path in result.images] == [path.name for path in validated.images]
+        assert all(path.is_file() for path in (result.control, result.grid, *result.images))
+    assert results == images.results(tmp_path)
+
+
+def test_precision_is_the_runs_own_or_the_one_that_is_given(
+    train: Callable[..., Run], config: Callable[..., GenerateConfig], tmp_path: Path
+) -> None:
+    run = train(mixed_precision="bf16", max_train_steps=1, validation_prompt=None, validation_image=None)
+    drawn = {}
+    for name, changed in (("own", {}), ("bf16", {"mixed_precision": "bf16"}), ("no", {"mixed_precision": "no"})):
+        stream = io.StringIO()
+        (result,) = generate(config(controlnet=str(run.folder), out=str(tmp_path / name), **changed), stream=stream)
+        assert ("on the CPU in bf16\n" in stream.getvalue()) == (name != "no")
+        drawn[name] = np.asarray(opened(result.images[0])).astype(int)
+    np.testing.assert_array_equal(drawn["own"], drawn["bf16"])
+    assert 0 < np.abs(drawn["own"] - drawn["no"]).mean() < 8
+
+
+def test_an_image_depends_on_its_place_and_the_seed(config: Callable[..., GenerateConfig], tmp_path: Path) -> None:
+    draw(config(out=str(tmp_path / "two"), num_images=2))
+    draw(config(out=str(tmp_path / "one")))
+    draw(config(out=str(tmp_path / "other"), seed=1))
+    draw(config(out=str(tmp_path / "pairs"), prompt=["blue circle", "red circle"]))
+    two, one, other, pairs = (pictures(tmp_path / name) for name in ("two", "one", "other", "pairs"))
+    first = "pair-00-image-00.png"
+    assert one[first] == two[first]
+    assert len({two[first], two["pair-00-image-01.png"], other[first], pairs["pair-01-image-00.png"]}) == 4
+    assert metadata(tmp_path / "pairs")[1] == {
+        "file_name": "pair-01-image-00.png",
+        "conditioning_image_file_name": "pair-01-control.png",
+        "prompt": "red circle",
+        "control_image": config().image[0],  # type: ignore[index]
+        "pair": 1,
+        "image": 0,
+        "seed": int(np.random.SeedSequence((0, 1, 0)).generate_state(1)[0]),
+        "scheduler": "UniPCMultistepScheduler",
+        "num_inference_steps": 2,
+        "guidance_scale": 7.5,
+    }
+
+
+def test_steps_and_guidance_matter(config: Callable[..., GenerateConfig], tmp_path: Path) -> None:
+    for name, changed in (("a", {}), ("b", {"num_inference_steps": 3}), ("c", {"guidance_scale": 0})):
+        (result,) = draw(config(out=str(tmp_path / name), **changed))
+        assert np.asarray(opened(result.images[0])).std() > 0
+    assert len({pictures(tmp_path / name)["pair-00-image-00.png"] for name in "abc"}) == 3
+
+
+def control_images(folder: Path) -> list[Path]:
+    """Of every kind that people have."""
+    grey = Image.linear_gradient("L").resize((90, 40))
+    rgb = Image.merge("RGB", [grey, grey.transpose(Image.Transpose.FLIP_LEFT_RIGHT), grey])
+    depth = Image.fromarray((np.arange(50 * 70).reshape(50, 70) * 18).astype(np.uint16))
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    kinds: list[tuple[str, Image.Image, dict[str, Any]]] = [
+        ("grey.png", grey, {}),
+        ("bilevel.png", grey.convert("1"), {}),
+        ("palette.png", rgb.quantize(8), {}),
+        ("palette_transparent.gif", rgb.quantize(8), {"transparency": 3}),
+        ("grey_alpha.png", grey.convert("LA"), {}),
+        ("rgba.webp", Image.new("RGBA", (33, 97), (200, 10, 10, 128)), {}),
+        ("depth.png", depth, {}),
+        ("depth_float.tiff", Image.fromarray(np.asarray(depth, dtype=np.float32)), {}),
+        ("cmyk.jpg", rgb.convert("CMYK"), {}),
+        ("rotated.jpg", rgb, {"exif": rotated}),
+        ("pixel.png", Image.new("RGB", (1, 1), "red"), {}),
+        ("wide.png", rgb.resize((700, 20)), {}),
+    ]
+    folder.mkdir()
+    for name, image, options in kinds:
+        image.save(folder / name, **options)
+    return [folder / name for name, _, _ in kinds]
+
+
+def test_any_control_image(config: Callable[..., GenerateConfig], tmp_path: Path) -> None:
+    paths = control_images(tmp_path / "controls")
+    assert {opened(path).mode for path in paths} >= {"1", "L", "P", "LA", "RGBA", "I;16", "F", "CMYK", "RGB"}
+    before = contents(tmp_path / "controls")
+    results = draw(config(image=paths, num_inference_steps=1))
+    assert len(results) == len(paths) == 12
+    for result, path in zip(results, paths, strict=True):
+        expected = resize_and_crop(decode_rgb(str(path), background=CONDITIONING_BACKGROUND), RESOLUTION)
+        np.testing.assert_array_equal(np.asarray(opened(result.control)), expected)
+        assert [opened(image).size for image in result.images] == [(RESOLUTION, RESOLUTION)]
+        assert opened(result.grid).size == (2 * RESOLUTION, RESOLUTION)
+    assert contents(tmp_path / "controls") == before
+
+
+def test_a_prompt_that_is_too_long_is_said(config: Callable[..., GenerateConfig]) -> None:
+    stream = io.StringIO()
+    long = "blue circle " * 50
+    generate(config(prompt=["red circle", long], num_inference_steps=1), stream=stream)
+    assert stream.getvalue().splitlines()[1] == (
+        f"a prompt has 102 tokens; those after the first 77 do nothing: {long!r}"
+    )
+
+
+# --- where the ControlNet and its run's settings come from ---
+
+
+def test_every_folder_that_holds_a_controlnet(
+    own_run: Run, config: Callable[..., GenerateConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Base model and resolution are those of the run in any case; the weights are those of the folder."""
+    before = contents(own_run.folder)
+    monkeypatch.chdir(own_run.folder)
+    drawn: list[dict[str, bytes]] = []
+    for index, name in enumerate((
+        str(own_run.folder), ".", str(own_run.folder / "checkpoint-2"), "./checkpoint-2", "checkpoint-2/controlnet"
+    )):  # fmt: skip
+        out = tmp_path / str(index)
+        draw(config(controlnet=name, out=str(out)))
+        assert opened(out / "pair-00-image-00.png").size == (RESOLUTION, RESOLUTION)
+        drawn.append(pictures(out))
+    assert drawn[0] == drawn[1]
+    assert drawn[2] == drawn[3] == drawn[4]
+    assert drawn[0]["pair-00-image-00.png"] != drawn[2]["pair-00-image-00.png"]
+    assert contents(own_run.folder) == before
+
+
+def test_a_folder_without_settings(own_run: Run, config: Callable[..., GenerateConfig], tmp_path: Path) -> None:
+    """As diffusers or the Hub leave them: the base model must be said, and the rest has its usual defaults."""
+    folder = shutil.copytree(own_run.folder / "checkpoint-2" / "controlnet", tmp_path / "alone" / "controlnet")
+    with pytest.raises(ConfigError) as error:
+        draw(config(controlnet=str(folder)))
+    assert str(error.value) == (
+        "--pretrained_model_name_or_path: required, as there is no config.yaml of a run that says which base model "
+        f"{folder} was trained for"
+    )
+    given = {"pretrained_model_name_or_path": str(own_run.base), "num_inference_steps": 1}
+    (result,) = draw(config(controlnet=str(folder), **given))
+    assert opened(result.images[0]).size == (512, 512)
+    (result,) = draw(config(controlnet=str(folder), resolution=64, **given))
+    assert opened(result.images[0]).size == (64, 64)
+
+
+def test_settings_are_those_of_the_run_unless_given(own_run: Run, tmp_path: Path) -> None:
+    settings = {
+        "pretrained_model_name_or_path": "me/base",
+        "revision": "v2",
+        "variant": "fp16",
+        "tokenizer_name": "me/tokenizer",
+        "cache_dir": str(tmp_path),
+        "resolution": 64,
+        "mixed_precision": "bf16",
+        "allow_tf32": True,
+    }
+    file = own_run.folder / "config.yaml"
+    file.write_text(yaml.safe_dump(settings | {"learning_rate": "what", "of_a_later_version": 1}))
+    found = trained.find(str(own_run.folder))
+    assert found == trained.Trained(str(own_run.folder), settings, file)
+    assert found.settings_with(None) == found.settings_with("me/base") == settings
+    assert found.settings_with("other/base") == {"resolution": 64, "mixed_precision": "bf16", "allow_tf32": True}
+
+    given = GenerateConfig(controlnet="c", prompt=("a",), image=own_run.controls, resolution=8, seed=3)
+    filled = given.with_defaults(settings)
+    assert (filled.resolution, filled.seed, filled.mixed_precision, filled.revision) == (8, 3, "bf16", "v2")
+
+    settings["cache_dir"] = str(tmp_path / "of another machine")
+    file.write_text(yaml.safe_dump(settings))
+    assert "cache_dir" not in trained.find(str(own_run.folder)).settings
+    assert trained.find("me/controlnet") == trained.Trained("me/controlnet", {}, None)
+
+
+def test_folders_that_lie_beside_other_settings(own_run: Run) -> None:
+    """Only where a run puts checkpoints is the folder above a run's."""
+    shutil.copytree(own_run.folder / "checkpoint-2" / "controlnet", own_run.folder / "mine")
+    shutil.copytree(own_run.folder / "checkpoint-2" / "controlnet", own_run.folder / "mine" / "controlnet")
+    for name, expected in (
+        ("", True), ("checkpoint-2", True), ("checkpoint-2/controlnet", True), ("mine", False),
+        ("mine/controlnet", False),
+    ):  # fmt: skip
+        assert (trained.find(str(own_run.folder / name)).config_file is not None) == expected
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"controlnet": ""},
+            "--controlnet: required; a run's output_dir, a checkpoint-N of it, a ControlNet's folder, ",
+        ),
+        ({"prompt": None}, "--prompt: required; one for every control image, or one for all"),
+        ({"image": None}, "--image: required; a control image for every prompt, or one for all"),
+        ({"image": "gone.png"}, "--image=gone.png: no such file"),
+        ({"image": "."}, "--image=.: no such file"),
+        ({"num_images": 0}, "--num_images=0: must be at least 1"),
+        ({"num_inference_steps": 0}, "--num_inference_steps=0: must be at least 1"),
+        ({"num_inference_steps": 1000}, "--num_inference_steps=1000: must be at most 999"),
+        ({"guidance_scale": -1}, "--guidance_scale=-1.0: must be a number of at least 0"),
+        ({"guidance_scale": "inf"}, "--guidance_scale=inf: must be a number of at least 0"),
+        ({"resolution": 100}, "--resolution=100: must be divisible by 8; use 96 or 104"),
+        ({"seed": -1}, "--seed=-1: must be in [0, 2**63)"),
+        ({"mixed_precision": "fp8"}, "--mixed_precision=fp8: must be one of no, fp16, bf16"),
+        ({"out": ""}, "--out: must name a folder"),
+        ({"out": "s3://bucket/images"}, "--out=s3://bucket/images: must be a local or mounted folder; URIs are not "),
+        ({"out": __file__}, f"--out={__file__}: is a file; name a folder"),
+        ({"num_images": "many"}, "--num_images='many': must be a whole number"),
+        ({"prompt": [1]}, "--prompt=[1]: must be a text or a list of texts"),
+    ],
+)
+def test_settings_that_cannot_be_used(
+    changed: dict[str, Any], message: str, config: Callable[..., GenerateConfig]
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        config(**changed)
+    assert len(error.value.problems) == 1
+    assert str(error.value).startswith(message)
+
+
+def test_prompts_and_images_that_do_not_match(run: Run, config: Callable[..., GenerateConfig]) -> None:
+    with pytest.raises(ConfigError) as error:
+        config(prompt=["a", "b", "c"], image=run.controls)
+    assert str(error.value) == "--prompt, --image: 3 prompts and 2 images; give equal counts, or a single one of either"
+    first, second = run.controls
+    assert config(prompt=["a", "b"], image=run.controls).pairs == (("a", first), ("b", second))
+    assert config(prompt=["a", "b"], image=first).pairs == (("a", first), ("b", first))
+    assert config(prompt="a", image=run.controls).pairs == (("a", first), ("a", second))
+    assert config(prompt="", image=first).pairs == (("", first),)
+
+
+def test_all_problems_at_once(run: Run, config: Callable[..., GenerateConfig], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        GenerateConfig(seed=-1, num_images=0)
+    flags = [problem.partition(":")[0] for problem in error.value.problems]
+    assert flags == ["--controlnet", "--prompt", "--image", "--num_images=0", "--seed=-1"]
+
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("no picture")
+    whole = Path(run.controls[0]).read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "file").touch()
+    gone = tmp_path / "gone"
+    with pytest.raises(ConfigError) as error:
+        draw(
+            config(
+                controlnet=str(gone),
+                image=[str(tmp_path / name) for name in ("empty.png", "text.png", "half.png")],
+                pretrained_model_name_or_path=str(run.folder),
+                mixed_precision="fp16",
+                out=str(tmp_path / "file" / "below"),
+            )
+        )
+    base = f"--pretrained_model_name_or_path={run.folder}: no unet, vae, text_encoder, scheduler in that folder"
+    lines = str(error.value).splitlines()
+    assert lines[0] == f"--image: {tmp_path / 'empty.png'} is empty"
+    assert lines[1] == f"--image: {tmp_path / 'text.png'} is not an image in a format that Pillow reads"
+    assert lines[2].startswith(f"--image: {tmp_path / 'half.png'} is broken or truncated (")
+    assert lines[3:] == [
+        f"--controlnet={gone}: no such folder, and not the form of a Hub id (owner/name)",
+        f"{base}; it must be in diffusers' layout",
+        "--mixed_precision=fp16: needs a GPU; use bf16 or no on the CPU",
+        f"--out={tmp_path / 'file' / 'below'}: cannot be written (Not a directory); name another folder",
+    ]
+
+
+def test_folders_without_a_usable_controlnet(
+    own_run: Run, config: Callable[..., GenerateConfig], tmp_path: Path
+) -> None:
+    def message(name: Path | str, **changed: Any) -> str:
+        with pytest.raises(ConfigError) as error:
+            draw(config(controlnet=str(name), **changed))
+        return str(error.value)
+
+    unet, empty, file = own_run.base / "unet", tmp_path / "empty", own_run.folder / "config.yaml"
+    empty.mkdir()
+    assert message(empty) == f"--controlnet={empty}: holds no ControlNet in diffusers' form (config.json and weights)"
+    assert message(unet) == f"--controlnet={unet}: holds a UNet2DConditionModel, not a ControlNetModel"
+    assert message(file) == f"--controlnet={file}: is a file; name the folder that it is in"
+    assert message("my-controlnet") == (
+        "--controlnet=my-controlnet: no such folder, and not the form of a Hub id (owner/name)\n"
+        "--pretrained_model_name_or_path: required, as there is no config.yaml of a run that says which base model "
+        "my-controlnet was trained for"
+    )
+
+    (own_run.folder / "config.json").unlink()  # as before the run's end
+    checkpoint = own_run.folder / "checkpoint-4"
+    assert message(own_run.folder) == (
+        f"--controlnet={own_run.folder}: that run has no final weights yet; name a checkpoint of it, such as "
+        f"{checkpoint}"
+    )
+    settings = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump(settings | {"pretrained_model_name_or_path": "/moved/base"}))
+    assert message(checkpoint) == (
+        "--pretrained_model_name_or_path=/moved/base: no such folder, and not the form of a Hub id (owner/name); "
+        f"{file} names it"
+    )
+    file.write_text(yaml.safe_dump(settings | {"resolution": "large", "mixed_precision": "fp16"}))
+    assert message(checkpoint) == f"--controlnet={checkpoint}: {file}: resolution: 'large' must be a whole number"
+    file.write_text(yaml.safe_dump(settings | {"mixed_precision": "fp16"}))
+    assert message(checkpoint) == (
+        "--mixed_precision=fp16: the run's own precision needs a GPU; use bf16 or no on the CPU"
+    )
+    file.write_text("- a\n- b\n")
+    assert message(checkpoint) == (f"--controlnet={checkpoint}: {file}: must be a list of `setting: value` lines")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(config: Callable[..., GenerateConfig]) -> None:
+    with pytest.raises(ConfigError) as error:
+        draw(config(use_gpu=True))
+    assert str(error.value) == "--use_gpu=True: there is no GPU here; leave the flag out to draw on the CPU"
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # diffusers' own
+def test_models_that_cannot_be_loaded(own_run: Run, config: Callable[..., GenerateConfig]) -> None:
+    """Found out late, but still the user's input; what an earlier time left stays."""
+    from diffusers import ControlNetModel
+
+    out = Path(config().out)
+    draw(config())
+    before = but_the_log(out)
+    weights = own_run.folder / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match=re.escape(f"--controlnet={own_run.folder}: cannot be loaded: ")):
+        draw(config(controlnet=str(own_run.folder)))
+    made_for = ControlNetModel.load_config(own_run.folder / "checkpoint-2" / "controlnet")
+    other = ControlNetModel.from_config(made_for | {"cross_attention_dim": 8})
+    other.save_pretrained(own_run.folder)
+    with pytest.raises(UserError) as error:
+        draw(config(controlnet=str(own_run.folder)))
+    assert str(error.value) == (
+        f"--controlnet={own_run.folder}: made for another base model (cross_attention_dim 8, the base model's UNet has "
+        "16)"
+    )
+    with pytest.raises(UserError, match=re.escape("--controlnet=nobody/nothing: cannot be loaded: ")):
+        draw(config(controlnet="nobody/nothing", pretrained_model_name_or_path=str(own_run.base)))
+    assert but_the_log(out) == before
+
+
+# --- the folder for the images ---
+
+
+def test_an_earlier_times_images_are_replaced(run: Run, config: Callable[..., GenerateConfig]) -> None:
+    out = Path(config().out)
+    draw(config(image=run.controls, num_images=2))
+    before = pictures(out)
+    assert len(metadata(out)) == 4
+    draw(config(seed=1))
+    after = pictures(out)
+    assert before.keys() == after.keys()
+    assert {name for name in after if after[name] != before[name]} == {"pair-00-image-00.png", "pair-00-grid.png"}
+    assert [line["file_name"] for line in metadata(out)] == ["pair-00-image-00.png"]
+    assert opened(out / "pair-00-grid.png").size == (2 * RESOLUTION, RESOLUTION)
+
+
+@pytest.mark.parametrize(
+    ("place", "held"),
+    [
+        ("data", "metadata.jsonl"),
+        ("copy/run/validation/step-000004", "metadata.jsonl"),
+        ("copy/run/images", "pair-00-control.png"),
+    ],
+)
+def test_a_folder_whose_files_would_be_lost(
+    place: str, held: str, own_run: Run, circles: Path, config: Callable[..., GenerateConfig], tmp_path: Path
+) -> None:
+    shutil.copytree(circles, tmp_path / "data")
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        draw(config(out=str(tmp_path / place)))
+    assert str(error.value) == (
+        f"--out={tmp_path / place}: holds {held}, which was not made by `raycontrolnet generate` and would be "
+        "overwritten; name another folder"
+    )
+    assert contents(tmp_path) == before
+
+
+def test_a_control_image_is_not_overwritten(config: Callable[..., GenerateConfig]) -> None:
+    """Drawing from what was drawn is fine, but into another folder."""
+    (result,) = draw(config())
+    with pytest.raises(ConfigError) as error:
+        draw(config(image=str(result.images[0])))
+    assert str(error.value) == (
+        f"--image={result.images[0]}: would be overwritten by the new images; name another --out"
+    )
+    draw(config(image=str(result.images[0]), out=str(result.grid.parent / "again")))
+
+
+def test_a_runs_own_folder(own_run: Run, config: Callable[..., GenerateConfig]) -> None:
+    """Nothing of the run's has a name that images have."""
+    before = contents(own_run.folder)
+    draw(config(controlnet=str(own_run.folder), out=str(own_run.folder)))
+    after = contents(own_run.folder)
+    assert {name: after[name] for name in before} == before
+    assert after.keys() - before.keys() == {
+        "generate.log", "metadata.jsonl", "pair-00-control.png", "pair-00-grid.png", "pair-00-image-00.png"
+    }  # fmt: skip
+
+
+# --- failures ---
+
+
+def stop_at(image: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raise when the image of that index is drawn."""
+    real, count = drawing.draw, iter(range(100))
+
+    def stop(*arguments: Any, **named: Any) -> Image.Image:
+        if next(count) == image:
+            raise error
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(images, "draw", stop)
+
+
+def test_a_failure_leaves_what_there_is(
+    run: Run, config: Callable[..., GenerateConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(config().out)
+    draw(config(image=run.controls, num_images=2))
+    before = but_the_log(out)
+    several = config(image=run.controls, num_images=2, seed=1)
+    stop_at(0, OSError(errno.ENOSPC, "No space left on device"), monkeypatch)
+    with pytest.raises(RunError) as error:
+        draw(several)
+    assert str(error.value) == (
+        "Drawing failed: OSError: [Errno 28] No space left on device.\n"
+        f"No image was drawn. Details: {out / 'generate.log'}"
+    )
+    assert "Traceback" in (out / "generate.log").read_text()
+    assert but_the_log(out) == before
+
+    stop_at(3, torch.OutOfMemoryError("CUDA out of memory.\nmore"), monkeypatch)
+    with pytest.raises(RunError) as error:
+        draw(several)
+    assert str(error.value) == (
+        "Out of GPU memory: CUDA out of memory. Use a smaller --resolution, or --mixed_precision bf16.\n"
+        f"3 of 4 images are in {out}. Details: {out / 'generate.log'}"
+    )
+    assert [line["file_name"] for line in metadata(out)] == [
+        "pair-00-image-00.png", "pair-00-image-01.png", "pair-01-image-00.png"
+    ]  # fmt: skip
+    assert [len(result.images) for result in images.results(out)] == [2, 1]
+    assert not list(out.glob(".*"))
+
+
+def test_metadata_never_tells_of_images_that_are_replaced(
+    config: Callable[..., GenerateConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even when the process dies between two images, here before anything can be made whole."""
+    out = Path(config().out)
+    draw(config(num_images=2))
+
+    def die(*_: Any, **__: Any) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(images, "finish", die)
+    stop_at(1, SystemExit(), monkeypatch)
+    with pytest.raises(SystemExit):
+        draw(config(num_images=2, seed=1))
+    assert not (out / "metadata.jsonl").exists()
+    monkeypatch.undo()
+    draw(config(num_images=2, seed=1))  # and the folder is known for one of ours
+    assert len(metadata(out)) == 2
+
+
+def test_ctrl_c(config: Callable[..., GenerateConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    out = Path(config().out)
+    stop_at(1, KeyboardInterrupt(), monkeypatch)
+    with pytest.raises(Interrupted) as error:
+        draw(config(num_images=3))
+    assert str(error.value) == f"Interrupted. 1 of 3 images are in {out}."
+    assert len(metadata(out)) == 1
+    stop_at(0, KeyboardInterrupt(), monkeypatch)
+    with pytest.raises(Interrupted, match=r"^Interrupted\. No image was drawn\.$"):
+        draw(config())
+
+
+# --- Python and the command line ---
+
+
+def test_the_process_is_left_as_it_was(config: Callable[..., GenerateConfig]) -> None:
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    def state() -> list[object]:
+        loggers = [logging.getLogger(name) for name in ("raycontrolnet", "diffusers", "transformers", "py.warnings")]
+        return [
+            torch.random.get_rng_state().tolist(),
+            random.getstate(),
+            repr(np.random.get_state()),
+            torch.backends.cuda.matmul.allow_tf32,
+            diffusers.utils.logging.is_progress_bar_enabled(),
+            transformers.utils.logging.is_progress_bar_enabled(),
+            [(logger.level, logger.handlers[:], logger.propagate) for logger in loggers],
+        ]
+
+    before = state()
+    draw(config())
+    assert state() == before
+
+
+def test_the_token_is_written_nowhere(
+    config: Callable[..., GenerateConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = config(hub_token=TOKEN)
+    stream = io.StringIO()
+    generate(given, stream=stream)
+    written = b"".join(content for content, _ in contents(Path(given.out)).values()).decode(errors="replace")
+    assert TOKEN not in repr(given) + stream.getvalue() + written + "".join(capsys.readouterr())
+    with pytest.raises(ConfigError) as error:
+        config(hub_token=[TOKEN])
+    assert str(error.value) == "--hub_token: must be a text"
+
+
+def test_paths_and_single_values_in_python(run: Run) -> None:
+    config = GenerateConfig(controlnet=run.folder, prompt="a", image=Path(run.controls[0]))  # type: ignore[arg-type]
+    assert (config.controlnet, config.prompt, config.image) == (str(run.folder), ("a",), (run.controls[0],))
+    assert config == GenerateConfig(controlnet=str(run.folder), prompt=("a",), image=(run.controls[0],))
+
+
+def flags(config: GenerateConfig, *names: str) -> list[str]:
+    parts = []
+    for name in ("controlnet", "prompt", "image", "num_images", "num_inference_steps", "out", "use_gpu", *names):
+        value = getattr(config, name)
+        parts += [f"--{name}", *(value if isinstance(value, tuple) else [str(value)])]
+    return parts
+
+
+def test_flags_are_the_settings(run: Run, config: Callable[..., GenerateConfig]) -> None:
+    given = config(prompt=["a b", "c"], image=run.controls, seed=5, guidance_scale=3.5, resolution=64, variant="fp16")
+    assert parse_generate(flags(given, "seed", "guidance_scale", "resolution", "variant")) == given
+
+
+def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "--help"])
+    assert stop.value.code == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.startswith("usage: raycontrolnet generate ")
+    assert [name for name in GenerateConfig.__dataclass_fields__ if f"--{name}" not in out] == []
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "--promt", "a"])
+    assert stop.value.code == 2
+    assert "--promt" in capsys.readouterr().err
+
+
+def test_exit_codes(
+    config: Callable[..., GenerateConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ask(argv: list[str]) -> tuple[int, str]:
+        capsys.readouterr()
+        code = main(["generate", *argv])
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "Traceback" not in err
+        return code, err
+
+    code, err = ask([])
+    assert code == 2
+    assert [line.partition(":")[0] for line in err.splitlines()] == ["error", "--prompt", "--image"]
+    assert err.startswith("error: --controlnet: required; ")
+    argv = flags(config(num_images=2))
+    stop_at(1, KeyboardInterrupt(), monkeypatch)
+    code, err = ask(argv)
+    assert code == 130
+    assert err.endswith(f"Interrupted. 1 of 2 images are in {config().out}.\n")
+    stop_at(1, LookupError("something"), monkeypatch)
+    code, err = ask(argv)
+    assert code == 1
+    assert f"error: Drawing failed: LookupError: something.\n1 of 2 images are in {config().out}. Details: " in err
+    monkeypatch.undo()
+    monkeypatch.setattr(generate_images, "_check", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert ask(argv) == (130, "Interrupted before raycontrolnet generate began.\n")
+
+
+def test_in_a_shell(run: Run, tmp_path: Path) -> None:
+    """What a user sees: a line for the whole, one per image and the end; nothing of the libraries', and no Ray."""
+    code = "import sys; from raycontrolnet.cli import main; code = main(); print('ray' in sys.modules); sys.exit(code)"
+    command = [
+        *(sys.executable, "-c", code, "generate", "--controlnet", str(run.folder), "--image", *run.controls),
+        *("--prompt", "red circle", "--num_images", "2", "--num_inference_steps", "2", "--use_gpu", "False"),
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+    first, *lines, last = done.stderr.splitlines()
+    assert first == (
+        f"raycontrolnet {__version__}: {run.folder} on {run.base}, 2 pairs x 2 images of 32 px, 2 steps, guidance 7.5, "
+        "seed 0, on the CPU"
+    )
+    out = tmp_path / "generated"
+    assert lines == [str(out / f"pair-0{pair}-image-0{image}.png") for pair in range(2) for image in range(2)]
+    assert re.fullmatch(rf"done in 0:\d\d: 4 images, their grids and metadata.jsonl in {re.escape(str(out))}", last)
+    assert len(pictures(out)) == 8
+    assert {path.name for path in tmp_path.iterdir()} == {"generated"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written(config: Callable[..., GenerateConfig], tmp_path: Path) -> None:
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o555)
+    with pytest.raises(ConfigError) as error:
+        draw(config(out=str(folder)))
+    assert str(error.value) == f"--out={folder}: cannot be written (Permission denied); name another folder"
