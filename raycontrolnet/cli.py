@@ -57,6 +57,8 @@ def _hide_token() -> None:
         name, has_value, token = argument.replace("-", "_").partition("=")
         if name == "__hub_token":
             token = argument.partition("=")[2] if has_value else "".join(sys.argv[index + 1 : index + 2])
+            if not token or token.startswith("--"):
+                return  # there is nothing to hide, and the parser says what is missing
             rest = sys.argv[1:index] + sys.argv[index + (1 if has_value else 2) :]
             os.environ["HF_TOKEN"] = token
             os.execv(sys.executable, [sys.executable, "-m", "raycontrolnet", *rest])

@@ -6,8 +6,8 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import logging
-import os
 import secrets
+import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -218,8 +218,8 @@ def unwritable(folder: Path, flag: str) -> str | None:
     """What keeps results from being written to `folder`, which is made if need be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "Permission denied")
+        with tempfile.TemporaryFile(dir=folder):  # os.access tells root that it may, also where it may not
+            pass
     except OSError as error:
         return f"--{flag}={folder}: cannot be written ({error.strerror}); name another folder"
     return None

@@ -11,6 +11,7 @@ that group's `problems`. This module imports neither torch nor ray, so that `--h
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -355,9 +356,13 @@ class HubConfig:
     """Token for the Hub; HF_TOKEN and `hf auth login` work as well. Shown and stored nowhere."""
     hub_model_id: str | None = None
     """Repository to push to; by default the name of output_dir."""
+    license: str | None = None
+    """Licence named in the model card, such as apache-2.0; by default the base model's."""
 
     def problems(self) -> Problems:
-        return iter(())
+        if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
+            names = "https://hf.co/docs/hub/repositories-licenses"
+            yield problem_of(self, "license", f"must be one of the Hub's short names, such as apache-2.0 ({names})")
 
 
 @dataclass(frozen=True, kw_only=True)

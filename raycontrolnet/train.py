@@ -26,8 +26,10 @@ from raycontrolnet.cluster import (
     worker_resources,
 )
 from raycontrolnet.config import TrainConfig, changed_settings, public_settings
+from raycontrolnet.data.bundles import StreamPlan
 from raycontrolnet.data.stream import execution_options, ray_dataset
 from raycontrolnet.ending import failures_explained, interruption_explained
+from raycontrolnet.errors import RunError
 from raycontrolnet.latent_plan import LatentPlan
 from raycontrolnet.latents_of_run import planned_latents, with_latents
 from raycontrolnet.preflight import CheckedRun, check, check_device, versions, with_absolute_paths
@@ -113,8 +115,11 @@ def _fit(config: TrainConfig, stream: TextIO) -> RunResult:
         last = run.last_checkpoint()
         measured = held_out.summary(output_dir)
         status |= {**summary, **measured, "status": "finished", "checkpoint": last.path.name if last else None}
-        export.write_model_card(output_dir, run.config, status)
-        hub_url = _push(run, status, stream) if config.push_to_hub else None
+        licence = export.find_licence(run.config, run.token)
+        # Fit to be pushed, also by hand: if the Hub does not even say who the owner is, there is no better name.
+        name = export.repo_name(output_dir, config.hub_model_id) if config.push_to_hub else None
+        export.write_model_card(output_dir, run.config, status, repo_id=name, licence=licence)
+        hub_url = _push(run, status, licence, stream) if config.push_to_hub else None
     seconds = time.time() - started
     stream.write(f"done in {duration(seconds)}: {summary['step']} updates; weights in {output_dir}\n")
     return RunResult(
@@ -210,16 +215,18 @@ def _batch_bytes(config: TrainConfig) -> int:
 
 def _dataset_factory(run: CheckedRun, job: Job) -> Callable[[], ray.data.Dataset]:
     """What Ray Train calls at every start of the workers: the stream from the last committed checkpoint on."""
-    batch_size = run.config.train_batch_size
+    batch_size, bundle = run.config.train_batch_size, StreamPlan.bundle_for(_batch_bytes(run.config))
     max_tasks = run.config.dataloader_num_workers * run.config.worker_range[1] or None
     fewest, most = run.config.worker_range
 
     def dataset() -> ray.data.Dataset:
         checkpoint = job.current_checkpoint()
         step, samples = (checkpoint.step, checkpoint.samples) if checkpoint else (0, 0)
-        # How many workers an elastic run got is not known here: they stop by themselves.
-        num_batches = run.plan(most, checkpoint).batches_per_worker(step) * most if fewest == most else ENDLESS
-        return ray_dataset(job.loader, batch_size, samples, num_batches, max_tasks)
+        if fewest == most:
+            plan = StreamPlan(samples, run.plan(most, checkpoint).batches_per_worker(step), batch_size, most, bundle)
+        else:  # how many workers an elastic run got is not known here: they stop by themselves
+            plan = StreamPlan(samples, ENDLESS, batch_size)
+        return ray_dataset(job.loader, plan, max_tasks)
 
     return dataset
 
@@ -250,10 +257,16 @@ def _progress(run: CheckedRun, world_size: int, stream: TextIO) -> Progress:
     return Progress(run.output_dir, total_updates, run.start.step if run.start else 0, stream)
 
 
-def _push(run: CheckedRun, facts: dict[str, Any], stream: TextIO) -> str:
-    repo_id = export.resolve_repo_id(run.output_dir, run.config.hub_model_id, run.token)
-    export.write_model_card(run.output_dir, run.config, facts, repo_id=repo_id)
-    url = export.push_to_hub(run.output_dir, repo_id=repo_id, token=run.token)
+def _push(run: CheckedRun, status: dict[str, Any], licence: export.Licence, stream: TextIO) -> str:
+    """Push what the run left; a push that fails is no failed run, and `status` says so."""
+    try:
+        repo_id = export.resolve_repo_id(run.output_dir, run.config.hub_model_id, run.token)
+        export.write_model_card(run.output_dir, run.config, status, repo_id=repo_id, licence=licence)
+        url = export.push_to_hub(run.output_dir, repo_id=repo_id, token=run.token)
+    except RunError as error:
+        status["push_failure"] = str(error)
+        raise
+    status["pushed_to"] = url
     stream.write(f"pushed to {url}\n")
     return url
 

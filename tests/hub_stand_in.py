@@ -5,7 +5,8 @@
         hub.files["someone/model"]["README.md"]
 
 Clients need HF_HUB_DISABLE_XET=1 (or `huggingface_hub.constants.HF_HUB_DISABLE_XET`): it speaks git-LFS, not Xet.
-`hub.failures["/commit/"] = 403` makes every request whose path holds the text fail so; "cut" cuts the connection.
+`hub.failures["/commit/"] = 403` makes every request whose path holds the text fail so; "cut" cuts the connection after
+it, "half" in the middle of it, and "stop" ends the server there.
 """
 
 from __future__ import annotations
@@ -36,12 +37,15 @@ class HubStandIn:
         self.token, self.user = token, user
         self.files: dict[str, dict[str, bytes]] = {}
         """repository -> path -> content"""
+        self.cards: dict[str, dict[str, Any]] = {}
+        """repository -> head of its model card, of models to read"""
         self.commits: list[str] = []
         """Their messages."""
         self.requests: list[Request] = []
-        self.failures: dict[str, int | Literal["cut"]] = {}
+        self.failures: dict[str, int | Literal["cut", "half", "stop"]] = {}
         self.large: dict[str, bytes] = {}
         """sha256 -> content, of LFS uploads"""
+        self.stopped = False
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
 
@@ -49,14 +53,24 @@ class HubStandIn:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._server.server_port}"
 
+    @property
+    def calls(self) -> list[Request]:
+        """The requests, but for one that the client library makes once a day for itself, without a token."""
+        return [request for request in self.requests if request.path != "/api/agent-harnesses"]
+
     def __enter__(self) -> HubStandIn:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._thread.join()
+
+    def stop(self) -> None:
+        """From now on nobody listens."""
+        self.stopped = True
         self._server.shutdown()
         self._server.server_close()
-        self._thread.join()
 
     def answer(self, request: Request) -> tuple[int, dict[str, Any] | None]:
         """Status and JSON for a request."""
@@ -87,6 +101,8 @@ class HubStandIn:
 
     def _model(self, parts: list[str], request: Request) -> tuple[int, dict[str, Any] | None]:
         repository, call = "/".join(parts[:2]), parts[2:3]
+        if repository in self.cards:
+            return 200, {"id": repository, "modelId": repository, "cardData": self.cards[repository]}
         if repository not in self.files:
             return 404, {"error": "Repository not found"}
         if call == ["preupload"]:
@@ -143,13 +159,16 @@ def _handler(hub: HubStandIn) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def _any(self) -> None:
-            body = self._read()
+            failure = next((failure for text, failure in hub.failures.items() if text in self.path), None)
+            body = self.rfile.read(self._length() // 2) if failure in ("half", "stop") else self._read()
             request = Request(self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, body)
             hub.requests.append(request)
-            failure = next((failure for text, failure in hub.failures.items() if text in self.path), None)
-            if failure == "cut":
+            if failure == "stop":
+                hub.stop()
+            if hub.stopped or failure in ("cut", "half"):
                 self.close_connection = True
                 return
+            assert failure is None or isinstance(failure, int)
             status, answer = hub.answer(request) if failure is None else (failure, {"error": "as asked"})
             content = b"" if answer is None else json.dumps(answer).encode()
             self.send_response(status)
@@ -160,9 +179,12 @@ def _handler(hub: HubStandIn) -> type[BaseHTTPRequestHandler]:
 
         do_GET = do_POST = do_PUT = do_HEAD = _any  # noqa: N815 (names that http.server calls)
 
+        def _length(self) -> int:
+            return int(self.headers.get("Content-Length") or 0)
+
         def _read(self) -> bytes:
             if self.headers.get("Transfer-Encoding") != "chunked":
-                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                return self.rfile.read(self._length())
             body = b""
             while size := int(self.rfile.readline().split(b";")[0], 16):
                 body += self.rfile.read(size)

@@ -158,6 +158,14 @@ def test_values_that_do_not_parse(argv: list[str], message: str, ask: Callable[.
     assert message in answer.said
 
 
+def test_a_token_that_is_missing() -> None:
+    """The program looks for it before the flags are parsed, to hide it: it must not take the next flag for one."""
+    for rest in ([], ["--push_to_hub"]):
+        answer = run("-m", "raycontrolnet", "train", "--hub_token", *rest)
+        assert answer.code == 2
+        assert "Missing value for argument '--hub_token" in answer.said
+
+
 def test_several_problems_at_once(ask: Callable[..., Answer]) -> None:
     argv = ["--resolution", "500", "--proportion_empty_prompts", "2", "--lr_scheduler", "cosin", "--num_workers", "x"]
     answer = ask("train", *argv)
@@ -232,6 +240,65 @@ def test_an_output_folder_that_cannot_be_written(
     answer = ask("train", *flags(tiny_settings, output_dir=folder))
     assert answer.code == 2
     assert f"--output_dir={folder}: cannot be written (Permission denied); name another folder" in answer.err
+
+
+def test_an_output_folder_that_nobody_can_write(tiny_settings: Settings, ask: Callable[..., Answer]) -> None:
+    """Not even root: one that cannot be made, and one that is there."""
+    for folder in ("/proc/nothing/out", "/proc/sys"):
+        answer = ask("train", *flags(tiny_settings, output_dir=folder))
+        assert (answer.code, answer.out) == (2, "")
+        assert answer.err.startswith(f"error: --output_dir={folder}: cannot be written ("), answer.err
+        assert answer.err.endswith("); name another folder\n")
+        assert len(answer.err.splitlines()) == 1
+
+
+def test_validation_images_that_cannot_be_used(
+    tiny_settings: Settings, circles: Path, tmp_path: Path, ask: Callable[..., Answer]
+) -> None:
+    whole = circles / "conditioning" / "00000.png"
+    gone, empty, half, text, folder = (tmp_path / name for name in ("gone", "empty", "half", "text", "folder"))
+    empty.touch()
+    half.write_bytes(whole.read_bytes()[:60])
+    text.write_text("no picture")
+    folder.mkdir()
+    for images, messages in (
+        ([gone], [f"--validation_image={gone}: no such file"]),
+        ([folder, gone], [f"--validation_image={folder}: no such file", f"--validation_image={gone}: no such file"]),
+        ([empty], [f"--validation_image: {empty}"]),
+        (
+            [whole, half, empty, text],
+            [f"--validation_image: {half}", f"--validation_image: {empty}", f"--validation_image: {text}"],
+        ),
+    ):
+        arguments = ["--validation_prompt", "red circle", "--validation_image", *map(str, images)]
+        answer = ask("train", *flags(tiny_settings), *arguments)
+        assert (answer.code, answer.out) == (2, "")
+        lines = answer.err.removeprefix("error: ").splitlines()
+        assert len(lines) == len(messages), answer.err
+        for line, message in zip(lines, messages, strict=True):
+            assert line.startswith(message)
+        assert not (tmp_path / "out" / "config.yaml").exists()
+    arguments = ["--validation_prompt", "a", "b", "c", "--validation_image", str(whole), str(whole)]
+    answer = ask("train", *flags(tiny_settings), *arguments)
+    message = "3 prompts and 2 images; give equal counts, or a single one of either"
+    assert answer == (2, "", f"error: --validation_prompt, --validation_image: {message}\n")
+    for given, missing in (("prompt", "image"), ("image", "prompt")):
+        answer = ask("train", *flags(tiny_settings), f"--validation_{given}", str(whole))
+        assert answer.code == 2
+        assert answer.err.startswith(f"error: --validation_{missing}: needed, because the other of ")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_validation_image_that_cannot_be_read(
+    tiny_settings: Settings, circles: Path, tmp_path: Path, ask: Callable[..., Answer]
+) -> None:
+    locked = tmp_path / "locked.png"
+    shutil.copy(circles / "conditioning" / "00000.png", locked)
+    locked.chmod(0)
+    answer = ask("train", *flags(tiny_settings, validation_prompt="a", validation_image=locked))
+    assert answer.code == 2
+    assert answer.err.startswith(f"error: --validation_image: {locked}")
+    assert "Permission denied" in answer.err
 
 
 def test_a_model_that_cannot_be_read(

@@ -90,6 +90,7 @@ OWN_FLAGS: dict[str, tuple[str, Any]] = {
     "latents_batch_size": ("INT", 4),
     "on_bad_sample": ("STR", "fail"),
     "max_bad_fraction": ("FLOAT", 0.01),
+    "license": ("STR", None),
 }
 
 Settings = dict[str, Any]
@@ -206,6 +207,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "cache_latents": (["on"], "on"),
     "latents_dtype": (["float32"], "float32"),
     "on_bad_sample": (["skip"], "skip"),
+    "license": (["openrail++"], "openrail++"),
     "validation_image": (["IMAGE", "IMAGE"], ("IMAGE", "IMAGE")),
     "validation_prompt": (["a b"], ("a b",)),
 }
@@ -244,6 +246,7 @@ def test_a_setting_arrives(name: str, form: str, image: str, tmp_path: Path) -> 
 
 # --- the rules ---
 
+LICENCES = "https://hf.co/docs/hub/repositories-licenses"
 LIMITS: list[tuple[Settings, str]] = [
     ({"train_data_dir": None}, "--train_data_dir, --dataset_name: give one of them (neither is given)"),
     ({"dataset_name": "d"}, "--train_data_dir, --dataset_name: give one of them (both are given)"),
@@ -309,6 +312,10 @@ LIMITS: list[tuple[Settings, str]] = [
     (
         {"output_dir": "s3://bucket/out"},
         "--output_dir=s3://bucket/out: must be a local or mounted folder; URIs are not supported yet",
+    ),
+    *(
+        ({"license": name}, f"--license={name}: must be one of the Hub's short names, such as apache-2.0 ({LICENCES})")
+        for name in ("", "MIT Licence", "LICENSE.md")
     ),
     ({"cpus_per_worker": 0}, "--cpus_per_worker=0.0: must be above 0"),
     ({"num_workers": "two"}, "--num_workers=two: must be a number, or MIN:MAX"),

@@ -108,6 +108,8 @@ def test_the_command_repeats_the_push(hub: HubStandIn, run_folder: Path) -> None
         ("/preupload/", 503, r"an error of its own \(503\)"),
         ("/storage/", 500, r"an error of its own \(500\)"),
         ("/storage/", "cut", r"\w+Error\)\. The finished"),
+        ("/storage/", "half", r"\w+Error\)\. The finished"),
+        ("/api/validate-yaml", 400, r"as asked.*\(BadRequestError\)\. The finished"),
         ("/commit/", 403, r"\(403\)"),
         ("/commit/", 500, r"\(500\)"),
         ("/commit/", "cut", r"\w+Error\)\. The finished"),

@@ -17,6 +17,7 @@ from PIL import Image
 
 from raycontrolnet.config import TrainConfig
 from raycontrolnet.run import validation
+from raycontrolnet.run.licence import Licence
 from raycontrolnet.run.model_card import write_model_card
 from raycontrolnet.settings import ValidationConfig
 
@@ -77,7 +78,14 @@ def test_card(run_folder: Path, tiny_base: Path, finish_validation: Callable[...
         validation_prompt=(EVIL,),
         validation_image=(str(tiny_base / "model_index.json"),),
     )
-    facts = {"step": 1234, "loss": 0.123456, "control_gap": None, "started": 1e9, "versions": {"torch": 2, "ray": "3"}}
+    facts: dict[str, Any] = {
+        "step": 1234,
+        "loss": 0.123456,
+        "control_gap": None,
+        "started": 1e9,
+        "push_failure": "nobody's business",
+        "versions": {"torch": 2, "ray": "3"},
+    }
     card = write_model_card(run_folder, config, facts)
     assert card == run_folder / "README.md"
     metadata, text = parts(card)
@@ -102,6 +110,7 @@ def test_card(run_folder: Path, tiny_base: Path, finish_validation: Callable[...
     assert "\n- `learning_rate`: `0.0001`\n" in text
     assert '\n- `validation_image`: `["model_index.json"]`\n' in text
     assert "hub_token" not in text
+    assert "nobody's business" not in text
     assert TOKEN not in text
     assert str(run_folder.parent) not in text.replace(repr(str(run_folder)), "").replace(repr(str(tiny_base)), "")
     assert "an older one" not in text
@@ -112,6 +121,57 @@ def test_card(run_folder: Path, tiny_base: Path, finish_validation: Callable[...
         assert (run_folder / link).read_bytes() == grid.read_bytes()
     assert "\n`red circle`:\n" in text
     assert "\nThe empty prompt:\n" in text
+
+
+def test_what_the_held_out_rows_say(run_folder: Path, tiny_base: Path) -> None:
+    never = "control_appeared_at_step"
+    facts = {"val_loss": 0.1234567, "control_gap": 0.000123456, never: 1200}
+    _, text = parts(write_model_card(run_folder, config_of(run_folder, tiny_base), facts))
+    assert "\n- held-out loss: `0.1235`\n- control gap (" in text
+    assert "): `0.0001235`\n- control appeared at update `1,200`\n" in text
+    _, text = parts(write_model_card(run_folder, config_of(run_folder, tiny_base), facts | {never: None}))
+    assert "): `0.0001235`\n- no control yet\n" in text
+    _, text = parts(write_model_card(run_folder, config_of(run_folder, tiny_base), dict.fromkeys(facts)))
+    assert "held-out" not in text
+    assert "- control appeared" not in text
+    assert "no control yet" not in text
+
+
+@pytest.mark.parametrize(
+    ("licence", "head", "said"),
+    [
+        (
+            Licence(),
+            {"license": "creativeml-openrail-m"},
+            "`creativeml-openrail-m`, that of Stable Diffusion 1.x: none was found for the base model, `tiny_base0`. ",
+        ),
+        (
+            Licence(("mit",), "settings"),
+            {"license": "mit"},
+            "`mit`, chosen for this model. Check that it fits with the licence of the base model, `tiny_base0`.",
+        ),
+        (
+            Licence(("mit", "openrail++"), "base"),
+            {"license": ["mit", "openrail++"]},
+            "`mit` and `openrail++`, the licence of the base model, `tiny_base0`.",
+        ),
+        (
+            Licence(("other",), "base", "a*b*", "https://example.org/licence"),
+            {"license": "other", "license_name": "a*b*", "license_link": "https://example.org/licence"},
+            "`other` ([a\\*b\\*](https://example.org/licence)), the licence of the base model, `tiny_base0`.",
+        ),
+        (Licence(("other",), "base", "mine"), {"license": "other", "license_name": "mine"}, "`other` (mine), the "),
+        (
+            Licence(("other",), "base", None, "https://example.org/"),
+            {"license": "other", "license_link": "https://example.org/"},
+            "`other` ([its text](https://example.org/)), the ",
+        ),
+    ],
+)
+def test_licence(licence: Licence, head: dict[str, Any], said: str, run_folder: Path, tiny_base: Path) -> None:
+    metadata, text = parts(write_model_card(run_folder, config_of(run_folder, tiny_base), {}, licence=licence))
+    assert {name: value for name, value in metadata.items() if name.startswith("license")} == head
+    assert f"\n## Licence\n\n{said}" in text
 
 
 def test_user_text_is_not_markup(run_folder: Path, tiny_base: Path, finish_validation: Callable[..., None]) -> None:
@@ -140,9 +200,9 @@ def test_user_text_is_not_markup(run_folder: Path, tiny_base: Path, finish_valid
 
 def test_card_of_models_on_the_hub(run_folder: Path) -> None:
     config = config_of(run_folder, Path("runwayml/sd"), dataset_name="someone/circles", train_data_dir=None)
-    metadata, text = parts(write_model_card(run_folder, config, {}, repo_id="someone/model", license="mit"))
+    metadata, text = parts(write_model_card(run_folder, config, {}, repo_id="someone/model"))
     assert (metadata["base_model"], metadata["datasets"]) == ("runwayml/sd", ["someone/circles"])
-    assert metadata["license"] == "mit"
+    assert "none was found for the base model, [runwayml/sd](https://huggingface.co/runwayml/sd)." in text
     assert "[someone/circles](https://huggingface.co/datasets/someone/circles)" in text
     assert "ControlNetModel.from_pretrained('someone/model')" in text
     assert "Examples" not in text

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,14 @@ import numpy as np
 import psutil
 import pytest
 
+from raycontrolnet.data.bundles import StreamPlan, pack, unpack
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.stream import (
     MIN_READ_AHEAD_BYTES,
     execution_options,
     local_batches,
-    pack,
     ray_batches,
     ray_dataset,
-    unpack,
 )
 from raycontrolnet.errors import DataError
 
@@ -57,23 +57,54 @@ def _local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-def shares(loader: FakeLoader, num_workers: int, first_sample: int, num_batches: int) -> list[Any]:
+def shares(loader: FakeLoader, num_workers: int, first_sample: int, micro_steps: int, bundle: int = 3) -> list[Any]:
     """The workers' shares, as Ray Train splits them."""
     import ray
 
-    dataset = ray_dataset(ray.put(loader), BATCH, first_sample, num_batches, None)
+    plan = StreamPlan(first_sample, micro_steps, BATCH, num_workers, bundle)
+    dataset = ray_dataset(ray.put(loader), plan, None)
     dataset.context.execution_options = execution_options(BATCH_BYTES, num_workers)
     return dataset.streaming_split(num_workers, equal=True)
 
 
 def test_packing_is_lossless() -> None:
-    rows = [PreparedRow.fake(index, 24) for index in range(8, 11)]
-    table = pack(rows)
+    bundle = [[PreparedRow.fake(index, 24) for index in range(first, first + 3)] for first in (8, 20)]
+    table = pack(bundle)
     assert table.num_rows == 1  # Ray Data cannot split it
-    for row, back in zip(rows, unpack(table), strict=True):
+    unpacked = list(unpack(table))
+    assert [len(batch) for batch in unpacked] == [3, 3]
+    for row, back in zip(chain(*bundle), chain(*unpacked), strict=True):
         assert (back.sample_index, back.prompt) == (row.sample_index, row.prompt)
         np.testing.assert_array_equal(back.image, row.image)
         np.testing.assert_array_equal(back.conditioning_image, row.conditioning_image)
+
+
+def test_a_bad_batch_is_raised_in_its_turn() -> None:
+    good = [PreparedRow.fake(index, 24) for index in range(2)]
+    batches = unpack(pack([good, DataError("photo.png is broken"), good]))
+    assert [row.sample_index for row in next(batches)] == [0, 1]
+    with pytest.raises(DataError, match=r"^photo\.png is broken$"):
+        next(batches)
+    with pytest.raises(DataError, match="photo"):
+        next(unpack(pack([DataError("photo.png is broken")])))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+@pytest.mark.parametrize("bundle", [1, 2, 5, 100])
+def test_bundles_hold_every_batch_once(num_workers: int, bundle: int) -> None:
+    plan = StreamPlan(first_sample=20, micro_steps=7, batch_size=4, num_workers=num_workers, bundle=bundle)
+    received: list[list[int]] = [[] for _ in range(num_workers)]
+    for index, first_samples in enumerate(plan.bundles()):
+        assert len(first_samples) <= bundle
+        received[index % num_workers] += first_samples
+    for rank, firsts in enumerate(received):
+        assert firsts == [20 + (micro_step * num_workers + rank) * 4 for micro_step in range(7)]
+
+
+def test_how_many_batches_travel_together() -> None:
+    sizes = [BATCH * 2 * 3 * resolution**2 for resolution in (64, 256, 512, 1024)]
+    assert [StreamPlan.bundle_for(size) for size in sizes] == [8, 8, 2, 1]
+    assert StreamPlan.bundle_for(10**9) == 1
 
 
 def test_local_batches_count_on_from_any_sample(tmp_path: Path) -> None:
@@ -82,8 +113,10 @@ def test_local_batches_count_on_from_any_sample(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_local_ray")
-@pytest.mark.parametrize(("num_workers", "first_sample"), [(1, 0), (2, 20)])
-def test_every_worker_gets_its_samples_in_order(tmp_path: Path, num_workers: int, first_sample: int) -> None:
+@pytest.mark.parametrize(("num_workers", "first_sample", "bundle"), [(1, 0, 1), (1, 8, 5), (2, 20, 4)])
+def test_every_worker_gets_its_samples_in_order(
+    tmp_path: Path, num_workers: int, first_sample: int, bundle: int
+) -> None:
     """Rank r at micro-step m gets the samples from first + (m * W + r) * B on, and whole batches."""
     import ray
 
@@ -97,7 +130,7 @@ def test_every_worker_gets_its_samples_in_order(tmp_path: Path, num_workers: int
             np.testing.assert_array_equal(rows[-1].image, PreparedRow.fake(rows[-1].sample_index, RESOLUTION).image)
         return received
 
-    split = shares(FakeLoader(tmp_path), num_workers, first_sample, num_batches=12)
+    split = shares(FakeLoader(tmp_path), num_workers, first_sample, 12 // num_workers, bundle)
     results = ray.get([worker.remote(share, rank) for rank, share in enumerate(split)])
     for rank, received in enumerate(results):
         firsts = [first_sample + (step * num_workers + rank) * BATCH for step in range(12 // num_workers)]
@@ -108,7 +141,7 @@ def test_every_worker_gets_its_samples_in_order(tmp_path: Path, num_workers: int
 def test_start_and_memory_do_not_grow_with_the_run(tmp_path: Path) -> None:
     """Ten million batches ahead: the first comes at once, and only a bounded number waits for a slow worker."""
     start = time.monotonic()
-    (share,) = shares(FakeLoader(tmp_path), 1, 0, num_batches=10_000_000)
+    (share,) = shares(FakeLoader(tmp_path), 1, 0, 10_000_000)
     batches = ray_batches(share)
     assert next(batches)[0].sample_index == 0
     assert time.monotonic() - start < 40
@@ -127,6 +160,6 @@ def test_start_and_memory_do_not_grow_with_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_local_ray")
 def test_a_bad_sample_is_raised_as_the_users_error(tmp_path: Path) -> None:
-    (share,) = shares(FakeLoader(tmp_path, bad_sample=9), 1, 0, num_batches=4)
+    (share,) = shares(FakeLoader(tmp_path, bad_sample=9), 1, 0, 4)
     with pytest.raises(DataError, match=r"^photo\.png is broken$"):
         list(ray_batches(share))

@@ -274,6 +274,27 @@ def test_a_tracker_that_fails_is_reported_once_and_dropped(
     assert open_trackers(["tensorboard"], run_name="r", **options | {"logging_dir": tmp_path / "file"}).names == ()
 
 
+def test_a_tracker_that_fails_costs_a_run_nothing(tiny_settings: dict[str, Any]) -> None:
+    """W&B itself, with a key that it refuses; the run says so in its log, and TensorBoard has all of it."""
+    pytest.importorskip("wandb")
+    settings, key = tiny_settings | {"max_train_steps": 2, "report_to": "wandb,tensorboard"}, "tooshort-1234"
+    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    done = subprocess.run(
+        [sys.executable, "-m", "raycontrolnet", "train", *flags],
+        env=os.environ | {"WANDB_MODE": "online", "WANDB_API_KEY": key, "WANDB_BASE_URL": "http://127.0.0.1:9"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    out = Path(settings["output_dir"])
+    (line,) = [line for line in (out / "run.log").read_text().splitlines() if "wandb failed (" in line]
+    assert "API" in line
+    assert line.endswith("; the run goes on without it")
+    assert not [path for path in out.rglob("*") if path.is_file() and key.encode() in path.read_bytes()]
+    assert key not in done.stdout + done.stderr
+    assert [event.step for event in events(out / "logs" / "train_controlnet").Scalars("loss")] == [1, 2]
+
+
 def test_no_trackers(tmp_path: Path, pictures: list[Path]) -> None:
     opened = open_trackers([], logging_dir=tmp_path / "logs", project="p", run_name="r", settings={})
     opened.scalars(1, {"loss": 1.0})

@@ -1,8 +1,8 @@
 """The stream of prepared batches: from sample indices, through Ray Data tasks, to the workers, in a fixed order.
 
-One Ray Data row, and one block, holds one worker's whole batch. Blocks of equal size are dealt to the workers round
-robin, so that rank r of W at micro-step m gets samples [(m * W + r) * B, (m * W + r + 1) * B) after the first. A lazy
-generator makes the blocks' indices as they are needed: start-up and memory do not grow with the run.
+One Ray Data row, and one block, holds one worker's batches for a few micro-steps (a bundle). Blocks are dealt to the
+workers round robin, so that rank r of W at micro-step m gets samples [(m * W + r) * B, (m * W + r + 1) * B) after the
+first. A lazy generator makes the blocks' indices as they are needed: start-up and memory do not grow with the run.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from raycontrolnet.data.bundles import StreamPlan, pack, unpack
 from raycontrolnet.data.latents import LatentCache
 from raycontrolnet.data.order import Purpose, SampleOrder, keyed_rng
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.sources import Source
 from raycontrolnet.data.transforms import prepare_row
-from raycontrolnet.errors import DataError, UserError
+from raycontrolnet.errors import UserError
 
 if TYPE_CHECKING:
     import ray
@@ -34,13 +35,15 @@ TASK_CPUS = 0.25
 LOADING_CPUS = 1
 """CPUs that workers must leave to loading. Ray's coordinator shares out whole CPUs only: with less, loading stalls."""
 TICKET_BYTES = 256 * 1024
-"""Size of the note that asks for one batch. Ray Data holds back a task by the bytes of its waiting output, not by their
-number: without ballast, the counting task would run millions of tiny notes ahead."""
+"""Size of the note that asks for one bundle. Ray Data holds back a task by the bytes of its waiting output, not by
+their number: without ballast, the counting task would run millions of tiny notes ahead."""
 LOADING_NICENESS = 15
 REMOTE_READS = 16
 """Rows that one loading task reads at a time from a cache in an object store."""
 READ_AHEAD_BATCHES = 8
 """Batches per worker that may wait in Ray's object store."""
+READ_AHEAD_BUNDLES = 3
+"""The same in bundles, if that is more."""
 MIN_READ_AHEAD_BYTES = 64 * 2**20
 """Ray Data shares its limit among its operators by rough estimates: a small limit would stop it."""
 
@@ -113,87 +116,14 @@ class BatchLoader:
         return [self.sample(index) for index in indices]
 
 
-def pack(rows: list[PreparedRow]) -> pa.Table:
-    """A batch as a table of one row, so that Ray Data moves it as one block and cannot split it."""
-    arrays = {
-        name: np.stack([getattr(row, name) for row in rows])
-        for name in ("image", "conditioning_image", "posterior")
-        if getattr(rows[0], name) is not None
-    }
-    return _table(
-        first_sample=rows[0].sample_index,
-        prompts=[row.prompt for row in rows],
-        **{
-            name: {"data": array.data, "shape": array.shape, "dtype": array.dtype.name}
-            for name, array in arrays.items()
-        },
-    )
-
-
-def pack_error(first_sample: int, error: UserError) -> pa.Table:
-    """What travels in the place of a batch that could not be made."""
-    return _table(first_sample=first_sample, error=str(error))
-
-
-def unpack(table: pa.Table) -> list[PreparedRow]:
-    """The inverse of `pack`; the images are views of the table's memory.
-
-    Raises:
-        DataError: if it is `pack_error`'s.
-    """
-    if error := table["error"][0].as_py():
-        raise DataError(error)
-    first, prompts = table["first_sample"][0].as_py(), table["prompts"][0].as_py()
-    images, conditioning_images, posteriors = (
-        _array(table[name][0]) for name in ("image", "conditioning_image", "posterior")
-    )
-    return [
-        PreparedRow(
-            sample_index=first + index,
-            image=None if images is None else images[index],
-            conditioning_image=conditioning_images[index],
-            prompt=prompt,
-            posterior=None if posteriors is None else posteriors[index],
-        )
-        for index, prompt in enumerate(prompts)
-    ]
-
-
-def _array(cell: pa.StructScalar) -> Any:
-    """The array in a cell, without a copy; None from an empty one."""
-    if not cell.is_valid:
-        return None
-    data = np.frombuffer(cell["data"].as_buffer(), np.dtype(cell["dtype"].as_py()))
-    return data.reshape(cell["shape"].as_py())
-
-
-_ARRAY = pa.struct({"data": pa.large_binary(), "shape": pa.list_(pa.int64()), "dtype": pa.string()})
-_SCHEMA = pa.schema(
-    {
-        "first_sample": pa.int64(),
-        "prompts": pa.list_(pa.string()),
-        "image": _ARRAY,
-        "conditioning_image": _ARRAY,
-        "posterior": _ARRAY,
-        "error": pa.string(),
-    }
-)
-
-
-def _table(**values: Any) -> pa.Table:
-    return pa.table({name: [values.get(name)] for name in _SCHEMA.names}, schema=_SCHEMA)
-
-
 def local_batches(loader: BatchLoader, first_sample: int, num_batches: int) -> Iterator[list[PreparedRow]]:
     """The batches of a run without Ray, made in this process one by one."""
     for index in range(num_batches):
         yield loader.batch(first_sample + index * loader.batch_size)
 
 
-def ray_dataset(
-    loader_ref: ray.ObjectRef[BatchLoader], batch_size: int, first_sample: int, num_batches: int, max_tasks: int | None
-) -> ray.data.Dataset:
-    """The batches from `first_sample` on as a lazy Ray data set of `num_batches` rows.
+def ray_dataset(loader_ref: ray.ObjectRef[BatchLoader], plan: StreamPlan, max_tasks: int | None) -> ray.data.Dataset:
+    """The stream as a lazy Ray data set, a row for every bundle.
 
     Args:
         loader_ref: a `BatchLoader` in Ray's object store: rows of millions of paths travel once a node.
@@ -203,18 +133,14 @@ def ray_dataset(
 
     def count(_: pa.Table) -> Iterator[pa.Table]:
         ballast = pa.array([bytes(TICKET_BYTES)], pa.large_binary())
-        for index in range(num_batches):
-            yield pa.table({"first_sample": [first_sample + index * batch_size], "ballast": ballast})
+        for first_samples in plan.bundles():
+            yield pa.table({"first_samples": [first_samples], "ballast": ballast})
 
     def load(tickets: pa.Table) -> Iterator[pa.Table]:
         let_training_go_first()
         loader = ray.get(loader_ref)
-        for first in tickets["first_sample"].to_pylist():
-            try:
-                yield pack(loader.batch(first))
-            except UserError as error:
-                # Raising here would end the stream now, many batches before the workers come to this one.
-                yield pack_error(first, error)
+        for first_samples in tickets["first_samples"].to_pylist():
+            yield pack([_batch_or_error(loader, first_sample) for first_sample in first_samples])
 
     dataset = (
         ray.data.from_blocks([pa.table({"stream": [0]})])  # unlike reads and from_arrow, this needs no CPU
@@ -223,6 +149,14 @@ def ray_dataset(
     )
     one_row_a_block(dataset)
     return dataset
+
+
+def _batch_or_error(loader: BatchLoader, first_sample: int) -> list[PreparedRow] | UserError:
+    try:
+        return loader.batch(first_sample)
+    except UserError as error:
+        # Raising it here would end the stream now, many batches before the workers come to this one.
+        return error
 
 
 def one_row_a_block(dataset: ray.data.Dataset) -> None:
@@ -276,7 +210,7 @@ def ray_batches(share: ray.data.DataIterator, prefetch_batches: int = 2) -> Iter
         DataError: when the worker comes to a batch that could not be made.
     """
     for table in share.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch_batches):
-        yield unpack(table)
+        yield from unpack(table)
 
 
 def execution_options(batch_bytes: int, num_workers: int) -> ray.data.ExecutionOptions:
@@ -284,6 +218,7 @@ def execution_options(batch_bytes: int, num_workers: int) -> ray.data.ExecutionO
     from ray.data import ExecutionOptions, ExecutionResources
 
     # Enough to hide the loading behind the step, and flat memory however slow the step is.
-    ahead = max(MIN_READ_AHEAD_BYTES, READ_AHEAD_BATCHES * batch_bytes * num_workers)
+    batches = max(READ_AHEAD_BATCHES, READ_AHEAD_BUNDLES * StreamPlan.bundle_for(batch_bytes))
+    ahead = max(MIN_READ_AHEAD_BYTES, batches * batch_bytes * num_workers)
     limits = ExecutionResources(object_store_memory=ahead)
     return ExecutionOptions(preserve_order=True, resource_limits=limits)

@@ -11,17 +11,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from raycontrolnet import __version__
 from raycontrolnet.config import TrainConfig
 from raycontrolnet.errors import RunError
-from raycontrolnet.run.model_card import DEFAULT_LICENSE, write_model_card
+from raycontrolnet.run.licence import Licence, find_licence
+from raycontrolnet.run.model_card import write_model_card
 
 __all__ = [
-    "DEFAULT_LICENSE",
     "UPLOADED",
+    "Licence",
     "check_push",
+    "find_licence",
     "find_token",
     "push_command",
     "push_to_hub",
+    "repo_name",
     "resolve_repo_id",
     "write_model_card",
 ]
@@ -65,18 +69,20 @@ def resolve_repo_id(
     Raises:
         RunError: if the Hub has to be asked who the token's user is, and does not say.
     """
-    if hub_model_id and "/" in hub_model_id:
-        return hub_model_id
-    name = (
-        hub_model_id
-        or re.sub(r"[^\w.-]+|-{2,}|\.{2,}", "-", Path(output_dir).resolve().name).strip("-.")
-        or "controlnet-model"
-    )
+    name = repo_name(output_dir, hub_model_id)
+    if "/" in name:
+        return name
 
     def ask() -> str:
         return _api(endpoint, _need(token)).whoami(token=token)["name"]
 
     return f"{_attempt(ask, Path(output_dir), name, token)}/{name}"
+
+
+def repo_name(output_dir: str | Path, hub_model_id: str | None) -> str:
+    """As far as it is known without the Hub: as given, or the name of the folder, without an owner."""
+    folder = Path(output_dir).resolve().name
+    return hub_model_id or re.sub(r"[^\w.-]+|-{2,}|\.{2,}", "-", folder).strip("-.") or "controlnet-model"
 
 
 def push_to_hub(
@@ -133,7 +139,7 @@ def _files(output_dir: Path) -> list[Path]:
 def _api(endpoint: str | None, token: str) -> Any:
     from huggingface_hub import HfApi
 
-    return HfApi(endpoint=endpoint, token=token, library_name="raycontrolnet")
+    return HfApi(endpoint=endpoint, token=token, library_name="raycontrolnet", library_version=__version__)
 
 
 def _need(token: str | None) -> str:

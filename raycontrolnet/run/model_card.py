@@ -12,9 +12,7 @@ from typing import Any
 
 from raycontrolnet.config import TrainConfig, changed_settings
 from raycontrolnet.run import validation
-
-DEFAULT_LICENSE = "creativeml-openrail-m"
-"""Of Stable Diffusion 1.x, and what the scripts that users know write."""
+from raycontrolnet.run.licence import Licence, is_hub_id
 
 TAGS = (
     "stable-diffusion",
@@ -33,12 +31,10 @@ _FACTS = {
     "samples": "samples",
     "loss": "loss of the last update",
     "val_loss": "held-out loss",
-    "control_gap": "control gap",
+    "control_gap": "control gap (the held-out loss with another row's control image, less that with its own)",
     "versions": "versions",
 }
 """What of a run's status the card shows, and under which name."""
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def write_model_card(
@@ -47,14 +43,15 @@ def write_model_card(
     facts: Mapping[str, Any],
     *,
     repo_id: str | None = None,
-    license: str = DEFAULT_LICENSE,  # noqa: A002 (the name it has in the card)
+    licence: Licence | None = None,
 ) -> Path:
     """Write README.md and, from the last validation, `images/`; replaces those of an earlier run.
 
     Args:
-        facts: what the run came to, such as run.json holds it. Shown are step, samples, loss, val_loss, control_gap and
-            versions, those that are there.
+        facts: what the run came to, such as run.json holds it. Shown are step, samples, loss, val_loss, control_gap,
+            control_appeared_at_step and versions, those that are there.
         repo_id: where it will be pushed, for the code that loads it; without it the code loads `output_dir`.
+        licence: of `find_licence`.
 
     Returns:
         The path of README.md.
@@ -65,8 +62,9 @@ def write_model_card(
     base = config.pretrained_model_name_or_path
     dataset = config.dataset_name if config.dataset_name and is_hub_id(config.dataset_name) else None
     data = _link(dataset, "datasets/") if dataset else _folder(config.dataset_name or config.train_data_dir or "")
+    licence = licence or Licence()
     metadata = ModelCardData(
-        license=license,
+        **licence.metadata(),
         library_name="diffusers",
         base_model=base if is_hub_id(base) else None,  # the Hub refuses a card that names a local folder
         datasets=[dataset] if dataset else None,
@@ -86,7 +84,7 @@ def write_model_card(
         "Settings that differ from their defaults:",
         _settings_list(config),
         "## Licence",
-        f"{_code(license)}, unless the base model's says otherwise: check the licence of {_link(base)}.",
+        _licence_text(licence, _link(base)),
     ]
     body = "\n\n".join(section for section in sections if section)
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n")
@@ -94,11 +92,6 @@ def write_model_card(
     card.save(unfinished)
     os.replace(unfinished, output_dir / "README.md")
     return output_dir / "README.md"
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether `name` is an id on the Hub, not a local folder."""
-    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
 def _copy_examples(output_dir: Path) -> list[validation.PairResult]:
@@ -152,9 +145,26 @@ image = pipeline({prompt!r}, image=control, num_inference_steps=20).images[0]
 image.save("image.png")"""
 
 
+def _licence_text(licence: Licence, base: str) -> str:
+    """Args: base: the base model, as markdown."""
+    named = " and ".join(map(_code, licence.ids))
+    if licence.name or licence.link:
+        name = _text(licence.name or "its text")
+        named += f" ([{name}]({licence.link}))" if licence.link else f" ({name})"
+    return {
+        "settings": f"{named}, chosen for this model. Check that it fits with the licence of the base model, {base}.",
+        "base": f"{named}, the licence of the base model, {base}.",
+        "default": f"{named}, that of Stable Diffusion 1.x: none was found for the base model, {base}. Check it.",
+    }[licence.source]
+
+
 def _facts_list(facts: Mapping[str, Any]) -> str:
     shown = {title: facts[name] for name, title in _FACTS.items() if facts.get(name) is not None}
-    return "\n".join(f"- {title}: {_code(_plain(value))}" for title, value in shown.items())
+    lines = [f"{title}: {_code(_plain(value))}" for title, value in shown.items()]
+    if facts.get("control_gap") is not None:
+        step = facts.get("control_appeared_at_step")
+        lines.append("no control yet" if step is None else f"control appeared at update {_code(_plain(step))}")
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _settings_list(config: TrainConfig) -> str:

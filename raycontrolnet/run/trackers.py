@@ -263,7 +263,8 @@ def _works(name: str, use: Callable[..., object], *arguments: Any) -> bool:
     try:
         use(*arguments)
     except (Exception, SystemExit) as error:  # they raise what they like, and some exit
-        logger.warning("%s failed (%s: %s); the run goes on without it", name, type(error).__name__, error)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        logger.warning("%s failed (%s); the run goes on without it", name, reason)
         logger.debug("traceback of %s", name, exc_info=True)
         return False
     return True
