@@ -104,7 +104,7 @@ def _generate(config: GenerateConfig, stream: TextIO) -> list[PairImages]:
                     stream.write(f"{problem}\n")
             results = _draw(task, components, drawn, stream)
     seconds = time.monotonic() - started
-    stream.write(f"done in {duration(seconds)}: {len(drawn)} images, their grids and {METADATA} in {task.out}\n")
+    stream.write(f"done in {duration(seconds)}: {_count(len(drawn), 'image')}, grids and {METADATA} in {task.out}\n")
     return results
 
 
@@ -200,16 +200,19 @@ def _overwritten(out: Path, items: Sequence[ImageItem], config: GenerateConfig) 
 
 def _announce(task: _Task, stream: TextIO) -> None:
     config = task.config
-    num_pairs = len(config.pairs)
     device = "GPU" if task.device.type == "cuda" else "CPU"
     precision = "" if task.precision == torch.float32 else f" in {config.mixed_precision}"
     what = (
-        f"{config.controlnet} on {task.model.pretrained_model_name_or_path}, {num_pairs} pair{'s' * (num_pairs != 1)} "
-        f"x {config.num_images} images of {task.resolution} px, {config.num_inference_steps} steps, guidance "
-        f"{config.guidance_scale:g}, seed {config.seed}, on the {device}{precision}"
+        f"{config.controlnet} on {task.model.pretrained_model_name_or_path}, {_count(len(config.pairs), 'pair')} x "
+        f"{_count(config.num_images, 'image')} of {task.resolution} px, {_count(config.num_inference_steps, 'step')}, "
+        f"guidance {config.guidance_scale:g}, seed {config.seed}, on the {device}{precision}"
     )
     logger.info(what)
     stream.write(f"raycontrolnet {__version__}: {what}\n")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _draw(task: _Task, components: Components, drawn: list[ImageItem], stream: TextIO) -> list[PairImages]:
@@ -237,7 +240,8 @@ def _failures_explained(task: _Task, drawn: Sequence[ImageItem]) -> Iterator[Non
     """Turn whatever ends the drawing early into one paragraph that says what stands."""
 
     def what_stands() -> str:
-        return f"{len(drawn)} of {len(task.items)} images are in {task.out}." if drawn else "No image was drawn."
+        there = f"{len(drawn):,} of {_count(len(task.items), 'image')} stand in {task.out}."
+        return there if drawn else "No image was drawn."
 
     try:
         yield

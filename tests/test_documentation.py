@@ -182,7 +182,7 @@ def test_readme_is_read() -> None:
         "slow": 6,
         "job": 1,
         "cluster": 1,
-        "skip": 3,
+        "skip": 4,
         "metadata.jsonl": 1,
     }
     assert len(BLOCKS) == len(re.findall(r"^```\w+$", README, re.M)), "a block without a comment for the tests"
@@ -212,8 +212,8 @@ def test_block_runs(found: Block, trained: Path) -> None:
         entries = {path.name for path in (trained / "validated-controlnet" / "validation").glob("step-*/*.png")}
         assert len(entries) == 6  # for each of two pairs an image, the control image and a grid
     elif "raycontrolnet generate" in found.command:
-        assert "2 images, their grids and metadata.jsonl in " in output
-        assert len(list((trained / "generated").glob("*.png"))) == 4
+        assert "1 image, grids and metadata.jsonl in " in output
+        assert len(list((trained / "generated").glob("*.png"))) == 3
     elif "GenerateConfig" in found.command:
         assert "houses/pair-00-grid.png" in output
     elif "raycontrolnet prepare" in found.command:
@@ -232,6 +232,7 @@ def test_the_table_of_what_a_run_leaves(tiny_settings: dict[str, Any], circles: 
         "validation_image": control,
         "num_validation_images": 1,
         "report_to": "tensorboard",
+        "validation_split": 2,
     }
     result = fit(TrainConfig(**tiny_settings | changes))
     left = {path.name for path in result.output_dir.iterdir() if not path.name.startswith(".")}

@@ -611,7 +611,7 @@ def test_a_failure_leaves_what_there_is(
         draw(several)
     assert str(error.value) == (
         "Out of GPU memory: CUDA out of memory. Use a smaller --resolution, or --mixed_precision bf16.\n"
-        f"3 of 4 images are in {out}. Details: {out / 'generate.log'}"
+        f"3 of 4 images stand in {out}. Details: {out / 'generate.log'}"
     )
     assert [line["file_name"] for line in metadata(out)] == [
         "pair-00-image-00.png", "pair-00-image-01.png", "pair-01-image-00.png"
@@ -645,7 +645,7 @@ def test_ctrl_c(config: Callable[..., GenerateConfig], monkeypatch: pytest.Monke
     stop_at(1, KeyboardInterrupt(), monkeypatch)
     with pytest.raises(Interrupted) as error:
         draw(config(num_images=3))
-    assert str(error.value) == f"Interrupted. 1 of 3 images are in {out}."
+    assert str(error.value) == f"Interrupted. 1 of 3 images stand in {out}."
     assert len(metadata(out)) == 1
     stop_at(0, KeyboardInterrupt(), monkeypatch)
     with pytest.raises(Interrupted, match=r"^Interrupted\. No image was drawn\.$"):
@@ -741,11 +741,11 @@ def test_exit_codes(
     stop_at(1, KeyboardInterrupt(), monkeypatch)
     code, err = ask(argv)
     assert code == 130
-    assert err.endswith(f"Interrupted. 1 of 2 images are in {config().out}.\n")
+    assert err.endswith(f"Interrupted. 1 of 2 images stand in {config().out}.\n")
     stop_at(1, LookupError("something"), monkeypatch)
     code, err = ask(argv)
     assert code == 1
-    assert f"error: Drawing failed: LookupError: something.\n1 of 2 images are in {config().out}. Details: " in err
+    assert f"error: Drawing failed: LookupError: something.\n1 of 2 images stand in {config().out}. Details: " in err
     monkeypatch.undo()
     monkeypatch.setattr(generate_images, "_check", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     assert ask(argv) == (130, "Interrupted before raycontrolnet generate began.\n")
@@ -767,7 +767,7 @@ def test_in_a_shell(run: Run, tmp_path: Path) -> None:
     )
     out = tmp_path / "generated"
     assert lines == [str(out / f"pair-0{pair}-image-0{image}.png") for pair in range(2) for image in range(2)]
-    assert re.fullmatch(rf"done in 0:\d\d: 4 images, their grids and metadata.jsonl in {re.escape(str(out))}", last)
+    assert re.fullmatch(rf"done in 0:\d\d: 4 images, grids and metadata.jsonl in {re.escape(str(out))}", last)
     assert len(pictures(out)) == 8
     assert {path.name for path in tmp_path.iterdir()} == {"generated"}
 

@@ -44,7 +44,7 @@ RAY_DRIVERS = {
 }  # fmt: skip
 """Modules that may import ray."""
 
-TORCH_FREE = ("", "__main__", "cli", "config", "data", "errors", "generate_settings", "settings")
+TORCH_FREE = ("", "__main__", "cli", "config", "data", "errors", "generate_settings", "setting_rules", "settings")
 """Importing these must not wait for torch."""
 
 When = Literal["module", "function", "script", "types"]
