@@ -7,7 +7,6 @@ Checks everything that can be checked before anything is loaded, hands a `Job` t
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sys
 import time
@@ -164,7 +163,7 @@ def _train_on_ray(run: CheckedRun, latents: LatentPlan | None, status: RunStatus
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 
     from raycontrolnet.train_controlnet import train_controlnet
-    from raycontrolnet.validate_beside import start_painter
+    from raycontrolnet.validate_beside import with_painter
 
     resources = worker_resources(run.config)
     check_device(run.config, use_gpu=resources.use_gpu, has_gpu=resources.use_gpu)
@@ -173,33 +172,32 @@ def _train_on_ray(run: CheckedRun, latents: LatentPlan | None, status: RunStatus
     loader_ref = ray.put(run.loader)
     threads = None if resources.use_gpu else resources.threads
     job = run.job(use_gpu=resources.use_gpu, threads=threads, loader=loader_ref)
-    if job.validation_items and resources.spare:
-        job = dataclasses.replace(job, painter=start_painter(job, resources))
     _announce(run, most, status, stream, use_gpu=resources.use_gpu)
     if resources.waits_for:
         stream.write(f"waiting for {resources.waits_for}\n")
     begin(job)
-    trainer = interruptible_trainer()(
-        train_controlnet,
-        train_loop_config={"job": job},
-        scaling_config=ScalingConfig(
-            num_workers=most if fewest == most else (fewest, most),
-            use_gpu=resources.use_gpu,
-            resources_per_worker=_resources_per_worker(resources),
-            accelerator_type=resources.accelerator_type,
-        ),
-        run_config=RunConfig(
-            storage_path=str(run.output_dir.parent),
-            name=run.output_dir.name,
-            failure_config=FailureConfig(max_failures=run.config.max_failures),
-        ),
-        datasets={"train": _dataset_factory(run, job)},
-        dataset_config=DataConfig(
-            execution_options=execution_options(_batch_bytes(run.config), most), enable_shard_locality=False
-        ),
-    )
-    with failures_explained(run), _progress(run, most, stream):
-        summary = trainer.fit_or_abort().return_value
+    with failures_explained(run), with_painter(job, resources) as job:
+        trainer = interruptible_trainer()(
+            train_controlnet,
+            train_loop_config={"job": job},
+            scaling_config=ScalingConfig(
+                num_workers=most if fewest == most else (fewest, most),
+                use_gpu=resources.use_gpu,
+                resources_per_worker=_resources_per_worker(resources),
+                accelerator_type=resources.accelerator_type,
+            ),
+            run_config=RunConfig(
+                storage_path=str(run.output_dir.parent),
+                name=run.output_dir.name,
+                failure_config=FailureConfig(max_failures=run.config.max_failures),
+            ),
+            datasets={"train": _dataset_factory(run, job)},
+            dataset_config=DataConfig(
+                execution_options=execution_options(_batch_bytes(run.config), most), enable_shard_locality=False
+            ),
+        )
+        with _progress(run, most, stream):
+            summary = trainer.fit_or_abort().return_value
         if failure := read_failure(run.output_dir):
             raise failure
         return dict(summary)

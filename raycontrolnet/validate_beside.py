@@ -7,8 +7,11 @@ so are the images that it was at, and the workers do the rest.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
@@ -80,6 +83,19 @@ def start_painter(job: Job, resources: WorkerResources) -> Any:
     if resources.use_gpu:
         options |= {"num_gpus": 1, "accelerator_type": resources.accelerator_type}
     return ray.remote(Painter).options(**options).remote(job)
+
+
+@contextmanager
+def with_painter(job: Job, resources: WorkerResources) -> Iterator[Job]:
+    """The job with an actor that draws beside it, for its time, if there are images to draw and room for it."""
+    if not (job.validation_items and resources.spare):
+        yield job
+        return
+    painter = start_painter(job, resources)
+    try:
+        yield dataclasses.replace(job, painter=painter)
+    finally:
+        ray.kill(painter)
 
 
 class Beside:
