@@ -99,7 +99,7 @@ def test_a_lost_painter_is_replaced_by_the_workers(settings: Settings, tmp_path:
         ("1:3", [GPU_BOX], True),
         ("1:4", [GPU_BOX], False),
         ("1", [{"CPU": 3}], False),  # the worker takes all CPUs but one
-        ("1", [{"CPU": 1, "GPU": 2}], False),  # a GPU, but no CPU for it
+        ("1", [{"CPU": 2, "GPU": 2}], False),  # a GPU, but no CPU for it
     ],
 )
 def test_where_there_is_room(num_workers: str, nodes: list[dict[str, float]], spare: bool) -> None:
