@@ -12,6 +12,7 @@ import pytest
 import torch
 from reference import training
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from raycontrolnet import TrainConfig, fit
 from raycontrolnet.config import public_settings
@@ -173,7 +174,8 @@ def test_measuring_changes_nothing(settings: Settings, tmp_path: Path) -> None:
 
 def test_what_a_run_leaves(settings: Settings, tmp_path: Path) -> None:
     stream = io.StringIO()
-    result = fit(TrainConfig(**settings | {"output_dir": str(tmp_path / "out")}), stream=stream)
+    options = {"output_dir": str(tmp_path / "out"), "report_to": "tensorboard"}
+    result = fit(TrainConfig(**settings | options), stream=stream)
     records = lines(tmp_path / "out" / "validation.jsonl")
     assert [record["step"] for record in records] == [2, 4]
     assert all(record["seconds"] > 0 for record in records)
@@ -186,6 +188,10 @@ def test_what_a_run_leaves(settings: Settings, tmp_path: Path) -> None:
     assert f"step 4: held-out loss {last['val_loss']:.4f}, control gap" in stream.getvalue()
     assert f"held-out loss: `{last['val_loss']:.4g}`" in (tmp_path / "out" / "README.md").read_text()
     assert status["samples"] == 16
+    events = EventAccumulator(str(tmp_path / "out" / "logs" / "train_controlnet")).Reload()
+    for name in ("val_loss", "val_loss_shuffled", "control_gap"):
+        tracked = [(event.step, event.value) for event in events.Scalars(name)]
+        assert tracked == [(record["step"], pytest.approx(record[name], rel=1e-6)) for record in records]
 
 
 def test_from_the_cache_it_is_the_same(settings: Settings, tmp_path: Path) -> None:

@@ -91,13 +91,17 @@ def _fresh_folder(output_dir: Path) -> str:
 
 def _report(result: RunResult, config: TrainConfig) -> str:
     """What lies where, and what to do next."""
+    from raycontrolnet.run import held_out, report  # which import torch
+
     folder = _as_seen_from_here(result.output_dir)
     lines = [f"\nThe ControlNet is in {folder}, which diffusers' ControlNetModel.from_pretrained reads."]
     losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     if len(losses) >= 2 * (window := LOSS_WINDOW_UPDATES):
         first, last = fmean(losses[:window]), fmean(losses[-window:])
         lines.append(f"  loss     {first:.3f} -> {last:.3f} (means of the first and last {window} updates)")
-    lines.append(f"  curves   {folder / 'metrics.jsonl'}; or tensorboard --logdir {folder / config.logging_dir}")
+    if result.val_loss is not None:
+        lines.append(f"  held out {held_out.in_words(held_out.read(folder))}")
+    lines.append(f"  report   {folder / report.NAME}: curves, images and settings on one page, for the browser")
     grids = sorted((folder / "validation").glob(f"step-{result.step:06d}/pair-*-grid.png"))
     lines += [f"  pictures {grid}" for grid in grids]
     if config.pretrained_model_name_or_path == str(BASE):
