@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from processes import processes_of_session
 from safetensors.torch import load_file
 
 from raycontrolnet import TrainConfig, fit
@@ -247,18 +248,6 @@ def first_image_of_update(update: int, data: Path, settings: Settings) -> Path:
     image = source.read(order.row(first_sample)).image
     assert isinstance(image, str)
     return Path(image)
-
-
-def processes_of_session(leader: int) -> list[psutil.Process]:
-    """Processes that a command left behind: those that carry its output folder's Ray session."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.NoSuchProcess, ProcessLookupError):
-            continue
-    return found
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:

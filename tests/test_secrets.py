@@ -29,6 +29,7 @@ from typing import Any
 import psutil
 import pytest
 from hub_stand_in import HubStandIn
+from processes import processes_of_session
 
 import raycontrolnet
 from raycontrolnet import TrainConfig
@@ -297,18 +298,6 @@ def train(given: str, settings: dict[str, Any], hub_token: str, box: Path, env: 
             process.kill()
     assert process.returncode == 0, (box / "stderr").read_text()
     return process.pid
-
-
-def processes_of_session(leader: int) -> list[psutil.Process]:
-    """Ray's, which end a moment after their driver."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.Error, ProcessLookupError):
-            continue
-    return found
 
 
 def assert_searched(things: Mapping[str, list[bytes]], holding_canary: list[str]) -> None:
