@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
@@ -44,12 +45,19 @@ class WorkerResources:
     one_machine: bool = True
     """Whether all of the cluster is, and stays, a single machine."""
     spare: bool = False
-    """Whether there is room for one worker more than the run may have, and for loading data still."""
+    """Whether there is room, not taken by others, for one worker more than the run has, and for loading data still."""
 
     @property
     def threads(self) -> int:
         """CPU threads of a worker: its CPUs, rounded up (loading takes the remainder of a CPU only at times)."""
         return max(1, math.ceil(self.cpus_per_worker))
+
+
+def on_a_cluster(address: str | None) -> bool:
+    """Whether `ray_session` will not start a Ray of our own, on this machine alone."""
+    import ray
+
+    return ray.is_initialized() or (address or os.environ.get("RAY_ADDRESS") or LOCAL) != LOCAL
 
 
 @contextmanager
@@ -114,7 +122,11 @@ def worker_resources(cluster: ClusterConfig) -> WorkerResources:
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return share_out(cluster, nodes, autoscaler_node_types())
+    given = share_out(cluster, nodes, autoscaler_node_types())
+    free, workers = ray.available_resources(), given.num_workers[1] + 1
+    there_is = free.get("CPU", 0.0) >= workers * given.cpus_per_worker + LOADING_CPUS
+    there_is = there_is and (not given.use_gpu or free.get("GPU", 0.0) >= workers)
+    return dataclasses.replace(given, spare=given.spare and there_is)
 
 
 def share_out(
@@ -157,7 +169,8 @@ def share_out(
         raise ConfigError([problem])
     waits_for = f"the autoscaler: {problem}" if problem else None
     one_machine = len(nodes) == 1 and node_types is None
-    spare = room > most and (most + 1) * cpus + LOADING_CPUS <= sum(node_cpus)
+    # An elastic run takes a worker's place itself when there is one.
+    spare = fewest == most and room > most and (most + 1) * cpus + LOADING_CPUS <= sum(node_cpus)
     return WorkerResources((fewest, most), use_gpu, cpus, cluster.accelerator_type, waits_for, one_machine, spare)
 
 

@@ -45,6 +45,10 @@ class TrainConfig(
         ConfigError: with every problem at once, each naming the flag, the value and the fix.
     """
 
+    def num_held_out(self, num_rows: int) -> int:
+        """How many of the data set's rows are held out."""
+        return self.held_out_of(num_rows, min(num_rows, self.max_train_samples or num_rows))
+
     def __post_init__(self) -> None:
         check_settings(self, GROUPS)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from dataclasses import dataclass
 from typing import TextIO
 
+from raycontrolnet.cluster import on_a_cluster
 from raycontrolnet.config import TrainConfig
 from raycontrolnet.data.latents import LatentCache
 from raycontrolnet.data.manifest import Manifest
@@ -18,7 +20,15 @@ from raycontrolnet.prepare_latents import SEVERAL_MACHINES, Encode, complete, pr
 logger = logging.getLogger(__name__)
 
 
-def planned_latents(run: CheckedRun, stream: TextIO) -> LatentPlan | None:
+@dataclass(frozen=True)
+class WantedLatents:
+    """That a run is to use a cache."""
+
+    plan: LatentPlan | None
+    """Which; None if a cluster may have to be seen first, because no folder is named that all its machines share."""
+
+
+def planned_latents(run: CheckedRun, stream: TextIO) -> WantedLatents | None:
     """The latent cache that the run is to use; None if it trains from pixels.
 
     Raises:
@@ -35,11 +45,13 @@ def planned_latents(run: CheckedRun, stream: TextIO) -> LatentPlan | None:
             raise ConfigError([f"--max_train_samples={config.max_train_samples}: needs --seed, to cache these rows"])
         stream.write("latents: not cached, because --max_train_samples draws other rows without --seed\n")
         return None
-    return _plan(config, run.source, run.token)
+    if config.latents_cache_dir is None and config.worker_range != (0, 0) and on_a_cluster(config.address):
+        return WantedLatents(None)
+    return WantedLatents(_plan(config, run.source, run.token))
 
 
 def with_latents(
-    run: CheckedRun, plan: LatentPlan | None, encode: Encode, stream: TextIO, *, shared: bool = False
+    run: CheckedRun, wanted: WantedLatents | None, encode: Encode, stream: TextIO, *, shared: bool = False
 ) -> CheckedRun:
     """The run as it will be: from cached latents, which are made now if need be, or from pixels.
 
@@ -50,13 +62,14 @@ def with_latents(
         ConfigError: if it does not, and must; else as `prepare`.
     """
     config = run.config
-    if plan is None:
+    if wanted is None:
         return run
     if shared and config.latents_cache_dir is None:
         if config.cache_latents == "on" or config.on_bad_sample == "skip":
             raise ConfigError([f"--latents_cache_dir: {SEVERAL_MACHINES}"])
         stream.write(f"latents: not cached; to train faster, give --latents_cache_dir ({SEVERAL_MACHINES})\n")
         return run
+    plan = wanted.plan or _plan(config, run.source, run.token)
     cache, manifest = _cache(plan, encode, run.token, stream)
     run = dataclasses.replace(run, cache=cache, bad_rows=tuple(sample.row for sample in manifest.bad_samples))
     if run.start is not None and run.start.manifest.get("left_out", []) != list(run.bad_rows):

@@ -9,7 +9,7 @@ import logging
 import secrets
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,8 +81,8 @@ class CheckedRun:
         """The last one of this run, or where it started."""
         return checkpoints.latest(self.output_dir, self.run_id) or self.start
 
-    def job(self, *, use_gpu: bool, threads: int | None, loader: Any) -> Job:
-        """What the workers get; `loader` is that of the run, or a reference to it."""
+    def job(self, *, use_gpu: bool, threads: int | None, loader: Any, spare: Mapping[str, Any] | None = None) -> Job:
+        """What the workers get; see there. `loader` is that of the run, or a reference to it."""
         config, order = self.config, self.loader.order
         assert config.seed is not None
         return Job(
@@ -106,6 +106,7 @@ class CheckedRun:
             },
             token=self.token,
             loader=loader,
+            spare=spare,
         )
 
 
@@ -144,10 +145,14 @@ def check(config: TrainConfig, output_dir: Path) -> CheckedRun:
     if config.seed is None:
         config = dataclasses.replace(config, seed=start.seed if start else secrets.randbelow(2**31))
     if start is not None:
-        held_out = config.num_held_out(len(source))
-        for what, now in (("seed", config.seed), ("data", source.fingerprint()), ("held_out", held_out)):
-            if start.manifest.get(what, 0) != now:
+        for what, now in (("seed", config.seed), ("data", source.fingerprint())):
+            if start.manifest[what] != now:
                 logger.warning("%s was made with another %s: the order of samples changes", start.path, what)
+        if start.manifest.get("held_out", 0) != config.num_held_out(len(source)):
+            logger.warning(
+                "%s was made with other rows held out: it has seen rows that are measured now, and the order changes",
+                start.path,
+            )
     return CheckedRun(config, output_dir, source, start, token, random_subset=random_subset)
 
 

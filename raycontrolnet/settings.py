@@ -252,12 +252,16 @@ class ValidationConfig:
     validation_split: float | None = None
     """Rows to measure learning by, never trained on: a share below 1 or a count; by default 16 of 320 rows or more."""
 
-    def num_held_out(self, num_rows: int) -> int:
-        """How many of a data set's rows are held out: none, or at least 2, because control images are shuffled."""
+    def held_out_of(self, num_rows: int, num_used: int) -> int:
+        """How many of a data set's rows are held out: none, or at least 2, because control images are shuffled.
+
+        Args:
+            num_used: rows that max_train_samples leaves.
+        """
         split = self.validation_split
         if split is None:
             return HELD_OUT_ROWS if num_rows >= ROWS_TO_SPARE else 0
-        return max(2, round(split * num_rows)) if 0 < split < 1 else int(split)
+        return max(2, round(split * num_used)) if 0 < split < 1 else int(split)
 
     def problems(self) -> Problems:
         split = self.validation_split

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -29,8 +30,7 @@ from raycontrolnet.data.bundles import StreamPlan
 from raycontrolnet.data.stream import execution_options, ray_dataset
 from raycontrolnet.ending import failures_explained, interruption_explained
 from raycontrolnet.errors import RunError
-from raycontrolnet.latent_plan import LatentPlan
-from raycontrolnet.latents_of_run import planned_latents, with_latents
+from raycontrolnet.latents_of_run import WantedLatents, planned_latents, with_latents
 from raycontrolnet.preflight import CheckedRun, check, check_device, versions, with_absolute_paths
 from raycontrolnet.prepare_latents import here, on_ray
 from raycontrolnet.run import export, held_out
@@ -113,11 +113,12 @@ def _fit(config: TrainConfig, stream: TextIO) -> RunResult:
                 summary = _train_on_ray(run, latents, status, stream)
         last = run.last_checkpoint()
         measured = held_out.summary(output_dir)
-        status |= {**summary, **measured, "status": "finished", "checkpoint": last.path.name if last else None}
+        status |= {**summary, **measured, "checkpoint": last.path.name if last else None}
         licence = export.find_licence(run.config, run.token)
         # Fit to be pushed, also by hand: if the Hub does not even say who the owner is, there is no better name.
         name = export.repo_name(output_dir, config.hub_model_id) if config.push_to_hub else None
-        export.write_model_card(output_dir, run.config, status, repo_id=name, licence=licence)
+        with _finished_all_the_same(output_dir, status):
+            export.write_model_card(output_dir, run.config, status, repo_id=name, licence=licence)
         hub_url = _push(run, status, licence, stream) if config.push_to_hub else None
     seconds = time.time() - started
     stream.write(f"done in {duration(seconds)}: {summary['step']} updates; weights in {output_dir}\n")
@@ -134,7 +135,19 @@ def _fit(config: TrainConfig, stream: TextIO) -> RunResult:
     )
 
 
-def _train_here(run: CheckedRun, latents: LatentPlan | None, status: RunStatus, stream: TextIO) -> dict[str, Any]:
+@contextmanager
+def _finished_all_the_same(output_dir: Path, status: RunStatus) -> Iterator[None]:
+    """The weights are there: what comes after them may fail, and the run is finished."""
+    status["status"] = "finished"
+    try:
+        yield
+    except OSError as error:
+        logger.exception("the model card could not be written")
+        status["cause"] = f"The run is finished, but its model card cannot be written ({error.strerror or error})"
+        raise RunError(f"{status['cause']}: {output_dir / 'README.md'}. The weights stand.") from error
+
+
+def _train_here(run: CheckedRun, latents: WantedLatents | None, status: RunStatus, stream: TextIO) -> dict[str, Any]:
     """The worker loop in this process: Ray Train's local mode, for debugging and quick tests."""
     import torch
     from ray.train import RunConfig, ScalingConfig
@@ -158,12 +171,11 @@ def _train_here(run: CheckedRun, latents: LatentPlan | None, status: RunStatus, 
         return dict(trainer.fit().return_value)
 
 
-def _train_on_ray(run: CheckedRun, latents: LatentPlan | None, status: RunStatus, stream: TextIO) -> dict[str, Any]:
+def _train_on_ray(run: CheckedRun, latents: WantedLatents | None, status: RunStatus, stream: TextIO) -> dict[str, Any]:
     import ray
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 
     from raycontrolnet.train_controlnet import train_controlnet
-    from raycontrolnet.validate_beside import with_painter
 
     resources = worker_resources(run.config)
     check_device(run.config, use_gpu=resources.use_gpu, has_gpu=resources.use_gpu)
@@ -171,12 +183,13 @@ def _train_on_ray(run: CheckedRun, latents: LatentPlan | None, status: RunStatus
     run = with_latents(run, latents, on_ray(resources), stream, shared=not resources.one_machine)
     loader_ref = ray.put(run.loader)
     threads = None if resources.use_gpu else resources.threads
-    job = run.job(use_gpu=resources.use_gpu, threads=threads, loader=loader_ref)
+    spare = _options_for(resources) if resources.spare and run.config.validation_pairs else None
+    job = run.job(use_gpu=resources.use_gpu, threads=threads, loader=loader_ref, spare=spare)
     _announce(run, most, status, stream, use_gpu=resources.use_gpu)
     if resources.waits_for:
         stream.write(f"waiting for {resources.waits_for}\n")
     begin(job)
-    with failures_explained(run), with_painter(job, resources) as job:
+    with failures_explained(run):
         trainer = interruptible_trainer()(
             train_controlnet,
             train_loop_config={"job": job},
@@ -201,6 +214,12 @@ def _train_on_ray(run: CheckedRun, latents: LatentPlan | None, status: RunStatus
         if failure := read_failure(run.output_dir):
             raise failure
         return dict(summary)
+
+
+def _options_for(resources: WorkerResources) -> dict[str, Any]:
+    """Ray's options for an actor with the resources of a worker."""
+    of_gpu = {"num_gpus": 1, "accelerator_type": resources.accelerator_type} if resources.use_gpu else {}
+    return {"num_cpus": resources.cpus_per_worker, **of_gpu}
 
 
 def _resources_per_worker(resources: WorkerResources) -> dict[str, float]:
@@ -237,7 +256,7 @@ def _announce(run: CheckedRun, world_size: int, status: RunStatus, stream: TextI
     del settings["resume_from_checkpoint"]  # the file is for doing the same again, elsewhere
     (run.output_dir / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False))
     plan = run.plan(world_size, run.start)
-    status["total_updates"] = plan.total_updates
+    status |= {"total_updates": plan.total_updates, "held_out": len(run.loader.order.held_out)}
     status.write()
     step = run.start.step if run.start else 0
     source = "" if run.cache is None else " from cached latents"

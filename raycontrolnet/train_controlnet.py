@@ -6,6 +6,7 @@ and when due a checkpoint or validation images; at the end the final weights.
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,7 @@ from raycontrolnet.model.step import Batch, Draws, TrainState, draw, latent_shap
 from raycontrolnet.run import checkpoint as checkpoints
 from raycontrolnet.run.checkpoint import Checkpoint
 from raycontrolnet.run.failures import hopeless_failures_recorded, read_failure, worth_another_try
-from raycontrolnet.run.job import Job, check_folder_is_shared, logging_to_run_log, write_timings
+from raycontrolnet.run.job import Job, check_folder_is_shared, logging_to_run_log, read_timings, write_timings
 from raycontrolnet.run.metrics import MetricsLog, PendingMetrics, PhaseClock, UpdateMetrics
 from raycontrolnet.run.plan import RunPlan
 from raycontrolnet.run.prompts import warn_if_cut
@@ -52,8 +53,9 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
     if read_failure(job.output_dir):
         return None  # Ray restarted the workers after a hopeless failure: the driver tells the user
     context = ray.train.get_context()
-    clock = PhaseClock()
-    clock.seconds["start"] = time.time() - job.submitted
+    clock = PhaseClock(read_timings(job.output_dir))  # of the workers before a restart
+    if not clock.seconds:
+        clock.seconds["start"] = time.time() - job.submitted
     with logging_to_run_log(job, f"worker {context.get_world_rank()}"), hopeless_failures_recorded(job.output_dir):
         checkpoint = job.current_checkpoint()
         plan = RunPlan.of(job.config, job.num_samples, context.get_world_size(), checkpoint)
@@ -119,6 +121,8 @@ class Worker:
         """Each micro-step's batch and draws on the device; runs in a thread, one ahead of the step."""
         components, device, seed = self.state.components, self.state.accelerator.device, self.job.config.seed
         assert seed is not None
+        # A copy: padding and truncation are states of a tokenizer, and validation uses it in another thread.
+        tokenizer = copy.deepcopy(components.tokenizer)
         num_timesteps = components.noise_scheduler.config["num_train_timesteps"]
         shape = latent_shape(components, self.job.config.resolution)
         for micro_step, rows in enumerate(batches):
@@ -129,9 +133,9 @@ class Worker:
                     "out of order. Please report this with the output folder's run.log"
                 )
             for row in rows:
-                warn_if_cut(components.tokenizer, row.prompt)
+                warn_if_cut(tokenizer, row.prompt)
             indices = [row.sample_index for row in rows]
-            yield make_batch(rows, components.tokenizer, device), draw(seed, indices, shape, num_timesteps, device)
+            yield make_batch(rows, tokenizer, device), draw(seed, indices, shape, num_timesteps, device)
 
     def update(self, inputs: Iterator[tuple[Batch, Draws]]) -> None:
         """One optimizer update."""
@@ -193,9 +197,11 @@ class Worker:
                 )
                 checkpoints.prune(job.output_dir, job.config.checkpoints_total_limit)
                 reported = ray.train.Checkpoint.from_directory(str(written.path))
-            measured = self.validator.last
+            figures = self.last._asdict() if self.last else {"step": state.step}
+            if (measured := self.validator.last) and measured.step == state.step:
+                figures = measured._asdict() | figures
             ray.train.report(
-                (measured._asdict() if measured else {}) | (self.last._asdict() if self.last else {"step": state.step}),
+                figures,
                 checkpoint=reported,
                 checkpoint_dir_name=name,
                 checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,

@@ -7,19 +7,16 @@ so are the images that it was at, and the workers do the rest.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 import torch
 
-from raycontrolnet.cluster import WorkerResources
 from raycontrolnet.errors import in_one_line
-from raycontrolnet.model.components import Components, load_components, working_precision
+from raycontrolnet.model.components import Components, enable_memory_savers, load_components, working_precision
 from raycontrolnet.run import validation
 from raycontrolnet.run.job import Job, check_folder_is_shared, logging_to_run_log
 
@@ -29,6 +26,11 @@ if TYPE_CHECKING:
     from diffusers import ControlNetModel
 
 logger = logging.getLogger(__name__)
+
+FIRST_PATIENCE_S = 15.0
+PLACE_WITHIN_S = 120.0
+FINISH_WITHIN_S = 1800.0
+"""How long a run's end waits for the images that are being drawn."""
 
 
 class Drawn(NamedTuple):
@@ -49,19 +51,26 @@ class Painter:
         self.components: Components | None = None
         if job.threads is not None:
             torch.set_num_threads(job.threads)
+        torch.backends.cuda.matmul.allow_tf32 = job.config.allow_tf32
 
     def ready(self) -> None:
         """Answers once the actor has its place."""
 
-    def draw(self, step: int, weights: Mapping[str, torch.Tensor]) -> Drawn:
-        """Draw and save the validation images of `step`, with the ControlNet's `weights`."""
+    def draw(self, step: int, weights: Mapping[str, torch.Tensor], token: str | None) -> Drawn:
+        """Draw and save the validation images of `step`, with the ControlNet's `weights`.
+
+        Args:
+            token: for a private base model; not for the constructor, whose arguments Ray keeps.
+        """
         start, job, config = time.perf_counter(), self.job, self.job.config
         precision = working_precision(config.mixed_precision)
         with logging_to_run_log(job, "validation"):
             if self.components is None:
                 check_folder_is_shared(job)
-                self.components = load_components(config, device=self.device, dtype=precision, seed=0, token=job.token)
+                self.components = load_components(config, device=self.device, dtype=precision, seed=0, token=token)
                 self.components.controlnet.requires_grad_(False).eval()
+                if config.enable_xformers_memory_efficient_attention:
+                    enable_memory_savers(self.components, gradient_checkpointing=False, xformers=True)
             self.components.controlnet.load_state_dict(weights)
             options: dict[str, Any] = {"resolution": config.resolution}
             validation.write(
@@ -77,53 +86,61 @@ class Painter:
         return Drawn(step, pairs, time.perf_counter() - start)
 
 
-def start_painter(job: Job, resources: WorkerResources) -> Any:
-    """The actor's handle, on a spare worker's resources; on the driver, before the workers start."""
-    options: dict[str, Any] = {"num_cpus": resources.cpus_per_worker, "max_restarts": 1}
-    if resources.use_gpu:
-        options |= {"num_gpus": 1, "accelerator_type": resources.accelerator_type}
-    return ray.remote(Painter).options(**options).remote(job)
-
-
-@contextmanager
-def with_painter(job: Job, resources: WorkerResources) -> Iterator[Job]:
-    """The job with an actor that draws beside it, for its time, if there are images to draw and room for it."""
-    if not (job.validation_items and resources.spare):
-        yield job
-        return
-    painter = start_painter(job, resources)
-    try:
-        yield dataclasses.replace(job, painter=painter)
-    finally:
-        ray.kill(painter)
-
-
 class Beside:
-    """The training's end, in the worker of rank 0."""
+    """The training's end, in the worker of rank 0, which owns the actor: the two end together.
 
-    def __init__(self, painter: Any):
-        self._painter = painter
+    The actor comes after the workers have their places, so that it never takes one of theirs, also after a restart.
+    """
+
+    def __init__(self, job: Job):
+        self._token = job.token
         self._pending: Any = None
-        self._ready = painter.ready.remote()
+        self._painter: Any = None
+        self._patience_s = FIRST_PATIENCE_S
+        if job.spare is not None and _is_there(job.spare):
+            # Outside the workers' placement group, which has no room for it.
+            options: dict[str, Any] = {**job.spare, "scheduling_strategy": "DEFAULT"}
+            self._painter = ray.remote(Painter).options(**options).remote(replace(job, token=None, loader=None))
+            self._ready = self._painter.ready.remote()
+            self._asked_at = time.monotonic()
 
     @property
     def free(self) -> bool:
-        """Whether the actor waits for work; not while it waits for its place itself."""
-        return self._painter is not None and self._pending is None and bool(ray.wait([self._ready], timeout=0)[0])
+        """Whether the actor waits for work. One that finds no place in time is given up: others may need it."""
+        if self._painter is None or self._pending is not None:
+            return False
+        # The first images of a short run may be due before the actor's process is up.
+        patience_s, self._patience_s = self._patience_s, 0.0
+        if ray.wait([self._ready], timeout=patience_s)[0]:
+            return True
+        if time.monotonic() - self._asked_at > PLACE_WITHIN_S:
+            self._give_up("it found no place")
+        return False
 
     def draw(self, step: int, controlnet: ControlNetModel) -> None:
         """Send the actor a copy of the weights as they are now."""
         weights = {name: value.detach().cpu() for name, value in controlnet.state_dict().items()}
-        self._pending = self._painter.draw.remote(step, ray.put(weights))
+        self._pending = self._painter.draw.remote(step, ray.put(weights), self._token)
 
     def collect(self, *, wait: bool = False) -> Drawn | None:
         """What the actor has finished, if anything; it is free then."""
-        if self._pending is None or not (wait or ray.wait([self._pending], timeout=0)[0]):
+        if self._pending is None or not ray.wait([self._pending], timeout=FINISH_WITHIN_S if wait else 0)[0]:
             return None
         pending, self._pending = self._pending, None
         try:
             return ray.get(pending)
         except ray.exceptions.RayError as error:
-            logger.warning("validation beside the training failed (%s); the workers do it now", in_one_line(error))
-            self._painter = None
+            self._give_up(in_one_line(error))
             return None
+
+    def _give_up(self, reason: str) -> None:
+        logger.warning("validation beside the training failed (%s); the workers do it now", reason)
+        ray.kill(self._painter)
+        self._painter = None
+
+
+def _is_there(resources: Mapping[str, Any]) -> bool:
+    """Whether the cluster has now what an actor needs: a waiting one would make an autoscaler start a machine."""
+    available = ray.available_resources()
+    wanted = {"CPU": resources["num_cpus"], "GPU": resources.get("num_gpus", 0)}
+    return all(available.get(name, 0.0) >= amount for name, amount in wanted.items())

@@ -6,6 +6,8 @@ Nothing here changes the training: not its weights, nor its randomness.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import ray
@@ -50,8 +52,8 @@ class Validator:
         if job.num_held_out:
             self.loader = job.loader if job.local else ray.get(job.loader)
             self.log = MetricsLog(job.output_dir, state.step, held_out.NAME) if rank == 0 else None
-        if job.painter is not None and rank == 0:
-            self.beside = Beside(job.painter)
+        if job.spare is not None and rank == 0:
+            self.beside = Beside(job)
 
     def measure(self) -> None:
         """Measure the held-out samples, every worker its share."""
@@ -76,14 +78,14 @@ class Validator:
         if self.job.validation_items:
             with self.clock("validation_images"):
                 if not self._draw_beside():
-                    self._draw_together(unwrap_controlnet(self.state))
+                    self._draw_together(lambda: unwrap_controlnet(self.state))
 
     def finish(self) -> None:
         """Images of the final weights as they were saved."""
         if self.job.validation_items:
             with self.clock("validation_images"):
                 _barrier()  # until they are saved
-                self._draw_together(saved_controlnet(self.job.output_dir, self.state))
+                self._draw_together(lambda: saved_controlnet(self.job.output_dir, self.state))
                 if self.beside:
                     self._publish(self.beside.collect(wait=True))
 
@@ -93,7 +95,7 @@ class Validator:
 
     def _draw_beside(self) -> bool:
         """Send the weights to the spare worker, if there is one and it is free; the same answer on every worker."""
-        if self.job.painter is None:
+        if self.job.spare is None:
             return False
         free = False
         if self.beside:
@@ -102,19 +104,20 @@ class Validator:
         if self.plan.world_size > 1:
             free = ray.train.collective.broadcast_from_rank_zero(free)
         if free and self.beside:
-            self.beside.draw(self.state.step, unwrap_controlnet(self.state))
+            with _no_picture_is_worth_a_run(self.state.step):
+                self.beside.draw(self.state.step, unwrap_controlnet(self.state))
         return free
 
-    def _draw_together(self, controlnet: ControlNetModel) -> None:
+    def _draw_together(self, controlnet: Callable[[], ControlNetModel]) -> None:
         """Every worker draws its share."""
         job, state = self.job, self.state
         precision = working_precision(job.config.mixed_precision)
-        with vae_on(state.components, state.accelerator.device):
+        with _no_picture_is_worth_a_run(state.step), vae_on(state.components, state.accelerator.device):
             validation.write(
                 job.output_dir,
                 state.step,
                 job.validation_items,
-                with_controlnet(state.components, controlnet),
+                with_controlnet(state.components, controlnet()),
                 resolution=job.config.resolution,
                 device=state.accelerator.device,
                 autocast=None if precision == torch.float32 else precision,
@@ -134,6 +137,15 @@ class Validator:
             self.clock.seconds["validation_beside"] += drawn.seconds
         for pair in drawn.pairs:
             self.trackers.images(drawn.step, pair.key, [pair.control, *pair.images], pair.prompt)
+
+
+@contextmanager
+def _no_picture_is_worth_a_run(step: int) -> Iterator[None]:
+    """What goes wrong, such as memory that is full, is logged: other workers wait for this one, not for pictures."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 (whatever it was)
+        validation.log_failure(step, error)
 
 
 def _barrier() -> None:

@@ -1,10 +1,16 @@
-"""Processes that a command left behind."""
+"""Processes: those that a command left behind, and those that are to be killed while a run goes on."""
 
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import psutil
+
+from raycontrolnet.run import metrics
 
 
 def processes_of_session(leader: int) -> list[psutil.Process]:
@@ -16,4 +22,50 @@ def processes_of_session(leader: int) -> list[psutil.Process]:
                 found.append(process)
         except (psutil.Error, ProcessLookupError):
             continue
+    return found
+
+
+class when:  # noqa: N801 (reads as a sentence)
+    """Inside the `with`, do something once a condition holds; the list that it gives says whether it was done."""
+
+    def __init__(self, condition: Callable[[], bool], action: Callable[[], None]):
+        self.done: list[bool] = []
+        self._over = threading.Event()
+        self._condition, self._action = condition, action
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> list[bool]:
+        self._thread.start()
+        return self.done
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.01):
+            if self._condition():
+                self._action()
+                self.done.append(True)
+                return
+
+
+def last_step(output_dir: Path) -> int:
+    records = metrics.read(output_dir / metrics.NAME)
+    return int(records[-1]["step"]) if records else 0
+
+
+def kill_a_train_worker() -> None:
+    workers = workers_called("RayTrainWorker")
+    assert len(workers) == 1
+    workers[0].kill()
+
+
+def workers_called(name: str) -> list[psutil.Process]:
+    """This process's Ray workers that do what `name` tells."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # gone meanwhile
+            if name in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
     return found

@@ -8,16 +8,15 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
-from processes import processes_of_session
+from processes import kill_a_train_worker, last_step, processes_of_session, when
+from reference import write_trained_controlnet
 from safetensors.torch import load_file
 
 from raycontrolnet import TrainConfig, fit
@@ -63,8 +62,10 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 def test_two_workers_learn_what_one_does(settings: Settings, tmp_path: Path) -> None:
     """1 worker x batch 4 and 2 workers x batch 2: the same losses over 10 updates, across the ends of epochs."""
-    changes = {"max_train_steps": 10, "checkpointing_steps": 100, "proportion_empty_prompts": 0.3}
+    changes: Settings = {"max_train_steps": 10, "checkpointing_steps": 100, "proportion_empty_prompts": 0.3}
     changes |= {"validation_split": 5, "validation_steps": 5}
+    base = Path(settings["pretrained_model_name_or_path"])
+    changes |= {"controlnet_model_name_or_path": str(write_trained_controlnet(base, tmp_path / "controlnet"))}
     one = run(settings, tmp_path / "one", **changes)
     two = run(settings, tmp_path / "two", **changes, num_workers="2", train_batch_size=2)
     assert column(one, "samples") == column(two, "samples") == [4 * update for update in range(1, 11)]
@@ -73,6 +74,7 @@ def test_two_workers_learn_what_one_does(settings: Settings, tmp_path: Path) -> 
     for name in ("val_loss", "val_loss_shuffled", "control_gap"):
         measured = [[line[name] for line in held_out.read(folder)] for folder in (one, two)]
         assert len(measured[0]) == 2
+        assert min(abs(value) for value in measured[0]) > 1e-5, "the control images matter to this one"
         assert measured[1] == pytest.approx(measured[0], rel=0, abs=1e-5)
 
 
@@ -194,46 +196,6 @@ def test_ctrl_c_ends_cleanly(settings: Settings, tmp_path: Path, group: bool) ->
 
 
 # Helpers
-
-
-class when:  # noqa: N801 (reads as a sentence)
-    """Inside the `with`, do something once a condition holds; the list that it gives says whether it was done."""
-
-    def __init__(self, condition: Callable[[], bool], action: Callable[[], None]):
-        self.done: list[bool] = []
-        self._over = threading.Event()
-        self._condition, self._action = condition, action
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> list[bool]:
-        self._thread.start()
-        return self.done
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.01):
-            if self._condition():
-                self._action()
-                self.done.append(True)
-                return
-
-
-def last_step(output_dir: Path) -> int:
-    records = metrics.read(output_dir / metrics.NAME)
-    return int(records[-1]["step"]) if records else 0
-
-
-def kill_a_train_worker() -> None:
-    workers = [
-        child
-        for child in psutil.Process().children(recursive=True)
-        if "RayTrainWorker" in " ".join(child.cmdline()) and child.status() != psutil.STATUS_ZOMBIE
-    ]
-    assert len(workers) == 1
-    workers[0].kill()
 
 
 def first_image_of_update(update: int, data: Path, settings: Settings) -> Path:

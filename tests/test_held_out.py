@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -151,11 +152,32 @@ def test_a_row_that_cannot_be_read_is_left_out(settings: Settings, caplog: pytes
                 raise DataError("circles/2.png: is damaged")
             return rows.sample(row, *rest, **options)
 
+    damaged = BatchLoader(Damaged(), loader.order, 2, 0.0)  # type: ignore[arg-type]
     with training(settings) as state, caplog.at_level(logging.WARNING):
-        found = measure(state, BatchLoader(Damaged(), loader.order, 2, 0.0), resolution=32)  # type: ignore[arg-type]
+        shake(state)
+        found = measure(state, damaged, resolution=32)
     assert found is not None
-    assert found.val_loss > 0
+    # Of five samples 2 is gone, and 1 with it, for want of another's control image.
+    expected = [loss for index, loss in enumerate(losses_of_samples(loader, settings)) if index in (0, 3, 4)]
+    assert found.val_loss == pytest.approx(sum(expected) / 3, rel=1e-5)
     assert "a held-out sample is left out: circles/2.png: is damaged" in caplog.text
+
+
+def losses_of_samples(loader: BatchLoader, settings: Settings) -> list[float]:
+    """The loss of every held-out sample with its own control image: a worker for each."""
+    found: list[float] = []
+    with training(settings) as state, pytest.MonkeyPatch.context() as patch:
+        shake(state)
+
+        def reduce(sums: torch.Tensor, reduction: str) -> torch.Tensor:
+            assert reduction == "sum"
+            found.append(float(sums[1]))
+            return sums
+
+        patch.setattr(state.accelerator, "reduce", reduce)
+        for rank in range(NUM_HELD_OUT):
+            measure(state, loader, resolution=32, rank=rank, world_size=NUM_HELD_OUT)
+    return found
 
 
 # --- in a run ---
@@ -216,16 +238,32 @@ def test_a_continued_run_measures_on(settings: Settings, tmp_path: Path, caplog:
     run(settings, parts, max_train_steps=8, validation_split=None, resume_from_checkpoint="checkpoint-4")
     assert measured(parts) == measured(whole)
     assert losses(parts) == losses(whole)
-    assert "order of samples changes" not in caplog.text
+    assert "was made with" not in caplog.text
 
 
 def test_another_split_is_noticed(settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     out = run(settings, tmp_path / "out")
     run(settings, out, max_train_steps=5, validation_split=0, resume_from_checkpoint="latest")
-    assert "was made with another held_out: the order of samples changes" in caplog.text
+    assert "was made with other rows held out: it has seen rows that are measured now" in caplog.text
+    assert not (out / "validation.jsonl").exists(), "it tells of other rows"
+
+
+def test_an_earlier_runs_measurement_is_not_this_ones(settings: Settings, tmp_path: Path) -> None:
+    out = run(settings, tmp_path / "out")
+    for path in [*out.glob("checkpoint-*"), *out.glob("*.safetensors")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    result = fit(TrainConfig(**settings | {"output_dir": str(out), "validation_split": 0}), stream=io.StringIO())
+    assert result.val_loss is None
+    assert "val_loss" not in json.loads((out / "run.json").read_text())
+    assert "held-out loss" not in (out / "README.md").read_text()
 
 
 # --- which rows ---
+
+
+def test_a_share_is_one_of_the_rows_that_are_used(tiny_settings: Settings) -> None:
+    config = TrainConfig(**tiny_settings | {"validation_split": 0.1, "max_train_samples": 100})
+    assert config.num_held_out(10**6) == 10
 
 
 @pytest.mark.parametrize("max_samples", [None, 3, 8, 100])

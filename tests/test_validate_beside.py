@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import kill_a_train_worker, last_step, when, workers_called
 
 from raycontrolnet import TrainConfig, cluster, fit
 from raycontrolnet.cluster import share_out
@@ -72,23 +73,25 @@ def test_the_images_are_those_of_the_workers(
 def test_a_lost_painter_is_replaced_by_the_workers(settings: Settings, tmp_path: Path) -> None:
     """Killed as soon as it is there. The images that it was sent first are lost, the later ones are not."""
     out = tmp_path / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        from raycontrolnet import validate_beside
-
-        start = validate_beside.start_painter
-
-        def start_and_kill(*arguments: Any) -> Any:
-            import ray
-
-            painter = start(*arguments)
-            ray.get(painter.ready.remote())
-            ray.kill(painter)
-            return painter
-
-        patch.setattr(validate_beside, "start_painter", start_and_kill)
+    with when(lambda: bool(workers_called("ray::Painter")), lambda: workers_called("ray::Painter")[0].kill()) as killed:
         run(settings, out, num_workers="1", cpus_per_worker=1.0)
+    assert killed
     assert {name.partition("/")[0] for name in images(out)} >= {f"step-00000{step}" for step in (4, 6, 8)}
     assert "validation beside the training failed" in (out / "run.log").read_text()
+
+
+@pytest.mark.usefixtures("_local_ray")
+def test_a_lost_worker_finds_its_place_again(settings: Settings, tmp_path: Path) -> None:
+    """The painter goes with the worker that owns it, so that it cannot sit in the place that the next one needs."""
+    settings |= {"max_train_steps": 12, "checkpointing_steps": 2, "num_workers": "1", "cpus_per_worker": 1.0}
+    whole = run(settings, tmp_path / "whole")
+    with when(lambda: last_step(tmp_path / "out") >= 5, kill_a_train_worker) as killed:
+        out = run(settings, tmp_path / "out")
+    assert killed
+    assert losses(out) == losses(whole)
+    last = {name: image for name, image in images(whole).items() if name.startswith("step-000012")}
+    assert len(last) == 6
+    assert last.items() <= images(out).items()
 
 
 @pytest.mark.parametrize(
@@ -96,7 +99,7 @@ def test_a_lost_painter_is_replaced_by_the_workers(settings: Settings, tmp_path:
     [
         ("3", [GPU_BOX], True),
         ("4", [GPU_BOX], False),
-        ("1:3", [GPU_BOX], True),
+        ("1:3", [GPU_BOX], False),  # it would take the place for itself
         ("1:4", [GPU_BOX], False),
         ("1", [{"CPU": 3}], False),  # the worker takes all CPUs but one
         ("1", [{"CPU": 2, "GPU": 2}], False),  # a GPU, but no CPU for it

@@ -100,7 +100,7 @@ def _report(result: RunResult, config: TrainConfig) -> str:
         first, last = fmean(losses[:window]), fmean(losses[-window:])
         lines.append(f"  loss     {first:.3f} -> {last:.3f} (means of the first and last {window} updates)")
     if result.val_loss is not None:
-        lines.append(f"  held out {held_out.in_words(held_out.read(folder))}")
+        lines.append(f"  {held_out.in_words(held_out.read(folder))}")
     lines.append(f"  report   {folder / report.NAME}: curves, images and settings on one page, for the browser")
     grids = sorted((folder / "validation").glob(f"step-{result.step:06d}/pair-*-grid.png"))
     lines += [f"  pictures {grid}" for grid in grids]

@@ -1,10 +1,11 @@
-"""The job: what the driver hands to the workers, and what they hand back when it is hopeless."""
+"""The job: what the driver hands to the workers, and the files by which they know of each other."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from raycontrolnet.config import TrainConfig
 from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.errors import UserError
 from raycontrolnet.run import checkpoint as checkpoints
+from raycontrolnet.run import held_out, validation
 from raycontrolnet.run.checkpoint import Checkpoint
 from raycontrolnet.run.failures import FAILURE
 from raycontrolnet.run.images import ImageItem
@@ -56,8 +58,8 @@ class Job:
     """Unix seconds."""
     loader: BatchLoader | Any = None
     """Or, for workers on Ray, a reference to it in Ray's object store."""
-    painter: Any = None
-    """The actor that draws validation images beside the training, if there is room for it."""
+    spare: Mapping[str, Any] | None = None
+    """Ray's options for an actor that draws validation images beside the training, if there is room for one."""
 
     @property
     def local(self) -> bool:
@@ -75,6 +77,11 @@ class Job:
 
 def begin(job: Job) -> None:
     """On the driver, before the workers start: mark the folder as this run's."""
+    # What an earlier run that left no checkpoint had measured and drawn is not this one's.
+    if job.start is None:
+        shutil.rmtree(job.output_dir / validation.FOLDER, ignore_errors=True)
+    if job.start is None or job.start.manifest.get("held_out", 0) != job.num_held_out:
+        (job.output_dir / held_out.NAME).unlink(missing_ok=True)
     end(job.output_dir)  # Ray's record of an earlier run must not speak up: the checkpoints on disk are the only truth
     (job.output_dir / RUN_ID).write_text(job.run_id)
 

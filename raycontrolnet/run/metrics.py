@@ -149,8 +149,10 @@ class PendingMetrics:
 class PhaseClock:
     """Seconds spent by phase (model, data wait, step, checkpoint, ...), for run.json."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: Mapping[str, float] | None = None) -> None:
+        """Counts on from `before`, which `rounded` gave."""
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.seconds.update({name.removesuffix("_s"): seconds for name, seconds in (before or {}).items()})
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:

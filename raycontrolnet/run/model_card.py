@@ -71,7 +71,7 @@ def write_model_card(
         tags=list(TAGS),
         inference=True,
     )
-    examples = _copy_examples(output_dir)
+    examples = _copy_examples(output_dir, facts.get("step"))
     name = repo_id or output_dir.resolve().name
     sections = [
         f"# {_text(name)}",
@@ -94,13 +94,13 @@ def write_model_card(
     return output_dir / "README.md"
 
 
-def _copy_examples(output_dir: Path) -> list[validation.PairResult]:
+def _copy_examples(output_dir: Path, last_step: int | None) -> list[validation.PairResult]:
     """The last validation, its grids and control images copied to `images/`, which is uploaded."""
     folder = output_dir / "images"
     for path in folder.glob("pair-*.png"):
         path.unlink()
     examples = []
-    for result in validation.latest(output_dir):
+    for result in validation.latest(output_dir, last_step):
         if result.grid.is_file() and result.control.is_file():
             folder.mkdir(exist_ok=True)
             shutil.copyfile(result.grid, folder / result.grid.name)

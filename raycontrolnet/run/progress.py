@@ -112,7 +112,8 @@ class Progress:
         for record in records:
             if record["step"] > self._measured:
                 self._measured = record["step"]
-                known = [other for other in held_out.read(self.output_dir) if other["step"] <= record["step"]]
+                earlier = [other for other in held_out.read(self.output_dir) if other["step"] < record["step"]]
+                known = [*earlier, record]
                 self.stream.write(f"{ERASE if self.live else ''}step {record['step']}: {held_out.in_words(known)}\n")
 
 

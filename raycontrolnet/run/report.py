@@ -121,7 +121,7 @@ def _how_far(run: Recorded) -> str:
 def _control(run: Recorded) -> tuple[str, str]:
     """(class for the style sheet, what the control gap shows)."""
     if not run.held_out:
-        yet = " yet" if run.state == "running" and run.settings.get("validation_split") != 0 else ""
+        yet = " yet" if run.state == "running" and run.status.get("held_out", 1) else ""
         return "", f"Control gap: not measured{yet}."
     appeared = _appeared(run)
     if appeared is None:

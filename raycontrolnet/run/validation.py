@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+FOLDER = "validation"
+
 FLAG = "--validation_image"
 
 
@@ -88,7 +90,7 @@ def write(
         ):
             pass
     except Exception as error:  # noqa: BLE001 (whatever it was)
-        _log_failure(step, error)
+        log_failure(step, error)
 
 
 def finish(
@@ -111,18 +113,19 @@ def finish(
         finished = images.finish(folder, items, resolution=resolution, sampling=sampling, step=step)
         return results(folder) if finished else []
     except Exception as error:  # noqa: BLE001 (whatever it was)
-        _log_failure(step, error)
+        log_failure(step, error)
         return []
 
 
-def _log_failure(step: int, error: Exception) -> None:
+def log_failure(step: int, error: Exception) -> None:
+    """Say that a validation failed, and that this is no reason to stop."""
     logger.warning("step %d: no validation images (%s: %s); training goes on", step, type(error).__name__, error)
     logger.debug("traceback of the failed validation", exc_info=error)
 
 
 def step_folder(output_dir: str | Path, step: int) -> Path:
     """Folder of the validation images of `step`."""
-    return Path(output_dir) / "validation" / f"step-{step:06d}"
+    return Path(output_dir) / FOLDER / f"step-{step:06d}"
 
 
 def results(folder: Path) -> list[PairResult]:
@@ -131,9 +134,13 @@ def results(folder: Path) -> list[PairResult]:
     return [PairResult(**vars(pair), step=step) for pair in images.results(folder)]
 
 
-def latest(output_dir: str | Path) -> list[PairResult]:
-    """Results of the last finished validation under `output_dir`; empty if there is none."""
-    finished = list((Path(output_dir) / "validation").glob(f"step-*/{METADATA}"))
-    if not finished:
-        return []
-    return results(max(finished, key=lambda path: int(path.parent.name.removeprefix("step-"))).parent)
+def latest(output_dir: str | Path, last_step: int | None = None) -> list[PairResult]:
+    """Results of the last finished validation under `output_dir`; empty if there is none.
+
+    Args:
+        last_step: of the run; later ones are of an earlier run in the same folder.
+    """
+    files = (Path(output_dir) / FOLDER).glob(f"step-*/{METADATA}")
+    finished = {int(file.parent.name.removeprefix("step-")): file.parent for file in files}
+    steps = [step for step in finished if last_step is None or step <= last_step]
+    return results(finished[max(steps)]) if steps else []
