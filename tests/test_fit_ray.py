@@ -68,6 +68,8 @@ def test_two_workers_learn_what_one_does(settings: Settings, tmp_path: Path) -> 
     changes |= {"controlnet_model_name_or_path": str(write_trained_controlnet(base, tmp_path / "controlnet"))}
     one = run(settings, tmp_path / "one", **changes)
     two = run(settings, tmp_path / "two", **changes, num_workers="2", train_batch_size=2)
+    status = json.loads((one / "run.json").read_text())
+    assert status["started"] + status["seconds"] - column(one, "time")[-1] < 10, "Ray Train waits for something"
     assert column(one, "samples") == column(two, "samples") == [4 * update for update in range(1, 11)]
     assert column(two, "loss") == pytest.approx(column(one, "loss"), rel=0, abs=1e-5)
     assert len(set(column(one, "loss"))) == 10
