@@ -41,9 +41,8 @@ def pair_histories(output_dir: Path, last_step: int | None) -> list[PairHistory]
         last_step: pictures of later steps are of a run that was here before and are left out; None for all.
     """
     pairs: dict[tuple[int, str], list[PairResult]] = {}
-    for result in _finished(output_dir):
-        if last_step is None or result.step <= last_step:
-            pairs.setdefault((result.pair, result.prompt), []).append(result)
+    for result in _finished(output_dir, last_step):
+        pairs.setdefault((result.pair, result.prompt), []).append(result)
     histories = []
     for (_, prompt), found in sorted(pairs.items())[:MOST_PAIRS]:
         tiles = {result.step: tile for result in _spread(found) if (tile := _tile(result.images))}
@@ -52,15 +51,15 @@ def pair_histories(output_dir: Path, last_step: int | None) -> list[PairHistory]
     return histories
 
 
-def _finished(output_dir: Path) -> list[PairResult]:
+def _finished(output_dir: Path, last_step: int | None) -> list[PairResult]:
     """Every pair of every finished validation, steps ascending."""
     found = []
-    for metadata in (output_dir / "validation").glob("step-*/metadata.jsonl"):
+    for folder in validation.finished_folders(output_dir, last_step):
         try:
-            found += validation.results(metadata.parent)
+            found += validation.results(folder)
         except (OSError, ValueError, KeyError, TypeError):  # not whole, or not ours
             continue
-    return sorted(found, key=lambda result: result.step)
+    return found
 
 
 def _spread(results: Sequence[PairResult]) -> list[PairResult]:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FOLDER = "validation"
-
 FLAG = "--validation_image"
 
 
@@ -140,7 +139,13 @@ def latest(output_dir: str | Path, last_step: int | None = None) -> list[PairRes
     Args:
         last_step: of the run; later ones are of an earlier run in the same folder.
     """
+    folders = finished_folders(output_dir, last_step)
+    return results(folders[-1]) if folders else []
+
+
+def finished_folders(output_dir: str | Path, last_step: int | None = None) -> list[Path]:
+    """The folders of all finished validations up to `last_step`, steps ascending."""
     files = (Path(output_dir) / FOLDER).glob(f"step-*/{METADATA}")
-    finished = {int(file.parent.name.removeprefix("step-")): file.parent for file in files}
-    steps = [step for step in finished if last_step is None or step <= last_step]
-    return results(finished[max(steps)]) if steps else []
+    numbers = {file.parent: file.parent.name.removeprefix("step-") for file in files}
+    by_step = {int(number): folder for folder, number in numbers.items() if number.isdecimal()}  # others are not ours
+    return [by_step[step] for step in sorted(by_step) if last_step is None or step <= last_step]
