@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from raycontrolnet.demo.circles import write_circles
+from raycontrolnet.demo.shapes import write_shapes
 
 TINY_RESOLUTION = 32
 """Pixels; 4 x 4 latents, 2 x 2 in the middle of the tiny UNet."""
@@ -67,7 +67,7 @@ def tiny_base_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def circles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """13 rows, so that epochs end within a batch. Do not write into it."""
-    return write_circles(tmp_path_factory.mktemp("circles"), 13, resolution=TINY_RESOLUTION)
+    return write_shapes(tmp_path_factory.mktemp("circles"), 13, resolution=TINY_RESOLUTION)
 
 
 @pytest.fixture

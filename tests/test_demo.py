@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from raycontrolnet.demo.base_model import CONTEXT_LENGTH, SCALING_FACTOR, write_random_base
-from raycontrolnet.demo.circles import write_circles
+from raycontrolnet.demo.shapes import write_shapes
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -85,9 +85,9 @@ def test_tokenizer_is_clips(tiny_base: Path) -> None:
 
 
 def test_circles_are_what_their_captions_say(tmp_path: Path) -> None:
-    from raycontrolnet.demo.circles import COLOURS
+    from raycontrolnet.demo.shapes import COLOURS
 
-    folder = write_circles(tmp_path / "circles", 20, resolution=64, seed=3)
+    folder = write_shapes(tmp_path / "circles", 20, resolution=64, seed=3)
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert len(rows) == 20
     for row in rows:
@@ -107,7 +107,7 @@ def test_circles_are_what_their_captions_say(tmp_path: Path) -> None:
 
 
 def test_more_circles_begin_with_the_fewer(circles: Path, tmp_path: Path) -> None:
-    fewer, more = files(circles), files(write_circles(tmp_path, 15, resolution=32))
+    fewer, more = files(circles), files(write_shapes(tmp_path, 15, resolution=32))
     assert len(fewer) == 2 * 13 + 1
     metadata = "metadata.jsonl"
     assert more[metadata].startswith(fewer[metadata])

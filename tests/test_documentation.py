@@ -32,7 +32,7 @@ from raycontrolnet import GenerateConfig, TrainConfig, cli, fit
 from raycontrolnet.config import GROUPS, load_yaml, setting_types
 from raycontrolnet.data.sources import open_source
 from raycontrolnet.demo import FOLDER, demo_settings, run_demo
-from raycontrolnet.demo.circles import draw_circle
+from raycontrolnet.demo.shapes import draw_row
 from raycontrolnet.errors import Interrupted, RunError, UserError
 from raycontrolnet.run import metrics
 
@@ -108,7 +108,7 @@ def write_workspace(folder: Path, base: Path) -> Path:
 def write_data(folder: Path, metadata: str, text: str, columns: tuple[str, str]) -> None:
     """The data set whose metadata file README shows."""
     for index, row in enumerate(map(json.loads, text.splitlines())):
-        for column, image in zip(columns, draw_circle(index, 32, 0)[:2], strict=True):
+        for column, image in zip(columns, draw_row(index, 32, 0)[:2], strict=True):
             (folder / row[column]).parent.mkdir(parents=True, exist_ok=True)
             image.save(folder / row[column])
     (folder / metadata).write_text(text)

@@ -23,7 +23,7 @@ from raycontrolnet.config import public_settings
 from raycontrolnet.data.order import SampleOrder
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.transforms import resize_and_crop
-from raycontrolnet.demo.circles import write_circles
+from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
 from raycontrolnet.model import step
 from raycontrolnet.run.progress import Progress
@@ -588,7 +588,7 @@ def test_validation_images_are_looked_at_first(tiny_settings: Settings, out: Pat
 
 def test_a_corrupt_image(tiny_settings: Settings, out: Path, tmp_path: Path) -> None:
     """Named; the updates before it are kept; mended, the run ends as if nothing had been."""
-    data = write_circles(tmp_path / "data", 13, resolution=32)
+    data = write_shapes(tmp_path / "data", 13, resolution=32)
     settings = tiny_settings | {"train_data_dir": str(data), "checkpointing_steps": 100, "max_train_steps": 5}
     straight = run(settings, tmp_path / "straight")
     row = SampleOrder(13, seed=0).row(9)  # of the third update

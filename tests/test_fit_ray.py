@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from raycontrolnet import TrainConfig, fit
 from raycontrolnet.config import public_settings
-from raycontrolnet.demo.circles import write_circles
+from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.errors import ConfigError, RunError, UserError
 from raycontrolnet.run import held_out, metrics
 
@@ -138,7 +138,7 @@ def test_an_elastic_run_of_one_epoch(settings: Settings, tmp_path: Path) -> None
 
 def test_a_corrupt_image_ends_the_run_with_its_name(settings: Settings, tmp_path: Path) -> None:
     """One try, not one for every allowed failure; the updates before it are kept, and the mended data continue."""
-    data = write_circles(tmp_path / "data", 13, resolution=settings["resolution"])
+    data = write_shapes(tmp_path / "data", 13, resolution=settings["resolution"])
     whole = run(settings, tmp_path / "whole", train_data_dir=str(data), max_train_steps=3, checkpointing_steps=100)
     victim = first_image_of_update(3, data, settings)
     content = victim.read_bytes()

@@ -23,7 +23,7 @@ from raycontrolnet.data.manifest import (
     plan_shards,
 )
 from raycontrolnet.data.sources import Source, open_source
-from raycontrolnet.demo.circles import write_circles
+from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.settings import DataConfig
 
 ENCODING = Encoding(vae="0" * 16, resolution=32, dtype="float16")
@@ -32,7 +32,7 @@ NUM_ROWS = 2 * SHARD_ROWS + 6
 
 @pytest.fixture(scope="module")
 def _many_circles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_circles(tmp_path_factory.mktemp("many"), NUM_ROWS, resolution=16)
+    return write_shapes(tmp_path_factory.mktemp("many"), NUM_ROWS, resolution=16)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from raycontrolnet.data.manifest import SHARD_ROWS, Manifest
 from raycontrolnet.data.order import SampleOrder
 from raycontrolnet.data.sources import open_source
 from raycontrolnet.data.transforms import prepare_images
-from raycontrolnet.demo.circles import write_circles
+from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.errors import ConfigError, DataError, Interrupted, RunError
 from raycontrolnet.latent_plan import LatentPlan
 from raycontrolnet.model.latent_encoder import LatentEncoder
@@ -41,7 +41,7 @@ Prepare = Callable[..., PrepareResult]
 
 @pytest.fixture(scope="module")
 def _many_circles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_circles(tmp_path_factory.mktemp("many"), NUM_ROWS, resolution=16)
+    return write_shapes(tmp_path_factory.mktemp("many"), NUM_ROWS, resolution=16)
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_it_goes_on_where_it_stopped(run: Prepare, settings: Settings, monkeypat
 
 def test_killed_and_two_at_once(settings: Settings, tmp_path: Path) -> None:
     """One is killed with -9 in the middle; then two do the rest together, and neither harms the other."""
-    data = write_circles(tmp_path / "larger", 20 * SHARD_ROWS, resolution=16)
+    data = write_shapes(tmp_path / "larger", 20 * SHARD_ROWS, resolution=16)
     settings |= {"train_data_dir": str(data)}
     flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "raycontrolnet", "prepare", *flags]

@@ -18,7 +18,7 @@ import pytest
 
 from raycontrolnet import TrainConfig, fit, prepare
 from raycontrolnet.data.manifest import SHARD_ROWS
-from raycontrolnet.demo.circles import write_circles
+from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.errors import RunError, UserError
 
 pytestmark = pytest.mark.usefixtures("_local_ray")
@@ -29,7 +29,7 @@ NUM_SHARDS = 20
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_circles(tmp_path_factory.mktemp("many"), NUM_SHARDS * SHARD_ROWS, resolution=16)
+    return write_shapes(tmp_path_factory.mktemp("many"), NUM_SHARDS * SHARD_ROWS, resolution=16)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 from raycontrolnet.config import TrainConfig, public_settings
-from raycontrolnet.demo.circles import draw_circle
+from raycontrolnet.demo.shapes import draw_row
 from raycontrolnet.run import report, validation
 from raycontrolnet.run.images import ImageItem
 from raycontrolnet.run.report import write_report
@@ -89,7 +89,7 @@ def write_images(folder: Path, steps: range, prompts: list[str], *, images: int 
         place.mkdir(parents=True)
         items = []
         for pair, prompt in enumerate(prompts):
-            picture, control, _ = draw_circle(pair, resolution, 0)
+            picture, control, _ = draw_row(pair, resolution, 0)
             control.save(folder / "control.png")
             content = (folder / "control.png").read_bytes()
             for image in range(images):

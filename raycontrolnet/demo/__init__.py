@@ -70,9 +70,9 @@ def _write_inputs(config: TrainConfig) -> None:
         write_random_base(BASE, "small")
     if config.train_data_dir == str(DATA) and not (DATA / "metadata.jsonl").exists():
         _say(f"writing {NUM_ROWS} pictures of circles and their outlines to {DATA}")
-        from raycontrolnet.demo.circles import write_circles
+        from raycontrolnet.demo.shapes import write_shapes
 
-        write_circles(DATA, NUM_ROWS, resolution=64)
+        write_shapes(DATA, NUM_ROWS, resolution=64)
 
 
 def _fresh_folder(output_dir: Path) -> str:

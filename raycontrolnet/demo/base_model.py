@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,9 +18,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, UNet2DConditi
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from raycontrolnet.demo.circles import COLOURS
+from raycontrolnet.demo.shapes import COLOURS, SHAPES
 
 Size = Literal["tiny", "small", "quarter"]
+PredictionType = Literal["epsilon", "v_prediction"]
 
 CONTEXT_LENGTH = 77
 """Tokens per prompt, as every Stable Diffusion 1.x and 2.x has."""
@@ -32,7 +33,7 @@ SCALING_FACTOR = 0.18215
 
 
 @dataclass(frozen=True)
-class _Shape:
+class _Size:
     """The sizes of one base model. The VAE has four levels, that is a factor of 8 between pixels and latents."""
 
     resolution: int
@@ -51,17 +52,17 @@ class _Shape:
     conditioning_embedding_channels: tuple[int, int, int, int]
 
 
-_SHAPES: dict[Size, _Shape] = {
+_SIZES: dict[Size, _Size] = {
     # As fast as it can be with two resolutions, cross attention and a middle block: for tests.
-    "tiny": _Shape(32, (8, 16), 2, 4, 1, (4, 4, 8, 8), 1, 4, 16, 1, 2, (4, 4, 8, 8)),
-    # For the demo: learns circles on a CPU.
-    "small": _Shape(64, (64, 128), 4, 32, 2, (8, 16, 32, 64), 1, 8, 64, 2, 4, (8, 16, 48, 128)),
+    "tiny": _Size(32, (8, 16), 2, 4, 1, (4, 4, 8, 8), 1, 4, 16, 1, 2, (4, 4, 8, 8)),
+    # For the demo: learns shapes on a CPU.
+    "small": _Size(64, (64, 128), 4, 8, 1, (8, 16, 32, 64), 1, 1, 64, 2, 4, (8, 16, 48, 128)),
     # A quarter of SD 1.5's channels everywhere, and so its proportions of work: for benchmarks.
-    "quarter": _Shape(256, (80, 160, 320, 320), 8, 16, 2, (32, 64, 128, 128), 2, 32, 192, 12, 3, (4, 8, 24, 64)),
+    "quarter": _Size(256, (80, 160, 320, 320), 8, 16, 2, (32, 64, 128, 128), 2, 32, 192, 12, 3, (4, 8, 24, 64)),
 }
 
 CONDITIONING_EMBEDDING_CHANNELS: dict[Size, tuple[int, int, int, int]] = {
-    size: shape.conditioning_embedding_channels for size, shape in _SHAPES.items()
+    size: shape.conditioning_embedding_channels for size, shape in _SIZES.items()
 }
 """`conditioning_embedding_out_channels` for a ControlNet in proportion to the base; diffusers' default is SD 1.5's."""
 
@@ -70,7 +71,7 @@ def write_random_base(
     folder: Path,
     size: Size = "small",
     *,
-    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon",
+    prediction_type: PredictionType = "epsilon",
     seed: int = 0,
 ) -> Path:
     """Write a Stable Diffusion of `size` with random weights (fp32 safetensors) to `folder`, and return `folder`.
@@ -79,16 +80,26 @@ def write_random_base(
     last, so a folder that has it is whole.
     """
     folder = Path(folder)
-    shape = _SHAPES[size]
-    tokenizer = _write_tokenizer(folder / "tokenizer")
+    tokenizer = write_tokenizer(folder / "tokenizer")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
-        parts: dict[str, Any] = {
-            "text_encoder": _text_encoder(shape, tokenizer),
-            "vae": _vae(shape),
-            "unet": _unet(shape),
-            "scheduler": _scheduler(prediction_type),
-        }
+        parts = build_parts(size, tokenizer, prediction_type)
+    return write_parts(folder, parts)
+
+
+def build_parts(size: Size, tokenizer: CLIPTokenizer, prediction_type: PredictionType = "epsilon") -> dict[str, Any]:
+    """text_encoder, vae, unet and scheduler, the weights drawn from torch's random state."""
+    shape = _SIZES[size]
+    return {
+        "text_encoder": _text_encoder(shape, tokenizer),
+        "vae": _vae(shape),
+        "unet": _unet(shape),
+        "scheduler": _scheduler(prediction_type),
+    }
+
+
+def write_parts(folder: Path, parts: Mapping[str, Any]) -> Path:
+    """Write the parts of `build_parts` to `folder`, which has the tokenizer, and return `folder`."""
     with _without_progress_bars():
         for name, part in parts.items():
             part.save_pretrained(folder / name)
@@ -119,7 +130,7 @@ def _without_progress_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _unet(shape: _Shape) -> UNet2DConditionModel:
+def _unet(shape: _Size) -> UNet2DConditionModel:
     # Like SD 1.5: attention at every resolution but the last.
     attention_levels = len(shape.unet_channels) - 1
     return UNet2DConditionModel(
@@ -136,7 +147,7 @@ def _unet(shape: _Shape) -> UNet2DConditionModel:
     )
 
 
-def _vae(shape: _Shape) -> AutoencoderKL:
+def _vae(shape: _Size) -> AutoencoderKL:
     vae = AutoencoderKL(
         sample_size=shape.resolution,
         in_channels=3,
@@ -172,7 +183,7 @@ def _normalize_latents(vae: AutoencoderKL) -> None:
     layer.bias.sub_(mean).mul_(scale)
 
 
-def _text_encoder(shape: _Shape, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def _text_encoder(shape: _Size, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=shape.text_width,
@@ -208,13 +219,13 @@ def _scheduler(prediction_type: str) -> PNDMScheduler | DDIMScheduler:
     return scheduler
 
 
-def _write_tokenizer(folder: Path) -> CLIPTokenizer:
+def write_tokenizer(folder: Path) -> CLIPTokenizer:
     """Write CLIP's byte-level BPE with a small vocabulary, and return it loaded.
 
-    Any text can be encoded; the words of the circles' captions are one token each.
+    Any text can be encoded; the words of the captions of the shapes are one token each.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    merges = _learn_merges((*COLOURS, "circle", "with", "background"))
+    merges = _learn_merges((*COLOURS, *SHAPES, "with", "background"))
     letters = list(_byte_letters())
     tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), START, END]
     files = {

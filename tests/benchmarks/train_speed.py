@@ -86,7 +86,7 @@ def write_inputs(folder: Path, num_images: int = 64) -> None:
     from diffusers import ControlNetModel, UNet2DConditionModel
 
     from raycontrolnet.demo.base_model import CONDITIONING_EMBEDDING_CHANNELS, write_random_base
-    from raycontrolnet.demo.circles import write_circles
+    from raycontrolnet.demo.shapes import write_shapes
 
     write_random_base(folder / "base", "quarter")
     unet = UNet2DConditionModel.from_pretrained(folder / "base", subfolder="unet")
@@ -94,7 +94,7 @@ def write_inputs(folder: Path, num_images: int = 64) -> None:
     channels = CONDITIONING_EMBEDDING_CHANNELS["quarter"]
     controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=channels)
     controlnet.save_pretrained(folder / "controlnet")
-    write_circles(folder / "data", num_images, resolution=RESOLUTION)
+    write_shapes(folder / "data", num_images, resolution=RESOLUTION)
 
 
 def run_reference(folder: Path, name: str, args: argparse.Namespace) -> Speed:

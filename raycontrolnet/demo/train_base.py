@@ -1,0 +1,168 @@
+"""The script that made the demo's base model: a small Stable Diffusion of coloured shapes.
+
+    python -m raycontrolnet.demo.train_base FOLDER
+
+First the VAE, then, on its latents, text encoder and UNet together. One seed; on which machine it was run, how long it
+took and what came of it stands in tests/benchmarks/RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from raycontrolnet.demo import shapes
+from raycontrolnet.demo.base_model import build_parts, write_parts, write_tokenizer
+from raycontrolnet.model.components import encode_images, on_device
+from raycontrolnet.model.diffusion import add_noise, prediction_target, sample_posterior
+
+RESOLUTION = 64
+KL_WEIGHT = 1e-3
+"""Of the divergence per latent against the squared error per value: leaves a posterior with a deviation of about 3% of
+the latents'."""
+POOL_ROWS = 16384
+"""Rows that the UNet is trained on: enough to have every pair of colours with every shape 22 times."""
+EMA_DECAY = 0.998
+PROPORTION_EMPTY_PROMPTS = 0.1
+LOG_EVERY = 100
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vae_steps", type=int, default=4000)
+    parser.add_argument("--unet_steps", type=int, default=5000)
+    args = parser.parse_args()
+    start = time.monotonic()
+    torch.manual_seed(args.seed)
+    tokenizer = write_tokenizer(args.folder / "tokenizer")
+    parts = build_parts("small", tokenizer, "v_prediction")
+    train_vae(parts["vae"], args.vae_steps, args.seed)
+    train_unet(parts, tokenizer, args.unet_steps, args.seed)
+    for name in ("text_encoder", "vae", "unet"):
+        parts[name].half()
+    write_parts(args.folder, parts)
+    print(f"{args.folder}: {time.monotonic() - start:.0f} s on {torch.get_num_threads()} threads")
+
+
+def train_vae(vae: Any, steps: int, seed: int, *, batch_size: int = 16, learning_rate: float = 2e-3) -> None:
+    """Minimise the squared error of the reconstruction and a little of the posterior's divergence (Kingma & Welling
+    2013, arXiv:1312.6114); then set the scaling factor so that latents have variance 1.
+
+    Half of the images are in the named colours, half in any: so the VAE can show those between.
+    """
+    vae.train().to(memory_format=torch.channels_last)
+    rng = np.random.default_rng((seed, 1))
+    for step, update in _updates(vae.parameters(), steps, learning_rate):
+        images = _images(rng, batch_size)
+        posterior = vae.encode(images).latent_dist
+        reconstruction = vae.decode(posterior.sample()).sample
+        error = mse_loss(reconstruction, images)
+        divergence = posterior.kl().mean() / posterior.mean[0].numel()
+        update(error + KL_WEIGHT * divergence)
+        if step % LOG_EVERY == 0:
+            print(f"vae {step}: {_psnr(error):.1f} dB, divergence {divergence.item():.2f} a latent", flush=True)
+    with torch.no_grad():
+        vae.eval()
+        images = _images(rng, 256)
+        posterior = vae.encode(images).latent_dist
+        vae.register_to_config(scaling_factor=float(1 / posterior.sample().std()))
+        error = mse_loss(vae.decode(posterior.mean).sample, images)
+    print(f"vae: {_psnr(error):.1f} dB, scaling factor {vae.config.scaling_factor:.4f}", flush=True)
+
+
+def _psnr(error: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB for a squared error of values in [-1, 1]."""
+    return 10 * math.log10(4 / error.item())
+
+
+def _images(rng: np.random.Generator, number: int) -> Tensor:
+    """fp32 [number, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.stack([_image(rng) for _ in range(number)])).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def _image(rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    named = list(shapes.COLOURS.values())
+    colours = rng.permutation(named)[:2] if rng.random() < 0.5 else rng.integers(256, size=(2, 3))
+    corners = shapes.place(list(shapes.SHAPES)[rng.integers(3)], RESOLUTION, rng)
+    colour, background = (tuple(map(int, values)) for values in colours)
+    return np.asarray(shapes.render(corners, RESOLUTION, colour, background))
+
+
+def train_unet(
+    parts: dict[str, Any], tokenizer: Any, steps: int, seed: int, *, batch_size: int = 64, learning_rate: float = 2e-3
+) -> None:
+    """Train text encoder and UNet on the VAE's latents, and leave the moving average of their weights."""
+    vae, unet, text_encoder, scheduler = (parts[name] for name in ("vae", "unet", "text_encoder", "scheduler"))
+    mean, logvar, input_ids = _pool(vae, tokenizer, seed)
+    empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids[0]
+    on_device(unet.train().to(memory_format=torch.channels_last), torch.device("cpu"))
+    weights = [*unet.parameters(), *text_encoder.train().parameters()]
+    average = [weight.detach().clone() for weight in weights]
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    for step, update in _updates(weights, steps, learning_rate):
+        rows = torch.randint(len(mean), (batch_size,), generator=generator)
+        posterior_noise, noise = torch.randn(2, *mean[rows].shape, generator=generator)
+        latents = sample_posterior(mean[rows], logvar[rows], posterior_noise) * vae.config.scaling_factor
+        dropped = torch.rand(batch_size, 1, generator=generator) < PROPORTION_EMPTY_PROMPTS
+        hidden = text_encoder(torch.where(dropped, empty, input_ids[rows]), return_dict=False)[0]
+        timesteps = torch.randint(1000, (batch_size,), generator=generator)
+        alphas_cumprod = scheduler.alphas_cumprod[timesteps]
+        prediction = unet(add_noise(latents, noise, alphas_cumprod), timesteps, hidden, return_dict=False)[0]
+        loss = mse_loss(prediction, prediction_target("v_prediction", latents, noise, alphas_cumprod))
+        update(loss)
+        losses.append(loss.item())
+        decay = min(EMA_DECAY, step / (step + 10))
+        torch._foreach_lerp_(average, [weight.detach() for weight in weights], 1 - decay)
+        if step % LOG_EVERY == 0:
+            print(f"unet {step}: loss {sum(losses[-LOG_EVERY:]) / LOG_EVERY:.4f}", flush=True)
+    for weight, averaged in zip(weights, average, strict=True):
+        weight.data = averaged
+
+
+@torch.no_grad()
+def _pool(vae: Any, tokenizer: Any, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and log-variance, fp32 [N, 4, h, w], and input_ids, int64 [N, 77], of the rows to train on."""
+    posteriors, texts = [], []
+    for first in range(0, POOL_ROWS, 256):
+        rows = [shapes.draw_row(index, RESOLUTION, seed + 1) for index in range(first, first + 256)]
+        images = torch.from_numpy(np.stack([np.asarray(row.image) for row in rows]))
+        posteriors.append(encode_images(vae, images))
+        texts += [row.text for row in rows]
+    input_ids = tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+    mean, logvar = (torch.cat(part) for part in zip(*posteriors, strict=True))
+    return mean, logvar, input_ids
+
+
+def _updates(weights: Iterable[torch.nn.Parameter], steps: int, learning_rate: float) -> Iterator[tuple[int, Any]]:
+    """Steps from 1 on, each with a function that minimises a loss by AdamW, warmed up and then annealed to 0."""
+    weights = list(weights)
+    optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=steps, pct_start=0.05, cycle_momentum=False, final_div_factor=1e3
+    )
+
+    def update(loss: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+
+    for step in range(1, steps + 1):
+        yield step, update
+
+
+if __name__ == "__main__":
+    main()
