@@ -247,10 +247,10 @@ def test_a_failure_is_logged_and_leaves_what_there_is(
     options: dict[str, Any] = {"resolution": RESOLUTION, "sampling": FEW}
     validation.write(tmp_path, 5, items, components, device=CPU, **options)  # an earlier run, which then went back
     validation.finish(tmp_path, 5, items, resolution=RESOLUTION)
-    real: Callable[..., Image.Image] = drawing.draw
+    real: Callable[..., list[Image.Image]] = drawing.draw
 
-    def out_of_memory(*arguments: Any, **named: Any) -> Image.Image:
-        if arguments[3] == items[1].seed:
+    def out_of_memory(*arguments: Any, **named: Any) -> list[Image.Image]:
+        if arguments[3] == [items[1].seed]:
             raise torch.OutOfMemoryError("no memory left")
         return real(*arguments, **named)
 

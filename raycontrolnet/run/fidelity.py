@@ -1,4 +1,4 @@
-"""Control fidelity: how well a picture obeys its control image, found by looking for the condition in the picture again.
+"""Control fidelity: how well a picture obeys its control image, by the condition that is found in it again.
 
     shape   the control image is an outline, the picture a filled shape: intersection over union of the two regions
     canny   the control image is edges: F-measure between them and the picture's own edges
@@ -121,7 +121,7 @@ def _background(image: UInt8Image) -> npt.NDArray[np.float32]:
 def iou(asked: Mask, found: Mask) -> float:
     """Intersection over union of two regions; 1 if both are empty."""
     union = np.count_nonzero(asked | found)
-    return np.count_nonzero(asked & found) / union if union else 1.0
+    return float(np.count_nonzero(asked & found) / union) if union else 1.0
 
 
 def edge_f_measure(asked: Mask, found: Mask) -> float:
