@@ -318,6 +318,7 @@ def test_what_a_run_leaves(run: tuple[Path, Any, str]) -> None:
         means[step] = float(np.mean(found))
     assert any(means.values()), "or anything would be equal"
     assert {step: found.mean for step, found in validation.fidelity_by_step(out).items()} == pytest.approx(means)
+    assert list(validation.fidelity_by_step(out, last_step=3)) == [2]
     status = json.loads((out / "run.json").read_text())
     assert status["control_fidelity"] == result.control_fidelity == pytest.approx(means[4])
     for step, mean in means.items():
@@ -507,22 +508,6 @@ def test_generated_images_without_a_score(
     assert shown.endswith(f"; no control fidelity, {log} says why\n")
     assert "no control fidelity (RuntimeError: OpenCV is out of order)" in log.read_text()
     assert [pair.control_fidelity for pair in pairs] == [None, None]
-
-
-def test_batches_draw_the_same_but_for_rounding(
-    draw: Callable[..., tuple[list[PairImages], str]], tmp_path: Path
-) -> None:
-    """Of three of the four images, and of the one that is left, whose pair begins in the batch before."""
-    for size in (1, 3):
-        draw(batch_size=size, out=str(tmp_path / str(size)))
-    images = [[path for pair in range(2) for path in sorted((tmp_path / name).glob(f"pair-0{pair}-image*"))]
-              for name in ("1", "3")]  # fmt: skip
-    assert [len(paths) for paths in images] == [4, 4]
-    for one, other in zip(*images, strict=True):
-        pixels = [np.asarray(Image.open(path)).astype(int) for path in (one, other)]
-        assert np.abs(pixels[0] - pixels[1]).max() <= 2
-        assert pixels[0].std() > 1
-    assert [line["seed"] for line in metadata(tmp_path / "1")] == [line["seed"] for line in metadata(tmp_path / "3")]
 
 
 def test_a_hundred_pairs(draw: Callable[..., tuple[list[PairImages], str]], circles: Path, tmp_path: Path) -> None:
