@@ -98,7 +98,8 @@ def test_the_demos_own_pictures_have_nearly_all(resolution: int) -> None:
     for index in range(40):
         image, control_image, _ = draw_circle(index, resolution, 0)
         found.append(control_fidelity(np.asarray(control_image), np.asarray(image), "shape"))
-    assert min(found) > (0.92 if resolution == 32 else 0.96)
+    assert min(found) > (0.93 if resolution == 32 else 0.97)
+    assert np.mean(found) > 0.98
 
 
 def test_blur_and_noise_cost_little() -> None:
@@ -116,7 +117,7 @@ def test_noise_is_no_shape(std: float, size: int) -> None:
     control_image = outline(disc(size / 2, size / 2, size / 4, size))
     assert control_fidelity(control_image, noise(std, size), "shape") < 0.05
     uniform = np.random.default_rng(int(std)).integers(0, 256, (size, size, 3), np.uint8)
-    assert control_fidelity(control_image, uniform, "shape") < 0.1
+    assert control_fidelity(control_image, uniform, "shape") < 0.05
 
 
 def test_a_plain_picture_or_control_image() -> None:

@@ -85,11 +85,12 @@ def _cut_off(free: Mask) -> Mask:
 
 
 def found_shape(image: UInt8Image) -> Mask:
-    """The largest connected region of another colour than the background: bool [H, W], all False in a plain picture.
+    """The largest connected region of another colour than the background: bool [H, W].
 
-    The background's colour is the median of the picture's frame, so a shape may touch the border. A pixel belongs to
-    a shape if it is further from it, in RGB, than half as far as the shape's own colour: there smooth edges have
-    their middle. What has the background's colour within a shape is no part of it: a ring is no disc.
+    All False where there is none: in a plain picture, and in noise. The background's colour is the median of the
+    picture's frame, so a shape may touch the border. A pixel belongs to a shape if it is further from it, in RGB, than
+    half as far as the shape's own colour: there smooth edges have their middle. What has the background's colour within
+    a shape is no part of it: a ring is no disc.
 
     Args:
         image: uint8 [H, W, 3], RGB.
@@ -97,12 +98,11 @@ def found_shape(image: UInt8Image) -> Mask:
     distance = np.linalg.norm(image.astype(np.float32) - _background(image), axis=2)
     # Otsu (1979) parts near from far; it needs whole numbers, here tenths.
     tenths, _ = cv2.threshold((distance * 10).astype(np.uint16), 0, 1, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
-    parted = tenths / 10
-    far = distance[distance > parted]
-    if not far.size or np.median(far) < PLAIN_DISTANCE:
+    is_far = distance > tenths / 10
+    half = np.median(distance[is_far]) / 2 if is_far.any() else 0.0
+    if 2 * half < PLAIN_DISTANCE or np.median(distance[~is_far]) > half:  # plain; or noise, which has no background
         return np.zeros(distance.shape, np.bool_)
-    # Otsu's own threshold is anywhere between two plain colours; but what is near to it in noise is no shape.
-    different = (distance > max(parted, np.median(far) / 2)).astype(np.uint8)
+    different = (distance > half - 1).astype(np.uint8)  # rounding of smooth edges is less
     # Thinner than 3 pixels is no region, and corners do not connect: else noise would be one large shape.
     different = cv2.morphologyEx(different, cv2.MORPH_OPEN, _CROSS)
     count, labels, stats, _ = cv2.connectedComponentsWithStats(different, connectivity=4)
