@@ -5,13 +5,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["GenerateConfig", "PairImages", "PrepareResult", "RunResult", "TrainConfig", "fit", "generate", "prepare"]
+__all__ = [
+    "GenerateConfig",
+    "PairImages",
+    "PrepareResult",
+    "RunResult",
+    "TrainConfig",
+    "control_fidelity",
+    "fit",
+    "generate",
+    "prepare",
+]
 
 if TYPE_CHECKING:
     from raycontrolnet.config import TrainConfig
     from raycontrolnet.generate_images import generate
     from raycontrolnet.generate_settings import GenerateConfig
     from raycontrolnet.prepare_latents import PrepareResult, prepare
+    from raycontrolnet.run.fidelity import control_fidelity
     from raycontrolnet.run.images import PairImages
     from raycontrolnet.train import RunResult, fit
 
@@ -42,4 +53,8 @@ def __getattr__(name: str) -> Any:
         from raycontrolnet.run.images import PairImages
 
         return PairImages
+    if name == "control_fidelity":
+        from raycontrolnet.run.fidelity import control_fidelity
+
+        return control_fidelity
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,6 @@
 """`raycontrolnet generate`: images from a trained ControlNet, on the code path of the training's validation.
 
-All in the calling process, without Ray: check everything, load the models once, draw one image after the other.
+All in the calling process, without Ray: check everything, load the models once, draw one batch after the other.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError, 
 from raycontrolnet.generate_settings import GenerateConfig
 from raycontrolnet.model.components import Components, load_components, working_precision
 from raycontrolnet.preflight import BASE_PARTS, collected, not_a_model, unwritable
-from raycontrolnet.run import images, trained
+from raycontrolnet.run import images, scores, trained, validation
 from raycontrolnet.run.drawing import Sampling
 from raycontrolnet.run.export import find_token
 from raycontrolnet.run.images import METADATA, ImageItem, PairImages
@@ -104,8 +104,19 @@ def _generate(config: GenerateConfig, stream: TextIO) -> list[PairImages]:
                     stream.write(f"{problem}\n")
             results = _draw(task, components, drawn, stream)
     seconds = time.monotonic() - started
-    stream.write(f"done in {duration(seconds)}: {_count(len(drawn), 'image')}, grids and {METADATA} in {task.out}\n")
+    fidelity = _fidelity(task, results)
+    stream.write(
+        f"done in {duration(seconds)}: {_count(len(drawn), 'image')}, grids and {METADATA} in {task.out}{fidelity}\n"
+    )
     return results
+
+
+def _fidelity(task: _Task, results: Sequence[PairImages]) -> str:
+    """The end of the last line: what the images' scores are on the average."""
+    measure, found = task.config.control_fidelity, validation.fidelity_of(results)
+    if measure is None:
+        return ""
+    return f"; {scores.in_words(found)} ({measure})" if found else f"; no control fidelity, {task.out / LOG} says why"
 
 
 def _check(config: GenerateConfig) -> _Task:
@@ -226,12 +237,19 @@ def _draw(task: _Task, components: Components, drawn: list[ImageItem], stream: T
             device=task.device,
             autocast=None if task.precision == torch.float32 else task.precision,
             sampling=task.sampling,
+            batch_size=task.config.batch_size,
         ):
             drawn.append(item)
             stream.write(f"{task.out / item.file_name}\n")
             stream.flush()
     finally:
-        results = images.finish(task.out, drawn, resolution=task.resolution, sampling=task.sampling)
+        results = images.finish(
+            task.out,
+            drawn,
+            resolution=task.resolution,
+            sampling=task.sampling,
+            measure=task.config.control_fidelity,
+        )
     return results
 
 
@@ -254,7 +272,8 @@ def _failures_explained(task: _Task, drawn: Sequence[ImageItem]) -> Iterator[Non
         reason = f"Drawing failed: {in_one_line(error).rstrip('.')}."
         if isinstance(error, torch.OutOfMemoryError):
             cause = str(error).splitlines()[0]
-            reason = f"Out of GPU memory: {cause} Use a smaller --resolution, or --mixed_precision bf16."
+            smaller = "--batch_size" if task.config.batch_size > 1 else "--resolution"
+            reason = f"Out of GPU memory: {cause} Use a smaller {smaller}, or --mixed_precision bf16."
         raise RunError(f"{reason}\n{what_stands()} Details: {task.out / LOG}") from error
 
 

@@ -19,7 +19,7 @@ from raycontrolnet.setting_rules import (
     resolution_problems,
     seed_problems,
 )
-from raycontrolnet.settings import MIXED_PRECISIONS
+from raycontrolnet.settings import FIDELITY_MEASURES, MIXED_PRECISIONS
 
 MOST_INFERENCE_STEPS = 999
 """Stable Diffusion has 1,000 timesteps; the scheduler needs one more of them than steps."""
@@ -39,6 +39,8 @@ class PicturesConfig:
     """Images per prompt-image pair."""
     out: str = "generated"
     """Folder for the images; those of the same names from an earlier time are replaced."""
+    control_fidelity: str | None = None
+    """Score images by the condition found in them: shape (of a filled outline) or canny (edges)."""
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
@@ -55,6 +57,7 @@ class PicturesConfig:
         yield from pair_problems(self, "prompt", "image")
         yield from at_least(self, 1, "num_images")
         yield from folder_problems(self, "out")
+        yield from one_of(self, "control_fidelity", FIDELITY_MEASURES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,8 @@ class SamplingConfig:
     """Denoising steps per image, with UniPC."""
     guidance_scale: float = 7.5
     """How closely images follow the prompt; 1 and less is without guidance, at half the time."""
+    batch_size: int = 1
+    """Images drawn at a time: faster for small ones, and the same but for rounding."""
     resolution: int | None = None
     """Pixels of the images' sides, divisible by 8; by default the run's, or else 512."""
     mixed_precision: str | None = None
@@ -76,7 +81,7 @@ class SamplingConfig:
 
     def problems(self) -> Problems:
         yield from seed_problems(self)
-        yield from at_least(self, 1, "num_inference_steps")
+        yield from at_least(self, 1, "num_inference_steps", "batch_size")
         if self.num_inference_steps > MOST_INFERENCE_STEPS:
             yield problem_of(self, "num_inference_steps", f"must be at most {MOST_INFERENCE_STEPS}")
         if not 0 <= self.guidance_scale < math.inf:

@@ -32,6 +32,7 @@ TRACKERS = ("tensorboard", "wandb", "comet_ml")
 CACHE_MODES = ("auto", "on", "off")
 LATENTS_DTYPES = ("float16", "float32")
 BAD_SAMPLES = ("fail", "skip")
+FIDELITY_MEASURES = ("shape", "canny")
 HELD_OUT_ROWS = 16
 """Rows held out by default: measuring them every 100 updates of batch 4 costs a few percent."""
 ROWS_TO_SPARE = 320
@@ -251,6 +252,8 @@ class ValidationConfig:
     """Validate every N updates, and once at the end."""
     validation_split: float | None = None
     """Rows to measure learning by, never trained on: a share below 1 or a count; by default 16 of 320 rows or more."""
+    control_fidelity: str | None = None
+    """Score validation images by the condition found in them: shape (of a filled outline) or canny (edges)."""
 
     def held_out_of(self, num_rows: int, num_used: int) -> int:
         """How many of a data set's rows are held out: none, or at least 2, because control images are shuffled.
@@ -272,6 +275,10 @@ class ValidationConfig:
             yield f"--{missing}: needed, because the other of --validation_prompt and --validation_image is given"
         yield from pair_problems(self, "validation_prompt", "validation_image")
         yield from at_least(self, 1, "num_validation_images", "validation_steps")
+        yield from one_of(self, "control_fidelity", FIDELITY_MEASURES)
+        if self.control_fidelity is not None and not (self.validation_prompt or self.validation_image):
+            add = "add --validation_prompt and --validation_image"
+            yield problem_of(self, "control_fidelity", f"there are no validation images to score; {add}")
 
     @property
     def validation_pairs(self) -> tuple[tuple[str, str], ...]:

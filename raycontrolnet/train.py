@@ -33,7 +33,7 @@ from raycontrolnet.errors import RunError
 from raycontrolnet.latents_of_run import WantedLatents, planned_latents, with_latents
 from raycontrolnet.preflight import CheckedRun, check, check_device, versions, with_absolute_paths
 from raycontrolnet.prepare_latents import here, on_ray
-from raycontrolnet.run import export, held_out
+from raycontrolnet.run import export, held_out, validation
 from raycontrolnet.run.failures import read_failure
 from raycontrolnet.run.job import LOG, Job, begin
 from raycontrolnet.run.live_report import report_kept
@@ -73,6 +73,8 @@ class RunResult:
     """By how much val_loss grows when the control images are shuffled."""
     control_appeared_at_step: int | None = None
     """Since when the model obeys the control image, as far as the held-out rows show."""
+    control_fidelity: float | None = None
+    """How well the last validation images obey their control images, in [0, 1]; None if it was not measured."""
 
 
 def fit(config: TrainConfig, *, stream: TextIO | None = None) -> RunResult:
@@ -112,7 +114,7 @@ def _fit(config: TrainConfig, stream: TextIO) -> RunResult:
             with ray_session(config.address):
                 summary = _train_on_ray(run, latents, status, stream)
         last = run.last_checkpoint()
-        measured = held_out.summary(output_dir)
+        measured = held_out.summary(output_dir) | validation.summary(run.config, output_dir, summary["step"])
         status |= {**summary, **measured, "checkpoint": last.path.name if last else None}
         licence = export.find_licence(run.config, run.token)
         # Fit to be pushed, also by hand: if the Hub does not even say who the owner is, there is no better name.
@@ -271,7 +273,8 @@ def _announce(run: CheckedRun, world_size: int, status: RunStatus, stream: TextI
 
 def _progress(run: CheckedRun, world_size: int, stream: TextIO) -> Progress:
     total_updates = run.plan(world_size, run.start).total_updates
-    return Progress(run.output_dir, total_updates, run.start.step if run.start else 0, stream)
+    scored = run.config.control_fidelity is not None
+    return Progress(run.output_dir, total_updates, run.start.step if run.start else 0, stream, scored=scored)
 
 
 def _push(run: CheckedRun, status: dict[str, Any], licence: export.Licence, stream: TextIO) -> str:

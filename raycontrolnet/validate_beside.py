@@ -82,7 +82,8 @@ class Painter:
                 autocast=None if precision == torch.float32 else precision,
                 **options,
             )
-            pairs = validation.finish(job.output_dir, step, job.validation_items, **options)
+            measure = config.control_fidelity
+            pairs = validation.finish(job.output_dir, step, job.validation_items, measure=measure, **options)
         return Drawn(step, pairs, time.perf_counter() - start)
 
 

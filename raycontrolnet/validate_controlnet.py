@@ -18,7 +18,7 @@ import torch
 from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.model.components import vae_on, with_controlnet, working_precision
 from raycontrolnet.model.step import TrainState
-from raycontrolnet.run import held_out, validation
+from raycontrolnet.run import held_out, scores, validation
 from raycontrolnet.run.job import Job
 from raycontrolnet.run.metrics import MetricsLog, PhaseClock
 from raycontrolnet.run.plan import RunPlan
@@ -126,7 +126,13 @@ class Validator:
         _barrier()  # Ray's, not the process group's: a slow worker cannot time a collective out
         if self.rank == 0:
             items = job.validation_items
-            pairs = validation.finish(job.output_dir, state.step, items, resolution=job.config.resolution)
+            pairs = validation.finish(
+                job.output_dir,
+                state.step,
+                items,
+                resolution=job.config.resolution,
+                measure=job.config.control_fidelity,
+            )
             self._publish(Drawn(state.step, pairs))
 
     def _publish(self, drawn: Drawn | None) -> None:
@@ -137,6 +143,9 @@ class Validator:
             self.clock.seconds["validation_beside"] += drawn.seconds
         for pair in drawn.pairs:
             self.trackers.images(drawn.step, pair.key, [pair.control, *pair.images], pair.prompt)
+        if fidelity := validation.fidelity_of(drawn.pairs):
+            self.trackers.scalars(drawn.step, {"control_fidelity": fidelity.mean})
+            logger.info("step %d: %s", drawn.step, scores.in_words(fidelity))
 
 
 @contextmanager

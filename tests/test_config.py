@@ -91,6 +91,7 @@ OWN_FLAGS: dict[str, tuple[str, Any]] = {
     "on_bad_sample": ("STR", "fail"),
     "max_bad_fraction": ("FLOAT", 0.01),
     "license": ("STR", None),
+    "control_fidelity": ("STR", None),
 }
 
 Settings = dict[str, Any]
@@ -198,6 +199,7 @@ COMPANIONS: dict[str, list[str]] = {
     "dataset_config_name": ["--train_data_dir", "None", "--dataset_name", "d"],
     "validation_prompt": ["--validation_image", "IMAGE"],
     "validation_image": ["--validation_prompt", "a prompt"],
+    "control_fidelity": ["--validation_prompt", "a prompt", "--validation_image", "IMAGE"],
 }
 VALUES: dict[str, tuple[list[str], Any]] = {
     "lr_scheduler": (["cosine"], "cosine"),
@@ -208,6 +210,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "latents_dtype": (["float32"], "float32"),
     "on_bad_sample": (["skip"], "skip"),
     "license": (["openrail++"], "openrail++"),
+    "control_fidelity": (["shape"], "shape"),
     "validation_image": (["IMAGE", "IMAGE"], ("IMAGE", "IMAGE")),
     "validation_prompt": (["a b"], ("a b",)),
 }

@@ -581,7 +581,7 @@ def stop_at(image: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -
     """Raise when the image of that index is drawn."""
     real, count = drawing.draw, iter(range(100))
 
-    def stop(*arguments: Any, **named: Any) -> Image.Image:
+    def stop(*arguments: Any, **named: Any) -> list[Image.Image]:
         if next(count) == image:
             raise error
         return real(*arguments, **named)

@@ -49,7 +49,7 @@ TORCH_FREE = ("", "__main__", "cli", "config", "data", "errors", "generate_setti
 
 When = Literal["module", "function", "script", "types"]
 
-HEAVY = {"accelerate", "datasets", "diffusers", "ray", "torch", "transformers"}
+HEAVY = {"accelerate", "cv2", "datasets", "diffusers", "ray", "torch", "transformers"}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import json
 import logging
 import random
 from collections.abc import Callable, Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,42 @@ def test_control_image_and_seed_matter(components: Components, config: Validatio
     np.testing.assert_array_equal(drawn[0], drawn[3])
 
 
+@pytest.mark.parametrize("batch_size", [2, 4, 100])
+def test_batches_draw_the_same_but_for_rounding(
+    components: Components, config: ValidationConfig, batch_size: int
+) -> None:
+    """Each with its own prompt, control image and seed, also where a batch holds images of several pairs."""
+    items = [
+        dataclasses.replace(item, prompt=f"{item.prompt} {item.image}") for item in validation.plan(config, seed=7)
+    ]
+    drawn: dict[int, list[Any]] = {}
+    for size in (1, batch_size):
+        options: dict[str, Any] = {"resolution": RESOLUTION, "device": CPU, "sampling": FEW, "batch_size": size}
+        found = list(images.draw_items(components, items, **options))
+        assert [item for item, _ in found] == items
+        drawn[size] = [pixels(image).astype(int) for _, image in found]
+    for one, other in zip(drawn[1], drawn[batch_size], strict=True):
+        assert np.abs(one - other).max() <= 2
+    assert min(np.abs(one - other).mean() for one, other in combinations(drawn[1], 2)) > 0.5
+
+
+def test_the_files_of_many_pairs_sort(config: ValidationConfig) -> None:
+    path = (config.validation_image or ())[0]
+    for count, first, last in (
+        (100, "pair-00", "pair-99"),
+        (101, "pair-000", "pair-100"),
+        (1001, "pair-0000", "pair-1000"),
+    ):
+        items = images.plan([("a", path)] * count, 1, 0, "--image")
+        for names in (
+            [i.file_name for i in items],
+            [i.control_file_name for i in items],
+            [i.grid_file_name for i in items],
+        ):
+            assert names == sorted(names)
+            assert (names[0][: len(first)], names[-1][: len(last)]) == (first, last)
+
+
 def test_models_and_random_state_stay_as_they_were(components: Components, config: ValidationConfig) -> None:
     modules = (components.text_encoder, components.vae, components.unet, components.controlnet)
     components.unet.train()
@@ -247,10 +284,10 @@ def test_a_failure_is_logged_and_leaves_what_there_is(
     options: dict[str, Any] = {"resolution": RESOLUTION, "sampling": FEW}
     validation.write(tmp_path, 5, items, components, device=CPU, **options)  # an earlier run, which then went back
     validation.finish(tmp_path, 5, items, resolution=RESOLUTION)
-    real: Callable[..., Image.Image] = drawing.draw
+    real: Callable[..., list[Image.Image]] = drawing.draw
 
-    def out_of_memory(*arguments: Any, **named: Any) -> Image.Image:
-        if arguments[3] == items[1].seed:
+    def out_of_memory(*arguments: Any, **named: Any) -> list[Image.Image]:
+        if arguments[3] == [items[1].seed]:
             raise torch.OutOfMemoryError("no memory left")
         return real(*arguments, **named)
 

@@ -26,12 +26,13 @@ SMOOTHED_SHARE = 0.08
 MARKED_POINTS = 40
 """Up to so many points are marked as such."""
 STANDARD_ERRORS = 2
-"""Drawn, and written, to either side of a control gap."""
+"""Drawn, and written, to either side of a control gap or fidelity."""
 
 _SIZE = (5.0, 3.0)
 """Inches of 72 units: at 360 units to the width of a phone, text of 12 units is read without glasses."""
 _PAINTS = {
-    name: f"#0{i}0{i}0{i}" for i, name in enumerate(("ink", "grid", "loss", "held-out", "gap", "speed", "lr"), 1)
+    name: f"#0{i}0{i}0{i}"
+    for i, name in enumerate(("ink", "grid", "loss", "held-out", "gap", "speed", "lr", "fidelity"), 1)
 }
 """Name of a CSS variable -> the colour that stands for it while matplotlib draws, and occurs nowhere else."""
 
@@ -116,6 +117,16 @@ def control_gap(steps: Column, gaps: Column, errors: Column, appeared_at: int | 
         axes.axvline(appeared_at, color=_PAINTS["gap"], linewidth=1.5, linestyle=(0, (4, 3)))
     _limit(axes, 0.0, *low, *high)
     return _svg(axes, "gap", "control gap over the steps")
+
+
+def control_fidelity(steps: Column, means: Column, errors: Column) -> str:
+    """The control fidelity with its standard errors, which are nan where a single image was drawn."""
+    axes = _axes()
+    reach = STANDARD_ERRORS * np.nan_to_num(errors)
+    axes.fill_between(steps, means - reach, means + reach, color=_PAINTS["fidelity"], alpha=0.25, linewidth=0)
+    _line(axes, steps, means, "fidelity")
+    _limit(axes, 0.0, *(means + reach))
+    return _svg(axes, "fidelity", "control fidelity over the steps")
 
 
 def _axes() -> Axes:

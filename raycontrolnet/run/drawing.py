@@ -1,10 +1,10 @@
-"""Drawing an image with a ControlNet and the models in memory, which stay exactly as they were."""
+"""Drawing images with a ControlNet and the models in memory, which stay exactly as they were."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -57,40 +57,43 @@ def build_pipeline(components: Components) -> Any:
 
 def draw(
     pipeline: Any,
-    prompt: str,
-    control: Image.Image,
-    seed: int,
+    prompts: Sequence[str],
+    controls: Sequence[Image.Image],
+    seeds: Sequence[int],
     *,
     device: torch.device,
     autocast: torch.dtype | None = None,
     sampling: Sampling = DEFAULT_SAMPLING,
-) -> Image.Image:
-    """One RGB image of the size of `control`, a function of the arguments and the weights alone.
+) -> list[Image.Image]:
+    """RGB images of the size of `controls`, each a function of its own arguments and the weights alone.
 
-    The initial noise comes from a CPU generator of its own, so that it is the same on every device and torch's own
-    random state is not touched. Modules keep their mode (training or evaluation) and their gradients.
+    They are drawn together: with others beside it, an image is the same but for rounding. The initial noise comes from
+    a CPU generator of each image's own, so that it is the same on every device and torch's own random state is not
+    touched. Modules keep their mode (training or evaluation) and their gradients.
 
     Args:
         pipeline: of `build_pipeline`.
-        control: RGB, width and height divisible by 8.
+        controls: RGB, of one size, width and height divisible by 8; one for every prompt, as of `seeds`.
         device: where the models are.
         autocast: fp16 or bf16 with mixed precision, None without.
     """
     modules = (pipeline.text_encoder, pipeline.vae, pipeline.unet, pipeline.controlnet)
-    warn_if_cut(pipeline.tokenizer, prompt)
+    for prompt in prompts:
+        warn_if_cut(pipeline.tokenizer, prompt)
     with ExitStack() as drawing:
         drawing.enter_context(_quiet())
         drawing.enter_context(evaluating(modules))
         drawing.enter_context(torch.no_grad())
         if autocast is not None:
             drawing.enter_context(torch.autocast(device.type, dtype=autocast))
-        return pipeline(
-            prompt,
-            image=control,
+        images: list[Image.Image] = pipeline(
+            list(prompts),
+            image=list(controls),
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale,
-            generator=torch.Generator().manual_seed(seed),
-        ).images[0]
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        ).images
+        return images
 
 
 @contextmanager

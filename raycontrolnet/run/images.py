@@ -1,6 +1,6 @@
 """Images as files: what a ControlNet draws for pairs of prompts and control images, with fixed seeds.
 
-    plan -> an item per image -> write (draws and saves, one by one) -> finish
+    plan -> an item per image -> write (draws and saves) -> finish (grids, metadata, scores)
 
 `run/validation.py` does so while a ControlNet is trained, `generate_images.py` afterwards. An image depends on its
 item, the sampling and the weights alone: not on who draws it, nor on what was drawn before. The folder gets
@@ -9,6 +9,8 @@ item, the sampling and the weights alone: not on who draws it, nor on what was d
     pair-00-control.png        the control image as it was used: RGB, resized and cropped
     pair-00-grid.png           control image, then the images
     metadata.jsonl             one line per image; written last, so a folder that has it is complete
+
+with more digits for the pair where there are more than a hundred.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +30,14 @@ from PIL import Image
 
 from raycontrolnet.data.transforms import CONDITIONING_BACKGROUND, decode_rgb, resize_and_crop
 from raycontrolnet.errors import DataError
+from raycontrolnet.run import scores
 from raycontrolnet.run.drawing import DEFAULT_SAMPLING, Sampling, build_pipeline, draw
 
 if TYPE_CHECKING:
     from raycontrolnet.model.components import Components
 
 METADATA = "metadata.jsonl"
+CONTROL_ENDING, GRID_ENDING = "-control.png", "-grid.png"
 
 
 @dataclass(frozen=True)
@@ -50,18 +55,24 @@ class ImageItem:
     """Seed of the initial noise, in [0, 2**32)."""
     control_bytes: bytes = field(repr=False)
     """The control image's file."""
+    digits: int = 2
+    """Of the pair's index in file names, so that they sort."""
+
+    @property
+    def pair_name(self) -> str:
+        return f"pair-{self.pair:0{self.digits}d}"
 
     @property
     def file_name(self) -> str:
-        return f"pair-{self.pair:02d}-image-{self.image:02d}.png"
+        return f"{self.pair_name}-image-{self.image:02d}.png"
 
     @property
     def control_file_name(self) -> str:
-        return f"pair-{self.pair:02d}-control.png"
+        return self.pair_name + CONTROL_ENDING
 
     @property
     def grid_file_name(self) -> str:
-        return _grid_name(self.pair)
+        return self.pair_name + GRID_ENDING
 
     def control(self, resolution: int) -> Image.Image:
         """The control image as the model gets it: RGB, `resolution` x `resolution`."""
@@ -82,6 +93,13 @@ class PairImages:
     images: tuple[Path, ...]
     grid: Path
     """Control image and images side by side."""
+    control_fidelity: tuple[float, ...] | None = field(default=None, kw_only=True)
+    """How well each image obeys the control image, in [0, 1]; None where it was not measured."""
+
+    @property
+    def name(self) -> str:
+        """What the names of the pair's files begin with."""
+        return self.control.name.removesuffix(CONTROL_ENDING)
 
 
 def check(paths: Iterable[str], flag: str) -> None:
@@ -108,10 +126,11 @@ def plan(pairs: Sequence[tuple[str, str]], num_images: int, seed: int, flag: str
     """
     items = []
     files = {path: _read(path, flag) for _, path in pairs}  # one object per file, also when pickled
+    digits = max(2, len(str(len(pairs) - 1)))
     for pair, (prompt, path) in enumerate(pairs):
         for image in range(num_images):
             item_seed = int(np.random.SeedSequence((seed, pair, image)).generate_state(1)[0])
-            items.append(ImageItem(pair, image, prompt, path, item_seed, files[path]))
+            items.append(ImageItem(pair, image, prompt, path, item_seed, files[path], digits))
     return items
 
 
@@ -130,30 +149,32 @@ def draw_items(
     device: torch.device,
     autocast: torch.dtype | None = None,
     sampling: Sampling = DEFAULT_SAMPLING,
+    batch_size: int = 1,
 ) -> Iterator[tuple[ImageItem, Image.Image]]:
-    """Draw `items` one by one with the models in memory, which stay as they are (mode, gradients, random state).
+    """Draw `items` with the models in memory, which stay as they are (mode, gradients, random state).
 
     Args:
         components: the models themselves, not wrapped in DistributedDataParallel.
         resolution: of the images, in pixels.
         device: where the models are.
         autocast: fp16 or bf16 with mixed precision, None without.
+        batch_size: how many are drawn at a time. The images are the same but for rounding.
 
     Yields:
         (item, RGB image of resolution x resolution)
     """
-    pipeline = build_pipeline(components)
-    for item in items:
-        image = draw(
+    pipeline, waiting = build_pipeline(components), iter(items)
+    while batch := list(islice(waiting, batch_size)):
+        images = draw(
             pipeline,
-            item.prompt,
-            item.control(resolution),
-            item.seed,
+            [item.prompt for item in batch],
+            [item.control(resolution) for item in batch],
+            [item.seed for item in batch],
             device=device,
             autocast=autocast,
             sampling=sampling,
         )
-        yield item, image
+        yield from zip(batch, images, strict=True)
 
 
 def write(folder: Path, items: Iterable[ImageItem], components: Components, **options: Any) -> Iterator[ImageItem]:
@@ -179,13 +200,15 @@ def finish(
     resolution: int,
     sampling: Sampling = DEFAULT_SAMPLING,
     step: int | None = None,
+    measure: str | None = None,
 ) -> list[PairImages]:
-    """Control images, grids and metadata.jsonl, once images are written.
+    """Control images, grids, scores and metadata.jsonl, once images are written.
 
     Those of `items` whose images are missing are left out; without any, nothing is written.
 
     Args:
         step: of a validation.
+        measure: of `control_fidelity`; None for no scores.
 
     Returns:
         One result per pair that has images.
@@ -193,20 +216,22 @@ def finish(
     there = [item for item in items if (folder / item.file_name).is_file()]
     if not there:
         return []
+    lines = []
     for pair in dict.fromkeys(item.pair for item in there):
         of_pair = [item for item in there if item.pair == pair]
         control = of_pair[0].control(resolution)
+        pictures = [_open(folder / item.file_name) for item in of_pair]
         _save(control, folder / of_pair[0].control_file_name)
-        grid = _grid([control, *(_open(folder / item.file_name) for item in of_pair)])
-        _save(grid, folder / of_pair[0].grid_file_name)
-    lines = [json.dumps(_metadata(item, step, sampling), ensure_ascii=False) + "\n" for item in there]
+        _save(_grid([control, *pictures]), folder / of_pair[0].grid_file_name)
+        for item, score in zip(of_pair, scores.scored(control, pictures, measure), strict=True):
+            lines.append(json.dumps(_metadata(item, step, sampling, score), ensure_ascii=False) + "\n")
     unfinished = folder / f".{METADATA}.unfinished"
     unfinished.write_text("".join(lines), encoding="utf-8")
     os.replace(unfinished, folder / METADATA)
     return results(folder)
 
 
-def _metadata(item: ImageItem, step: int | None, sampling: Sampling) -> dict[str, Any]:
+def _metadata(item: ImageItem, step: int | None, sampling: Sampling, score: float | None) -> dict[str, Any]:
     return {
         "file_name": item.file_name,
         "conditioning_image_file_name": item.control_file_name,
@@ -219,6 +244,7 @@ def _metadata(item: ImageItem, step: int | None, sampling: Sampling) -> dict[str
         "scheduler": sampling.scheduler,
         "num_inference_steps": sampling.num_inference_steps,
         "guidance_scale": sampling.guidance_scale,
+        **({} if score is None else {"control_fidelity": score}),
     }
 
 
@@ -230,12 +256,11 @@ def results(folder: Path) -> list[PairImages]:
         of_pair = [line for line in lines if line["pair"] == pair]
         first, images = of_pair[0], tuple(folder / line["file_name"] for line in of_pair)
         control = folder / first["conditioning_image_file_name"]
-        found.append(PairImages(pair, first["prompt"], control, images, folder / _grid_name(pair)))
+        grid = folder / (control.name.removesuffix(CONTROL_ENDING) + GRID_ENDING)
+        measured = tuple(line.get("control_fidelity") for line in of_pair)
+        fidelity = measured if all(isinstance(score, float) for score in measured) else None
+        found.append(PairImages(pair, first["prompt"], control, images, grid, control_fidelity=fidelity))
     return found
-
-
-def _grid_name(pair: int) -> str:
-    return f"pair-{pair:02d}-grid.png"
 
 
 def _grid(images: Sequence[Image.Image], most_columns: int = 5) -> Image.Image:

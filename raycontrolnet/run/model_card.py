@@ -32,6 +32,7 @@ _FACTS = {
     "loss": "loss of the last update",
     "val_loss": "held-out loss",
     "control_gap": "control gap (the held-out loss with another row's control image, less that with its own)",
+    "control_fidelity": "control fidelity of the images drawn last (0 to 1: how well they obey their control images)",
     "versions": "versions",
 }
 """What of a run's status the card shows, and under which name."""
@@ -49,7 +50,7 @@ def write_model_card(
 
     Args:
         facts: what the run came to, such as run.json holds it. Shown are step, samples, loss, val_loss, control_gap,
-            control_appeared_at_step and versions, those that are there.
+            control_appeared_at_step, control_fidelity and versions, those that are there.
         repo_id: where it will be pushed, for the code that loads it; without it the code loads `output_dir`.
         licence: of `find_licence`.
 

@@ -6,15 +6,19 @@ import shutil
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from raycontrolnet.run import held_out, metrics
+from raycontrolnet.run import held_out, metrics, scores, validation
+from raycontrolnet.run.images import METADATA
 
 LINE_INTERVAL_S = 0.5
 PLAIN_INTERVAL_S = 15.0
 """Without a terminal, a line of its own is printed this often, and for the first and the last update."""
+SCORES_INTERVAL_S = 3.0
+"""How often the validation's folders are looked through for new scores."""
 RATE_WINDOW_S = 30.0
 MIN_STEPS_FOR_RATE = 2
 ERASE = "\r\x1b[2K"
@@ -25,9 +29,12 @@ class Progress:
     """Shows step, loss, learning rate, images/s and time left while a run goes on, on a terminal or in a plain log.
 
     with Progress(output_dir, total_steps, stream): trainer.fit()
+
+    Args:
+        scored: whether validation images get scores, which are shown as well.
     """
 
-    def __init__(self, output_dir: Path, total_steps: int, first_step: int, stream: TextIO):
+    def __init__(self, output_dir: Path, total_steps: int, first_step: int, stream: TextIO, *, scored: bool = False):
         self.output_dir = output_dir
         self.total_steps = total_steps
         self.first_step = first_step
@@ -38,6 +45,9 @@ class Progress:
         self._metrics = metrics.Tail(output_dir / metrics.NAME)
         self._held_out = metrics.Tail(output_dir / held_out.NAME)
         self._measured = first_step
+        self._scored = scored
+        self._scores_at = time.monotonic()
+        self._seen = self._finished() if scored else {}
         self._updates: deque[dict[str, Any]] = deque(maxlen=10_000)
         self._shown = 0
         self._printed_at = float("-inf")
@@ -62,6 +72,8 @@ class Progress:
     def _show(self, *, last: bool = False) -> None:
         self._read()
         self._show_measurements()
+        if self._scored and (last or time.monotonic() - self._scores_at >= SCORES_INTERVAL_S):
+            self._show_scores()
         step = self._updates[-1]["step"] if self._updates else self.first_step
         if self.live:
             width = shutil.get_terminal_size().columns - 1
@@ -114,7 +126,29 @@ class Progress:
                 self._measured = record["step"]
                 earlier = [other for other in held_out.read(self.output_dir) if other["step"] < record["step"]]
                 known = [*earlier, record]
-                self.stream.write(f"{ERASE if self.live else ''}step {record['step']}: {held_out.in_words(known)}\n")
+                self._say(record["step"], held_out.in_words(known))
+
+    def _show_scores(self) -> None:
+        """A line of its own for every new validation with scores."""
+        self._scores_at = time.monotonic()
+        found = self._finished()
+        for folder in [folder for folder, written in found.items() if self._seen.get(folder) != written]:
+            with suppress(OSError, ValueError, KeyError, TypeError):  # it is being made anew, or is not ours
+                pairs = validation.results(folder)
+                if fidelity := validation.fidelity_of(pairs):
+                    self._say(pairs[0].step, scores.in_words(fidelity))
+                self._seen[folder] = found[folder]
+
+    def _finished(self) -> dict[Path, int]:
+        """The folder of each finished validation -> when it was finished, in nanoseconds."""
+        found = {}
+        for folder in validation.finished_folders(self.output_dir):
+            with suppress(OSError):
+                found[folder] = (folder / METADATA).stat().st_mtime_ns
+        return found
+
+    def _say(self, step: int, words: str) -> None:
+        self.stream.write(f"{ERASE if self.live else ''}step {step}: {words}\n")
 
 
 def duration(seconds: float) -> str:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from raycontrolnet.run import held_out, metrics
+from raycontrolnet.run import held_out, metrics, validation
 from raycontrolnet.run.curves import Column
 from raycontrolnet.run.job import TIMINGS
+from raycontrolnet.run.scores import Fidelity
 from raycontrolnet.run.status import STATUS
 
 UPDATE_COLUMNS = ("step", "loss", "lr", "images_per_second", "time")
@@ -40,6 +41,8 @@ class Recorded:
     """metrics.jsonl by column: float64, a value per update, steps ascending; nan where there is no number."""
     held_out: Sequence[dict[str, Any]]
     """validation.jsonl: a measurement per record, steps ascending."""
+    fidelity: Mapping[int, Fidelity] = field(default_factory=dict)
+    """Step -> control fidelity of the validation images drawn at it; steps ascending."""
 
     @property
     def state(self) -> str:
@@ -53,6 +56,11 @@ class Recorded:
         if math.isnan(done):
             return int(self.updates["step"][-1]) if self.updates["step"].size else 0
         return int(done)
+
+    @property
+    def last_step(self) -> int | None:
+        """What was drawn at later steps is of a run that was here before; None if that is not known."""
+        return self.step if self.updates["step"].size else None
 
     @property
     def total_updates(self) -> int | None:
@@ -95,7 +103,7 @@ def read(output_dir: Path) -> Recorded:
         timings = _json(output_dir / TIMINGS)
     seconds = {str(name).removesuffix("_s"): _number(value) for name, value in timings.items()}
     updates = _by_step(_lines(output_dir / metrics.NAME))
-    return Recorded(
+    run = Recorded(
         status=status,
         settings=_yaml(output_dir / "config.yaml"),
         seconds_by_phase={name: value for name, value in seconds.items() if math.isfinite(value) and value >= 0},
@@ -109,6 +117,7 @@ def read(output_dir: Path) -> Recorded:
             if all(math.isfinite(_number(record.get(name))) for name in MEASUREMENT)
         ],
     )
+    return replace(run, fidelity=validation.fidelity_by_step(output_dir, run.last_step))
 
 
 def _number(value: Any) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -54,7 +55,7 @@ def write_report(output_dir: Path) -> Path:
     """
     output_dir = Path(output_dir)
     run = read(output_dir)
-    pairs = pair_histories(output_dir, run.step if run.updates["step"].size else None)
+    pairs = pair_histories(output_dir, run.last_step)
     page = _page(output_dir.resolve().name, run, pairs)
     unfinished = output_dir / f".{NAME}.unfinished"
     unfinished.write_bytes(page.encode("utf-8", "replace"))
@@ -144,6 +145,10 @@ def _figures(run: Recorded) -> Iterable[tuple[str, str, str]]:
         yield "held-out loss", f"{last['val_loss']:.4g}", f"at first {first['val_loss']:.4g}"
         error = STANDARD_ERRORS * last["control_gap_error"]
         yield "control gap", f"{last['control_gap']:.2g}", f"± {error:.2g}, at step {last['step']:,}"
+    if run.fidelity:
+        step, fidelity = list(run.fidelity.items())[-1]
+        error = "" if math.isnan(fidelity.error) else f"± {STANDARD_ERRORS * fidelity.error:.2g}, "
+        yield "control fidelity", f"{fidelity.mean:.3g}", f"{error}at step {step:,}"
     rates = run.updates["images_per_second"][-RECENT_UPDATES:]
     if (rates := rates[np.isfinite(rates)]).size:
         yield "images/s", f"{np.median(rates):.3g}", f"last {rates.size} updates"
@@ -167,6 +172,10 @@ def _learning(run: Recorded) -> Iterable[str]:
         )
         at = "" if appeared is None else f"; control appears at step {appeared:,} (dashed)"
         yield _card("Control gap", {"gap": f"loss with swapped control images less loss{at}"}, drawn)
+    if len(run.fidelity) > 1:
+        means, errors = np.array(list(run.fidelity.values()), dtype=np.float64).T
+        drawn = curves.control_fidelity(np.array(list(run.fidelity), dtype=np.float64), means, errors)
+        yield _card("Control fidelity", {"fidelity": "how well validation images obey their control images"}, drawn)
     if steps.size:
         drawn = curves.learning_rate(steps, run.updates["lr"])
         yield _card("Learning rate", {}, drawn)

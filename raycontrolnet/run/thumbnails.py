@@ -41,7 +41,7 @@ def pair_histories(output_dir: Path, last_step: int | None) -> list[PairHistory]
         last_step: pictures of later steps are of a run that was here before and are left out; None for all.
     """
     pairs: dict[tuple[int, str], list[PairResult]] = {}
-    for result in _finished(output_dir, last_step):
+    for result in validation.all_results(output_dir, last_step):
         pairs.setdefault((result.pair, result.prompt), []).append(result)
     histories = []
     for (_, prompt), found in sorted(pairs.items())[:MOST_PAIRS]:
@@ -49,17 +49,6 @@ def pair_histories(output_dir: Path, last_step: int | None) -> list[PairHistory]
         if tiles:
             histories.append(PairHistory(prompt, _tile([found[-1].control]), tiles))
     return histories
-
-
-def _finished(output_dir: Path, last_step: int | None) -> list[PairResult]:
-    """Every pair of every finished validation, steps ascending."""
-    found = []
-    for folder in validation.finished_folders(output_dir, last_step):
-        try:
-            found += validation.results(folder)
-        except (OSError, ValueError, KeyError, TypeError):  # not whole, or not ours
-            continue
-    return found
 
 
 def _spread(results: Sequence[PairResult]) -> list[PairResult]:

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from raycontrolnet.run import images
+from raycontrolnet.run import images, scores
 from raycontrolnet.run.drawing import DEFAULT_SAMPLING, Sampling
 from raycontrolnet.run.images import METADATA, ImageItem, PairImages
+from raycontrolnet.run.scores import Fidelity
 from raycontrolnet.settings import ValidationConfig
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class PairResult(PairImages):
     @property
     def key(self) -> str:
         """Name of the pair in the trackers; equal prompts do not collide."""
-        return f"validation/pair-{self.pair:02d}"
+        return f"validation/{self.name}"
 
 
 def check(config: ValidationConfig) -> None:
@@ -99,17 +100,21 @@ def finish(
     *,
     resolution: int,
     sampling: Sampling = DEFAULT_SAMPLING,
+    measure: str | None = None,
 ) -> list[PairResult]:
-    """On rank 0, once every worker has written: control images, grids and metadata.jsonl.
+    """On rank 0, once every worker has written: control images, grids, scores and metadata.jsonl.
 
     Images that are missing (because a worker failed) are left out; without any, nothing is written.
+
+    Args:
+        measure: of `control_fidelity`; None for no scores.
 
     Returns:
         One result per pair that has images.
     """
     folder = step_folder(output_dir, step)
     try:
-        finished = images.finish(folder, items, resolution=resolution, sampling=sampling, step=step)
+        finished = images.finish(folder, items, resolution=resolution, sampling=sampling, step=step, measure=measure)
         return results(folder) if finished else []
     except Exception as error:  # noqa: BLE001 (whatever it was)
         log_failure(step, error)
@@ -141,6 +146,36 @@ def latest(output_dir: str | Path, last_step: int | None = None) -> list[PairRes
     """
     folders = finished_folders(output_dir, last_step)
     return results(folders[-1]) if folders else []
+
+
+def all_results(output_dir: str | Path, last_step: int | None = None) -> list[PairResult]:
+    """Every pair of every finished validation up to `last_step`, steps ascending; what cannot be read is left out."""
+    found = []
+    for folder in finished_folders(output_dir, last_step):
+        try:
+            found += results(folder)
+        except (OSError, ValueError, KeyError, TypeError):  # not whole, or not ours
+            continue
+    return found
+
+
+def fidelity_of(pairs: Sequence[PairImages]) -> Fidelity | None:
+    """The control fidelity of all images of `pairs`, if it was measured."""
+    return scores.average(score for pair in pairs for score in pair.control_fidelity or ())
+
+
+def fidelity_by_step(output_dir: str | Path, last_step: int | None = None) -> dict[int, Fidelity]:
+    """Step -> control fidelity of the images drawn at it, for those that have it; steps ascending."""
+    pairs: dict[int, list[PairResult]] = {}
+    for result in all_results(output_dir, last_step):
+        pairs.setdefault(result.step, []).append(result)
+    return {step: found for step, of_step in pairs.items() if (found := fidelity_of(of_step))}
+
+
+def summary(config: ValidationConfig, output_dir: str | Path, last_step: int) -> dict[str, float]:
+    """control_fidelity of the last images, as run.json and the model card have it; empty where it is not asked for."""
+    by_step = fidelity_by_step(output_dir, last_step) if config.control_fidelity else {}
+    return {"control_fidelity": by_step[max(by_step)].mean} if by_step else {}
 
 
 def finished_folders(output_dir: str | Path, last_step: int | None = None) -> list[Path]:

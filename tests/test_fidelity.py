@@ -1,0 +1,548 @@
+"""Control fidelity: the measures against known answers, and the scores that runs and `generate` give their images."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Callable
+from itertools import permutations
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image, ImageDraw, ImageFilter
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+
+import raycontrolnet
+from raycontrolnet import GenerateConfig, PairImages, TrainConfig, control_fidelity, fit, generate
+from raycontrolnet.demo.circles import COLOURS, draw_circle
+from raycontrolnet.errors import ConfigError
+from raycontrolnet.run import fidelity, metrics, report, scores, validation
+from raycontrolnet.run.fidelity import Measure, asked_shape, edge_f_measure, found_shape, iou
+from raycontrolnet.run.progress import Progress
+from raycontrolnet.run.scores import Fidelity
+from raycontrolnet.settings import FIDELITY_MEASURES
+
+Settings = dict[str, Any]
+UInt8Image = npt.NDArray[np.uint8]
+SIZE = 128
+BLACK, WHITE = (0, 0, 0), (255, 255, 255)
+
+
+def disc(x: float, y: float, radius: float, size: int = SIZE) -> npt.NDArray[np.bool_]:
+    rows, columns = np.mgrid[:size, :size]
+    return (columns - x) ** 2 + (rows - y) ** 2 <= radius**2
+
+
+def painted(mask: npt.NDArray[np.bool_], colour: Any, background: Any) -> UInt8Image:
+    return np.where(mask[..., None], colour, background).astype(np.uint8)
+
+
+def outline(mask: npt.NDArray[np.bool_]) -> UInt8Image:
+    """The pixels of a region that have one outside beside them; the picture's border is none."""
+    padded = np.pad(mask, 1, mode="edge")
+    inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return painted(mask & ~inside, WHITE, BLACK)
+
+
+def noise(std: float, size: int = SIZE) -> UInt8Image:
+    values = np.random.default_rng(0).normal(128, std, (size, size, 3))
+    return np.clip(values, 0, 255).astype(np.uint8)
+
+
+# --- shapes ---
+
+
+@pytest.mark.parametrize("shift", [0, 1, 5, 20, 40, 70])
+@pytest.mark.parametrize("radius", [20, 33])
+def test_a_shifted_circle_has_the_overlap_of_the_formula(radius: int, shift: int) -> None:
+    control_image = outline(disc(43, 60, radius))
+    image = painted(disc(43 + min(shift, 2 * radius), 60, radius), COLOURS["red"], COLOURS["teal"])
+    d, r = min(shift, 2 * radius), radius
+    lens = 2 * r**2 * math.acos(d / (2 * r)) - d / 2 * math.sqrt(4 * r**2 - d**2)
+    expected = lens / (2 * math.pi * r**2 - lens)
+    assert control_fidelity(control_image, image, "shape") == pytest.approx(expected, abs=0.015)
+    if shift == 0:
+        assert control_fidelity(control_image, image, "shape") > 0.99
+
+
+def test_shapes_apart_have_none() -> None:
+    image = painted(disc(95, 95, 20), COLOURS["red"], COLOURS["teal"])
+    assert control_fidelity(outline(disc(30, 30, 20)), image, "shape") == 0
+
+
+@pytest.mark.parametrize("place", [(20, 64), (5, 64), (64, 20), (127, 127), (20, 20)])
+def test_a_shape_may_touch_the_border_or_be_cut_off_by_it(place: tuple[int, int]) -> None:
+    mask = disc(*place, 20)
+    np.testing.assert_array_equal(asked_shape(outline(mask)), mask)
+    found = found_shape(painted(mask, COLOURS["red"], COLOURS["white"]))
+    assert iou(mask, found) > 0.99
+
+
+def test_every_pair_of_colours_is_told_apart() -> None:
+    mask, told = disc(60, 60, 30), 0
+    for colour, background in permutations(COLOURS.values(), 2):
+        smooth = Image.fromarray(painted(mask, colour, background)).filter(ImageFilter.GaussianBlur(1))
+        assert iou(mask, found_shape(np.asarray(smooth))) > 0.95, (colour, background)
+        told += 1
+    assert told == 16 * 15
+
+
+@pytest.mark.parametrize("resolution", [32, 64, 256])
+def test_the_demos_own_pictures_have_nearly_all(resolution: int) -> None:
+    found = []
+    for index in range(40):
+        image, control_image, _ = draw_circle(index, resolution, 0)
+        found.append(control_fidelity(np.asarray(control_image), np.asarray(image), "shape"))
+    assert min(found) > (0.93 if resolution == 32 else 0.97)
+    assert np.mean(found) > 0.98
+
+
+def test_blur_and_noise_cost_little() -> None:
+    mask = disc(50, 70, 30)
+    image = Image.fromarray(painted(mask, COLOURS["black"], COLOURS["navy"]))
+    blurred = np.asarray(image.filter(ImageFilter.GaussianBlur(3)))
+    assert control_fidelity(outline(mask), blurred, "shape") > 0.93
+    noisy = np.asarray(image).astype(float) + np.random.default_rng(0).normal(0, 8, (SIZE, SIZE, 3))
+    assert control_fidelity(outline(mask), np.clip(noisy, 0, 255).astype(np.uint8), "shape") > 0.93
+
+
+@pytest.mark.parametrize("size", [32, 64, 128, 256])
+@pytest.mark.parametrize("std", [0, 3, 8, 16, 32, 64])
+def test_noise_is_no_shape(std: float, size: int) -> None:
+    control_image = outline(disc(size / 2, size / 2, size / 4, size))
+    assert control_fidelity(control_image, noise(std, size), "shape") < 0.05
+    uniform = np.random.default_rng(int(std)).integers(0, 256, (size, size, 3), np.uint8)
+    assert control_fidelity(control_image, uniform, "shape") < 0.05
+
+
+def test_a_plain_picture_or_control_image() -> None:
+    plain, circle = np.full((SIZE, SIZE, 3), 90, np.uint8), disc(64, 64, 30)
+    black, picture = np.zeros_like(plain), painted(circle, COLOURS["red"], COLOURS["teal"])
+    assert not found_shape(plain).any()
+    assert not asked_shape(black).any()
+    assert control_fidelity(outline(circle), plain, "shape") == 0
+    assert control_fidelity(black, picture, "shape") == 0
+    assert control_fidelity(black, plain, "shape") == 1
+
+
+def test_a_ring_is_no_disc() -> None:
+    """It is found as it is: an outline that was copied is not the shape that was asked for."""
+    ring = disc(64, 64, 40) & ~disc(64, 64, 36)
+    found = found_shape(painted(ring, COLOURS["red"], COLOURS["white"]))
+    assert iou(ring, found) > 0.95
+    assert control_fidelity(outline(disc(64, 64, 40)), painted(ring, WHITE, BLACK), "shape") < 0.25
+
+
+def test_the_largest_of_several_counts() -> None:
+    picture = painted(disc(40, 40, 25) | disc(100, 100, 12), COLOURS["red"], COLOURS["white"])
+    assert iou(disc(40, 40, 25), found_shape(picture)) > 0.99
+
+
+def test_a_white_region_is_its_own_outline() -> None:
+    mask = disc(64, 64, 30)
+    np.testing.assert_array_equal(asked_shape(painted(mask, WHITE, BLACK)), mask)
+
+
+def test_thin_smooth_lines_have_no_gaps() -> None:
+    """Of a line between two pixels each is half white, or less."""
+    big = Image.new("L", (4 * SIZE, 4 * SIZE))
+    ImageDraw.Draw(big).ellipse((98, 98, 402, 402), outline=255, width=4)
+    grey = np.asarray(big.reduce(4))
+    assert grey[grey > 0].min() < 64
+    mask = disc(62, 62, 38)
+    assert iou(mask, asked_shape(np.repeat(grey[..., None], 3, axis=2))) > 0.96
+
+
+# --- edges ---
+
+
+def edges_of(image: UInt8Image) -> UInt8Image:
+    import cv2
+
+    edges = np.asarray(cv2.Canny(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), 100, 200))
+    return np.repeat(edges[..., None], 3, axis=2).astype(np.uint8)
+
+
+@pytest.fixture
+def scene() -> UInt8Image:
+    """A few shapes, some way apart."""
+    image = Image.new("RGB", (SIZE, SIZE), COLOURS["white"])
+    pen = ImageDraw.Draw(image)
+    pen.rectangle((10, 10, 50, 45), fill=COLOURS["navy"])
+    pen.ellipse((70, 20, 110, 60), fill=COLOURS["red"])
+    pen.polygon(((30, 110), (60, 70), (95, 115)), fill=COLOURS["black"])
+    return np.asarray(image)
+
+
+def test_a_picture_has_its_own_edges(scene: UInt8Image) -> None:
+    assert control_fidelity(edges_of(scene), scene, "canny") == 1
+
+
+def test_edges_within_the_tolerance_are_the_same(scene: UInt8Image) -> None:
+    """0.0075 of the diagonal: 1.36 pixels here, 5.4 at 512."""
+    edges = edges_of(scene)
+    assert control_fidelity(np.roll(edges, 1, axis=1), scene, "canny") == 1
+    assert control_fidelity(np.roll(edges, 5, axis=(0, 1)), scene, "canny") < 0.35
+    large = np.asarray(Image.fromarray(scene).resize((512, 512)))
+    assert control_fidelity(np.roll(edges_of(large), 5, axis=1), large, "canny") > 0.99
+    assert control_fidelity(np.roll(edges_of(large), 12, axis=(0, 1)), large, "canny") < 0.5
+
+
+def test_edges_of_something_else(scene: UInt8Image) -> None:
+    assert control_fidelity(edges_of(scene), noise(60), "canny") < 0.35
+    plain = np.full_like(scene, 200)
+    assert control_fidelity(edges_of(scene), plain, "canny") == 0
+    assert control_fidelity(np.zeros_like(scene), scene, "canny") == 0
+    assert control_fidelity(np.zeros_like(scene), plain, "canny") == 1
+
+
+def test_the_f_measure_by_hand() -> None:
+    """Ten asked, eight of them found, and four that nobody asked for: precision 2/3, recall 0.8."""
+    asked, found = np.zeros((64, 64), np.bool_), np.zeros((64, 64), np.bool_)
+    asked[10, 10:20] = True
+    found[10, 11:18] = True  # 10 and 18 are within a pixel
+    found[10, 10] = found[40, 40] = found[50, 50] = found[60, 60] = found[30, 5] = True
+    asked[10, 19], asked[20, 60] = False, True
+    precision, recall = 8 / 12, 9 / 10
+    assert edge_f_measure(asked, found) == pytest.approx(2 * precision * recall / (precision + recall))
+    assert edge_f_measure(asked, np.roll(found, 30, axis=0) & ~asked & False) == 0
+
+
+# --- what is refused ---
+
+
+def test_bad_arguments() -> None:
+    image = np.zeros((32, 48, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"^image: must be uint8 \[H, W, 3\], not float64 \[32, 48, 3\]$"):
+        control_fidelity(image, image / 2, "shape")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^control_image: must be uint8 \[H, W, 3\], not uint8 \[32, 48\]$"):
+        control_fidelity(image[..., 0], image, "shape")
+    with pytest.raises(ValueError, match=r"^control_image and image must be of one size, not 48 x 32 and 48 x 16$"):
+        control_fidelity(image, image[:16], "shape")
+    with pytest.raises(ValueError, match=r"^measure='depth': must be shape or canny$"):
+        control_fidelity(image, image, "depth")  # type: ignore[arg-type]
+
+
+def test_names() -> None:
+    assert get_args(Measure) == FIDELITY_MEASURES
+    assert raycontrolnet.control_fidelity is fidelity.control_fidelity
+
+
+# --- averages and words ---
+
+
+def test_averages() -> None:
+    assert scores.average([]) is None
+    one = scores.average([0.5])
+    assert one is not None
+    assert (one.mean, math.isnan(one.error)) == (0.5, True)
+    values = [0.1, 0.4, 0.7, 0.9]
+    found = scores.average(iter(values))
+    assert found == pytest.approx((np.mean(values), np.std(values, ddof=1) / 2))
+
+
+def test_words() -> None:
+    assert scores.in_words(Fidelity(0.81234, 0.0234)) == "control fidelity 0.812 ± 0.02"
+    assert scores.in_words(Fidelity(1.0, math.nan)) == "control fidelity 1.000"
+
+
+# --- in a run ---
+
+
+@pytest.fixture(scope="module")
+def train(tiny_base: Path, circles: Path) -> Callable[..., tuple[Path, Any, str]]:
+    """train(folder, name=value, ...): (its folder, what fit returned, what was shown)."""
+
+    def run(folder: Path, **changed: Any) -> tuple[Path, Any, str]:
+        controls = sorted((circles / "conditioning").glob("*.png"))[:2]
+        settings: Settings = {
+            "pretrained_model_name_or_path": str(tiny_base),
+            "train_data_dir": str(circles),
+            "output_dir": str(folder),
+            "resolution": 32,
+            "max_train_steps": 4,
+            "checkpointing_steps": 2,
+            "seed": 0,
+            "validation_prompt": ("red circle", "blue circle"),
+            "validation_image": tuple(map(str, controls)),
+            "num_validation_images": 2,
+            "validation_steps": 2,
+            "control_fidelity": "shape",
+            "report_to": "tensorboard",
+            "cache_latents": "off",
+            "num_workers": "0",
+            "use_gpu": False,
+        }
+        stream = io.StringIO()
+        result = fit(TrainConfig(**settings | changed), stream=stream)
+        return folder, result, stream.getvalue()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(train: Callable[..., tuple[Path, Any, str]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, str]:
+    """Do not write into it."""
+    return train(tmp_path_factory.mktemp("scored") / "run")
+
+
+def metadata(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def measured_again(folder: Path, measure: Measure) -> list[float]:
+    """From the files alone."""
+
+    def pixels(name: str) -> UInt8Image:
+        with Image.open(folder / name) as image:
+            return np.asarray(image)
+
+    return [
+        control_fidelity(pixels(line["conditioning_image_file_name"]), pixels(line["file_name"]), measure)
+        for line in metadata(folder)
+    ]
+
+
+def test_what_a_run_leaves(run: tuple[Path, Any, str]) -> None:
+    out, result, shown = run
+    means = {}
+    for step in (2, 4):
+        folder = validation.step_folder(out, step)
+        found = [line["control_fidelity"] for line in metadata(folder)]
+        assert found == measured_again(folder, "shape")
+        assert len(found) == 4
+        means[step] = float(np.mean(found))
+    assert any(means.values()), "or anything would be equal"
+    assert {step: found.mean for step, found in validation.fidelity_by_step(out).items()} == pytest.approx(means)
+    assert list(validation.fidelity_by_step(out, last_step=3)) == [2]
+    status = json.loads((out / "run.json").read_text())
+    assert status["control_fidelity"] == result.control_fidelity == pytest.approx(means[4])
+    for step, mean in means.items():
+        assert len(re.findall(rf"^step {step}: control fidelity {mean:.3f}( ± \S+)?$", shown, re.MULTILINE)) == 1
+    events = EventAccumulator(str(out / "logs" / "train_controlnet")).Reload()
+    tracked = {event.step: event.value for event in events.Scalars("control_fidelity")}
+    assert tracked == pytest.approx(means, rel=1e-6)
+    card = (out / "README.md").read_text()
+    assert re.search(rf"^- control fidelity of the images drawn last \(.*\): `{means[4]:.4g}`$", card, re.MULTILINE)
+    assert '- `control_fidelity`: `"shape"`' in card
+
+
+def test_the_report_has_the_curve_and_the_last_value(run: tuple[Path, Any, str]) -> None:
+    out, result, _ = run
+    page = (out / report.NAME).read_text()
+    assert "<h3>Control fidelity</h3>" in page
+    assert 'aria-label="control fidelity over the steps"' in page
+    assert f"<dt>control fidelity</dt><dd><b>{result.control_fidelity:.3g}</b>" in page
+    assert re.search(r"<small>± \S+, at step 4</small>", page)
+
+
+def test_scores_change_nothing_else(
+    run: tuple[Path, Any, str], train: Callable[..., tuple[Path, Any, str]], tmp_path: Path
+) -> None:
+    without, result, shown = train(tmp_path / "without", control_fidelity=None)
+    losses = [[line["loss"] for line in metrics.read(out / metrics.NAME)] for out in (run[0], without)]
+    assert losses[0] == losses[1]
+    pictures = [
+        {path.relative_to(out).as_posix(): path.read_bytes() for path in out.glob("validation/*/*.png")}
+        for out in (run[0], without)
+    ]
+    assert pictures[0] == pictures[1]
+    assert len(pictures[0]) == 2 * 2 * (2 + 2)
+    plain = [{k: v for k, v in line.items() if k != "control_fidelity"} for line in metadata_of(run[0])]
+    assert plain == metadata_of(without)
+    assert result.control_fidelity is None
+    assert "control_fidelity" not in json.loads((without / "run.json").read_text())
+    for text in (shown, (without / "README.md").read_text(), (without / report.NAME).read_text()):
+        assert "ontrol fidelity" not in text
+
+
+def metadata_of(out: Path) -> list[dict[str, Any]]:
+    return [line for step in (2, 4) for line in metadata(validation.step_folder(out, step))]
+
+
+def test_no_score_costs_a_run_or_a_picture(
+    train: Callable[..., tuple[Path, Any, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> float:
+        raise RuntimeError("OpenCV is out of order")
+
+    monkeypatch.setattr(fidelity, "control_fidelity", fail)
+    out, result, shown = train(tmp_path / "run", max_train_steps=1, report_to="none")
+    assert result.control_fidelity is None
+    assert len(metadata(validation.step_folder(out, 1))) == 4
+    assert "control fidelity" not in shown
+    assert "no control fidelity (RuntimeError: OpenCV is out of order)" in (out / "run.log").read_text()
+
+
+def test_one_image_has_no_error(train: Callable[..., tuple[Path, Any, str]], tmp_path: Path) -> None:
+    out, _, shown = train(
+        tmp_path / "run",
+        validation_prompt="red circle",
+        num_validation_images=1,
+        validation_image=str(control_of(tmp_path)),
+        control_fidelity="canny",
+        report_to="none",
+    )
+    (score,) = measured_again(validation.step_folder(out, 4), "canny")
+    assert f"step 4: control fidelity {score:.3f}\n" in shown
+    page = (out / report.NAME).read_text()
+    assert "<h3>Control fidelity</h3>" in page
+    assert f"<dt>control fidelity</dt><dd><b>{score:.3g}</b><br><small>at step 4</small>" in page
+
+
+def control_of(folder: Path) -> Path:
+    Image.fromarray(outline(disc(16, 16, 9, size=32))).save(folder / "control.png")
+    return folder / "control.png"
+
+
+def test_earlier_scores_are_not_shown_as_new(run: tuple[Path, Any, str]) -> None:
+    stream = io.StringIO()
+    with Progress(run[0], 8, 2, stream, scored=True):
+        pass
+    assert "control fidelity" not in stream.getvalue()
+
+
+@pytest.mark.usefixtures("_local_ray")
+def test_beside_the_training_scores_are_the_same(
+    run: tuple[Path, Any, str], train: Callable[..., tuple[Path, Any, str]], tmp_path: Path
+) -> None:
+    out, result, shown = train(tmp_path / "run", num_workers="1", cpus_per_worker=1.0)
+    assert json.loads((out / "run.json").read_text())["timings"]["validation_beside_s"] > 0
+    for step in (2, 4):
+        folder = validation.step_folder(out, step)
+        assert [line["control_fidelity"] for line in metadata(folder)] == measured_again(folder, "shape")
+        assert f"step {step}: control fidelity" in shown
+    assert result.control_fidelity == pytest.approx(run[1].control_fidelity, abs=0.05)
+    events = EventAccumulator(str(out / "logs" / "train_controlnet")).Reload()
+    assert sorted(event.step for event in events.Scalars("control_fidelity")) == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"control_fidelity": "shapes"},
+            "--control_fidelity=shapes: must be one of shape, canny; perhaps you meant shape",
+        ),
+        (
+            {"control_fidelity": "canny", "validation_prompt": None, "validation_image": None},
+            (
+                "--control_fidelity=canny: there are no validation images to score; "
+                "add --validation_prompt and --validation_image"
+            ),
+        ),
+    ],
+)
+def test_settings_that_mean_nothing(
+    changed: Settings, message: str, train: Callable[..., tuple[Path, Any, str]], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        train(tmp_path / "run", **changed)
+    assert str(error.value) == message
+
+
+# --- by `raycontrolnet generate` ---
+
+
+@pytest.fixture
+def draw(run: tuple[Path, Any, str], circles: Path, tmp_path: Path) -> Callable[..., tuple[list[PairImages], str]]:
+    """draw(name=value, ...): (what generate returned, what was shown); two pairs of two images each."""
+    controls = sorted((circles / "conditioning").glob("*.png"))[:2]
+
+    def make(**changed: Any) -> tuple[list[PairImages], str]:
+        settings: Settings = {
+            "controlnet": str(run[0]),
+            "prompt": ("red circle", "blue circle"),
+            "image": tuple(map(str, controls)),
+            "num_images": 2,
+            "num_inference_steps": 2,
+            "out": str(tmp_path / "generated"),
+            "use_gpu": False,
+        }
+        stream = io.StringIO()
+        return generate(GenerateConfig(**settings | changed), stream=stream), stream.getvalue()
+
+    return make
+
+
+@pytest.mark.parametrize("measure", FIDELITY_MEASURES)
+def test_generated_images_get_scores(
+    measure: Measure, draw: Callable[..., tuple[list[PairImages], str]], tmp_path: Path
+) -> None:
+    pairs, shown = draw(control_fidelity=measure)
+    out = tmp_path / "generated"
+    found = [line["control_fidelity"] for line in metadata(out)]
+    assert found == measured_again(out, measure)
+    assert [pair.control_fidelity for pair in pairs] == [tuple(found[:2]), tuple(found[2:])]
+    average = scores.average(found)
+    assert average is not None
+    last = shown.splitlines()[-1]
+    assert last.endswith(f": 4 images, grids and metadata.jsonl in {out}; {scores.in_words(average)} ({measure})")
+    assert " ± " in last
+
+
+def test_scores_do_not_change_the_images(draw: Callable[..., tuple[list[PairImages], str]], tmp_path: Path) -> None:
+    draw(control_fidelity="shape", out=str(tmp_path / "scored"))
+    pairs, shown = draw(out=str(tmp_path / "plain"))
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).glob("*.png")} for name in ("scored", "plain")]
+    assert files[0] == files[1]
+    assert len(files[0]) == 8
+    assert [pair.control_fidelity for pair in pairs] == [None, None], "the run's setting is not for other images"
+    assert "control_fidelity" not in (tmp_path / "plain" / "metadata.jsonl").read_text()
+    assert "control fidelity" not in shown
+
+
+def test_generated_images_without_a_score(
+    draw: Callable[..., tuple[list[PairImages], str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> float:
+        raise RuntimeError("OpenCV is out of order")
+
+    monkeypatch.setattr(fidelity, "control_fidelity", fail)
+    pairs, shown = draw(control_fidelity="shape")
+    log = tmp_path / "generated" / "generate.log"
+    assert shown.endswith(f"; no control fidelity, {log} says why\n")
+    assert "no control fidelity (RuntimeError: OpenCV is out of order)" in log.read_text()
+    assert [pair.control_fidelity for pair in pairs] == [None, None]
+
+
+def test_a_hundred_pairs(draw: Callable[..., tuple[list[PairImages], str]], circles: Path, tmp_path: Path) -> None:
+    """Their files sort as the pairs do."""
+    controls = [str(path) for path in sorted((circles / "conditioning").glob("*.png"))[:10]]
+    prompts = [f"circle {number}" for number in range(101)]
+    pairs, shown = draw(
+        prompt=prompts,
+        image=[controls[number % 10] for number in range(101)],
+        num_images=1,
+        num_inference_steps=1,
+        batch_size=32,
+        control_fidelity="shape",
+    )
+    out = tmp_path / "generated"
+    assert [pair.prompt for pair in pairs] == prompts
+    assert [path.name for path in sorted(out.glob("*-image-00.png"))] == [pair.images[0].name for pair in pairs]
+    assert [path.name for path in sorted(out.glob("*-grid.png"))] == [pair.grid.name for pair in pairs]
+    assert (pairs[7].name, pairs[100].name, pairs[100].grid.name) == ("pair-007", "pair-100", "pair-100-grid.png")
+    assert shown.count(f"\n{out}/pair-") == 101
+    assert "101 images" in shown.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"control_fidelity": "edge"}, "--control_fidelity=edge: must be one of shape, canny"),
+        ({"batch_size": 0}, "--batch_size=0: must be at least 1"),
+        ({"batch_size": "many"}, "--batch_size='many': must be a whole number"),
+    ],
+)
+def test_bad_flags_of_generate(
+    changed: Settings, message: str, draw: Callable[..., tuple[list[PairImages], str]]
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        draw(**changed)
+    assert str(error.value) == message
