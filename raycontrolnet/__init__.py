@@ -5,9 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["GenerateConfig", "PairImages", "PrepareResult", "RunResult", "TrainConfig", "fit", "generate", "prepare"]
+__all__ = [
+    "ConditionConfig", "ConditionResult", "GenerateConfig", "PairImages", "PrepareResult", "RunResult", "TrainConfig",
+    "condition", "fit", "generate", "prepare",
+]  # fmt: skip
 
 if TYPE_CHECKING:
+    from raycontrolnet.condition_images import ConditionResult, condition
+    from raycontrolnet.condition_settings import ConditionConfig
     from raycontrolnet.config import TrainConfig
     from raycontrolnet.generate_images import generate
     from raycontrolnet.generate_settings import GenerateConfig
@@ -30,6 +35,14 @@ def __getattr__(name: str) -> Any:
         from raycontrolnet import prepare_latents
 
         return getattr(prepare_latents, name)
+    if name == "ConditionConfig":
+        from raycontrolnet.condition_settings import ConditionConfig
+
+        return ConditionConfig
+    if name in ("condition", "ConditionResult"):
+        from raycontrolnet import condition_images
+
+        return getattr(condition_images, name)
     if name == "GenerateConfig":
         from raycontrolnet.generate_settings import GenerateConfig
 
