@@ -146,7 +146,7 @@ def _check(config: ConditionConfig) -> _Task:
     )
     recipe = Recipe(config.condition, config.resolution, config.options)
     task = _Task(config, recipe, rows, ConditionFolder(config.out_folder))
-    if lost := shortened([f"{path} is there" for path in task.out.strangers(task.names.values())], "files are there"):
+    if lost := shortened([f"{path} is there" for path in task.out.strangers(task.keys)], "files are there"):
         lost.append(
             f"--out={task.out.path}: what is there was not written by `raycontrolnet condition`, or was changed since, "
             "and would be overwritten; name another folder"

@@ -52,21 +52,28 @@ class ConditionFolder:
         return self.path / METADATA
 
     def is_there(self, name: str, key: str) -> bool:
-        """Whether the conditioning image `name` was made with `key`, and is still as it was."""
+        """Whether the conditioning image `name` is there and was made with `key`; edited since, it stays as it is."""
         made = self.made.get(name)
-        return made is not None and made.key == key and self.holds(name, made)
+        return made is not None and made.key == key and _num_bytes(self.conditioning / name) is not None
 
     def holds(self, name: str, made: Made) -> bool:
         """Whether the file is there, with the size that it should have."""
         return _num_bytes(self.conditioning / name) == made.num_bytes
 
-    def strangers(self, names: Iterable[str]) -> Iterator[Path]:
-        """Files that are not this command's and have the names of conditioning images, or of their metadata."""
+    def strangers(self, keys: Mapping[str, str]) -> Iterator[Path]:
+        """Files that would be overwritten and are not this command's, or not any more.
+
+        Args:
+            keys: name -> key of the conditioning images that are wanted.
+        """
         if self.metadata.exists() and not self.wrote(self.metadata):
             yield self.metadata
         if self.conditioning.exists():
-            paths = (self.conditioning / name for name in names if name not in self.made)
-            yield from (path for path in paths if path.exists())
+            for name, key in keys.items():
+                made, num_bytes = self.made.get(name), _num_bytes(self.conditioning / name)
+                edited = made is not None and made.key not in ("", key) and made.num_bytes != num_bytes
+                if num_bytes is not None and (made is None or edited):
+                    yield self.conditioning / name
 
     def wrote(self, metadata: Path) -> bool:
         """Whether a metadata file of this folder is as this command wrote it."""
