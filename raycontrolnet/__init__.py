@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
+    "ConditionConfig",
+    "ConditionResult",
     "GenerateConfig",
     "PairImages",
     "PrepareResult",
     "RunResult",
     "TrainConfig",
+    "condition",
     "control_fidelity",
     "fit",
     "generate",
@@ -18,6 +22,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from raycontrolnet.condition_images import ConditionResult, condition
+    from raycontrolnet.condition_settings import ConditionConfig
     from raycontrolnet.config import TrainConfig
     from raycontrolnet.generate_images import generate
     from raycontrolnet.generate_settings import GenerateConfig
@@ -26,35 +32,24 @@ if TYPE_CHECKING:
     from raycontrolnet.run.images import PairImages
     from raycontrolnet.train import RunResult, fit
 
+_MODULES = {
+    "ConditionConfig": "condition_settings",
+    "ConditionResult": "condition_images",
+    "GenerateConfig": "generate_settings",
+    "PairImages": "run.images",
+    "PrepareResult": "prepare_latents",
+    "RunResult": "train",
+    "TrainConfig": "config",
+    "condition": "condition_images",
+    "control_fidelity": "run.fidelity",
+    "fit": "train",
+    "generate": "generate_images",
+    "prepare": "prepare_latents",
+}
+
 
 def __getattr__(name: str) -> Any:
     """Import on first use: `raycontrolnet --help` must not wait for torch and Ray."""
-    if name == "TrainConfig":
-        from raycontrolnet.config import TrainConfig
-
-        return TrainConfig
-    if name in ("fit", "RunResult"):
-        from raycontrolnet import train
-
-        return getattr(train, name)
-    if name in ("prepare", "PrepareResult"):
-        from raycontrolnet import prepare_latents
-
-        return getattr(prepare_latents, name)
-    if name == "GenerateConfig":
-        from raycontrolnet.generate_settings import GenerateConfig
-
-        return GenerateConfig
-    if name == "generate":
-        from raycontrolnet.generate_images import generate
-
-        return generate
-    if name == "PairImages":
-        from raycontrolnet.run.images import PairImages
-
-        return PairImages
-    if name == "control_fidelity":
-        from raycontrolnet.run.fidelity import control_fidelity
-
-        return control_fidelity
+    if name in _MODULES:
+        return getattr(import_module(f"raycontrolnet.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

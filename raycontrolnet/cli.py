@@ -1,4 +1,4 @@
-"""The command line: `raycontrolnet train | prepare | generate | demo`. Flags to a config, errors to exit codes."""
+"""The command line: `raycontrolnet train | prepare | condition | generate | demo`. Flags in, exit codes out."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from raycontrolnet import __version__
+from raycontrolnet.condition_settings import CONDITION_GROUPS, ConditionConfig
 from raycontrolnet.config import GROUPS, TrainConfig, coerce, load_yaml, setting_types
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
 from raycontrolnet.generate_settings import GENERATE_GROUPS, GenerateConfig
@@ -19,6 +20,7 @@ raycontrolnet {__version__}: the ControlNet trainer for Ray
 
   raycontrolnet train [--config FILE.yaml] [FLAGS]   train a ControlNet; `raycontrolnet train --help` lists the flags
   raycontrolnet prepare [FLAGS]                      encode the images once, for runs with the same flags to train from
+  raycontrolnet condition [FLAGS]                    make conditioning images of pictures: edges, blur or grey
   raycontrolnet generate [FLAGS]                     draw images with a trained one
   raycontrolnet demo [FLAGS]                         train a small one on data made here, to see that it works
   raycontrolnet --version
@@ -30,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         _hide_token()
     command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    commands = {"train": train, "prepare": prepare, "generate": generate, "demo": demo}
+    commands = {"train": train, "prepare": prepare, "condition": condition, "generate": generate, "demo": demo}
     if command in ("--help", "-h", "help"):
         print(USAGE, end="")
         return 0
@@ -78,6 +80,13 @@ def prepare(argv: Sequence[str]) -> None:
     prepare_latents.prepare(config)
 
 
+def condition(argv: Sequence[str]) -> None:
+    config = parse_condition(argv)
+    from raycontrolnet import condition_images
+
+    condition_images.condition(config)
+
+
 def generate(argv: Sequence[str]) -> None:
     config = parse_generate(argv)
     from raycontrolnet import generate_images
@@ -110,6 +119,19 @@ def parse_train(
     defaults_by_group = [_group_default(group, settings, known.config) for group in GROUPS]
     description = "Train a ControlNet. --config FILE.yaml reads the same settings from a file; flags override it."
     return TrainConfig(**_parsed(flags, defaults_by_group, program, description))
+
+
+def parse_condition(argv: Sequence[str]) -> ConditionConfig:
+    """The flags of `raycontrolnet condition`.
+
+    Raises:
+        ConfigError: bad settings, all at once.
+        SystemExit: by tyro: 0 for --help, 2 for unknown flags and values of the wrong type.
+    """
+    description = "Make conditioning images of a folder of pictures, and the metadata.jsonl to train on both."
+    return ConditionConfig(
+        **_parsed(argv, [group() for group in CONDITION_GROUPS], "raycontrolnet condition", description)
+    )
 
 
 def parse_generate(argv: Sequence[str]) -> GenerateConfig:

@@ -5,8 +5,7 @@ load (tasks on CPUs)  ->  encode (a pool of actors, on GPUs or CPUs)  ->  store 
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from raycontrolnet.data.boxes import boxed, or_error, unboxed
 from raycontrolnet.data.cache_folder import CacheFolder
 from raycontrolnet.data.encoding import EncodedShard, LoadedShard, ShardResult, load_shard, store_shard, with_posteriors
 from raycontrolnet.data.latents import read_contents
 from raycontrolnet.data.manifest import SHARD_ROWS, Encoding, Shard
 from raycontrolnet.data.sources import Source
 from raycontrolnet.data.stream import COUNT_CPUS, TASK_CPUS, let_training_go_first, one_row_a_block
-from raycontrolnet.errors import DataError, RunError, root_cause
+from raycontrolnet.errors import DataError, RunError
 from raycontrolnet.settings import ModelConfig
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def encode_on_ray(job: EncodeJob, resources: WorkerResources) -> Iterator[ShardR
     ahead = max(MIN_STORE_BYTES, SHARDS_AHEAD * shard_bytes * most)
     dataset.context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=ahead)
     for table in dataset.iter_batches(prefetch_batches=0, **whole):
-        result = _unboxed(table)
+        result = unboxed(table)
         if isinstance(result, Exception):
             raise result
         yield result
@@ -130,14 +130,14 @@ def _tickets(_: pa.Table, shards_ref: ray.ObjectRef[tuple[Shard, ...]]) -> Itera
     import ray
 
     for shard in ray.get(shards_ref):
-        yield _boxed(shard)
+        yield boxed(shard)
 
 
 def _load(table: pa.Table, job_ref: ray.ObjectRef[EncodeJob]) -> pa.Table:
     import ray
 
     let_training_go_first()
-    return _boxed(_or_error(ray.get(job_ref).load, _unboxed(table)))
+    return boxed(or_error(ray.get(job_ref).load, unboxed(table)))
 
 
 class _Encoder:
@@ -149,7 +149,7 @@ class _Encoder:
         self.job, self.resources = ray.get(job_ref), resources
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        return _boxed(_or_error(lambda loaded: self.job.encode(loaded, self.encoder), _unboxed(table)))
+        return boxed(or_error(lambda loaded: self.job.encode(loaded, self.encoder), unboxed(table)))
 
     @cached_property
     def encoder(self) -> LatentEncoder:
@@ -163,24 +163,4 @@ class _Encoder:
 def _store(table: pa.Table, job_ref: ray.ObjectRef[EncodeJob]) -> pa.Table:
     import ray
 
-    return _boxed(_or_error(ray.get(job_ref).store, _unboxed(table)))
-
-
-def _or_error(work: Callable[[Any], object], item: object) -> object:
-    """`work(item)`, or the error of this step or of one before: Ray Data's own would hide its cause."""
-    if isinstance(item, Exception):
-        return item
-    try:
-        return work(item)
-    except Exception as error:  # noqa: BLE001 (the driver raises it)
-        return root_cause(error)
-
-
-def _boxed(item: object) -> pa.Table:
-    """A table of one row, so that Ray Data moves a shard as one block."""
-    return pa.table({"object": pa.array([pickle.dumps(item, protocol=5)], pa.large_binary())})
-
-
-def _unboxed(table: pa.Table) -> Any:
-    (cell,) = table["object"]
-    return pickle.loads(cell.as_buffer())
+    return boxed(or_error(ray.get(job_ref).store, unboxed(table)))

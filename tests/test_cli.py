@@ -111,7 +111,9 @@ def test_the_console_script_is_the_command() -> None:
     assert done.stdout == f"{__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("train", "--help"), ("generate", "--help")])
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("train", "--help"), ("condition", "--help"), ("generate", "--help")]
+)
 def test_help_answers_at_once(arguments: tuple[str, ...]) -> None:
     """Under 1 s on a free machine (the median of three, warm); the limit here leaves room for a busy one."""
     run("-m", "raycontrolnet", *arguments)

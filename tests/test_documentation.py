@@ -28,7 +28,7 @@ from typing import Any
 import pytest
 import yaml
 
-from raycontrolnet import GenerateConfig, TrainConfig, cli, fit
+from raycontrolnet import ConditionConfig, GenerateConfig, TrainConfig, cli, fit
 from raycontrolnet.config import GROUPS, load_yaml, setting_types
 from raycontrolnet.data.sources import open_source
 from raycontrolnet.demo import FOLDER, demo_settings, run_demo
@@ -87,10 +87,15 @@ def blocks(*kinds: str) -> list[Any]:
 
 
 def write_workspace(folder: Path, base: Path) -> Path:
-    """A folder in which README's commands run: base model, my-images, examples, job, and the program on the PATH."""
+    """A folder in which README's commands run: base model, my-images, my-photos, examples, job, and the program."""
     shutil.copytree(base, folder / "stable-diffusion-v1-5" / "stable-diffusion-v1-5")
     shutil.copytree(ROOT / "examples", folder / "examples")
     write_data(folder / "my-images", "metadata.jsonl", block("metadata.jsonl").text, ("image", "conditioning_image"))
+    (folder / "my-photos").mkdir()
+    for index in range(2):
+        image, _, text = draw_circle(index, 64, 0)
+        image.save(folder / "my-photos" / f"{index}.jpg")
+        (folder / "my-photos" / f"{index}.txt").write_text(text)
     settings = load_yaml(ROOT / "examples" / "train.yaml") | {"max_train_steps": 2, "resolution": 32}
     for name in ("pretrained_model_name_or_path", "train_data_dir", "output_dir"):
         settings[name] = str(folder / settings[name])
@@ -178,7 +183,7 @@ FIRST, *OTHERS = (found for found in BLOCKS if found.kind == "run")
 
 def test_readme_is_read() -> None:
     assert Counter(found.kind for found in BLOCKS) == {
-        "run": 5,
+        "run": 6,
         "slow": 6,
         "job": 1,
         "cluster": 1,
@@ -216,6 +221,10 @@ def test_block_runs(found: Block, trained: Path) -> None:
         assert len(list((trained / "generated").glob("*.png"))) == 3
     elif "GenerateConfig" in found.command:
         assert "houses/pair-00-grid.png" in output
+    elif "raycontrolnet condition" in found.command:
+        assert "2 rows in " in output
+        data = TrainConfig(pretrained_model_name_or_path="base", train_data_dir=str(trained / "my-photos-canny"))
+        assert len(open_source(data)) == 2
     elif "raycontrolnet prepare" in found.command:
         assert "latents: 2 samples, " in output
         assert len(list((trained / "my-latents").glob("*.arrow"))) == 1
@@ -275,7 +284,7 @@ def test_flags_exist(path: str, at_least: int) -> None:
     of_others = {"logdir", "head", "region", "query", "output", "name", "port", "ulimit"}
     flags = re.findall(r"(?<![\w-])--(\w+)(?![\w-])", (ROOT / path).read_text(encoding="utf-8"))
     assert len(flags) >= at_least
-    ours = {*setting_types(), *setting_types(GenerateConfig), "config", "help"}
+    ours = {*setting_types(), *setting_types(GenerateConfig), *setting_types(ConditionConfig), "config", "help"}
     assert set(flags) - ours - of_others == set()
 
 
@@ -284,7 +293,7 @@ def test_commands_and_flags_are_in_help(capsys: pytest.CaptureFixture[str]) -> N
     usage = capsys.readouterr().out
     shell = "\n".join(found.text for found in BLOCKS if found.language == "bash")
     commands = set(re.findall(r"raycontrolnet ([a-z]+)\b", shell))
-    assert commands == {"train", "prepare", "generate", "demo"}
+    assert commands == {"train", "prepare", "condition", "generate", "demo"}
     assert commands <= set(re.findall(r"raycontrolnet ([a-z]+)\b", usage))
     with pytest.raises(SystemExit) as exit_info:
         cli.main(["train", "--help"])

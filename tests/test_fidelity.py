@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import raycontrolnet
 from raycontrolnet import GenerateConfig, PairImages, TrainConfig, control_fidelity, fit, generate
-from raycontrolnet.demo.circles import COLOURS, draw_circle
+from raycontrolnet.demo.shapes import COLOURS, draw_row
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.run import fidelity, metrics, report, scores, validation
 from raycontrolnet.run.fidelity import Measure, asked_shape, edge_f_measure, found_shape, iou
@@ -96,7 +96,7 @@ def test_every_pair_of_colours_is_told_apart() -> None:
 def test_the_demos_own_pictures_have_nearly_all(resolution: int) -> None:
     found = []
     for index in range(40):
-        image, control_image, _ = draw_circle(index, resolution, 0)
+        image, control_image, _ = draw_row(index, resolution, 0)
         found.append(control_fidelity(np.asarray(control_image), np.asarray(image), "shape"))
     assert min(found) > (0.93 if resolution == 32 else 0.97)
     assert np.mean(found) > 0.98

@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("setting_rules",),
     ("settings",),
     ("config",),
-    ("generate_settings",),
+    ("condition_settings", "generate_settings"),
     ("data",),
     ("model",),
     ("run",),
@@ -27,8 +27,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ending", "validate_beside"),
     ("validate_controlnet",),
     ("train_controlnet",),
-    ("encode_latents", "latent_plan"),
-    ("generate_images", "prepare_latents"),
+    ("encode_latents", "latent_plan", "make_conditions"),
+    ("condition_images", "generate_images", "prepare_latents"),
     ("latents_of_run",),
     ("train",),
     ("tune",),
@@ -39,12 +39,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 """From the bottom up. A module imports from lower layers, and from its own folder."""
 
 RAY_DRIVERS = {
-    "cluster", "train_controlnet", "train", "encode_latents", "tune", "validate_beside", "validate_controlnet",
-    "data.stream",
+    "cluster", "train_controlnet", "train", "encode_latents", "make_conditions", "tune", "validate_beside",
+    "validate_controlnet", "data.stream",
 }  # fmt: skip
 """Modules that may import ray."""
 
-TORCH_FREE = ("", "__main__", "cli", "config", "data", "errors", "generate_settings", "setting_rules", "settings")
+TORCH_FREE = (
+    "", "__main__", "cli", "condition_settings", "config", "data", "errors", "generate_settings", "setting_rules",
+    "settings",
+)  # fmt: skip
 """Importing these must not wait for torch."""
 
 When = Literal["module", "function", "script", "types"]

@@ -28,7 +28,7 @@ _KIND_NAMES = {
 _CUSTOMARY_NAMES = {
     "image_column": ("file_name", "target"),
     "conditioning_image_column": ("conditioning_image_file_name", "source"),
-    "caption_column": ("prompt",),
+    "caption_column": ("prompt", "caption"),
 }
 
 
@@ -48,22 +48,32 @@ def find_columns(data: DataConfig, available: Sequence[str], where: str) -> tupl
     names of the known layouts are tried as well; a column that the user named must exist.
     """
     found, problems = {}, []
-    for setting, customary in _CUSTOMARY_NAMES.items():
-        asked = getattr(data, setting)
-        candidates = [asked] if setting == "caption_column" else [asked, f"{asked}_file_name"]
-        if asked == getattr(DataConfig, setting):
-            candidates += customary
-        name = next((candidate for candidate in candidates if candidate in available), None)
-        if name is None:
-            near = difflib.get_close_matches(asked, available, n=1)
-            advice = f"perhaps you meant {near[0]}" if near else f"name one of them with --{setting}"
-            has = f"has: {', '.join(available)}; {advice}" if available else "has no columns"
-            problems.append(f"--{setting}={asked}: no such column in {where}, which {has}")
-        else:
-            found[setting] = name
+    for setting in _CUSTOMARY_NAMES:
+        try:
+            found[setting] = find_column(setting, getattr(data, setting), available, where)
+        except ValueError as problem:
+            problems.append(str(problem))
     if problems:
         return None, problems
     return Columns(found["image_column"], found["conditioning_image_column"], found["caption_column"]), []
+
+
+def find_column(setting: str, asked: str, available: Sequence[str], where: str) -> str:
+    """The column of `where` that `setting`, with the value `asked`, means; see `find_columns`.
+
+    Raises:
+        ValueError: if there is none; names those that there are.
+    """
+    candidates = [asked] if setting == "caption_column" else [asked, f"{asked}_file_name"]
+    if asked == getattr(DataConfig, setting):
+        candidates += _CUSTOMARY_NAMES[setting]
+    name = next((candidate for candidate in candidates if candidate in available), None)
+    if name is None:
+        near = difflib.get_close_matches(asked, available, n=1)
+        advice = f"perhaps you meant {near[0]}" if near else f"name one of them with --{setting}"
+        has = f"has: {', '.join(available)}; {advice}" if available else "has no columns"
+        raise ValueError(f"--{setting}={asked}: no such column in {where}, which {has}")
+    return name
 
 
 def read_captions(value: Any) -> tuple[str, ...]:

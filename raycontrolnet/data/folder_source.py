@@ -129,7 +129,7 @@ def _metadata_file(folder: str) -> Path | None:
 
 def _columns(path: Path, data: DataConfig) -> Columns | None:
     """The columns, going by the first row; None for a file without rows."""
-    for number, first in _rows(path):
+    for number, first in metadata_rows(path):
         if isinstance(first, ValueError):
             raise DataError(f"{path}:{number}: {first}")
         columns, problems = find_columns(data, list(first), str(path))
@@ -154,7 +154,7 @@ def _read_table(path: Path, columns: Columns) -> pa.Table:
             problems.append(f"{path}: a text in lines {rows[0][-1]} to {rows[-1][-1]} is not valid Unicode")
         rows.clear()
 
-    for number, row in _rows(path):
+    for number, row in metadata_rows(path):
         try:
             if isinstance(row, ValueError):
                 raise row
@@ -170,7 +170,7 @@ def _read_table(path: Path, columns: Columns) -> pa.Table:
     return pa.concat_tables(tables).combine_chunks()  # one chunk per column: finding a row takes no search
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+def metadata_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
     """Line number, from 1, and content of every row of a metadata file; a ValueError for one that cannot be parsed."""
     if path.suffix == ".csv":
         return _csv_rows(path)
@@ -233,10 +233,15 @@ def _read_row(row: dict[str, Any], columns: Columns) -> tuple[str, str, tuple[st
         captions = read_captions(row[columns.caption])
     except ValueError as error:
         raise ValueError(f"{columns.caption} {error}") from None
-    return _read_path(row, columns.image), _read_path(row, columns.conditioning_image), captions
+    return read_path(row, columns.image), read_path(row, columns.conditioning_image), captions
 
 
-def _read_path(row: dict[str, Any], column: str) -> str:
+def read_path(row: dict[str, Any], column: str) -> str:
+    """The path of an image in a row of a metadata file.
+
+    Raises:
+        ValueError: if there is none; says what there is.
+    """
     path = row.get(column)
     if isinstance(path, str) and path:
         return path

@@ -123,14 +123,18 @@ def resize_and_crop(image: Image.Image, resolution: int) -> UInt8Image:
     The rounding is torchvision's `Resize(resolution)` and `CenterCrop(resolution)` on PIL images: the long side is cut
     off to whole pixels, the crop's offset is rounded half to even.
     """
+    image = resize_short_side(image, resolution)
+    left, top = (round((side - resolution) / 2) for side in image.size)
+    return np.array(image.crop((left, top, left + resolution, top + resolution)))
+
+
+def resize_short_side(image: Image.Image, resolution: int) -> Image.Image:
+    """The first half of `resize_and_crop`: an RGB image whose short side is `resolution`, nothing cut off."""
     width, height = image.size
     short, long = min(width, height), max(width, height)
     new_long = int(resolution * long / short)
-    new_width, new_height = (resolution, new_long) if width <= height else (new_long, resolution)
-    if (new_width, new_height) != (width, height):
-        image = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
-    left, top = round((new_width - resolution) / 2), round((new_height - resolution) / 2)
-    return np.array(image.crop((left, top, left + resolution, top + resolution)))
+    new_size = (resolution, new_long) if width <= height else (new_long, resolution)
+    return image if new_size == image.size else image.resize(new_size, Image.Resampling.BILINEAR)
 
 
 def choose_prompt(captions: tuple[str, ...], rng: np.random.Generator, proportion_empty_prompts: float) -> str:

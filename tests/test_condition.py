@@ -1,0 +1,644 @@
+"""`raycontrolnet condition`: the conditions themselves, the data set that comes of a folder of pictures, what is made
+again, and what is never overwritten."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from raycontrolnet import ConditionConfig, ConditionResult, TrainConfig, condition, condition_images, fit
+from raycontrolnet.cli import main, parse_condition
+from raycontrolnet.condition_settings import CONDITIONS
+from raycontrolnet.data import conditions
+from raycontrolnet.data.condition_folder import JOURNAL, ConditionFolder, png_name
+from raycontrolnet.data.folder_source import FolderSource
+from raycontrolnet.data.records import ImageRow, UInt8Image
+from raycontrolnet.data.sources import open_source
+from raycontrolnet.data.transforms import prepare_images
+from raycontrolnet.demo.circles import draw_circle
+from raycontrolnet.errors import ConfigError, DataError, Interrupted, RunError, UserError
+from raycontrolnet.make_conditions import MakeJob, Outcome, make
+
+Make = Callable[..., ConditionResult]
+RESOLUTION = 32
+
+
+# --- the conditions ---
+
+
+def square() -> UInt8Image:
+    """White on black: rows and columns 8 to 23 of 32."""
+    image = np.zeros((32, 32, 3), np.uint8)
+    image[8:24, 8:24] = 255
+    return image
+
+
+def test_every_condition_has_its_settings_and_keeps_the_shape() -> None:
+    assert tuple(conditions.CONDITIONS) == CONDITIONS
+    image = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)
+    for name in CONDITIONS:
+        options = ConditionConfig(images=".", condition=name, resolution=64).options
+        made = conditions.CONDITIONS[name](image.copy(), **dict(options))
+        assert made.dtype == np.uint8
+        assert made.shape == image.shape
+
+
+def test_canny_draws_the_outline_of_a_square() -> None:
+    edges = conditions.canny(square(), low_threshold=100, high_threshold=200)
+    assert set(np.unique(edges)) == {0, 255}
+    assert (edges == edges[..., :1]).all()
+    drawn = edges[..., 0] > 0
+    near = np.zeros((32, 32), bool)
+    near[7:25, 7:25] = True
+    near[10:22, 10:22] = False
+    assert not (drawn & ~near).any()
+    assert drawn[10:22].any(axis=1).all()
+    assert drawn[16].sum() == drawn[:, 16].sum() == 2  # one pixel for each side
+
+
+def test_canny_goes_by_its_thresholds_and_sees_colours_of_one_lightness() -> None:
+    faint = square() // 16
+    assert not conditions.canny(faint, low_threshold=100, high_threshold=200).any()
+    assert conditions.canny(faint, low_threshold=10, high_threshold=20).any()
+    colours = np.zeros((32, 32, 3), np.uint8)
+    colours[:, :16], colours[:, 16:] = (200, 0, 0), (0, 102, 0)
+    assert np.ptp(conditions.grey(colours)) <= 1
+    assert conditions.canny(colours, low_threshold=100, high_threshold=200).any()
+
+
+def test_blur_keeps_the_mean_and_spreads_by_its_radius() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    for radius in (1.0, 8.0, 64.0):
+        blurred = conditions.blur(noise, radius=radius)
+        assert np.abs(blurred.mean(axis=(0, 1)) - noise.mean(axis=(0, 1))).max() < 1
+    step = np.zeros((16, 64, 3), np.uint8)
+    step[:, 32:] = 255
+    blurred = conditions.blur(step, radius=4.0)
+    assert (blurred[..., :1] == blurred).all()
+    # a standard deviation beyond the step, 84% of it is passed
+    assert blurred[8, 32 + 3 : 32 + 5, 0].mean() / 255 == pytest.approx(0.841, abs=0.01)
+    assert conditions.blur(np.full((9, 9, 3), 77, np.uint8), radius=3.0).tolist() == np.full((9, 9, 3), 77).tolist()
+
+
+def test_grey_is_the_luma_three_times() -> None:
+    colours = np.array([[(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)]], np.uint8)
+    assert conditions.grey(colours).tolist() == [[[value] * 3 for value in (76, 150, 29, 255, 0)]]
+
+
+def test_the_same_recipe_is_equal_and_settings_of_others_do_not_count() -> None:
+    settings: dict[str, Any] = {"images": ".", "condition": "blur", "resolution": 512}
+    assert ConditionConfig(**settings).options == ConditionConfig(**settings, canny_low_threshold=1).options
+    assert ConditionConfig(**settings).options == (("radius", 8.0),)
+    assert ConditionConfig(**settings | {"resolution": 64}).options == (("radius", 1.0),)
+    assert ConditionConfig(**settings, blur_radius=3).options == (("radius", 3.0),)
+
+
+# --- a folder of pictures ---
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Four pictures of different kinds, each with a text file."""
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    pictures = [draw_circle(index, 64, 0)[0] for index in range(4)]
+    wide = Image.new("RGB", (96, 64), "navy")
+    wide.paste(pictures[0], (20, 0))
+    wide.save(folder / "wide.JPG", quality=95)
+    clear = pictures[1].convert("RGBA")
+    clear.putalpha(Image.fromarray(np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1))))
+    clear.save(folder / "clear.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    wide.resize((72, 48)).save(folder / "more" / "turned.jpeg", exif=exif)
+    deep = np.asarray(pictures[3].convert("L")).astype(np.uint16) * 257
+    Image.fromarray(deep).save(folder / "more" / "deep.png")
+    for name in ("wide", "clear", "more/turned", "more/deep"):
+        (folder / f"{name}.txt").write_text(f"a picture, {name}\n", encoding="utf-8")
+    return folder
+
+
+NAMES = ["clear.png", "more/deep.png", "more/turned.jpeg", "wide.JPG"]
+
+
+@pytest.fixture
+def shown() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture
+def run(photos: Path, shown: io.StringIO) -> Make:
+    def run(**changed: Any) -> ConditionResult:
+        settings: dict[str, Any] = {"images": str(photos), "condition": "canny", "resolution": RESOLUTION}
+        return condition(ConditionConfig(**settings | changed), stream=shown)
+
+    return run
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass in this process, where what is tested is not Ray's part."""
+
+    def make_here(job: MakeJob) -> Iterator[list[Outcome]]:
+        for chunk in job.chunks():
+            yield [make(item, job.recipe, job.folder) for item in chunk]
+
+    monkeypatch.setattr(condition_images, "make_on_ray", make_here)
+    monkeypatch.setattr(condition_images, "ray_session", lambda address: nullcontext())
+
+
+@pytest.fixture
+def nothing_made(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    def fail(*_: object) -> None:
+        raise AssertionError("nothing should be made, and Ray not be asked")
+
+    def forbid() -> None:
+        monkeypatch.setattr(condition_images, "make_on_ray", fail)
+        monkeypatch.setattr(condition_images, "ray_session", fail)
+
+    return forbid
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def source_of(folder: Path) -> FolderSource:
+    source = open_source(TrainConfig(pretrained_model_name_or_path="base", train_data_dir=str(folder)))
+    assert isinstance(source, FolderSource)
+    return source
+
+
+def files_of(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Every file but the log: its bytes, and when it was written."""
+    return {
+        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix != ".log"
+    }
+
+
+def pngs_of(folder: Path) -> dict[str, bytes]:
+    return {name: content for name, (content, _) in files_of(folder / "conditioning").items()}
+
+
+def flags(**settings: object) -> list[str]:
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.mark.usefixtures("_local_ray")
+def test_the_command_makes_a_data_set_that_trains(
+    photos: Path, tiny_settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files_of(photos)
+    assert main(["condition", *flags(images=photos, condition="grey", resolution=RESOLUTION)]) == 0
+    out = photos.with_name("photos-grey")
+    said = capsys.readouterr().err
+    assert f"grey of 4 pictures in {photos}, short side 32 px; 0 are there" in said
+    assert "grey: 4/4 images | " in said
+    assert f"4 rows in {out / 'metadata.jsonl'}, 4 conditioning images made now" in said
+    assert f"raycontrolnet train --train_data_dir {out} --resolution 32 ..." in said
+    assert files_of(photos) == before
+    assert rows_of(out) == [
+        {
+            "image": f"../photos/{name}",
+            "conditioning_image": f"conditioning/{name}.png",
+            "text": f"a picture, {name.rpartition('.')[0]}",
+        }
+        for name in NAMES
+    ]
+    source = source_of(out)
+    for index, name in enumerate(NAMES):
+        row = source.read(index)
+        assert isinstance(row.image, str)
+        assert Path(row.image).samefile(photos / name)
+        image, conditioning_image = prepare_images(row, RESOLUTION)
+        assert np.array_equal(conditioning_image, conditions.grey(image)), name  # the same pixels of both
+        assert np.ptp(image) > 30
+    settings = tiny_settings | {"train_data_dir": str(out), "resolution": RESOLUTION, "max_train_steps": 1}
+    assert fit(TrainConfig(**settings), stream=io.StringIO()).step == 1
+
+
+@pytest.mark.usefixtures("_local_ray")
+def test_a_second_time_does_nothing_and_changes_are_made_again(
+    run: Make, photos: Path, nothing_made: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run()
+    assert (result.num_rows, result.num_made, result.bad_pictures) == (4, 4, ())
+    assert result.folder == photos.with_name("photos-canny")
+    before = files_of(result.folder)
+    assert len(before) == 6  # with metadata.jsonl and the journal
+    nothing_made()
+    assert run().num_made == 0
+    assert files_of(result.folder) == before
+    assert run(blur_radius=3).num_made == 0  # canny does not ask for it
+    monkeypatch.undo()
+
+    Image.new("RGB", (64, 64), "red").save(photos / "clear.png")
+    assert run().num_made == 1
+    after = files_of(result.folder)
+    changed = {name for name in before if before[name] != after[name]} - {JOURNAL}
+    assert changed == {"conditioning/clear.png.png"}
+    Path(result.folder, "conditioning", "wide.JPG.png").unlink()
+    assert run().num_made == 1
+    assert run(canny_low_threshold=10, canny_high_threshold=20).num_made == 4
+    assert run(canny_low_threshold=10, canny_high_threshold=20).num_made == 0
+    assert run().num_made == 4  # back again: what is there is of the other thresholds
+    assert all(after[f"conditioning/{name}"][0] == content for name, content in pngs_of(result.folder).items())
+    assert run(resolution=64).num_made == 4
+
+
+@pytest.mark.usefixtures("_local_ray")
+def test_pictures_that_cannot_be_used_fail_at_the_end_or_are_left_out(
+    run: Make, photos: Path, shown: io.StringIO, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "wide.JPG").write_bytes(b"no picture")
+    (photos / "more" / "deep.png").write_bytes(b"")
+    out = photos.with_name("photos-canny")
+    assert main(["condition", *flags(images=photos, condition="canny", resolution=RESOLUTION)]) == 2
+    message = capsys.readouterr().err
+    assert f"error: {photos / 'more' / 'deep.png'} is empty\n" in message
+    assert f"{photos / 'wide.JPG'} is not an image in a format that Pillow reads\n" in message
+    assert message.endswith(
+        "2 of 4 pictures cannot be used: mend or remove them, or leave them out with --on_bad_sample skip. "
+        "The others' conditioning images are made\n"
+    )
+    assert "Traceback" not in message
+    assert len((out / "bad_pictures.txt").read_text().splitlines()) == 2
+    assert not (out / "metadata.jsonl").exists()
+    assert set(pngs_of(out)) == {"clear.png.png", "more/turned.jpeg.png"}
+    with pytest.raises(DataError, match=r"2 of 4 pictures cannot be used: more than --max_bad_fraction=0\.01 allows"):
+        run(on_bad_sample="skip")
+    result = run(on_bad_sample="skip", max_bad_fraction=0.5)
+    assert result.num_made == 0
+    assert [picture.path for picture in result.bad_pictures] == [
+        str(photos / "more" / "deep.png"), str(photos / "wide.JPG")
+    ]  # fmt: skip
+    assert "2 rows in " in shown.getvalue()
+    assert ", 2 bad ones skipped\n" in shown.getvalue()
+    assert [row["image"] for row in rows_of(out)] == ["../photos/clear.png", "../photos/more/turned.jpeg"]
+    Image.new("RGB", (64, 64), "red").save(photos / "wide.JPG", "JPEG")
+    assert run(on_bad_sample="skip", max_bad_fraction=0.25).num_rows == 3
+
+
+@pytest.mark.usefixtures("here")
+def test_none_that_can_be_used_is_no_data_set(run: Make, photos: Path) -> None:
+    for name in NAMES:
+        (photos / name).write_bytes(b"x")
+    with pytest.raises(DataError, match="4 of 4 pictures cannot be used"):
+        run(on_bad_sample="skip", max_bad_fraction=1)
+
+
+@pytest.mark.usefixtures("_local_ray")
+def test_a_folder_that_cannot_be_written_is_the_failure(run: Make, photos: Path) -> None:
+    out = photos.with_name("photos-canny")
+    out.mkdir()
+    (out / "conditioning").write_text("a file in the way")
+    with pytest.raises(RunError) as caught:
+        run()
+    assert str(caught.value).startswith(f"Making conditioning images failed: {out / 'conditioning'}")
+    assert "cannot be written to: " in str(caught.value)
+    assert "\n0 of 4 conditioning images are made and stand in " in str(caught.value)
+    assert f"Details: {out / 'condition.log'}" in str(caught.value)
+
+
+# --- captions ---
+
+
+@pytest.mark.usefixtures("here")
+def test_captions_of_a_metadata_file_of_text_files_and_of_the_flag(run: Make, photos: Path) -> None:
+    (photos / "more" / "deep.txt").write_text("first\n\n  second \n")
+    (photos / "clear.txt").unlink()
+    (photos / "metadata.jsonl").write_text(
+        '{"file_name": "wide.JPG", "text": ["one", "two"]}\n'
+        '{"file_name": "more/turned.jpeg", "text": "  "}\n'
+        '{"file_name": "./wide.JPG", "text": "Größe"}\n'
+    )
+    rows = rows_of(run(caption="any").folder)
+    assert [(row["image"].removeprefix("../photos/"), row["text"]) for row in rows] == [
+        ("wide.JPG", ["one", "two"]),
+        ("more/turned.jpeg", "a picture, more/turned"),
+        ("wide.JPG", "Größe"),
+        ("clear.png", "any"),
+        ("more/deep.png", ["first", "second"]),
+    ]
+
+
+OTHER_COLUMNS = {"image_column": "photo", "caption_column": "words"}
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("name", "content", "settings"),
+    [
+        ("metadata.csv", "image,caption\nclear.png,from the file\n", {}),
+        ("metadata.jsonl", '{"photo": "clear.png", "words": "from the file"}', OTHER_COLUMNS),
+        ("prompt.json", '{"target": "clear.png", "source": "more/deep.png", "prompt": "from the file"}', {}),
+    ],
+)  # fmt: skip
+def test_forms_of_metadata(run: Make, photos: Path, name: str, content: str, settings: dict[str, Any]) -> None:
+    (photos / name).write_text(content)
+    rows = rows_of(run(**settings).folder)
+    assert rows[0]["image"] == "../photos/clear.png"
+    assert rows[0]["text"] == "from the file"
+    assert len(rows) == (3 if name == "prompt.json" else 4)  # a conditioning image is no picture
+
+
+def test_missing_captions_are_listed_with_the_ways_out(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "clear.txt").unlink()
+    (photos / "more" / "deep.txt").write_text(" \n")
+    (photos / "metadata.csv").write_text("file_name,label\nwide.JPG,3\n")
+    assert main(["condition", *flags(images=photos, condition="canny")]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {photos / 'clear.png'}: has no caption\n"
+        f"{photos / 'more' / 'deep.png'}: has no caption\n"
+        f"--caption_column=text: no such column in {photos / 'metadata.csv'}, which has: file_name, label; name one of "
+        "them with --caption_column\n"
+        f"write each a text file (clear.txt for clear.png) or a row in {photos / 'metadata.csv'}, or give one text for "
+        'all that have none: --caption "a photo"\n'
+    )
+    assert not photos.with_name("photos-canny").exists()
+
+
+def test_lines_that_cannot_be_used_are_listed(run: Make, photos: Path) -> None:
+    metadata = photos / "metadata.jsonl"
+    metadata.write_text('{"file_name": "wide.JPG", "text": 3}\n{"text": "a"}\nnothing\n')
+    with pytest.raises(DataError) as caught:
+        run()
+    assert str(caught.value).splitlines() == [
+        f"{metadata}:1: must be a text or a list of texts, is a number",
+        f"{metadata}:2: has no file_name, only: text",
+        f"{metadata}:3: is not valid JSON (Expecting value, column 1)",
+    ]
+    metadata.write_text('{"photo": "wide.JPG", "text": "a"}\n')
+    with pytest.raises(
+        DataError, match=r"--image_column=image: no such column in .* name one of them with --image_col"
+    ):
+        run()
+    metadata.unlink()
+    (photos / "clear.txt").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(DataError, match=rf"{photos / 'clear.txt'}: is not UTF-8 text"):
+        run()
+
+
+@pytest.mark.usefixtures("here")
+def test_rows_of_pictures_that_are_not_there_and_elsewhere(run: Make, photos: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "outside.png")
+    (photos / "metadata.jsonl").write_text(
+        '{"file_name": "gone.png", "text": "gone"}\n{"file_name": "../outside.png", "text": "outside"}\n'
+    )
+    with pytest.raises(DataError, match=rf"{photos / 'gone.png'}: no such file\n1 of 6 pictures cannot be used"):
+        run()
+    result = run(on_bad_sample="skip", max_bad_fraction=0.2)
+    row = rows_of(result.folder)[0]
+    assert row["image"] == "../outside.png"
+    assert row["conditioning_image"].startswith("conditioning/elsewhere/")
+    assert len(source_of(result.folder)) == 5
+
+
+# --- which pictures, and whose files ---
+
+
+@pytest.mark.usefixtures("here")
+def test_names_that_differ_in_the_suffix_do_not_meet(run: Make, photos: Path) -> None:
+    Image.new("RGB", (64, 64), "red").save(photos / "clear.jpg")
+    folder = run(condition="grey").folder
+    assert len(pngs_of(folder)) == 5
+    rows = {row["image"]: folder / row["conditioning_image"] for row in rows_of(folder)}
+    red, clear = (np.asarray(Image.open(rows[f"../photos/clear.{kind}"])) for kind in ("jpg", "png"))
+    assert np.ptp(red) <= 1
+    assert np.ptp(clear) > 50
+    assert png_name("/a/b/c.jpg", Path("/a")) == "b/c.jpg.png"
+
+
+@pytest.mark.usefixtures("here")
+def test_hidden_files_and_what_is_no_picture_are_passed_by(run: Make, photos: Path) -> None:
+    (photos / ".thumbnails").mkdir()
+    for name in (".hidden.png", ".thumbnails/a.png", "notes.md", "film.mp4"):
+        (photos / name).write_bytes(b"x")
+    (photos / "circle").symlink_to(photos, target_is_directory=True)
+    assert [row["image"].removeprefix("../photos/") for row in rows_of(run().folder)] == NAMES
+
+
+def test_a_folder_without_pictures(run: Make, photos: Path) -> None:
+    empty = photos / "empty"
+    empty.mkdir()
+    with pytest.raises(DataError, match=rf"--images={empty}: holds no pictures \(files that end in avif, bmp, "):
+        run(images=str(empty))
+
+
+@pytest.mark.usefixtures("here")
+def test_beside_the_pictures_and_below_them(run: Make, photos: Path, nothing_made: Callable[[], None]) -> None:
+    """Conditioning images are no pictures, whichever run made them."""
+    assert run(out=str(photos)).num_rows == 4
+    assert [row["image"] for row in rows_of(photos)] == NAMES
+    assert len(source_of(photos)) == 4
+    below = photos / "blurred"
+    assert run(out=str(below), condition="blur").num_rows == 4
+    assert {row["image"] for row in rows_of(below)} == {f"../{name}" for name in NAMES}
+    assert run(condition="grey").num_rows == 4
+    nothing_made()
+    for settings in ({"out": str(photos)}, {"out": str(below), "condition": "blur"}, {"condition": "grey"}):
+        assert run(**settings).num_made == 0
+    with pytest.raises(ConfigError, match="its folder conditioning holds the pictures; name another folder"):
+        run(images=str(photos / "conditioning"), out=str(photos), caption="x")
+
+
+@pytest.mark.usefixtures("here")
+def test_files_of_others_are_not_overwritten(run: Make, photos: Path) -> None:
+    metadata = photos / "metadata.jsonl"
+    metadata.write_text("".join(f'{{"file_name": "{name}", "text": "own"}}\n' for name in NAMES))
+    before = files_of(photos)
+    with pytest.raises(ConfigError) as caught:
+        run(out=str(photos))
+    assert str(caught.value) == (
+        f"{metadata} is there\n--out={photos}: what is there was not written by `raycontrolnet condition`, or was "
+        "changed since, and would be overwritten; name another folder"
+    )
+    assert files_of(photos) == before
+    out = run().folder  # but beside it there is no harm
+    assert [row["text"] for row in rows_of(out)] == ["own"] * 4
+    metadata.write_text(metadata.read_text().replace("own", "new"))
+    assert [row["text"] for row in rows_of(run().folder)] == ["new"] * 4
+
+    (out / "metadata.jsonl").write_text((out / "metadata.jsonl").read_text().replace("new", "edited"))
+    with pytest.raises(ConfigError, match=rf"{out / 'metadata.jsonl'} is there\n.*was changed since"):
+        run()
+    own = photos.with_name("photos-grey") / "conditioning" / "wide.JPG.png"
+    own.parent.mkdir(parents=True)
+    own.write_text("drawn by hand")
+    with pytest.raises(ConfigError, match=f"{own} is there"):
+        run(condition="grey")
+    assert own.read_text() == "drawn by hand"
+
+
+@pytest.mark.usefixtures("here")
+def test_an_edited_conditioning_image_stays(run: Make, photos: Path, nothing_made: Callable[[], None]) -> None:
+    edited = run().folder / "conditioning" / "wide.JPG.png"
+    edited.write_bytes(b"retouched")
+    with pytest.raises(ConfigError, match=rf"{edited} is there\n.* or was changed since, and would be overwritten"):
+        run(canny_low_threshold=50)
+    nothing_made()
+    assert run().num_made == 0
+    assert edited.read_bytes() == b"retouched"
+
+
+@pytest.mark.usefixtures("here")
+def test_an_edited_metadata_file_gives_its_captions_to_another_folder(run: Make, photos: Path) -> None:
+    run(out=str(photos))
+    text = (photos / "metadata.jsonl").read_text()
+    (photos / "metadata.jsonl").write_text(text.replace("a picture, wide", "a wide picture"))
+    rows = {row["image"]: row["text"] for row in rows_of(run().folder)}
+    assert len(rows) == 4
+    assert rows["../photos/wide.JPG"] == "a wide picture"
+
+
+# --- an early end ---
+
+
+@pytest.mark.usefixtures("here")
+def test_half_a_line_of_the_journal_does_no_harm(run: Make) -> None:
+    folder = run().folder
+    journal = folder / JOURNAL
+    *whole, last = journal.read_text().strip().splitlines()
+    assert "metadata" in last
+    journal.write_text("\n".join([*whole, last[:10]]))
+    (folder / "metadata.jsonl").unlink()
+    assert run().num_made == 0
+    assert ConditionFolder(folder).wrote(folder / "metadata.jsonl")
+    assert run().num_made == 0
+
+
+@pytest.mark.usefixtures("_local_ray")
+def test_an_interruption_says_what_stands(
+    run: Make, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(job: MakeJob) -> Iterator[list[Outcome]]:
+        yield [make(job.items[0], job.recipe, job.folder)]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(condition_images, "make_on_ray", interrupted)
+        command = ["condition", *flags(images=photos, condition="canny", resolution=RESOLUTION)]
+        assert main(command) == Interrupted.exit_code
+    out = photos.with_name("photos-canny")
+    assert capsys.readouterr().err.endswith(
+        f"Interrupted. 1 of 4 conditioning images are made and stand in {out / 'conditioning'}; the same command goes "
+        "on from there.\n"
+    )
+    assert not (out / "metadata.jsonl").exists()
+    assert run().num_made == 3
+
+
+def num_put_down(out: Path) -> int:
+    """Conditioning images that the journal knows to be whole."""
+    return sum(made.key != "" for made in ConditionFolder(out).made.values())
+
+
+@pytest.mark.usefixtures("_local_ray")
+def test_killed_in_the_middle_it_goes_on(tmp_path: Path) -> None:
+    """kill -9 of the driver and of its Ray; then the same to the end, as if nothing had been."""
+    photos, num_photos = tmp_path / "many", 640
+    photos.mkdir()
+    for index in range(num_photos):
+        draw_circle(index, 16, 0)[0].save(photos / f"{index:03}.png")
+    settings = {"images": str(photos), "condition": "canny", "caption": "a circle", "resolution": 64}
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "raycontrolnet", "condition", *flags(**settings)]
+    out = tmp_path / "many-canny"
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, start_new_session=True
+    ) as first:
+        try:
+            while num_put_down(out) < num_photos // 10:
+                assert first.poll() is None
+                time.sleep(0.01)
+            children = psutil.Process(first.pid).children(recursive=True)
+        finally:
+            first.kill()
+    for child in children:  # Ray's agents would go by themselves, after a minute
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(children, timeout=30)
+    before = num_put_down(out)
+    assert 0 < before < num_photos
+    assert not (out / "metadata.jsonl").exists()
+    for path in out.glob("conditioning/*.png"):  # what is there is whole
+        with Image.open(path) as image:
+            image.load()
+    result = condition(ConditionConfig(**settings), stream=io.StringIO())  # type: ignore[arg-type]
+    assert result.num_rows == num_photos
+    assert result.num_made == num_photos - before
+    fresh = condition(ConditionConfig(**settings, out=str(tmp_path / "fresh")), stream=io.StringIO())  # type: ignore[arg-type]
+    visible = {name: content for name, content in pngs_of(out).items() if not Path(name).name.startswith(".")}
+    assert visible == pngs_of(fresh.folder)
+    assert rows_of(out) == rows_of(fresh.folder)
+
+
+# --- settings ---
+
+
+def test_problems_of_the_settings_come_at_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    assert main(["condition"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --images: required; the folder with the pictures\n--condition: required; one of canny, blur, grey\n"
+    )
+    settings = {
+        "images": gone, "condition": "cany", "resolution": 500, "canny_low_threshold": 300, "blur_radius": 0,
+        "on_bad_sample": "leave", "max_bad_fraction": 2,
+    }  # fmt: skip
+    assert main(["condition", *flags(**settings)]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: --images={gone}: no such folder",
+        "--on_bad_sample=leave: must be one of fail, skip",
+        "--max_bad_fraction=2.0: must be in [0, 1]",
+        "--condition=cany: must be one of canny, blur, grey; perhaps you meant canny",
+        "--resolution=500: must be divisible by 8; use 496 or 504",
+        "--canny_high_threshold=200: must be at least --canny_low_threshold, which is 300",
+        "--blur_radius=0.0: must be above 0, and at most --resolution, 500",
+    ]
+    gone.write_text("")
+    with pytest.raises(UserError, match="is a file; name the folder that it is in"):
+        ConditionConfig(images=str(gone), condition="canny")
+    with pytest.raises(UserError, match=rf"--out={gone}: is a file; name a folder"):
+        ConditionConfig(images=str(tmp_path), condition="canny", out=str(gone))
+
+
+def test_the_flags_are_the_settings_of_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings: dict[str, Any] = {"images": str(tmp_path), "condition": "blur", "blur_radius": 2.0, "caption": ""}
+    assert parse_condition(flags(**settings)) == ConditionConfig(**settings)
+    with pytest.raises(SystemExit) as left:
+        main(["condition", "--help"])
+    assert left.value.code == 0
+    said = capsys.readouterr().out
+    assert said.startswith("usage: raycontrolnet condition ")
+    for name in ("images", "condition", "out", "caption", "resolution", "canny_low_threshold", "address"):
+        assert f"--{name}" in said
+
+
+def test_a_conditioning_image_of_another_shape_than_square_fits_its_picture(tmp_path: Path) -> None:
+    """Training at the resolution of the command cuts both alike, to the pixel; of any proportions."""
+    rng = np.random.default_rng(0)
+    for width, height in ((75, 50), (50, 75), (33, 97), (64, 64), (20, 31)):
+        path = tmp_path / f"{width}.png"
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(path)
+        made = conditions.Recipe("grey", RESOLUTION, ()).make(str(path))
+        assert min(made.shape[:2]) == RESOLUTION
+        Image.fromarray(made).save(tmp_path / "made.png")
+        row = ImageRow(str(path), str(tmp_path / "made.png"), ("",), "here")
+        image, conditioning_image = prepare_images(row, RESOLUTION)
+        assert np.array_equal(conditioning_image, conditions.grey(image))
