@@ -28,7 +28,7 @@ from raycontrolnet.data.folder_source import FolderSource
 from raycontrolnet.data.records import ImageRow, UInt8Image
 from raycontrolnet.data.sources import open_source
 from raycontrolnet.data.transforms import prepare_images
-from raycontrolnet.demo.circles import draw_circle
+from raycontrolnet.demo.shapes import draw_row
 from raycontrolnet.errors import ConfigError, DataError, Interrupted, RunError, UserError
 from raycontrolnet.make_conditions import MakeJob, Outcome, make
 
@@ -114,7 +114,7 @@ def photos(tmp_path: Path) -> Path:
     """Four pictures of different kinds, each with a text file."""
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
-    pictures = [draw_circle(index, 64, 0)[0] for index in range(4)]
+    pictures = [draw_row(index, 64, 0)[0] for index in range(4)]
     wide = Image.new("RGB", (96, 64), "navy")
     wide.paste(pictures[0], (20, 0))
     wide.save(folder / "wide.JPG", quality=95)
@@ -554,7 +554,7 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path) -> None:
     photos, num_photos = tmp_path / "many", 640
     photos.mkdir()
     for index in range(num_photos):
-        draw_circle(index, 16, 0)[0].save(photos / f"{index:03}.png")
+        draw_row(index, 16, 0)[0].save(photos / f"{index:03}.png")
     settings = {"images": str(photos), "condition": "canny", "caption": "a circle", "resolution": 64}
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     command = [sys.executable, "-m", "raycontrolnet", "condition", *flags(**settings)]

@@ -93,7 +93,7 @@ def write_workspace(folder: Path, base: Path) -> Path:
     write_data(folder / "my-images", "metadata.jsonl", block("metadata.jsonl").text, ("image", "conditioning_image"))
     (folder / "my-photos").mkdir()
     for index in range(2):
-        image, _, text = draw_circle(index, 64, 0)
+        image, _, text = draw_row(index, 64, 0)
         image.save(folder / "my-photos" / f"{index}.jpg")
         (folder / "my-photos" / f"{index}.txt").write_text(text)
     settings = load_yaml(ROOT / "examples" / "train.yaml") | {"max_train_steps": 2, "resolution": 32}
