@@ -22,7 +22,7 @@ from raycontrolnet.generate_settings import GenerateConfig
 from raycontrolnet.model.components import Components, load_components, working_precision
 from raycontrolnet.preflight import BASE_PARTS, collected, not_a_model, unwritable
 from raycontrolnet.run import images, scores, trained, validation
-from raycontrolnet.run.drawing import Sampling
+from raycontrolnet.run.drawing import DEFAULT_SAMPLING, Sampling
 from raycontrolnet.run.export import find_token
 from raycontrolnet.run.images import METADATA, ImageItem, PairImages
 from raycontrolnet.run.progress import duration
@@ -53,8 +53,12 @@ class _Task:
         return self.config.resolution or DEFAULT_RESOLUTION
 
     @property
+    def guidance_scale(self) -> float:
+        return DEFAULT_SAMPLING.guidance_scale if self.config.guidance_scale is None else self.config.guidance_scale
+
+    @property
     def sampling(self) -> Sampling:
-        return Sampling(self.config.num_inference_steps, self.config.guidance_scale)
+        return Sampling(self.config.num_inference_steps, self.guidance_scale)
 
     @property
     def precision(self) -> torch.dtype:
@@ -216,7 +220,7 @@ def _announce(task: _Task, stream: TextIO) -> None:
     what = (
         f"{config.controlnet} on {task.model.pretrained_model_name_or_path}, {_count(len(config.pairs), 'pair')} x "
         f"{_count(config.num_images, 'image')} of {task.resolution} px, {_count(config.num_inference_steps, 'step')}, "
-        f"guidance {config.guidance_scale:g}, seed {config.seed}, on the {device}{precision}"
+        f"guidance {task.guidance_scale:g}, seed {config.seed}, on the {device}{precision}"
     )
     logger.info(what)
     stream.write(f"raycontrolnet {__version__}: {what}\n")

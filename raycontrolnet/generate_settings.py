@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +11,7 @@ from raycontrolnet.setting_rules import (
     Problems,
     at_least,
     folder_problems,
+    guidance_problems,
     one_of,
     pair_problems,
     pairs_of,
@@ -68,8 +68,8 @@ class SamplingConfig:
     """The same seed gives the same images; that of the run gives those of its validation."""
     num_inference_steps: int = 20
     """Denoising steps per image, with UniPC."""
-    guidance_scale: float = 7.5
-    """How closely images follow the prompt; 1 and less is without guidance, at half the time."""
+    guidance_scale: float | None = None
+    """How closely images follow the prompt; 1 and less is without guidance. By default the run's, or else 7.5."""
     batch_size: int = 1
     """Images drawn at a time: faster for small ones, and the same but for rounding."""
     resolution: int | None = None
@@ -84,8 +84,7 @@ class SamplingConfig:
         yield from at_least(self, 1, "num_inference_steps", "batch_size")
         if self.num_inference_steps > MOST_INFERENCE_STEPS:
             yield problem_of(self, "num_inference_steps", f"must be at most {MOST_INFERENCE_STEPS}")
-        if not 0 <= self.guidance_scale < math.inf:
-            yield problem_of(self, "guidance_scale", "must be a number of at least 0")
+        yield from guidance_problems(self)
         yield from resolution_problems(self)
         yield from one_of(self, "mixed_precision", MIXED_PRECISIONS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,12 @@ def resolution_problems(config: Any) -> Problems:
         lower = config.resolution // 8 * 8
         near = f"{lower} or {lower + 8}" if lower > 0 else "8"
         yield problem_of(config, "resolution", f"must be divisible by 8; use {near}")
+
+
+def guidance_problems(settings: Any) -> Problems:
+    """Of `guidance_scale`; None is a default's."""
+    if settings.guidance_scale is not None and not 0 <= settings.guidance_scale < math.inf:
+        yield problem_of(settings, "guidance_scale", "must be a number of at least 0")
 
 
 def seed_problems(config: Any) -> Problems:

@@ -17,6 +17,7 @@ from raycontrolnet.setting_rules import (
     Problems,
     at_least,
     folder_problems,
+    guidance_problems,
     holds_secret,
     one_of,
     pair_problems,
@@ -248,6 +249,8 @@ class ValidationConfig:
     """Control images for validation; as many as prompts, or one."""
     num_validation_images: int = 4
     """Images per prompt-image pair."""
+    guidance_scale: float = 7.5
+    """How closely images follow the prompt; 1 and less is without guidance, at half the time."""
     validation_steps: int = 100
     """Validate every N updates, and once at the end."""
     validation_split: float | None = None
@@ -275,6 +278,7 @@ class ValidationConfig:
             yield f"--{missing}: needed, because the other of --validation_prompt and --validation_image is given"
         yield from pair_problems(self, "validation_prompt", "validation_image")
         yield from at_least(self, 1, "num_validation_images", "validation_steps")
+        yield from guidance_problems(self)
         yield from one_of(self, "control_fidelity", FIDELITY_MEASURES)
         if self.control_fidelity is not None and not (self.validation_prompt or self.validation_image):
             add = "add --validation_prompt and --validation_image"

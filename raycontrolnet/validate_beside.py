@@ -18,6 +18,7 @@ import torch
 from raycontrolnet.errors import in_one_line
 from raycontrolnet.model.components import Components, enable_memory_savers, load_components, working_precision
 from raycontrolnet.run import validation
+from raycontrolnet.run.drawing import Sampling
 from raycontrolnet.run.job import Job, check_folder_is_shared, logging_to_run_log
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ class Painter:
                 if config.enable_xformers_memory_efficient_attention:
                     enable_memory_savers(self.components, gradient_checkpointing=False, xformers=True)
             self.components.controlnet.load_state_dict(weights)
-            options: dict[str, Any] = {"resolution": config.resolution}
+            sampling = Sampling(guidance_scale=config.guidance_scale)
+            options: dict[str, Any] = {"resolution": config.resolution, "sampling": sampling}
             validation.write(
                 job.output_dir,
                 step,

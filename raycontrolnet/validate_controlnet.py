@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
@@ -19,6 +19,7 @@ from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.model.components import vae_on, with_controlnet, working_precision
 from raycontrolnet.model.step import TrainState
 from raycontrolnet.run import held_out, scores, validation
+from raycontrolnet.run.drawing import Sampling
 from raycontrolnet.run.job import Job
 from raycontrolnet.run.metrics import MetricsLog, PhaseClock
 from raycontrolnet.run.plan import RunPlan
@@ -112,27 +113,25 @@ class Validator:
         """Every worker draws its share."""
         job, state = self.job, self.state
         precision = working_precision(job.config.mixed_precision)
+        options: dict[str, Any] = {
+            "resolution": job.config.resolution,
+            "sampling": Sampling(guidance_scale=job.config.guidance_scale),
+        }
         with _no_picture_is_worth_a_run(state.step), vae_on(state.components, state.accelerator.device):
             validation.write(
                 job.output_dir,
                 state.step,
                 job.validation_items,
                 with_controlnet(state.components, controlnet()),
-                resolution=job.config.resolution,
                 device=state.accelerator.device,
                 autocast=None if precision == torch.float32 else precision,
                 shard=(self.rank, self.plan.world_size),
+                **options,
             )
         _barrier()  # Ray's, not the process group's: a slow worker cannot time a collective out
         if self.rank == 0:
-            items = job.validation_items
-            pairs = validation.finish(
-                job.output_dir,
-                state.step,
-                items,
-                resolution=job.config.resolution,
-                measure=job.config.control_fidelity,
-            )
+            items, measure = job.validation_items, job.config.control_fidelity
+            pairs = validation.finish(job.output_dir, state.step, items, measure=measure, **options)
             self._publish(Drawn(state.step, pairs))
 
     def _publish(self, drawn: Drawn | None) -> None:

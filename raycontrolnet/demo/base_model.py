@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, PNDMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -115,6 +115,21 @@ def write_parts(folder: Path, parts: Mapping[str, Any]) -> Path:
     unfinished = folder / ".model_index.json.unfinished"
     unfinished.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     os.replace(unfinished, folder / "model_index.json")
+    return folder
+
+
+def write_untrained_controlnet(folder: Path, base: Path, seed: int = 0, size: Size = "small") -> Path:
+    """Write a ControlNet copied from the UNet of `base`, as training makes it, but in proportion to the base.
+
+    Its conditioning embedding, which diffusers makes as wide as for SD 1.5, would take most of a small model's time.
+    """
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        channels = CONDITIONING_EMBEDDING_CHANNELS[size]
+        controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=channels)
+    with _without_progress_bars():
+        controlnet.save_pretrained(folder)
     return folder
 
 

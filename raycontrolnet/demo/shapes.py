@@ -95,6 +95,12 @@ def write_shapes(
     return folder
 
 
+def read_rows(folder: Path) -> list[tuple[Path, str]]:
+    """Conditioning image and caption of every row that `write_shapes` wrote."""
+    lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    return [(folder / row["conditioning_image"], row["text"]) for row in map(json.loads, lines)]
+
+
 def draw_row(index: int, resolution: int, seed: int, shapes: Sequence[str] = tuple(SHAPES)) -> Row:
     """Row `index`: a shape in one colour at a random place on a background of another, whole inside the image."""
     rng = np.random.default_rng((seed, index))

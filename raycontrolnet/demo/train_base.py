@@ -9,7 +9,9 @@ took and what came of it stands in tests/benchmarks/RESULTS.md.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,11 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UniPCMultistepScheduler
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from raycontrolnet.demo import shapes
 from raycontrolnet.demo.base_model import build_parts, write_parts, write_tokenizer
+from raycontrolnet.demo.obedience import colours_are_right
 from raycontrolnet.model.components import encode_images, on_device
 from raycontrolnet.model.diffusion import add_noise, prediction_target, sample_posterior
 
@@ -34,6 +38,8 @@ POOL_ROWS = 16384
 EMA_DECAY = 0.998
 PROPORTION_EMPTY_PROMPTS = 0.1
 LOG_EVERY = 100
+MEASURED_IMAGES, MEASURED_SEED = 200, 77
+GUIDANCE_SCALE = 3.0
 
 
 def main() -> None:
@@ -42,20 +48,54 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae_steps", type=int, default=4000)
     parser.add_argument("--unet_steps", type=int, default=5000)
+    parser.add_argument("--measure", action="store_true", help="only measure what is in the folder")
     args = parser.parse_args()
-    start = time.monotonic()
-    torch.manual_seed(args.seed)
-    tokenizer = write_tokenizer(args.folder / "tokenizer")
-    parts = build_parts("small", tokenizer, "v_prediction")
-    train_vae(parts["vae"], args.vae_steps, args.seed)
-    train_unet(parts, tokenizer, args.unet_steps, args.seed)
+    if not args.measure:
+        train(args.folder, args.seed, args.vae_steps, args.unet_steps)
+    measure(args.folder)
+
+
+def train(folder: Path, seed: int, vae_steps: int, unet_steps: int) -> None:
+    """Train and write all of the base model, in half precision."""
+    started = time.monotonic()
+    tokenizer = write_tokenizer(folder / "tokenizer")
+    vae_folder = folder / "vae-fp32"
+    torch.manual_seed(seed)
+    train_vae(build_parts("small", tokenizer)["vae"], vae_steps, seed).save_pretrained(vae_folder)
+    print(f"VAE after {time.monotonic() - started:.0f} s", flush=True)
+    torch.manual_seed(seed)
+    parts = build_parts("small", tokenizer, "v_prediction") | {"vae": AutoencoderKL.from_pretrained(vae_folder)}
+    train_unet(parts, tokenizer, unet_steps, seed)
     for name in ("text_encoder", "vae", "unet"):
         parts[name].half()
-    write_parts(args.folder, parts)
-    print(f"{args.folder}: {time.monotonic() - start:.0f} s on {torch.get_num_threads()} threads")
+    write_parts(folder, parts)
+    shutil.rmtree(vae_folder)
+    print(f"UNet after {time.monotonic() - started:.0f} s, on {torch.get_num_threads()} threads", flush=True)
 
 
-def train_vae(vae: Any, steps: int, seed: int, *, batch_size: int = 16, learning_rate: float = 2e-3) -> None:
+@torch.no_grad()
+def measure(folder: Path) -> None:
+    """Print the quality of the base model in `folder`, and the checksums of its weights."""
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
+    images = _images(np.random.default_rng(MEASURED_SEED), MEASURED_IMAGES)
+    error = mse_loss(vae.decode(vae.encode(images).latent_dist.mean).sample, images)
+    print(f"reconstruction of {MEASURED_IMAGES} images: {_psnr(error):.1f} dB")
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+    pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
+    prompts = [shapes.draw_row(index, 1, MEASURED_SEED).text for index in range(MEASURED_IMAGES)]
+    for guidance_scale in (1.0, GUIDANCE_SCALE, 7.5):
+        generators = [torch.Generator().manual_seed(index) for index in range(MEASURED_IMAGES)]
+        drawn = pipeline(
+            prompts, num_inference_steps=20, guidance_scale=guidance_scale, generator=generators, output_type="np"
+        ).images
+        pictures = (drawn * 255).round().astype(np.uint8)
+        right = np.mean([colours_are_right(*pair) for pair in zip(pictures, prompts, strict=True)])
+        print(f"guidance {guidance_scale:g}: both colours right in {right:.1%} of {MEASURED_IMAGES} images")
+    for path in sorted(folder.rglob("*.safetensors")):
+        print(hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size, path.relative_to(folder))
+
+
+def train_vae(vae: Any, steps: int, seed: int, *, batch_size: int = 16, learning_rate: float = 2e-3) -> Any:
     """Minimise the squared error of the reconstruction and a little of the posterior's divergence (Kingma & Welling
     2013, arXiv:1312.6114); then set the scaling factor so that latents have variance 1.
 
@@ -79,6 +119,7 @@ def train_vae(vae: Any, steps: int, seed: int, *, batch_size: int = 16, learning
         vae.register_to_config(scaling_factor=float(1 / posterior.sample().std()))
         error = mse_loss(vae.decode(posterior.mean).sample, images)
     print(f"vae: {_psnr(error):.1f} dB, scaling factor {vae.config.scaling_factor:.4f}", flush=True)
+    return vae
 
 
 def _psnr(error: Tensor) -> float:
@@ -100,7 +141,7 @@ def _image(rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def train_unet(
-    parts: dict[str, Any], tokenizer: Any, steps: int, seed: int, *, batch_size: int = 64, learning_rate: float = 2e-3
+    parts: dict[str, Any], tokenizer: Any, steps: int, seed: int, *, batch_size: int = 64, learning_rate: float = 1e-3
 ) -> None:
     """Train text encoder and UNet on the VAE's latents, and leave the moving average of their weights."""
     vae, unet, text_encoder, scheduler = (parts[name] for name in ("vae", "unet", "text_encoder", "scheduler"))

@@ -24,7 +24,7 @@ from raycontrolnet.run import checkpoint as checkpoints
 CONFIG = "config.yaml"
 
 OF_THE_BASE = ("pretrained_model_name_or_path", "revision", "variant", "tokenizer_name", "cache_dir")
-OF_THE_RUN = ("resolution", "mixed_precision", "allow_tf32")
+OF_THE_RUN = ("resolution", "mixed_precision", "allow_tf32", "guidance_scale")
 """With `OF_THE_BASE` the settings that a run's images depend on."""
 
 
