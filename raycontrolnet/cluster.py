@@ -80,6 +80,8 @@ def ray_session(address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_worker_niceness", "0")
     # Ray ends processes that were idle for a second: between two batches, and a new one takes seconds to import all.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
+    # Ray warns of more than four times as many processes as it starts at once; a run on two CPUs has ten.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(4, get_num_cpus())))
     if ray.is_initialized():
         yield
         return

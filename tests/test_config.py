@@ -92,6 +92,7 @@ OWN_FLAGS: dict[str, tuple[str, Any]] = {
     "max_bad_fraction": ("FLOAT", 0.01),
     "license": ("STR", None),
     "control_fidelity": ("STR", None),
+    "guidance_scale": ("FLOAT", 7.5),
 }
 
 Settings = dict[str, Any]

@@ -10,8 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from raycontrolnet.demo import SHIPPED_BASE
 from raycontrolnet.demo.base_model import CONTEXT_LENGTH, SCALING_FACTOR, write_random_base
-from raycontrolnet.demo.shapes import write_shapes
+from raycontrolnet.demo.obedience import colours_are_right
+from raycontrolnet.demo.shapes import COLOURS, SHAPES, draw_row, render, write_shapes
+from raycontrolnet.run.fidelity import asked_shape, found_shape, iou
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -85,8 +88,6 @@ def test_tokenizer_is_clips(tiny_base: Path) -> None:
 
 
 def test_circles_are_what_their_captions_say(tmp_path: Path) -> None:
-    from raycontrolnet.demo.shapes import COLOURS
-
     folder = write_shapes(tmp_path / "circles", 20, resolution=64, seed=3)
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert len(rows) == 20
@@ -115,3 +116,57 @@ def test_more_circles_begin_with_the_fewer(circles: Path, tmp_path: Path) -> Non
         name: content for name, content in fewer.items() if name != metadata
     }
     assert more.keys() - fewer.keys() == {f"{kind}/{i:05}.png" for kind in ("images", "conditioning") for i in (13, 14)}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_outlines_enclose_the_shapes(shape: str) -> None:
+    for index in range(20):
+        row = draw_row(index, 64, 5, [shape])
+        assert row.text.split()[1] == shape
+        assert iou(asked_shape(np.asarray(row.conditioning_image)), found_shape(np.asarray(row.image))) > 0.95
+
+
+def test_right_colours_are_told_from_wrong_ones() -> None:
+    square = [(20.0, 20.0), (40.0, 20.0), (40.0, 40.0), (20.0, 40.0)]
+    for shape, background in (("red", "blue"), ("navy", "black"), ("brown", "olive"), ("white", "yellow")):
+        image = np.asarray(render(square, 64, COLOURS[shape], COLOURS[background]))
+        noisy = np.clip(image + np.random.default_rng(0).normal(0, 8, image.shape), 0, 255).astype(np.uint8)
+        for picture in (image, noisy):
+            assert colours_are_right(picture, f"{shape} square with {background} background")
+            assert not colours_are_right(picture, f"{background} square with {shape} background")
+            assert not colours_are_right(picture, f"{shape} square with gray background")
+    assert not colours_are_right(np.full((64, 64, 3), 30, np.uint8), "black square with black background")
+
+
+def test_the_base_in_the_package_is_small_and_half_precision() -> None:
+    from safetensors import safe_open
+
+    assert sum(path.stat().st_size for path in SHIPPED_BASE.rglob("*") if path.is_file()) < 15e6
+    files = list(SHIPPED_BASE.rglob("*.safetensors"))
+    assert {file.parent.name for file in files} == {"text_encoder", "unet", "vae"}
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            names = [name for name in weights.keys() if "position_ids" not in name]  # noqa: SIM118 (no mapping)
+            assert {weights.get_tensor(name).dtype for name in names} == {torch.float16}
+    assert all("/" not in json.dumps(json.loads(file.read_text()).get("_name_or_path", ""))
+               for file in SHIPPED_BASE.rglob("config.json"))  # fmt: skip
+
+
+def test_the_base_in_the_package_draws_what_it_is_told() -> None:
+    """Not at chance: 1 in 240 would be right."""
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UniPCMultistepScheduler
+
+    pipeline = StableDiffusionPipeline.from_pretrained(SHIPPED_BASE, torch_dtype=torch.float32, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
+    rows = [draw_row(index, 64, 11) for index in range(8)]
+    prompts = [row.text for row in rows]
+    generator = [torch.Generator().manual_seed(index) for index in range(8)]
+    drawn = pipeline(prompts, num_inference_steps=20, guidance_scale=3.0, generator=generator).images
+    assert sum(colours_are_right(np.asarray(image), text) for image, text in zip(drawn, prompts, strict=True)) >= 7
+
+    vae = AutoencoderKL.from_pretrained(SHIPPED_BASE, subfolder="vae", torch_dtype=torch.float32)
+    pixels = torch.from_numpy(np.stack([np.asarray(row.image) for row in rows])).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        error = (vae.decode(vae.encode(pixels).latent_dist.mean).sample - pixels).square().mean()
+    assert 10 * torch.log10(4 / error) > 29, "dB"

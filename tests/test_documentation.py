@@ -27,11 +27,13 @@ from typing import Any
 
 import pytest
 import yaml
+from hub_stand_in import HubStandIn
+from PIL import Image
 
 from raycontrolnet import ConditionConfig, GenerateConfig, TrainConfig, cli, fit
 from raycontrolnet.config import GROUPS, load_yaml, setting_types
 from raycontrolnet.data.sources import open_source
-from raycontrolnet.demo import FOLDER, demo_settings, run_demo
+from raycontrolnet.demo import FOLDER, SHIPPED_BASE, demo_settings, run_demo
 from raycontrolnet.demo.shapes import draw_row
 from raycontrolnet.errors import Interrupted, RunError, UserError
 from raycontrolnet.run import metrics
@@ -213,6 +215,10 @@ def test_block_runs(found: Block, trained: Path) -> None:
     elif "demo" in found.command:
         assert "raycontrolnet-demo/controlnet" in output
         assert (trained / FOLDER / "controlnet" / "diffusion_pytorch_model.safetensors").is_file()
+        before, after = re.findall(r"control fidelity ([\d.]+) ± [\d.]+, colours right in (\d+)%", output)
+        assert float(before[0]) < 0.4
+        assert float(after[0]) >= 0.85
+        assert int(after[1]) >= 90
     elif "--validation_image" in found.command:
         entries = {path.name for path in (trained / "validated-controlnet" / "validation").glob("step-*/*.png")}
         assert len(entries) == 6  # for each of two pairs an image, the control image and a grid
@@ -375,7 +381,7 @@ def test_a_second_demo_takes_a_new_folder(demo_flags: list[str], capsys: pytest.
     first = capsys.readouterr()
     assert "The ControlNet is in raycontrolnet-demo/controlnet," in first.out
     assert "raycontrolnet train --pretrained_model_name_or_path" in first.out
-    assert "random weights" not in first.out, "this is not the demo's base model"
+    assert "control fidelity" not in first.out, "it is measured on the demo's own base model"
     assert "writing" not in first.err, "the demo's base and data were not asked for"
     kept = {path: path.stat().st_mtime_ns for path in (FOLDER / "controlnet").rglob("*")}
     assert len(kept) > 8
@@ -398,18 +404,51 @@ def test_a_second_demo_takes_a_new_folder(demo_flags: list[str], capsys: pytest.
     assert "holds checkpoint-2 of an earlier run" in capsys.readouterr().err
 
 
-def test_demo_writes_what_it_needs_and_shows_pictures(
+def test_demo_writes_what_it_needs_and_compares(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    flags = ["--num_workers", "0", "--max_train_steps", "1", "--num_validation_images", "1", "--report_to", "none"]
-    run_demo(cli.parse_train(flags, defaults=demo_settings))
+    monkeypatch.setattr("raycontrolnet.demo.NUM_UNSEEN", 4)
+    monkeypatch.setattr("raycontrolnet.demo.NUM_ROWS", 40)
+    flags = ["--num_workers", "0", "--max_train_steps", "2", "--validation_steps", "2", "--report_to", "none"]
+    result = run_demo(cli.parse_train(flags, defaults=demo_settings))
     output = capsys.readouterr()
-    assert "The base model has random weights" in output.out
-    (grid,) = re.findall(r"^  pictures (\S+)$", output.out, re.M)
-    assert Path(grid).is_file()
-    assert len((FOLDER / "circles" / "metadata.jsonl").read_text().splitlines()) == 512
-    assert "in a folder like raycontrolnet-demo/circles" in output.out
+    found = re.findall(r"^  (before|after) +control fidelity (\S+) ± \S+, colours right in (\d+)%$", output.out, re.M)
+    assert [name for name, _, _ in found] == ["before", "after"]
+    assert all(0 < float(fidelity) < 0.9 for _, fidelity, _ in found)
+    assert all(int(right) >= 75 for _, _, right in found), "the base model draws the colours of the prompt"
+    (picture,) = re.findall(r"^  picture  (\S+)$", output.out, re.M)
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+        assert image.width > 1000
+    assert len((FOLDER / "shapes" / "metadata.jsonl").read_text().splitlines()) == 40
+    assert "in a folder like raycontrolnet-demo/shapes" in output.out
+    assert result.control_fidelity is not None
+    base = {str(path.relative_to(SHIPPED_BASE)) for path in SHIPPED_BASE.rglob("*")}
+    assert base == {str(path.relative_to(FOLDER / "base")) for path in (FOLDER / "base").rglob("*")}
+
+
+def test_example_from_pictures_to_the_hub(tmp_path: Path) -> None:
+    """From start to end, on the package's small base model: pictures, edges, training, push, images."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    with HubStandIn("hf_example") as hub:
+        result = run(
+            [sys.executable, "examples/from_pictures_to_hub.py"],
+            tmp_path,
+            environment(tmp_path)
+            | {"MAX_TRAIN_STEPS": "2", "HUB_MODEL_ID": "someone/edges", "HF_TOKEN": "hf_example"}
+            | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"},
+        )
+        assert result.returncode == 0, result.stdout
+        pushed = hub.files["someone/edges"]
+    assert pushed["README.md"].startswith(b"---")
+    weights = "diffusion_pytorch_model.safetensors"
+    assert pushed[weights] == (tmp_path / "edges-controlnet" / weights).read_bytes()
+    assert "512 rows in " in result.stdout
+    assert "/someone/edges" in result.stdout
+    lines = (tmp_path / "edges-drawn" / "metadata.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+    assert all(0 <= json.loads(line)["control_fidelity"] <= 1 for line in lines)
 
 
 def test_demo_says_that_it_cannot_write(

@@ -228,6 +228,18 @@ def test_steps_and_guidance_matter(config: Callable[..., GenerateConfig], tmp_pa
     assert len({pictures(tmp_path / name)["pair-00-image-00.png"] for name in "abc"}) == 3
 
 
+def test_guidance_is_the_runs(own_run: Run, config: Callable[..., GenerateConfig], tmp_path: Path) -> None:
+    """Where no flag names another, as the resolution is."""
+    folder = shutil.copytree(own_run.folder, tmp_path / "run")
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings | {"guidance_scale": 2.0}))
+    for name, given in (("a", {}), ("b", {"guidance_scale": 2.0}), ("c", {"guidance_scale": 7.5})):
+        draw(config(controlnet=str(folder), out=str(tmp_path / name), **given))
+    lines = (tmp_path / "a" / "metadata.jsonl").read_text().splitlines()
+    assert {json.loads(line)["guidance_scale"] for line in lines} == {2.0}
+    assert pictures(tmp_path / "a") == pictures(tmp_path / "b") != pictures(tmp_path / "c")
+
+
 def control_images(folder: Path) -> list[Path]:
     """Of every kind that people have."""
     grey = Image.linear_gradient("L").resize((90, 40))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -88,7 +88,8 @@ def draw_picture(path: Path, before: Obedience, after: Obedience, run: Path) -> 
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.2), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(SHOWN, 3.2))
+    parts: Any = figure.subfigures(1, 2, width_ratios=(SHOWN, 3.2))
+    left, right = parts
     rows = (
         ("asked for", [pair.control for pair in before.pairs]),
         (f"before\n{before.fidelity.mean:.2f}", [pair.images[0] for pair in before.pairs]),
@@ -98,7 +99,7 @@ def draw_picture(path: Path, before: Obedience, after: Obedience, run: Path) -> 
     for line, (title, images) in zip(axes, rows, strict=True):
         line[0].set_ylabel(title, rotation=0, ha="right", va="center")
         for place, image in zip(line, images, strict=False):
-            place.imshow(_read(image), interpolation="nearest")
+            place.imshow(_read(image))
             place.set(xticks=[], yticks=[])
     curve = right.subplots()
     measured = held_out.read(run)

@@ -105,7 +105,7 @@ def draw_row(index: int, resolution: int, seed: int, shapes: Sequence[str] = tup
     """Row `index`: a shape in one colour at a random place on a background of another, whole inside the image."""
     rng = np.random.default_rng((seed, index))
     colour, background = (list(COLOURS)[i] for i in rng.choice(len(COLOURS), 2, replace=False))
-    shape = shapes[rng.integers(len(shapes))]
+    shape = shapes[int(rng.integers(len(shapes)))]
     corners = place(shape, resolution, rng)
     image = render(corners, resolution, COLOURS[colour], COLOURS[background])
     return Row(image, outline(corners, resolution), f"{colour} {shape} with {background} background")

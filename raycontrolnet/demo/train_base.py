@@ -65,6 +65,7 @@ def train(folder: Path, seed: int, vae_steps: int, unet_steps: int) -> None:
     print(f"VAE after {time.monotonic() - started:.0f} s", flush=True)
     torch.manual_seed(seed)
     parts = build_parts("small", tokenizer, "v_prediction") | {"vae": AutoencoderKL.from_pretrained(vae_folder)}
+    parts["vae"].register_to_config(_name_or_path="")  # which would be the folder
     train_unet(parts, tokenizer, unet_steps, seed)
     for name in ("text_encoder", "vae", "unet"):
         parts[name].half()
@@ -136,7 +137,7 @@ def _image(rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.uint8]]:
     named = list(shapes.COLOURS.values())
     colours = rng.permutation(named)[:2] if rng.random() < 0.5 else rng.integers(256, size=(2, 3))
     corners = shapes.place(list(shapes.SHAPES)[rng.integers(3)], RESOLUTION, rng)
-    colour, background = (tuple(map(int, values)) for values in colours)
+    colour, background = ((int(r), int(g), int(b)) for r, g, b in colours)
     return np.asarray(shapes.render(corners, RESOLUTION, colour, background))
 
 
