@@ -46,8 +46,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae_steps", type=int, default=4000)
-    parser.add_argument("--unet_steps", type=int, default=5000)
+    parser.add_argument("--vae_steps", type=int, default=6000)
+    parser.add_argument("--unet_steps", type=int, default=4000)
     parser.add_argument("--measure", action="store_true", help="only measure what is in the folder")
     args = parser.parse_args()
     if not args.measure:
