@@ -24,7 +24,7 @@ FOLDER = Path("raycontrolnet-demo")
 BASE, DATA, UNSEEN, UNTRAINED = (FOLDER / name for name in ("base", "shapes", "unseen", "untrained"))
 INDEX = "model_index.json"
 NUM_ROWS, NUM_UNSEEN = 2048, 100
-SEED, UNSEEN_SEED = 0, 1
+SEED, UNSEEN_SEED = 0, 1000
 VALIDATED = 2
 """Unseen rows that are drawn while training goes on."""
 PICTURE = "demo.png"
