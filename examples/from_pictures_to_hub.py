@@ -12,28 +12,32 @@ import os
 from pathlib import Path
 
 from raycontrolnet import ConditionConfig, GenerateConfig, TrainConfig, condition, fit, generate
-from raycontrolnet.demo import SHIPPED_BASE
+from raycontrolnet.demo import BASE
 from raycontrolnet.demo.shapes import draw_row
 
 PICTURES = Path("pictures")
-BASE_MODEL, RESOLUTION = str(SHIPPED_BASE), 64  # "stable-diffusion-v1-5/stable-diffusion-v1-5", 512
+BASE_MODEL, RESOLUTION = str(BASE), 64  # "stable-diffusion-v1-5/stable-diffusion-v1-5", 512
 MAX_TRAIN_STEPS = int(os.environ.get("MAX_TRAIN_STEPS", "800"))
 HUB_MODEL_ID = os.environ.get("HUB_MODEL_ID")  # "me/my-controlnet"; the token in HF_TOKEN, or by `hf auth login`
 
 # %% Pictures with captions
 if not PICTURES.exists():
-    PICTURES.mkdir()
+    unfinished = Path("pictures-unfinished")
+    unfinished.mkdir(exist_ok=True)
     for index in range(512):
         row = draw_row(index, RESOLUTION, seed=0)
-        row.image.save(PICTURES / f"{index:04}.png")
-        (PICTURES / f"{index:04}.txt").write_text(row.text)
+        row.image.save(unfinished / f"{index:04}.png")
+        (unfinished / f"{index:04}.txt").write_text(row.text, encoding="utf-8")
+    unfinished.rename(PICTURES)
 
 # %% Their conditioning images: edges
 data = condition(ConditionConfig(images=str(PICTURES), condition="canny", resolution=RESOLUTION))
 print(f"{data.num_rows} rows in {data.folder}")
 
 # %% Train, with a look at a control image on the way; push at the end
-rows = [json.loads(line) for line in (data.folder / "metadata.jsonl").read_text().splitlines()]
+# A second time, name another output_dir, or go on by resume_from_checkpoint="latest".
+with (data.folder / "metadata.jsonl").open(encoding="utf-8") as lines:
+    rows = [json.loads(line) for line in lines]
 control_image, prompt = str(data.folder / rows[0]["conditioning_image"]), rows[0]["text"]
 result = fit(
     TrainConfig(

@@ -41,12 +41,12 @@ def main() -> None:
 
 
 def small_settings(folder: Path) -> dict[str, Any]:
-    """For a data set of circles and a base model with random weights, written to `folder`, as in the demo."""
+    """For a data set of shapes and a base model with random weights, written to `folder`."""
     from raycontrolnet.demo.base_model import write_random_base
     from raycontrolnet.demo.shapes import write_shapes
 
     return {
-        "train_data_dir": str(write_shapes(folder / "circles")),
+        "train_data_dir": str(write_shapes(folder / "shapes")),
         "pretrained_model_name_or_path": str(write_random_base(folder / "base")),
         "resolution": 64,
         "learning_rate": 1e-3,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from raycontrolnet.run.progress import duration
 logger = logging.getLogger(__name__)
 
 LOG = "condition.log"
-BAD_PICTURES_FILE = "bad_pictures.txt"
+BAD_PICTURES_FILE = "condition.bad_pictures.txt"
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,8 @@ def _make(task: _Task, stream: TextIO) -> dict[str, str]:
     task.out.remove_leftovers()
     with _disk_explained(task.out.path):
         task.out.begin(item.name for item in task.missing)
+        if any((task.out.conditioning / item.name).exists() for item in task.missing):
+            task.out.metadata.unlink(missing_ok=True)  # which tells of those that are replaced; comes back at the end
     problems: dict[str, str] = {}
     job = MakeJob(task.recipe, str(task.out.conditioning), task.missing)
     with ray_session(task.config.address):
@@ -204,11 +207,14 @@ def _allowed(task: _Task, bad: Sequence[BadPicture]) -> tuple[BadPicture, ...]:
     """
     config, total = task.config, len(task.names)
     allowed = int(config.max_bad_fraction * total) if config.on_bad_sample == "skip" else 0
-    if len(bad) <= allowed and len(bad) < total:
-        return tuple(bad)
     file = task.out.path / BAD_PICTURES_FILE
     with _disk_explained(task.out.path):
-        file.write_text("".join(f"{picture.reason}\n" for picture in bad), encoding="utf-8", errors="backslashreplace")
+        file.unlink(missing_ok=True)
+        if bad:
+            text = "".join(f"{picture.reason}\n" for picture in bad)
+            file.write_text(text, encoding="utf-8", errors="backslashreplace")
+    if len(bad) <= allowed and len(bad) < total:
+        return tuple(bad)
     limit = (
         f"more than --max_bad_fraction={config.max_bad_fraction:g} allows; mend or remove them"
         if config.on_bad_sample == "skip"
@@ -233,7 +239,7 @@ def _key(recipe: Recipe, path: str) -> str:
     """Changes when the recipe, or the picture's size or time do; what cannot be seen has none that fits."""
     try:
         state = os.stat(path)  # noqa: PTH116 (of every picture, each time)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         return "unseen"
     identity = repr((recipe, state.st_size, state.st_mtime_ns))
     return hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
@@ -251,12 +257,12 @@ def _announce(task: _Task, stream: TextIO) -> None:
 
 
 def _report(task: _Task, result: ConditionResult, stream: TextIO) -> None:
-    skipped = f", {len(result.bad_pictures):,} bad ones skipped" if result.bad_pictures else ""
-    train = f"raycontrolnet train --train_data_dir {task.out.path} --resolution {task.config.resolution} ..."
+    skipped = f", {len(result.bad_pictures):,} bad ones skipped ({BAD_PICTURES_FILE})" if result.bad_pictures else ""
+    data = f"--train_data_dir {shlex.quote(str(task.out.path))} --resolution {task.config.resolution}"
     stream.write(
         f"done in {duration(result.seconds)}: {result.num_rows:,} rows in {task.out.metadata}, "
         f"{result.num_made:,} conditioning images made now{skipped}\n"
-        f"train on them: {train}\n"
+        f"train on them: raycontrolnet train {data} ...\n"
     )
 
 

@@ -277,7 +277,8 @@ def test_pictures_that_cannot_be_used_fail_at_the_end_or_are_left_out(
         "The others' conditioning images are made\n"
     )
     assert "Traceback" not in message
-    assert len((out / "bad_pictures.txt").read_text().splitlines()) == 2
+    bad_pictures = out / "condition.bad_pictures.txt"
+    assert len(bad_pictures.read_text().splitlines()) == 2
     assert not (out / "metadata.jsonl").exists()
     assert set(pngs_of(out)) == {"clear.png.png", "more/turned.jpeg.png"}
     with pytest.raises(DataError, match=r"2 of 4 pictures cannot be used: more than --max_bad_fraction=0\.01 allows"):
@@ -288,10 +289,14 @@ def test_pictures_that_cannot_be_used_fail_at_the_end_or_are_left_out(
         str(photos / "more" / "deep.png"), str(photos / "wide.JPG")
     ]  # fmt: skip
     assert "2 rows in " in shown.getvalue()
-    assert ", 2 bad ones skipped\n" in shown.getvalue()
+    assert ", 2 bad ones skipped (condition.bad_pictures.txt)\n" in shown.getvalue()
     assert [row["image"] for row in rows_of(out)] == ["../photos/clear.png", "../photos/more/turned.jpeg"]
     Image.new("RGB", (64, 64), "red").save(photos / "wide.JPG", "JPEG")
     assert run(on_bad_sample="skip", max_bad_fraction=0.25).num_rows == 3
+    assert "deep.png" in bad_pictures.read_text()
+    Image.new("RGB", (64, 64), "red").save(photos / "more" / "deep.png")
+    assert run().num_rows == 4
+    assert not bad_pictures.exists()
 
 
 @pytest.mark.usefixtures("here")
@@ -541,6 +546,27 @@ def test_an_interruption_says_what_stands(
     )
     assert not (out / "metadata.jsonl").exists()
     assert run().num_made == 3
+
+
+@pytest.mark.usefixtures("here")
+def test_no_data_set_is_half_of_one_kind_and_half_of_another(
+    run: Make, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other settings, and ended half way: what is there is no data set until the command has been run again."""
+    out = run().folder
+    before = rows_of(out)
+
+    def fails(job: MakeJob) -> Iterator[list[Outcome]]:
+        yield [make(job.items[0], job.recipe, job.folder)]
+        raise RuntimeError("the machine is on fire")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(condition_images, "make_on_ray", fails)
+        with pytest.raises(RunError, match="the machine is on fire"):
+            run(canny_low_threshold=10, canny_high_threshold=20)
+    assert not (out / "metadata.jsonl").exists()
+    assert run(canny_low_threshold=10, canny_high_threshold=20).num_made == 3
+    assert rows_of(out) == before
 
 
 def num_put_down(out: Path) -> int:

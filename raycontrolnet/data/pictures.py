@@ -103,7 +103,7 @@ def _search(folder: Path, left_out: Path) -> Iterator[str]:
         been.add(real)
         folders[:] = [
             name
-            for name in folders
+            for name in sorted(folders)
             if not name.startswith(".")
             and Path(place, name) != left_out
             and not (name == CONDITIONING and JOURNAL in files)

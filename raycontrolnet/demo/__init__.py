@@ -6,28 +6,28 @@ The base model is in the package (`train_base.py` made it), the data is drawn on
 from __future__ import annotations
 
 import dataclasses
-import shutil
+import json
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raycontrolnet.errors import ConfigError
+from raycontrolnet.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from raycontrolnet.config import TrainConfig
-    from raycontrolnet.demo.obedience import Obedience
     from raycontrolnet.train import RunResult
 
-SHIPPED_BASE = Path(__file__).parent / "base"
+BASE = Path(__file__).parent / "base"
+"""In the package."""
 FOLDER = Path("raycontrolnet-demo")
-BASE, DATA, UNSEEN, UNTRAINED = (FOLDER / name for name in ("base", "shapes", "unseen", "untrained"))
-INDEX = "model_index.json"
+DATA, UNSEEN, UNTRAINED = (FOLDER / name for name in ("shapes", "unseen", "untrained"))
 NUM_ROWS, NUM_UNSEEN = 2048, 100
 SEED, UNSEEN_SEED = 0, 1000
+"""The base model's own rows have seed 1 (`train_base.py`)."""
 VALIDATED = 2
 """Unseen rows that are drawn while training goes on."""
-PICTURE = "demo.png"
+PICTURE, FIGURES = "demo.png", "demo.json"
 
 demo_settings: dict[str, Any] = {
     "pretrained_model_name_or_path": str(BASE),
@@ -49,14 +49,15 @@ demo_settings: dict[str, Any] = {
 
 
 def run_demo(config: TrainConfig) -> RunResult:
-    """Write base model and data, where they are wanted and not there yet, train, measure, and say what came of it.
+    """Write the data, where it is wanted and not there yet, train, measure, and say what came of it.
 
     Raises:
         ConfigError: if nothing can be written here; else as `fit`.
     """
     started = time.monotonic()
-    # With another base model or another ControlNet to begin with, it is an ordinary run, and nothing is compared.
-    own = config.pretrained_model_name_or_path == str(BASE) and config.controlnet_model_name_or_path is None
+    # With another base model, other data or another ControlNet to begin with, nothing is compared.
+    given = (config.pretrained_model_name_or_path, config.train_data_dir, config.controlnet_model_name_or_path)
+    own = given == (str(BASE), str(DATA), None)
     try:
         FOLDER.mkdir(exist_ok=True)
         _write_inputs(config, own)
@@ -70,13 +71,11 @@ def run_demo(config: TrainConfig) -> RunResult:
 
     from raycontrolnet.train import fit
 
-    before = _measure(UNTRAINED) if own else None
     result = fit(config)
     folder = _as_seen_from_here(result.output_dir)
-    after = _measure(folder) if own else None
-    print(f"\nThe ControlNet is in {folder}, which diffusers' ControlNetModel.from_pretrained reads.")
-    if before and after:
-        print(_comparison(before, after, folder))
+    print(f"\nThe ControlNet is in {folder}, which diffusers' ControlNetModel.from_pretrained reads.", flush=True)
+    if own:
+        print(_comparison(config, folder))
     print(_report(result, folder, time.monotonic() - started))
     return result
 
@@ -84,9 +83,6 @@ def run_demo(config: TrainConfig) -> RunResult:
 def _write_inputs(config: TrainConfig, own: bool) -> None:
     from raycontrolnet.demo.shapes import write_shapes
 
-    if own and not (BASE / INDEX).exists():
-        shutil.copytree(SHIPPED_BASE, BASE, ignore=shutil.ignore_patterns(INDEX), dirs_exist_ok=True)
-        shutil.copyfile(SHIPPED_BASE / INDEX, BASE / INDEX)  # last: a folder that has it is whole
     data = ((DATA, NUM_ROWS, SEED, config.train_data_dir == str(DATA)), (UNSEEN, NUM_UNSEEN, UNSEEN_SEED, own))
     for folder, num_rows, seed, wanted in data:
         if wanted and not (folder / "metadata.jsonl").exists():
@@ -107,17 +103,8 @@ def _with_own_settings(config: TrainConfig) -> TrainConfig:
         rows = read_rows(UNSEEN)[:VALIDATED]
         changes["validation_prompt"] = tuple(text for _, text in rows)
         changes["validation_image"] = tuple(str(path) for path, _ in rows)
-        changes["control_fidelity"] = config.control_fidelity or "shape"
+        changes["control_fidelity"] = "shape"
     return dataclasses.replace(config, **changes)
-
-
-def _measure(controlnet: Path) -> Obedience:
-    from raycontrolnet.demo import obedience  # which imports torch
-
-    _say(f"drawing for {NUM_UNSEEN} unseen outlines with {controlnet}")
-    return obedience.measure(
-        controlnet, BASE, UNSEEN, FOLDER / "drawn" / controlnet.name, demo_settings["guidance_scale"]
-    )
 
 
 def _fresh_folder(output_dir: Path) -> str:
@@ -134,16 +121,31 @@ def _fresh_folder(output_dir: Path) -> str:
     return str(folder)
 
 
-def _comparison(before: Obedience, after: Obedience, folder: Path) -> str:
-    """What training changed, in words and as a picture."""
-    from raycontrolnet.demo.obedience import draw_picture
+def _comparison(config: TrainConfig, folder: Path) -> str:
+    """What training changed: in words, as figures in `folder`, and as a picture.
 
-    draw_picture(folder / PICTURE, before, after, folder)
+    Raises:
+        RunError: if that cannot be written, as on a full disk; the ControlNet stands.
+    """
+    from raycontrolnet.demo.obedience import draw_picture, measure
+
+    found = {}
+    for name, controlnet in (("before", UNTRAINED), ("after", folder)):
+        _say(f"drawing for {NUM_UNSEEN} unseen outlines {name} training")
+        drawn = folder / "obedience" / name
+        found[name] = measure(
+            controlnet, BASE, UNSEEN, drawn, guidance_scale=config.guidance_scale, use_gpu=config.use_gpu
+        )
+    try:
+        (folder / FIGURES).write_text(json.dumps({name: one.figures for name, one in found.items()}) + "\n")
+        draw_picture(folder / PICTURE, found["before"], found["after"], folder)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written ({error.strerror or error}); the ControlNet stands") from error
     lines = [f"How well it obeys {NUM_UNSEEN} outlines that it has never seen (overlap of shapes asked for and drawn):"]
-    for name, obedience in (("before", before), ("after", after)):
+    for name, one in found.items():
         lines.append(
-            f"  {name:8} control fidelity {obedience.fidelity.mean:.2f} ± {obedience.fidelity.error:.2f}, "
-            f"colours right in {obedience.right_colours:.0%}"
+            f"  {name:8} control fidelity {one.fidelity.mean:.2f} ± {one.fidelity.error:.2g}, "
+            f"colours right in {one.right_colours:.0%}"
         )
     lines.append(f"  picture  {folder / PICTURE}")
     return "\n".join(lines)

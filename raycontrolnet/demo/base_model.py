@@ -1,4 +1,4 @@
-"""A Stable Diffusion with random weights in the folder layout of diffusers, for tests, the demo and benchmarks."""
+"""A small Stable Diffusion in diffusers' layout: random weights for tests and benchmarks, or to be trained."""
 
 from __future__ import annotations
 

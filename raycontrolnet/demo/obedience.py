@@ -33,8 +33,20 @@ class Obedience(NamedTuple):
     right_colours: float
     """Share of the images with both shape and background in the colours of the prompt."""
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """As JSON has them."""
+        return {
+            "control_fidelity": self.fidelity.mean,
+            "control_fidelity_error": self.fidelity.error,
+            "right_colours": self.right_colours,
+            "images": len(self.pairs),
+        }
 
-def measure(controlnet: Path, base: Path, unseen: Path, out: Path, guidance_scale: float) -> Obedience:
+
+def measure(
+    controlnet: Path, base: Path, unseen: Path, out: Path, *, guidance_scale: float, use_gpu: bool | None = None
+) -> Obedience:
     """Draw one image for every row of the data set `unseen`, and measure them.
 
     Args:
@@ -52,6 +64,7 @@ def measure(controlnet: Path, base: Path, unseen: Path, out: Path, guidance_scal
         batch_size=BATCH_SIZE,
         resolution=64,
         guidance_scale=guidance_scale,
+        use_gpu=use_gpu,
         control_fidelity="shape",
         out=str(out),
     )

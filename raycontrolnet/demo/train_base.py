@@ -2,18 +2,20 @@
 
     python -m raycontrolnet.demo.train_base FOLDER
 
-First the VAE, then, on its latents, text encoder and UNet together. One seed; on which machine it was run, how long it
-took and what came of it stands in tests/benchmarks/RESULTS.md.
+First the VAE, then, on its latents, text encoder and UNet together. What came of it, how long it took and the checksums
+of the weights go to quality.json beside them.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import math
+import platform
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,8 @@ POOL_ROWS = 16384
 EMA_DECAY = 0.998
 PROPORTION_EMPTY_PROMPTS = 0.1
 LOG_EVERY = 100
-MEASURED_IMAGES, MEASURED_SEED = 200, 77
-GUIDANCE_SCALE = 3.0
+MEASURED_SEED = 77
+RECORD = "quality.json"
 
 
 def main() -> None:
@@ -52,7 +54,8 @@ def main() -> None:
     args = parser.parse_args()
     if not args.measure:
         train(args.folder, args.seed, args.vae_steps, args.unet_steps)
-    measure(args.folder)
+    _record(args.folder, quality(args.folder))
+    print((args.folder / RECORD).read_text())
 
 
 def train(folder: Path, seed: int, vae_steps: int, unet_steps: int) -> None:
@@ -71,29 +74,42 @@ def train(folder: Path, seed: int, vae_steps: int, unet_steps: int) -> None:
         parts[name].half()
     write_parts(folder, parts)
     shutil.rmtree(vae_folder)
-    print(f"UNet after {time.monotonic() - started:.0f} s, on {torch.get_num_threads()} threads", flush=True)
+    seconds = round(time.monotonic() - started)
+    made = {"seed": seed, "vae_steps": vae_steps, "unet_steps": unet_steps, "seconds": seconds}
+    _record(folder, made | {"machine": platform.machine(), "threads": torch.get_num_threads()})
+
+
+def _record(folder: Path, values: dict[str, Any]) -> None:
+    """Add to what is written of the base model."""
+    file = folder / RECORD
+    known = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(known | values, indent=2) + "\n")
 
 
 @torch.no_grad()
-def measure(folder: Path) -> None:
-    """Print the quality of the base model in `folder`, and the checksums of its weights."""
+def quality(folder: Path, num_images: int = 200, guidance_scales: Sequence[float] = (1.0, 3.0, 7.5)) -> dict[str, Any]:
+    """How well the base model in `folder` reconstructs and draws, and the checksums of its weights."""
+    rng = np.random.default_rng(MEASURED_SEED)
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
-    images = _images(np.random.default_rng(MEASURED_SEED), MEASURED_IMAGES)
+    images = _images(rng, num_images)
     error = mse_loss(vae.decode(vae.encode(images).latent_dist.mean).sample, images)
-    print(f"reconstruction of {MEASURED_IMAGES} images: {_psnr(error):.1f} dB")
     pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
-    prompts = [shapes.draw_row(index, 1, MEASURED_SEED).text for index in range(MEASURED_IMAGES)]
-    for guidance_scale in (1.0, GUIDANCE_SCALE, 7.5):
-        generators = [torch.Generator().manual_seed(index) for index in range(MEASURED_IMAGES)]
-        drawn = pipeline(
-            prompts, num_inference_steps=20, guidance_scale=guidance_scale, generator=generators, output_type="np"
-        ).images
-        pictures = (drawn * 255).round().astype(np.uint8)
-        right = np.mean([colours_are_right(*pair) for pair in zip(pictures, prompts, strict=True)])
-        print(f"guidance {guidance_scale:g}: both colours right in {right:.1%} of {MEASURED_IMAGES} images")
-    for path in sorted(folder.rglob("*.safetensors")):
-        print(hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size, path.relative_to(folder))
+    prompts = [shapes.draw_row(index, 1, MEASURED_SEED).text for index in range(num_images)]
+    right = {}
+    for guidance_scale in guidance_scales:
+        generators = [torch.Generator().manual_seed(index) for index in range(num_images)]
+        drawn = pipeline(prompts, num_inference_steps=20, guidance_scale=guidance_scale, generator=generators).images
+        pairs = zip(drawn, prompts, strict=True)
+        right[f"{guidance_scale:g}"] = float(np.mean([colours_are_right(np.asarray(one), text) for one, text in pairs]))
+    files = sorted(folder.rglob("*.safetensors"))
+    return {
+        "reconstruction_psnr_db": round(_psnr(error), 2),
+        "right_colours_by_guidance_scale": right,
+        "images": num_images,
+        "sha256": {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
+    }
 
 
 def train_vae(vae: Any, steps: int, seed: int, *, batch_size: int = 16, learning_rate: float = 2e-3) -> Any:

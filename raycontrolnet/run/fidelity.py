@@ -50,7 +50,7 @@ def control_fidelity(control_image: UInt8Image, image: UInt8Image, measure: Meas
     if measure == "shape":
         return iou(asked_shape(control_image), found_shape(image))
     if measure == "canny":
-        found = cv2.Canny(_grey(image), *CANNY_THRESHOLDS) > 0
+        found = cv2.Canny(image, *CANNY_THRESHOLDS) > 0  # of the colours, as `raycontrolnet condition` makes them
         return edge_f_measure(_grey(control_image) > 127, found)
     raise ValueError(f"measure={measure!r}: must be shape or canny")
 

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from raycontrolnet.demo import FOLDER, UNTRAINED, demo_settings
+from raycontrolnet.demo import BASE, FOLDER, UNSEEN, UNTRAINED, demo_settings
 from raycontrolnet.demo.obedience import Obedience, measure
 
 
@@ -53,9 +53,10 @@ def by_step(run: Path) -> dict[int, Obedience]:
     """Of the untrained ControlNet and every checkpoint of a run in the current folder."""
     checkpoints = {int(path.name.removeprefix("checkpoint-")): path for path in run.glob("checkpoint-*")}
     controlnets = {0: UNTRAINED} | dict(sorted(checkpoints.items()))
-    base, unseen, drawn = FOLDER / "base", FOLDER / "unseen", FOLDER / "measured"
-    guidance_scale = demo_settings["guidance_scale"]
-    return {step: measure(path, base, unseen, drawn / str(step), guidance_scale) for step, path in controlnets.items()}
+    drawn, scale = FOLDER / "measured", demo_settings["guidance_scale"]
+    return {
+        step: measure(path, BASE, UNSEEN, drawn / str(step), guidance_scale=scale) for step, path in controlnets.items()
+    }
 
 
 if __name__ == "__main__":
