@@ -93,7 +93,7 @@ def quality(folder: Path, num_images: int = 200, guidance_scales: Sequence[float
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
     images = _images(rng, num_images)
     error = mse_loss(vae.decode(vae.encode(images).latent_dist.mean).sample, images)
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
     prompts = [shapes.draw_row(index, 1, MEASURED_SEED).text for index in range(num_images)]
