@@ -144,7 +144,7 @@ def _comparison(config: TrainConfig, folder: Path) -> str:
     lines = [f"How well it obeys {NUM_UNSEEN} outlines that it has never seen (overlap of shapes asked for and drawn):"]
     for name, one in found.items():
         lines.append(
-            f"  {name:8} control fidelity {one.fidelity.mean:.2f} ± {one.fidelity.error:.2g}, "
+            f"  {name:8} control fidelity {one.fidelity.mean:.2f} ± {one.fidelity.error:.1g}, "
             f"colours right in {one.right_colours:.0%}"
         )
     lines.append(f"  picture  {folder / PICTURE}")
