@@ -251,7 +251,8 @@ def test_a_second_time_does_nothing_and_changes_are_made_again(
     assert run().num_made == 1
     after = files_of(result.folder)
     changed = {name for name in before if before[name] != after[name]} - {JOURNAL}
-    assert changed == {"conditioning/clear.png.png"}
+    assert changed == {"conditioning/clear.png.png", "metadata.jsonl"}  # which was away meanwhile
+    assert after["metadata.jsonl"][0] == before["metadata.jsonl"][0]
     Path(result.folder, "conditioning", "wide.JPG.png").unlink()
     assert run().num_made == 1
     assert run(canny_low_threshold=10, canny_high_threshold=20).num_made == 4
