@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from raycontrolnet.data.stream import LOADING_CPUS
 from raycontrolnet.errors import ConfigError
@@ -193,6 +193,34 @@ def _cpu_share(node_cpus: Sequence[float], num_workers: int) -> float:
     return max(share, MIN_CPU_SHARE)
 
 
+class ClusterNodes(NamedTuple):
+    """Ray's resources of the connected cluster, node by node."""
+
+    nodes: list[dict[str, float]]
+    """Those that are up."""
+    may_come: list[dict[str, float]] | None
+    """Those that an autoscaler can start; empty if it is not known which, None without one."""
+
+
+def cluster_nodes() -> ClusterNodes:
+    import ray
+
+    return ClusterNodes([node["Resources"] for node in ray.nodes() if node["Alive"]], autoscaler_nodes())
+
+
+def autoscaler_nodes() -> list[dict[str, float]] | None:
+    """Resources of the nodes that an autoscaler of this cluster can start, as many as it may; see the types."""
+    if not BOOTSTRAP_CONFIG.expanduser().is_file():
+        return autoscaler_node_types()
+    import yaml
+
+    config = yaml.safe_load(BOOTSTRAP_CONFIG.expanduser().read_text())
+    most = config.get("max_workers", 2)
+    types = config.get("available_node_types", {}).values()
+    nodes = [kind.get("resources", {}) for kind in types for _ in range(kind.get("max_workers", most))]
+    return nodes[:most]
+
+
 def autoscaler_node_types() -> list[dict[str, float]] | None:
     """Resources of the node types that an autoscaler of this cluster can start; None if there is none.
 
@@ -233,11 +261,15 @@ def interruptible_trainer() -> Any:
             try:
                 return self.fit()
             except KeyboardInterrupt:
-                if self.controller is not None:
-                    with suppress(ray.exceptions.RayError):
-                        ray.get(self.controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
-                    ray.kill(self.controller)
+                self.abort()
                 raise
+
+        def abort(self) -> None:
+            """Stop the workers; `fit` then raises."""
+            if self.controller is not None:
+                with suppress(ray.exceptions.RayError):
+                    ray.get(self.controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
+                ray.kill(self.controller)
 
     return InterruptibleTrainer
 

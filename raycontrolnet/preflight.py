@@ -24,6 +24,7 @@ from raycontrolnet.data.stream import BatchLoader, PixelRows
 from raycontrolnet.errors import ConfigError, UserError
 from raycontrolnet.run import checkpoint as checkpoints
 from raycontrolnet.run import export, trackers, validation
+from raycontrolnet.run.follower import Follower
 from raycontrolnet.run.job import Job
 from raycontrolnet.run.plan import RunPlan
 
@@ -81,7 +82,15 @@ class CheckedRun:
         """The last one of this run, or where it started."""
         return checkpoints.latest(self.output_dir, self.run_id) or self.start
 
-    def job(self, *, use_gpu: bool, threads: int | None, loader: Any, spare: Mapping[str, Any] | None = None) -> Job:
+    def job(
+        self,
+        *,
+        use_gpu: bool,
+        threads: int | None,
+        loader: Any,
+        spare: Mapping[str, Any] | None = None,
+        follower: Follower | None = None,
+    ) -> Job:
         """What the workers get; see there. `loader` is that of the run, or a reference to it."""
         config, order = self.config, self.loader.order
         assert config.seed is not None
@@ -107,6 +116,7 @@ class CheckedRun:
             token=self.token,
             loader=loader,
             spare=spare,
+            follower=follower,
         )
 
 

@@ -89,6 +89,7 @@ class Worker:
                 run_name=job.output_dir.name,
                 settings=job.tracker_settings,
                 done_steps=state.step,
+                group=job.config.tracker_group,
             )
         self.validator = Validator(job, plan, state, rank, clock, self.trackers)
 
@@ -107,6 +108,8 @@ class Worker:
                     self.checkpoint()
                 if validates and state.step < plan.total_updates:
                     self.validator.draw()
+                if validates and state.step < plan.total_updates and self.job.follower:
+                    self.job.follower.validated()
                 if validates or plan.checkpoint_due(state.step):
                     self.rest_from_training()
             self.finish()
@@ -156,6 +159,8 @@ class Worker:
                 UpdateMetrics(state.step, loss, metrics.lr, metrics.grad_norm, state.samples, rate, time.time())
             )
             self.record()
+        if self.job.follower:
+            self.job.follower.updated()
 
     def next_input(self, inputs: Iterator[tuple[Batch, Draws]]) -> tuple[Batch, Draws]:
         try:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raycontrolnet.config import TrainConfig, check_settings
+from raycontrolnet.config import TrainConfig, coerce, setting_types
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.setting_rules import Problems, at_least, one_of, problem_of
 from raycontrolnet.tune.space import Space, check_space, read_space
@@ -62,3 +63,47 @@ class SweepSettings:
         yield from one_of(self, "objective", tuple(OBJECTIVES))
         if not 0 < self.gpus_per_trial <= 1:
             yield problem_of(self, "gpus_per_trial", "must be above 0 and at most 1; several are for --num_workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(SweepSettings):
+    """All settings of a sweep: its own, and those that its trials share.
+
+    Raises:
+        ConfigError: with every problem at once, each naming the flag, the value and the fix.
+    """
+
+    train: TrainConfig
+    space: Mapping[str, Any] | str | Path | None = None  # type: ignore[assignment]
+    """The settings to try: a YAML file, or its content; by default learning_rate, lr_scheduler, prompt dropout."""
+
+    def __post_init__(self) -> None:
+        kinds = setting_types(SweepSettings)
+        problems = []
+        for setting in dataclasses.fields(SweepSettings):
+            if setting.name != "space":
+                try:
+                    object.__setattr__(self, setting.name, coerce(getattr(self, setting.name), kinds[setting.name]))
+                except ValueError as error:
+                    problems.append(f"--{setting.name}={getattr(self, setting.name)!r}: {error}")
+        problems = problems or list(self.problems())
+        try:
+            space = self.parsed_space
+        except ConfigError as error:
+            problems += error.problems
+        else:
+            options: dict[str, Any] = {"searcher": self.searcher, "objective": self.objective}
+            problems += check_space(
+                space, self.train, place=self.place, allow_new_caches=self.allow_new_caches, **options
+            )
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def place(self) -> str:
+        """Where the space stands."""
+        return f"--space={self.space}" if isinstance(self.space, (str, Path)) else "--space"
+
+    @property
+    def parsed_space(self) -> Space:
+        return read_space(self.space)

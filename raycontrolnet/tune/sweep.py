@@ -1,0 +1,254 @@
+"""The driver of a sweep: `sweep(config) -> SweepResult`, many runs of `fit` on Ray Tune.
+
+    check everything -> one latent cache -> Tune (proposals -> trials -> scheduler) -> leaderboard, best/, report
+
+The trials' folders are the one truth: a sweep that goes on proposes the same trials again, which tell what they have
+found and train what is left.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from ray import tune
+
+from raycontrolnet.cluster import cluster_nodes, logging_to, ray_session, shown_on, worker_resources
+from raycontrolnet.errors import Interrupted, RunError, UserError, in_one_line, root_cause
+from raycontrolnet.preflight import check_device
+from raycontrolnet.prepare_latents import on_ray
+from raycontrolnet.run.progress import duration
+from raycontrolnet.tune.best import BEST, weights_of, write_best
+from raycontrolnet.tune.hparams import write_hparams
+from raycontrolnet.tune.keeper import Keeper, settled
+from raycontrolnet.tune.leaderboard import leaderboard_lines, write_leaderboard
+from raycontrolnet.tune.live import LiveTable
+from raycontrolnet.tune.marker import Marker
+from raycontrolnet.tune.places import places
+from raycontrolnet.tune.plan import SweepPlan, plan_sweep, shared_of
+from raycontrolnet.tune.records import (
+    Trial,
+    ranked,
+    read_records,
+    read_sweep,
+    read_trials,
+    write_record,
+    write_sweep,
+)
+from raycontrolnet.tune.report import write_report
+from raycontrolnet.tune.settings import SweepConfig
+from raycontrolnet.tune.tuner import run_trials
+
+logger = logging.getLogger(__name__)
+
+LOG = "sweep.log"
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a finished sweep left."""
+
+    output_dir: Path
+    trials: Sequence[Trial]
+    """The best first."""
+    best: Trial | None
+    """None if no trial has learned anything."""
+    best_dir: Path | None
+    """Its weights, as diffusers loads them, its settings and model card."""
+    objective: str
+    seconds: float
+
+    @property
+    def value(self) -> float | None:
+        """The objective of the best trial."""
+        return self.best.value(self.objective) if self.best else None
+
+
+def sweep(config: SweepConfig, *, stream: TextIO | None = None) -> SweepResult:
+    """Train many ControlNets that differ by some settings, and rank them.
+
+    Uses Ray as `fit` does.
+
+    Args:
+        config: all settings.
+        stream: where the table of trials is shown; standard error by default.
+
+    Raises:
+        UserError: bad settings, data, models or space, before any trial starts (exit code 2 on the command line).
+        RunError: no trial has learned anything (exit code 1).
+        Interrupted: Ctrl-C; trials go on from their last checkpoints with `resume` (exit code 130).
+    """
+    with shown_on(stream) as shown:
+        return _sweep(config, shown)
+
+
+def _sweep(config: SweepConfig, stream: TextIO) -> SweepResult:
+    started = time.time()
+    plan = plan_sweep(config, stream)
+    marker = Marker(plan.sweep_dir, uuid.uuid4().hex)
+    with logging_to(plan.sweep_dir / LOG), _recorded(plan, started) as facts:
+        marker.set()
+        try:
+            if _left(plan):
+                _run(plan, marker, facts, stream)
+        finally:
+            marker.remove()
+            _settle(plan)
+            trials = _write_results(plan, facts, stream)
+        if not any(trial.reports for trial in trials):
+            causes = [trial.record.cause for trial in trials if trial.record.cause]
+            raise RunError(f"No trial has come to a validation. The first cause: {causes[0] if causes else 'none'}")
+    return _finish(plan, trials, facts, stream)
+
+
+def _left(plan: SweepPlan) -> int:
+    """How many trials are to be trained."""
+    return plan.num_trials - sum(record.ended for record in plan.records)
+
+
+def _run(plan: SweepPlan, marker: Marker, facts: dict[str, Any], stream: TextIO) -> None:
+    train = plan.config.train
+    with ray_session(train.address):
+        cluster = cluster_nodes()
+        where = places(
+            train,
+            cluster.nodes,
+            cluster.may_come,
+            num_trials=_left(plan),
+            gpus_per_trial=plan.config.gpus_per_trial,
+            most=plan.config.max_concurrent_trials,
+        )
+        check_device(train, use_gpu=where.use_gpu, has_gpu=where.use_gpu)
+        stream.write(f"sweep: {_left(plan)} trials, {where.reason}\n")
+        one_machine = len(cluster.nodes) == 1 and cluster.may_come is None
+        encode = on_ray(worker_resources(train))
+        shared = shared_of(plan, where, marker, encode, stream, one_machine=one_machine)
+        facts |= {"concurrency": where.at_a_time, "reason": where.reason}
+        write_sweep(plan.sweep_dir, facts)
+        with _table(plan, stream) as table, _stopped_by_ctrl_c(marker) as stopper:
+            keeper = Keeper(plan.sweep_dir, plan.records, train.validation_steps, table)
+            run_trials(plan, where, shared, keeper, stopper)
+        if stopper.stop_all():
+            raise KeyboardInterrupt
+
+
+def _table(plan: SweepPlan, stream: TextIO) -> LiveTable:
+    raise NotImplementedError
+
+
+class _Stopper(tune.Stopper):
+    """Ends all trials once it is told to."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self.event.is_set()
+
+
+@contextmanager
+def _stopped_by_ctrl_c(marker: Marker) -> Iterator[_Stopper]:
+    """The first Ctrl-C ends the trials, which their marker tells as well; a second one ends the waiting for them."""
+    stopper = _Stopper()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopper  # only the main thread gets signals
+        return
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        marker.remove()
+        stopper.event.set()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield stopper
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _recorded(plan: SweepPlan, started: float) -> Iterator[dict[str, Any]]:
+    """sweep.json, written at the start and, whatever the end is, at the end."""
+    before = read_sweep(plan.sweep_dir)
+    facts = {**plan.facts(), "status": "running", "started": before.get("started", started), "cause": None}
+    write_sweep(plan.sweep_dir, facts)
+    try:
+        yield facts
+        facts["status"] = "finished"
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        facts |= {"status": "interrupted" if interrupted else "failed", "cause": str(error) or None}
+        if interrupted:
+            raise Interrupted(_how_to_go_on(plan)) from None
+        if not isinstance(error, (UserError, RunError)) and isinstance(error, Exception):
+            logger.exception("the sweep failed")
+            reason = in_one_line(root_cause(error))
+            facts["cause"] = reason
+            raise RunError(
+                f"The sweep failed: {reason}.\n{_how_to_go_on(plan)} Details: {plan.sweep_dir / LOG}"
+            ) from error
+        raise
+    finally:
+        facts["seconds"] = round(before.get("seconds", 0.0) + time.time() - started, 3)
+        facts["machine_seconds"] = round(sum(record.seconds for record in read_records(plan.sweep_dir)), 3)
+        write_sweep(plan.sweep_dir, facts)
+        write_report(plan.sweep_dir)
+
+
+def _how_to_go_on(plan: SweepPlan) -> str:
+    records = read_records(plan.sweep_dir)
+    ended = sum(record.ended for record in records)
+    return (
+        f"{ended} of {plan.num_trials} trials have ended and stand; the others go on from their last checkpoints with the "
+        f"same command and --resume (--output_dir {plan.sweep_dir})."
+    )
+
+
+def _settle(plan: SweepPlan) -> None:
+    """Trials that were running when the sweep ended have been interrupted."""
+    for record in read_records(plan.sweep_dir):
+        if (known := settled(plan.sweep_dir, record)) != record:
+            write_record(plan.sweep_dir, known)
+
+
+def _write_results(plan: SweepPlan, facts: dict[str, Any], stream: TextIO) -> list[Trial]:
+    """leaderboard.csv, best/ and TensorBoard's hparams, of all trials so far; returns them, the best first."""
+    objective, train = plan.config.objective, plan.config.train
+    trials = ranked(read_trials(plan.sweep_dir, train.validation_steps), objective)
+    write_leaderboard(plan.sweep_dir, trials, objective)
+    best = next((trial for trial in trials if weights_of(trial)), None)
+    facts["best"] = best.record.name if best else None
+    if best:
+        write_best(plan.sweep_dir, best, plan.config_of(best.record), facts["versions"])
+    if "tensorboard" in train.trackers:
+        for trial in trials:
+            write_hparams(plan.sweep_dir / train.logging_dir, trial, objective)
+    return trials
+
+
+def _finish(plan: SweepPlan, trials: Sequence[Trial], facts: Mapping[str, Any], stream: TextIO) -> SweepResult:
+    """Tell what came out."""
+    best = next((trial for trial in trials if trial.record.name == facts["best"]), None)
+    for line in leaderboard_lines(trials, plan.config.objective):
+        stream.write(f"{line}\n")
+    result = SweepResult(
+        output_dir=plan.sweep_dir,
+        trials=trials,
+        best=best,
+        best_dir=plan.sweep_dir / BEST if best else None,
+        objective=plan.config.objective,
+        seconds=facts["seconds"],
+    )
+    stream.write(f"done in {duration(result.seconds)}: the best is in {result.best_dir}\n")
+    return result
