@@ -20,7 +20,8 @@ from raycontrolnet.tune.marker import Marker
 from raycontrolnet.tune.places import Places
 from raycontrolnet.tune.records import TrialRecord, read_records, read_sweep
 from raycontrolnet.tune.settings import OBJECTIVES, SweepConfig
-from raycontrolnet.tune.space import CACHE_SETTINGS, Choice, Space, num_trials, to_grammar
+from raycontrolnet.tune.space import Choice, Space, num_trials, to_grammar
+from raycontrolnet.tune.space_checks import NEEDS_CACHE
 from raycontrolnet.tune.trial import Shared, cache_key
 
 ALL_THE_SAME = {"address", "cpus_per_worker", "hub_model_id", "max_failures", "output_dir", "push_to_hub", "use_gpu"}
@@ -51,7 +52,7 @@ class SweepPlan:
 
     @property
     def cache_settings(self) -> tuple[str, ...]:
-        return tuple(name for name in self.space if name in CACHE_SETTINGS)
+        return tuple(name for name in self.space if name in NEEDS_CACHE)
 
     @property
     def mode(self) -> str:
@@ -142,7 +143,7 @@ def _differences(before: Mapping[str, Any], config: SweepConfig, space: Space) -
 def _cache_variants(space: Space) -> Iterator[dict[str, Any]]:
     """The settings of the space that need latents of their own, in all combinations; at least one, empty."""
     values = {}
-    for name in sorted(set(space) & set(CACHE_SETTINGS)):
+    for name in sorted(set(space) & set(NEEDS_CACHE)):
         dimension = space[name]
         if not isinstance(dimension, Choice):
             raise ConfigError([f"--space: {name}: needs latents of its own for every value; use choice or grid"])

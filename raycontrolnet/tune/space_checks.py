@@ -52,7 +52,8 @@ PLACE_OR_MACHINE: Mapping[str, str] = {
     "output_dir": "every trial gets a folder of its own in the sweep's; name that one with --output_dir",
     "resume_from_checkpoint": "trials start from the beginning; --resume goes on with a sweep",
     "hub_token": "it is a secret, and changes nothing that is learnt; set HF_TOKEN",
-    **_alike("says where figures go, not what is learnt", "logging_dir", "report_to", "tracker_project_name"),
+    **_alike("says where figures go, not what is learnt", "logging_dir", "report_to", "tracker_group",
+             "tracker_project_name"),
     **_alike("is about publishing, not about training", "push_to_hub", "hub_model_id", "license"),
     **_alike("says when checkpoints are written, not what is learnt", "checkpointing_steps", "checkpoints_total_limit"),
     **_alike(
