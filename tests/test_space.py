@@ -308,7 +308,7 @@ def test_a_range_with_two_problems() -> None:
         ("lr_scheduler", {"choice": "cosine"}, "choice: cosine: must be a list, such as [cosine]"),
         ("lr_scheduler", {"grid": None}, "grid: None: must be a list"),
         ("lr_scheduler", {"grid": []}, "grid: []: is empty; list the values to try"),
-        ("lr_power", {"choice": [1, "1.0", 1.0]}, "choice: 1.0: is there twice; list every value once"),
+        ("lr_power", {"choice": [1, "1.0"]}, "choice: 1.0: is there twice; list every value once"),
         ("lr_power", {"grid": [1, "x"]}, "grid: x: must be a number"),
         ("lr_warmup_steps", {"choice": ["1", 2]}, "choice: 1: must be a whole number"),
         ("lr_warmup_steps", {"choice": [[1], 2]}, "choice: [1]: must be a whole number"),
