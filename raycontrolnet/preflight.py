@@ -127,13 +127,7 @@ def check(config: TrainConfig, output_dir: Path) -> CheckedRun:
         ConfigError: with the problems of settings, model folders, output folder, validation images and data together.
     """
     problems = list(trackers.check_trackers(config.trackers if config.report_to != "all" else ()))
-    for flag, needed, package, extra in (
-        ("use_8bit_adam", config.use_8bit_adam, "bitsandbytes", "8bit"),
-        ("enable_xformers_memory_efficient_attention", config.enable_xformers_memory_efficient_attention, "xformers",
-         "xformers"),
-    ):  # fmt: skip
-        if needed and importlib.util.find_spec(package) is None:
-            problems.append(f"--{flag}: {package} is not installed; run pip install 'raycontrolnet[{extra}]'")
+    problems += missing_extras(config)
     problems += _local_model_problems(config)
     problems += export.check_push(config)
     if problem := unwritable(output_dir, "output_dir"):
@@ -164,6 +158,17 @@ def check(config: TrainConfig, output_dir: Path) -> CheckedRun:
                 start.path,
             )
     return CheckedRun(config, output_dir, source, start, token, random_subset=random_subset)
+
+
+def missing_extras(config: TrainConfig) -> Iterator[str]:
+    """Optional packages that the settings need and that are not installed."""
+    for flag, needed, package, extra in (
+        ("use_8bit_adam", config.use_8bit_adam, "bitsandbytes", "8bit"),
+        ("enable_xformers_memory_efficient_attention", config.enable_xformers_memory_efficient_attention, "xformers",
+         "xformers"),
+    ):  # fmt: skip
+        if needed and importlib.util.find_spec(package) is None:
+            yield f"--{flag}: {package} is not installed; run pip install 'raycontrolnet[{extra}]'"
 
 
 def _with_held_out_rows(config: TrainConfig, num_rows: int, start: checkpoints.Checkpoint | None) -> TrainConfig:

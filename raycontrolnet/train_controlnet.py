@@ -108,10 +108,11 @@ class Worker:
                     self.checkpoint()
                 if validates and state.step < plan.total_updates:
                     self.validator.draw()
-                if validates and state.step < plan.total_updates and self.job.follower:
-                    self.job.follower.validated()
                 if validates or plan.checkpoint_due(state.step):
                     self.rest_from_training()
+                if validates and state.step < plan.total_updates and self.job.follower:
+                    self.job.follower.validated()
+                    self.pending.restart_clock()
             self.finish()
         finally:
             for part in (self.metrics_log, self.validator, self.trackers):

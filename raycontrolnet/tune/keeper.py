@@ -15,11 +15,12 @@ from ray import tune
 from raycontrolnet.run.status import STATUS
 from raycontrolnet.tune.live import LiveTable
 from raycontrolnet.tune.records import Trial, TrialRecord, read_trial, write_record
+from raycontrolnet.tune.unpickled import Unpickled
 
 logger = logging.getLogger(__name__)
 
 
-class Keeper(tune.Callback):
+class Keeper(Unpickled, tune.Callback):
     """The records of all trials; the one writer of trial.json."""
 
     def __init__(self, sweep_dir: Path, records: Sequence[TrialRecord], validation_steps: int, table: LiveTable):

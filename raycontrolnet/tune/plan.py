@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any, TextIO
 from raycontrolnet.config import TrainConfig, public_settings
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.latents_of_run import WantedLatents, planned_latents, with_latents
-from raycontrolnet.preflight import CheckedRun, check, versions, with_absolute_paths
+from raycontrolnet.preflight import CheckedRun, check, missing_extras, versions, with_absolute_paths
 from raycontrolnet.prepare_latents import Encode
 from raycontrolnet.tune.keeper import settled
 from raycontrolnet.tune.marker import Marker
@@ -76,6 +77,13 @@ class SweepPlan:
             "versions": versions(),
         }
 
+    def device_settings(self) -> Iterator[TrainConfig]:
+        """The settings with each value of the space that asks something of the device."""
+        yield self.config.train
+        for name in set(self.space) & {"mixed_precision", "enable_xformers_memory_efficient_attention"}:
+            for value in self.space[name].values:
+                yield dataclasses.replace(self.config.train, **{name: value})
+
     def config_of(self, record: TrialRecord, places: Places | None = None) -> TrainConfig:
         """The settings of a trial, as `fit` takes them for the same run."""
         cpus = places.cpus_per_worker if places else self.config.train.cpus_per_worker
@@ -100,7 +108,11 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
     if train.tracker_group is None:
         train = dataclasses.replace(train, tracker_group=sweep_dir.name)
     config = dataclasses.replace(config, train=train)
-    if problems := list(_differences(before, config, space)):
+    problems = list(_differences(before, config, space))
+    if config.searcher == "optuna" and importlib.util.find_spec("optuna") is None:
+        problems.append("--searcher=optuna: optuna is not installed; run pip install 'raycontrolnet[optuna]'")
+    problems += _extras_problems(train, space)
+    if problems:
         raise ConfigError(problems)
     runs = {}
     for settings in _cache_variants(space):
@@ -138,6 +150,13 @@ def _differences(before: Mapping[str, Any], config: SweepConfig, space: Space) -
     for name, then in before["settings"].items():
         if name in settings and name not in ALL_THE_SAME and name not in space and settings[name] != then:
             yield f"--{name}={settings[name]}: was {then}; {advice}"
+
+
+def _extras_problems(train: TrainConfig, space: Space) -> Iterator[str]:
+    """Packages that some value of the space needs."""
+    for name in ("use_8bit_adam", "enable_xformers_memory_efficient_attention"):
+        if name in space and True in space[name].values:
+            yield from missing_extras(dataclasses.replace(train, **{name: True}))
 
 
 def _cache_variants(space: Space) -> Iterator[dict[str, Any]]:

@@ -15,12 +15,13 @@ from ray.tune.search import Searcher
 from raycontrolnet.config import coerce, setting_types
 from raycontrolnet.tune.records import TrialRecord
 from raycontrolnet.tune.space import Space, draw, optuna_distributions
+from raycontrolnet.tune.unpickled import Unpickled
 
 if TYPE_CHECKING:
     from ray.tune.search.optuna import OptunaSearch
 
 
-class Proposals(Searcher):
+class Proposals(Unpickled, Searcher):
     """Proposes {"index": k}: the trial's settings are in its record, which `propose` is given first.
 
     Args:

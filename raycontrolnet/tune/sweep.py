@@ -46,6 +46,7 @@ from raycontrolnet.tune.records import (
 from raycontrolnet.tune.report import write_report
 from raycontrolnet.tune.settings import SweepConfig
 from raycontrolnet.tune.tuner import run_trials
+from raycontrolnet.tune.unpickled import Unpickled
 
 logger = logging.getLogger(__name__)
 
@@ -126,25 +127,24 @@ def _run(plan: SweepPlan, marker: Marker, facts: dict[str, Any], stream: TextIO)
             gpus_per_trial=plan.config.gpus_per_trial,
             most=plan.config.max_concurrent_trials,
         )
-        check_device(train, use_gpu=where.use_gpu, has_gpu=where.use_gpu)
+        for tried in plan.device_settings():
+            check_device(tried, use_gpu=where.use_gpu, has_gpu=where.use_gpu)
         stream.write(f"sweep: {_left(plan)} trials, {where.reason}\n")
         one_machine = len(cluster.nodes) == 1 and cluster.may_come is None
         encode = on_ray(worker_resources(train))
         shared = shared_of(plan, where, marker, encode, stream, one_machine=one_machine)
         facts |= {"concurrency": where.at_a_time, "reason": where.reason}
         write_sweep(plan.sweep_dir, facts)
-        with _table(plan, stream) as table, _stopped_by_ctrl_c(marker) as stopper:
+        name, objective = plan.sweep_dir.name, plan.config.objective
+        shown = LiveTable(name, objective, stream, total_trials=plan.num_trials, total_steps=plan.total_updates)
+        with shown as table, _stopped_by_ctrl_c(marker) as stopper:
             keeper = Keeper(plan.sweep_dir, plan.records, train.validation_steps, table)
             run_trials(plan, where, shared, keeper, stopper)
         if stopper.stop_all():
             raise KeyboardInterrupt
 
 
-def _table(plan: SweepPlan, stream: TextIO) -> LiveTable:
-    raise NotImplementedError
-
-
-class _Stopper(tune.Stopper):
+class _Stopper(Unpickled, tune.Stopper):
     """Ends all trials once it is told to."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Ray Tune, set up for a sweep: the searcher, the scheduler and the process of a trial are given to it, the rest it does."""
+"""Ray Tune, set up for a sweep: the searcher, the scheduler and the process of a trial are given to it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from raycontrolnet.tune.trial import Shared, SweepTrial
 TUNE_FILES = ".tune"
 """Tune's own records, which are nobody's: the trials' folders are."""
 ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # its table is not ours, and not to be silenced
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that fails early has nothing to be ranked by
@@ -67,6 +68,7 @@ def run_trials(plan: SweepPlan, places: Places, shared: Shared, keeper: Keeper, 
                 name=TUNE_FILES,
                 storage_path=str(plan.sweep_dir),
                 failure_config=tune.FailureConfig(max_failures=config.train.max_failures),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 callbacks=[keeper],
                 stop=stopper,
                 verbose=0,
