@@ -11,13 +11,8 @@ from typing import Any
 from raycontrolnet.tune.records import Trial
 
 EVENTS = "events.out.tfevents.*"
-STATUSES = {
-    "finished": "STATUS_SUCCESS",
-    "stopped": "STATUS_SUCCESS",
-    "failed": "STATUS_FAILURE",
-    "running": "STATUS_RUNNING",
-}
-"""Those of TensorBoard; of any other state it is unknown."""
+STATUSES = {"finished": "STATUS_SUCCESS", "stopped": "STATUS_SUCCESS", "failed": "STATUS_FAILURE"}
+"""Those of TensorBoard. An open one never changes a status that it has read: before the end a trial has none."""
 
 
 def write_hparams(logs_dir: Path, trial: Trial, objective: str) -> None:
@@ -25,6 +20,9 @@ def write_hparams(logs_dir: Path, trial: Trial, objective: str) -> None:
 
     The tab shows each figure at its last step: val_loss, control_gap, loss, ... under their names, and the objective as
     `objective/<name>` too. A setting that is None has no value there.
+
+    A TensorBoard that is open follows: it forgets what it had read of the earlier file, which is emptied at first, for
+    it would wait for one that is gone, and deleted the next time.
 
     No experiment is described: TensorBoard would read that of one trial alone and leave out what only others have. It
     collects the columns from all trials instead.
@@ -36,8 +34,7 @@ def write_hparams(logs_dir: Path, trial: Trial, objective: str) -> None:
 
     folder = logs_dir / trial.record.name
     earlier = set(folder.glob(EVENTS))
-    # A TensorBoard that is open forgets what it read of the earlier file.
-    writer: Any = SummaryWriter(str(folder), purge_step=0 if earlier else None)
+    writer: Any = SummaryWriter(str(folder), purge_step=0)
     try:
         try:
             for summary in _summaries(trial):
@@ -48,14 +45,14 @@ def write_hparams(logs_dir: Path, trial: Trial, objective: str) -> None:
         finally:
             writer.close()
     except BaseException:
-        _delete(set(folder.glob(EVENTS)) - earlier)
+        for path in set(folder.glob(EVENTS)) - earlier:
+            path.unlink()
         raise
-    _delete(earlier)
-
-
-def _delete(paths: set[Path]) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)
+    for path in earlier:
+        if path.stat().st_size:
+            path.write_bytes(b"")
+        else:
+            path.unlink()
 
 
 def _scalars(report: Mapping[str, float], objective: str) -> dict[str, float]:
@@ -77,13 +74,12 @@ def _summaries(trial: Trial) -> list[Any]:
             start.hparams[name].number_value = value
         elif value is not None:
             start.hparams[name].string_value = value if isinstance(value, str) else json.dumps(value, default=str)
-    status = api_pb2.Status.Value(STATUSES.get(record.state, "STATUS_UNKNOWN"))
-    ended_s = (record.started or 0.0) + record.seconds if record.ended else 0.0
-    end = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=ended_s)
-    contents = {
-        metadata.SESSION_START_INFO_TAG: plugin_data_pb2.HParamsPluginData(session_start_info=start),
-        metadata.SESSION_END_INFO_TAG: plugin_data_pb2.HParamsPluginData(session_end_info=end),
-    }
+    contents = {metadata.SESSION_START_INFO_TAG: plugin_data_pb2.HParamsPluginData(session_start_info=start)}
+    if record.ended:
+        status = api_pb2.Status.Value(STATUSES[record.state])
+        ended_s = (record.started or 0.0) + record.seconds
+        end = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=ended_s)
+        contents[metadata.SESSION_END_INFO_TAG] = plugin_data_pb2.HParamsPluginData(session_end_info=end)
     described = {tag: metadata.create_summary_metadata(content) for tag, content in contents.items()}
     empty = metadata.NULL_TENSOR
     return [Summary(value=[Summary.Value(tag=tag, metadata=words, tensor=empty)]) for tag, words in described.items()]
