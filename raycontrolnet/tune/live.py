@@ -105,7 +105,7 @@ class LiveTable:
         self.total_trials, self.total_steps = total_trials, total_steps
         self.live = _is_terminal(stream)
         self.styled = self.live and not os.environ.get("NO_COLOR")
-        self._lock = threading.Lock()  # held for moments, never while something is written
+        self._lock = threading.RLock()  # held for moments; a signal handler may call `say` meanwhile
         self._trials: Sequence[Trial] | None = None
         self._words: deque[str] = deque()
         self._changed = False
