@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -9,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from raycontrolnet.config import TrainConfig
 from raycontrolnet.run.progress import duration
 
 NAME = "report.html"
@@ -92,6 +94,19 @@ def table(settings: Mapping[str, Any]) -> str:
     shown = {name: json.dumps(value, ensure_ascii=False, default=str) for name, value in settings.items()}
     rows = [f"<tr><td>{breakable(name)}</td><td>{escape(value)}</td></tr>" for name, value in shown.items()]
     return "<table>\n" + "\n".join(rows) + "\n</table>"
+
+
+def settings(heading: str, found: Mapping[str, Any]) -> Iterable[str]:
+    """Settings of a run, in two tables: those that are not at their defaults, and all; without secrets."""
+    defaults = {setting.name: setting.default for setting in dataclasses.fields(TrainConfig)}
+    secret = {setting.name for setting in dataclasses.fields(TrainConfig) if setting.metadata.get("secret")}
+    shown = {name: value for name, value in found.items() if name not in secret}
+    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in shown.items()}
+    changed = {name: value for name, value in shown.items() if name not in defaults or plain[name] != defaults[name]}
+    if shown:
+        yield f"<h2>{heading}</h2>\n<p>Those that differ from their defaults:</p>"
+        yield table(changed)
+        yield f"<details><summary>All {len(shown)} settings</summary>\n{table(shown)}\n</details>"
 
 
 def versions(found: Any) -> Iterable[str]:

@@ -7,7 +7,6 @@ Every text that comes from a file is escaped; a policy in the page's head forbid
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
@@ -16,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from raycontrolnet.config import TrainConfig
 from raycontrolnet.run import curves, page
 from raycontrolnet.run.curves import STANDARD_ERRORS, Column
 from raycontrolnet.run.held_out import control_appeared
@@ -211,13 +209,5 @@ def _phases(run: Recorded) -> str:
 
 
 def _settings(run: Recorded) -> Iterable[str]:
-    defaults = {setting.name: setting.default for setting in dataclasses.fields(TrainConfig)}
-    secret = {setting.name for setting in dataclasses.fields(TrainConfig) if setting.metadata.get("secret")}
-    shown = {name: value for name, value in run.settings.items() if name not in secret}
-    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in shown.items()}
-    changed = {name: value for name, value in shown.items() if name not in defaults or plain[name] != defaults[name]}
-    if shown:
-        yield "<h2>Settings</h2>\n<p>Those that differ from their defaults:</p>"
-        yield page.table(changed)
-        yield f"<details><summary>All {len(shown)} settings</summary>\n{page.table(shown)}\n</details>"
+    yield from page.settings("Settings", run.settings)
     yield from page.versions(run.status.get("versions"))
