@@ -10,7 +10,7 @@ import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -289,7 +289,12 @@ def test_the_frozen_models_stay_as_they_are(
         assert not any(part.training for part in module.modules())
 
 
-def test_memory_savers_of_a_run_are_its_own(tiny_settings: Settings, keeping: None) -> None:
+@pytest.mark.parametrize("size", ["tiny", "small"])
+def test_memory_savers_of_a_run_are_its_own(
+    size: Literal["tiny", "small"], tiny_settings: Settings, tmp_path: Path, keeping: None
+) -> None:
+    """For heads that are padded, and for heads that are not."""
+    tiny_settings["pretrained_model_name_or_path"] = str(write_random_base(tmp_path / "base", size))
     first = load(tiny_settings)
     expected = processors(first.unet)
     enable_memory_savers(first, gradient_checkpointing=True, xformers=False)
@@ -320,7 +325,7 @@ def test_the_tokenizer_has_no_memory(tiny_settings: Settings, keeping: None) -> 
 def test_nothing_of_the_last_run_is_in_memory(
     precision: str, tiny_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeping: None
 ) -> None:
-    """Its ControlNet, gradients and moments are gone before the next one is made, though Python looks for no circles."""
+    """Its ControlNet, gradients and moments are gone before the next one is made, without a search by Python."""
     settings = tiny_settings | {"mixed_precision": precision}
     gone: list[weakref.ref[Any]] = []
     build_state = run_state.build_state
@@ -342,6 +347,23 @@ def test_nothing_of_the_last_run_is_in_memory(
         assert [ref() for ref in gone if ref() is not None] == []
     finally:
         gc.enable()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tiny_settings: Settings, reads: list[str], keeping: None) -> None:
+    """Nothing is read again, and the VAE is where each run wants it."""
+    cuda = torch.device("cuda")
+    options: Settings = {"device": cuda, "dtype": torch.float16, "seed": 0}
+    first = load_components(TrainConfig(**tiny_settings), **options)
+    expected = {name: value.cpu() for name, value in first.controlnet.state_dict().items()}
+    reads.clear()
+    for vae_device in (CPU, cuda):
+        again = load_components(TrainConfig(**tiny_settings), vae_device=vae_device, **options)
+        assert again.unet is first.unet
+        assert again.vae.device.type == vae_device.type
+        assert {value.device.type for value in again.controlnet.parameters()} == {"cuda"}
+        assert all(torch.equal(value.cpu(), expected[name]) for name, value in again.controlnet.state_dict().items())
+    assert reads == []
 
 
 # --- what takes its place ---
