@@ -123,9 +123,7 @@ def coerce(value: Any, kind: Any) -> Any:
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
-def from_mapping(
-    settings: Mapping[str, Any], place: str, known: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def from_mapping(settings: Mapping[str, Any], place: str, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """`settings` (from `place`, such as a file's name) if every key is a setting's name.
 
     Args:

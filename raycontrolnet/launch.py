@@ -230,5 +230,3 @@ def _progress(
     total_updates = run.plan(world_size, run.start).total_updates
     scored = run.config.control_fidelity is not None
     return Progress(run.output_dir, total_updates, run.start.step if run.start else 0, stream, scored=scored)
-
-

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import when, workers_called
 
 from raycontrolnet import SweepConfig, SweepResult, TrainConfig, fit, sweep
 from raycontrolnet.errors import ConfigError, RunError
 from raycontrolnet.run import metrics
 from raycontrolnet.tune import records
-from processes import when, workers_called
 
 pytestmark = pytest.mark.usefixtures("_local_ray")
 
@@ -273,9 +273,7 @@ def test_optuna_proposes_from_what_it_has_seen(settings: Settings) -> None:
         ({"pretrained_model_name_or_path": "/nowhere"}, {}, "/nowhere: no such folder"),
     ],
 )
-def test_refused_before_any_trial(
-    settings: Settings, changes: Settings, options: dict[str, Any], words: str
-) -> None:
+def test_refused_before_any_trial(settings: Settings, changes: Settings, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as error:
         swept(SweepConfig(train=TrainConfig(**settings | changes), **{"num_samples": 1, **options}))
     assert words in str(error.value)
@@ -288,7 +286,7 @@ def test_another_sweep_is_not_overwritten(settings: Settings) -> None:
     swept(config)
     with pytest.raises(ConfigError, match="holds a sweep; go on with it by --resume, or name another folder"):
         swept(config)
-    with pytest.raises(ConfigError, match="--space: was .*1e-3|--space: was .*0.001.* and is .*0.002"):
+    with pytest.raises(ConfigError, match=r"--space: was .*0\.001.* and is .*0\.002"):
         swept(replace(config, space={"learning_rate": {"choice": [2e-3]}}, resume=True))
     other = TrainConfig(**settings | {"train_batch_size": 2})
     with pytest.raises(ConfigError, match=r"--train_batch_size=2: was 4; a sweep goes on with what it began"):
@@ -384,7 +382,9 @@ def check_leaderboard(result: SweepResult) -> None:
     assert [line["trial"] for line in lines] == [trial.record.name for trial in result.trials]
     for line in lines:
         folder = result.output_dir / "trials" / line["trial"]
-        measured = [record for record in metrics.read(folder / "validation.jsonl") if record["step"] == int(line["step"])]
+        measured = [
+            record for record in metrics.read(folder / "validation.jsonl") if record["step"] == int(line["step"])
+        ]
         assert float(line["val_loss"]) == measured[-1]["val_loss"]
         assert float(line["control_gap"]) == measured[-1]["control_gap"]
         settings = json.loads((folder / "trial.json").read_text())["settings"]

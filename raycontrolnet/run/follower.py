@@ -10,10 +10,10 @@ class Stopped(BaseException):
 
 
 class Follower(Protocol):
-    """Told of a run's progress, in the thread that trains or in one beside it; its methods raise `Stopped` to end it."""
+    """Told of a run's progress, in the thread that trains or one beside it; its methods raise `Stopped` to end it."""
 
     def updated(self) -> None:
         """After every update, or every second."""
 
     def validated(self) -> None:
-        """After every validation but the last: its figures are in the run's folder, and the checkpoint if one was due."""
+        """After every validation but the last: its figures are in the run's folder, and a checkpoint if one was due."""

@@ -43,7 +43,9 @@ class Keeper(Unpickled, tune.Callback):
             self._since[record.index] = now
             self._write(dataclasses.replace(record, state="running", started=record.started or now))
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         record = self._of(trial)
         if not record.ended:
             self._write(self._timed(record))
@@ -55,7 +57,9 @@ class Keeper(Unpickled, tune.Callback):
         if state := last.get("state"):
             changes = {"state": state, "cause": last.get("cause"), "attempts": last.get("attempts", 0)}
         else:  # it had more to say: the scheduler ended it
-            changes = {"state": "stopped", "stopped_at": int(last["step"])} if "step" in last else {"state": "interrupted"}
+            changes = (
+                {"state": "stopped", "stopped_at": int(last["step"])} if "step" in last else {"state": "interrupted"}
+            )
         self._write(dataclasses.replace(self._timed(record), **changes))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -43,8 +43,7 @@ class Marker:
         while not self.stands():
             if time.monotonic() > end:
                 raise UserError(
-                    f"--output_dir={self.sweep_dir}: on the node {socket.gethostname()} this is not the folder that the "
-                    "sweep's driver writes to; name a folder on storage that all nodes share"
+                    f"--output_dir={self.sweep_dir}: on the node {socket.gethostname()} this is not the folder that "
+                    "the sweep's driver writes to; name a folder on storage that all nodes share"
                 )
             time.sleep(LOOK_S)
-

@@ -96,14 +96,14 @@ def places(
         raise ConfigError([f"--num_workers={cluster.num_workers}: no trial has room in the cluster ({reason}, {each})"])
     at_a_time = max(1, min(wanted, room)) if room or may_come else wanted
     if at_a_time < room:
-        reason = f"--max_concurrent_trials; there is room for {room}" if at_a_time == most else "there are no more trials"
+        reason = (
+            f"--max_concurrent_trials; there is room for {room}" if at_a_time == most else "there are no more trials"
+        )
     elif not room:
         reason = "the autoscaler does not say what it can start"
     elif most and most > room:
         reason += f"; --max_concurrent_trials={most} do not fit"
-    return Places(
-        at_a_time, workers, cpus, gpus, cluster.accelerator_type, f"{at_a_time} at a time, {each}: {reason}"
-    )
+    return Places(at_a_time, workers, cpus, gpus, cluster.accelerator_type, f"{at_a_time} at a time, {each}: {reason}")
 
 
 def _has_type(node: Node, accelerator_type: str | None) -> bool:

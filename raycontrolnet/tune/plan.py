@@ -82,7 +82,7 @@ class SweepPlan:
         yield self.config.train
         for name in set(self.space) & {"mixed_precision", "enable_xformers_memory_efficient_attention"}:
             for value in self.space[name].values:
-                yield dataclasses.replace(self.config.train, **{name: value})
+                yield _with(self.config.train, {name: value})
 
     def config_of(self, record: TrialRecord, places: Places | None = None) -> TrainConfig:
         """The settings of a trial, as `fit` takes them for the same run."""
@@ -116,7 +116,7 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
         raise ConfigError(problems)
     runs = {}
     for settings in _cache_variants(space):
-        run = check(dataclasses.replace(train, **settings), sweep_dir)
+        run = check(_with(train, settings), sweep_dir)
         runs[cache_key(settings, tuple(settings))] = run, planned_latents(run, stream, reused=True)
     run = next(iter(runs.values()))[0]
     config = dataclasses.replace(config, train=run.config)
@@ -152,11 +152,15 @@ def _differences(before: Mapping[str, Any], config: SweepConfig, space: Space) -
             yield f"--{name}={settings[name]}: was {then}; {advice}"
 
 
+def _with(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
+    return dataclasses.replace(config, **changes)
+
+
 def _extras_problems(train: TrainConfig, space: Space) -> Iterator[str]:
     """Packages that some value of the space needs."""
     for name in ("use_8bit_adam", "enable_xformers_memory_efficient_attention"):
         if name in space and True in space[name].values:
-            yield from missing_extras(dataclasses.replace(train, **{name: True}))
+            yield from missing_extras(_with(train, {name: True}))
 
 
 def _cache_variants(space: Space) -> Iterator[dict[str, Any]]:
@@ -196,8 +200,8 @@ def _grace_period(config: SweepConfig, total_updates: int, stream: TextIO) -> in
     grace_period = -(-wanted // every) * every
     if grace_period >= total_updates:
         stream.write(
-            f"sweep: no trial can be stopped early: the first validation after {wanted} of {total_updates} updates comes "
-            "at the end; lower --validation_steps or --grace_period\n"
+            f"sweep: no trial can be stopped early: the first validation after {wanted} of {total_updates} updates "
+            "comes at the end; lower --validation_steps or --grace_period\n"
         )
     return grace_period
 
@@ -210,11 +214,11 @@ def shared_of(
     Raises:
         UserError, RunError: as `prepare`.
     """
-    cpus = {"cpus_per_worker": places.cpus_per_worker}
     runs = {}
     for key, (run, latents) in plan.runs.items():
         complete = with_latents(run, latents, encode, stream, shared=not one_machine)
-        config = dataclasses.replace(complete.config, **cpus, push_to_hub=False, resume_from_checkpoint=None)
+        own = {"cpus_per_worker": places.cpus_per_worker, "push_to_hub": False, "resume_from_checkpoint": None}
+        config = _with(complete.config, own)
         runs[key] = dataclasses.replace(complete, config=config)
     return Shared(
         sweep_dir=plan.sweep_dir,
@@ -226,5 +230,3 @@ def shared_of(
         threads=None if places.use_gpu else places.threads,
         retries=plan.config.trial_retries,
     )
-
-

@@ -1,9 +1,9 @@
 """What a sweep knows of its trials, read from their folders: the one truth, also after a kill.
 
-    my-sweep/
-        sweep.json          what the sweep is: space, objective, seed, state
-        trials/0003/        all that a run leaves, and
-            trial.json      which settings it tries and what became of it; the driver alone writes it
+my-sweep/
+    sweep.json          what the sweep is: space, objective, seed, state
+    trials/0003/        all that a run leaves, and
+        trial.json      which settings it tries and what became of it; the driver alone writes it
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ ENDED = ("finished", "stopped", "failed")
 """Those that are never trained again."""
 
 Report = Mapping[str, float]
-"""What a trial is worth after `step` updates: step, loss (mean since the report before), images_per_second (median since
-then) and, where they were measured, val_loss, val_loss_shuffled, control_gap, control_gap_error, control_fidelity."""
+"""What a trial is worth after `step` updates: step, loss (mean since the report before), images_per_second (median
+since then) and, where they were measured, val_loss, val_loss_shuffled, control_gap, control_gap_error, control_fidelity."""
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,14 @@ def read_reports(folder: Path, validation_steps: int) -> list[Report]:
     run = recorded.read(folder)
     steps = [int(record["step"]) for record in run.held_out] or _due(run, validation_steps)
     measured = {int(record["step"]): record for record in run.held_out}
-    reports, before = [], 0
+    reports: list[Report] = []
+    before = 0
     for step in steps:
         report: dict[str, float] = {"step": step, **_since(run, before, step)}
         report |= {
-            name: float(value) for name in recorded.MEASUREMENT if (value := measured.get(step, {}).get(name)) is not None
+            name: float(value)
+            for name in recorded.MEASUREMENT
+            if (value := measured.get(step, {}).get(name)) is not None
         }
         if step in run.fidelity:
             report["control_fidelity"] = run.fidelity[step].mean

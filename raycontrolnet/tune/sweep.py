@@ -210,8 +210,8 @@ def _how_to_go_on(plan: SweepPlan) -> str:
     records = read_records(plan.sweep_dir)
     ended = sum(record.ended for record in records)
     return (
-        f"{ended} of {plan.num_trials} trials have ended and stand; the others go on from their last checkpoints with the "
-        f"same command and --resume (--output_dir {plan.sweep_dir})."
+        f"{ended} of {plan.num_trials} trials have ended and stand; the others go on from their last checkpoints with "
+        f"the same command and --resume (--output_dir {plan.sweep_dir})."
     )
 
 

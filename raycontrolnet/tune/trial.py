@@ -114,16 +114,14 @@ class SweepTrial(tune.Trainable):
         """What Tune gets, step by step; the last has `done`, and the state in which the trial ended."""
         run = self._shared.run_of(record)
         known = read_reports(run.output_dir, run.config.validation_steps)
-        if record.ended:
-            until = record.stopped_at
-        else:
-            until = run.start.step if run.start else 0
+        trained = run.start.step if run.start else 0
+        until = record.stopped_at if record.ended else trained
         known = [report for report in known if until is None or report["step"] <= until]
         if record.ended:
-            yield from known[:-1]
-            yield {**known[-1], "done": True, "state": record.state}
+            yield from (dict(report) for report in known[:-1])
+            yield {**(known[-1] if known else {}), "done": True, "state": record.state}
             return
-        yield from map(dict, known)
+        yield from (dict(report) for report in known)
         self._training.start(run)
         for outcome in self._training.events():
             last = self._last_report(run)

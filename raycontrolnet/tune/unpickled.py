@@ -1,4 +1,4 @@
-"""For what Ray Tune would write into its own record of a sweep, which nobody reads: the trials' folders are the record."""
+"""For what Ray Tune would write into its own record of a sweep, which nobody reads: the trials' folders count."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
     python tests/benchmarks/sweep_speed.py all          # 16 trials without early stopping, with ASHA, and the reference
     python tests/benchmarks/sweep_speed.py overhead     # Tune's and Ray's part of the time of trials of five minutes
 
-The model and the images are those of train_speed.py. Start-up, the latent cache and the measurements on held-out rows are
-part of a sweep's time; the reference loop has none of the last two. Of the reference a few runs are timed, for they are
+The model and the images are those of train_speed.py. Start-up, the latent cache and the measurements on held-out rows
+are part of a sweep's time; the reference loop has none of the last two. Of the reference a few runs are timed, for they are
 all alike: `--references` of them stand for all. Machine time is the time that the machine is taken, from the command to
 its end.
 """
@@ -50,7 +50,9 @@ def against_reference(folder: Path, trials: int, updates: int, references: int) 
     single = [seconds_of(loop, folder) for _ in range(references)]
     whole = trials * statistics.median(single)
     print(f"| {trials} trials of {updates} updates | machine seconds | ratio |\n|---|---|---|")
-    print(f"| reference loop, {trials} x the median of {references} runs ({listed(single)}) | {whole:.0f} | |", flush=True)
+    print(
+        f"| reference loop, {trials} x the median of {references} runs ({listed(single)}) | {whole:.0f} | |", flush=True
+    )
     for name, flags, goal in (
         ("without early stopping", ["--scheduler", "none"], 1.35),
         ("ASHA, reduction 4, a rung at a quarter", ["--scheduler", "asha", "--reduction_factor", "4"], 2.5),
