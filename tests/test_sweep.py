@@ -5,13 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import yaml
 from processes import when, workers_called
 
 from raycontrolnet import SweepConfig, SweepResult, TrainConfig, fit, sweep
@@ -71,8 +79,6 @@ def test_a_trial_is_a_run_of_fit(settings: Settings, tmp_path: Path) -> None:
     space = {"learning_rate": {"choice": [1e-3]}, "proportion_empty_prompts": {"uniform": [0.1, 0.5]}}
     result = swept(SweepConfig(train=TrainConfig(**settings), space=space, num_samples=2, scheduler="none"))
     trial = result.trials[-1]
-    import yaml
-
     own = yaml.safe_load((trial.folder / "config.yaml").read_text())
     assert own["proportion_empty_prompts"] == trial.record.settings["proportion_empty_prompts"]
     for num_workers in ("0", "1"):
@@ -106,11 +112,6 @@ def test_a_sweep_goes_on_with_what_is_left(settings: Settings) -> None:
 
 def test_the_driver_is_killed(settings: Settings, tmp_path: Path) -> None:
     """With -9, in the midst; the sweep that goes on ends with the figures of one that was never disturbed."""
-    import os
-    import signal
-    import subprocess
-    import sys
-
     flags = {**settings, "num_samples": 4, "scheduler": "none", "max_train_steps": 30, "cpus_per_worker": 1}
     undisturbed = tune_command({**flags, "output_dir": str(tmp_path / "undisturbed")})
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -121,9 +122,11 @@ def test_the_driver_is_killed(settings: Settings, tmp_path: Path) -> None:
     try:
         wait_for(lambda: "finished" in states(disturbed) and "running" in states(disturbed), timeout_s=120)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        for child in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+            with suppress(psutil.Error):
+                child.kill()
         process.communicate()
-    finished = [record for record in records.read_records(disturbed) if record.state == "finished"]
+    finished = [record for record in records.read_records(disturbed) if ran_to_its_end(disturbed, record)]
     before = {record.index: (records.folder_of(disturbed, record) / "run.json").read_bytes() for record in finished}
     again = subprocess.run([*command, "--resume"], check=True, capture_output=True, text=True, env=environment)
     assert f"sweep: {4 - len(finished)} trials" in again.stderr
@@ -137,11 +140,6 @@ def test_the_driver_is_killed(settings: Settings, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("signal_whole_group", [False, True], ids=["to the driver", "to the terminal's processes"])
 def test_ctrl_c(settings: Settings, signal_whole_group: bool) -> None:
-    import os
-    import signal
-    import subprocess
-    import sys
-
     output_dir = Path(settings["output_dir"])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = tune_command({**settings, "max_train_steps": 100_000, "num_samples": 4})
@@ -309,9 +307,7 @@ def swept(config: SweepConfig) -> SweepResult:
 
 
 def tune_command(flags: Mapping[str, Any]) -> list[str]:
-    import sys
-
-    given = {name: value for name, value in flags.items() if value not in (None, False)}
+    given = {name: value for name, value in flags.items() if value is not None and value is not False}
     return [sys.executable, "-m", "raycontrolnet", "tune", *(f"--{name}={value}" for name, value in given.items())]
 
 
@@ -320,6 +316,11 @@ def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
     while not condition():
         assert time.monotonic() < end, f"not within {timeout_s} s"
         time.sleep(0.1)
+
+
+def ran_to_its_end(sweep_dir: Path, record: records.TrialRecord) -> bool:
+    file = records.folder_of(sweep_dir, record) / "run.json"
+    return file.is_file() and json.loads(file.read_text())["status"] == "finished"
 
 
 def states(sweep_dir: Path) -> list[str]:
@@ -342,8 +343,6 @@ def kill_the_trial() -> None:
 
 def cut_off(folder: Path, step: int) -> None:
     """As if the run had been killed after its checkpoint of `step`."""
-    import shutil
-
     for path in folder.glob("checkpoint-*"):
         if int(path.name.partition("-")[2]) > step:
             shutil.rmtree(path)

@@ -32,7 +32,7 @@ ENDED = ("finished", "stopped", "failed")
 
 Report = Mapping[str, float]
 """What a trial is worth after `step` updates: step, loss (mean since the report before), images_per_second (median
-since then) and, where they were measured, val_loss, val_loss_shuffled, control_gap, control_gap_error, control_fidelity."""
+since then) and, where measured, val_loss, val_loss_shuffled, control_gap, control_gap_error, control_fidelity."""
 
 
 @dataclass(frozen=True)

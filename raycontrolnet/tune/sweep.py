@@ -97,6 +97,7 @@ def _sweep(config: SweepConfig, stream: TextIO) -> SweepResult:
     marker = Marker(plan.sweep_dir, uuid.uuid4().hex)
     with logging_to(plan.sweep_dir / LOG), _recorded(plan, started) as facts:
         marker.set()
+        _settle(plan)  # what was going on when an earlier part of the sweep was killed
         try:
             if _left(plan):
                 _run(plan, marker, facts, stream)
@@ -190,7 +191,7 @@ def _recorded(plan: SweepPlan, started: float) -> Iterator[dict[str, Any]]:
         interrupted = isinstance(error, KeyboardInterrupt)
         facts |= {"status": "interrupted" if interrupted else "failed", "cause": str(error) or None}
         if interrupted:
-            raise Interrupted(_how_to_go_on(plan)) from None
+            raise Interrupted(f"Interrupted. {_how_to_go_on(plan)}") from None
         if not isinstance(error, (UserError, RunError)) and isinstance(error, Exception):
             logger.exception("the sweep failed")
             reason = in_one_line(root_cause(error))

@@ -144,6 +144,7 @@ class Training:
         self._events: SimpleQueue[Outcome | None] = SimpleQueue()
         self._answered = threading.Semaphore(0)
         self._over = False
+        self._looked_at = 0.0
         self._thread: threading.Thread | None = None
 
     def start(self, run: CheckedRun) -> None:
@@ -176,6 +177,11 @@ class Training:
         return True
 
     def updated(self) -> None:
+        now = time.monotonic()
+        if now - self._looked_at > LOOK_INTERVAL_S:
+            self._looked_at = now
+            # Another driver may go on with the sweep before this process knows that its own is dead.
+            self._over = self._over or not self._shared.marker.stands()
         if self._over:
             raise Stopped
 

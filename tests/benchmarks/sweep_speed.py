@@ -4,8 +4,8 @@
     python tests/benchmarks/sweep_speed.py overhead     # Tune's and Ray's part of the time of trials of five minutes
 
 The model and the images are those of train_speed.py. Start-up, the latent cache and the measurements on held-out rows
-are part of a sweep's time; the reference loop has none of the last two. Of the reference a few runs are timed, for they are
-all alike: `--references` of them stand for all. Machine time is the time that the machine is taken, from the command to
+are part of a sweep's time; the reference loop has none of the last two. Of the reference a few runs are timed, for all
+are alike: `--references` of them stand for all. Machine time is the time that the machine is taken, from the command to
 its end.
 """
 
