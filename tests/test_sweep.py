@@ -26,6 +26,7 @@ from raycontrolnet import SweepConfig, SweepResult, TrainConfig, fit, sweep
 from raycontrolnet.errors import ConfigError, RunError
 from raycontrolnet.run import metrics
 from raycontrolnet.tune import records
+from raycontrolnet.tune.plan import plan_sweep
 
 pytestmark = pytest.mark.usefixtures("_local_ray")
 
@@ -113,9 +114,10 @@ def test_a_sweep_goes_on_with_what_is_left(settings: Settings) -> None:
 def test_the_driver_is_killed(settings: Settings, tmp_path: Path) -> None:
     """With -9, in the midst; the sweep that goes on ends with the figures of one that was never disturbed."""
     flags = {**settings, "num_samples": 4, "scheduler": "none", "max_train_steps": 30, "cpus_per_worker": 1}
-    undisturbed = tune_command({**flags, "output_dir": str(tmp_path / "undisturbed")})
+    own = {name: value for name, value in flags.items() if name not in ("num_samples", "scheduler")}
+    train = TrainConfig(**own | {"output_dir": str(tmp_path / "undisturbed")})
+    swept(SweepConfig(train=train, num_samples=4, scheduler="none"))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run(undisturbed, check=True, capture_output=True, env=environment)
     disturbed = Path(settings["output_dir"])
     command = tune_command(flags)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment)
@@ -138,7 +140,10 @@ def test_the_driver_is_killed(settings: Settings, tmp_path: Path) -> None:
     assert losses(one[3].folder) == losses(other[3].folder)
 
 
-@pytest.mark.parametrize("signal_whole_group", [False, True], ids=["to the driver", "to the terminal's processes"])
+@pytest.mark.parametrize(
+    "signal_whole_group",
+    [pytest.param(False, id="to the driver", marks=pytest.mark.slow), pytest.param(True, id="to the terminal")],
+)
 def test_ctrl_c(settings: Settings, signal_whole_group: bool) -> None:
     output_dir = Path(settings["output_dir"])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -164,8 +169,9 @@ def test_more_trials_than_cpus_of_two_workers_each(settings: Settings) -> None:
     """Nothing waits forever, and what is stopped leaves no process and holds no resource."""
     import ray
 
-    train = TrainConfig(**settings | {"num_workers": "2", "cpus_per_worker": 0.5, "train_batch_size": 2})
-    space = {"learning_rate": {"grid": [1e-3, 1e-9, 0.3]}}
+    changes = {"num_workers": "2", "cpus_per_worker": 0.5, "train_batch_size": 2, "checkpointing_steps": 8}
+    train = TrainConfig(**settings | changes)
+    space = {"learning_rate": {"grid": [1e-3, 0.3]}}
     result = swept(SweepConfig(train=train, space=space, num_samples=1))
     assert {trial.record.state for trial in result.trials} <= {"finished", "stopped"}
     assert any(trial.record.state == "stopped" for trial in result.trials)
@@ -174,14 +180,31 @@ def test_more_trials_than_cpus_of_two_workers_each(settings: Settings) -> None:
     wait_for(lambda: not workers_called("SweepTrial"), timeout_s=20)
 
 
-def test_eight_trials_on_two_cpus(settings: Settings) -> None:
+@pytest.fixture(scope="module")
+def eight(tiny_base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> SweepResult:
+    """A sweep of eight trials with all that belongs to it; do not change its folder."""
+    folder = tmp_path_factory.mktemp("eight")
+    train = TrainConfig(
+        pretrained_model_name_or_path=str(tiny_base), train_data_dir=str(rows), output_dir=str(folder / "sweep"),
+        resolution=32, max_train_steps=8, validation_steps=2, validation_split=4, checkpointing_steps=4, seed=0,
+        lr_warmup_steps=0, hub_token="hf_secretsecret", latents_cache_dir=str(folder / "latents"),
+    )  # fmt: skip
+    return swept(SweepConfig(train=train, num_samples=8))
+
+
+def test_eight_trials_on_two_cpus(eight: SweepResult) -> None:
+    """None waits for another, and nothing is left behind."""
     import ray
 
-    result = swept(SweepConfig(train=TrainConfig(**settings), num_samples=8))
-    assert len(result.trials) == 8
-    assert {trial.record.state for trial in result.trials} <= {"finished", "stopped"}
+    assert len(eight.trials) == 8
+    assert {trial.record.state for trial in eight.trials} <= {"finished", "stopped"}
     wait_for(lambda: ray.available_resources().get("CPU") == 3.0, timeout_s=20)
-    assert not (result.output_dir / ".tune").exists()
+    wait_for(lambda: not workers_called("SweepTrial"), timeout_s=20)
+    left = {path.name for path in eight.output_dir.iterdir()}
+    assert left == {"best", "leaderboard.csv", "logs", "report.html", "sweep.json", "sweep.log", "trials"}
+    for trial in eight.trials:
+        expected = "finished" if trial.record.state == "finished" else "stopped"
+        assert json.loads((trial.folder / "run.json").read_text())["status"] == expected
 
 
 def test_a_trial_is_killed(settings: Settings) -> None:
@@ -194,7 +217,8 @@ def test_a_trial_is_killed(settings: Settings) -> None:
     assert done
     assert result.trials[0].record.state == "finished"
     undisturbed = Path(settings["output_dir"]).with_name("undisturbed")
-    fit(replace(train, learning_rate=1e-3, output_dir=str(undisturbed), cpus_per_worker=2), stream=io.StringIO())
+    plain = replace(train, learning_rate=1e-3, output_dir=str(undisturbed), num_workers="0")
+    fit(plain, stream=io.StringIO())
     assert losses(folder) == losses(undisturbed)
 
 
@@ -217,16 +241,15 @@ def test_all_trials_fail(settings: Settings) -> None:
         swept(SweepConfig(train=TrainConfig(**settings), space=space, num_samples=2))
 
 
-def test_the_best(settings: Settings, tmp_path: Path) -> None:
+def test_the_best(eight: SweepResult) -> None:
     """best/: diffusers loads the weights, `train --config` and Python take the settings."""
     from diffusers import ControlNetModel
 
     from raycontrolnet import cli
 
-    result = swept(SweepConfig(train=TrainConfig(**settings), num_samples=2))
-    assert result.best is not None
-    assert result.best_dir is not None
-    best, folder = result.best, result.best_dir
+    assert eight.best is not None
+    assert eight.best_dir is not None
+    best, folder = eight.best, eight.best_dir
     ControlNetModel.from_pretrained(folder)
     weights = "diffusion_pytorch_model.safetensors"
     assert (folder / weights).read_bytes() == (best.folder / weights).read_bytes()
@@ -238,11 +261,9 @@ def test_the_best(settings: Settings, tmp_path: Path) -> None:
     assert f"{best.value('val_loss'):.4g}" in card
 
 
-def test_no_secret_is_left(settings: Settings) -> None:
-    train = TrainConfig(**settings | {"hub_token": "hf_secretsecret"})
-    result = swept(SweepConfig(train=train, space={"learning_rate": {"choice": [1e-3]}}, num_samples=1))
-    files = [path for path in result.output_dir.rglob("*") if path.is_file()]
-    assert len(files) > 10
+def test_no_secret_is_left(eight: SweepResult) -> None:
+    files = [path for path in eight.output_dir.rglob("*") if path.is_file()]
+    assert len(files) > 50
     assert not [path for path in files if b"hf_secretsecret" in path.read_bytes()]
 
 
@@ -278,25 +299,28 @@ def test_refused_before_any_trial(settings: Settings, changes: Settings, options
     assert not list(Path(settings["output_dir"]).glob("trials/*"))
 
 
-def test_another_sweep_is_not_overwritten(settings: Settings) -> None:
-    space = {"learning_rate": {"choice": [1e-3]}}
-    config = SweepConfig(train=TrainConfig(**settings), space=space, num_samples=1)
-    swept(config)
+def test_another_sweep_is_not_overwritten(eight: SweepResult, settings: Settings) -> None:
+    before = (eight.output_dir / "sweep.json").read_bytes()
+    config = SweepConfig(train=TrainConfig(**settings | {"output_dir": str(eight.output_dir)}), num_samples=8)
     with pytest.raises(ConfigError, match="holds a sweep; go on with it by --resume, or name another folder"):
         swept(config)
-    with pytest.raises(ConfigError, match=r"--space: was .*0\.001.* and is .*0\.002"):
+    with pytest.raises(
+        ConfigError, match=r"--space: was .*proportion.* and is {'learning_rate': {'choice': \[0\.002\]}}"
+    ):
         swept(replace(config, space={"learning_rate": {"choice": [2e-3]}}, resume=True))
-    other = TrainConfig(**settings | {"train_batch_size": 2})
+    other = replace(config.train, train_batch_size=2)
     with pytest.raises(ConfigError, match=r"--train_batch_size=2: was 4; a sweep goes on with what it began"):
         swept(replace(config, train=other, resume=True))
+    assert (eight.output_dir / "sweep.json").read_bytes() == before
 
 
 def test_nothing_can_be_stopped_without_an_early_validation(settings: Settings) -> None:
     said = io.StringIO()
-    train = TrainConfig(**settings | {"validation_steps": 8})
-    result = sweep(SweepConfig(train=train, num_samples=2), stream=said)
-    assert "no trial can be stopped early" in said.getvalue()
-    assert {trial.record.state for trial in result.trials} == {"finished"}
+    plan = plan_sweep(SweepConfig(train=TrainConfig(**settings | {"validation_steps": 8}), num_samples=2), said)
+    assert "sweep: no trial can be stopped early: the first validation after 2 of 8 updates comes" in said.getvalue()
+    assert plan.grace_period == 8
+    early = plan_sweep(SweepConfig(train=TrainConfig(**settings | {"max_train_steps": 100}), grace_period=7), said)
+    assert early.grace_period == 8  # the first validation from there on
 
 
 # Helpers
@@ -337,8 +361,7 @@ def last_checkpoint(folder: Path) -> int:
 
 
 def kill_the_trial() -> None:
-    (process,) = workers_called("SweepTrial")
-    process.kill()
+    max(workers_called("SweepTrial"), key=lambda process: process.create_time()).kill()  # others may be ending
 
 
 def cut_off(folder: Path, step: int) -> None:

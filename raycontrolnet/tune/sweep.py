@@ -9,6 +9,7 @@ found and train what is left.
 from __future__ import annotations
 
 import logging
+import shutil
 import signal
 import threading
 import time
@@ -25,6 +26,7 @@ from raycontrolnet.cluster import cluster_nodes, logging_to, ray_session, shown_
 from raycontrolnet.errors import Interrupted, RunError, UserError, in_one_line, root_cause
 from raycontrolnet.preflight import check_device
 from raycontrolnet.prepare_latents import on_ray
+from raycontrolnet.run.live_report import report_kept
 from raycontrolnet.run.progress import duration
 from raycontrolnet.tune.best import BEST, weights_of, write_best
 from raycontrolnet.tune.hparams import write_hparams
@@ -35,6 +37,8 @@ from raycontrolnet.tune.marker import Marker
 from raycontrolnet.tune.places import places
 from raycontrolnet.tune.plan import SweepPlan, plan_sweep, shared_of
 from raycontrolnet.tune.records import (
+    TRIAL,
+    TRIALS,
     Trial,
     ranked,
     read_records,
@@ -43,10 +47,12 @@ from raycontrolnet.tune.records import (
     write_record,
     write_sweep,
 )
+from raycontrolnet.tune.report import NAME as REPORT
 from raycontrolnet.tune.report import write_report
 from raycontrolnet.tune.settings import SweepConfig
 from raycontrolnet.tune.tuner import run_trials
 from raycontrolnet.tune.unpickled import Unpickled
+from raycontrolnet.tune.verdict import too_early
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +110,7 @@ def _sweep(config: SweepConfig, stream: TextIO) -> SweepResult:
         finally:
             marker.remove()
             _settle(plan)
-            trials = _write_results(plan, facts, stream)
+            trials = _write_results(plan, facts)
         if not any(trial.reports for trial in trials):
             causes = [trial.record.cause for trial in trials if trial.record.cause]
             raise RunError(f"No trial has come to a validation. The first cause: {causes[0] if causes else 'none'}")
@@ -130,7 +136,8 @@ def _run(plan: SweepPlan, marker: Marker, facts: dict[str, Any], stream: TextIO)
         )
         for tried in plan.device_settings():
             check_device(tried, use_gpu=where.use_gpu, has_gpu=where.use_gpu)
-        stream.write(f"sweep: {_left(plan)} trials, {where.reason}\n")
+        trials = _left(plan)
+        stream.write(f"sweep: {trials} trial{'s' * (trials != 1)}, {where.reason}\n")
         one_machine = len(cluster.nodes) == 1 and cluster.may_come is None
         encode = on_ray(worker_resources(train))
         shared = shared_of(plan, where, marker, encode, stream, one_machine=one_machine)
@@ -183,9 +190,23 @@ def _recorded(plan: SweepPlan, started: float) -> Iterator[dict[str, Any]]:
     """sweep.json, written at the start and, whatever the end is, at the end."""
     before = read_sweep(plan.sweep_dir)
     facts = {**plan.facts(), "status": "running", "started": before.get("started", started), "cause": None}
-    write_sweep(plan.sweep_dir, facts)
-    try:
+
+    def write(_: Path) -> None:
+        facts["seconds"] = round(before.get("seconds", 0.0) + time.time() - started, 3)
+        facts["machine_seconds"] = round(sum(record.seconds for record in read_records(plan.sweep_dir)), 3)
+        write_sweep(plan.sweep_dir, facts)
+        write_report(plan.sweep_dir)
+
+    with report_kept(plan.sweep_dir, write, f"{TRIALS}/*/{TRIAL}"), _explained(plan, facts):
+        write_sweep(plan.sweep_dir, facts)
         yield facts
+
+
+@contextmanager
+def _explained(plan: SweepPlan, facts: dict[str, Any]) -> Iterator[None]:
+    """Whatever ends the sweep early becomes one paragraph that says what stands and how to go on."""
+    try:
+        yield
         facts["status"] = "finished"
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
@@ -200,11 +221,6 @@ def _recorded(plan: SweepPlan, started: float) -> Iterator[dict[str, Any]]:
                 f"The sweep failed: {reason}.\n{_how_to_go_on(plan)} Details: {plan.sweep_dir / LOG}"
             ) from error
         raise
-    finally:
-        facts["seconds"] = round(before.get("seconds", 0.0) + time.time() - started, 3)
-        facts["machine_seconds"] = round(sum(record.seconds for record in read_records(plan.sweep_dir)), 3)
-        write_sweep(plan.sweep_dir, facts)
-        write_report(plan.sweep_dir)
 
 
 def _how_to_go_on(plan: SweepPlan) -> str:
@@ -223,7 +239,7 @@ def _settle(plan: SweepPlan) -> None:
             write_record(plan.sweep_dir, known)
 
 
-def _write_results(plan: SweepPlan, facts: dict[str, Any], stream: TextIO) -> list[Trial]:
+def _write_results(plan: SweepPlan, facts: dict[str, Any]) -> list[Trial]:
     """leaderboard.csv, best/ and TensorBoard's hparams, of all trials so far; returns them, the best first."""
     objective, train = plan.config.objective, plan.config.train
     trials = ranked(read_trials(plan.sweep_dir, train.validation_steps), objective)
@@ -233,16 +249,22 @@ def _write_results(plan: SweepPlan, facts: dict[str, Any], stream: TextIO) -> li
     if best:
         write_best(plan.sweep_dir, best, plan.config_of(best.record), facts["versions"])
     if "tensorboard" in train.trackers:
-        for trial in trials:
-            write_hparams(plan.sweep_dir / train.logging_dir, trial, objective)
+        try:
+            for trial in trials:
+                write_hparams(plan.sweep_dir / train.logging_dir, trial, objective)
+        except OSError:  # nothing of it is lost: the trials' files have all
+            logger.warning("TensorBoard's files could not be written", exc_info=True)
     return trials
 
 
 def _finish(plan: SweepPlan, trials: Sequence[Trial], facts: Mapping[str, Any], stream: TextIO) -> SweepResult:
     """Tell what came out."""
     best = next((trial for trial in trials if trial.record.name == facts["best"]), None)
-    for line in leaderboard_lines(trials, plan.config.objective):
-        stream.write(f"{line}\n")
+    if not _left(plan):  # else the table stands there already
+        for line in leaderboard_lines(trials, plan.config.objective, width=shutil.get_terminal_size().columns):
+            stream.write(f"{line}\n")
+    if doubt := too_early(trials, plan.config.scheduler, plan.config.objective):
+        stream.write(f"{doubt}\n")
     result = SweepResult(
         output_dir=plan.sweep_dir,
         trials=trials,
@@ -251,5 +273,6 @@ def _finish(plan: SweepPlan, trials: Sequence[Trial], facts: Mapping[str, Any], 
         objective=plan.config.objective,
         seconds=facts["seconds"],
     )
-    stream.write(f"done in {duration(result.seconds)}: the best is in {result.best_dir}\n")
+    learned = f"the best is in {result.best_dir}" if best else "no trial has weights"
+    stream.write(f"done in {duration(result.seconds)}: {learned}; report in {plan.sweep_dir / REPORT}\n")
     return result
