@@ -35,7 +35,7 @@ def problems(**settings: Any) -> tuple[str, ...]:
         ({"trial_retries": -1}, "--trial_retries=-1: must be at least 0"),
         ({"scheduler": "ahsa"}, "--scheduler=ahsa: must be one of asha, median, none; perhaps you meant asha"),
         ({"searcher": "optna"}, "--searcher=optna: must be one of random, optuna; perhaps you meant optuna"),
-        ({"objective": "valloss"}, f"--objective=valloss: must be one of {', '.join(OBJECTIVES)}; perhaps you meant val_loss"),
+        ({"objective": "los"}, f"--objective=los: must be one of {', '.join(OBJECTIVES)}; perhaps you meant loss"),
         ({"gpus_per_trial": 0}, "--gpus_per_trial=0.0: must be above 0 and at most 1; several are for --num_workers"),
         ({"gpus_per_trial": 2}, "--gpus_per_trial=2.0: must be above 0 and at most 1; several are for --num_workers"),
     ],

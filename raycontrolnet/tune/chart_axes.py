@@ -70,7 +70,7 @@ def _log_axis(axes: Axes, setting: Setting) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_xscale("log")
-    few = setting.high / setting.low < 1000
+    few = setting.high / setting.low < 100  # else the labels run into each other
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=9))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))

@@ -47,7 +47,8 @@ def over_steps(swept: Swept, column: str) -> str:
     axes = curves.new_axes()
     lines = [(trial, x, y) for trial in reversed(swept.trials) for x, y in [_points(trial, column)] if x.size]
     most = max(2, MOST_POINTS // max(1, len(lines)))
-    low, high = _window([y for _, _, y in lines], keep=_keep(swept, column))
+    whole = _points(swept.best, column)[1] if swept.best else ()  # of the best, all is to be seen
+    low, high = _window([y for _, _, y in lines], keep=[*whole])
     if column == "control_gap":
         axes.axhline(0, color=_PAINTS["ink"], linewidth=0.8)
     for step in swept.rungs:
