@@ -14,7 +14,7 @@ from raycontrolnet.settings import ClusterConfig
 from raycontrolnet.tune.places import Places, places
 from raycontrolnet.tune.settings import OBJECTIVES
 
-TRAIN = {"pretrained_model_name_or_path": "base", "train_data_dir": "data"}
+TRAIN: dict[str, Any] = {"pretrained_model_name_or_path": "base", "train_data_dir": "data"}
 FLAGS = [f"--{name}={value}" for name, value in TRAIN.items()]
 
 
