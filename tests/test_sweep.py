@@ -209,7 +209,7 @@ def test_eight_trials_on_two_cpus(eight: SweepResult) -> None:
 
 def test_a_trial_is_killed(settings: Settings) -> None:
     """Its process, by the kernel's memory killer say: it goes on from its checkpoint, in another."""
-    train = TrainConfig(**settings | {"max_train_steps": 60})
+    train = TrainConfig(**settings | {"max_train_steps": 60, "cpus_per_worker": 1})
     folder = Path(settings["output_dir"]) / "trials" / "0000"
     half_way = when(lambda: last_checkpoint(folder) >= 20, kill_the_trial)
     with half_way as done:
@@ -220,6 +220,18 @@ def test_a_trial_is_killed(settings: Settings) -> None:
     plain = replace(train, learning_rate=1e-3, output_dir=str(undisturbed), num_workers="0")
     fit(plain, stream=io.StringIO())
     assert losses(folder) == losses(undisturbed)
+
+
+def test_a_trial_whose_process_is_lost_too_often(settings: Settings) -> None:
+    train = TrainConfig(**settings | {"max_train_steps": 100, "max_failures": 0})
+    config = SweepConfig(train=train, num_samples=2, max_concurrent_trials=1, scheduler="none", resume=True)
+    folder = Path(settings["output_dir"]) / "trials" / "0000"
+    with when(lambda: last_checkpoint(folder) >= 2, kill_the_trial) as done:
+        result = swept(config)
+    assert done
+    assert [trial.record.state for trial in result.trials] == ["finished", "failed"]
+    cause = "its process was lost 1 times: killed, perhaps for its memory, or with its machine"
+    assert result.trials[1].record.cause == cause
 
 
 def test_a_trial_that_diverges_is_marked_and_the_sweep_goes_on(settings: Settings) -> None:

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ray import tune
+from ray import cloudpickle, tune
+from ray.exceptions import RayActorError
 
+from raycontrolnet.errors import RunError, UserError, in_one_line, root_cause
 from raycontrolnet.run.status import STATUS
 from raycontrolnet.tune.live import LiveTable
 from raycontrolnet.tune.records import Trial, TrialRecord, read_trial, write_record
@@ -63,10 +65,7 @@ class Keeper(Unpickled, tune.Callback):
         self._write(dataclasses.replace(self._timed(record), **changes))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        error = trial.get_error()
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        cause = f"its process was lost {trial.num_failures} times: {lines[0]}"
-        self._write(dataclasses.replace(self._timed(self._of(trial)), state="failed", cause=cause))
+        self._write(dataclasses.replace(self._timed(self._of(trial)), state="failed", cause=_cause(trial)))
 
     def _of(self, trial: Any) -> TrialRecord:
         return self.trials[trial.config["index"]].record
@@ -88,6 +87,20 @@ class Keeper(Unpickled, tune.Callback):
 
     def _show(self) -> None:
         self._table.update([self.trials[index] for index in sorted(self.trials)])
+
+
+def _cause(trial: Any) -> str:
+    """Why Tune gives a trial up."""
+    try:
+        error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+    except Exception:  # noqa: BLE001 (what was pickled may not be there, or not be known here)
+        return f"its process failed {trial.num_failures} times"
+    cause = root_cause(error)
+    if isinstance(cause, (UserError, RunError)):
+        return str(cause).splitlines()[0]
+    if isinstance(error, RayActorError):
+        return f"its process was lost {trial.num_failures} times: killed, perhaps for its memory, or with its machine"
+    return f"its process failed {trial.num_failures} times: {in_one_line(cause)}"
 
 
 def settled(sweep_dir: Path, record: TrialRecord) -> TrialRecord:

@@ -8,6 +8,7 @@ settings of trial k are a function of (space, seed, k) alone, or Optuna's propos
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ray.tune.search import Searcher
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Proposals(Unpickled, Searcher):
-    """Proposes {"index": k}: the trial's settings are in its record, which `propose` is given first.
+    """Proposes trials: their records as mappings, after `propose` was given them.
 
     Args:
         begun: trials of an earlier part of the sweep, in the order in which they are to go on.
@@ -53,7 +54,7 @@ class Proposals(Unpickled, Searcher):
         else:
             return Searcher.FINISHED
         self._propose(record)
-        return {"index": record.index}
+        return asdict(record)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         if self._optuna and self._optuna.metric in result:

@@ -96,12 +96,6 @@ def write_record(sweep_dir: Path, record: TrialRecord) -> None:
     _replace(folder / TRIAL, asdict(record))
 
 
-def read_record(sweep_dir: Path, index: int) -> TrialRecord:
-    """The trial `index`, which was proposed before."""
-    file = sweep_dir / TRIALS / TrialRecord(index, {}).name / TRIAL
-    return TrialRecord(**json.loads(file.read_text(encoding="utf-8")))
-
-
 def read_records(sweep_dir: Path) -> list[TrialRecord]:
     """All trials that were ever proposed, by index."""
     files = sorted((sweep_dir / TRIALS).glob(f"*/{TRIAL}"))

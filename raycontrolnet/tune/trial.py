@@ -33,7 +33,7 @@ from raycontrolnet.run.follower import Stopped
 from raycontrolnet.run.status import RunStatus
 from raycontrolnet.train import Summary, recorded
 from raycontrolnet.tune.marker import Marker
-from raycontrolnet.tune.records import Report, TrialRecord, folder_of, read_record, read_reports
+from raycontrolnet.tune.records import Report, TrialRecord, folder_of, read_reports
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,6 @@ class SweepTrial(tune.Trainable):
     def setup(self, config: dict[str, Any], shared: Shared | None = None) -> None:
         assert shared is not None
         self._shared = shared
-        self._shared.marker.check()
         keep_models()
         self._begin(config)
 
@@ -106,7 +105,7 @@ class SweepTrial(tune.Trainable):
         return next(self._results)
 
     def _begin(self, config: Mapping[str, Any]) -> None:
-        record = read_record(self._shared.sweep_dir, config["index"])
+        record = TrialRecord(**config)
         self._training = Training(self._shared, record)
         self._results = self._report(record)
 
@@ -211,6 +210,7 @@ class Training:
 
     def _train_once(self, run: CheckedRun) -> None:
         shared = self._shared
+        shared.marker.check()
 
         def train(status: RunStatus) -> Summary:
             if shared.in_process:
