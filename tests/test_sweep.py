@@ -177,7 +177,7 @@ def test_more_trials_than_cpus_of_two_workers_each(settings: Settings) -> None:
     assert any(trial.record.state == "stopped" for trial in result.trials)
     wait_for(lambda: ray.available_resources().get("CPU") == 3.0, timeout_s=20)
     wait_for(lambda: not workers_called("RayTrainWorker"), timeout_s=20)
-    wait_for(lambda: not workers_called("SweepTrial"), timeout_s=20)
+    wait_for(lambda: not trial_processes(), timeout_s=20)
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ def test_eight_trials_on_two_cpus(eight: SweepResult) -> None:
     assert len(eight.trials) == 8
     assert {trial.record.state for trial in eight.trials} <= {"finished", "stopped"}
     wait_for(lambda: ray.available_resources().get("CPU") == 3.0, timeout_s=20)
-    wait_for(lambda: not workers_called("SweepTrial"), timeout_s=20)
+    wait_for(lambda: not trial_processes(), timeout_s=20)
     left = {path.name for path in eight.output_dir.iterdir()}
     assert left == {"best", "leaderboard.csv", "logs", "report.html", "sweep.json", "sweep.log", "trials"}
     for trial in eight.trials:
@@ -373,7 +373,11 @@ def last_checkpoint(folder: Path) -> int:
 
 
 def kill_the_trial() -> None:
-    max(workers_called("SweepTrial"), key=lambda process: process.create_time()).kill()  # others may be ending
+    max(trial_processes(), key=lambda process: process.create_time()).kill()  # others may be ending
+
+
+def trial_processes() -> list[psutil.Process]:
+    return [*workers_called("ray::SweepTrial"), *workers_called("ray::ResourceTrainable")]  # so Tune wraps it
 
 
 def cut_off(folder: Path, step: int) -> None:
