@@ -169,7 +169,8 @@ def test_more_trials_than_cpus_of_two_workers_each(settings: Settings) -> None:
     """Nothing waits forever, and what is stopped leaves no process and holds no resource."""
     import ray
 
-    changes = {"num_workers": "2", "cpus_per_worker": 0.5, "train_batch_size": 2, "checkpointing_steps": 8}
+    changes = {"num_workers": "2", "cpus_per_worker": 0.5, "train_batch_size": 2}
+    changes |= {"max_train_steps": 400, "validation_steps": 20, "checkpointing_steps": 400}
     train = TrainConfig(**settings | changes)
     space = {"learning_rate": {"grid": [1e-3, 0.3]}}
     result = swept(SweepConfig(train=train, space=space, num_samples=1))
