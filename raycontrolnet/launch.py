@@ -132,16 +132,21 @@ def _followed(run: CheckedRun, world_size: int, trainer: Any, follower: Follower
     over, stopped = threading.Event(), threading.Event()
 
     def watch() -> None:
-        told = _validated(run, world_size)
-        try:
-            while not over.wait(FOLLOW_INTERVAL_S):
+        start = run.start.step if run.start else 0
+        told = {step for step in _validated(run, world_size) if step <= start}
+        while not over.wait(FOLLOW_INTERVAL_S):
+            try:
+                if stopped.is_set():  # and again: there may have been no workers yet
+                    trainer.abort()
+                    continue
                 follower.updated()
-                for _ in _validated(run, world_size) - told:
+                for step in sorted(_validated(run, world_size) - told):
+                    told.add(step)
                     follower.validated()
-                told |= _validated(run, world_size)
-        except Stopped:
-            stopped.set()
-            trainer.abort()
+            except Stopped:
+                stopped.set()
+            except Exception:
+                logger.warning("the run could not be followed", exc_info=True)
 
     thread = threading.Thread(target=watch, name="follower", daemon=True)
     thread.start()

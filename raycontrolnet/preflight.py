@@ -128,7 +128,7 @@ def check(config: TrainConfig, output_dir: Path) -> CheckedRun:
     """
     problems = list(trackers.check_trackers(config.trackers if config.report_to != "all" else ()))
     problems += missing_extras(config)
-    problems += _local_model_problems(config)
+    problems += local_model_problems(config)
     problems += export.check_push(config)
     if problem := unwritable(output_dir, "output_dir"):
         problems.append(problem)
@@ -192,7 +192,7 @@ def check_inputs(config: TrainConfig) -> tuple[Source, str | None]:
     Raises:
         ConfigError: with the problems of model folders and data together.
     """
-    problems = list(_local_model_problems(config))
+    problems = list(local_model_problems(config))
     token, source = export.find_token(config.hub_token), None
     with collected(problems):
         source = open_source(config, cache_dir=config.cache_dir, token=token, skip_bad=True)
@@ -210,7 +210,7 @@ def collected(problems: list[str]) -> Iterator[None]:
         problems.append(str(error))
 
 
-def _local_model_problems(config: TrainConfig) -> Iterator[str]:
+def local_model_problems(config: TrainConfig) -> Iterator[str]:
     """Model folders that are named as paths but are not there; Hub ids are found out by the workers."""
     for flag, parts in (
         ("pretrained_model_name_or_path", BASE_PARTS),

@@ -26,6 +26,7 @@ from raycontrolnet import SweepConfig, SweepResult, TrainConfig, fit, sweep
 from raycontrolnet.errors import ConfigError, RunError
 from raycontrolnet.run import metrics
 from raycontrolnet.tune import records
+from raycontrolnet.tune.marker import Marker
 from raycontrolnet.tune.plan import plan_sweep
 
 pytestmark = pytest.mark.usefixtures("_local_ray")
@@ -176,7 +177,8 @@ def test_more_trials_than_cpus_of_two_workers_each(settings: Settings) -> None:
     space = {"learning_rate": {"grid": [1e-3, 1e-9]}}
     result = swept(SweepConfig(train=train, space=space, num_samples=1))
     assert {trial.record.state for trial in result.trials} <= {"finished", "stopped"}
-    assert any(trial.record.state == "stopped" for trial in result.trials)
+    (stopped,) = (trial for trial in result.trials if trial.record.state == "stopped")
+    assert metrics.read(stopped.folder / metrics.NAME)[-1]["step"] < 400, "it was trained to its end all the same"
     wait_for(lambda: ray.available_resources().get("CPU") == 3.0, timeout_s=20)
     wait_for(lambda: not workers_called("RayTrainWorker"), timeout_s=20)
     wait_for(lambda: not trial_processes(), timeout_s=20)
@@ -249,6 +251,47 @@ def test_a_trial_that_diverges_is_marked_and_the_sweep_goes_on(settings: Setting
     assert result.best == result.trials[0]
 
 
+def test_median_with_a_trial_that_fails(settings: Settings) -> None:
+    space = {"learning_rate": {"grid": [1e38, 1e-3, 2e-3, 4e-3, 0.2]}}
+    config = SweepConfig(train=TrainConfig(**settings), space=space, num_samples=1, scheduler="median")
+    result = swept(config)
+    found = {trial.record.settings["learning_rate"]: trial.record.state for trial in result.trials}
+    assert found == {1e38: "failed", 1e-3: "finished", 2e-3: "finished", 4e-3: "finished", 0.2: "stopped"}
+
+
+def test_a_trial_that_goes_on_is_not_judged_again_for_what_it_was(settings: Settings) -> None:
+    """The first trial passed the rung alone; of those that came later, all were better."""
+    space = {"learning_rate": {"grid": [1e-9, 4e-3, 0.2]}}
+    config = SweepConfig(
+        train=TrainConfig(**settings), space=space, num_samples=1, max_concurrent_trials=1, resume=True
+    )
+    first = swept(config)
+    assert {trial.record.state for trial in first.trials} == {"finished", "stopped"}
+    by_index = {trial.record.index: trial for trial in first.trials}
+    assert by_index[0].record.state == by_index[1].record.state == "finished"
+    cut_off(by_index[0].folder, step=6)
+    records.write_record(first.output_dir, replace(by_index[0].record, state="running"))
+    second = swept(config)
+    assert {trial.record.index: trial.record.state for trial in second.trials} == {
+        trial.record.index: trial.record.state for trial in first.trials
+    }
+    assert [figures(trial) for trial in second.trials] == [figures(trial) for trial in first.trials]
+
+
+def test_another_driver_takes_over(settings: Settings) -> None:
+    """The first one ends, and says why, and does not touch what is the other's now."""
+    output_dir = Path(settings["output_dir"])
+    train = TrainConfig(**settings | {"max_train_steps": 100_000})
+    take_over = when(lambda: bool(checkpoints(output_dir)), lambda: Marker(output_dir, "another").set())
+    with take_over as done, pytest.raises(RunError, match="Another driver goes on with the sweep in "):
+        swept(SweepConfig(train=train, num_samples=2))
+    assert done
+    assert (output_dir / ".sweep_id").read_text() == "another"
+    assert set(states(output_dir)) == {"running"}
+    assert json.loads((output_dir / "sweep.json").read_text())["status"] == "running"
+    assert not (output_dir / "leaderboard.csv").exists()
+
+
 def test_all_trials_fail(settings: Settings) -> None:
     space = {"learning_rate": {"choice": [1e38]}}
     with pytest.raises(RunError, match=r"No trial has come to a validation\. The first cause: The .* diverged"):
@@ -292,6 +335,7 @@ def test_optuna_proposes_from_what_it_has_seen(settings: Settings) -> None:
     proposed = {trial.record.index: trial.record.settings for trial in again.trials}
     assert {trial.record.index: trial.record.settings for trial in first.trials}.items() <= proposed.items()
     assert len(proposed) == 4
+    assert len({settings["learning_rate"] for settings in proposed.values()}) == 4
 
 
 @pytest.mark.parametrize(

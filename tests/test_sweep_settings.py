@@ -109,8 +109,10 @@ def placed(nodes: list[dict[str, float]], **options: Any) -> Places:
         ([GPU_NODE], {"use_gpu": False}, 15, {"CPU": 1}),
         ([{"CPU": 2, "GPU": 4}], {}, 4, {"CPU": 0.5, "GPU": 1}),
         ([CPU_NODE, GPU_NODE], {"accelerator_type": "A100"}, 4, {"CPU": 2, "GPU": 1, "accelerator_type:A100": 0.001}),
-        ([GPU_NODE], {"num_workers": "2"}, 2, {"CPU": 0.1}),
-        ([CPU_NODE], {"num_workers": "2"}, 1, {"CPU": 0.1}),
+        ([GPU_NODE], {"num_workers": "2"}, 2, {"memory": 2**20}),
+        ([CPU_NODE], {"num_workers": "2"}, 1, {"memory": 2**20}),
+        ([{"CPU": 8}, {"CPU": 2}], {"num_workers": "2", "cpus_per_worker": 4}, 1, {"memory": 2**20}),
+        ([{"CPU": 5}, {"CPU": 5}], {"num_workers": "2", "cpus_per_worker": 3, "num_trials": 3}, 1, {"memory": 2**20}),
         ([{"CPU": 0}], {"may_come": [GPU_NODE, GPU_NODE]}, 8, {"CPU": 2, "GPU": 1}),
     ],
 )

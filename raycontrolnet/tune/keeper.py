@@ -16,6 +16,7 @@ from ray.exceptions import RayActorError
 from raycontrolnet.errors import RunError, UserError, in_one_line, root_cause
 from raycontrolnet.run.status import STATUS
 from raycontrolnet.tune.live import LiveTable
+from raycontrolnet.tune.marker import Marker
 from raycontrolnet.tune.records import Trial, TrialRecord, read_trial, write_record
 from raycontrolnet.tune.unpickled import Unpickled
 
@@ -23,10 +24,11 @@ logger = logging.getLogger(__name__)
 
 
 class Keeper(Unpickled, tune.Callback):
-    """The records of all trials; the one writer of trial.json."""
+    """The records of all trials; the one writer of trial.json, for as long as the sweep is this driver's."""
 
-    def __init__(self, sweep_dir: Path, records: Sequence[TrialRecord], validation_steps: int, table: LiveTable):
-        self._sweep_dir, self._validation_steps, self._table = sweep_dir, validation_steps, table
+    def __init__(self, marker: Marker, records: Sequence[TrialRecord], validation_steps: int, table: LiveTable):
+        self._marker, self._validation_steps, self._table = marker, validation_steps, table
+        self._sweep_dir = marker.sweep_dir
         self.trials: dict[int, Trial] = {}
         self._since: dict[int, float] = {}
         for record in records:
@@ -78,7 +80,8 @@ class Keeper(Unpickled, tune.Callback):
         return dataclasses.replace(record, seconds=record.seconds + now - before)
 
     def _write(self, record: TrialRecord) -> None:
-        write_record(self._sweep_dir, record)
+        if self._marker.stands():
+            write_record(self._sweep_dir, record)
         self._read(record)
         self._show()
 

@@ -30,8 +30,10 @@ class Marker:
     def stands(self) -> bool:
         try:
             return (self.sweep_dir / MARKER).read_text() == self.sweep_id
-        except OSError:
+        except FileNotFoundError:
             return False
+        except OSError:  # storage that fails for a moment
+            return True
 
     def check(self) -> None:
         """In a trial: the folder must be the one that the driver sees.

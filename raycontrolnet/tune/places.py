@@ -10,8 +10,8 @@ from raycontrolnet.data.stream import LOADING_CPUS
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.settings import ClusterConfig
 
-DRIVER_CPUS = 0.1
-"""Of a trial whose workers are processes of their own."""
+DRIVER_MEMORY = 2.0**20
+"""Bytes, of a trial whose workers are processes of their own: a part of a CPU would keep a whole one from a worker."""
 MOST_CPUS_BESIDE_GPU = 2.0
 """One that launches the GPU's work and one that reads the next samples."""
 SMALLEST_CPU_SHARE = 0.25
@@ -49,7 +49,7 @@ class Places:
     def resources(self) -> dict[str, float]:
         """Ray's resources of the process that Tune starts for a trial."""
         if not self.in_process:
-            return {"CPU": DRIVER_CPUS}
+            return {"memory": DRIVER_MEMORY}
         resources = {"CPU": self.cpus_per_worker}
         if self.use_gpu:
             resources["GPU"] = self.gpus_per_worker
@@ -92,9 +92,9 @@ def places(
     cpus = cluster.cpus_per_worker or _cpus_per_worker(all_nodes, workers, gpus, wanted)
     room, reason = _room(all_nodes, workers, cpus, gpus)
     each = _each(workers, cpus, gpus, cluster.accelerator_type)
-    if room == 0 and may_come is None:
+    if room == 0 and may_come != []:
         raise ConfigError([f"--num_workers={cluster.num_workers}: no trial has room in the cluster ({reason}, {each})"])
-    at_a_time = max(1, min(wanted, room)) if room or may_come else wanted
+    at_a_time = min(wanted, room) if room else wanted
     if at_a_time < room:
         reason = (
             f"--max_concurrent_trials; there is room for {room}" if at_a_time == most else "there are no more trials"
@@ -135,7 +135,8 @@ def _room(nodes: Sequence[Node], workers: int, cpus: float, gpus: float) -> tupl
         by_cpu = min(sum(int(node.get("CPU", 0.0) / cpus + 1e-9) for node in nodes), int(spare / cpus + 1e-9))
         kept = "" if gpus else f", of which {LOADING_CPUS:g} is left to Ray Data"
     else:
-        by_cpu = int(total / (workers * cpus + LOADING_CPUS + DRIVER_CPUS) + 1e-9)
+        places = sum(int(node.get("CPU", 0.0) / cpus + 1e-9) for node in nodes)
+        by_cpu = min(places // workers, int(total / (workers * cpus + LOADING_CPUS) + 1e-9))
         kept = f", of which {LOADING_CPUS:g} per trial is left to Ray Data"
     reason = f"the cluster has {total:g} CPUs{kept}"
     if not gpus:

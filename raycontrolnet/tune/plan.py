@@ -14,7 +14,14 @@ from typing import Any, TextIO
 from raycontrolnet.config import TrainConfig, public_settings
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.latents_of_run import WantedLatents, planned_latents, with_latents
-from raycontrolnet.preflight import CheckedRun, check, missing_extras, versions, with_absolute_paths
+from raycontrolnet.preflight import (
+    CheckedRun,
+    check,
+    local_model_problems,
+    missing_extras,
+    versions,
+    with_absolute_paths,
+)
 from raycontrolnet.prepare_latents import Encode
 from raycontrolnet.tune.keeper import settled
 from raycontrolnet.tune.marker import Marker
@@ -25,6 +32,9 @@ from raycontrolnet.tune.space import Choice, Space, num_trials, to_grammar
 from raycontrolnet.tune.space_checks import NEEDS_CACHE
 from raycontrolnet.tune.trial import Shared, cache_key
 
+MODELS = ("pretrained_model_name_or_path", "controlnet_model_name_or_path", "tokenizer_name")
+LENGTHS = ("max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps")
+"""Settings that decide how many updates a trial does."""
 ALL_THE_SAME = {"address", "cpus_per_worker", "hub_model_id", "max_failures", "output_dir", "push_to_hub", "use_gpu"}
 """Settings that may change when a sweep goes on."""
 
@@ -58,6 +68,11 @@ class SweepPlan:
     @property
     def mode(self) -> str:
         return OBJECTIVES[self.config.objective]
+
+    @property
+    def num_left(self) -> int:
+        """Trials that are still to be trained, or to go on."""
+        return sum(not record.ended for record in self.records) + max(0, self.num_trials - len(self.records))
 
     def facts(self) -> dict[str, Any]:
         """For sweep.json."""
@@ -103,6 +118,9 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
             [f"--output_dir={sweep_dir}: holds a sweep; go on with it by --resume, or name another folder"]
         )
     train = with_absolute_paths(config.train, sweep_dir)
+    space = _with_absolute_paths(space, train, sweep_dir)
+    if train.worker_range == (0, 0):  # a trial's one worker is its own process anyway
+        train = dataclasses.replace(train, num_workers="1")
     if train.seed is None:
         train = dataclasses.replace(train, seed=before.get("seed", secrets.randbelow(2**31)))
     if train.tracker_group is None:
@@ -111,7 +129,10 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
     problems = list(_differences(before, config, space))
     if config.searcher == "optuna" and importlib.util.find_spec("optuna") is None:
         problems.append("--searcher=optuna: optuna is not installed; run pip install 'raycontrolnet[optuna]'")
-    problems += _extras_problems(train, space)
+    problems += _value_problems(train, space)
+    if train.resume_from_checkpoint is not None:
+        instead = "--resume goes on with a sweep, --controlnet_model_name_or_path names weights to start from"
+        problems.append(f"--resume_from_checkpoint={train.resume_from_checkpoint}: is for single runs; {instead}")
     if problems:
         raise ConfigError(problems)
     runs = {}
@@ -122,7 +143,7 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
     config = dataclasses.replace(config, train=run.config)
     if problem := _objective_problem(config, run):
         raise ConfigError([problem])
-    total_updates = run.plan(max(1, train.worker_range[1]), None).total_updates
+    total_updates = max(_totals(run, space))
     return SweepPlan(
         config=config,
         sweep_dir=sweep_dir,
@@ -146,6 +167,11 @@ def _differences(before: Mapping[str, Any], config: SweepConfig, space: Space) -
     ):
         if then != now:
             yield f"--{name}: was {then} and is {now}; {advice}"
+    if (trials := num_trials(space, config.num_samples)) < before["num_trials"]:
+        yield (
+            f"--num_samples={config.num_samples}: makes {trials} trials, and the sweep has {before['num_trials']}; "
+            "it can only get more"
+        )
     settings = public_settings(config.train)
     for name, then in before["settings"].items():
         if name in settings and name not in ALL_THE_SAME and name not in space and settings[name] != then:
@@ -156,11 +182,24 @@ def _with(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
     return dataclasses.replace(config, **changes)
 
 
-def _extras_problems(train: TrainConfig, space: Space) -> Iterator[str]:
-    """Packages that some value of the space needs."""
-    for name in ("use_8bit_adam", "enable_xformers_memory_efficient_attention"):
-        if name in space and True in space[name].values:
-            yield from missing_extras(_with(train, {name: True}))
+def _with_absolute_paths(space: Space, train: TrainConfig, sweep_dir: Path) -> Space:
+    """Models and data in the space as trials, which run elsewhere, must see them."""
+    found = dict(space)
+    for name in {*MODELS, "train_data_dir", "dataset_name"} & set(space):
+        dimension = space[name]
+        if isinstance(dimension, Choice):
+            configs = [with_absolute_paths(_with(train, {name: value}), sweep_dir) for value in dimension.values]
+            found[name] = dataclasses.replace(dimension, values=tuple(getattr(config, name) for config in configs))
+    return found
+
+
+def _value_problems(train: TrainConfig, space: Space) -> Iterator[str]:
+    """Values of the space that need a package, or a folder, that is not there."""
+    for name in {*MODELS, "use_8bit_adam", "enable_xformers_memory_efficient_attention"} & set(space):
+        for value in space[name].values:
+            config = _with(train, {name: value})
+            found = [*missing_extras(config), *local_model_problems(config)]
+            yield from (f"--space: {name}: {problem}" for problem in found if problem.startswith(f"--{name}"))
 
 
 def _cache_variants(space: Space) -> Iterator[dict[str, Any]]:
@@ -173,6 +212,14 @@ def _cache_variants(space: Space) -> Iterator[dict[str, Any]]:
         values[name] = dimension.values
     for combination in itertools.product(*values.values()):
         yield dict(zip(values, combination, strict=True))
+
+
+def _totals(run: CheckedRun, space: Space) -> Iterator[int]:
+    """Updates of a trial: the ends of what they may come to."""
+    names = [name for name in LENGTHS if name in space]
+    for values in itertools.product(*(space[name].values for name in names)):
+        config = _with(run.config, dict(zip(names, values, strict=True)))
+        yield dataclasses.replace(run, config=config).plan(run.config.worker_range[1], None).total_updates
 
 
 def _objective_problem(config: SweepConfig, run: CheckedRun) -> str | None:

@@ -27,21 +27,19 @@ class Proposals(Unpickled, Searcher):
 
     Args:
         begun: trials of an earlier part of the sweep, in the order in which they are to go on.
-        first: index of the first new trial.
-        end: one above the last.
+        indices: of the new trials.
     """
 
     def __init__(
         self,
         begun: Sequence[TrialRecord],
-        first: int,
-        end: int,
+        indices: Sequence[int],
         settings_of: Callable[[int, str], dict[str, Any]],
         propose: Callable[[TrialRecord], None],
         optuna: OptunaSearch | None = None,
     ):
         super().__init__()
-        self._begun, self._indices = list(begun), iter(range(first, end))
+        self._begun, self._indices = list(begun), iter(indices)
         self._settings_of, self._propose, self._optuna = settings_of, propose, optuna
 
     def suggest(self, trial_id: str) -> Any:
@@ -76,8 +74,7 @@ def proposals(
     begun: Sequence[TrialRecord],
     propose: Callable[[TrialRecord], None],
     *,
-    first: int,
-    end: int,
+    indices: Sequence[int],
     searcher: str,
     seed: int,
     objective: str,
@@ -85,14 +82,14 @@ def proposals(
 ) -> Proposals:
     """The searcher `searcher`: random or optuna."""
     if searcher == "random":
-        return Proposals(begun, first, end, lambda index, _: draw(space, seed, index), propose)
+        return Proposals(begun, indices, lambda index, _: draw(space, seed, index), propose)
     from ray.tune.search.optuna import OptunaSearch
 
     optuna = OptunaSearch(
         optuna_distributions(space),
         metric=objective,
         mode=mode,
-        seed=seed % 2**32,
+        seed=(seed + len(begun)) % 2**32,  # the trials that have begun draw nothing: it would propose the same again
         points_to_evaluate=[dict(record.settings) for record in begun],
     )
 
@@ -101,4 +98,4 @@ def proposals(
         assert proposed is not None
         return {name: coerce(value, setting_types()[name]) for name, value in proposed.items()}
 
-    return Proposals(begun, first, end, ask, propose, optuna)
+    return Proposals(begun, indices, ask, propose, optuna)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from raycontrolnet.errors import ConfigError
 from raycontrolnet.run import recorded
 from raycontrolnet.run.recorded import Recorded
 from raycontrolnet.tune.settings import OBJECTIVES
@@ -99,8 +100,15 @@ def write_record(sweep_dir: Path, record: TrialRecord) -> None:
 def read_records(sweep_dir: Path) -> list[TrialRecord]:
     """All trials that were ever proposed, by index."""
     files = sorted((sweep_dir / TRIALS).glob(f"*/{TRIAL}"))
-    records = [TrialRecord(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
-    return sorted(records, key=lambda record: record.index)
+    return sorted((_read_record(file) for file in files), key=lambda record: record.index)
+
+
+def _read_record(file: Path) -> TrialRecord:
+    try:
+        return TrialRecord(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        problem = f"{file}: is damaged ({error}); remove its folder, and that trial is trained anew"
+        raise ConfigError([problem]) from error
 
 
 def read_trials(sweep_dir: Path, validation_steps: int) -> list[Trial]:
@@ -187,5 +195,8 @@ def read_sweep(sweep_dir: Path) -> dict[str, Any]:
 
 def _replace(path: Path, content: Mapping[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(dict(content), indent=1) + "\n", encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(dict(content), indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)

@@ -28,10 +28,9 @@ from raycontrolnet.preflight import check_device
 from raycontrolnet.prepare_latents import on_ray
 from raycontrolnet.run.live_report import report_kept
 from raycontrolnet.run.progress import duration
-from raycontrolnet.tune.best import BEST, weights_of, write_best
-from raycontrolnet.tune.hparams import write_hparams
+from raycontrolnet.tune.best import BEST
 from raycontrolnet.tune.keeper import Keeper, settled
-from raycontrolnet.tune.leaderboard import leaderboard_lines, write_leaderboard
+from raycontrolnet.tune.leaderboard import leaderboard_lines
 from raycontrolnet.tune.live import LiveTable
 from raycontrolnet.tune.marker import Marker
 from raycontrolnet.tune.places import places
@@ -40,15 +39,14 @@ from raycontrolnet.tune.records import (
     TRIAL,
     TRIALS,
     Trial,
-    ranked,
     read_records,
     read_sweep,
-    read_trials,
     write_record,
     write_sweep,
 )
 from raycontrolnet.tune.report import NAME as REPORT
 from raycontrolnet.tune.report import write_report
+from raycontrolnet.tune.results import push_best, write_results
 from raycontrolnet.tune.settings import SweepConfig
 from raycontrolnet.tune.tuner import run_trials
 from raycontrolnet.tune.unpickled import Unpickled
@@ -101,25 +99,18 @@ def _sweep(config: SweepConfig, stream: TextIO) -> SweepResult:
     started = time.time()
     plan = plan_sweep(config, stream)
     marker = Marker(plan.sweep_dir, uuid.uuid4().hex)
-    with logging_to(plan.sweep_dir / LOG), _recorded(plan, started) as facts:
+    with logging_to(plan.sweep_dir / LOG):
         marker.set()
-        _settle(plan)  # what was going on when an earlier part of the sweep was killed
-        try:
-            if _left(plan):
+        with _recorded(plan, marker, started) as facts:
+            _settle(plan)  # what was going on when an earlier part of the sweep was killed
+            if plan.num_left:
                 _run(plan, marker, facts, stream)
-        finally:
-            marker.remove()
-            _settle(plan)
-            trials = _write_results(plan, facts)
-        if not any(trial.reports for trial in trials):
-            causes = [trial.record.cause for trial in trials if trial.record.cause]
-            raise RunError(f"No trial has come to a validation. The first cause: {causes[0] if causes else 'none'}")
+            trials = write_results(plan, facts)
+            if not any(trial.reports for trial in trials):
+                causes = [trial.record.cause for trial in trials if trial.record.cause]
+                cause = causes[0] if causes else "none is known"
+                raise RunError(f"No trial has come to a validation. The first cause: {cause}")
     return _finish(plan, trials, facts, stream)
-
-
-def _left(plan: SweepPlan) -> int:
-    """How many trials are to be trained."""
-    return plan.num_trials - sum(record.ended for record in plan.records)
 
 
 def _run(plan: SweepPlan, marker: Marker, facts: dict[str, Any], stream: TextIO) -> None:
@@ -130,13 +121,13 @@ def _run(plan: SweepPlan, marker: Marker, facts: dict[str, Any], stream: TextIO)
             train,
             cluster.nodes,
             cluster.may_come,
-            num_trials=_left(plan),
+            num_trials=plan.num_left,
             gpus_per_trial=plan.config.gpus_per_trial,
             most=plan.config.max_concurrent_trials,
         )
         for tried in plan.device_settings():
             check_device(tried, use_gpu=where.use_gpu, has_gpu=where.use_gpu)
-        trials = _left(plan)
+        trials = plan.num_left
         stream.write(f"sweep: {trials} trial{'s' * (trials != 1)}, {where.reason}\n")
         one_machine = len(cluster.nodes) == 1 and cluster.may_come is None
         encode = on_ray(worker_resources(train))
@@ -146,37 +137,43 @@ def _run(plan: SweepPlan, marker: Marker, facts: dict[str, Any], stream: TextIO)
         name, objective = plan.sweep_dir.name, plan.config.objective
         shown = LiveTable(name, objective, stream, total_trials=plan.num_trials, total_steps=plan.total_updates)
         with shown as table, _stopped_by_ctrl_c(marker) as stopper:
-            keeper = Keeper(plan.sweep_dir, plan.records, train.validation_steps, table)
+            keeper = Keeper(marker, plan.records, train.validation_steps, table)
             run_trials(plan, where, shared, keeper, stopper)
-        if stopper.stop_all():
+        if stopper.event.is_set():
             raise KeyboardInterrupt
+        if not marker.stands():
+            raise Replaced(f"Another driver goes on with the sweep in {plan.sweep_dir}; this one has ended.")
+
+
+class Replaced(RunError):
+    """Another driver has taken the sweep over: its files are no longer this one's to write."""
 
 
 class _Stopper(Unpickled, tune.Stopper):
-    """Ends all trials once it is told to."""
+    """Ends all trials once it is told to, or another driver has taken the sweep over."""
 
-    def __init__(self) -> None:
-        self.event = threading.Event()
+    def __init__(self, marker: Marker) -> None:
+        self.event, self._marker = threading.Event(), marker
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
-        return self.event.is_set()
+        return self.event.is_set() or not self._marker.stands()
 
 
 @contextmanager
 def _stopped_by_ctrl_c(marker: Marker) -> Iterator[_Stopper]:
     """The first Ctrl-C ends the trials, which their marker tells as well; a second one ends the waiting for them."""
-    stopper = _Stopper()
+    stopper = _Stopper(marker)
     if threading.current_thread() is not threading.main_thread():
         yield stopper  # only the main thread gets signals
         return
 
     def stop(*_: object) -> None:
         signal.signal(signal.SIGINT, before)
-        marker.remove()
         stopper.event.set()
+        marker.remove()
 
     before = signal.signal(signal.SIGINT, stop)
     try:
@@ -186,20 +183,30 @@ def _stopped_by_ctrl_c(marker: Marker) -> Iterator[_Stopper]:
 
 
 @contextmanager
-def _recorded(plan: SweepPlan, started: float) -> Iterator[dict[str, Any]]:
-    """sweep.json, written at the start and, whatever the end is, at the end."""
+def _recorded(plan: SweepPlan, marker: Marker, started: float) -> Iterator[dict[str, Any]]:
+    """sweep.json and the report, written at the start and, whatever the end is, at the end."""
+    ours = True
     before = read_sweep(plan.sweep_dir)
     facts = {**plan.facts(), "status": "running", "started": before.get("started", started), "cause": None}
 
     def write(_: Path) -> None:
+        if not ours:
+            return
         facts["seconds"] = round(before.get("seconds", 0.0) + time.time() - started, 3)
         facts["machine_seconds"] = round(sum(record.seconds for record in read_records(plan.sweep_dir)), 3)
         write_sweep(plan.sweep_dir, facts)
         write_report(plan.sweep_dir)
 
-    with report_kept(plan.sweep_dir, write, f"{TRIALS}/*/{TRIAL}"), _explained(plan, facts):
+    with report_kept(plan.sweep_dir, write, f"{TRIALS}/*/{TRIAL}"):
         write_sweep(plan.sweep_dir, facts)
-        yield facts
+        try:
+            with _explained(plan, facts):
+                yield facts
+        except Replaced:
+            ours = False
+            raise
+        finally:
+            marker.remove()
 
 
 @contextmanager
@@ -208,7 +215,14 @@ def _explained(plan: SweepPlan, facts: dict[str, Any]) -> Iterator[None]:
     try:
         yield
         facts["status"] = "finished"
+    except Replaced:
+        raise
     except BaseException as error:
+        try:
+            _settle(plan)
+            write_results(plan, facts)
+        except Exception:
+            logger.exception("the results so far could not be written")  # the error itself matters more
         interrupted = isinstance(error, KeyboardInterrupt)
         facts |= {"status": "interrupted" if interrupted else "failed", "cause": str(error) or None}
         if interrupted:
@@ -239,28 +253,10 @@ def _settle(plan: SweepPlan) -> None:
             write_record(plan.sweep_dir, known)
 
 
-def _write_results(plan: SweepPlan, facts: dict[str, Any]) -> list[Trial]:
-    """leaderboard.csv, best/ and TensorBoard's hparams, of all trials so far; returns them, the best first."""
-    objective, train = plan.config.objective, plan.config.train
-    trials = ranked(read_trials(plan.sweep_dir, train.validation_steps), objective)
-    write_leaderboard(plan.sweep_dir, trials, objective)
-    best = next((trial for trial in trials if weights_of(trial)), None)
-    facts["best"] = best.record.name if best else None
-    if best:
-        write_best(plan.sweep_dir, best, plan.config_of(best.record), facts["versions"])
-    if "tensorboard" in train.trackers:
-        try:
-            for trial in trials:
-                write_hparams(plan.sweep_dir / train.logging_dir, trial, objective)
-        except OSError:  # nothing of it is lost: the trials' files have all
-            logger.warning("TensorBoard's files could not be written", exc_info=True)
-    return trials
-
-
 def _finish(plan: SweepPlan, trials: Sequence[Trial], facts: Mapping[str, Any], stream: TextIO) -> SweepResult:
     """Tell what came out."""
     best = next((trial for trial in trials if trial.record.name == facts["best"]), None)
-    if not _left(plan):  # else the table stands there already
+    if not plan.num_left:  # else the table stands there already
         for line in leaderboard_lines(trials, plan.config.objective, width=shutil.get_terminal_size().columns):
             stream.write(f"{line}\n")
     if doubt := too_early(trials, plan.config.scheduler, plan.config.objective):
@@ -273,6 +269,8 @@ def _finish(plan: SweepPlan, trials: Sequence[Trial], facts: Mapping[str, Any], 
         objective=plan.config.objective,
         seconds=facts["seconds"],
     )
+    if plan.config.train.push_to_hub and best:
+        stream.write(f"pushed to {push_best(plan, best, facts)}\n")
     learned = f"the best is in {result.best_dir}" if best else "no trial has weights"
     stream.write(f"done in {duration(result.seconds)}: {learned}; report in {plan.sweep_dir / REPORT}\n")
     return result

@@ -37,6 +37,8 @@ from raycontrolnet.tune.records import Report, TrialRecord, folder_of, read_repo
 
 logger = logging.getLogger(__name__)
 
+REPLAYED = "replayed"
+"""Marks a report of what was known before: it is for the record, and not judged again."""
 LOOK_INTERVAL_S = 0.5
 """How often a trial that has nothing to report looks whether its sweep goes on."""
 END_WITHIN_S = 60.0
@@ -64,6 +66,7 @@ class Shared:
         """The run that the trial is, from its last checkpoint on."""
         base, folder = self.runs[cache_key(record.settings, self.cache_settings)], folder_of(self.sweep_dir, record)
         folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.remove_leftovers(folder)
         config = dataclasses.replace(base.config, **record.settings, output_dir=str(folder))
         start = checkpoints.latest(folder)
         return dataclasses.replace(base, config=config, output_dir=folder, start=start, run_id=uuid.uuid4().hex)
@@ -93,18 +96,20 @@ class SweepTrial(tune.Trainable):
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        ended = self._training.end()
-        if ended:
-            self._begin(new_config)
-        return ended
+        fit = self._training.end() and not (self._shared.use_gpu and self._training.failed)
+        self._begin(new_config, fit=fit)
+        return True  # of False, Tune would lose count of the trials that run
 
     def cleanup(self) -> None:
         self._training.end()
 
     def step(self) -> dict[str, Any]:
+        if not self._fit:
+            raise RuntimeError("the trial before has left this process in no state to go on; a new one takes over")
         return next(self._results)
 
-    def _begin(self, config: Mapping[str, Any]) -> None:
+    def _begin(self, config: Mapping[str, Any], *, fit: bool = True) -> None:
+        self._fit = fit
         record = TrialRecord(**config)
         self._training = Training(self._shared, record)
         self._results = self._report(record)
@@ -117,10 +122,10 @@ class SweepTrial(tune.Trainable):
         until = record.stopped_at if record.ended else trained
         known = [report for report in known if until is None or report["step"] <= until]
         if record.ended:
-            yield from (dict(report) for report in known[:-1])
-            yield {**(known[-1] if known else {}), "done": True, "state": record.state}
+            yield from ({**report, REPLAYED: True} for report in known[:-1])
+            yield {**(known[-1] if known else {}), REPLAYED: True, "done": True, "state": record.state}
             return
-        yield from (dict(report) for report in known)
+        yield from ({**report, REPLAYED: True} for report in known)
         self._training.start(run)
         for outcome in self._training.events():
             last = self._last_report(run)
@@ -142,6 +147,8 @@ class Training:
         self._shared, self._record = shared, record
         self._events: SimpleQueue[Outcome | None] = SimpleQueue()
         self._answered = threading.Semaphore(0)
+        self._begun = threading.Event()
+        self.failed = False
         self._over = False
         self._looked_at = 0.0
         self._thread: threading.Thread | None = None
@@ -156,10 +163,9 @@ class Training:
             try:
                 event = self._events.get(timeout=LOOK_INTERVAL_S)
             except Empty:
-                if not self._shared.marker.stands():
+                if self._begun.is_set() and not self._shared.marker.stands():
                     self.end()
-                    yield Outcome("interrupted")
-                    return
+                    self._events.put(Outcome("interrupted"))  # unless it has come to an end meanwhile
                 continue
             yield event
             if event is not None:
@@ -203,14 +209,17 @@ class Training:
                     logger.warning("trial %s failed (%s); it is tried again", self._record.name, cause)
                     run = self._shared.run_of(self._record)
                     continue
+                self.failed = True
                 self._events.put(Outcome("failed", cause, attempt + 1))
             except BaseException as error:  # noqa: BLE001 (a thread that ends without a word would be waited for forever)
+                self.failed = True
                 self._events.put(Outcome("failed", f"{type(error).__name__}: {error}", attempt + 1))
             return
 
     def _train_once(self, run: CheckedRun) -> None:
         shared = self._shared
         shared.marker.check()
+        self._begun.set()
 
         def train(status: RunStatus) -> Summary:
             if shared.in_process:

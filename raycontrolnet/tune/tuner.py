@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from raycontrolnet.tune.keeper import Keeper
 from raycontrolnet.tune.places import Places
 from raycontrolnet.tune.plan import SweepPlan
 from raycontrolnet.tune.proposals import proposals
-from raycontrolnet.tune.trial import Shared, SweepTrial
+from raycontrolnet.tune.trial import REPLAYED, Shared, SweepTrial
 
 TUNE_FILES = ".tune"
 """Tune's own records, which are nobody's: the trials' folders are."""
@@ -34,23 +35,26 @@ def run_trials(plan: SweepPlan, places: Places, shared: Shared, keeper: Keeper, 
     config = plan.config
     begun = [record for record in plan.records if record.state != "failed"]
     begun.sort(key=lambda record: (not record.ended, record.index))
-    first = 1 + max((record.index for record in plan.records), default=-1)
+    known = {record.index for record in plan.records}
+    new = [index for index in range(plan.num_trials) if index not in known]
     assert config.train.seed is not None
     searcher = proposals(
         plan.space,
         begun,
         keeper.propose,
-        first=first,
-        end=plan.num_trials,
+        indices=new,
         searcher=config.searcher,
         seed=config.train.seed,
         objective=config.objective,
         mode=plan.mode,
     )
-    shutil.rmtree(plan.sweep_dir / TUNE_FILES, ignore_errors=True)
+    for leftover in plan.sweep_dir.glob(f"{TUNE_FILES}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    own = f"{TUNE_FILES}-{shared.marker.sweep_id[:8]}"
     trainable = tune.with_resources(
         tune.with_parameters(SweepTrial, shared=shared), tune.PlacementGroupFactory([places.resources()])
     )
+    logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)  # it misses the logs that are switched off
     with _environment(ENVIRONMENT):
         tune.Tuner(
             trainable,
@@ -59,13 +63,13 @@ def run_trials(plan: SweepPlan, places: Places, shared: Shared, keeper: Keeper, 
                 mode=plan.mode,
                 search_alg=searcher,
                 scheduler=_scheduler(plan),
-                num_samples=len(begun) + max(0, plan.num_trials - first),
+                num_samples=len(begun) + len(new),
                 max_concurrent_trials=places.at_a_time,
                 reuse_actors=True,
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
             run_config=tune.RunConfig(
-                name=TUNE_FILES,
+                name=own,
                 storage_path=str(plan.sweep_dir),
                 failure_config=tune.FailureConfig(max_failures=config.train.max_failures),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
@@ -74,7 +78,34 @@ def run_trials(plan: SweepPlan, places: Places, shared: Shared, keeper: Keeper, 
                 verbose=0,
             ),
         ).fit()
-    shutil.rmtree(plan.sweep_dir / TUNE_FILES, ignore_errors=True)
+    shutil.rmtree(plan.sweep_dir / own, ignore_errors=True)
+
+
+class _Unjudged:
+    """A scheduler that takes replayed reports for the record and ends nothing for them: that was decided before."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision = super().on_trial_result(tune_controller, trial, result)  # type: ignore[misc]
+        return TrialScheduler.CONTINUE if result.get(REPLAYED) else decision
+
+
+class _Asha(_Unjudged, ASHAScheduler):
+    pass
+
+
+class _Median(_Unjudged, MedianStoppingRule):
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision = super().on_trial_result(tune_controller, trial, result)
+        if decision == TrialScheduler.CONTINUE:
+            self._stopped_trials.discard(trial)
+        return decision
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        if self._time_attr in result and self._metric in result:  # a trial that fails has none
+            super().on_trial_complete(tune_controller, trial, result)
+
+    def _on_insufficient_samples(self, tune_controller: Any, trial: Any, time: float) -> str:
+        return TrialScheduler.CONTINUE  # and not a pause, for which Tune would want a checkpoint of its own
 
 
 def _scheduler(plan: SweepPlan) -> TrialScheduler:
@@ -83,8 +114,8 @@ def _scheduler(plan: SweepPlan) -> TrialScheduler:
     if grace_period is None or grace_period >= plan.total_updates:
         return FIFOScheduler()
     if plan.config.scheduler == "median":
-        return MedianStoppingRule(time_attr="step", grace_period=grace_period)
-    return ASHAScheduler(
+        return _Median(time_attr="step", grace_period=grace_period)
+    return _Asha(
         time_attr="step",
         grace_period=grace_period,
         max_t=plan.total_updates,
