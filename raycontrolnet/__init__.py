@@ -13,12 +13,15 @@ __all__ = [
     "PairImages",
     "PrepareResult",
     "RunResult",
+    "SweepConfig",
+    "SweepResult",
     "TrainConfig",
     "condition",
     "control_fidelity",
     "fit",
     "generate",
     "prepare",
+    "sweep",
 ]
 
 if TYPE_CHECKING:
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
     from raycontrolnet.run.fidelity import control_fidelity
     from raycontrolnet.run.images import PairImages
     from raycontrolnet.train import RunResult, fit
+    from raycontrolnet.tune.settings import SweepConfig
+    from raycontrolnet.tune.sweep import SweepResult, sweep
 
 _MODULES = {
     "ConditionConfig": "condition_settings",
@@ -39,12 +44,15 @@ _MODULES = {
     "PairImages": "run.images",
     "PrepareResult": "prepare_latents",
     "RunResult": "train",
+    "SweepConfig": "tune.settings",
+    "SweepResult": "tune.sweep",
     "TrainConfig": "config",
     "condition": "condition_images",
     "control_fidelity": "run.fidelity",
     "fit": "train",
     "generate": "generate_images",
     "prepare": "prepare_latents",
+    "sweep": "tune.sweep",
 }
 
 

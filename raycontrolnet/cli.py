@@ -1,4 +1,4 @@
-"""The command line: `raycontrolnet train | prepare | condition | generate | demo`. Flags in, exit codes out."""
+"""The command line: `raycontrolnet train | tune | prepare | condition | generate | demo`. Flags in, exit codes out."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import dataclasses
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from raycontrolnet import __version__
 from raycontrolnet.condition_settings import CONDITION_GROUPS, ConditionConfig
 from raycontrolnet.config import GROUPS, TrainConfig, coerce, load_yaml, setting_types
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
 from raycontrolnet.generate_settings import GENERATE_GROUPS, GenerateConfig
+from raycontrolnet.tune.settings import SweepConfig, SweepSettings
 
 USAGE = f"""\
 raycontrolnet {__version__}: the ControlNet trainer for Ray
 
   raycontrolnet train [--config FILE.yaml] [FLAGS]   train a ControlNet; `raycontrolnet train --help` lists the flags
+  raycontrolnet tune [FLAGS]                         train many that differ by some settings, and rank them
   raycontrolnet prepare [FLAGS]                      encode the images once, for runs with the same flags to train from
   raycontrolnet condition [FLAGS]                    make conditioning images of pictures: edges, blur or grey
   raycontrolnet generate [FLAGS]                     draw images with a trained one
@@ -32,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         _hide_token()
     command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    commands = {"train": train, "prepare": prepare, "condition": condition, "generate": generate, "demo": demo}
+    commands = {
+        "train": train, "tune": tune, "prepare": prepare, "condition": condition, "generate": generate, "demo": demo,
+    }  # fmt: skip
     if command in ("--help", "-h", "help"):
         print(USAGE, end="")
         return 0
@@ -71,6 +75,13 @@ def train(argv: Sequence[str]) -> None:
     from raycontrolnet.train import fit
 
     fit(config)
+
+
+def tune(argv: Sequence[str]) -> None:
+    config = parse_tune(argv)
+    from raycontrolnet.tune.sweep import sweep
+
+    sweep(config)
 
 
 def prepare(argv: Sequence[str]) -> None:
@@ -112,13 +123,46 @@ def parse_train(
         ConfigError: bad settings, all at once.
         SystemExit: by tyro: 0 for --help, 2 for unknown flags and values of the wrong type.
     """
+    description = "Train a ControlNet. --config FILE.yaml reads the same settings from a file; flags override it."
+    settings, flags = _with_file(argv, setting_types())
+    groups = [_group_default(group, dict(defaults or {}) | settings.values, settings.place) for group in GROUPS]
+    return TrainConfig(**_parsed(flags, groups, program, description))
+
+
+def parse_tune(argv: Sequence[str]) -> SweepConfig:
+    """The same for a sweep: the flags of `raycontrolnet train` and its own. In a file, `space` may be a mapping.
+
+    Raises:
+        ConfigError: bad settings, all at once.
+        SystemExit: by tyro: 0 for --help, 2 for unknown flags and values of the wrong type.
+    """
+    description = (
+        "Train many ControlNets that differ by some settings (--space), stop the weak ones early, and rank them. "
+        "--config FILE.yaml reads the same settings from a file; flags override it."
+    )
+    known = {**setting_types(), **setting_types(SweepSettings)}
+    settings, flags = _with_file(argv, known)
+    space = settings.values.get("space")
+    in_file = settings.values.pop("space") if isinstance(space, dict) else None
+    groups = [_group_default(group, settings.values, settings.place) for group in (SweepSettings, *GROUPS)]
+    parsed = _parsed(flags, groups, "raycontrolnet tune", description)
+    own = {setting.name: parsed.pop(setting.name) for setting in dataclasses.fields(SweepSettings)}
+    return SweepConfig(train=TrainConfig(**parsed), **own | {"space": own["space"] or in_file})
+
+
+class _File(NamedTuple):
+    """What `--config FILE.yaml` gives."""
+
+    values: dict[str, Any]
+    place: str | None
+
+
+def _with_file(argv: Sequence[str], known: Mapping[str, Any]) -> tuple[_File, list[str]]:
+    """The settings of the file that --config names, if any, and the other flags."""
     pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     pre.add_argument("--config")
-    known, flags = pre.parse_known_args(argv)
-    settings = dict(defaults or {}) | (load_yaml(known.config) if known.config else {})
-    defaults_by_group = [_group_default(group, settings, known.config) for group in GROUPS]
-    description = "Train a ControlNet. --config FILE.yaml reads the same settings from a file; flags override it."
-    return TrainConfig(**_parsed(flags, defaults_by_group, program, description))
+    found, flags = pre.parse_known_args(argv)
+    return _File(load_yaml(found.config, known) if found.config else {}, found.config), flags
 
 
 def parse_condition(argv: Sequence[str]) -> ConditionConfig:
@@ -174,7 +218,7 @@ def _group_default(group: type, settings: Mapping[str, Any], path: str | None) -
     for setting in dataclasses.fields(group):
         if setting.name in settings:
             try:
-                own[setting.name] = coerce(settings[setting.name], setting_types()[setting.name])
+                own[setting.name] = coerce(settings[setting.name], setting_types(group)[setting.name])
             except ValueError as error:
                 shown = "" if setting.metadata.get("secret") else f"{settings[setting.name]!r} "
                 problems.append(f"--config={path}: {setting.name}: {shown}{error}")

@@ -8,11 +8,12 @@ import math
 import os
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from raycontrolnet.data.stream import LOADING_CPUS
 from raycontrolnet.errors import ConfigError
@@ -193,6 +194,46 @@ def _cpu_share(node_cpus: Sequence[float], num_workers: int) -> float:
     return max(share, MIN_CPU_SHARE)
 
 
+class ClusterNodes(NamedTuple):
+    """Ray's resources of the connected cluster, node by node."""
+
+    nodes: list[dict[str, float]]
+    """Those that are up."""
+    may_come: list[dict[str, float]] | None
+    """Those that an autoscaler can start; empty if it is not known which, None without one."""
+
+
+def cluster_nodes() -> ClusterNodes:
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    may_come = autoscaler_nodes()
+    return ClusterNodes(nodes, None if may_come is None else _less(may_come, nodes))
+
+
+def autoscaler_nodes() -> list[dict[str, float]] | None:
+    """Resources of the nodes that an autoscaler of this cluster can start, as many as it may; see the types."""
+    if not BOOTSTRAP_CONFIG.expanduser().is_file():
+        return autoscaler_node_types()
+    import yaml
+
+    config = yaml.safe_load(BOOTSTRAP_CONFIG.expanduser().read_text())
+    most = config.get("max_workers", 2)
+    types = config.get("available_node_types", {}).values()
+    nodes = [kind.get("resources", {}) for kind in types for _ in range(kind.get("max_workers", most))]
+    return nodes[:most]
+
+
+def _less(nodes: list[dict[str, float]], up: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """`nodes` without those that are up, as far as their CPUs and GPUs tell."""
+    left = list(nodes)
+    for node in up:
+        alike = [one for one in left if all(one.get(name, 0) == node.get(name, 0) for name in ("CPU", "GPU"))]
+        if alike:
+            left.remove(alike[0])
+    return left
+
+
 def autoscaler_node_types() -> list[dict[str, float]] | None:
     """Resources of the node types that an autoscaler of this cluster can start; None if there is none.
 
@@ -221,6 +262,21 @@ def interruptible_trainer() -> Any:
         def _register_sigint_handler(self, controller: Any) -> None:
             self.controller = controller
 
+        def _initialize_and_run_controller(self, **options: Any) -> Any:
+            if threading.current_thread() is threading.main_thread():
+                return super()._initialize_and_run_controller(**options)
+            # Ray's own, which tells its controller to nobody in other threads, such as that of a sweep's trial.
+            from ray.train.v2.api import data_parallel_trainer as own
+
+            controller = ray.remote(
+                num_cpus=0,
+                label_selector={ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()},
+                runtime_env={"env_vars": own.get_env_vars_to_propagate()},
+            )(own.TrainController)
+            self.controller = controller.remote(**options)
+            ray.get(self.controller.run.remote())
+            return ray.get(self.controller.get_result.remote())
+
         def _create_default_callbacks(self) -> list[Any]:
             callbacks = super()._create_default_callbacks()
             if has_dashboard():
@@ -233,11 +289,15 @@ def interruptible_trainer() -> Any:
             try:
                 return self.fit()
             except KeyboardInterrupt:
-                if self.controller is not None:
-                    with suppress(ray.exceptions.RayError):
-                        ray.get(self.controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
-                    ray.kill(self.controller)
+                self.abort()
                 raise
+
+        def abort(self) -> None:
+            """Stop the workers; `fit` then raises."""
+            if self.controller is not None:
+                with suppress(ray.exceptions.RayError):
+                    ray.get(self.controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
+                ray.kill(self.controller)
 
     return InterruptibleTrainer
 

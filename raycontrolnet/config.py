@@ -123,16 +123,19 @@ def coerce(value: Any, kind: Any) -> Any:
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
-def from_mapping(settings: Mapping[str, Any], place: str) -> dict[str, Any]:
+def from_mapping(settings: Mapping[str, Any], place: str, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """`settings` (from `place`, such as a file's name) if every key is a setting's name.
+
+    Args:
+        known: the settings' names and types; by default those of a run.
 
     Raises:
         ConfigError: naming each unknown key and the nearest setting.
     """
-    problems = []
+    problems, known = [], known or setting_types()
     for name in settings:
-        if name not in setting_types():
-            near = difflib.get_close_matches(str(name), setting_types(), n=1)
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"; perhaps you meant {near[0]}" if near else "; raycontrolnet train --help lists the settings"
             problems.append(f"{place}: unknown setting {name}{hint}")
     if problems:
@@ -140,14 +143,17 @@ def from_mapping(settings: Mapping[str, Any], place: str) -> dict[str, Any]:
     return dict(settings)
 
 
-def load_yaml(path: str | Path) -> dict[str, Any]:
+def load_yaml(path: str | Path, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The settings of a YAML file, by the names of the flags.
+
+    Args:
+        known: as in `from_mapping`.
 
     Raises:
         ConfigError: if the file cannot be read, is not a mapping, or has unknown keys.
     """
     place = f"--config={path}"
-    return from_mapping(read_yaml(path, place), place)
+    return from_mapping(read_yaml(path, place), place, known)
 
 
 def read_yaml(path: str | Path, place: str) -> dict[Any, Any]:

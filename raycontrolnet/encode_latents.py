@@ -93,7 +93,7 @@ def encode_on_ray(job: EncodeJob, resources: WorkerResources) -> Iterator[ShardR
 
     shards_ref = ray.put(job.shards)
     job_ref = ray.put(replace(job, shards=()))  # every task unpickles it
-    fewest, most = resources.num_workers
+    fewest, most = (min(workers, len(job.shards)) for workers in resources.num_workers)
     actors: dict[str, Any] = {"num_cpus": resources.cpus_per_worker}
     if resources.use_gpu:
         actors["num_gpus"] = 1

@@ -28,15 +28,18 @@ class WantedLatents:
     """Which; None if a cluster may have to be seen first, because no folder is named that all its machines share."""
 
 
-def planned_latents(run: CheckedRun, stream: TextIO) -> WantedLatents | None:
+def planned_latents(run: CheckedRun, stream: TextIO, *, reused: bool = False) -> WantedLatents | None:
     """The latent cache that the run is to use; None if it trains from pixels.
+
+    Args:
+        reused: whether other runs will use it as well.
 
     Raises:
         ConfigError: if there is a cache that does not fit.
     """
     config = run.config
     plan = run.plan(max(1, config.worker_range[1]), None)
-    again = plan.total_updates * plan.samples_per_update > plan.num_samples
+    again = reused or plan.total_updates * plan.samples_per_update > plan.num_samples
     wanted = again or config.on_bad_sample == "skip"  # who is to skip must look at all before
     if config.cache_latents == "off" or (config.cache_latents == "auto" and not wanted):
         return None

@@ -24,6 +24,7 @@ from raycontrolnet.data.stream import BatchLoader, PixelRows
 from raycontrolnet.errors import ConfigError, UserError
 from raycontrolnet.run import checkpoint as checkpoints
 from raycontrolnet.run import export, trackers, validation
+from raycontrolnet.run.follower import Follower
 from raycontrolnet.run.job import Job
 from raycontrolnet.run.plan import RunPlan
 
@@ -81,7 +82,15 @@ class CheckedRun:
         """The last one of this run, or where it started."""
         return checkpoints.latest(self.output_dir, self.run_id) or self.start
 
-    def job(self, *, use_gpu: bool, threads: int | None, loader: Any, spare: Mapping[str, Any] | None = None) -> Job:
+    def job(
+        self,
+        *,
+        use_gpu: bool,
+        threads: int | None,
+        loader: Any,
+        spare: Mapping[str, Any] | None = None,
+        follower: Follower | None = None,
+    ) -> Job:
         """What the workers get; see there. `loader` is that of the run, or a reference to it."""
         config, order = self.config, self.loader.order
         assert config.seed is not None
@@ -107,6 +116,7 @@ class CheckedRun:
             token=self.token,
             loader=loader,
             spare=spare,
+            follower=follower,
         )
 
 
@@ -117,14 +127,8 @@ def check(config: TrainConfig, output_dir: Path) -> CheckedRun:
         ConfigError: with the problems of settings, model folders, output folder, validation images and data together.
     """
     problems = list(trackers.check_trackers(config.trackers if config.report_to != "all" else ()))
-    for flag, needed, package, extra in (
-        ("use_8bit_adam", config.use_8bit_adam, "bitsandbytes", "8bit"),
-        ("enable_xformers_memory_efficient_attention", config.enable_xformers_memory_efficient_attention, "xformers",
-         "xformers"),
-    ):  # fmt: skip
-        if needed and importlib.util.find_spec(package) is None:
-            problems.append(f"--{flag}: {package} is not installed; run pip install 'raycontrolnet[{extra}]'")
-    problems += _local_model_problems(config)
+    problems += missing_extras(config)
+    problems += local_model_problems(config)
     problems += export.check_push(config)
     if problem := unwritable(output_dir, "output_dir"):
         problems.append(problem)
@@ -156,6 +160,17 @@ def check(config: TrainConfig, output_dir: Path) -> CheckedRun:
     return CheckedRun(config, output_dir, source, start, token, random_subset=random_subset)
 
 
+def missing_extras(config: TrainConfig) -> Iterator[str]:
+    """Optional packages that the settings need and that are not installed."""
+    for flag, needed, package, extra in (
+        ("use_8bit_adam", config.use_8bit_adam, "bitsandbytes", "8bit"),
+        ("enable_xformers_memory_efficient_attention", config.enable_xformers_memory_efficient_attention, "xformers",
+         "xformers"),
+    ):  # fmt: skip
+        if needed and importlib.util.find_spec(package) is None:
+            yield f"--{flag}: {package} is not installed; run pip install 'raycontrolnet[{extra}]'"
+
+
 def _with_held_out_rows(config: TrainConfig, num_rows: int, start: checkpoints.Checkpoint | None) -> TrainConfig:
     """The settings, with as many held-out rows as the run had that goes on, unless they say how many.
 
@@ -177,7 +192,7 @@ def check_inputs(config: TrainConfig) -> tuple[Source, str | None]:
     Raises:
         ConfigError: with the problems of model folders and data together.
     """
-    problems = list(_local_model_problems(config))
+    problems = list(local_model_problems(config))
     token, source = export.find_token(config.hub_token), None
     with collected(problems):
         source = open_source(config, cache_dir=config.cache_dir, token=token, skip_bad=True)
@@ -195,7 +210,7 @@ def collected(problems: list[str]) -> Iterator[None]:
         problems.append(str(error))
 
 
-def _local_model_problems(config: TrainConfig) -> Iterator[str]:
+def local_model_problems(config: TrainConfig) -> Iterator[str]:
     """Model folders that are named as paths but are not there; Hub ids are found out by the workers."""
     for flag, parts in (
         ("pretrained_model_name_or_path", BASE_PARTS),

@@ -219,6 +219,8 @@ class OutputConfig:
     """tensorboard, wandb, comet_ml (several with commas), all or none."""
     tracker_project_name: str = "train_controlnet"
     """Project name in the trackers."""
+    tracker_group: str | None = None
+    """Group of the run in W&B; the trials of a sweep are one."""
 
     def problems(self) -> Problems:
         yield from at_least(self, 1, "checkpointing_steps", "checkpoints_total_limit")

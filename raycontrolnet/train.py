@@ -14,39 +14,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
-from raycontrolnet import __version__
-from raycontrolnet.cluster import (
-    WorkerResources,
-    interruptible_trainer,
-    logging_to,
-    ray_session,
-    shown_on,
-    worker_resources,
-)
-from raycontrolnet.config import TrainConfig, changed_settings, public_settings
-from raycontrolnet.data.bundles import StreamPlan
-from raycontrolnet.data.stream import execution_options, ray_dataset
-from raycontrolnet.ending import failures_explained, interruption_explained
+from raycontrolnet.cluster import logging_to, ray_session, shown_on, worker_resources
+from raycontrolnet.config import TrainConfig
+from raycontrolnet.ending import interruption_explained
 from raycontrolnet.errors import RunError
 from raycontrolnet.latents_of_run import WantedLatents, planned_latents, with_latents
+from raycontrolnet.launch import train_here, train_on_ray
 from raycontrolnet.preflight import CheckedRun, check, check_device, versions, with_absolute_paths
 from raycontrolnet.prepare_latents import here, on_ray
 from raycontrolnet.run import export, held_out, validation
-from raycontrolnet.run.failures import read_failure
-from raycontrolnet.run.job import LOG, Job, begin
+from raycontrolnet.run.job import LOG
 from raycontrolnet.run.live_report import report_kept
-from raycontrolnet.run.progress import Progress, duration
+from raycontrolnet.run.progress import duration
 from raycontrolnet.run.status import RunStatus, status_kept
-from raycontrolnet.run.trained import CONFIG
-
-if TYPE_CHECKING:
-    import ray
 
 logger = logging.getLogger(__name__)
 
-ENDLESS = 2**40
+Summary = dict[str, Any]
+"""What the worker loop returns: step, samples, loss and seconds by phase."""
 
 
 @dataclass(frozen=True)
@@ -102,26 +89,60 @@ def _fit(config: TrainConfig, stream: TextIO) -> RunResult:
     config = with_absolute_paths(config, output_dir)
     run = check(config, output_dir)
     latents = planned_latents(run, stream)
+
+    def train(status: RunStatus) -> Summary:
+        if config.worker_range == (0, 0):
+            return _train_here(run, latents, status, stream)
+        with ray_session(config.address):
+            return _train_on_ray(run, latents, status, stream)
+
+    return recorded(run, train, stream, started)
+
+
+def _train_here(run: CheckedRun, latents: WantedLatents | None, status: RunStatus, stream: TextIO) -> Summary:
+    import torch
+
+    use_gpu = torch.cuda.is_available() if run.config.use_gpu is None else run.config.use_gpu
+    check_device(run.config, use_gpu=use_gpu, has_gpu=torch.cuda.is_available())
+    run = with_latents(run, latents, here(run.config), stream)
+    return train_here(run, status, stream, use_gpu=use_gpu)
+
+
+def _train_on_ray(run: CheckedRun, latents: WantedLatents | None, status: RunStatus, stream: TextIO) -> Summary:
+    resources = worker_resources(run.config)
+    check_device(run.config, use_gpu=resources.use_gpu, has_gpu=resources.use_gpu)
+    run = with_latents(run, latents, on_ray(resources), stream, shared=not resources.one_machine)
+    return train_on_ray(run, resources, status, stream)
+
+
+def recorded(run: CheckedRun, train: Callable[[RunStatus], Summary], stream: TextIO, started: float) -> RunResult:
+    """Train, and leave beside the weights what a run leaves: log, report, run.json, model card.
+
+    Args:
+        train: starts the worker loop, and returns what it returns.
+        started: unix seconds.
+
+    Raises:
+        UserError, RunError, Interrupted: as `fit`.
+        Stopped: the run was ended from outside.
+    """
+    output_dir = run.output_dir
     with (
         logging_to(output_dir / LOG),
         report_kept(output_dir),
         status_kept(output_dir, started, versions()) as status,
         interruption_explained(run),
     ):
-        if config.worker_range == (0, 0):
-            summary = _train_here(run, latents, status, stream)
-        else:
-            with ray_session(config.address):
-                summary = _train_on_ray(run, latents, status, stream)
+        summary = train(status)
         last = run.last_checkpoint()
         measured = held_out.summary(output_dir) | validation.summary(run.config, output_dir, summary["step"])
         status |= {**summary, **measured, "checkpoint": last.path.name if last else None}
         licence = export.find_licence(run.config, run.token)
         # Fit to be pushed, also by hand: if the Hub does not even say who the owner is, there is no better name.
-        name = export.repo_name(output_dir, config.hub_model_id) if config.push_to_hub else None
+        name = export.repo_name(output_dir, run.config.hub_model_id) if run.config.push_to_hub else None
         with _finished_all_the_same(output_dir, status):
             export.write_model_card(output_dir, run.config, status, repo_id=name, licence=licence)
-        hub_url = _push(run, status, licence, stream) if config.push_to_hub else None
+        hub_url = _push(run, status, licence, stream) if run.config.push_to_hub else None
     seconds = time.time() - started
     stream.write(f"done in {duration(seconds)}: {summary['step']} updates; weights in {output_dir}\n")
     return RunResult(
@@ -147,134 +168,6 @@ def _finished_all_the_same(output_dir: Path, status: RunStatus) -> Iterator[None
         logger.exception("the model card could not be written")
         status["cause"] = f"The run is finished, but its model card cannot be written ({error.strerror or error})"
         raise RunError(f"{status['cause']}: {output_dir / 'README.md'}. The weights stand.") from error
-
-
-def _train_here(run: CheckedRun, latents: WantedLatents | None, status: RunStatus, stream: TextIO) -> dict[str, Any]:
-    """The worker loop in this process: Ray Train's local mode, for debugging and quick tests."""
-    import torch
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    from raycontrolnet.train_controlnet import train_controlnet
-
-    use_gpu = torch.cuda.is_available() if run.config.use_gpu is None else run.config.use_gpu
-    check_device(run.config, use_gpu=use_gpu, has_gpu=torch.cuda.is_available())
-    run = with_latents(run, latents, here(run.config), stream)
-    job = run.job(use_gpu=use_gpu, threads=None, loader=run.loader)
-    _announce(run, 1, status, stream, use_gpu=use_gpu)
-    begin(job)
-    trainer = TorchTrainer(
-        train_controlnet,
-        train_loop_config={"job": job},
-        scaling_config=ScalingConfig(num_workers=0),
-        run_config=RunConfig(storage_path=str(run.output_dir.parent), name=run.output_dir.name),
-    )
-    with failures_explained(run), _progress(run, 1, stream):
-        return dict(trainer.fit().return_value)
-
-
-def _train_on_ray(run: CheckedRun, latents: WantedLatents | None, status: RunStatus, stream: TextIO) -> dict[str, Any]:
-    import ray
-    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
-
-    from raycontrolnet.train_controlnet import train_controlnet
-
-    resources = worker_resources(run.config)
-    check_device(run.config, use_gpu=resources.use_gpu, has_gpu=resources.use_gpu)
-    fewest, most = resources.num_workers
-    run = with_latents(run, latents, on_ray(resources), stream, shared=not resources.one_machine)
-    loader_ref = ray.put(run.loader)
-    threads = None if resources.use_gpu else resources.threads
-    spare = _options_for(resources) if resources.spare and run.config.validation_pairs else None
-    job = run.job(use_gpu=resources.use_gpu, threads=threads, loader=loader_ref, spare=spare)
-    _announce(run, most, status, stream, use_gpu=resources.use_gpu)
-    if resources.waits_for:
-        stream.write(f"waiting for {resources.waits_for}\n")
-    begin(job)
-    with failures_explained(run):
-        trainer = interruptible_trainer()(
-            train_controlnet,
-            train_loop_config={"job": job},
-            scaling_config=ScalingConfig(
-                num_workers=most if fewest == most else (fewest, most),
-                use_gpu=resources.use_gpu,
-                resources_per_worker=_resources_per_worker(resources),
-                accelerator_type=resources.accelerator_type,
-            ),
-            run_config=RunConfig(
-                storage_path=str(run.output_dir.parent),
-                name=run.output_dir.name,
-                failure_config=FailureConfig(max_failures=run.config.max_failures),
-            ),
-            datasets={"train": _dataset_factory(run, job)},
-            dataset_config=DataConfig(
-                execution_options=execution_options(_batch_bytes(run.config), most), enable_shard_locality=False
-            ),
-        )
-        with _progress(run, most, stream):
-            summary = trainer.fit_or_abort().return_value
-        if failure := read_failure(run.output_dir):
-            raise failure
-        return dict(summary)
-
-
-def _options_for(resources: WorkerResources) -> dict[str, Any]:
-    """Ray's options for an actor with the resources of a worker."""
-    of_gpu = {"num_gpus": 1, "accelerator_type": resources.accelerator_type} if resources.use_gpu else {}
-    return {"num_cpus": resources.cpus_per_worker, **of_gpu}
-
-
-def _resources_per_worker(resources: WorkerResources) -> dict[str, float]:
-    return {"CPU": resources.cpus_per_worker} | ({"GPU": 1} if resources.use_gpu else {})
-
-
-def _batch_bytes(config: TrainConfig) -> int:
-    return config.train_batch_size * 2 * 3 * config.resolution**2
-
-
-def _dataset_factory(run: CheckedRun, job: Job) -> Callable[[], ray.data.Dataset]:
-    """What Ray Train calls at every start of the workers: the stream from the last committed checkpoint on."""
-    batch_size, bundle = run.config.train_batch_size, StreamPlan.bundle_for(_batch_bytes(run.config))
-    max_tasks = run.config.dataloader_num_workers * run.config.worker_range[1] or None
-    fewest, most = run.config.worker_range
-
-    def dataset() -> ray.data.Dataset:
-        checkpoint = job.current_checkpoint()
-        step, samples = (checkpoint.step, checkpoint.samples) if checkpoint else (0, 0)
-        if fewest == most:
-            plan = StreamPlan(samples, run.plan(most, checkpoint).batches_per_worker(step), batch_size, most, bundle)
-        else:  # how many workers an elastic run got is not known here: they stop by themselves
-            plan = StreamPlan(samples, ENDLESS, batch_size)
-        return ray_dataset(job.loader, plan, max_tasks)
-
-    return dataset
-
-
-def _announce(run: CheckedRun, world_size: int, status: RunStatus, stream: TextIO, *, use_gpu: bool) -> None:
-    """Say what will be done, and write config.yaml."""
-    import yaml
-
-    settings = public_settings(run.config)
-    del settings["resume_from_checkpoint"]  # the file is for doing the same again, elsewhere
-    (run.output_dir / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False))
-    plan = run.plan(world_size, run.start)
-    status |= {"total_updates": plan.total_updates, "held_out": len(run.loader.order.held_out)}
-    status.write()
-    step = run.start.step if run.start else 0
-    source = "" if run.cache is None else " from cached latents"
-    workers = f"{world_size} worker{'s' * (world_size != 1)} on {'GPUs' if use_gpu else 'CPUs'}"
-    stream.write(
-        f"raycontrolnet {__version__}: {plan.num_samples} samples{source}, {workers} x batch {plan.batch_size} x "
-        f"accumulation {plan.accumulation_steps}, updates {step} to {plan.total_updates}, seed {run.config.seed}\n"
-    )
-    changed = ", ".join(f"{name}={value}" for name, value in changed_settings(run.config).items())
-    logger.info("settings: %s", changed)
-
-
-def _progress(run: CheckedRun, world_size: int, stream: TextIO) -> Progress:
-    total_updates = run.plan(world_size, run.start).total_updates
-    scored = run.config.control_fidelity is not None
-    return Progress(run.output_dir, total_updates, run.start.step if run.start else 0, stream, scored=scored)
 
 
 def _push(run: CheckedRun, status: dict[str, Any], licence: export.Licence, stream: TextIO) -> str:

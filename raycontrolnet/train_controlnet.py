@@ -89,6 +89,7 @@ class Worker:
                 run_name=job.output_dir.name,
                 settings=job.tracker_settings,
                 done_steps=state.step,
+                group=job.config.tracker_group,
             )
         self.validator = Validator(job, plan, state, rank, clock, self.trackers)
 
@@ -109,6 +110,9 @@ class Worker:
                     self.validator.draw()
                 if validates or plan.checkpoint_due(state.step):
                     self.rest_from_training()
+                if validates and state.step < plan.total_updates and self.job.follower:
+                    self.job.follower.validated()
+                    self.pending.restart_clock()
             self.finish()
         finally:
             for part in (self.metrics_log, self.validator, self.trackers):
@@ -156,6 +160,8 @@ class Worker:
                 UpdateMetrics(state.step, loss, metrics.lr, metrics.grad_norm, state.samples, rate, time.time())
             )
             self.record()
+        if self.job.follower:
+            self.job.follower.updated()
 
     def next_input(self, inputs: Iterator[tuple[Batch, Draws]]) -> tuple[Batch, Draws]:
         try:

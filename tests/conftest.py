@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 
+# A shell ignores Ctrl-C for what it starts with `&`, and so would all that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Nothing of what is tested goes into the caches of who runs the tests.

@@ -93,6 +93,7 @@ OWN_FLAGS: dict[str, tuple[str, Any]] = {
     "license": ("STR", None),
     "control_fidelity": ("STR", None),
     "guidance_scale": ("FLOAT", 7.5),
+    "tracker_group": ("STR", None),
 }
 
 Settings = dict[str, Any]

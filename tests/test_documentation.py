@@ -5,6 +5,7 @@ Every block of code in README follows a comment that says what tests do with it:
     <!-- tests: run -->               run here, in a folder with the data, base model and files that README speaks of
     <!-- tests: slow -->              the same, with `-m slow`
     <!-- tests: job -->, cluster      run against a Ray head by test_job_submit.py
+    <!-- tests: sweep -->             run with settings that make it short
     <!-- tests: skip, REASON -->      cannot run in a test
     <!-- tests: FILE -->              the content of a file that the other blocks use
 """
@@ -37,6 +38,8 @@ from raycontrolnet.demo import FOLDER, demo_settings, run_demo
 from raycontrolnet.demo.shapes import draw_row
 from raycontrolnet.errors import Interrupted, RunError, UserError
 from raycontrolnet.run import metrics
+from raycontrolnet.tune.settings import SweepSettings
+from raycontrolnet.tune.space import read_space
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -186,11 +189,13 @@ FIRST, *OTHERS = (found for found in BLOCKS if found.kind == "run")
 def test_readme_is_read() -> None:
     assert Counter(found.kind for found in BLOCKS) == {
         "run": 6,
-        "slow": 6,
+        "slow": 7,
         "job": 1,
         "cluster": 1,
         "skip": 4,
+        "sweep": 1,
         "metadata.jsonl": 1,
+        "space.yaml": 1,
     }
     assert len(BLOCKS) == len(re.findall(r"^```\w+$", README, re.M)), "a block without a comment for the tests"
     assert FIRST.output_dirs == ["my-controlnet"]
@@ -219,6 +224,9 @@ def test_block_runs(found: Block, trained: Path) -> None:
         assert float(before[0]) < 0.4
         assert float(after[0]) >= 0.85
         assert int(after[1]) >= 90
+    elif "examples/sweep.py" in found.command:
+        assert output.count("finished: val_loss") + output.count("stopped: val_loss") == 4
+        assert (trained / "example-sweep" / "best" / "diffusion_pytorch_model.safetensors").is_file()
     elif "--validation_image" in found.command:
         entries = {path.name for path in (trained / "validated-controlnet" / "validation").glob("step-*/*.png")}
         assert len(entries) == 6  # for each of two pairs an image, the control image and a grid
@@ -260,6 +268,26 @@ def test_the_table_of_what_a_run_leaves(tiny_settings: dict[str, Any], circles: 
     assert re.fullmatch(r"step-\d{6}", next((result.output_dir / "validation").iterdir()).name)
 
 
+def test_the_sweep_and_what_it_leaves(workspace: Path, tmp_path: Path) -> None:
+    """The command, on so few rows that none can be held out; the table below it, and the default space above."""
+    (found,) = (block for block in BLOCKS if block.kind == "sweep")
+    short = "--objective loss --report_to tensorboard --max_train_steps 2 --validation_steps 1 --num_samples 1"
+    result = run(["bash", "-euo", "pipefail", "-c", f"{found.command.rstrip()} {short}"], workspace)
+    assert result.returncode == 0, result.stdout
+    assert "the best is in" in result.stdout
+    (output_dir,) = found.output_dirs
+    section = README.split("## Finding settings")[1].split("\n## ")[0]
+    table = section.split("In `--output_dir`:")[1].split("\n\n")[1]
+    names = {name for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in re.findall(r"`(.*?)`", row)}
+    left = {path.name for path in (workspace / output_dir).iterdir() if not path.name.startswith(".")}
+    assert left == names
+    best = workspace / output_dir / "best" / "config.yaml"
+    assert cli.parse_train(["--config", str(best)]).max_train_steps == 2
+    file = tmp_path / "space.yaml"
+    file.write_text(block("space.yaml").text)
+    assert read_space(file) == read_space(None)
+
+
 def test_data_in_the_forms_of_readme(workspace: Path, tmp_path: Path) -> None:
     source = open_source(TrainConfig(pretrained_model_name_or_path="base", train_data_dir=str(workspace / "my-images")))
     assert len(source) == 2
@@ -278,7 +306,8 @@ def test_settings_table() -> None:
         group: re.findall(r"`--(\w+)`", names)
         for group, names in re.findall(r"^\| (\w+) \| (`--.*) \|$", section, re.M)
     }
-    assert table == {group.__doc__: [field.name for field in dataclasses.fields(group)] for group in GROUPS}
+    groups = (*GROUPS, SweepSettings)
+    assert table == {group.__doc__: [field.name for field in dataclasses.fields(group)] for group in groups}
     assert sum(map(len, table.values())) >= 58
 
 
@@ -291,6 +320,7 @@ def test_flags_exist(path: str, at_least: int) -> None:
     flags = re.findall(r"(?<![\w-])--(\w+)(?![\w-])", (ROOT / path).read_text(encoding="utf-8"))
     assert len(flags) >= at_least
     ours = {*setting_types(), *setting_types(GenerateConfig), *setting_types(ConditionConfig), "config", "help"}
+    ours |= {*setting_types(SweepSettings)}
     assert set(flags) - ours - of_others == set()
 
 
@@ -299,13 +329,18 @@ def test_commands_and_flags_are_in_help(capsys: pytest.CaptureFixture[str]) -> N
     usage = capsys.readouterr().out
     shell = "\n".join(found.text for found in BLOCKS if found.language == "bash")
     commands = set(re.findall(r"raycontrolnet ([a-z]+)\b", shell))
-    assert commands == {"train", "prepare", "condition", "generate", "demo"}
+    assert commands == {"train", "tune", "prepare", "condition", "generate", "demo"}
     assert commands <= set(re.findall(r"raycontrolnet ([a-z]+)\b", usage))
     with pytest.raises(SystemExit) as exit_info:
         cli.main(["train", "--help"])
     assert exit_info.value.code == 0
     help_text = capsys.readouterr().out
     assert [name for name in setting_types() if f"--{name}" not in help_text] == []
+    with pytest.raises(SystemExit):
+        cli.main(["tune", "--help"])
+    help_text = capsys.readouterr().out
+    of_a_sweep = [*setting_types(), *setting_types(SweepSettings)]
+    assert [name for name in of_a_sweep if f"--{name}" not in help_text] == []
 
 
 def test_exit_codes() -> None:
@@ -332,7 +367,7 @@ def test_contributing_names_files() -> None:
     assert spec.origin is not None
     package = Path(spec.origin).parent
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    names = re.findall(r"`((?:tests/|data/|model/|run/)?[\w/]+\.(?:py|md|toml))`", text)
+    names = re.findall(r"`((?:tests/|data/|model/|run/|tune/)?[\w/]+\.(?:py|md|toml))`", text)
     assert len(names) >= 15
     assert [name for name in names if not (package / name).is_file() and not (ROOT / name).is_file()] == []
 
@@ -345,6 +380,17 @@ def test_example_settings_file(workspace: Path, monkeypatch: pytest.MonkeyPatch)
     assert uncommented.count("\n") == text.count("\n")
     Path("uncommented.yaml").write_text(uncommented)
     assert cli.parse_train(["--config", "uncommented.yaml"]).gradient_checkpointing
+
+
+def test_example_sweep_file(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workspace)
+    text = Path("examples/sweep.yaml").read_text(encoding="utf-8")
+    config = cli.parse_tune(["--config", "examples/sweep.yaml", "--num_samples", "2"])
+    assert (config.num_samples, config.grace_period, config.train.max_train_steps) == (2, 2000, 8000)
+    assert list(config.parsed_space) == ["learning_rate", "lr_scheduler", "proportion_empty_prompts"]
+    uncommented = re.sub(r"^# (\w+: )", r"\1", text, flags=re.M)
+    Path("uncommented-sweep.yaml").write_text(uncommented.partition("\n")[2])
+    assert cli.parse_tune(["--config", "uncommented-sweep.yaml"]).gpus_per_trial == 0.5
 
 
 def test_example_script_on_own_data(workspace: Path) -> None:

@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("encode_latents", "latent_plan", "make_conditions"),
     ("condition_images", "generate_images", "prepare_latents"),
     ("latents_of_run",),
+    ("launch",),
     ("train",),
     ("tune",),
     ("demo",),  # stands beside the others; what it may import is what is below cli
@@ -39,8 +40,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 """From the bottom up. A module imports from lower layers, and from its own folder."""
 
 RAY_DRIVERS = {
-    "cluster", "train_controlnet", "train", "encode_latents", "make_conditions", "tune", "validate_beside",
-    "validate_controlnet", "data.stream",
+    "cluster", "train_controlnet", "launch", "encode_latents", "make_conditions", "validate_beside",
+    "validate_controlnet", "data.stream", "tune.keeper", "tune.proposals", "tune.sweep", "tune.trial", "tune.tuner",
 }  # fmt: skip
 """Modules that may import ray."""
 

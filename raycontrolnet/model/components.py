@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+import weakref
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,31 +13,22 @@ import torch
 from torch import Tensor
 
 from raycontrolnet.errors import UserError
-from raycontrolnet.model.diffusion import PREDICTION_TYPES
+from raycontrolnet.model import kept
+from raycontrolnet.model.base import Base, loaded, read_base
 from raycontrolnet.settings import ModelConfig
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 
-Loaded = TypeVar("Loaded")
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 @dataclass
-class Components:
+class Components(Base):
     """Everything that a training step and a validation image need; all but `controlnet` frozen."""
 
-    tokenizer: CLIPTokenizer
-    text_encoder: CLIPTextModel
-    vae: AutoencoderKL
-    unet: UNet2DConditionModel
-    noise_scheduler: DDPMScheduler
     controlnet: ControlNetModel
     """fp32, trained."""
-
-    def frozen(self) -> tuple[torch.nn.Module, ...]:
-        return self.text_encoder, self.vae, self.unet
 
 
 def working_precision(mixed_precision: str | None) -> torch.dtype:
@@ -54,7 +47,7 @@ def load_components(
     controlnet_flag: str = "controlnet_model_name_or_path",
     vae_device: torch.device | None = None,
 ) -> Components:
-    """Load the base model and make or load the ControlNet.
+    """Load the base model, unless it is kept from the run before (`model.kept`), and make or load the ControlNet.
 
     Args:
         vae_device: where the VAE waits, if not on `device`.
@@ -67,46 +60,37 @@ def load_components(
     Raises:
         UserError: if a part is missing or unreadable, or the model is of a kind that cannot be trained.
     """
-    from diffusers import DDPMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    copied = not (controlnet_path or model.controlnet_model_name_or_path)
+    identity = kept.identity_if_kept(model, device=device, dtype=dtype)
+    found = kept.find(identity, initial=copied) if identity else None
+    base = found.renewed() if found else read_base(model, dtype=dtype, token=token)
+    if controlnet_path:
+        controlnet = load_controlnet(controlnet_path)
+    elif model.controlnet_model_name_or_path:
+        controlnet = _named_controlnet(model, base.unet, token, controlnet_flag)
+    elif found:
+        controlnet = _copied_again(found, seed)
+    else:  # before the UNet's weights are rounded
+        controlnet = _copied_controlnet(base.unet, seed)
+    _make_ready(base, device=device, dtype=dtype, vae_device=vae_device or device)
+    if identity and not found:
+        found = kept.keep(identity, base, controlnet if copied else None, seed)
+    on_device(controlnet.requires_grad_(True).train(), device)
+    if found:
+        found.trained = weakref.ref(next(controlnet.parameters()))
+    return Components(**vars(base), controlnet=controlnet)
 
-    base = model.pretrained_model_name_or_path
-    hub: dict[str, Any] = {"revision": model.revision, "cache_dir": model.cache_dir, "token": token}
-    weights = hub | {"variant": model.variant}
 
-    def part(load: Callable[..., Loaded], subfolder: str, **options: Any) -> Loaded:
-        return _loading("pretrained_model_name_or_path", base, load, subfolder=subfolder, **options)
-
-    noise_scheduler = part(DDPMScheduler.from_pretrained, "scheduler", **hub)
-    # fp32 first: the ControlNet is copied from the UNet's weights as they are stored, not rounded.
-    unet = part(UNet2DConditionModel.from_pretrained, "unet", torch_dtype=torch.float32, **weights)
-    _check_trainable(base, unet, noise_scheduler)
-    if model.tokenizer_name:
-        tokenizer = _loading("tokenizer_name", model.tokenizer_name, CLIPTokenizer.from_pretrained, **hub)
-    else:
-        tokenizer = part(CLIPTokenizer.from_pretrained, "tokenizer", **hub)
-    text_encoder = part(CLIPTextModel.from_pretrained, "text_encoder", dtype=dtype, **weights)
-    _check_tokenizer(model, tokenizer, text_encoder)
-    components = Components(
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        vae=load_vae(model, dtype=dtype, token=token),
-        unet=unet,
-        noise_scheduler=noise_scheduler,
-        controlnet=load_controlnet(controlnet_path)
-        if controlnet_path
-        else _make_controlnet(model, unet, seed, token, controlnet_flag),
-    )
-    for module in components.frozen():
-        module.requires_grad_(False).eval().to(vae_device if vae_device and module is components.vae else device)
+def _make_ready(base: Base, *, device: torch.device, dtype: torch.dtype, vae_device: torch.device) -> None:
+    """Freeze the base model and put it where and as it is used; a second time changes nothing."""
+    for module in base.frozen():
+        module.requires_grad_(False).eval().to(vae_device if module is base.vae else device)
     if dtype != torch.float32:
-        unet.to(dtype)
+        base.unet.to(dtype)
     # The layout that convolutions want: 11% off a step on a CPU (tests/benchmarks/RESULTS.md). The ControlNet's
     # activations follow, its weights stay as they are saved.
-    unet.to(memory_format=torch.channels_last)
-    on_device(unet, device)
-    on_device(components.controlnet.requires_grad_(True).train(), device)
-    return components
+    base.unet.to(memory_format=torch.channels_last)
+    on_device(base.unet, device)
 
 
 def on_device(module: Module, device: torch.device) -> Module:
@@ -116,27 +100,6 @@ def on_device(module: Module, device: torch.device) -> Module:
     if device.type == "cpu":
         pad_narrow_heads(module)
     return module.to(device)
-
-
-def load_vae(model: ModelConfig, *, dtype: torch.dtype, token: str | None = None) -> AutoencoderKL:
-    """The base model's VAE, on the CPU.
-
-    Raises:
-        UserError: if it is missing or unreadable.
-    """
-    from diffusers import AutoencoderKL
-
-    return _loading(
-        "pretrained_model_name_or_path",
-        model.pretrained_model_name_or_path,
-        AutoencoderKL.from_pretrained,
-        subfolder="vae",
-        torch_dtype=dtype,
-        revision=model.revision,
-        variant=model.variant,
-        cache_dir=model.cache_dir,
-        token=token,
-    )
 
 
 def encode_images(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +112,7 @@ def load_controlnet(name_or_path: str, flag: str = "controlnet_model_name_or_pat
     """A ControlNet from a folder or the Hub, its weights raised to fp32."""
     from diffusers import ControlNetModel
 
-    controlnet = _loading(flag, name_or_path, ControlNetModel.from_pretrained, torch_dtype=torch.float32, **options)
+    controlnet = loaded(flag, name_or_path, ControlNetModel.from_pretrained, torch_dtype=torch.float32, **options)
     # Off the mapped file, where they lie at odd addresses: MKL rounds differently there, and a run that goes on must
     # compute what it would have computed.
     for weight in controlnet.parameters():
@@ -157,68 +120,43 @@ def load_controlnet(name_or_path: str, flag: str = "controlnet_model_name_or_pat
     return controlnet
 
 
-def _make_controlnet(
-    model: ModelConfig, unet: UNet2DConditionModel, seed: int, token: str | None, flag: str
-) -> ControlNetModel:
+def _named_controlnet(model: ModelConfig, unet: UNet2DConditionModel, token: str | None, flag: str) -> ControlNetModel:
+    name_or_path = model.controlnet_model_name_or_path
+    assert name_or_path
+    controlnet = load_controlnet(name_or_path, flag, cache_dir=model.cache_dir, token=token)
+    for name in ("cross_attention_dim", "block_out_channels", "layers_per_block"):
+        own, wanted = (_listed(module.config[name]) for module in (controlnet, unet))
+        if own != wanted:
+            raise UserError(
+                f"--{flag}={name_or_path}: made for another base model ({name} {own}, the base model's UNet has "
+                f"{wanted})"
+            )
+    return controlnet
+
+
+def _copied_controlnet(unet: UNet2DConditionModel, seed: int) -> ControlNetModel:
     from diffusers import ControlNetModel
 
-    if name_or_path := model.controlnet_model_name_or_path:
-        controlnet = load_controlnet(name_or_path, flag, cache_dir=model.cache_dir, token=token)
-        for name in ("cross_attention_dim", "block_out_channels", "layers_per_block"):
-            own, wanted = (_listed(module.config[name]) for module in (controlnet, unet))
-            if own != wanted:
-                raise UserError(
-                    f"--{flag}={name_or_path}: made for another base model ({name} {own}, the base model's UNet has "
-                    f"{wanted})"
-                )
-        return controlnet
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return ControlNetModel.from_unet(unet)
 
 
+def _copied_again(found: kept.Kept, seed: int) -> ControlNetModel:
+    """What `_copied_controlnet` made of the UNet as it was read; the seed, too, may be another."""
+    assert found.initial is not None
+    if seed != found.seed:
+        initial = _copied_controlnet(found.base.unet, seed)
+        weights = found.initial.state_dict()
+        of_unet = {name: weights[name] for name in weights if not name.startswith("controlnet_cond_embedding.")}
+        initial.load_state_dict(of_unet, strict=False)
+        found.initial, found.seed = initial, seed
+    return copy.deepcopy(found.initial)
+
+
 def _listed(value: Any) -> Any:
     """Tuples as lists, which they become in files."""
     return list(value) if isinstance(value, tuple) else value
-
-
-def _check_trainable(base: str, unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler) -> None:
-    prediction_type = noise_scheduler.config["prediction_type"]
-    if prediction_type not in PREDICTION_TYPES:
-        raise UserError(
-            f"--pretrained_model_name_or_path={base}: its scheduler's prediction_type is {prediction_type!r}; "
-            f"only {' and '.join(PREDICTION_TYPES)} can be trained"
-        )
-    if unet.config["in_channels"] != 4 or unet.config["addition_embed_type"] is not None:
-        raise UserError(
-            f"--pretrained_model_name_or_path={base}: not a text-to-image Stable Diffusion 1.x or 2.x model "
-            f"(UNet with {unet.config['in_channels']} input channels, addition_embed_type "
-            f"{unet.config['addition_embed_type']}); inpainting and SDXL models cannot be trained"
-        )
-
-
-def _check_tokenizer(model: ModelConfig, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
-    """Transformers makes an empty tokenizer, of endless length, of a folder without one."""
-    most = text_encoder.config.max_position_embeddings
-    if tokenizer.model_max_length > most:
-        flag = "tokenizer_name" if model.tokenizer_name else "pretrained_model_name_or_path"
-        raise UserError(
-            f"--{flag}={getattr(model, flag)}: its tokenizer is missing or of another model (model_max_length "
-            f"{tokenizer.model_max_length:.4g}, the text encoder takes {most} tokens)"
-        )
-
-
-def _loading(flag: str, name: str, load: Callable[..., Loaded], **options: Any) -> Loaded:
-    """`load(name, **options)`, with the libraries' many errors turned into one that names the flag."""
-    try:
-        return load(name, **options)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        what = f" ({options['subfolder']})" if "subfolder" in options else ""
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"--{flag}={name}: cannot be loaded{what}: {reason}. Give a folder in diffusers' layout or a Hub id; "
-            "a private one needs --hub_token or `hf auth login`"
-        ) from error
 
 
 def enable_memory_savers(components: Components, *, gradient_checkpointing: bool, xformers: bool) -> None:

@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from raycontrolnet.data.records import UInt8Image
-from raycontrolnet.model.components import encode_images, load_vae
+from raycontrolnet.model.base import load_vae
+from raycontrolnet.model.components import encode_images
 from raycontrolnet.model.diffusion import MAX_LOGVAR, MIN_LOGVAR
 from raycontrolnet.settings import ModelConfig
 

@@ -7,7 +7,9 @@ drawn, so that nothing else waits for it.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from html import escape
 from io import StringIO
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,13 +30,16 @@ MARKED_POINTS = 40
 STANDARD_ERRORS = 2
 """Drawn, and written, to either side of a control gap or fidelity."""
 
-_SIZE = (5.0, 3.0)
+SIZE = (5.0, 3.0)
 """Inches of 72 units: at 360 units to the width of a phone, text of 12 units is read without glasses."""
-_PAINTS = {
-    name: f"#0{i}0{i}0{i}"
-    for i, name in enumerate(("ink", "grid", "loss", "held-out", "gap", "speed", "lr", "fidelity"), 1)
-}
-"""Name of a CSS variable -> the colour that stands for it while matplotlib draws, and occurs nowhere else."""
+
+
+def stand_ins(variables: Sequence[str], first: int = 1) -> dict[str, str]:
+    """Name of a CSS variable -> the colour that stands for it while matplotlib draws, and occurs nowhere else."""
+    return {variable: "#" + 3 * f"{grey:02x}" for grey, variable in enumerate(variables, first)}
+
+
+PAINTS = stand_ins(("ink", "grid", "loss", "held-out", "gap", "speed", "lr", "fidelity"))
 
 
 class Points(NamedTuple):
@@ -78,26 +83,26 @@ def finite(x: Column, y: Column) -> tuple[Column, Column]:
 
 def loss(steps: Column, losses: Column, held_out_steps: Column, held_out_losses: Column) -> str:
     """Loss of the updates, with its spread, and on the held-out rows (which may be none)."""
-    axes = _axes()
+    axes = new_axes()
     limits = _smooth_over_raw(axes, *finite(steps, losses), "loss")
     _line(axes, held_out_steps, held_out_losses, "held-out", zorder=4)
-    _limit(axes, *limits, *held_out_losses)
-    return _svg(axes, "loss", "loss over the steps")
+    limit(axes, *limits, *held_out_losses)
+    return svg(axes, "loss", "loss over the steps")
 
 
 def images_per_second(steps: Column, rates: Column) -> str:
-    axes = _axes()
+    axes = new_axes()
     limits = _smooth_over_raw(axes, *finite(steps, rates), "speed")
-    _limit(axes, 0.0, *limits)
-    return _svg(axes, "speed", "images per second over the steps")
+    limit(axes, 0.0, *limits)
+    return svg(axes, "speed", "images per second over the steps")
 
 
 def learning_rate(steps: Column, rates: Column) -> str:
-    axes = _axes()
+    axes = new_axes()
     x, y, *_ = thin(*finite(steps, rates))
     _line(axes, x, y, "lr")
-    _limit(axes, 0.0, *y)
-    return _svg(axes, "lr", "learning rate over the steps")
+    limit(axes, 0.0, *y)
+    return svg(axes, "lr", "learning rate over the steps")
 
 
 def control_gap(steps: Column, gaps: Column, errors: Column, appeared_at: int | None) -> str:
@@ -106,43 +111,43 @@ def control_gap(steps: Column, gaps: Column, errors: Column, appeared_at: int | 
     Args:
         errors: standard error of each gap.
     """
-    axes = _axes()
+    axes = new_axes()
     low, high = gaps - STANDARD_ERRORS * errors, gaps + STANDARD_ERRORS * errors
-    axes.axhline(0, color=_PAINTS["ink"], linewidth=0.8)
+    axes.axhline(0, color=PAINTS["ink"], linewidth=0.8)
     if steps.size == 1:
-        axes.vlines(steps, low, high, color=_PAINTS["gap"], alpha=0.4, linewidth=4)
-    axes.fill_between(steps, low, high, color=_PAINTS["gap"], alpha=0.25, linewidth=0)
+        axes.vlines(steps, low, high, color=PAINTS["gap"], alpha=0.4, linewidth=4)
+    axes.fill_between(steps, low, high, color=PAINTS["gap"], alpha=0.25, linewidth=0)
     _line(axes, steps, gaps, "gap")
     if appeared_at is not None:
-        axes.axvline(appeared_at, color=_PAINTS["gap"], linewidth=1.5, linestyle=(0, (4, 3)))
-    _limit(axes, 0.0, *low, *high)
-    return _svg(axes, "gap", "control gap over the steps")
+        axes.axvline(appeared_at, color=PAINTS["gap"], linewidth=1.5, linestyle=(0, (4, 3)))
+    limit(axes, 0.0, *low, *high)
+    return svg(axes, "gap", "control gap over the steps")
 
 
 def control_fidelity(steps: Column, means: Column, errors: Column) -> str:
     """The control fidelity with its standard errors, which are nan where a single image was drawn."""
-    axes = _axes()
+    axes = new_axes()
     reach = STANDARD_ERRORS * np.nan_to_num(errors)
-    axes.fill_between(steps, means - reach, means + reach, color=_PAINTS["fidelity"], alpha=0.25, linewidth=0)
+    axes.fill_between(steps, means - reach, means + reach, color=PAINTS["fidelity"], alpha=0.25, linewidth=0)
     _line(axes, steps, means, "fidelity")
-    _limit(axes, 0.0, *(means + reach))
-    return _svg(axes, "fidelity", "control fidelity over the steps")
+    limit(axes, 0.0, *(means + reach))
+    return svg(axes, "fidelity", "control fidelity over the steps")
 
 
-def _axes() -> Axes:
-    """Empty axes on a figure of their own, over a count of steps."""
+def new_axes(label: str = "step", size: tuple[float, float] = SIZE) -> Axes:
+    """Empty axes on a figure of their own, over `label`, which is a count of steps or another number."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    with _style():
-        figure = Figure(figsize=_SIZE, layout="constrained", facecolor="none")
+    with own_style():
+        figure = Figure(figsize=size, layout="constrained", facecolor="none")
         axes = figure.add_subplot(facecolor="none")
-        axes.set_xlabel("step", color=_PAINTS["ink"], size=12)
+        axes.set_xlabel(label, color=PAINTS["ink"], size=12)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
-        spine.set_color(_PAINTS["grid"])
-    axes.grid(axis="y", color=_PAINTS["grid"], linewidth=0.8)
-    axes.tick_params(colors=_PAINTS["ink"], labelsize=12, length=0)
+        spine.set_color(PAINTS["grid"])
+    axes.grid(axis="y", color=PAINTS["grid"], linewidth=0.8)
+    axes.tick_params(colors=PAINTS["ink"], labelsize=12, length=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -151,11 +156,11 @@ def _axes() -> Axes:
     return axes
 
 
-def _style() -> AbstractContextManager[None]:
-    """matplotlib's own style, whatever the user's is (LaTeX, say), and letters that stay letters."""
+def own_style() -> AbstractContextManager[None]:
+    """matplotlib's own style, whatever the user's is (LaTeX, say), and letters that stay letters, dollars too."""
     import matplotlib.style
 
-    return matplotlib.style.context(["default", {"svg.fonttype": "none"}])
+    return matplotlib.style.context(["default", {"svg.fonttype": "none", "text.parse_math": False}])
 
 
 def short(number: float) -> str:
@@ -172,9 +177,9 @@ def _smooth_over_raw(axes: Axes, x: Column, y: Column, paint: str) -> list[float
         return []
     raw, smoothed = thin(x, y), thin(x, smooth(y))
     if x.size > MOST_POINTS:
-        axes.fill_between(raw.x, raw.low, raw.high, color=_PAINTS[paint], alpha=0.2, linewidth=0)
+        axes.fill_between(raw.x, raw.low, raw.high, color=PAINTS[paint], alpha=0.2, linewidth=0)
     else:
-        axes.plot(raw.x, raw.mean, color=_PAINTS[paint], alpha=0.35, linewidth=1)
+        axes.plot(raw.x, raw.mean, color=PAINTS[paint], alpha=0.35, linewidth=1)
     _line(axes, smoothed.x, smoothed.mean, paint, marked=x.size == 1)
     return [*np.percentile(y, [1, 99]), smoothed.mean.min(), smoothed.mean.max()]
 
@@ -182,10 +187,10 @@ def _smooth_over_raw(axes: Axes, x: Column, y: Column, paint: str) -> list[float
 def _line(axes: Axes, x: Column, y: Column, paint: str, *, marked: bool | None = None, zorder: float = 3) -> None:
     if marked is None:
         marked = x.size <= MARKED_POINTS
-    axes.plot(x, y, color=_PAINTS[paint], linewidth=2.2, marker="o" if marked else "", markersize=4.5, zorder=zorder)
+    axes.plot(x, y, color=PAINTS[paint], linewidth=2.2, marker="o" if marked else "", markersize=4.5, zorder=zorder)
 
 
-def _limit(axes: Axes, *values: float) -> None:
+def limit(axes: Axes, *values: float) -> None:
     """Let the vertical axis hold `values`, and a little more."""
     if not values:
         return
@@ -194,9 +199,13 @@ def _limit(axes: Axes, *values: float) -> None:
     axes.set_ylim(low if low == 0 else low - margin, high + margin)
 
 
-def _svg(axes: Axes, name: str, title: str) -> str:
-    """The figure of `axes` as an `<svg>` for a page that holds others: `name` makes its ids its own."""
-    with StringIO() as file, _style():
+def svg(axes: Axes, name: str, title: str, paints: Mapping[str, str] = PAINTS) -> str:
+    """The figure of `axes` as an `<svg>` for a page that holds others: `name` makes its ids its own.
+
+    Args:
+        paints: see `stand_ins`.
+    """
+    with StringIO() as file, own_style():
         figure: Any = axes.figure
         figure.savefig(file, format="svg")
         drawn = file.getvalue()
@@ -208,6 +217,6 @@ def _svg(axes: Axes, name: str, title: str) -> str:
     body = re.sub(r"\s*\n\s*", " ", body)
     ids = {found: f"{name}-{i}" for i, found in enumerate(dict.fromkeys(re.findall(r'\bid="([^"]+)"', body)))}
     body = re.sub(r'(\bid="|url\(#|href="#)([^")]+)', lambda link: link[1] + ids[link[2]], body)
-    for variable, colour in _PAINTS.items():
+    for variable, colour in paints.items():
         body = body.replace(colour, f"var(--{variable})")
-    return f'<svg viewBox="{box[1]}" role="img" aria-label="{title}">{body}'
+    return f'<svg viewBox="{box[1]}" role="img" aria-label="{escape(title)}">{body}'

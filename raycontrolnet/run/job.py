@@ -21,6 +21,7 @@ from raycontrolnet.run import checkpoint as checkpoints
 from raycontrolnet.run import held_out, validation
 from raycontrolnet.run.checkpoint import Checkpoint
 from raycontrolnet.run.failures import FAILURE
+from raycontrolnet.run.follower import Follower
 from raycontrolnet.run.images import ImageItem
 
 LOG = "run.log"
@@ -60,6 +61,8 @@ class Job:
     """Or, for workers on Ray, a reference to it in Ray's object store."""
     spare: Mapping[str, Any] | None = None
     """Ray's options for an actor that draws validation images beside the training, if there is room for one."""
+    follower: Follower | None = None
+    """Of a run in the caller's process."""
 
     @property
     def local(self) -> bool:

@@ -1,4 +1,4 @@
-"""report.html, kept up to date by the driver while a run goes on."""
+"""report.html, kept up to date by the driver while a run, or a sweep, goes on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,39 +22,46 @@ LOWEST_PRIORITY = 19
 
 
 @contextmanager
-def report_kept(output_dir: Path) -> Iterator[None]:
-    """Write the report now and then, and at the end, whatever that is. Errors are logged: no report is worth a run."""
+def report_kept(
+    output_dir: Path, write: Callable[[Path], object] = write_report, files: str = metrics.NAME
+) -> Iterator[None]:
+    """Write the report now and then, and at the end, whatever that is. Errors are logged: no report is worth a run.
+
+    Args:
+        write: writes it.
+        files: pattern of those in `output_dir` that change when there is something new to show.
+    """
     over = threading.Event()
-    thread = threading.Thread(target=_rewrite, args=(output_dir, over), name="report", daemon=True)
+    thread = threading.Thread(target=_rewrite, args=(output_dir, write, files, over), name="report", daemon=True)
     thread.start()
     try:
         yield
     finally:
         over.set()
         thread.join()
-        _write(output_dir)
+        _write(output_dir, write)
 
 
-def _rewrite(output_dir: Path, over: threading.Event) -> None:
+def _rewrite(output_dir: Path, write: Callable[[Path], object], files: str, over: threading.Event) -> None:
     with suppress(OSError, AttributeError):  # only Linux has priorities of threads
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
-    seen, wait_s = _state(output_dir), INTERVAL_S
+    seen, wait_s = _state(output_dir, files), INTERVAL_S
     while not over.wait(wait_s):
-        if (state := _state(output_dir)) != seen:
+        if (state := _state(output_dir, files)) != seen:
             seen, started = state, time.monotonic()
-            _write(output_dir)
+            _write(output_dir, write)
             wait_s = max(INTERVAL_S, COST_FACTOR * (time.monotonic() - started))
 
 
-def _state(output_dir: Path) -> float | None:
+def _state(output_dir: Path, files: str) -> float | None:
     """Changes when there is something new to show."""
     with suppress(OSError):
-        return (output_dir / metrics.NAME).stat().st_mtime
+        return max((file.stat().st_mtime for file in output_dir.glob(files)), default=None)
     return None
 
 
-def _write(output_dir: Path) -> None:
+def _write(output_dir: Path, write: Callable[[Path], object]) -> None:
     try:
-        write_report(output_dir)
+        write(output_dir)
     except Exception:
         logger.warning("report.html could not be written", exc_info=True)

@@ -23,7 +23,9 @@ TAGS = (
     "diffusers-training",
 )
 
-_OF_THE_MACHINE = {"address", "cache_dir", "hub_model_id", "logging_dir", "output_dir", "push_to_hub"}
+_OF_THE_MACHINE = {
+    "address", "cache_dir", "hub_model_id", "logging_dir", "output_dir", "push_to_hub", "tracker_group",
+}  # fmt: skip
 """Settings that say where a run was, not what it was."""
 
 _FACTS = {

@@ -52,8 +52,8 @@ class Recorded:
     @property
     def step(self) -> int:
         """Updates done, those of earlier parts of the run included."""
-        done = _number(self.status.get("step"))
-        if math.isnan(done):
+        done = number(self.status.get("step"))
+        if not math.isfinite(done):
             return int(self.updates["step"][-1]) if self.updates["step"].size else 0
         return int(done)
 
@@ -65,20 +65,20 @@ class Recorded:
     @property
     def total_updates(self) -> int | None:
         """Of the whole run, if known."""
-        total = _number(self.status.get("total_updates", self.settings.get("max_train_steps")))
-        return int(total) if total >= 1 else None
+        total = number(self.status.get("total_updates", self.settings.get("max_train_steps")))
+        return int(total) if 1 <= total < math.inf else None
 
     @property
     def last_sign_s(self) -> float | None:
         """When the run was last heard of, in unix seconds."""
-        started, seconds = _number(self.status.get("started")), _number(self.status.get("seconds"))
+        started, seconds = number(self.status.get("started")), number(self.status.get("seconds"))
         known = [time for time in (started + seconds, started, *self.updates["time"][-1:]) if math.isfinite(time)]
         return max(known, default=None)
 
     @property
     def seconds(self) -> float | None:
         """How long the run, or the part of it that was started last, has taken so far."""
-        started = _number(self.status.get("started"))
+        started = number(self.status.get("started"))
         return None if self.last_sign_s is None or math.isnan(started) else self.last_sign_s - started
 
     @property
@@ -97,30 +97,30 @@ class Recorded:
 
 def read(output_dir: Path) -> Recorded:
     """All records in `output_dir` but the pictures."""
-    status = _json(output_dir / STATUS)
+    status = read_json(output_dir / STATUS)
     timings = status.get("timings")
     if not isinstance(timings, dict):
-        timings = _json(output_dir / TIMINGS)
-    seconds = {str(name).removesuffix("_s"): _number(value) for name, value in timings.items()}
+        timings = read_json(output_dir / TIMINGS)
+    seconds = {str(name).removesuffix("_s"): number(value) for name, value in timings.items()}
     updates = _by_step(_lines(output_dir / metrics.NAME))
     run = Recorded(
         status=status,
         settings=_yaml(output_dir / "config.yaml"),
         seconds_by_phase={name: value for name, value in seconds.items() if math.isfinite(value) and value >= 0},
         updates={
-            name: np.array([_number(update.get(name)) for update in updates], dtype=np.float64)
+            name: np.array([number(update.get(name)) for update in updates], dtype=np.float64)
             for name in UPDATE_COLUMNS
         },
         held_out=[
             record
             for record in _by_step(_lines(output_dir / held_out.NAME))
-            if all(math.isfinite(_number(record.get(name))) for name in MEASUREMENT)
+            if all(math.isfinite(number(record.get(name))) for name in MEASUREMENT)
         ],
     )
     return replace(run, fidelity=validation.fidelity_by_step(output_dir, run.last_step))
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
     """`value` if it is a number, else nan."""
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
 
@@ -138,7 +138,8 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in `path`; empty if there is none."""
     try:
         content = json.loads(_text(path))
     except ValueError:

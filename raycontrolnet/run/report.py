@@ -7,29 +7,22 @@ Every text that comes from a file is escaped; a policy in the page's head forbid
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from raycontrolnet.config import TrainConfig
-from raycontrolnet.run import curves
+from raycontrolnet.run import curves, page
 from raycontrolnet.run.curves import STANDARD_ERRORS, Column
 from raycontrolnet.run.held_out import control_appeared
-from raycontrolnet.run.progress import duration
 from raycontrolnet.run.recorded import RECENT_UPDATES, Recorded, read
 from raycontrolnet.run.thumbnails import MOST_PAIRS, MOST_STEPS, PairHistory, pair_histories
 
-NAME = "report.html"
+NAME = page.NAME
 
-_STATES = ("running", "finished", "failed", "interrupted")
 _PHASES = {
     "start": "start of the workers",
     "model": "loading of the models",
@@ -56,50 +49,25 @@ def write_report(output_dir: Path) -> Path:
     output_dir = Path(output_dir)
     run = read(output_dir)
     pairs = pair_histories(output_dir, run.last_step)
-    page = _page(output_dir.resolve().name, run, pairs)
-    unfinished = output_dir / f".{NAME}.unfinished"
-    unfinished.write_bytes(page.encode("utf-8", "replace"))
-    os.replace(unfinished, output_dir / NAME)
-    return output_dir / NAME
+    return page.write(output_dir, _page(output_dir.resolve().name, run, pairs))
 
 
 def _page(name: str, run: Recorded, pairs: Sequence[PairHistory]) -> str:
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     sections = [*_summary(name, run), *_learning(run), *_pictures(run, pairs), *_speed(run), *_settings(run)]
-    body = "\n".join(sections)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<link rel="icon" href="data:,">
-<title>{escape(name)}: {escape(run.state)}</title>
-<style>
-{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
+    return page.frame(name, run.state, sections)
 
 
 def _summary(name: str, run: Recorded) -> Iterable[str]:
     """In words and a few figures: how far, how well, and what went wrong."""
-    kind = run.state if run.state in _STATES else ""
-    yield f'<div class="title"><h1>{escape(name)}</h1><span class="state {kind}">{escape(run.state)}</span></div>'
+    yield page.title(name, run.state)
     yield f"<p>{_how_far(run)}</p>"
     if run.total_updates:
-        yield f'<progress class="{kind}" value="{run.step}" max="{run.total_updates}"></progress>'
+        yield page.progress(run.state, run.step, run.total_updates)
     if cause := run.status.get("cause"):
         yield f'<p class="cause">{escape(str(cause))}</p>'
     kind, words = _control(run)
     yield f'<p class="control {kind}">{words}</p>'
-    yield '<dl class="figures">'
-    for title, value, note in _figures(run):
-        yield f"<div><dt>{title}</dt><dd><b>{value}</b><br><small>{note}</small></dd></div>"
-    yield "</dl>"
+    yield from page.figures(_figures(run))
 
 
 def _how_far(run: Recorded) -> str:
@@ -110,9 +78,9 @@ def _how_far(run: Recorded) -> str:
         else f"{run.step:,} update{'s' * (run.step != 1)}"
     )
     if run.seconds is not None:
-        words += f" in {_time(run.seconds)}"
+        words += f" in {page.time(run.seconds)}"
     if run.seconds_left is not None:
-        words += f", about {_time(run.seconds_left)} left"
+        words += f", about {page.time(run.seconds_left)} left"
     if run.last_sign_s is not None:
         seen = datetime.fromtimestamp(run.last_sign_s, timezone.utc)
         words += f'. <span class="pale seen">As of {seen:%Y-%m-%d %H:%M} UTC.</span>'
@@ -164,35 +132,26 @@ def _learning(run: Recorded) -> Iterable[str]:
         legend = {"loss": "training (smoothed; pale: single updates)"} | (
             {"held-out": "held-out rows"} if run.held_out else {}
         )
-        yield _card("Loss", legend, drawn)
+        yield page.card("Loss", legend, drawn)
     if run.held_out:
         appeared = _appeared(run)
         drawn = curves.control_gap(
             held_out["step"], _column(run, "control_gap"), _column(run, "control_gap_error"), appeared
         )
         at = "" if appeared is None else f"; control appears at step {appeared:,} (dashed)"
-        yield _card("Control gap", {"gap": f"loss with swapped control images less loss{at}"}, drawn)
+        yield page.card("Control gap", {"gap": f"loss with swapped control images less loss{at}"}, drawn)
     if len(run.fidelity) > 1:
         means, errors = np.array(list(run.fidelity.values()), dtype=np.float64).T
         drawn = curves.control_fidelity(np.array(list(run.fidelity), dtype=np.float64), means, errors)
-        yield _card("Control fidelity", {"fidelity": "how well validation images obey their control images"}, drawn)
+        yield page.card("Control fidelity", {"fidelity": "how well validation images obey their control images"}, drawn)
     if steps.size:
         drawn = curves.learning_rate(steps, run.updates["lr"])
-        yield _card("Learning rate", {}, drawn)
+        yield page.card("Learning rate", {}, drawn)
     yield "</div>"
 
 
 def _column(run: Recorded, name: str) -> Column:
     return np.array([record[name] for record in run.held_out], dtype=np.float64)
-
-
-def _card(title: str, legend: Mapping[str, str], content: str) -> str:
-    """A box of the page; `legend` names the curves by the CSS variables of their colours."""
-    entries = "".join(
-        f'<span><i style="background: var(--{colour})"></i>{words}</span>' for colour, words in legend.items()
-    )
-    legend_line = f'\n<p class="legend">{entries}</p>' if entries else ""
-    return f'<section class="card">\n<h3>{title}</h3>{legend_line}\n{content}\n</section>'
 
 
 def _pictures(run: Recorded, pairs: Sequence[PairHistory]) -> Iterable[str]:
@@ -225,9 +184,9 @@ def _speed(run: Recorded) -> Iterable[str]:
     yield '<h2>Speed</h2>\n<div class="cards">'
     if steps.size:
         drawn = curves.images_per_second(steps, run.updates["images_per_second"])
-        yield _card("Images per second", {"speed": "all workers together (smoothed; pale: single updates)"}, drawn)
+        yield page.card("Images per second", {"speed": "all workers together (smoothed; pale: single updates)"}, drawn)
     if run.seconds_by_phase:
-        yield _card("Time by phase", {}, _phases(run))
+        yield page.card("Time by phase", {}, _phases(run))
     yield "</div>"
 
 
@@ -240,38 +199,15 @@ def _phases(run: Recorded) -> str:
         named["everything else"] = rest
     whole = sum(named.values()) or 1.0
     items = [
-        f"<li><span>{escape(name)}</span><span>{_time(seconds)} · {seconds / whole:.0%}</span>"
+        f"<li><span>{escape(name)}</span><span>{page.time(seconds)} · {seconds / whole:.0%}</span>"
         f'<i style="width: {100 * seconds / whole:.1f}%"></i></li>'
         for name, seconds in named.items()
     ]
     if seconds := run.seconds_by_phase.get(_BESIDE):
-        items.append(f"<li><span>beside the training: images</span><span>{_time(seconds)}</span></li>")
+        items.append(f"<li><span>beside the training: images</span><span>{page.time(seconds)}</span></li>")
     return '<ul class="phases">\n' + "\n".join(items) + "\n</ul>"
 
 
-def _time(seconds: float) -> str:
-    return duration(seconds) if seconds >= 60 else f"{seconds:.3g} s"
-
-
 def _settings(run: Recorded) -> Iterable[str]:
-    defaults = {setting.name: setting.default for setting in dataclasses.fields(TrainConfig)}
-    secret = {setting.name for setting in dataclasses.fields(TrainConfig) if setting.metadata.get("secret")}
-    shown = {name: value for name, value in run.settings.items() if name not in secret}
-    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in shown.items()}
-    changed = {name: value for name, value in shown.items() if name not in defaults or plain[name] != defaults[name]}
-    if shown:
-        yield "<h2>Settings</h2>\n<p>Those that differ from their defaults:</p>"
-        yield _table(changed)
-        yield f"<details><summary>All {len(shown)} settings</summary>\n{_table(shown)}\n</details>"
-    if isinstance(versions := run.status.get("versions"), dict):
-        listed = ", ".join(f"{name} {version}" for name, version in versions.items())
-        yield f'<p class="pale">{escape(listed)}</p>'
-
-
-def _table(settings: Mapping[str, Any]) -> str:
-    shown = {name: json.dumps(value, ensure_ascii=False, default=str) for name, value in settings.items()}
-    rows = [
-        f"<tr><td>{escape(name).replace('_', '_<wbr>')}</td><td>{escape(value)}</td></tr>"
-        for name, value in shown.items()
-    ]
-    return "<table>\n" + "\n".join(rows) + "\n</table>"
+    yield from page.settings("Settings", run.settings)
+    yield from page.versions(run.status.get("versions"))

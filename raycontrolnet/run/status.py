@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raycontrolnet.errors import Interrupted
+from raycontrolnet.run.follower import Stopped
 from raycontrolnet.run.job import TIMINGS, read_timings
 
 STATUS = "run.json"
@@ -41,8 +42,10 @@ def status_kept(output_dir: Path, started: float, versions: dict[str, str]) -> I
         yield status
     except BaseException as error:
         if status["status"] == "running":
-            status["status"] = "interrupted" if isinstance(error, Interrupted) else "failed"
-            status["cause"] = str(error)
+            states = {Interrupted: "interrupted", Stopped: "stopped"}
+            status["status"] = states.get(type(error), "failed")
+            if str(error):
+                status["cause"] = str(error)
         raise
     finally:
         if "timings" not in status:  # of a run that did not come to its end

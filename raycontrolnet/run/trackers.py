@@ -68,6 +68,7 @@ class Run:
     settings: Mapping[str, Any]
     done_steps: int
     """Updates of the run before this start; above 0 the trackers' earlier curves are continued."""
+    group: str | None = None
 
     def kept_id(self, tracker: str) -> str:
         """The run's id at `tracker` (32 hex digits), kept in a file so that a continued run finds its own curves."""
@@ -124,6 +125,7 @@ class Wandb(Tracker):
             self._run: Any = wandb.init(
                 project=run.project,
                 name=run.name,
+                group=run.group,
                 dir=os.environ.get("WANDB_DIR", run.logging_dir),
                 config=dict(run.settings),
                 id=run.kept_id("wandb"),
@@ -237,6 +239,7 @@ def open_trackers(
     run_name: str,
     settings: Mapping[str, Any],
     done_steps: int = 0,
+    group: str | None = None,
 ) -> Trackers:
     """Open the trackers called `names` (see `resolve`), on rank 0 only.
 
@@ -244,10 +247,11 @@ def open_trackers(
         logging_dir: of the run; TensorBoard's files go to its folder `project`, as in the scripts that users know.
         settings: the hyperparameters to store. Secrets among them are left out.
         done_steps: updates done before this start, if the run continues.
+        group: of runs that belong together, where a tracker knows such.
     """
     secret = {setting.name for setting in fields(TrainConfig) if setting.metadata.get("secret")}
     public = {name: value for name, value in settings.items() if name not in secret}
-    run = Run(logging_dir.absolute(), project, run_name, public, done_steps)
+    run = Run(logging_dir.absolute(), project, run_name, public, done_steps, group)
     opened: dict[str, Tracker] = {}
     for name in names:
         _works(name, _open, name, run, opened)

@@ -1,0 +1,70 @@
+"""What happens to trials, in words: a line per event."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from raycontrolnet.run.progress import duration
+from raycontrolnet.tune.records import Trial
+from raycontrolnet.tune.table import control_since, figure, plain, settings_in_words, step_of
+
+
+class Event(NamedTuple):
+    words: str
+    failure: bool = False
+    """It should not go by unseen."""
+
+
+def event_of(
+    before: Trial | None, trial: Trial, objective: str, *, first: bool, live_step: int | None = None
+) -> Event | None:
+    """What became of a trial since `before`.
+
+    Args:
+        before: the trial as it was when it was last looked at; None if it was not known.
+        live_step: where its updates have come to, if that is known.
+        first: nothing was known before: how a trial that is at its end came there is no news.
+    """
+    record, name = trial.record, f"trial {trial.record.name}"
+    broke_at = _at(step_of(trial) if live_step is None else live_step)
+    former = None if before is None else before.record
+    if former is not None and record.attempts > former.attempts and not record.ended:
+        again = f"is tried again (attempt {record.attempts + 1})"
+        return Event(f"{name} failed{broke_at}{_why(record.cause)}; it {again}", failure=True)
+    if record.state == ("waiting" if former is None else former.state) or (first and record.state != "running"):
+        return None
+    match record.state:
+        case "running":
+            done = step_of(trial)
+            how = "started" if not done else f"goes on{_at(done)}"
+            return Event(f"{name} {how}: {settings_in_words(record.settings)}")
+        case "finished":
+            return Event(f"{name} finished{_at(step_of(trial))}: {_worth(trial, objective)}")
+        case "stopped":
+            worth = f"; {objective} {figure(objective, trial.value(objective))}"
+            return Event(f"{name} stopped{_at(step_of(trial))}{_why(record.cause)}{worth}")
+        case "failed":
+            return Event(f"{name} failed{broke_at}{_why(record.cause)}", failure=True)
+        case "interrupted":
+            return Event(f"{name} interrupted{broke_at}{_why(record.cause)}")
+    return None
+
+
+def _worth(trial: Trial, objective: str) -> str:
+    since = control_since(trial)
+    parts = [
+        f"{objective} {figure(objective, trial.value(objective))}",
+        "no control" if since is None else f"control since step {since}",
+        f"in {duration(trial.record.seconds)}",
+    ]
+    if "control_gap" not in trial.last:  # not measured: then nothing is known of control
+        del parts[1]
+    return ", ".join(parts)
+
+
+def _at(step: int | None) -> str:
+    return "" if step is None else f" at step {step}"
+
+
+def _why(cause: str | None) -> str:
+    return f": {plain(cause)}" if cause else ""

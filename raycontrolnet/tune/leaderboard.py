@@ -1,0 +1,98 @@
+"""The leaderboard of a sweep: leaderboard.csv for spreadsheets and pandas, and a short table for the terminal."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from raycontrolnet.run import checkpoint
+from raycontrolnet.tune.records import TRIALS, Trial, ranked
+from raycontrolnet.tune.table import Column, Now, columns_of, control_since, lay_out, plain, settings_of, step_of
+
+NAME = "leaderboard.csv"
+SETTING = "setting:"
+"""Stands before the name of a swept setting."""
+FIGURES = (
+    "val_loss",
+    "val_loss_shuffled",
+    "control_gap",
+    "control_appeared_at_step",
+    "control_fidelity",
+    "loss",
+    "images_per_second",
+)
+FORMULA_SIGNS = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "\t", "\r", "\n")
+"""A spreadsheet takes a text that begins so for a formula."""
+
+
+def write_leaderboard(sweep_dir: Path, trials: Sequence[Trial], objective: str) -> Path:
+    """Write leaderboard.csv, whole or not at all: a row per trial, in the order of `records.ranked`.
+
+    Numbers are written in full, settings as in trial.json; what is not known is empty. A text that a spreadsheet would
+    take for a formula gets an apostrophe in front.
+    """
+    settings = settings_of(trials)
+    figures = list(dict.fromkeys((objective, *FIGURES)))
+    names = ["rank", "trial", "state", "stopped_at", "step", *figures, "seconds", "checkpoint"]
+    path = sweep_dir / NAME
+    partial = path.with_name(f".{NAME}.partial")
+    with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*names, *(SETTING + plain(name) for name in settings), "cause"])
+        for rank, trial in enumerate(ranked(trials, objective), start=1):
+            known = {**_row(trial), "rank": rank}
+            values = [_value(trial.record.settings[name]) if name in trial.record.settings else "" for name in settings]
+            cause = "" if trial.record.cause is None else _text(plain(trial.record.cause))
+            writer.writerow(["" if known.get(n) is None else _value(known[n]) for n in names] + [*values, cause])
+    os.replace(partial, path)
+    return path
+
+
+def leaderboard_lines(
+    trials: Sequence[Trial], objective: str, most: int = 10, *, width: int | None = None
+) -> list[str]:
+    """The best `most` trials as a table of text, in at most `width` columns of the terminal."""
+    if not trials:
+        return ["no trials"]
+    best = ranked(trials, objective)[:most]
+    columns = columns_of(best, objective)
+    cells = [[str(rank), *(column.cell(trial, Now()) for column in columns)] for rank, trial in enumerate(best, 1)]
+    lines = lay_out([Column(("rank", "rank", "#"), lambda *_: "", 4), *columns], cells, width)
+    return lines if len(trials) <= most else [*lines, f"... and {len(trials) - most} more in {NAME}"]
+
+
+def _row(trial: Trial) -> dict[str, Any]:
+    """What is known of a trial, by column."""
+    record = trial.record
+    return {
+        **trial.last,
+        "trial": record.name,
+        "state": record.state,
+        "stopped_at": record.stopped_at,
+        "step": step_of(trial),
+        "control_appeared_at_step": control_since(trial),
+        "seconds": record.seconds,
+        "checkpoint": _checkpoint(trial),
+    }
+
+
+def _checkpoint(trial: Trial) -> str | None:
+    """The run's last complete checkpoint, relative to the sweep's folder."""
+    with suppress(OSError):  # it was deleted while it was looked at: a newer one is there
+        if found := checkpoint.latest(trial.folder):
+            return f"{TRIALS}/{trial.record.name}/{found.path.name}"
+    return None
+
+
+def _value(value: Any) -> str:
+    """A number in full, a text as it is but for formulas, anything else as JSON."""
+    return _text(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _text(text: str) -> str:
+    return "'" + text if text.lstrip(" ").startswith(FORMULA_SIGNS) else text

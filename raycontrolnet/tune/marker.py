@@ -1,0 +1,51 @@
+"""The file by which trials, wherever they run, know that their sweep goes on: it is there, and says which sweep."""
+
+from __future__ import annotations
+
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from raycontrolnet.errors import UserError
+from raycontrolnet.run.job import SHARED_WITHIN_S
+
+MARKER = ".sweep_id"
+LOOK_S = 0.5
+
+
+@dataclass(frozen=True)
+class Marker:
+    sweep_dir: Path
+    sweep_id: str
+
+    def set(self) -> None:
+        (self.sweep_dir / MARKER).write_text(self.sweep_id)
+
+    def remove(self) -> None:
+        """Trials end when they see it."""
+        if self.stands():
+            (self.sweep_dir / MARKER).unlink(missing_ok=True)
+
+    def stands(self) -> bool:
+        try:
+            return (self.sweep_dir / MARKER).read_text() == self.sweep_id
+        except FileNotFoundError:
+            return False
+        except OSError:  # storage that fails for a moment
+            return True
+
+    def check(self) -> None:
+        """In a trial: the folder must be the one that the driver sees.
+
+        Raises:
+            UserError: if it is another of the same name.
+        """
+        end = time.monotonic() + SHARED_WITHIN_S
+        while not self.stands():
+            if time.monotonic() > end:
+                raise UserError(
+                    f"--output_dir={self.sweep_dir}: on the node {socket.gethostname()} this is not the folder that "
+                    "the sweep's driver writes to; name a folder on storage that all nodes share"
+                )
+            time.sleep(LOOK_S)

@@ -1,0 +1,279 @@
+"""What a sweep will do, checked and decided before Ray starts; and with Ray, what its trials share."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from raycontrolnet.config import TrainConfig, public_settings
+from raycontrolnet.errors import ConfigError
+from raycontrolnet.latents_of_run import WantedLatents, planned_latents, with_latents
+from raycontrolnet.preflight import (
+    CheckedRun,
+    check,
+    local_model_problems,
+    missing_extras,
+    versions,
+    with_absolute_paths,
+)
+from raycontrolnet.prepare_latents import Encode
+from raycontrolnet.tune.keeper import settled
+from raycontrolnet.tune.marker import Marker
+from raycontrolnet.tune.places import Places
+from raycontrolnet.tune.records import TrialRecord, read_records, read_sweep
+from raycontrolnet.tune.settings import OBJECTIVES, SweepConfig
+from raycontrolnet.tune.space import Choice, Space, num_trials, to_grammar
+from raycontrolnet.tune.space_checks import NEEDS_CACHE
+from raycontrolnet.tune.trial import Shared, cache_key
+
+MODELS = ("pretrained_model_name_or_path", "controlnet_model_name_or_path", "tokenizer_name")
+LENGTHS = ("max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps")
+"""Settings that decide how many updates a trial does."""
+ALL_THE_SAME = {"address", "cpus_per_worker", "hub_model_id", "max_failures", "output_dir", "push_to_hub", "use_gpu"}
+"""Settings that may change when a sweep goes on."""
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """A sweep whose input has been checked."""
+
+    config: SweepConfig
+    """With absolute paths and a seed."""
+    sweep_dir: Path
+    space: Space
+    num_trials: int
+    runs: Mapping[str, tuple[CheckedRun, WantedLatents | None]]
+    """The sweep's run for each latent cache (see `cache_key`): trials differ from it by the settings they try."""
+    records: Sequence[TrialRecord]
+    """Trials of an earlier part of the sweep."""
+    total_updates: int
+    grace_period: int | None
+    """Updates before a trial may be stopped; None if none is."""
+
+    @property
+    def run(self) -> CheckedRun:
+        """That of the first cache."""
+        return next(iter(self.runs.values()))[0]
+
+    @property
+    def cache_settings(self) -> tuple[str, ...]:
+        return tuple(name for name in self.space if name in NEEDS_CACHE)
+
+    @property
+    def mode(self) -> str:
+        return OBJECTIVES[self.config.objective]
+
+    @property
+    def num_left(self) -> int:
+        """Trials that are still to be trained, or to go on."""
+        return sum(not record.ended for record in self.records) + max(0, self.num_trials - len(self.records))
+
+    def facts(self) -> dict[str, Any]:
+        """For sweep.json."""
+        config = self.config
+        names = ("searcher", "scheduler", "objective", "num_samples", "reduction_factor")
+        return {
+            "name": self.sweep_dir.name,
+            **{name: getattr(config, name) for name in names},
+            "mode": self.mode,
+            "space": to_grammar(self.space),
+            "seed": config.train.seed,
+            "num_trials": self.num_trials,
+            "total_updates": self.total_updates,
+            "validation_steps": config.train.validation_steps,
+            "grace_period": self.grace_period,
+            "settings": public_settings(config.train),
+            "versions": versions(),
+        }
+
+    def device_settings(self) -> Iterator[TrainConfig]:
+        """The settings with each value of the space that asks something of the device."""
+        yield self.config.train
+        for name in set(self.space) & {"mixed_precision", "enable_xformers_memory_efficient_attention"}:
+            for value in self.space[name].values:
+                yield _with(self.config.train, {name: value})
+
+    def config_of(self, record: TrialRecord, places: Places | None = None) -> TrainConfig:
+        """The settings of a trial, as `fit` takes them for the same run."""
+        cpus = places.cpus_per_worker if places else self.config.train.cpus_per_worker
+        return dataclasses.replace(self.config.train, **record.settings, cpus_per_worker=cpus)
+
+
+def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
+    """Check everything that can be checked before Ray starts and models are read.
+
+    Raises:
+        ConfigError: with what is wrong.
+    """
+    sweep_dir = Path(config.train.output_dir).expanduser().resolve()
+    before, space = read_sweep(sweep_dir), config.parsed_space
+    if before and not config.resume:
+        raise ConfigError(
+            [f"--output_dir={sweep_dir}: holds a sweep; go on with it by --resume, or name another folder"]
+        )
+    train = with_absolute_paths(config.train, sweep_dir)
+    space = _with_absolute_paths(space, train, sweep_dir)
+    if train.worker_range == (0, 0):  # a trial's one worker is its own process anyway
+        train = dataclasses.replace(train, num_workers="1")
+    if train.seed is None:
+        train = dataclasses.replace(train, seed=before.get("seed", secrets.randbelow(2**31)))
+    if train.tracker_group is None:
+        train = dataclasses.replace(train, tracker_group=sweep_dir.name)
+    config = dataclasses.replace(config, train=train)
+    problems = list(_differences(before, config, space))
+    if config.searcher == "optuna" and importlib.util.find_spec("optuna") is None:
+        problems.append("--searcher=optuna: optuna is not installed; run pip install 'raycontrolnet[optuna]'")
+    problems += _value_problems(train, space)
+    if train.resume_from_checkpoint is not None:
+        instead = "--resume goes on with a sweep, --controlnet_model_name_or_path names weights to start from"
+        problems.append(f"--resume_from_checkpoint={train.resume_from_checkpoint}: is for single runs; {instead}")
+    if problems:
+        raise ConfigError(problems)
+    runs = {}
+    for settings in _cache_variants(space):
+        run = check(_with(train, settings), sweep_dir)
+        runs[cache_key(settings, tuple(settings))] = run, planned_latents(run, stream, reused=True)
+    run = next(iter(runs.values()))[0]
+    config = dataclasses.replace(config, train=run.config)
+    if problem := _objective_problem(config, run):
+        raise ConfigError([problem])
+    total_updates = max(_totals(run, space))
+    return SweepPlan(
+        config=config,
+        sweep_dir=sweep_dir,
+        space=space,
+        num_trials=num_trials(space, config.num_samples),
+        runs=runs,
+        records=[settled(sweep_dir, record) for record in read_records(sweep_dir)] if before else [],
+        total_updates=total_updates,
+        grace_period=_grace_period(config, total_updates, stream),
+    )
+
+
+def _differences(before: Mapping[str, Any], config: SweepConfig, space: Space) -> Iterator[str]:
+    """What of the sweep that is to go on was otherwise."""
+    if not before:
+        return
+    advice = "a sweep goes on with what it began; leave the flag as it was, or name another --output_dir"
+    for name, then, now in (
+        ("space", before["space"], to_grammar(space)),
+        ("searcher", before["searcher"], config.searcher),
+    ):
+        if then != now:
+            yield f"--{name}: was {then} and is {now}; {advice}"
+    if (trials := num_trials(space, config.num_samples)) < before["num_trials"]:
+        yield (
+            f"--num_samples={config.num_samples}: makes {trials} trials, and the sweep has {before['num_trials']}; "
+            "it can only get more"
+        )
+    settings = public_settings(config.train)
+    for name, then in before["settings"].items():
+        if name in settings and name not in ALL_THE_SAME and name not in space and settings[name] != then:
+            yield f"--{name}={settings[name]}: was {then}; {advice}"
+
+
+def _with(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
+    return dataclasses.replace(config, **changes)
+
+
+def _with_absolute_paths(space: Space, train: TrainConfig, sweep_dir: Path) -> Space:
+    """Models and data in the space as trials, which run elsewhere, must see them."""
+    found = dict(space)
+    for name in {*MODELS, "train_data_dir", "dataset_name"} & set(space):
+        dimension = space[name]
+        if isinstance(dimension, Choice):
+            configs = [with_absolute_paths(_with(train, {name: value}), sweep_dir) for value in dimension.values]
+            found[name] = dataclasses.replace(dimension, values=tuple(getattr(config, name) for config in configs))
+    return found
+
+
+def _value_problems(train: TrainConfig, space: Space) -> Iterator[str]:
+    """Values of the space that need a package, or a folder, that is not there."""
+    for name in {*MODELS, "use_8bit_adam", "enable_xformers_memory_efficient_attention"} & set(space):
+        for value in space[name].values:
+            config = _with(train, {name: value})
+            found = [*missing_extras(config), *local_model_problems(config)]
+            yield from (f"--space: {name}: {problem}" for problem in found if problem.startswith(f"--{name}"))
+
+
+def _cache_variants(space: Space) -> Iterator[dict[str, Any]]:
+    """The settings of the space that need latents of their own, in all combinations; at least one, empty."""
+    values = {}
+    for name in sorted(set(space) & set(NEEDS_CACHE)):
+        dimension = space[name]
+        if not isinstance(dimension, Choice):
+            raise ConfigError([f"--space: {name}: needs latents of its own for every value; use choice or grid"])
+        values[name] = dimension.values
+    for combination in itertools.product(*values.values()):
+        yield dict(zip(values, combination, strict=True))
+
+
+def _totals(run: CheckedRun, space: Space) -> Iterator[int]:
+    """Updates of a trial: the ends of what they may come to."""
+    names = [name for name in LENGTHS if name in space]
+    for values in itertools.product(*(space[name].values for name in names)):
+        config = _with(run.config, dict(zip(names, values, strict=True)))
+        yield dataclasses.replace(run, config=config).plan(run.config.worker_range[1], None).total_updates
+
+
+def _objective_problem(config: SweepConfig, run: CheckedRun) -> str | None:
+    """What keeps the objective from being measured."""
+    objective, num_rows = config.objective, len(run.source)
+    if objective in ("val_loss", "control_gap") and run.config.num_held_out(num_rows) < 2:
+        return (
+            f"--objective={objective}: is measured on held-out rows, and of these {num_rows:,} rows none are held out; "
+            "give --validation_split 16, or --objective loss"
+        )
+    if objective == "control_fidelity" and run.config.control_fidelity is None:
+        return (
+            "--objective=control_fidelity: is measured on validation images; give --control_fidelity, "
+            "--validation_prompt and --validation_image"
+        )
+    return None
+
+
+def _grace_period(config: SweepConfig, total_updates: int, stream: TextIO) -> int | None:
+    """A quarter of the run by default, up to the next validation: only there is a trial judged."""
+    if config.scheduler == "none":
+        return None
+    every = config.train.validation_steps
+    wanted = config.grace_period or -(-total_updates // 4)
+    grace_period = -(-wanted // every) * every
+    if grace_period >= total_updates:
+        stream.write(
+            f"sweep: no trial can be stopped early: the first validation after {wanted} of {total_updates} updates "
+            "comes at the end; lower --validation_steps or --grace_period\n"
+        )
+    return grace_period
+
+
+def shared_of(
+    plan: SweepPlan, places: Places, marker: Marker, encode: Encode, stream: TextIO, *, one_machine: bool
+) -> Shared:
+    """What the trials share; its latents are made now, if need be.
+
+    Raises:
+        UserError, RunError: as `prepare`.
+    """
+    runs = {}
+    for key, (run, latents) in plan.runs.items():
+        complete = with_latents(run, latents, encode, stream, shared=not one_machine)
+        own = {"cpus_per_worker": places.cpus_per_worker, "push_to_hub": False, "resume_from_checkpoint": None}
+        config = _with(complete.config, own)
+        runs[key] = dataclasses.replace(complete, config=config)
+    return Shared(
+        sweep_dir=plan.sweep_dir,
+        marker=marker,
+        runs=runs,
+        cache_settings=plan.cache_settings,
+        in_process=places.in_process,
+        use_gpu=places.use_gpu,
+        threads=None if places.use_gpu else places.threads,
+        retries=plan.config.trial_retries,
+    )

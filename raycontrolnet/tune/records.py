@@ -1,0 +1,202 @@
+"""What a sweep knows of its trials, read from their folders: the one truth, also after a kill.
+
+my-sweep/
+    sweep.json          what the sweep is: space, objective, seed, state
+    trials/0003/        all that a run leaves, and
+        trial.json      which settings it tries and what became of it; the driver alone writes it
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raycontrolnet.errors import ConfigError
+from raycontrolnet.run import recorded
+from raycontrolnet.run.recorded import Recorded
+from raycontrolnet.tune.settings import OBJECTIVES
+
+SWEEP = "sweep.json"
+TRIALS = "trials"
+TRIAL = "trial.json"
+
+STATES = ("waiting", "running", "finished", "stopped", "failed", "interrupted")
+ENDED = ("finished", "stopped", "failed")
+"""Those that are never trained again."""
+
+Report = Mapping[str, float]
+"""What a trial is worth after `step` updates: step, loss (mean since the report before), images_per_second (median
+since then) and, where measured, val_loss, val_loss_shuffled, control_gap, control_gap_error, control_fidelity."""
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial: trial.json."""
+
+    index: int
+    """From 0, in the order of proposal."""
+    settings: Mapping[str, Any]
+    """Those that the space names."""
+    state: str = "waiting"
+    """One of `STATES`."""
+    cause: str | None = None
+    """Why it failed, or was stopped."""
+    stopped_at: int | None = None
+    """The update at which it was stopped."""
+    seconds: float = 0.0
+    """From its start to its end, pauses of the sweep left out."""
+    started: float | None = None
+    """Unix seconds."""
+    attempts: int = 0
+    """How often its training has failed."""
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.index:04d}"
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial with what it has reported."""
+
+    record: TrialRecord
+    folder: Path
+    reports: Sequence[Report] = field(default=())
+    """Steps ascending."""
+
+    @property
+    def last(self) -> Report:
+        """The last report; empty if there is none."""
+        return self.reports[-1] if self.reports else {}
+
+    def value(self, objective: str) -> float:
+        """The objective at the last report; nan if it was not measured."""
+        return self.last.get(objective, math.nan)
+
+
+def folder_of(sweep_dir: Path, record: TrialRecord) -> Path:
+    return sweep_dir / TRIALS / record.name
+
+
+def write_record(sweep_dir: Path, record: TrialRecord) -> None:
+    """Write trial.json, whole or not at all; makes the trial's folder."""
+    folder = folder_of(sweep_dir, record)
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / TRIAL, asdict(record))
+
+
+def read_records(sweep_dir: Path) -> list[TrialRecord]:
+    """All trials that were ever proposed, by index."""
+    files = sorted((sweep_dir / TRIALS).glob(f"*/{TRIAL}"))
+    return sorted((_read_record(file) for file in files), key=lambda record: record.index)
+
+
+def _read_record(file: Path) -> TrialRecord:
+    try:
+        return TrialRecord(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        problem = f"{file}: is damaged ({error}); remove its folder, and that trial is trained anew"
+        raise ConfigError([problem]) from error
+
+
+def read_trials(sweep_dir: Path, validation_steps: int) -> list[Trial]:
+    """All trials with their reports, by index."""
+    return [read_trial(sweep_dir, record, validation_steps) for record in read_records(sweep_dir)]
+
+
+def read_trial(sweep_dir: Path, record: TrialRecord, validation_steps: int) -> Trial:
+    folder = folder_of(sweep_dir, record)
+    reports = read_reports(folder, validation_steps)
+    if record.stopped_at is not None:
+        reports = [report for report in reports if report["step"] <= record.stopped_at]
+    return Trial(record, folder, reports)
+
+
+def read_reports(folder: Path, validation_steps: int) -> list[Report]:
+    """What the run in `folder` is worth at each of its validations so far, from its own files.
+
+    Args:
+        validation_steps: of the run, for one without held-out rows.
+    """
+    run = recorded.read(folder)
+    steps = [int(record["step"]) for record in run.held_out] or _due(run, validation_steps)
+    measured = {int(record["step"]): record for record in run.held_out}
+    reports: list[Report] = []
+    before = 0
+    for step in steps:
+        report: dict[str, float] = {"step": step, **_since(run, before, step)}
+        report |= {
+            name: float(value)
+            for name in recorded.MEASUREMENT
+            if (value := measured.get(step, {}).get(name)) is not None
+        }
+        if step in run.fidelity:
+            report["control_fidelity"] = run.fidelity[step].mean
+        reports.append(report)
+        before = step
+    return reports
+
+
+def _due(run: Recorded, validation_steps: int) -> list[int]:
+    """The validations of a run without held-out rows that its updates have reached."""
+    done = int(run.updates["step"][-1]) if run.updates["step"].size else 0
+    due = list(range(validation_steps, done + 1, validation_steps))
+    return due if done == 0 or done in due or done != run.total_updates else [*due, done]
+
+
+def _since(run: Recorded, before: int, step: int) -> dict[str, float]:
+    """Figures of the updates in (before, step]; those that are not known are left out."""
+    among = (run.updates["step"] > before) & (run.updates["step"] <= step)
+    found = {}
+    for name, summary in (("loss", np.mean), ("images_per_second", np.median)):
+        values = run.updates[name][among]
+        if (values := values[np.isfinite(values)]).size:
+            found[name] = float(summary(values))
+    return found
+
+
+def ranked(trials: Sequence[Trial], objective: str) -> list[Trial]:
+    """The best first: finished trials, then those that were stopped (they were behind), then the others.
+
+    Among equals in that, the objective at the last report decides; one without comes last.
+    """
+    sign = 1.0 if OBJECTIVES[objective] == "min" else -1.0
+    order = {"finished": 0, "stopped": 1, "running": 1, "interrupted": 1, "waiting": 2, "failed": 3}
+
+    def key(trial: Trial) -> tuple[int, float, int]:
+        value = trial.value(objective)
+        return order[trial.record.state], math.inf if math.isnan(value) else sign * value, trial.record.index
+
+    return sorted(trials, key=key)
+
+
+def write_sweep(sweep_dir: Path, content: Mapping[str, Any]) -> None:
+    """Write sweep.json, whole or not at all."""
+    _replace(sweep_dir / SWEEP, content)
+
+
+def read_sweep(sweep_dir: Path) -> dict[str, Any]:
+    """sweep.json; empty if there is none."""
+    file = sweep_dir / SWEEP
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def _replace(path: Path, content: Mapping[str, Any]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(dict(content), indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

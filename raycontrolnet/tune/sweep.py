@@ -1,0 +1,276 @@
+"""The driver of a sweep: `sweep(config) -> SweepResult`, many runs of `fit` on Ray Tune.
+
+    check everything -> one latent cache -> Tune (proposals -> trials -> scheduler) -> leaderboard, best/, report
+
+The trials' folders are the one truth: a sweep that goes on proposes the same trials again, which tell what they have
+found and train what is left.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from ray import tune
+
+from raycontrolnet.cluster import cluster_nodes, logging_to, ray_session, shown_on, worker_resources
+from raycontrolnet.errors import Interrupted, RunError, UserError, in_one_line, root_cause
+from raycontrolnet.preflight import check_device
+from raycontrolnet.prepare_latents import on_ray
+from raycontrolnet.run.live_report import report_kept
+from raycontrolnet.run.progress import duration
+from raycontrolnet.tune.best import BEST
+from raycontrolnet.tune.keeper import Keeper, settled
+from raycontrolnet.tune.leaderboard import leaderboard_lines
+from raycontrolnet.tune.live import LiveTable
+from raycontrolnet.tune.marker import Marker
+from raycontrolnet.tune.places import places
+from raycontrolnet.tune.plan import SweepPlan, plan_sweep, shared_of
+from raycontrolnet.tune.records import (
+    TRIAL,
+    TRIALS,
+    Trial,
+    read_records,
+    read_sweep,
+    write_record,
+    write_sweep,
+)
+from raycontrolnet.tune.report import NAME as REPORT
+from raycontrolnet.tune.report import write_report
+from raycontrolnet.tune.results import push_best, write_results
+from raycontrolnet.tune.settings import SweepConfig
+from raycontrolnet.tune.tuner import run_trials
+from raycontrolnet.tune.unpickled import Unpickled
+from raycontrolnet.tune.verdict import too_early
+
+logger = logging.getLogger(__name__)
+
+LOG = "sweep.log"
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a finished sweep left."""
+
+    output_dir: Path
+    trials: Sequence[Trial]
+    """The best first."""
+    best: Trial | None
+    """None if no trial has learned anything."""
+    best_dir: Path | None
+    """Its weights, as diffusers loads them, its settings and model card."""
+    objective: str
+    seconds: float
+
+    @property
+    def value(self) -> float | None:
+        """The objective of the best trial."""
+        return self.best.value(self.objective) if self.best else None
+
+
+def sweep(config: SweepConfig, *, stream: TextIO | None = None) -> SweepResult:
+    """Train many ControlNets that differ by some settings, and rank them.
+
+    Uses Ray as `fit` does.
+
+    Args:
+        config: all settings.
+        stream: where the table of trials is shown; standard error by default.
+
+    Raises:
+        UserError: bad settings, data, models or space, before any trial starts (exit code 2 on the command line).
+        RunError: no trial has learned anything (exit code 1).
+        Interrupted: Ctrl-C; trials go on from their last checkpoints with `resume` (exit code 130).
+    """
+    with shown_on(stream) as shown:
+        return _sweep(config, shown)
+
+
+def _sweep(config: SweepConfig, stream: TextIO) -> SweepResult:
+    started = time.time()
+    plan = plan_sweep(config, stream)
+    marker = Marker(plan.sweep_dir, uuid.uuid4().hex)
+    with logging_to(plan.sweep_dir / LOG):
+        marker.set()
+        with _recorded(plan, marker, started) as facts:
+            _settle(plan)  # what was going on when an earlier part of the sweep was killed
+            if plan.num_left:
+                _run(plan, marker, facts, stream)
+            trials = write_results(plan, facts)
+            if not any(trial.reports for trial in trials):
+                causes = [trial.record.cause for trial in trials if trial.record.cause]
+                cause = causes[0] if causes else "none is known"
+                raise RunError(f"No trial has come to a validation. The first cause: {cause}")
+    return _finish(plan, trials, facts, stream)
+
+
+def _run(plan: SweepPlan, marker: Marker, facts: dict[str, Any], stream: TextIO) -> None:
+    train = plan.config.train
+    with ray_session(train.address):
+        cluster = cluster_nodes()
+        where = places(
+            train,
+            cluster.nodes,
+            cluster.may_come,
+            num_trials=plan.num_left,
+            gpus_per_trial=plan.config.gpus_per_trial,
+            most=plan.config.max_concurrent_trials,
+        )
+        for tried in plan.device_settings():
+            check_device(tried, use_gpu=where.use_gpu, has_gpu=where.use_gpu)
+        trials = plan.num_left
+        stream.write(f"sweep: {trials} trial{'s' * (trials != 1)}, {where.reason}\n")
+        one_machine = len(cluster.nodes) == 1 and cluster.may_come is None
+        encode = on_ray(worker_resources(train))
+        shared = shared_of(plan, where, marker, encode, stream, one_machine=one_machine)
+        facts |= {"concurrency": where.at_a_time, "reason": where.reason}
+        write_sweep(plan.sweep_dir, facts)
+        name, objective = plan.sweep_dir.name, plan.config.objective
+        shown = LiveTable(name, objective, stream, total_trials=plan.num_trials, total_steps=plan.total_updates)
+        with shown as table, _stopped_by_ctrl_c(marker) as stopper:
+            keeper = Keeper(marker, plan.records, train.validation_steps, table)
+            run_trials(plan, where, shared, keeper, stopper)
+        if stopper.event.is_set():
+            raise KeyboardInterrupt
+        if not marker.stands():
+            raise Replaced(f"Another driver goes on with the sweep in {plan.sweep_dir}; this one has ended.")
+
+
+class Replaced(RunError):
+    """Another driver has taken the sweep over: its files are no longer this one's to write."""
+
+
+class _Stopper(Unpickled, tune.Stopper):
+    """Ends all trials once it is told to, or another driver has taken the sweep over."""
+
+    def __init__(self, marker: Marker) -> None:
+        self.event, self._marker = threading.Event(), marker
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self.event.is_set() or not self._marker.stands()
+
+
+@contextmanager
+def _stopped_by_ctrl_c(marker: Marker) -> Iterator[_Stopper]:
+    """The first Ctrl-C ends the trials, which their marker tells as well; a second one ends the waiting for them."""
+    stopper = _Stopper(marker)
+    if threading.current_thread() is not threading.main_thread():
+        yield stopper  # only the main thread gets signals
+        return
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        stopper.event.set()
+        marker.remove()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield stopper
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _recorded(plan: SweepPlan, marker: Marker, started: float) -> Iterator[dict[str, Any]]:
+    """sweep.json and the report, written at the start and, whatever the end is, at the end."""
+    ours = True
+    before = read_sweep(plan.sweep_dir)
+    facts = {**plan.facts(), "status": "running", "started": before.get("started", started), "cause": None}
+
+    def write(_: Path) -> None:
+        if not ours:
+            return
+        facts["seconds"] = round(before.get("seconds", 0.0) + time.time() - started, 3)
+        facts["machine_seconds"] = round(sum(record.seconds for record in read_records(plan.sweep_dir)), 3)
+        write_sweep(plan.sweep_dir, facts)
+        write_report(plan.sweep_dir)
+
+    with report_kept(plan.sweep_dir, write, f"{TRIALS}/*/{TRIAL}"):
+        write_sweep(plan.sweep_dir, facts)
+        try:
+            with _explained(plan, facts):
+                yield facts
+        except Replaced:
+            ours = False
+            raise
+        finally:
+            marker.remove()
+
+
+@contextmanager
+def _explained(plan: SweepPlan, facts: dict[str, Any]) -> Iterator[None]:
+    """Whatever ends the sweep early becomes one paragraph that says what stands and how to go on."""
+    try:
+        yield
+        facts["status"] = "finished"
+    except Replaced:
+        raise
+    except BaseException as error:
+        try:
+            _settle(plan)
+            write_results(plan, facts)
+        except Exception:
+            logger.exception("the results so far could not be written")  # the error itself matters more
+        interrupted = isinstance(error, KeyboardInterrupt)
+        facts |= {"status": "interrupted" if interrupted else "failed", "cause": str(error) or None}
+        if interrupted:
+            raise Interrupted(f"Interrupted. {_how_to_go_on(plan)}") from None
+        if not isinstance(error, (UserError, RunError)) and isinstance(error, Exception):
+            logger.exception("the sweep failed")
+            reason = in_one_line(root_cause(error))
+            facts["cause"] = reason
+            raise RunError(
+                f"The sweep failed: {reason}.\n{_how_to_go_on(plan)} Details: {plan.sweep_dir / LOG}"
+            ) from error
+        raise
+
+
+def _how_to_go_on(plan: SweepPlan) -> str:
+    records = read_records(plan.sweep_dir)
+    ended = sum(record.ended for record in records)
+    return (
+        f"{ended} of {plan.num_trials} trials have ended and stand; the others go on from their last checkpoints with "
+        f"the same command and --resume (--output_dir {plan.sweep_dir})."
+    )
+
+
+def _settle(plan: SweepPlan) -> None:
+    """Trials that were running when the sweep ended have been interrupted."""
+    for record in read_records(plan.sweep_dir):
+        if (known := settled(plan.sweep_dir, record)) != record:
+            write_record(plan.sweep_dir, known)
+
+
+def _finish(plan: SweepPlan, trials: Sequence[Trial], facts: Mapping[str, Any], stream: TextIO) -> SweepResult:
+    """Tell what came out."""
+    best = next((trial for trial in trials if trial.record.name == facts["best"]), None)
+    if not plan.num_left:  # else the table stands there already
+        for line in leaderboard_lines(trials, plan.config.objective, width=shutil.get_terminal_size().columns):
+            stream.write(f"{line}\n")
+    if doubt := too_early(trials, plan.config.scheduler, plan.config.objective):
+        stream.write(f"{doubt}\n")
+    result = SweepResult(
+        output_dir=plan.sweep_dir,
+        trials=trials,
+        best=best,
+        best_dir=plan.sweep_dir / BEST if best else None,
+        objective=plan.config.objective,
+        seconds=facts["seconds"],
+    )
+    if plan.config.train.push_to_hub and best:
+        stream.write(f"pushed to {push_best(plan, best, facts)}\n")
+    learned = f"the best is in {result.best_dir}" if best else "no trial has weights"
+    stream.write(f"done in {duration(result.seconds)}: {learned}; report in {plan.sweep_dir / REPORT}\n")
+    return result

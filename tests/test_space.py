@@ -1,0 +1,540 @@
+"""A sweep's space: its grammar by every message, its checks, and draws that depend on nothing else."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from raycontrolnet.config import TrainConfig, coerce, setting_types
+from raycontrolnet.errors import ConfigError
+from raycontrolnet.settings import LR_SCHEDULERS
+from raycontrolnet.tune.space import (
+    DEFAULT_SPACE,
+    Choice,
+    Uniform,
+    check_space,
+    draw,
+    num_trials,
+    optuna_distributions,
+    place_of,
+    read_space,
+    to_grammar,
+)
+from raycontrolnet.tune.space_checks import MEASUREMENT, NEEDS_CACHE, PLACE_OR_MACHINE, SWEEPABLE, refusal
+
+TRAIN = TrainConfig(pretrained_model_name_or_path="base", train_data_dir="data")
+SPACE = read_space({
+    "learning_rate": {"loguniform": ["2e-6", 1e-4]},
+    "proportion_empty_prompts": {"uniform": [0, 0.5]},
+    "lr_warmup_steps": {"uniform": [3, 7]},
+    "gradient_accumulation_steps": {"loguniform": [1, 16]},
+    "lr_scheduler": {"choice": ["constant", "cosine"]},
+    "max_train_steps": {"choice": [None, 100]},
+    "train_batch_size": {"grid": [4, 8]},
+    "gradient_checkpointing": {"grid": [False, True]},
+    "mixed_precision": {"grid": ["no", "fp16", "bf16"]},
+})  # fmt: skip
+"""Every kind, over every type."""
+
+OTHERS: dict[str, Any] = {
+    "controlnet_model_name_or_path": "other", "tokenizer_name": "other", "proportion_empty_prompts": 0.5,
+    "learning_rate": 1e-5, "scale_lr": True, "lr_scheduler": "cosine", "lr_warmup_steps": 0, "lr_num_cycles": 2,
+    "lr_power": 2.0, "use_8bit_adam": True, "adam_beta1": 0.8, "adam_beta2": 0.99, "adam_weight_decay": 0.0,
+    "adam_epsilon": 1e-6, "max_grad_norm": 2.0, "set_grads_to_none": True, "train_batch_size": 8,
+    "num_train_epochs": 2, "max_train_steps": 10, "gradient_accumulation_steps": 2, "gradient_checkpointing": True,
+    "mixed_precision": "bf16", "allow_tf32": True, "enable_xformers_memory_efficient_attention": True,
+    "pretrained_model_name_or_path": "other", "revision": "other", "variant": "fp16", "dataset_name": "other",
+    "dataset_config_name": "other", "train_data_dir": "other", "image_column": "other",
+    "conditioning_image_column": "other", "caption_column": "other", "resolution": 256, "latents_dtype": "float32",
+}  # fmt: skip
+"""Setting -> a value that it does not have by default."""
+
+
+def problems(space: Any) -> tuple[str, ...]:
+    """Of reading it."""
+    with pytest.raises(ConfigError) as error:
+        read_space(space)
+    return error.value.problems
+
+
+def problem(name: str, entry: Any) -> str:
+    """The one of reading `entry`, without its place."""
+    (found,) = problems({name: entry})
+    assert found.startswith(f"--space: {name}: ")
+    return found.removeprefix(f"--space: {name}: ")
+
+
+def checked(space: Mapping[str, Any], train: TrainConfig = TRAIN, **others: Any) -> list[str]:
+    """Problems of checking it."""
+    given: dict[str, Any] = {
+        "place": "--space",
+        "searcher": "random",
+        "objective": "val_loss",
+        "allow_new_caches": False,
+    } | others
+    return check_space(read_space(space), train, **given)
+
+
+# --- which settings ---
+
+
+def test_every_setting_is_in_one_class() -> None:
+    """A new setting: put it into one of the tables of tune/space_checks.py."""
+    classes = [SWEEPABLE, NEEDS_CACHE, frozenset(MEASUREMENT), frozenset(PLACE_OR_MACHINE)]
+    assert all(len(found) >= 9 for found in classes)
+    count = collections.Counter(name for found in classes for name in found)
+    assert count == dict.fromkeys(setting_types(), 1)
+
+
+def test_secrets_are_never_swept() -> None:
+    secrets = {setting.name for setting in dataclasses.fields(TrainConfig) if setting.metadata.get("secret")}
+    assert secrets == {"hub_token"}
+    assert secrets <= set(PLACE_OR_MACHINE)
+
+
+def test_the_classes_agree_with_what_prepare_needs() -> None:
+    """`prepare_command` names exactly what decides a latent cache."""
+    from raycontrolnet.prepare_latents import prepare_command
+
+    assert set(OTHERS) == SWEEPABLE | NEEDS_CACHE
+    for name, value in OTHERS.items():
+        train = TRAIN
+        if name in ("dataset_name", "dataset_config_name"):
+            train = dataclasses.replace(TRAIN, train_data_dir=None, dataset_name="data")
+        changed = dataclasses.replace(train, **{name: value})
+        assert (prepare_command(changed) != prepare_command(train)) == (name in NEEDS_CACHE), name
+
+
+@pytest.mark.parametrize("name", sorted(SWEEPABLE))
+def test_what_may_be_swept_is_accepted(name: str) -> None:
+    assert checked({name: {"choice": [getattr(TRAIN, name), OTHERS[name]]}}) == []
+
+
+OWN_CACHE = (
+    "each value needs a latent cache of its own, which takes time and disk; add --allow_new_caches if that is meant"
+)
+
+
+@pytest.mark.parametrize("name", sorted(NEEDS_CACHE - {"dataset_name", "dataset_config_name"}))
+def test_settings_with_a_cache_of_their_own(name: str) -> None:
+    space = {name: {"choice": [OTHERS[name]]}}
+    assert checked(space) == [f"--space: {name}: {OWN_CACHE}"]
+    assert checked(space, allow_new_caches=True) == []
+    assert checked(space, dataclasses.replace(TRAIN, cache_latents="off")) == []
+
+
+def test_one_folder_holds_one_cache() -> None:
+    train = dataclasses.replace(TRAIN, latents_cache_dir="latents")
+    (found,) = checked({"resolution": {"grid": [256, 512]}}, train, allow_new_caches=True)
+    assert found == (
+        "--space: resolution: each value needs a latent cache of its own, and --latents_cache_dir=latents holds one; "
+        "leave --latents_cache_dir out, so that each gets a folder"
+    )
+    assert checked({"learning_rate": {"uniform": [0, 1]}}, train) == []
+
+
+@pytest.mark.parametrize("name", sorted(MEASUREMENT))
+def test_trials_are_measured_alike(name: str) -> None:
+    value = "8" if name in ("validation_prompt", "validation_image", "control_fidelity") else 8
+    (found,) = checked({name: {"choice": [value]}}, objective="loss")
+    assert found == (
+        f"--space: {name}: cannot be swept: it {MEASUREMENT[name]}, so that the loss of trials could not be compared; "
+        f"for all trials alike there is --{name}"
+    )
+
+
+@pytest.mark.parametrize("name", sorted(PLACE_OR_MACHINE))
+@pytest.mark.parametrize("entry", ["the-secret", {"choice": ["the-secret", "the-secret"]}, {"the-secret": 1}])
+def test_places_and_machines_are_refused_unseen(name: str, entry: Any) -> None:
+    """Their values may be secret."""
+    text = problem(name, entry)
+    assert text == f"cannot be swept: {PLACE_OR_MACHINE[name]}"
+    assert "the-secret" not in text
+    found = check_space({name: Choice(("the-secret",))}, TRAIN, place="P", searcher="random", objective="loss",
+                        allow_new_caches=True)  # fmt: skip
+    assert found == [f"P: {name}: {text}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("output_dir", "every trial gets a folder of its own in the sweep's; name that one with --output_dir"),
+        ("resume_from_checkpoint", "trials start from the beginning; --resume goes on with a sweep"),
+        ("hub_token", "it is a secret, and changes nothing that is learnt; set HF_TOKEN"),
+        ("report_to", "it says where figures go, not what is learnt; for all trials alike there is --report_to"),
+        ("address", "it says what the machines do, not what is learnt; for all trials alike there is --address"),
+    ],
+)
+def test_the_reason_of_a_refusal(name: str, text: str) -> None:
+    assert refusal(name, "val_loss") == f"cannot be swept: {text}"
+
+
+# --- the grammar ---
+
+
+def test_the_default_space() -> None:
+    assert read_space(None) == {
+        "learning_rate": Uniform(2e-6, 1e-4, log=True),
+        "lr_scheduler": Choice(("constant", "cosine")),
+        "proportion_empty_prompts": Uniform(0.0, 0.5),
+    }
+    assert checked(DEFAULT_SPACE) == checked(DEFAULT_SPACE, searcher="optuna") == []
+
+
+def test_a_file_is_read(tmp_path: Path) -> None:
+    """2e-6 is a text to YAML 1.1."""
+    file = tmp_path / "space.yaml"
+    file.write_text(
+        "learning_rate: {loguniform: [2e-6, 1e-4]}\nadam_epsilon: {choice: [1e-8, 1e-6]}\n"
+        "lr_warmup_steps: {uniform: [0, 500]}\ntrain_batch_size: {grid: [4, 8]}\n"
+        "mixed_precision: {choice: [null, 'no']}\n"
+    )
+    assert yaml.safe_load(file.read_text())["learning_rate"]["loguniform"] == ["2e-6", "1e-4"]
+    space = read_space(file)
+    assert space == read_space(str(file))
+    assert space == {
+        "learning_rate": Uniform(2e-6, 1e-4, log=True),
+        "adam_epsilon": Choice((1e-8, 1e-6)),
+        "lr_warmup_steps": Uniform(0, 500, whole=True),
+        "train_batch_size": Choice((4, 8), grid=True),
+        "mixed_precision": Choice((None, "no")),
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (None, "cannot be read (No such file or directory)"),
+        ("a: [1", "is not valid YAML (while parsing a flow sequence"),
+        ("- learning_rate", "must be a list of `setting: value` lines"),
+        ("", "names no settings; add some, such as learning_rate: {loguniform: [2e-6, 1e-4]}, or leave out --space"),
+        ("learning_rat: {uniform: [0, 1]}", "unknown setting learning_rat; perhaps you meant learning_rate"),
+        ("lr_scheduler: {choice: []}", "lr_scheduler: choice: []: is empty; list the values to try"),
+    ],
+)
+def test_a_file_that_is_no_space(content: str | None, text: str, tmp_path: Path) -> None:
+    file = tmp_path / "space.yaml"
+    if content is not None:
+        file.write_text(content)
+    (found,) = problems(file)
+    assert found.startswith(f"--space={file}: {text}")
+
+
+def test_a_mapping_that_is_no_space() -> None:
+    assert problems([]) == ("--space: must be a mapping, such as learning_rate: {loguniform: [2e-6, 1e-4]}",)
+    assert problems({"qqq": {"choice": [1]}, 3: 4}) == (
+        "--space: unknown setting qqq; raycontrolnet train --help lists the settings",
+        "--space: unknown setting 3; raycontrolnet train --help lists the settings",
+    )
+
+
+def test_all_problems_at_once() -> None:
+    space = {"hub_tokn": "the-secret", "learning_rate": 1e-5, "lr_power": {"uniform": ["a", "b"]}, "output_dir": 3}
+    found = problems(space)
+    assert [line.split(":")[1].strip() for line in found] == [
+        "unknown setting hub_tokn; perhaps you meant hub_token", "learning_rate", "lr_power", "lr_power", "output_dir",
+    ]  # fmt: skip
+    assert "the-secret" not in str(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "text"),
+    [
+        ("learning_rate", 1e-5, "1e-05: is a single value; that belongs to the flags: --learning_rate 1e-05"),
+        ("tokenizer_name", "a b", "a b: is a single value; that belongs to the flags: --tokenizer_name 'a b'"),
+        ("scale_lr", True, "True: is a single value; that belongs to the flags: --scale_lr"),
+        ("scale_lr", False, "False: is a single value; that belongs to the flags: --no_scale_lr"),
+        ("learning_rate", ["1e-5", 1e-4], "[1e-5, 0.0001]: is a list; perhaps you meant {choice: [1e-5, 0.0001]}"),
+        ("learning_rate", None, "nothing to try is given; list it with {choice: [...]}"),
+        ("learning_rate", {}, "{}: names no kind of uniform, loguniform, choice, grid"),
+        ("learning_rate", {"uniform": [0, 1], "grid": [1]},
+         "uniform, grid are several kinds; keep one of uniform, loguniform, choice, grid"),
+        ("learning_rate", {"log_uniform": [0, 1]},
+         "log_uniform: must be one of uniform, loguniform, choice, grid; perhaps you meant loguniform"),
+        ("learning_rate", {7: [0, 1]}, "7: must be one of uniform, loguniform, choice, grid"),
+    ],
+)  # fmt: skip
+def test_an_entry_is_one_kind(name: str, entry: Any, text: str) -> None:
+    assert problem(name, entry) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "text"),
+    [
+        ("lr_power", {"uniform": 3}, "uniform: 3: must be two numbers, [low, high]"),
+        ("lr_power", {"uniform": [0, 1, 2]}, "uniform: [0, 1, 2]: must be two numbers, [low, high]"),
+        ("lr_power", {"uniform": [0, "much"]}, "uniform: [0, much]: much: must be a number"),
+        ("lr_power", {"uniform": [0, None]}, "uniform: [0, None]: None: must be a number"),
+        ("lr_power", {"uniform": [0, True]}, "uniform: [0, True]: True: must be a number"),
+        ("lr_power", {"uniform": [0, math.inf]}, "uniform: [0, inf]: inf: must be finite"),
+        ("lr_power", {"uniform": [2, 1]}, "uniform: [2, 1]: low must be below high; perhaps you meant [1.0, 2.0]"),
+        ("lr_power", {"uniform": [2, 2]},
+         "uniform: [2, 2]: is a single value; that belongs to the flags: --lr_power 2.0"),
+        ("lr_power", {"loguniform": [0, 2]},
+         "loguniform: [0, 2]: low must be above 0, for its logarithm; use another, or uniform"),
+        ("lr_warmup_steps", {"uniform": [0, 2.5]}, "uniform: [0, 2.5]: 2.5: must be a whole number"),
+        ("max_train_steps", {"uniform": [None, 2]}, "uniform: [None, 2]: None: must be a whole number"),
+        ("lr_scheduler", {"uniform": ["constant", "cosine"]},
+         "uniform: is for numbers, which lr_scheduler is not; list its values with {choice: [...]}"),
+        ("scale_lr", {"loguniform": [0, 1]},
+         "loguniform: is for numbers, which scale_lr is not; list its values with {choice: [...]}"),
+    ],
+)  # fmt: skip
+def test_a_range(name: str, entry: Any, text: str) -> None:
+    assert problem(name, entry) == text
+
+
+def test_a_range_with_two_problems() -> None:
+    assert problems({"lr_power": {"loguniform": [2, -1]}}) == (
+        "--space: lr_power: loguniform: [2, -1]: low must be below high; perhaps you meant [-1.0, 2.0]",
+    )
+    assert len(problems({"lr_power": {"loguniform": [-1, -2]}})) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "text"),
+    [
+        ("lr_scheduler", {"choice": "cosine"}, "choice: cosine: must be a list, such as [cosine]"),
+        ("lr_scheduler", {"grid": None}, "grid: None: must be a list"),
+        ("lr_scheduler", {"grid": []}, "grid: []: is empty; list the values to try"),
+        ("lr_power", {"choice": [1, "1.0"]}, "choice: 1.0: is there twice; list every value once"),
+        ("lr_power", {"grid": [1, "x"]}, "grid: x: must be a number"),
+        ("lr_warmup_steps", {"choice": ["1", 2]}, "choice: 1: must be a whole number"),
+        ("lr_warmup_steps", {"choice": [[1], 2]}, "choice: [1]: must be a whole number"),
+        ("scale_lr", {"choice": ["true", True]}, "choice: true: must be true or false"),
+        ("mixed_precision", {"choice": [False, "bf16"]},
+         'choice: False: must be a text; YAML reads no, off, yes and on as such a value: write it in quotes, as in "no"'
+         ),
+    ],
+)  # fmt: skip
+def test_a_list(name: str, entry: Any, text: str) -> None:
+    assert problem(name, entry) == text
+
+
+def test_the_place() -> None:
+    assert place_of(None) == place_of({}) == "--space"
+    assert place_of("a.yaml") == place_of(Path("a.yaml")) == "--space=a.yaml"
+
+
+@pytest.mark.parametrize("through", [lambda plain: json.loads(json.dumps(plain)),
+                                     lambda plain: yaml.safe_load(yaml.safe_dump(plain))])  # fmt: skip
+def test_the_grammar_comes_back(through: Any) -> None:
+    for space in (SPACE, read_space(None)):
+        assert read_space(through(to_grammar(space))) == space
+    assert to_grammar(read_space(None)) == DEFAULT_SPACE
+    pairs = {"validation_prompt": {"choice": [["a", "b"], "c"]}}
+    assert through(to_grammar(read_space(pairs))) == {"validation_prompt": {"choice": [["a", "b"], ["c"]]}}
+
+
+# --- what a run would refuse ---
+
+
+@pytest.mark.parametrize(
+    ("space", "found"),
+    [
+        ({"lr_scheduler": {"choice": ["constan", "cosine", "x"]}},
+         [f"lr_scheduler: constan: must be one of {', '.join(LR_SCHEDULERS)}; perhaps you meant constant",
+          f"lr_scheduler: x: must be one of {', '.join(LR_SCHEDULERS)}"]),
+        ({"proportion_empty_prompts": {"uniform": [-0.5, 2]}},
+         ["proportion_empty_prompts: -0.5: must be in [0, 1]", "proportion_empty_prompts: 2.0: must be in [0, 1]"]),
+        ({"train_batch_size": {"grid": [0, 4]}, "lr_warmup_steps": {"uniform": [-5, 5]}},
+         ["train_batch_size: 0: must be at least 1", "lr_warmup_steps: -5: must be at least 0"]),
+        ({"resolution": {"uniform": [256, 512]}},
+         ["resolution: uniform: 257: must be divisible by 8; use 256 or 264; list the values with {choice: [...]}"]),
+        ({"resolution": {"choice": [256, 300]}}, ["resolution: 300: must be divisible by 8; use 296 or 304"]),
+        ({"pretrained_model_name_or_path": {"choice": [""]}},
+         ["pretrained_model_name_or_path: '': required; a local folder or a Hub id of a Stable Diffusion model"]),
+        ({"dataset_name": {"choice": ["other"]}},
+         ["dataset_name: other: --train_data_dir, --dataset_name: give one of them (both are given)"]),
+    ],
+)  # fmt: skip
+def test_values_that_a_run_would_refuse(space: dict[str, Any], found: list[str]) -> None:
+    assert checked(space, allow_new_caches=True) == [f"--space: {line}" for line in found]
+    assert checked(space, allow_new_caches=True, place="--space=f") == [f"--space=f: {line}" for line in found]
+
+
+def test_optuna_goes_through_no_grid() -> None:
+    space = {"train_batch_size": {"grid": [4, 8]}, "lr_power": {"choice": [1, 2]}}
+    assert checked(space) == []
+    (found,) = checked(space, searcher="optuna")
+    assert found == (
+        "--space: train_batch_size: grid: optuna proposes values by itself and goes through no grid; use "
+        "{choice: [4, 8]}, or --searcher random"
+    )
+
+
+def test_all_problems_of_a_check_at_once() -> None:
+    space = {"seed": {"choice": [1]}, "resolution": {"grid": [300]}, "lr_power": {"choice": [1]}}
+    assert [line.split(": ")[1:3] for line in checked(space, searcher="optuna")] == [
+        ["seed", "cannot be swept"],
+        ["resolution", OWN_CACHE],
+        ["resolution", "grid"],
+        ["resolution", "300"],
+    ]  # fmt: skip
+
+
+# --- draws ---
+
+
+def drawn(name: str, entry: Any, count: int) -> list[Any]:
+    space = read_space({name: entry})
+    return [draw(space, 0, index)[name] for index in range(count)]
+
+
+def test_draws_are_what_a_run_takes() -> None:
+    """In range, of exactly the setting's type, and accepted."""
+    for index in range(300):
+        settings = draw(SPACE, 5, index)
+        assert list(settings) == list(SPACE)
+        train = dataclasses.replace(TRAIN, **settings)
+        for name, value in settings.items():
+            dimension = SPACE[name]
+            if isinstance(dimension, Uniform):
+                assert dimension.low <= value <= dimension.high
+                assert type(value) is (int if dimension.whole else float)
+            else:
+                assert value in dimension.values
+            assert getattr(train, name) == value == coerce(value, setting_types()[name])
+
+
+def test_draws_are_a_function_of_seed_and_index() -> None:
+    settings = [draw(SPACE, 5, index) for index in range(100)]
+    assert settings == [draw(SPACE, 5, index) for index in range(100)]
+    assert settings != [draw(SPACE, 6, index) for index in range(100)]
+    for name in ("learning_rate", "proportion_empty_prompts"):
+        assert len({found[name] for found in settings}) == 100
+        assert {found[name] for found in settings}.isdisjoint(draw(SPACE, 6, index)[name] for index in range(100))
+
+
+def test_draws_stay_what_they_are() -> None:
+    """Over versions of this package and of Python: a sweep that is resumed draws its trials again."""
+    assert draw(read_space(None), 0, 0) == {
+        "learning_rate": pytest.approx(6.639047978535956e-05, rel=1e-12),
+        "lr_scheduler": "cosine",
+        "proportion_empty_prompts": pytest.approx(0.16477191394653318, rel=1e-12),
+    }
+
+
+def test_another_setting_changes_no_draw() -> None:
+    larger = {"adam_beta1": Uniform(0.5, 0.9), "lr_power": Choice((1.0, 2.0)), **SPACE}
+    for index in range(50):
+        found = draw(larger, 5, index)
+        assert {name: found[name] for name in SPACE} == draw(SPACE, 5, index)
+        assert draw(dict(reversed(SPACE.items())), 5, index) == draw(SPACE, 5, index)
+
+
+def test_a_range_is_drawn_from_evenly() -> None:
+    values = drawn("lr_power", {"uniform": [2, 6]}, 4000)
+    assert tenths([(value - 2) / 4 for value in values]) == pytest.approx([400] * 10, abs=80)
+
+
+def test_loguniform_is_even_in_the_logarithm() -> None:
+    values = drawn("learning_rate", {"loguniform": [1e-6, 1e-2]}, 4000)
+    assert tenths([math.log10(value / 1e-6) / 4 for value in values]) == pytest.approx([400] * 10, abs=80)
+
+
+def tenths(shares: list[float]) -> list[int]:
+    """How many of the shares are in each tenth of [0, 1]."""
+    counts = collections.Counter(min(int(share * 10), 9) for share in shares)
+    return [counts[index] for index in range(10)]
+
+
+def test_whole_numbers_are_drawn_fairly() -> None:
+    counts = collections.Counter(drawn("lr_warmup_steps", {"uniform": [3, 7]}, 4000))
+    assert [counts[value] for value in range(3, 8)] == pytest.approx([800] * 5, abs=110)
+    assert sum(counts.values()) == 4000
+    counts = collections.Counter(drawn("lr_warmup_steps", {"loguniform": [1, 4]}, 4000))
+    shares = [math.log((value + 0.5) / (value - 0.5)) / math.log(9) for value in range(1, 5)]
+    assert sum(shares) == pytest.approx(1)
+    assert [counts[value] / 4000 for value in range(1, 5)] == pytest.approx(shares, abs=0.03)
+    assert set(counts) == {1, 2, 3, 4}
+
+
+def test_choices_are_drawn_evenly() -> None:
+    counts = collections.Counter(drawn("max_train_steps", {"choice": [None, 10, 20, 30]}, 4000))
+    assert [counts[value] for value in (None, 10, 20, 30)] == pytest.approx([1000] * 4, abs=130)
+
+
+@pytest.mark.parametrize("low", [1e-300, 1e-6, 0.5])
+@pytest.mark.parametrize("log", [False, True])
+def test_the_ends_of_a_range(low: float, log: bool) -> None:
+    """Rounding leads nowhere outside."""
+    dimension = Uniform(low, 0.7, log=log)
+    assert dimension.at(0) == pytest.approx(low, rel=1e-9)
+    assert dimension.at(math.nextafter(1, 0)) == pytest.approx(0.7, rel=1e-9)
+    assert low <= dimension.at(0) <= dimension.at(math.nextafter(1, 0)) <= 0.7
+    assert Uniform(-1.5e308, 1.5e308).at(0.5) == 0
+    whole = Uniform(3, 7, log=log, whole=True)
+    assert (whole.at(0), whole.at(math.nextafter(1, 0))) == (3, 7)
+
+
+def test_grids_are_covered_by_every_sample() -> None:
+    grids = ["gradient_checkpointing", "mixed_precision", "train_batch_size"]
+    total = num_trials(SPACE, 5)
+    assert total == 5 * 2 * 3 * 2
+    settings = [draw(SPACE, 0, index) for index in range(total)]
+    combinations = [tuple(found[name] for name in grids) for found in settings]
+    assert combinations[:12] == list(itertools.product([False, True], ["no", "fp16", "bf16"], [4, 8]))
+    assert set(collections.Counter(combinations).values()) == {5}
+    assert len({found["learning_rate"] for found in settings}) == total
+
+
+def test_without_a_grid_there_are_as_many_trials_as_samples() -> None:
+    assert num_trials(read_space(None), 7) == 7
+    few = read_space({"lr_scheduler": {"choice": ["constant"]}})
+    assert num_trials(few, 7) == 7
+    assert draw(few, 0, 6) == {"lr_scheduler": "constant"}
+
+
+# --- optuna, and what is imported ---
+
+
+def test_optuna_proposes_the_same_values() -> None:
+    distributions = pytest.importorskip("optuna.distributions")
+    found = optuna_distributions(SPACE)
+    assert found == {
+        "learning_rate": distributions.FloatDistribution(2e-6, 1e-4, log=True),
+        "proportion_empty_prompts": distributions.FloatDistribution(0, 0.5),
+        "lr_warmup_steps": distributions.IntDistribution(3, 7),
+        "gradient_accumulation_steps": distributions.IntDistribution(1, 16, log=True),
+        "lr_scheduler": distributions.CategoricalDistribution(("constant", "cosine")),
+        "max_train_steps": distributions.CategoricalDistribution((None, 100)),
+        "train_batch_size": distributions.CategoricalDistribution((4, 8)),
+        "gradient_checkpointing": distributions.CategoricalDistribution((False, True)),
+        "mixed_precision": distributions.CategoricalDistribution(("no", "fp16", "bf16")),
+    }
+    for index in range(20):
+        for name, value in draw(SPACE, 0, index).items():
+            assert found[name]._contains(found[name].to_internal_repr(value))
+
+
+def test_optuna_takes_the_distributions() -> None:
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
+    for _ in range(12):
+        trial = study.ask(optuna_distributions(SPACE))
+        for name, value in trial.params.items():
+            assert type(value) is type(coerce(value, setting_types()[name]))
+        dataclasses.replace(TRAIN, **trial.params)
+        study.tell(trial, trial.params["learning_rate"])
+
+
+def test_importing_and_reading_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from raycontrolnet.tune.space import draw, read_space; draw(read_space(None), 0, 0); "
+        "print(*sorted({'numpy', 'optuna', 'ray', 'torch', 'yaml'} & set(sys.modules)))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert loaded.split() == []

@@ -1,0 +1,507 @@
+"""The report of a sweep: what it says in every state of the sweep and of its trials, and how a browser shows it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_report import CHROMIUM, EVIL, Page, look, write_lines
+
+from raycontrolnet.tune import charts, report, verdict
+from raycontrolnet.tune.records import read_trials
+from raycontrolnet.tune.report import write_report
+
+STARTED = 1_795_357_408.0
+SPACE = {
+    "learning_rate": {"loguniform": [2e-6, 1e-4]},
+    "lr_scheduler": {"choice": ["constant", "cosine", "linear"]},
+    "proportion_empty_prompts": {"uniform": [0.0, 0.5]},
+}
+SWEEP: dict[str, Any] = {
+    "status": "finished",
+    "name": "circles-sweep",
+    "objective": "val_loss",
+    "mode": "min",
+    "space": SPACE,
+    "searcher": "random",
+    "scheduler": "asha",
+    "grace_period": 250,
+    "reduction_factor": 4,
+    "num_trials": 16,
+    "total_updates": 2000,
+    "validation_steps": 125,
+    "concurrency": 4,
+    "reason": "4 GPUs, one for each trial",
+    "seed": 0,
+    "started": STARTED,
+    "seconds": 4980.0,
+    "settings": {"train_batch_size": 8, "seed": 0, "max_train_steps": 2000},
+    "versions": {"ray": "2.60.0", "torch": "2.13.0"},
+}
+
+
+def write_trial(sweep_dir: Path, index: int, *, steps: int = 2000, appears: int = 700, **record: Any) -> Path:
+    """A trial of `steps` updates whose loss depends on its learning rate, and whose control appears at a step."""
+    folder = sweep_dir / "trials" / f"{index:04d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(index)
+    settings = record.get("settings", {})
+    rate = settings.get("learning_rate", 1e-5)
+    floor = 0.2 + 0.04 * math.log(rate / 2e-5) ** 2
+    updates, measured = [], []
+    for step in range(5, steps + 1, 5):
+        loss = floor + 0.4 * math.exp(-step / 400)
+        updates.append({"step": step, "loss": loss * rng.lognormal(0, 0.1), "images_per_second": 30.0, "lr": rate})
+        if step % 125 == 0:
+            gap = 0.03 + step / 60000 if step >= appears else 0.0003
+            val_loss = loss - gap / 3 + rng.normal(0, 0.004)
+            measured.append(
+                {"step": step, "val_loss": val_loss, "val_loss_shuffled": val_loss + gap, "control_gap": gap,
+                 "control_gap_error": 0.002}
+            )  # fmt: skip
+    write_lines(folder / "metrics.jsonl", updates)
+    write_lines(folder / "validation.jsonl", measured)
+    facts = {"index": index, "settings": {}, "state": "finished", "seconds": 0.6 * steps, "started": STARTED}
+    (folder / "trial.json").write_text(json.dumps(facts | record))
+    (folder / "report.html").write_text("a run's")
+    return folder
+
+
+def write_sweep(sweep_dir: Path, trials: int, **more: Any) -> Path:
+    """A sweep of which most trials were stopped at the rungs, one failed; four at a time."""
+    sweep_dir.mkdir(exist_ok=True)
+    rng = np.random.default_rng(1)
+    free = [0.0] * 4
+    for index in range(trials):
+        rate = float(2e-6 * 50 ** rng.random())
+        settings = {
+            "learning_rate": rate,
+            "lr_scheduler": ["constant", "cosine", "linear"][index % 3],
+            "proportion_empty_prompts": float(rng.random() / 2),
+        }
+        behind = abs(math.log(rate / 2e-5))
+        steps = 2000 if behind < 0.45 else 1000 if behind < 0.8 else 250
+        record: dict[str, Any] = {"state": "finished"} if steps == 2000 else {"state": "stopped", "stopped_at": steps}
+        if index == 5:
+            record = {"state": "failed", "cause": "The loss is nan at update 613.", "attempts": 1}
+            steps = 612
+        place = free.index(min(free))
+        started, seconds = STARTED + free[place] + 20, 0.6 * steps
+        free[place] += seconds + 40
+        write_trial(sweep_dir, index, steps=steps, settings=settings, started=started, seconds=seconds, **record)
+    facts = SWEEP | {"num_trials": trials, "seconds": max(free), "machine_seconds": sum(free)} | more
+    (sweep_dir / "sweep.json").write_text(json.dumps(facts))
+    return sweep_dir
+
+
+def alter(sweep_dir: Path, index: int, **changes: Any) -> None:
+    """Change what a trial's trial.json says."""
+    file = sweep_dir / "trials" / f"{index:04d}" / "trial.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def alter_sweep(sweep_dir: Path, **changes: Any) -> None:
+    """Change what sweep.json says; None takes an entry away."""
+    facts = json.loads((sweep_dir / "sweep.json").read_text()) | changes
+    (sweep_dir / "sweep.json").write_text(json.dumps({name: fact for name, fact in facts.items() if fact is not None}))
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Five trials: two finished, two stopped, one failed."""
+    folder = write_sweep(tmp_path / "sweep", 0, num_trials=5, machine_seconds=None, seconds=3000.0)
+    write_five(folder)
+    return folder
+
+
+def write_five(folder: Path) -> None:
+    def settings(rate: float, scheduler: str, share: float) -> dict[str, Any]:
+        return {"learning_rate": rate, "lr_scheduler": scheduler, "proportion_empty_prompts": share}
+
+    write_trial(folder, 0, settings=settings(2e-6, "cosine", 0.1), state="stopped", stopped_at=250, steps=250)
+    write_trial(folder, 1, settings=settings(2e-5, "linear", 0.2))
+    write_trial(folder, 2, settings=settings(5e-5, "cosine", 0.3), started=STARTED + 150)
+    write_trial(folder, 3, settings=settings(9e-5, "constant", 0.4), state="stopped", stopped_at=1000, steps=1000)
+    failed: dict[str, Any] = {"state": "failed", "cause": "The loss is nan at update 613.", "steps": 610}
+    write_trial(folder, 4, settings=settings(1e-4, "constant", 0.5), **failed)
+
+
+def rows(page: Page) -> list[list[str]]:
+    """The table of trials, cell by cell."""
+    table = page.html[page.html.index('<table class="trials">') :].split("</table>")[0].replace("<wbr>", "")
+    found = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.split("<tr")[1:]]
+    return [[" ".join(unescape(re.sub(r"<[^>]+>", " ", cell)).split()) for cell in row] for row in found]
+
+
+def test_finished(sweep: Path) -> None:
+    (sweep / "best").mkdir()
+    assert write_report(sweep) == sweep / "report.html"
+    page = Page(sweep / "report.html")
+    for words in (
+        "circles-sweep finished",
+        "5 trials: 2 finished, 2 stopped early, 1 failed; in 50:00. Ranked by their last val_loss , the smallest",
+        "No trial had shown control by step 250, where the first were stopped: their order then says little about",
+        "where control appears (it comes suddenly, arXiv:2302.05543 section 4). A longer --grace_period is safer.",
+        "with control 3 of 5 trials, at their last measurement",
+        "time of all trials 58:36 one after another",
+        "spared by stopping 28% 2,750 updates",
+        "★ Best trial: 0001 Held-out loss 0.1858 at step 2,000. learning_rate 2e-05",
+        "Control has appeared at step 750. Its weights: best/",
+        "Dashed: where trials that are behind are stopped (steps 250, 1,000).",
+        "0 5 min 10 min 15 min 20 min 0000 stopped at 250 0001 finished 0003 stopped at 1,000",
+        "0004 failed after 500 0002 finished Trials",
+        'reason "4 GPUs, one for each trial"',
+        'learning_rate {"loguniform": [2e-06, 0.0001]}',
+        "Settings that the trials share Those that differ from their defaults: train_batch_size 8",
+        "ray 2.60.0, torch 2.13.0",
+    ):
+        assert words in page.text
+    links = [found["href"] for found in page.all("a")]
+    assert {"trials/0001/report.html", "best/", "#trial-0004"} <= set(links)
+    assert page.all("progress") == [{"class": "finished", "value": "5", "max": "5"}]
+    assert [found["aria-label"] for found in page.all("svg")] == [
+        "val_loss of all trials over the steps",
+        "control_gap of all trials over the steps",
+        "val_loss against learning_rate",
+        "val_loss against lr_scheduler",
+        "val_loss against proportion_empty_prompts",
+        "settings and val_loss of all trials",
+    ]
+    assert sorted(path.name for path in sweep.iterdir()) == ["best", "report.html", "sweep.json", "trials"]
+
+
+def test_table(sweep: Path) -> None:
+    heading, *found = rows(Page(write_report(sweep)))
+    assert heading == [
+        "#", "trial", "state", "learning_rate", "lr_scheduler", "proportion_empty_prompts", "held-out loss",
+        "control gap", "loss", "images/s", "steps", "time",
+    ]  # fmt: skip
+    assert [row[:3] for row in found] == [
+        ["1", "0001 ★", "finished"],
+        ["2", "0002", "finished"],
+        ["3", "0003", "stopped at 1,000"],
+        ["4", "0000", "stopped at 250"],
+        ["5", "0004", "failed The loss is nan at update 613."],
+    ]
+    assert found[0][3:6] == ["2e-05", "linear", "0.2"]
+    assert found[0][7] == "0.063 ± 0.004"
+    assert found[0][9:] == ["30", "2,000", "20:00"]
+    assert found[4][10:] == ["500", "6:06"]
+
+
+def test_what_links_lead_to_is_there(sweep: Path) -> None:
+    (sweep / "trials" / "0001" / "report.html").unlink()
+    page = Page(write_report(sweep))
+    links = [found["href"] for found in page.all("a")]
+    assert len([link for link in links if link.startswith("#")]) > 20
+    ids = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
+    for link in links:
+        assert link[1:] in ids if link.startswith("#") else (sweep / link).exists()
+    assert "trials/0001/report.html" not in links
+    assert "trials/0002/report.html" in links
+    assert "best/" not in links
+    every = re.findall(r'\bid="([^"]+)"', page.html)
+    assert len(every) == len(set(every)) > 50
+
+
+def test_marks_of_the_trials(sweep: Path) -> None:
+    """In each chart, all trials can be pointed at, and the best is drawn last."""
+    page = Page(write_report(sweep))
+    charts = page.html.split("<svg ")[1:]
+    assert len(charts) == 6
+    for chart in charts:
+        named = re.findall(r'<a href="#trial-(\d+)"><title>', chart.split("</svg>")[0])
+        assert set(named) == {"0000", "0001", "0002", "0003", "0004"}
+        assert named[-1] == "0001"
+        assert chart.count("var(--best)") >= 1
+    tip = "0003 stopped; val_loss 0.3"
+    assert tip in charts[0]
+    assert "learning_rate 9e-5; lr_scheduler constant" in charts[0]
+    for chart in charts[:5]:  # in the last, trials are lines without marks
+        inside = chart.split("</svg>")[0]
+        marks = re.findall(r'<use [^>]*style="fill: var\(--([\w-]+)\); stroke: var\(--([\w-]+)\)', inside)
+        assert sorted(marks) == [
+            ("bad", "card"),  # failed
+            ("best", "card"),
+            ("card", "rank-2"),  # stopped: hollow
+            ("card", "rank-3"),
+            ("rank-1", "card"),  # finished: filled
+        ]
+    dashed = [chart.split("</svg>")[0].count("stroke-dasharray") for chart in charts]
+    assert dashed == [2, 2, 0, 0, 0, 0]
+    assert "2e-6" in charts[2]
+    for category in ("constant", "cosine", "linear"):
+        assert f">{category}</text>" in charts[3]
+        assert f">{category}</text>" in charts[5]
+
+
+def test_running(sweep: Path) -> None:
+    alter_sweep(sweep, status="running", num_trials=9, best=None)
+    alter(sweep, 2, state="running", seconds=0.0)
+    write_trial(sweep, 5, settings={"learning_rate": 1e-5}, state="waiting", steps=0, started=None, seconds=0)
+    page = Page(write_report(sweep))
+    assert "9 trials: 1 finished, 2 stopped early, 1 failed, 1 running, 4 to come; 50:00 so far." in page.text
+    assert "★ Best trial so far: 0001" in page.text
+    assert page.all("progress") == [{"class": "running", "value": "4", "max": "9"}]
+    bars = re.findall(r'<i class="(\w+)" style="left: ([\d.]+)%; width: ([\d.]+)%"', page.html)
+    assert [bar[0] for bar in bars] == ["stopped", "finished", "stopped", "failed", "running"]
+    assert float(bars[4][1]) + float(bars[4][2]) == pytest.approx(100, abs=0.02)  # till now
+    assert ["5", "0005", "waiting", "1e-05", "–", "–", "–", "–", "–", "–", "–", "–"] in rows(page)
+
+
+def test_interrupted(sweep: Path) -> None:
+    alter_sweep(sweep, status="interrupted", cause="Ctrl-C")
+    alter(sweep, 2, state="interrupted")
+    page = Page(write_report(sweep))
+    assert "circles-sweep interrupted" in page.text
+    assert "Ctrl-C" in page.text
+    assert "1 finished, 2 stopped early, 1 failed, 1 interrupted; in 50:00." in page.text
+    assert "interrupted at 2,000" in page.text
+
+
+def test_pauses_are_cut_out(sweep: Path) -> None:
+    alter(sweep, 2, started=STARTED + 500_000)
+    page = Page(write_report(sweep))
+    assert "Pauses of the sweep are cut out: 138:33:20 in which no trial ran." in page.text
+    bars = re.findall(r'style="left: ([\d.]+)%; width: ([\d.]+)%"', page.html)
+    assert bars[-1] == ("50.00", "50.00")
+
+
+def test_all_failed(sweep: Path) -> None:
+    for index in range(5):
+        alter(sweep, index, state="failed", cause="CUDA out of memory", stopped_at=None)
+        for name in ("metrics.jsonl", "validation.jsonl"):
+            (sweep / "trials" / f"{index:04d}" / name).unlink()
+    alter_sweep(sweep, status="failed", cause="No trial could be trained.")
+    page = Page(write_report(sweep))
+    assert "5 trials: 5 failed" in page.text
+    assert "No trial could be trained." in page.text
+    assert "No trial has been measured yet." in page.text
+    assert "Best trial" not in page.text
+    assert page.all("svg") == []
+    assert rows(page)[1][:3] == ["1", "0000", "failed CUDA out of memory"]
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "null", '{"status": "running", "name": "young"}'])
+def test_hardly_begun(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "sweep.json").write_text(content)
+    page = Page(write_report(tmp_path))
+    assert "No trial has begun yet" in page.text
+    assert ("young running" if content and "running" in content else f"{tmp_path.name} unknown") in page.text
+    assert page.all("svg") == []
+
+
+def test_one_trial(tmp_path: Path) -> None:
+    write_sweep(tmp_path, 0, num_trials=1, space={"learning_rate": {"grid": [1e-5]}})
+    write_trial(tmp_path, 0, settings={"learning_rate": 1e-5}, steps=125)
+    page = Page(write_report(tmp_path))
+    assert "1 trial: 1 finished" in page.text
+    assert "★ Best trial: 0000" in page.text
+    assert "No control yet." in page.text
+    assert "No trial had shown control" not in page.text  # none was stopped
+    assert len(page.all("svg")) == 4
+
+
+def test_half_written(sweep: Path) -> None:
+    """What a full disk leaves."""
+    trials = sweep / "trials"
+    (trials / "0001" / "trial.json").write_text('{"index": 1, "sett')
+    (trials / "0002" / "validation.jsonl").write_bytes(b'\x00\xff{"step": 125')
+    (trials / "0003" / "metrics.jsonl").unlink()
+    for index, wrong in enumerate(({"index": 77, "settings": {}}, {"index": True}, {"index": 7}, []), 5):
+        (trials / f"{index:04d}").mkdir()
+        (trials / f"{index:04d}" / "trial.json").write_text(json.dumps(wrong))
+    later: dict[str, Any] = {
+        "settings": {"seed": 1},
+        "seconds": "x",
+        "started": math.nan,
+        "stopped_at": "y",
+        "state": "?",
+        "more": 1,
+    }
+    write_trial(sweep, 9, **later)
+    page = Page(write_report(sweep))
+    table = rows(page)
+    assert [row[1].split()[0] for row in table[1:]] == ["0002", "0009", "0003", "0000", "0004"]
+    assert table[1][6] == "–"  # val_loss of 0002
+    assert table[2][2] == "interrupted"
+    assert table[3][8] == "–"  # loss of 0003
+    assert "★ Best trial: 0009 , interrupted" in page.text
+
+
+@pytest.mark.parametrize("missing", [*SWEEP, "all"])
+def test_any_entry_may_be_missing(missing: str, sweep: Path) -> None:
+    alter_sweep(sweep, **(dict.fromkeys(SWEEP) if missing == "all" else {missing: None}))
+    page = Page(write_report(sweep))
+    assert "★ Best trial: 0001" in page.text
+    assert rows(page)[1][:6] == ["1", "0001 ★", "finished", "2e-05", "linear", "0.2"]
+    assert len(page.all("svg")) == 6
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1, True, "x", [], {}, EVIL])
+def test_any_entry_may_be_anything(value: Any, sweep: Path) -> None:
+    alter_sweep(sweep, **dict.fromkeys(SWEEP, value), best=value, cause=value, machine_seconds=value)
+    for name in ("state", "cause", "stopped_at", "seconds", "started", "attempts"):
+        alter(sweep, 2, **{name: value})
+    alter(sweep, 3, settings={"learning_rate": value, "lr_scheduler": value, "proportion_empty_prompts": value})
+    page = Page(write_report(sweep))
+    assert "★ Best trial: 0001" in page.text
+    assert not page.all("script")
+
+
+def test_values_that_are_no_numbers(sweep: Path) -> None:
+    """A trial that diverged, and one whose objective was never measured."""
+    (sweep / "trials" / "0002" / "validation.jsonl").unlink()
+    broken = [{"step": 125, "val_loss": math.nan}, {"step": 250, "val_loss": math.inf, "loss": -math.inf}]
+    write_lines(sweep / "trials" / "0003" / "validation.jsonl", broken)
+    far = {"val_loss": 1e9, "val_loss_shuffled": 1e9, "control_gap": 0.0, "control_gap_error": 1.0}
+    for index in (5, 6, 7, 8):
+        write_trial(sweep, index, settings={"learning_rate": 1e-5, "lr_scheduler": "linear"})
+    write_lines(sweep / "trials" / "0000" / "validation.jsonl", [{"step": 125, **far}])
+    page = Page(write_report(sweep))
+    assert "1 far from the others is drawn at the edge." in page.text
+    by_trial = {row[1].split()[0]: row for row in rows(page)}
+    assert by_trial["0002"][6:8] == ["–", "–"]
+    assert by_trial["0003"][6] == "–"
+    assert by_trial["0000"][6] == "1e+09"
+    chart = page.html.split("<svg ")[3].split("</svg>")[0]
+    assert set(re.findall("#trial-(....)", chart)) == {"0000", "0001", "0004", "0005", "0006", "0007", "0008"}
+    assert "1e9" not in chart.replace("1e+09", "")
+
+
+def test_the_largest_is_best(sweep: Path) -> None:
+    alter_sweep(sweep, objective="control_gap", mode="max")
+    page = Page(write_report(sweep))
+    assert "Ranked by their last control_gap , the largest first." in page.text
+    assert page.all("svg")[0]["aria-label"] == "control_gap of all trials over the steps"
+    assert len([1 for chart in page.all("svg") if "over the steps" in chart["aria-label"]]) == 2
+
+
+def test_the_named_best_counts(sweep: Path) -> None:
+    alter_sweep(sweep, best="0002")
+    page = Page(write_report(sweep))
+    assert "★ Best trial: 0002" in page.text
+    alter_sweep(sweep, best="0099")
+    assert "★ Best trial: 0001" in Page(write_report(sweep)).text
+
+
+def test_another_space_than_before(sweep: Path) -> None:
+    """A sweep that was continued with a changed space: what trials have that the space has not is shown too."""
+    space = {"lr_scheduler": {"choice": ["polynomial"]}, "learning_rate": {"loguniform": [1e-5, 3e-5]}}
+    alter_sweep(sweep, space=space)
+    page = Page(write_report(sweep))
+    assert rows(page)[0][3:6] == ["lr_scheduler", "learning_rate", "held-out loss"]
+    chart = page.html.split("<svg ")[3]
+    for category in ("polynomial", "constant", "cosine", "linear"):
+        assert f">{category}</text>" in chart
+    alter_sweep(sweep, space=None)
+    assert "2e-6" in page.html  # learning rates that differ by 50 do not tell of a logarithm, the space does
+
+
+def test_no_outside_links_and_no_markup_from_files(sweep: Path) -> None:
+    space = {EVIL: {"choice": [EVIL, "$x", "日本語"]}, "learning_rate": {EVIL: [EVIL]}}
+    evil = dict.fromkeys(("status", "cause", "name", "reason", "searcher", "best", "scheduler"), EVIL)
+    alter_sweep(sweep, **evil, space=space, versions={EVIL: EVIL}, settings={EVIL: EVIL, "hub_token": "hf_secret"})
+    for index in range(5):
+        settings = {EVIL: [EVIL, "$x", "日本語 $x^2$ \\frac", "\n", "$"][index], "learning_rate": 1e-5}
+        alter(sweep, index, settings=settings, cause=EVIL)
+    page = Page(write_report(sweep))
+    assert page.text.count(EVIL) >= 9
+    assert not page.all("script")
+    assert not page.all("img")
+    assert "hf_secret" not in page.html
+    links = [
+        value
+        for _, attributes in page.elements
+        for name, value in attributes.items()
+        if name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster", "style")
+    ]
+    assert len(links) > 50
+    assert [link for link in links if "//" in link] == []
+    assert [link for link in re.findall(r"url\(([^)]*)", page.html) if not link.startswith("#")] == []
+    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+
+
+def test_many_trials(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "sweep", 64)
+    for index in range(64):
+        settings = {f"setting_{i}": index / 64 + i for i in range(5)}
+        alter(folder, index, settings=settings, cause=EVIL * 50)
+    alter_sweep(folder, space={f"setting_{i}": {"uniform": [i, i + 1]} for i in range(5)})
+    page = Page(write_report(folder))
+    assert len(rows(page)) == 65
+    assert len(page.html) < 1_000_000
+    assert len(set(re.findall(r"var\(--(rank-\d)\)", page.html))) == charts.SHADES
+
+
+def test_the_same_folder_gives_the_same_report(sweep: Path) -> None:
+    once = write_report(sweep).read_bytes()
+    assert write_report(sweep).read_bytes() == once
+
+
+def test_a_failure_leaves_the_former_report(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    once = write_report(sweep).read_bytes()
+    monkeypatch.setattr(report, "_page", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_report(sweep)
+    assert (sweep / "report.html").read_bytes() == once
+
+
+# What the order is worth ----------------------------------------------------------------------------------------------
+
+
+def test_rungs() -> None:
+    assert verdict.rungs("asha", 250, 4, 5000) == [250, 1000, 4000]
+    assert verdict.rungs("asha", 250, 4, 4000) == [250, 1000]  # the last is the end
+    assert verdict.rungs("asha", 250, 1, 4000) == []
+    assert verdict.rungs("asha", 0, 4, 4000) == []
+    assert verdict.rungs("median", 250, 4, 4000) == []
+
+
+def test_too_early(sweep: Path) -> None:
+    trials = read_trials(sweep, 125)
+    words = verdict.too_early(trials, "asha", "val_loss")
+    assert words is not None
+    assert words.startswith("No trial had shown control by step 250, where the first were stopped: ")
+    assert words.endswith(" A longer --grace_period is safer.")
+    assert verdict.too_early(trials, "median", "control_gap") == words
+    assert verdict.too_early(trials, "none", "val_loss") is None
+    assert verdict.too_early(trials, "asha", "images_per_second") is None
+    assert verdict.too_early(trials[1:3], "asha", "val_loss") is None  # none was stopped
+    later = verdict.too_early(trials[1:], "asha", "val_loss")
+    assert later is None  # control had appeared by step 1000
+    assert [verdict.control_since(trial) for trial in trials] == [None, 750, 750, 750, None]
+
+
+def test_not_too_early_where_one_had_control_or_nothing_was_measured(sweep: Path) -> None:
+    write_trial(sweep, 5, appears=200)
+    assert verdict.too_early(read_trials(sweep, 125), "asha", "val_loss") is None
+    assert "No trial had shown control" not in Page(write_report(sweep)).text
+    for file in sweep.glob("trials/*/validation.jsonl"):
+        file.unlink()
+    assert verdict.too_early(read_trials(sweep, 125), "asha", "loss") is None
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_in_a_browser(width: int, sweep: Path, tmp_path: Path) -> None:
+    alter(sweep, 4, cause="a_long_cause" * 50)
+    found, console = look(write_report(sweep), width, tmp_path / "profile")
+    assert found["width"] == width
+    assert found["scrolls"] <= width
+    assert len(found["svgs"]) == 6
+    for shown_width, shown_height in found["svgs"]:
+        assert 250 <= shown_width <= width
+        assert shown_height >= 150
+    assert len(found["texts"]) > 40
+    assert min(found["texts"]) >= 10  # CSS pixels
+    assert len(set(found["colours"])) >= 8  # the style sheet's variables reach the charts
+    assert len(console) == 1, console
+    assert "looked at it" in console[0]

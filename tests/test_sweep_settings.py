@@ -1,0 +1,170 @@
+"""Before a sweep starts: its settings from Python, flags and files, and how many trials run at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from raycontrolnet import SweepConfig, TrainConfig, cli, cluster
+from raycontrolnet.errors import ConfigError
+from raycontrolnet.settings import ClusterConfig
+from raycontrolnet.tune.places import Places, places
+from raycontrolnet.tune.settings import OBJECTIVES
+
+TRAIN: dict[str, Any] = {"pretrained_model_name_or_path": "base", "train_data_dir": "data"}
+FLAGS = [f"--{name}={value}" for name, value in TRAIN.items()]
+
+
+def problems(**settings: Any) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as error:
+        SweepConfig(train=TrainConfig(**TRAIN), **settings)
+    return error.value.problems
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"num_samples": 0}, "--num_samples=0: must be at least 1"),
+        ({"num_samples": "many"}, "--num_samples='many': must be a whole number"),
+        ({"max_concurrent_trials": 0}, "--max_concurrent_trials=0: must be at least 1"),
+        ({"grace_period": 0}, "--grace_period=0: must be at least 1"),
+        ({"reduction_factor": 1}, "--reduction_factor=1: must be at least 2"),
+        ({"trial_retries": -1}, "--trial_retries=-1: must be at least 0"),
+        ({"scheduler": "ahsa"}, "--scheduler=ahsa: must be one of asha, median, none; perhaps you meant asha"),
+        ({"searcher": "optna"}, "--searcher=optna: must be one of random, optuna; perhaps you meant optuna"),
+        ({"objective": "los"}, f"--objective=los: must be one of {', '.join(OBJECTIVES)}; perhaps you meant loss"),
+        ({"gpus_per_trial": 0}, "--gpus_per_trial=0.0: must be above 0 and at most 1; several are for --num_workers"),
+        ({"gpus_per_trial": 2}, "--gpus_per_trial=2.0: must be above 0 and at most 1; several are for --num_workers"),
+    ],
+)
+def test_settings_that_cannot_be_run(settings: dict[str, Any], problem: str) -> None:
+    assert problems(**settings) == (problem,)
+
+
+def test_problems_of_settings_and_space_come_together() -> None:
+    found = problems(num_samples=0, space={"learning_rat": {"uniform": [0, 1]}})
+    assert found == (
+        "--num_samples=0: must be at least 1",
+        "--space: unknown setting learning_rat; perhaps you meant learning_rate",
+    )
+
+
+def test_flags_and_files(tmp_path: Path) -> None:
+    """Flags over the file; the space inline in it, or in a file of its own."""
+    file, space = tmp_path / "sweep.yaml", tmp_path / "space.yaml"
+    inline = {"learning_rate": {"choice": [1e-3]}}
+    file.write_text(yaml.safe_dump(TRAIN | {"num_samples": 4, "seed": 3, "scheduler": "none", "space": inline}))
+    config = cli.parse_tune(["--config", str(file), "--num_samples", "5", "--resume"])
+    assert (config.num_samples, config.train.seed, config.scheduler, config.resume) == (5, 3, "none", True)
+    assert config.space == inline
+    space.write_text("lr_scheduler: {choice: [constant, linear]}")
+    for given in (["--config", str(file), "--space", str(space)], [*FLAGS, f"--space={space}"]):
+        assert list(cli.parse_tune(given).parsed_space) == ["lr_scheduler"]
+    assert len(cli.parse_tune(FLAGS).parsed_space) == 3
+
+
+def test_unknown_names_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(TRAIN | {"num_sample": 4}))
+    assert cli.main(["tune", "--config", str(file)]) == 2
+    assert f"--config={file}: unknown setting num_sample; perhaps you meant num_samples" in capsys.readouterr().err
+    file.write_text(yaml.safe_dump(TRAIN | {"num_samples": 4}))
+    assert cli.main(["train", "--config", str(file)]) == 2
+    assert "unknown setting num_samples" in capsys.readouterr().err
+
+
+def test_an_unreadable_space(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tune", *FLAGS, "--space", "nowhere.yaml"]) == 2
+    assert capsys.readouterr().err == "error: --space=nowhere.yaml: cannot be read (No such file or directory)\n"
+
+
+# How many at a time
+
+CPU_NODE = {"CPU": 4.0}
+GPU_NODE = {"CPU": 16.0, "GPU": 4.0, "accelerator_type:A100": 1.0}
+
+
+def placed(nodes: list[dict[str, float]], **options: Any) -> Places:
+    settings = {"num_trials": 16, "gpus_per_trial": 1.0, "most": None, "may_come": None} | options
+    own = {name: settings.pop(name) for name in list(settings) if name in ClusterConfig.__dataclass_fields__}
+    may_come = settings.pop("may_come")
+    return places(ClusterConfig(**own), nodes, may_come, **settings)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "at_a_time", "resources"),
+    [
+        ([{"CPU": 3}], {}, 2, {"CPU": 1}),
+        ([{"CPU": 3}], {"num_trials": 1}, 1, {"CPU": 2}),  # too few trials: more threads for each
+        ([{"CPU": 3}], {"most": 1}, 1, {"CPU": 2}),
+        ([{"CPU": 2}], {}, 1, {"CPU": 1}),
+        ([CPU_NODE, CPU_NODE], {}, 7, {"CPU": 1}),
+        ([CPU_NODE, CPU_NODE], {"cpus_per_worker": 3}, 2, {"CPU": 3}),
+        ([GPU_NODE], {}, 4, {"CPU": 2, "GPU": 1}),
+        ([GPU_NODE], {"gpus_per_trial": 0.5}, 8, {"CPU": 2, "GPU": 0.5}),
+        ([GPU_NODE], {"gpus_per_trial": 0.4}, 8, {"CPU": 2, "GPU": 0.4}),  # no trial has parts of two GPUs
+        ([GPU_NODE], {"use_gpu": False}, 15, {"CPU": 1}),
+        ([{"CPU": 2, "GPU": 4}], {}, 4, {"CPU": 0.5, "GPU": 1}),
+        ([CPU_NODE, GPU_NODE], {"accelerator_type": "A100"}, 4, {"CPU": 2, "GPU": 1, "accelerator_type:A100": 0.001}),
+        ([GPU_NODE], {"num_workers": "2"}, 2, {"memory": 2**20}),
+        ([CPU_NODE], {"num_workers": "2"}, 1, {"memory": 2**20}),
+        ([{"CPU": 8}, {"CPU": 2}], {"num_workers": "2", "cpus_per_worker": 4}, 1, {"memory": 2**20}),
+        ([{"CPU": 5}, {"CPU": 5}], {"num_workers": "2", "cpus_per_worker": 3, "num_trials": 3}, 1, {"memory": 2**20}),
+        ([{"CPU": 0}], {"may_come": [GPU_NODE, GPU_NODE]}, 8, {"CPU": 2, "GPU": 1}),
+    ],
+)
+def test_how_many_at_a_time(
+    nodes: list[dict[str, float]], options: dict[str, Any], at_a_time: int, resources: dict[str, float]
+) -> None:
+    found = placed(nodes, **options)
+    assert found.at_a_time == at_a_time
+    assert found.resources() == resources
+    assert found.reason.startswith(f"{at_a_time} at a time, each ")
+
+
+def test_the_reason() -> None:
+    words = "4 at a time, each 2 CPUs and 1 GPU: the cluster has 4 GPUs"
+    assert placed([GPU_NODE]).reason == words
+    words = "2 at a time, each 1 CPU: the cluster has 3 CPUs, of which 1 is left to Ray Data"
+    assert placed([{"CPU": 3}]).reason == words
+    assert placed([{"CPU": 3}], most=5).reason == f"{words}; --max_concurrent_trials=5 do not fit"
+    assert placed([GPU_NODE], most=2).reason.endswith("--max_concurrent_trials; there is room for 4")
+    assert placed([GPU_NODE], num_trials=3).reason.endswith("there are no more trials")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "problem"),
+    [
+        ([CPU_NODE], {"num_workers": "1:4"}, "--num_workers=1:4: a sweep's trials need a fixed number: elastic ones"),
+        (
+            [CPU_NODE],
+            {"cpus_per_worker": 8},
+            "--num_workers=1: no trial has room in the cluster (the cluster has 4 CPUs",
+        ),
+        ([CPU_NODE], {"use_gpu": True}, "--num_workers=1: no trial has room in the cluster (the cluster has 0 GPUs"),
+        ([GPU_NODE], {"num_workers": "8"}, "--num_workers=8: no trial has room in the cluster (the cluster has 4 GPUs"),
+        ([GPU_NODE], {"accelerator_type": "H100"}, "no trial has room in the cluster"),
+    ],
+)
+def test_no_room(nodes: list[dict[str, float]], options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        placed(nodes, **options)
+    assert problem in str(error.value)
+
+
+def test_nodes_that_an_autoscaler_may_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "bootstrap.yaml"
+    monkeypatch.setattr(cluster, "BOOTSTRAP_CONFIG", file)
+    monkeypatch.delenv("RAY_CLUSTER_NAME", raising=False)
+    assert cluster.autoscaler_nodes() is None
+    types = {
+        "head": {"resources": {"CPU": 4}, "max_workers": 0},
+        "gpu": {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 3},
+    }
+    file.write_text(yaml.safe_dump({"max_workers": 8, "available_node_types": types}))
+    assert cluster.autoscaler_nodes() == [{"CPU": 8, "GPU": 1}] * 3
+    file.write_text(yaml.safe_dump({"max_workers": 2, "available_node_types": types}))
+    assert cluster.autoscaler_nodes() == [{"CPU": 8, "GPU": 1}] * 2
