@@ -30,7 +30,8 @@ logging.basicConfig(level=logging.INFO)
 folder, name, done_steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 settings = {"learning_rate": 1e-5, "validation_prompt": ["a", "b"], "seed": None, "hub_token": "hf_in_settings"}
 opened = open_trackers(
-    (name,), logging_dir=folder / "logs", project="circles", run_name="out", settings=settings, done_steps=done_steps
+    (name,), logging_dir=folder / "logs", project="circles", run_name="out", settings=settings, done_steps=done_steps,
+    group="my-sweep",
 )
 for step in (done_steps + 1, done_steps + 2):
     opened.scalars(step, {"loss": step / 10, "lr": 1e-5})
@@ -173,7 +174,7 @@ def test_wandb_offline(tmp_path: Path, pictures: list[Path]) -> None:
             file = next((tmp_path / "logs").rglob(Path(name).name))
             assert file.read_bytes() == pictures[pair].read_bytes()
         assert read["config"] == {"learning_rate": 1e-5, "validation_prompt": ["a", "b"], "seed": None}
-        assert (read["project"], read["name"]) == ("circles", "out")
+        assert (read["project"], read["name"], read["group"]) == ("circles", "out", "my-sweep")
         assert read["id"] == (tmp_path / "logs/wandb_id.txt").read_text()
 
 
@@ -188,7 +189,7 @@ def read_wandb(path: Path) -> dict[str, Any]:
         record = messages.Record.FromString(data)
         if record.HasField("run"):
             run = record.run
-            read |= {"project": run.project, "name": run.display_name, "id": run.run_id}
+            read |= {"project": run.project, "name": run.display_name, "id": run.run_id, "group": run.run_group}
             config = {item.key: json.loads(item.value_json) for item in run.config.update}
             read["config"] = {name: value for name, value in config.items() if not name.startswith("_")}
         if record.HasField("history"):
