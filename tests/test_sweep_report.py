@@ -379,7 +379,7 @@ def test_values_that_are_no_numbers(sweep: Path) -> None:
 def test_the_largest_is_best(sweep: Path) -> None:
     alter_sweep(sweep, objective="control_gap", mode="max")
     page = Page(write_report(sweep))
-    assert "Ranked by their last control_gap , the largest first." in page.text
+    assert "Ranked by their last control_gap , the largest first; stopped" in page.text
     assert page.all("svg")[0]["aria-label"] == "control_gap of all trials over the steps"
     assert len([1 for chart in page.all("svg") if "over the steps" in chart["aria-label"]]) == 2
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from raycontrolnet.run import curves
 from raycontrolnet.run.curves import Column, finite
+from raycontrolnet.run.held_out import MIN_GAP_SHARE
 from raycontrolnet.tune import chart_axes
 from raycontrolnet.tune.records import Trial
 from raycontrolnet.tune.swept import Setting, Swept
@@ -49,7 +50,10 @@ def over_steps(swept: Swept, column: str) -> str:
     most = max(2, MOST_POINTS // max(1, len(lines)))
     whole = _points(swept.best, column)[1] if swept.best else ()  # of the best, all is to be seen
     low, high = _window([y for _, _, y in lines], keep=[*whole])
-    if column == "control_gap":
+    if column == "control_gap" and swept.best:  # a gap that is far from showing control is not to fill the chart
+        least = MIN_GAP_SHARE * abs(swept.best.value("val_loss"))
+        if math.isfinite(least):
+            low, high = min(low, -least), max(high, least)
         axes.axhline(0, color=_PAINTS["ink"], linewidth=0.8)
     for step in swept.rungs:
         axes.axvline(step, color=_PAINTS["pale"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
@@ -59,7 +63,8 @@ def over_steps(swept: Swept, column: str) -> str:
         axes.plot(
             x[some], y[some], color=look.colour, linewidth=look.width, zorder=look.order + order, url=_url(trial)
         )  # fmt: skip
-        _mark(axes, swept, trial, float(x[-1]), float(np.clip(y[-1], low, high)), order)
+        if low <= y[-1] <= high:  # others leave the chart
+            _mark(axes, swept, trial, float(x[-1]), float(y[-1]), order)
     curves.limit(axes, low, high)
     return _finish(axes, swept, column.replace("_", "-"), f"{column} of all trials over the steps")
 

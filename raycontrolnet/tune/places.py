@@ -66,6 +66,7 @@ def places(
     num_trials: int,
     gpus_per_trial: float,
     most: int | None,
+    own: bool = False,
 ) -> Places:
     """The places for `num_trials` trials.
 
@@ -74,6 +75,7 @@ def places(
         may_come: those that an autoscaler can start; empty if it can start some but not known which, None without one.
         gpus_per_trial: of a trial with one worker, if GPUs are used.
         most: trials at a time that the user allows.
+        own: whether this is a Ray of our own, which counts a CPU for loading beside those of the machine.
 
     Raises:
         ConfigError: if no trial fits, or trials would be elastic.
@@ -91,6 +93,9 @@ def places(
     wanted = min(num_trials, most or num_trials)
     cpus = cluster.cpus_per_worker or _cpus_per_worker(all_nodes, workers, gpus, wanted)
     room, reason = _room(all_nodes, workers, cpus, gpus)
+    if own:
+        cpus_here = sum(node.get("CPU", 0.0) for node in all_nodes) - LOADING_CPUS
+        reason = reason if "GPU" in reason else f"this machine has {cpus_here:g} CPU{'s' * (cpus_here != 1)}"
     each = _each(workers, cpus, gpus, cluster.accelerator_type)
     if room == 0 and may_come != []:
         raise ConfigError([f"--num_workers={cluster.num_workers}: no trial has room in the cluster ({reason}, {each})"])

@@ -117,6 +117,8 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
         raise ConfigError(
             [f"--output_dir={sweep_dir}: holds a sweep; go on with it by --resume, or name another folder"]
         )
+    if config.resume and not before:
+        stream.write(f"sweep: there is nothing to go on with in {sweep_dir}: a new sweep begins\n")
     train = with_absolute_paths(config.train, sweep_dir)
     space = _with_absolute_paths(space, train, sweep_dir)
     if train.worker_range == (0, 0):  # a trial's one worker is its own process anyway
@@ -126,13 +128,7 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
     if train.tracker_group is None:
         train = dataclasses.replace(train, tracker_group=sweep_dir.name)
     config = dataclasses.replace(config, train=train)
-    problems = list(_differences(before, config, space))
-    if config.searcher == "optuna" and importlib.util.find_spec("optuna") is None:
-        problems.append("--searcher=optuna: optuna is not installed; run pip install 'raycontrolnet[optuna]'")
-    problems += _value_problems(train, space)
-    if train.resume_from_checkpoint is not None:
-        instead = "--resume goes on with a sweep, --controlnet_model_name_or_path names weights to start from"
-        problems.append(f"--resume_from_checkpoint={train.resume_from_checkpoint}: is for single runs; {instead}")
+    problems = [*_differences(before, config, space), *_problems(config, space)]
     if problems:
         raise ConfigError(problems)
     runs = {}
@@ -144,6 +140,11 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
     if problem := _objective_problem(config, run):
         raise ConfigError([problem])
     total_updates = max(_totals(run, space))
+    if (every := train.checkpointing_steps) >= total_updates:
+        stream.write(
+            f"sweep: trials write a checkpoint at their end only (--checkpointing_steps={every}, {total_updates} "
+            "updates): one that is cut off begins anew\n"
+        )
     return SweepPlan(
         config=config,
         sweep_dir=sweep_dir,
@@ -154,6 +155,20 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
         total_updates=total_updates,
         grace_period=_grace_period(config, total_updates, stream),
     )
+
+
+def _problems(config: SweepConfig, space: Space) -> Iterator[str]:
+    """Packages and folders that are not there, and settings that make no sense in a sweep."""
+    train = config.train
+    if config.searcher == "optuna" and importlib.util.find_spec("optuna") is None:
+        yield "--searcher=optuna: optuna is not installed; run pip install 'raycontrolnet[optuna]'"
+    yield from _value_problems(train, space)
+    if "num_train_epochs" in space and train.max_train_steps is not None:
+        problem = f"does nothing beside --max_train_steps={train.max_train_steps}; leave either out"
+        yield f"--space: num_train_epochs: {problem}"
+    if train.resume_from_checkpoint is not None:
+        instead = "--resume goes on with a sweep, --controlnet_model_name_or_path names weights to start from"
+        yield f"--resume_from_checkpoint={train.resume_from_checkpoint}: is for single runs; {instead}"
 
 
 def _differences(before: Mapping[str, Any], config: SweepConfig, space: Space) -> Iterator[str]:
@@ -247,8 +262,8 @@ def _grace_period(config: SweepConfig, total_updates: int, stream: TextIO) -> in
     grace_period = -(-wanted // every) * every
     if grace_period >= total_updates:
         stream.write(
-            f"sweep: no trial can be stopped early: the first validation after {wanted} of {total_updates} updates "
-            "comes at the end; lower --validation_steps or --grace_period\n"
+            f"sweep: no trial can be stopped early: the first validation from update {wanted} on "
+            f"comes at the end, {total_updates}; lower --validation_steps or --grace_period\n"
         )
     return grace_period
 

@@ -76,7 +76,10 @@ def _how_far(swept: Swept) -> str:
     if math.isfinite(seconds := swept.seconds("seconds")):
         words += f"; {page.time(seconds)} so far" if swept.state == "running" else f"; in {page.time(seconds)}"
     order = "smallest" if swept.smallest_is_best else "largest"
-    return f"{words}. Ranked by their last <code>{swept.objective}</code>, the {order} first."
+    ranking = (
+        f"Ranked by their last <code>{swept.objective}</code>, the {order} first; stopped trials come after finished"
+    )
+    return f"{words}. {ranking} ones."
 
 
 def _figures(swept: Swept) -> Iterable[tuple[str, str, str]]:

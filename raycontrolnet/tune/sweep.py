@@ -22,7 +22,7 @@ from typing import Any, TextIO
 
 from ray import tune
 
-from raycontrolnet.cluster import cluster_nodes, logging_to, ray_session, shown_on, worker_resources
+from raycontrolnet.cluster import cluster_nodes, logging_to, on_a_cluster, ray_session, shown_on, worker_resources
 from raycontrolnet.errors import Interrupted, RunError, UserError, in_one_line, root_cause
 from raycontrolnet.preflight import check_device
 from raycontrolnet.prepare_latents import on_ray
@@ -115,6 +115,7 @@ def _sweep(config: SweepConfig, stream: TextIO) -> SweepResult:
 
 def _run(plan: SweepPlan, marker: Marker, facts: dict[str, Any], stream: TextIO) -> None:
     train = plan.config.train
+    own = not on_a_cluster(train.address)
     with ray_session(train.address):
         cluster = cluster_nodes()
         where = places(
@@ -124,6 +125,7 @@ def _run(plan: SweepPlan, marker: Marker, facts: dict[str, Any], stream: TextIO)
             num_trials=plan.num_left,
             gpus_per_trial=plan.config.gpus_per_trial,
             most=plan.config.max_concurrent_trials,
+            own=own,
         )
         for tried in plan.device_settings():
             check_device(tried, use_gpu=where.use_gpu, has_gpu=where.use_gpu)
