@@ -73,18 +73,25 @@ def check_settings(config: Any, groups: Sequence[Any]) -> None:
     Raises:
         ConfigError: with every problem at once.
     """
-    problems, kinds = [], setting_types(config.__class__)
-    for setting in dataclasses.fields(config):
-        try:
-            value = coerce(getattr(config, setting.name), kinds[setting.name])
-            object.__setattr__(config, setting.name, value)
-        except ValueError as error:
-            shown = "" if setting.metadata.get("secret") else f"={getattr(config, setting.name)!r}"
-            problems.append(f"--{setting.name}{shown}: {error}")
+    problems = coerce_settings(config, setting_types(config.__class__))
     if not problems:  # the groups' own checks may count on the types
         problems = [problem for group in groups for problem in group.problems(config)]
     if problems:
         raise ConfigError(problems)
+
+
+def coerce_settings(config: Any, kinds: Mapping[str, Any]) -> list[str]:
+    """Bring the settings that `kinds` names to their types; returns what is wrong with those that cannot be."""
+    problems = []
+    for setting in dataclasses.fields(config):
+        try:
+            if setting.name in kinds:
+                value = coerce(getattr(config, setting.name), kinds[setting.name])
+                object.__setattr__(config, setting.name, value)
+        except ValueError as error:
+            shown = "" if setting.metadata.get("secret") else f"={getattr(config, setting.name)!r}"
+            problems.append(f"--{setting.name}{shown}: {error}")
+    return problems
 
 
 def coerce(value: Any, kind: Any) -> Any:

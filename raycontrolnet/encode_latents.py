@@ -26,8 +26,8 @@ from raycontrolnet.settings import ModelConfig
 if TYPE_CHECKING:
     import ray
 
-    from raycontrolnet.cluster import WorkerResources
     from raycontrolnet.model.latent_encoder import LatentEncoder
+    from raycontrolnet.resources import WorkerResources
 
 SHARDS_AHEAD = 3
 """Loaded shards per actor that may wait in Ray's object store: one in work, one next, one being made."""

@@ -9,16 +9,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TextIO
 
 from raycontrolnet import __version__
-from raycontrolnet.cluster import WorkerResources, interruptible_trainer
+from raycontrolnet.cluster import interruptible_trainer
 from raycontrolnet.config import TrainConfig, changed_settings, public_settings
 from raycontrolnet.data.bundles import StreamPlan
 from raycontrolnet.data.stream import execution_options, ray_dataset
 from raycontrolnet.ending import failures_explained
 from raycontrolnet.preflight import CheckedRun
+from raycontrolnet.resources import WorkerResources
 from raycontrolnet.run import held_out, metrics, validation
 from raycontrolnet.run.failures import read_failure
 from raycontrolnet.run.follower import Follower, Stopped
 from raycontrolnet.run.job import Job, begin
+from raycontrolnet.run.plan import due_steps
 from raycontrolnet.run.progress import Progress
 from raycontrolnet.run.status import RunStatus
 from raycontrolnet.run.trained import CONFIG
@@ -164,8 +166,9 @@ def _followed(run: CheckedRun, world_size: int, trainer: Any, follower: Follower
 def _validated(run: CheckedRun, world_size: int) -> set[int]:
     """The updates after which a validation is done, the last update left out."""
     updates = metrics.read(run.output_dir / metrics.NAME)
-    done = min(updates[-1]["step"] if updates else 0, run.plan(world_size, run.start).total_updates - 1)
-    steps = set(range(run.config.validation_steps, done + 1, run.config.validation_steps))
+    total_updates = run.plan(world_size, run.start).total_updates
+    done = min(updates[-1]["step"] if updates else 0, total_updates - 1)
+    steps = set(due_steps(run.config.validation_steps, done, total_updates))
     if run.config.num_held_out(len(run.source)):
         steps &= {record["step"] for record in held_out.read(run.output_dir)}
     if run.config.control_fidelity:

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TextIO
 
-from raycontrolnet.cluster import WorkerResources, logging_to, ray_session, shown_on, worker_resources
+from raycontrolnet.cluster import logging_to, ray_session, shown_on
 from raycontrolnet.config import TrainConfig, changed_settings
 from raycontrolnet.data.columns import shortened
 from raycontrolnet.data.encoding import ShardResult, load_shard
@@ -29,6 +29,7 @@ from raycontrolnet.encode_latents import EncodeJob, encode_here, encode_on_ray
 from raycontrolnet.errors import ConfigError, DataError, Interrupted, RunError, UserError, in_one_line, root_cause
 from raycontrolnet.latent_plan import LatentPlan
 from raycontrolnet.preflight import check_inputs, versions, with_absolute_paths
+from raycontrolnet.resources import WorkerResources, worker_resources
 from raycontrolnet.run.counter import Counter
 from raycontrolnet.settings import CacheConfig, DataConfig, ModelConfig
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from raycontrolnet.cluster import logging_to, ray_session, shown_on, worker_resources
+from raycontrolnet.cluster import logging_to, ray_session, shown_on
 from raycontrolnet.config import TrainConfig
 from raycontrolnet.ending import interruption_explained
 from raycontrolnet.errors import RunError
@@ -24,6 +24,7 @@ from raycontrolnet.latents_of_run import WantedLatents, planned_latents, with_la
 from raycontrolnet.launch import train_here, train_on_ray
 from raycontrolnet.preflight import CheckedRun, check, check_device, versions, with_absolute_paths
 from raycontrolnet.prepare_latents import here, on_ray
+from raycontrolnet.resources import worker_resources
 from raycontrolnet.run import export, held_out, validation
 from raycontrolnet.run.job import LOG
 from raycontrolnet.run.live_report import report_kept

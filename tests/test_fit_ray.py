@@ -8,14 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from processes import kill_a_train_worker, last_step, processes_of_session, when
+from processes import kill_a_train_worker, last_step, processes_of_session, wait_for, when
 from reference import write_trained_controlnet
 from safetensors.torch import load_file
 
@@ -212,10 +210,3 @@ def first_image_of_update(update: int, data: Path, settings: Settings) -> Path:
     image = source.read(order.row(first_sample)).image
     assert isinstance(image, str)
     return Path(image)
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, f"not within {timeout_s} s"
-        time.sleep(0.1)

@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data",),
     ("model",),
     ("run",),
-    ("cluster", "preflight"),
+    ("cluster", "preflight", "resources"),
     ("ending", "validate_beside"),
     ("validate_controlnet",),
     ("train_controlnet",),
@@ -40,8 +40,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 """From the bottom up. A module imports from lower layers, and from its own folder."""
 
 RAY_DRIVERS = {
-    "cluster", "train_controlnet", "launch", "encode_latents", "make_conditions", "validate_beside",
-    "validate_controlnet", "data.stream", "tune.keeper", "tune.proposals", "tune.sweep", "tune.trial", "tune.tuner",
+    "cluster", "train_controlnet", "launch", "encode_latents", "make_conditions", "resources",
+    "validate_beside", "validate_controlnet", "data.stream", "tune.keeper", "tune.proposals", "tune.sweep",
+    "tune.trial", "tune.tuner",
 }  # fmt: skip
 """Modules that may import ray."""
 

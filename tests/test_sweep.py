@@ -10,8 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from processes import when, workers_called
+from processes import wait_for, when, workers_called
 
 from raycontrolnet import SweepConfig, SweepResult, TrainConfig, fit, sweep
 from raycontrolnet.errors import ConfigError, RunError
@@ -392,13 +391,6 @@ def swept(config: SweepConfig) -> SweepResult:
 def tune_command(flags: Mapping[str, Any]) -> list[str]:
     given = {name: value for name, value in flags.items() if value is not None and value is not False}
     return [sys.executable, "-m", "raycontrolnet", "tune", *(f"--{name}={value}" for name, value in given.items())]
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, f"not within {timeout_s} s"
-        time.sleep(0.1)
 
 
 def ran_to_its_end(sweep_dir: Path, record: records.TrialRecord) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from raycontrolnet import SweepConfig, TrainConfig, cli, cluster
+from raycontrolnet import SweepConfig, TrainConfig, cli, resources
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.settings import ClusterConfig
 from raycontrolnet.tune.places import Places, places
@@ -157,14 +157,14 @@ def test_no_room(nodes: list[dict[str, float]], options: dict[str, Any], problem
 
 def test_nodes_that_an_autoscaler_may_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "bootstrap.yaml"
-    monkeypatch.setattr(cluster, "BOOTSTRAP_CONFIG", file)
+    monkeypatch.setattr(resources, "BOOTSTRAP_CONFIG", file)
     monkeypatch.delenv("RAY_CLUSTER_NAME", raising=False)
-    assert cluster.autoscaler_nodes() is None
+    assert resources.autoscaler_nodes() is None
     types = {
         "head": {"resources": {"CPU": 4}, "max_workers": 0},
         "gpu": {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 3},
     }
     file.write_text(yaml.safe_dump({"max_workers": 8, "available_node_types": types}))
-    assert cluster.autoscaler_nodes() == [{"CPU": 8, "GPU": 1}] * 3
+    assert resources.autoscaler_nodes() == [{"CPU": 8, "GPU": 1}] * 3
     file.write_text(yaml.safe_dump({"max_workers": 2, "available_node_types": types}))
-    assert cluster.autoscaler_nodes() == [{"CPU": 8, "GPU": 1}] * 2
+    assert resources.autoscaler_nodes() == [{"CPU": 8, "GPU": 1}] * 2

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from processes import kill_a_train_worker, last_step, when, workers_called
 
-from raycontrolnet import TrainConfig, cluster, fit
-from raycontrolnet.cluster import share_out
+from raycontrolnet import TrainConfig, fit
+from raycontrolnet.resources import share_out, worker_resources
 from raycontrolnet.run import metrics
 from raycontrolnet.settings import ClusterConfig
 
@@ -56,9 +56,8 @@ def test_the_images_are_those_of_the_workers(
 ) -> None:
     options = {"num_workers": workers, "train_batch_size": 4 // int(workers), "cpus_per_worker": cpus}
     beside = run(settings, tmp_path / "beside", **options)
-    resources_of = cluster.worker_resources
     monkeypatch.setattr(
-        "raycontrolnet.train.worker_resources", lambda config: replace(resources_of(config), spare=False)
+        "raycontrolnet.train.worker_resources", lambda config: replace(worker_resources(config), spare=False)
     )
     alone = run(settings, tmp_path / "alone", **options)
     timings = [json.loads((folder / "run.json").read_text())["timings"] for folder in (beside, alone)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from raycontrolnet.demo.shapes import COLOURS, SHAPES
+from raycontrolnet.run.files import replacing
 
 Size = Literal["tiny", "small", "quarter"]
 PredictionType = Literal["epsilon", "v_prediction"]
@@ -112,9 +112,8 @@ def write_parts(folder: Path, parts: Mapping[str, Any]) -> Path:
         "tokenizer": ("transformers", "CLIPTokenizer"),
         **{name: (type(part).__module__.partition(".")[0], type(part).__name__) for name, part in parts.items()},
     }
-    unfinished = folder / ".model_index.json.unfinished"
-    unfinished.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, folder / "model_index.json")
+    with replacing(folder / "model_index.json") as partial:
+        partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return folder
 
 

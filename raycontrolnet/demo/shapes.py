@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from raycontrolnet.run.files import replacing
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 30, 30),
@@ -89,9 +90,8 @@ def write_shapes(
         image.save(folder / row["image"])
         conditioning_image.save(folder / row["conditioning_image"])
         lines.append(json.dumps(row) + "\n")
-    unfinished = folder / ".metadata.jsonl.unfinished"
-    unfinished.write_text("".join(lines), encoding="utf-8")
-    os.replace(unfinished, folder / "metadata.jsonl")
+    with replacing(folder / "metadata.jsonl") as partial:
+        partial.write_text("".join(lines), encoding="utf-8")
     return folder
 
 

@@ -19,6 +19,7 @@ from raycontrolnet.run.model_card import write_model_card
 
 __all__ = [
     "UPLOADED",
+    "WEIGHTS",
     "Licence",
     "check_push",
     "find_licence",
@@ -35,7 +36,8 @@ logger = logging.getLogger(__name__)
 UPLOADED = ("config.json", "diffusion_pytorch_model.safetensors", "README.md", "images/*.png")
 """All that is ever uploaded, relative to output_dir: no checkpoints, no logs, no settings file."""
 
-_REQUIRED = UPLOADED[:2]
+WEIGHTS = UPLOADED[:2]
+"""What diffusers needs to load them."""
 
 
 def find_token(hub_token: str | None) -> str | None:
@@ -130,7 +132,7 @@ def push_command(output_dir: str | Path, repo_id: str) -> str:
 
 
 def _files(output_dir: Path) -> list[Path]:
-    missing = [name for name in _REQUIRED if not (output_dir / name).is_file()]
+    missing = [name for name in WEIGHTS if not (output_dir / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{output_dir} has no {' and no '.join(missing)}")
     return [path for pattern in UPLOADED for path in sorted(output_dir.glob(pattern)) if path.is_file()]

@@ -16,7 +16,6 @@ with more digits for the pair where there are more than a hundred.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -32,6 +31,7 @@ from raycontrolnet.data.transforms import CONDITIONING_BACKGROUND, decode_rgb, r
 from raycontrolnet.errors import DataError
 from raycontrolnet.run import scores
 from raycontrolnet.run.drawing import DEFAULT_SAMPLING, Sampling, build_pipeline, draw
+from raycontrolnet.run.files import replacing
 
 if TYPE_CHECKING:
     from raycontrolnet.model.components import Components
@@ -225,9 +225,8 @@ def finish(
         _save(_grid([control, *pictures]), folder / of_pair[0].grid_file_name)
         for item, score in zip(of_pair, scores.scored(control, pictures, measure), strict=True):
             lines.append(json.dumps(_metadata(item, step, sampling, score), ensure_ascii=False) + "\n")
-    unfinished = folder / f".{METADATA}.unfinished"
-    unfinished.write_text("".join(lines), encoding="utf-8")
-    os.replace(unfinished, folder / METADATA)
+    with replacing(folder / METADATA) as partial:
+        partial.write_text("".join(lines), encoding="utf-8")
     return results(folder)
 
 
@@ -279,10 +278,5 @@ def _open(path: Path) -> Image.Image:
 
 def _save(image: Image.Image, path: Path) -> None:
     """As PNG, whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        image.save(unfinished, format="PNG")
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)  # the disk may be full
-        raise
+    with replacing(path) as partial:
+        image.save(partial, format="PNG")

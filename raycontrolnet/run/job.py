@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from raycontrolnet.run import checkpoint as checkpoints
 from raycontrolnet.run import held_out, validation
 from raycontrolnet.run.checkpoint import Checkpoint
 from raycontrolnet.run.failures import FAILURE
+from raycontrolnet.run.files import replacing
 from raycontrolnet.run.follower import Follower
 from raycontrolnet.run.images import ImageItem
 
@@ -30,6 +30,7 @@ TIMINGS = ".timings.json"
 RAY_FILES = (".validate_storage_marker", "checkpoint_manager_snapshot.json")
 SHARED_WITHIN_S = 15.0
 """How long a network file system may take to show a worker what the driver wrote."""
+LOOK_INTERVAL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -102,21 +103,29 @@ def check_folder_is_shared(job: Job) -> None:
         UserError: if it is another folder of the same name.
     """
     marker = job.output_dir / RUN_ID
+    wait_for_driver(job.output_dir, lambda: marker.is_file() and marker.read_text() == job.run_id, "the driver")
+
+
+def wait_for_driver(output_dir: Path, marked: Callable[[], bool], driver: str) -> None:
+    """Wait until `output_dir` is seen to be `marked` by `driver`.
+
+    Raises:
+        UserError: if that takes longer than storage that nodes share takes.
+    """
     end = time.monotonic() + SHARED_WITHIN_S
-    while not (marker.is_file() and marker.read_text() == job.run_id):
+    while not marked():
         if time.monotonic() > end:
             raise UserError(
-                f"--output_dir={job.output_dir}: on the node {socket.gethostname()} this is not the folder that the "
-                "driver writes to; name a folder on storage that all nodes share"
+                f"--output_dir={output_dir}: on the node {socket.gethostname()} this is not the folder that {driver} "
+                "writes to; name a folder on storage that all nodes share"
             )
-        time.sleep(0.5)
+        time.sleep(LOOK_INTERVAL_S)
 
 
 def write_timings(output_dir: Path, timings: Mapping[str, float]) -> None:
     """On rank 0, now and then: the seconds by phase so far, for the report and for run.json if the run fails."""
-    partial = output_dir / f"{TIMINGS}.partial"
-    partial.write_text(json.dumps(timings))
-    os.replace(partial, output_dir / TIMINGS)
+    with replacing(output_dir / TIMINGS) as partial:
+        partial.write_text(json.dumps(timings))
 
 
 def read_timings(output_dir: Path) -> dict[str, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from raycontrolnet.errors import RunError
+from raycontrolnet.run.files import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,9 +62,8 @@ class MetricsLog:
     def __init__(self, output_dir: Path, step: int, name: str = NAME):
         path = output_dir / name
         kept = [json.dumps(record) + "\n" for record in read(path) if record["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            partial.write_text("".join(kept), encoding="utf-8")
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def append(self, record: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from raycontrolnet.config import TrainConfig, changed_settings
 from raycontrolnet.run import validation
+from raycontrolnet.run.files import replacing
 from raycontrolnet.run.licence import Licence, is_hub_id
 
 TAGS = (
@@ -91,9 +91,8 @@ def write_model_card(
     ]
     body = "\n\n".join(section for section in sections if section)
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n")
-    unfinished = output_dir / ".README.md.unfinished"
-    card.save(unfinished)
-    os.replace(unfinished, output_dir / "README.md")
+    with replacing(output_dir / "README.md") as partial:
+        card.save(partial)
     return output_dir / "README.md"
 
 

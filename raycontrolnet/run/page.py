@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from raycontrolnet.config import TrainConfig
+from raycontrolnet.run.files import replacing
 from raycontrolnet.run.progress import duration
 
 NAME = "report.html"
@@ -21,9 +21,8 @@ _STATES = ("running", "finished", "failed", "interrupted")
 
 def write(folder: Path, page: str) -> Path:
     """Write `folder`/report.html, whole or not at all; returns its path."""
-    unfinished = folder / f".{NAME}.unfinished"
-    unfinished.write_bytes(page.encode("utf-8", "replace"))
-    os.replace(unfinished, folder / NAME)
+    with replacing(folder / NAME) as partial:
+        partial.write_bytes(page.encode("utf-8", "replace"))
     return folder / NAME
 
 

@@ -69,7 +69,22 @@ class RunPlan:
         return samples + (micro_step * self.world_size + rank) * self.batch_size
 
     def checkpoint_due(self, step: int) -> bool:
-        return step % self.checkpointing_steps == 0 or step == self.total_updates
+        return is_due(self.checkpointing_steps, step, self.total_updates)
 
     def validation_due(self, step: int) -> bool:
-        return step % self.validation_steps == 0 or step == self.total_updates
+        return is_due(self.validation_steps, step, self.total_updates)
+
+
+def is_due(every: int, step: int, total_updates: int | None) -> bool:
+    """Whether something is done after update `step`: every so many, and after the last.
+
+    Args:
+        total_updates: None if it is not known.
+    """
+    return step % every == 0 or step == total_updates
+
+
+def due_steps(every: int, until: int, total_updates: int | None) -> list[int]:
+    """All of (0, until] that `is_due` says of."""
+    due = list(range(every, until + 1, every))
+    return [*due, until] if until % every and is_due(every, until, total_updates) else due

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raycontrolnet.errors import Interrupted
+from raycontrolnet.run.files import replacing
 from raycontrolnet.run.follower import Stopped
 from raycontrolnet.run.job import TIMINGS, read_timings
 
@@ -26,10 +26,9 @@ class RunStatus(dict[str, Any]):
 
     def write(self) -> None:
         """Replace run.json."""
-        partial = self._path.with_name(f".{STATUS}.partial")
         content = {**self, "seconds": round(time.time() - self._started, 3)}
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(partial, self._path)
+        with replacing(self._path) as partial:
+            partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
 @contextmanager

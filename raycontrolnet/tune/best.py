@@ -14,7 +14,6 @@ from raycontrolnet.run.trained import CONFIG
 from raycontrolnet.tune.records import Report, Trial
 
 BEST = "best"
-WEIGHTS = ("config.json", "diffusion_pytorch_model.safetensors")
 OF_THE_TRIAL = ("output_dir", "resume_from_checkpoint", "tracker_group")
 """Settings that the next run is not to have."""
 
@@ -24,7 +23,7 @@ def weights_of(trial: Trial) -> Path | None:
     places = [trial.folder] if trial.record.state == "finished" else []
     if last := checkpoints.latest(trial.folder):
         places.append(last.path / checkpoints.CONTROLNET)
-    return next((place for place in places if all((place / name).is_file() for name in WEIGHTS)), None)
+    return next((place for place in places if all((place / name).is_file() for name in export.WEIGHTS)), None)
 
 
 def worth(trial: Trial) -> Report:
@@ -55,7 +54,7 @@ def write_best(
     new, best = sweep_dir / f".{BEST}.partial", sweep_dir / BEST
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
-    for name in WEIGHTS:
+    for name in export.WEIGHTS:
         shutil.copyfile(weights / name, new / name)
     settings = {name: value for name, value in public_settings(config).items() if name not in OF_THE_TRIAL}
     head = f"# Of trial {trial.record.name}, the best of a sweep: raycontrolnet train --config {best / CONFIG}\n"

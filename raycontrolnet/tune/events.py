@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from raycontrolnet.run.progress import duration
 from raycontrolnet.tune.records import Trial
-from raycontrolnet.tune.table import control_since, figure, plain, settings_in_words, step_of
+from raycontrolnet.tune.table import figure, plain, settings_in_words
+from raycontrolnet.tune.verdict import control_since
 
 
 class Event(NamedTuple):
@@ -26,7 +27,7 @@ def event_of(
         first: nothing was known before: how a trial that is at its end came there is no news.
     """
     record, name = trial.record, f"trial {trial.record.name}"
-    broke_at = _at(step_of(trial) if live_step is None else live_step)
+    broke_at = _at(trial.step if live_step is None else live_step)
     former = None if before is None else before.record
     if former is not None and record.attempts > former.attempts and not record.ended:
         again = f"is tried again (attempt {record.attempts + 1})"
@@ -35,14 +36,13 @@ def event_of(
         return None
     match record.state:
         case "running":
-            done = step_of(trial)
-            how = "started" if not done else f"goes on{_at(done)}"
+            how = f"goes on{_at(trial.step)}" if trial.step else "started"
             return Event(f"{name} {how}: {settings_in_words(record.settings)}")
         case "finished":
-            return Event(f"{name} finished{_at(step_of(trial))}: {_worth(trial, objective)}")
+            return Event(f"{name} finished{_at(trial.step)}: {_worth(trial, objective)}")
         case "stopped":
             worth = f"; {objective} {figure(objective, trial.value(objective))}"
-            return Event(f"{name} stopped{_at(step_of(trial))}{_why(record.cause)}{worth}")
+            return Event(f"{name} stopped{_at(trial.step)}{_why(record.cause)}{worth}")
         case "failed":
             return Event(f"{name} failed{broke_at}{_why(record.cause)}", failure=True)
         case "interrupted":

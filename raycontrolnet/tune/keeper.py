@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -14,10 +13,11 @@ from ray import cloudpickle, tune
 from ray.exceptions import RayActorError
 
 from raycontrolnet.errors import RunError, UserError, in_one_line, root_cause
+from raycontrolnet.run.recorded import read_json
 from raycontrolnet.run.status import STATUS
 from raycontrolnet.tune.live import LiveTable
 from raycontrolnet.tune.marker import Marker
-from raycontrolnet.tune.records import Trial, TrialRecord, read_trial, write_record
+from raycontrolnet.tune.records import Trial, TrialRecord, folder_of, read_trial, write_record
 from raycontrolnet.tune.unpickled import Unpickled
 
 logger = logging.getLogger(__name__)
@@ -110,9 +110,5 @@ def settled(sweep_dir: Path, record: TrialRecord) -> TrialRecord:
     """The record of a trial as a killed sweep left it: one that was running has been interrupted, if not finished."""
     if record.ended:
         return record
-    status = sweep_dir / "trials" / record.name / STATUS
-    try:
-        finished = json.loads(status.read_text(encoding="utf-8")).get("status") == "finished"
-    except (OSError, ValueError):
-        finished = False
+    finished = read_json(folder_of(sweep_dir, record) / STATUS).get("status") == "finished"
     return dataclasses.replace(record, state="finished" if finished else "interrupted")

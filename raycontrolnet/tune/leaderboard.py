@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from raycontrolnet.run import checkpoint
+from raycontrolnet.run.files import replacing
 from raycontrolnet.tune.records import TRIALS, Trial, ranked
-from raycontrolnet.tune.table import Column, Now, columns_of, control_since, lay_out, plain, settings_of, step_of
+from raycontrolnet.tune.table import Column, Now, columns_of, lay_out, plain, settings_of
+from raycontrolnet.tune.verdict import control_since
 
 NAME = "leaderboard.csv"
 SETTING = "setting:"
@@ -40,8 +41,10 @@ def write_leaderboard(sweep_dir: Path, trials: Sequence[Trial], objective: str) 
     figures = list(dict.fromkeys((objective, *FIGURES)))
     names = ["rank", "trial", "state", "stopped_at", "step", *figures, "seconds", "checkpoint"]
     path = sweep_dir / NAME
-    partial = path.with_name(f".{NAME}.partial")
-    with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+    with (
+        replacing(path) as partial,
+        partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*names, *(SETTING + plain(name) for name in settings), "cause"])
         for rank, trial in enumerate(ranked(trials, objective), start=1):
@@ -49,7 +52,6 @@ def write_leaderboard(sweep_dir: Path, trials: Sequence[Trial], objective: str) 
             values = [_value(trial.record.settings[name]) if name in trial.record.settings else "" for name in settings]
             cause = "" if trial.record.cause is None else _text(plain(trial.record.cause))
             writer.writerow(["" if known.get(n) is None else _value(known[n]) for n in names] + [*values, cause])
-    os.replace(partial, path)
     return path
 
 
@@ -74,7 +76,7 @@ def _row(trial: Trial) -> dict[str, Any]:
         "trial": record.name,
         "state": record.state,
         "stopped_at": record.stopped_at,
-        "step": step_of(trial),
+        "step": trial.step,
         "control_appeared_at_step": control_since(trial),
         "seconds": record.seconds,
         "checkpoint": _checkpoint(trial),

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import socket
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from raycontrolnet.errors import UserError
-from raycontrolnet.run.job import SHARED_WITHIN_S
+from raycontrolnet.run.job import wait_for_driver
 
 MARKER = ".sweep_id"
-LOOK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -41,11 +37,4 @@ class Marker:
         Raises:
             UserError: if it is another of the same name.
         """
-        end = time.monotonic() + SHARED_WITHIN_S
-        while not self.stands():
-            if time.monotonic() > end:
-                raise UserError(
-                    f"--output_dir={self.sweep_dir}: on the node {socket.gethostname()} this is not the folder that "
-                    "the sweep's driver writes to; name a folder on storage that all nodes share"
-                )
-            time.sleep(LOOK_S)
+        wait_for_driver(self.sweep_dir, self.stands, "the sweep's driver")

@@ -44,7 +44,9 @@ class SweepPlan:
     """A sweep whose input has been checked."""
 
     config: SweepConfig
-    """With absolute paths and a seed."""
+    """As given."""
+    train: TrainConfig
+    """The settings that trials share, with absolute paths and a seed."""
     sweep_dir: Path
     space: Space
     num_trials: int
@@ -60,10 +62,6 @@ class SweepPlan:
     def run(self) -> CheckedRun:
         """That of the first cache."""
         return next(iter(self.runs.values()))[0]
-
-    @property
-    def cache_settings(self) -> tuple[str, ...]:
-        return tuple(name for name in self.space if name in NEEDS_CACHE)
 
     @property
     def mode(self) -> str:
@@ -83,26 +81,25 @@ class SweepPlan:
             **{name: getattr(config, name) for name in names},
             "mode": self.mode,
             "space": to_grammar(self.space),
-            "seed": config.train.seed,
+            "seed": self.train.seed,
             "num_trials": self.num_trials,
             "total_updates": self.total_updates,
-            "validation_steps": config.train.validation_steps,
+            "validation_steps": self.train.validation_steps,
             "grace_period": self.grace_period,
-            "settings": public_settings(config.train),
+            "settings": public_settings(self.train),
             "versions": versions(),
         }
 
     def device_settings(self) -> Iterator[TrainConfig]:
         """The settings with each value of the space that asks something of the device."""
-        yield self.config.train
+        yield self.train
         for name in set(self.space) & {"mixed_precision", "enable_xformers_memory_efficient_attention"}:
             for value in self.space[name].values:
-                yield _with(self.config.train, {name: value})
+                yield _with(self.train, {name: value})
 
-    def config_of(self, record: TrialRecord, places: Places | None = None) -> TrainConfig:
+    def config_of(self, record: TrialRecord) -> TrainConfig:
         """The settings of a trial, as `fit` takes them for the same run."""
-        cpus = places.cpus_per_worker if places else self.config.train.cpus_per_worker
-        return dataclasses.replace(self.config.train, **record.settings, cpus_per_worker=cpus)
+        return _with(self.train, record.settings)
 
 
 def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
@@ -119,25 +116,17 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
         )
     if config.resume and not before:
         stream.write(f"sweep: there is nothing to go on with in {sweep_dir}: a new sweep begins\n")
-    train = with_absolute_paths(config.train, sweep_dir)
+    train = _shared_settings(config.train, sweep_dir, before)
     space = _with_absolute_paths(space, train, sweep_dir)
-    if train.worker_range == (0, 0):  # a trial's one worker is its own process anyway
-        train = dataclasses.replace(train, num_workers="1")
-    if train.seed is None:
-        train = dataclasses.replace(train, seed=before.get("seed", secrets.randbelow(2**31)))
-    if train.tracker_group is None:
-        train = dataclasses.replace(train, tracker_group=sweep_dir.name)
-    config = dataclasses.replace(config, train=train)
-    problems = [*_differences(before, config, space), *_problems(config, space)]
+    problems = [*_differences(before, config, train, space), *_problems(config.searcher, train, space)]
     if problems:
         raise ConfigError(problems)
     runs = {}
     for settings in _cache_variants(space):
         run = check(_with(train, settings), sweep_dir)
-        runs[cache_key(settings, tuple(settings))] = run, planned_latents(run, stream, reused=True)
+        runs[cache_key(settings)] = run, planned_latents(run, stream, reused=True)
     run = next(iter(runs.values()))[0]
-    config = dataclasses.replace(config, train=run.config)
-    if problem := _objective_problem(config, run):
+    if problem := _objective_problem(config.objective, run):
         raise ConfigError([problem])
     total_updates = max(_totals(run, space))
     if (every := train.checkpointing_steps) >= total_updates:
@@ -147,6 +136,7 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
         )
     return SweepPlan(
         config=config,
+        train=run.config,
         sweep_dir=sweep_dir,
         space=space,
         num_trials=num_trials(space, config.num_samples),
@@ -157,10 +147,22 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
     )
 
 
-def _problems(config: SweepConfig, space: Space) -> Iterator[str]:
+def _shared_settings(train: TrainConfig, sweep_dir: Path, before: Mapping[str, Any]) -> TrainConfig:
+    """What trials share, complete: with absolute paths, the sweep's seed, and its name as the trackers' group."""
+    train = with_absolute_paths(train, sweep_dir)
+    one_worker = train.worker_range == (0, 0)  # which is the trial's own process anyway
+    seed = before.get("seed", secrets.randbelow(2**31)) if train.seed is None else train.seed
+    return dataclasses.replace(
+        train,
+        num_workers="1" if one_worker else train.num_workers,
+        seed=seed,
+        tracker_group=sweep_dir.name if train.tracker_group is None else train.tracker_group,
+    )
+
+
+def _problems(searcher: str, train: TrainConfig, space: Space) -> Iterator[str]:
     """Packages and folders that are not there, and settings that make no sense in a sweep."""
-    train = config.train
-    if config.searcher == "optuna" and importlib.util.find_spec("optuna") is None:
+    if searcher == "optuna" and importlib.util.find_spec("optuna") is None:
         yield "--searcher=optuna: optuna is not installed; run pip install 'raycontrolnet[optuna]'"
     yield from _value_problems(train, space)
     if "num_train_epochs" in space and train.max_train_steps is not None:
@@ -171,7 +173,7 @@ def _problems(config: SweepConfig, space: Space) -> Iterator[str]:
         yield f"--resume_from_checkpoint={train.resume_from_checkpoint}: is for single runs; {instead}"
 
 
-def _differences(before: Mapping[str, Any], config: SweepConfig, space: Space) -> Iterator[str]:
+def _differences(before: Mapping[str, Any], config: SweepConfig, train: TrainConfig, space: Space) -> Iterator[str]:
     """What of the sweep that is to go on was otherwise."""
     if not before:
         return
@@ -187,7 +189,7 @@ def _differences(before: Mapping[str, Any], config: SweepConfig, space: Space) -
             f"--num_samples={config.num_samples}: makes {trials} trials, and the sweep has {before['num_trials']}; "
             "it can only get more"
         )
-    settings = public_settings(config.train)
+    settings = public_settings(train)
     for name, then in before["settings"].items():
         if name in settings and name not in ALL_THE_SAME and name not in space and settings[name] != then:
             yield f"--{name}={settings[name]}: was {then}; {advice}"
@@ -237,9 +239,9 @@ def _totals(run: CheckedRun, space: Space) -> Iterator[int]:
         yield dataclasses.replace(run, config=config).plan(run.config.worker_range[1], None).total_updates
 
 
-def _objective_problem(config: SweepConfig, run: CheckedRun) -> str | None:
+def _objective_problem(objective: str, run: CheckedRun) -> str | None:
     """What keeps the objective from being measured."""
-    objective, num_rows = config.objective, len(run.source)
+    num_rows = len(run.source)
     if objective in ("val_loss", "control_gap") and run.config.num_held_out(num_rows) < 2:
         return (
             f"--objective={objective}: is measured on held-out rows, and of these {num_rows:,} rows none are held out; "
@@ -286,7 +288,6 @@ def shared_of(
         sweep_dir=plan.sweep_dir,
         marker=marker,
         runs=runs,
-        cache_settings=plan.cache_settings,
         in_process=places.in_process,
         use_gpu=places.use_gpu,
         threads=None if places.use_gpu else places.threads,

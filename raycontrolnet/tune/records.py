@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +19,8 @@ import numpy as np
 
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.run import recorded
+from raycontrolnet.run.files import replacing
+from raycontrolnet.run.plan import due_steps
 from raycontrolnet.run.recorded import Recorded
 from raycontrolnet.tune.settings import OBJECTIVES
 
@@ -81,6 +82,13 @@ class Trial:
         """The last report; empty if there is none."""
         return self.reports[-1] if self.reports else {}
 
+    @property
+    def step(self) -> int | None:
+        """Updates that are known to be done."""
+        if self.record.stopped_at is not None:
+            return self.record.stopped_at
+        return int(self.last["step"]) if self.last else None
+
     def value(self, objective: str) -> float:
         """The objective at the last report; nan if it was not measured."""
         return self.last.get(objective, math.nan)
@@ -131,7 +139,10 @@ def read_reports(folder: Path, validation_steps: int) -> list[Report]:
         validation_steps: of the run, for one without held-out rows.
     """
     run = recorded.read(folder)
-    steps = [int(record["step"]) for record in run.held_out] or _due(run, validation_steps)
+    steps = [int(record["step"]) for record in run.held_out]
+    if not steps:
+        done = int(run.updates["step"][-1]) if run.updates["step"].size else 0
+        steps = due_steps(validation_steps, done, run.total_updates)
     measured = {int(record["step"]): record for record in run.held_out}
     reports: list[Report] = []
     before = 0
@@ -147,13 +158,6 @@ def read_reports(folder: Path, validation_steps: int) -> list[Report]:
         reports.append(report)
         before = step
     return reports
-
-
-def _due(run: Recorded, validation_steps: int) -> list[int]:
-    """The validations of a run without held-out rows that its updates have reached."""
-    done = int(run.updates["step"][-1]) if run.updates["step"].size else 0
-    due = list(range(validation_steps, done + 1, validation_steps))
-    return due if done == 0 or done in due or done != run.total_updates else [*due, done]
 
 
 def _since(run: Recorded, before: int, step: int) -> dict[str, float]:
@@ -194,9 +198,5 @@ def read_sweep(sweep_dir: Path) -> dict[str, Any]:
 
 
 def _replace(path: Path, content: Mapping[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(dict(content), indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with replacing(path, sync=True) as partial:
+        partial.write_text(json.dumps(dict(content), indent=1) + "\n", encoding="utf-8")

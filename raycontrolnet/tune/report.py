@@ -15,14 +15,13 @@ from pathlib import Path
 
 from raycontrolnet.run import page
 from raycontrolnet.tune import charts, verdict
+from raycontrolnet.tune.best import BEST
 from raycontrolnet.tune.records import Trial
 from raycontrolnet.tune.swept import Swept, read
 from raycontrolnet.tune.timeline import timeline
 from raycontrolnet.tune.trial_table import COLUMNS, link, measured, trial_table
 
 NAME = page.NAME
-BEST = "best"
-"""Folder of the best trial's weights."""
 
 _FACTS = ("objective", "mode", "searcher", "scheduler", "grace_period", "reduction_factor", "num_trials",
           "total_updates", "validation_steps", "concurrency", "reason", "seed")  # fmt: skip
@@ -76,21 +75,15 @@ def _how_far(swept: Swept) -> str:
     if math.isfinite(seconds := swept.seconds("seconds")):
         words += f"; {page.time(seconds)} so far" if swept.state == "running" else f"; in {page.time(seconds)}"
     order = "smallest" if swept.smallest_is_best else "largest"
-    ranking = (
-        f"Ranked by their last <code>{swept.objective}</code>, the {order} first; stopped trials come after finished"
-    )
-    return f"{words}. {ranking} ones."
+    ranking = f"Ranked by their last <code>{swept.objective}</code>, the {order} first"
+    return f"{words}. {ranking}; stopped trials come after finished ones."
 
 
 def _figures(swept: Swept) -> Iterable[tuple[str, str, str]]:
     """(title, value, note) of each figure at the top; as HTML."""
     if best := swept.best:
-        step = int(best.last["step"])
-        yield (
-            f"best {COLUMNS[swept.objective]}",
-            measured(best, swept.objective),
-            f"trial {best.record.name}, step {step:,}",
-        )
+        where = f"trial {best.record.name}, step {int(best.last['step']):,}"
+        yield f"best {COLUMNS[swept.objective]}", measured(best, swept.objective), where
     if with_gap := [trial for trial in swept.trials if "control_gap" in trial.last]:
         shown = sum(verdict.control_since(trial) is not None for trial in with_gap)
         yield "with control", f"{shown} of {len(with_gap)}", "trials, at their last measurement"
@@ -101,8 +94,7 @@ def _figures(swept: Swept) -> Iterable[tuple[str, str, str]]:
         yield "time of all trials", page.time(machine_s), "one after another"
     stopped = [trial for trial in swept.trials if trial.record.state == "stopped"]
     if stopped and swept.total_updates:
-        steps = [trial.record.stopped_at or int(trial.last.get("step", 0)) for trial in stopped]
-        spared = len(stopped) * swept.total_updates - sum(steps)
+        spared = sum(swept.total_updates - (trial.step or 0) for trial in stopped)
         share = spared / (swept.num_trials * swept.total_updates)
         yield "spared by stopping", f"{share:.0%}", f"{spared:,} updates"
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from raycontrolnet.config import TrainConfig, coerce, setting_types
+from raycontrolnet.config import TrainConfig, coerce_settings, setting_types
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.setting_rules import Problems, at_least, one_of, problem_of
-from raycontrolnet.tune.space import Space, check_space, read_space
+from raycontrolnet.tune.space import Space, check_space, place_of, read_space
 
 SCHEDULERS = ("asha", "median", "none")
 SEARCHERS = ("random", "optuna")
@@ -78,32 +78,24 @@ class SweepConfig(SweepSettings):
     """The settings to try: a YAML file, or its content; by default learning_rate, lr_scheduler, prompt dropout."""
 
     def __post_init__(self) -> None:
-        kinds = setting_types(SweepSettings)
-        problems = []
-        for setting in dataclasses.fields(SweepSettings):
-            if setting.name != "space":
-                try:
-                    object.__setattr__(self, setting.name, coerce(getattr(self, setting.name), kinds[setting.name]))
-                except ValueError as error:
-                    problems.append(f"--{setting.name}={getattr(self, setting.name)!r}: {error}")
-        problems = problems or list(self.problems())
+        kinds = {name: kind for name, kind in setting_types(SweepSettings).items() if name != "space"}
+        problems = coerce_settings(self, kinds) or list(self.problems())
         try:
             space = self.parsed_space
         except ConfigError as error:
             problems += error.problems
         else:
-            options: dict[str, Any] = {"searcher": self.searcher, "objective": self.objective}
             problems += check_space(
-                space, self.train, place=self.place, allow_new_caches=self.allow_new_caches, **options
+                space,
+                self.train,
+                place=place_of(self.space),
+                searcher=self.searcher,
+                objective=self.objective,
+                allow_new_caches=self.allow_new_caches,
             )
         if problems:
             raise ConfigError(problems)
 
-    @property
-    def place(self) -> str:
-        """Where the space stands."""
-        return f"--space={self.space}" if isinstance(self.space, (str, Path)) else "--space"
-
-    @property
+    @cached_property
     def parsed_space(self) -> Space:
         return read_space(self.space)

@@ -22,10 +22,11 @@ from typing import Any, TextIO
 
 from ray import tune
 
-from raycontrolnet.cluster import cluster_nodes, logging_to, on_a_cluster, ray_session, shown_on, worker_resources
+from raycontrolnet.cluster import logging_to, on_a_cluster, ray_session, shown_on
 from raycontrolnet.errors import Interrupted, RunError, UserError, in_one_line, root_cause
 from raycontrolnet.preflight import check_device
 from raycontrolnet.prepare_latents import on_ray
+from raycontrolnet.resources import cluster_nodes, worker_resources
 from raycontrolnet.run.live_report import report_kept
 from raycontrolnet.run.progress import duration
 from raycontrolnet.tune.best import BEST
@@ -46,7 +47,7 @@ from raycontrolnet.tune.records import (
 )
 from raycontrolnet.tune.report import NAME as REPORT
 from raycontrolnet.tune.report import write_report
-from raycontrolnet.tune.results import push_best, write_results
+from raycontrolnet.tune.results import push_best, ranked_trials, write_results
 from raycontrolnet.tune.settings import SweepConfig
 from raycontrolnet.tune.tuner import run_trials
 from raycontrolnet.tune.unpickled import Unpickled
@@ -105,16 +106,16 @@ def _sweep(config: SweepConfig, stream: TextIO) -> SweepResult:
             _settle(plan)  # what was going on when an earlier part of the sweep was killed
             if plan.num_left:
                 _run(plan, marker, facts, stream)
-            trials = write_results(plan, facts)
+            trials = ranked_trials(plan)
             if not any(trial.reports for trial in trials):
-                causes = [trial.record.cause for trial in trials if trial.record.cause]
-                cause = causes[0] if causes else "none is known"
+                cause = next((trial.record.cause for trial in trials if trial.record.cause), "none is known")
                 raise RunError(f"No trial has come to a validation. The first cause: {cause}")
+            write_results(plan, trials, facts)
     return _finish(plan, trials, facts, stream)
 
 
 def _run(plan: SweepPlan, marker: Marker, facts: dict[str, Any], stream: TextIO) -> None:
-    train = plan.config.train
+    train = plan.train
     own = not on_a_cluster(train.address)
     with ray_session(train.address):
         cluster = cluster_nodes()
@@ -222,7 +223,7 @@ def _explained(plan: SweepPlan, facts: dict[str, Any]) -> Iterator[None]:
     except BaseException as error:
         try:
             _settle(plan)
-            write_results(plan, facts)
+            write_results(plan, ranked_trials(plan), facts)
         except Exception:
             logger.exception("the results so far could not be written")  # the error itself matters more
         interrupted = isinstance(error, KeyboardInterrupt)
@@ -271,7 +272,7 @@ def _finish(plan: SweepPlan, trials: Sequence[Trial], facts: Mapping[str, Any], 
         objective=plan.config.objective,
         seconds=facts["seconds"],
     )
-    if plan.config.train.push_to_hub and best:
+    if plan.train.push_to_hub and best:
         stream.write(f"pushed to {push_best(plan, best, facts)}\n")
     learned = f"the best is in {result.best_dir}" if best else "no trial has weights"
     stream.write(f"done in {duration(result.seconds)}: {learned}; report in {plan.sweep_dir / REPORT}\n")

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from raycontrolnet.run import held_out, recorded
 from raycontrolnet.run.progress import duration
 from raycontrolnet.tune.records import Trial
+from raycontrolnet.tune.verdict import control_since
 
 GAP = "  "
 """Between columns."""
@@ -76,12 +76,6 @@ def columns_of(trials: Sequence[Trial], objective: str, total_steps: int | None 
 def settings_of(trials: Sequence[Trial]) -> list[str]:
     """The names of all swept settings, as they come first."""
     return list(dict.fromkeys(name for trial in trials for name in trial.record.settings))
-
-
-def control_since(trial: Trial) -> int | None:
-    """The step since which the trial obeys the control image, if it does."""
-    measured = [report for report in trial.reports if all(name in report for name in recorded.MEASUREMENT)]
-    return held_out.control_appeared(measured)
 
 
 def figure(name: str, value: float | None) -> str:
@@ -197,16 +191,9 @@ def _figure_cell(name: str) -> Callable[[Trial, Now], str]:
 
 
 def _step_cell(trial: Trial, now: Now, total_steps: int | None) -> str:
-    step = step_of(trial) if now.step is None or trial.record.stopped_at is not None else now.step
+    step = trial.step if now.step is None or trial.record.stopped_at is not None else now.step
     total = trial.record.settings.get("max_train_steps") or total_steps
     return UNKNOWN if step is None else f"{step}/{total}" if total else str(step)
-
-
-def step_of(trial: Trial) -> int | None:
-    """Updates that are known to be done, by its record and reports."""
-    if trial.record.stopped_at is not None:
-        return trial.record.stopped_at
-    return int(trial.last["step"]) if trial.last else None
 
 
 def _time_cell(trial: Trial, now: Now) -> str:

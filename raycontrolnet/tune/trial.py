@@ -16,24 +16,25 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 from ray import tune
 
-from raycontrolnet.cluster import worker_resources
 from raycontrolnet.errors import RunError, UserError
 from raycontrolnet.launch import train_here, train_on_ray
 from raycontrolnet.model.kept import keep_models
 from raycontrolnet.preflight import CheckedRun
+from raycontrolnet.resources import worker_resources
 from raycontrolnet.run import checkpoint as checkpoints
 from raycontrolnet.run.follower import Stopped
 from raycontrolnet.run.status import RunStatus
 from raycontrolnet.train import Summary, recorded
 from raycontrolnet.tune.marker import Marker
 from raycontrolnet.tune.records import Report, TrialRecord, folder_of, read_reports
+from raycontrolnet.tune.space_checks import NEEDS_CACHE
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +53,6 @@ class Shared:
     marker: Marker
     runs: Mapping[str, CheckedRun]
     """The sweep's own run, from which a trial differs by its settings, for each latent cache; see `cache_key`."""
-    cache_settings: tuple[str, ...]
-    """The settings of the space that need latents of their own."""
     in_process: bool
     """Whether a trial has a single worker, which is then the trial's own process."""
     use_gpu: bool
@@ -64,7 +63,7 @@ class Shared:
 
     def run_of(self, record: TrialRecord) -> CheckedRun:
         """The run that the trial is, from its last checkpoint on."""
-        base, folder = self.runs[cache_key(record.settings, self.cache_settings)], folder_of(self.sweep_dir, record)
+        base, folder = self.runs[cache_key(record.settings)], folder_of(self.sweep_dir, record)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints.remove_leftovers(folder)
         config = dataclasses.replace(base.config, **record.settings, output_dir=str(folder))
@@ -72,9 +71,9 @@ class Shared:
         return dataclasses.replace(base, config=config, output_dir=folder, start=start, run_id=uuid.uuid4().hex)
 
 
-def cache_key(settings: Mapping[str, Any], cache_settings: Sequence[str]) -> str:
+def cache_key(settings: Mapping[str, Any]) -> str:
     """Equal for trials that train from the same latents."""
-    return repr([(name, settings[name]) for name in sorted(cache_settings)])
+    return repr([(name, settings[name]) for name in sorted(set(settings) & set(NEEDS_CACHE))])
 
 
 class Outcome(NamedTuple):

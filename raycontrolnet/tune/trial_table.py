@@ -47,7 +47,7 @@ def _row(swept: Swept, trial: Trial, rank: int, settings: list[str], columns: li
         f'<td class="how">{_state(record)}</td>',
         *(_setting(record, name) for name in settings),
         *(f'<td class="n">{_figure(trial, name)}</td>' for name in columns),
-        f'<td class="n">{_steps(trial)}</td>',
+        f'<td class="n">{"–" if trial.step is None else f"{trial.step:,}"}</td>',
         f'<td class="n">{page.time(record.seconds) if record.seconds else "–"}</td>',
     ]  # fmt: skip
     return (
@@ -85,11 +85,6 @@ def _state(record: TrialRecord) -> str:
         short = cause if len(cause) <= CAUSE_LETTERS else cause[: CAUSE_LETTERS - 1] + "…"
         words += f"<small>{escape(short)}</small>"
     return words
-
-
-def _steps(trial: Trial) -> str:
-    step = trial.record.stopped_at or trial.last.get("step")
-    return "–" if step is None else f"{int(step):,}"
 
 
 def _setting(record: TrialRecord, name: str) -> str:

@@ -37,14 +37,14 @@ def run_trials(plan: SweepPlan, places: Places, shared: Shared, keeper: Keeper, 
     begun.sort(key=lambda record: (not record.ended, record.index))
     known = {record.index for record in plan.records}
     new = [index for index in range(plan.num_trials) if index not in known]
-    assert config.train.seed is not None
+    assert plan.train.seed is not None
     searcher = proposals(
         plan.space,
         begun,
         keeper.propose,
         indices=new,
         searcher=config.searcher,
-        seed=config.train.seed,
+        seed=plan.train.seed,
         objective=config.objective,
         mode=plan.mode,
     )
@@ -71,7 +71,7 @@ def run_trials(plan: SweepPlan, places: Places, shared: Shared, keeper: Keeper, 
             run_config=tune.RunConfig(
                 name=own,
                 storage_path=str(plan.sweep_dir),
-                failure_config=tune.FailureConfig(max_failures=config.train.max_failures),
+                failure_config=tune.FailureConfig(max_failures=plan.train.max_failures),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 callbacks=[keeper],
                 stop=stopper,

@@ -1,0 +1,186 @@
+"""What each worker gets of the machines: by the settings, and the nodes that are there or may come."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from raycontrolnet.data.stream import LOADING_CPUS
+from raycontrolnet.errors import ConfigError
+from raycontrolnet.settings import ClusterConfig
+
+MIN_CPU_SHARE = 0.25
+BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml")
+
+
+@dataclass(frozen=True)
+class WorkerResources:
+    """What a run asks of the cluster."""
+
+    num_workers: tuple[int, int]
+    """(fewest, most)."""
+    use_gpu: bool
+    cpus_per_worker: float
+    accelerator_type: str | None
+    waits_for: str | None = None
+    """What an autoscaling cluster does not have yet."""
+    one_machine: bool = True
+    """Whether all of the cluster is, and stays, a single machine."""
+    spare: bool = False
+    """Whether there is room, not taken by others, for one worker more than the run has, and for loading data still."""
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of a worker: its CPUs, rounded up (loading takes the remainder of a CPU only at times)."""
+        return max(1, math.ceil(self.cpus_per_worker))
+
+
+def worker_resources(cluster: ClusterConfig) -> WorkerResources:
+    """What each worker gets, by the settings and the connected cluster.
+
+    Raises:
+        ConfigError: as `share_out`.
+    """
+    import ray
+
+    given = share_out(cluster, _nodes(), autoscaler_node_types())
+    free, workers = ray.available_resources(), given.num_workers[1] + 1
+    there_is = free.get("CPU", 0.0) >= workers * given.cpus_per_worker + LOADING_CPUS
+    there_is = there_is and (not given.use_gpu or free.get("GPU", 0.0) >= workers)
+    return dataclasses.replace(given, spare=given.spare and there_is)
+
+
+def share_out(
+    cluster: ClusterConfig, nodes: Sequence[Mapping[str, float]], node_types: Sequence[Mapping[str, float]] | None
+) -> WorkerResources:
+    """What each worker gets of `nodes`, or of those that an autoscaler may add.
+
+    Args:
+        nodes: Ray resources of every node that is up.
+        node_types: Ray resources of every node type that an autoscaler can start; None if the cluster does not grow.
+
+    Raises:
+        ConfigError: if the cluster does not grow and the workers do not fit, or would leave no CPU for loading data:
+            Ray would wait forever, without a word.
+    """
+    fewest, most = cluster.worker_range
+    node_cpus = [node.get("CPU", 0.0) for node in nodes]
+    gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    use_gpu = cluster.use_gpu
+    if use_gpu is None:
+        use_gpu = gpus > 0 or any(kind.get("GPU", 0) > 0 for kind in node_types or ())
+    cpus = cluster.cpus_per_worker
+    if cpus is None:
+        share = _cpu_share(node_cpus, most)
+        cpus = (min(1.0, share) if gpus else 1.0) if use_gpu else share
+    room = sum(_room(node, cpus, use_gpu, cluster.accelerator_type) for node in nodes)
+    problem = None
+    if use_gpu and gpus == 0:
+        problem = "--use_gpu=True: the cluster has no GPU; leave the flag out to train on the CPU"
+    elif fewest * cpus + LOADING_CPUS > sum(node_cpus):
+        problem = (
+            f"--num_workers={cluster.num_workers}, --cpus_per_worker={cpus:g}: {fewest} x {cpus:g} of the "
+            f"{sum(node_cpus):g} CPUs leave less than the {LOADING_CPUS:g} that loading data needs; lower either"
+        )
+    elif room < fewest:
+        each = f"{cpus:g} CPUs" + (" and a GPU" if use_gpu else "")
+        each += f" of type {cluster.accelerator_type}" if cluster.accelerator_type else ""
+        problem = f"--num_workers={cluster.num_workers}: the cluster's nodes have room for {room} workers of {each}"
+    if problem and node_types is None:
+        raise ConfigError([problem])
+    waits_for = f"the autoscaler: {problem}" if problem else None
+    one_machine = len(nodes) == 1 and node_types is None
+    # An elastic run takes a worker's place itself when there is one.
+    spare = fewest == most and room > most and (most + 1) * cpus + LOADING_CPUS <= sum(node_cpus)
+    return WorkerResources((fewest, most), use_gpu, cpus, cluster.accelerator_type, waits_for, one_machine, spare)
+
+
+def _room(node: Mapping[str, float], cpus: float, use_gpu: bool, accelerator_type: str | None) -> int:
+    """How many workers fit on a node."""
+    if accelerator_type and not node.get(f"accelerator_type:{accelerator_type}"):
+        return 0
+    room = int(node.get("CPU", 0.0) / cpus)
+    return min(room, int(node.get("GPU", 0.0))) if use_gpu else room
+
+
+def _cpu_share(node_cpus: Sequence[float], num_workers: int) -> float:
+    """The largest equal share, a multiple of 1/4 CPU, that fits `num_workers` times beside the loading of data."""
+    spare = [max(0.0, cpus - LOADING_CPUS) for cpus in node_cpus]
+    share = math.floor(4 * max(spare, default=1.0)) / 4
+    while share > MIN_CPU_SHARE and sum(cpus // share for cpus in spare) < num_workers:
+        share -= MIN_CPU_SHARE
+    return max(share, MIN_CPU_SHARE)
+
+
+class ClusterNodes(NamedTuple):
+    """Ray's resources of the connected cluster, node by node."""
+
+    nodes: list[dict[str, float]]
+    """Those that are up."""
+    may_come: list[dict[str, float]] | None
+    """Those that an autoscaler can start; empty if it is not known which, None without one."""
+
+
+def cluster_nodes() -> ClusterNodes:
+    may_come, nodes = autoscaler_nodes(), _nodes()
+    return ClusterNodes(nodes, None if may_come is None else _less(may_come, nodes))
+
+
+def _nodes() -> list[dict[str, float]]:
+    """Ray's resources of every node that is up."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def autoscaler_nodes() -> list[dict[str, float]] | None:
+    """Resources of the nodes that an autoscaler of this cluster can start, as many as it may; see the types."""
+    types, most = _autoscaler()
+    if types is None:
+        return None
+    nodes = [resources for resources, of_type in types for _ in range(most if of_type is None else of_type)]
+    return nodes[:most]
+
+
+def autoscaler_node_types() -> list[dict[str, float]] | None:
+    """Resources of the node types that an autoscaler of this cluster can start; None if there is none."""
+    types, _ = _autoscaler()
+    return None if types is None else [resources for resources, most in types if most != 0]
+
+
+def _less(nodes: list[dict[str, float]], up: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """`nodes` without those that are up, as far as their CPUs and GPUs tell."""
+    left = list(nodes)
+    for node in up:
+        alike = [one for one in left if all(one.get(name, 0) == node.get(name, 0) for name in ("CPU", "GPU"))]
+        if alike:
+            left.remove(alike[0])
+    return left
+
+
+class _NodeType(NamedTuple):
+    resources: dict[str, float]
+    most: int | None
+    """Nodes of this type; None for as many as the cluster may have."""
+
+
+def _autoscaler() -> tuple[list[_NodeType] | None, int]:
+    """The node types that an autoscaler of this cluster knows, None without one; and how many nodes it may start.
+
+    Ray has no call that tells. `ray up` leaves its configuration on the head, where drivers run; KubeRay names its
+    cluster in the environment, but not its node types.
+    """
+    file = BOOTSTRAP_CONFIG.expanduser()
+    if not file.is_file():
+        return ([] if "RAY_CLUSTER_NAME" in os.environ else None), 0
+    import yaml
+
+    config: dict[str, Any] = yaml.safe_load(file.read_text())
+    kinds = config.get("available_node_types", {}).values()
+    types = [_NodeType(kind.get("resources", {}), kind.get("max_workers")) for kind in kinds]
+    return types, config.get("max_workers", 2)
