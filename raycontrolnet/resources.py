@@ -102,10 +102,15 @@ def share_out(
 
 def _room(node: Mapping[str, float], cpus: float, use_gpu: bool, accelerator_type: str | None) -> int:
     """How many workers fit on a node."""
-    if accelerator_type and not node.get(f"accelerator_type:{accelerator_type}"):
+    if not has_type(node, accelerator_type):
         return 0
     room = int(node.get("CPU", 0.0) / cpus)
     return min(room, int(node.get("GPU", 0.0))) if use_gpu else room
+
+
+def has_type(node: Mapping[str, float], accelerator_type: str | None) -> bool:
+    """Whether a node has GPUs of the type that is asked for, if one is."""
+    return not accelerator_type or bool(node.get(f"accelerator_type:{accelerator_type}"))
 
 
 def _cpu_share(node_cpus: Sequence[float], num_workers: int) -> float:
@@ -126,8 +131,8 @@ class ClusterNodes(NamedTuple):
     """Those that an autoscaler can start; empty if it is not known which, None without one."""
 
 
-def cluster_nodes() -> ClusterNodes:
-    may_come, nodes = autoscaler_nodes(), _nodes()
+def cluster_nodes(cluster: ClusterConfig) -> ClusterNodes:
+    may_come, nodes = autoscaler_nodes(cluster), _nodes()
     return ClusterNodes(nodes, None if may_come is None else _less(may_come, nodes))
 
 
@@ -138,13 +143,21 @@ def _nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def autoscaler_nodes() -> list[dict[str, float]] | None:
-    """Resources of the nodes that an autoscaler of this cluster can start, as many as it may; see the types."""
+def autoscaler_nodes(cluster: ClusterConfig) -> list[dict[str, float]] | None:
+    """Resources of the nodes that an autoscaler of this cluster can start, None if there is none; see the types.
+
+    As many as it may, of the types that serve `cluster` best: with its type of GPU, most GPUs, most CPUs.
+    """
     types, most = _autoscaler()
     if types is None:
         return None
+
+    def worth(node: Mapping[str, float]) -> tuple[bool, float, float]:
+        gpus = 0.0 if cluster.use_gpu is False else node.get("GPU", 0.0)
+        return has_type(node, cluster.accelerator_type), gpus, node.get("CPU", 0.0)
+
     nodes = [resources for resources, of_type in types for _ in range(most if of_type is None else of_type)]
-    return nodes[:most]
+    return sorted(nodes, key=worth, reverse=True)[:most]
 
 
 def autoscaler_node_types() -> list[dict[str, float]] | None:

@@ -15,6 +15,9 @@ from raycontrolnet.tune.places import Places, places
 from raycontrolnet.tune.settings import OBJECTIVES
 
 TRAIN: dict[str, Any] = {"pretrained_model_name_or_path": "base", "train_data_dir": "data"}
+CPUS = {"CPU": 64}
+SMALL = {"CPU": 8, "GPU": 1, "accelerator_type:T4": 1}
+BIG = {"CPU": 16, "GPU": 8, "accelerator_type:H100": 1}
 FLAGS = [f"--{name}={value}" for name, value in TRAIN.items()]
 
 
@@ -159,12 +162,35 @@ def test_nodes_that_an_autoscaler_may_start(tmp_path: Path, monkeypatch: pytest.
     file = tmp_path / "bootstrap.yaml"
     monkeypatch.setattr(resources, "BOOTSTRAP_CONFIG", file)
     monkeypatch.delenv("RAY_CLUSTER_NAME", raising=False)
-    assert resources.autoscaler_nodes() is None
+    assert resources.autoscaler_nodes(ClusterConfig()) is None
     types = {
         "head": {"resources": {"CPU": 4}, "max_workers": 0},
         "gpu": {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 3},
     }
     file.write_text(yaml.safe_dump({"max_workers": 8, "available_node_types": types}))
-    assert resources.autoscaler_nodes() == [{"CPU": 8, "GPU": 1}] * 3
+    assert resources.autoscaler_nodes(ClusterConfig()) == [{"CPU": 8, "GPU": 1}] * 3
     file.write_text(yaml.safe_dump({"max_workers": 2, "available_node_types": types}))
-    assert resources.autoscaler_nodes() == [{"CPU": 8, "GPU": 1}] * 2
+    assert resources.autoscaler_nodes(ClusterConfig()) == [{"CPU": 8, "GPU": 1}] * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [BIG, BIG, BIG, SMALL]),
+        ({"accelerator_type": "T4"}, [SMALL, SMALL, BIG, BIG]),
+        ({"use_gpu": False}, [CPUS, CPUS, CPUS, CPUS]),
+    ],
+)
+def test_few_nodes_of_many_types_are_those_that_serve_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], expected: list[dict[str, float]]
+) -> None:
+    """Four nodes may be started; the types' own limits come to more."""
+    file = tmp_path / "bootstrap.yaml"
+    monkeypatch.setattr(resources, "BOOTSTRAP_CONFIG", file)
+    types = {
+        "cpus": {"resources": CPUS},
+        "small": {"resources": SMALL, "max_workers": 2},
+        "big": {"resources": BIG, "max_workers": 3},
+    }
+    file.write_text(yaml.safe_dump({"max_workers": 4, "available_node_types": types}))
+    assert resources.autoscaler_nodes(ClusterConfig(**settings)) == expected

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from raycontrolnet.data.stream import LOADING_CPUS
 from raycontrolnet.errors import ConfigError
+from raycontrolnet.resources import has_type
 from raycontrolnet.settings import ClusterConfig
 
 DRIVER_MEMORY = 2.0**20
@@ -85,7 +86,7 @@ def places(
         problem = "a sweep's trials need a fixed number: elastic ones would take each other's workers"
         raise ConfigError([f"--num_workers={cluster.num_workers}: {problem}; give a number"])
     workers = max(1, workers)
-    all_nodes = [node for node in (*nodes, *(may_come or ())) if _has_type(node, cluster.accelerator_type)]
+    all_nodes = [node for node in (*nodes, *(may_come or ())) if has_type(node, cluster.accelerator_type)]
     use_gpu = cluster.use_gpu
     if use_gpu is None:
         use_gpu = any(node.get("GPU", 0) > 0 for node in all_nodes)
@@ -109,10 +110,6 @@ def places(
     elif most and most > room:
         reason += f"; --max_concurrent_trials={most} do not fit"
     return Places(at_a_time, workers, cpus, gpus, cluster.accelerator_type, f"{at_a_time} at a time, {each}: {reason}")
-
-
-def _has_type(node: Node, accelerator_type: str | None) -> bool:
-    return not accelerator_type or bool(node.get(f"accelerator_type:{accelerator_type}"))
 
 
 def _cpus_per_worker(nodes: Sequence[Node], workers: int, gpus: float, wanted: int) -> float:

@@ -118,7 +118,7 @@ def _run(plan: SweepPlan, marker: Marker, facts: dict[str, Any], stream: TextIO)
     train = plan.train
     own = not on_a_cluster(train.address)
     with ray_session(train.address):
-        cluster = cluster_nodes()
+        cluster = cluster_nodes(train)
         where = places(
             train,
             cluster.nodes,
