@@ -114,6 +114,28 @@ def test_a_run_that_pushes(
         assert not [path for path, content in snapshot(out).items() if secret.encode() in content]
 
 
+def test_a_sweep_that_pushes_its_best(hub: HubStandIn, command: list[str], out: Path, shell: Shell) -> None:
+    """The best alone, once, under the sweep's name; and the token nowhere else."""
+    space = out.with_name("space.yaml")
+    space.write_text("learning_rate: {grid: [1.0e-3, 1.0e-9]}\n")
+    flags = ["--space", str(space), "--num_samples", "1", "--objective", "loss", "--scheduler", "none"]
+    flags += ["--num_workers", "1", "--hub_token", TOKEN]
+    command[command.index("train")] = "tune"
+    done = shell(hub, [*command, *flags], HF_TOKEN=WRONG)
+    assert done.returncode == 0, done.stderr
+    assert f"\npushed to {hub.url}/someone/out\ndone in " in done.stderr
+    assert_arrived(hub, "someone/out", out / "best")
+    card = hub.files["someone/out"]["README.md"].decode()
+    assert "\n# someone/out\n" in card
+    assert "ControlNetModel.from_pretrained('someone/out')" in card
+    assert "\nlicense: openrail++\n" in card
+    assert [request.path for request in hub.calls if "/commit/" in request.path] == [
+        "/api/models/someone/out/commit/main"
+    ]
+    assert TOKEN not in done.stdout + done.stderr
+    assert not [path for path, content in snapshot(out).items() if TOKEN.encode() in content]
+
+
 @pytest.mark.parametrize(
     ("where", "failure", "repo_id", "reason"),
     [

@@ -313,6 +313,7 @@ def test_the_best(eight: SweepResult) -> None:
     assert config.learning_rate == best.record.settings["learning_rate"]
     assert config.output_dir == TrainConfig.output_dir
     card = (folder / "README.md").read_text()
+    assert f"\n# {eight.output_dir.name}\n" in card
     assert str(folder) in card
     assert f"{best.value('val_loss'):.4g}" in card
 

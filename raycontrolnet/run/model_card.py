@@ -46,6 +46,7 @@ def write_model_card(
     facts: Mapping[str, Any],
     *,
     repo_id: str | None = None,
+    title: str | None = None,
     licence: Licence | None = None,
 ) -> Path:
     """Write README.md and, from the last validation, `images/`; replaces those of an earlier run.
@@ -54,6 +55,7 @@ def write_model_card(
         facts: what the run came to, such as run.json holds it. Shown are step, samples, loss, val_loss, control_gap,
             control_appeared_at_step, control_fidelity and versions, those that are there.
         repo_id: where it will be pushed, for the code that loads it; without it the code loads `output_dir`.
+        title: without a repo_id; by default the folder's name.
         licence: of `find_licence`.
 
     Returns:
@@ -75,7 +77,7 @@ def write_model_card(
         inference=True,
     )
     examples = _copy_examples(output_dir, facts.get("step"))
-    name = repo_id or output_dir.resolve().name
+    name = repo_id or title or output_dir.resolve().name
     sections = [
         f"# {_text(name)}",
         f"A ControlNet for {_link(base)}, trained with raycontrolnet on {data}.",

@@ -73,7 +73,6 @@ def write_best(
     until = [report for report in trial.reports if report["step"] <= step]
     facts |= {"control_appeared_at_step": held_out.control_appeared(until) if "control_gap" in facts else None}
     licence = export.find_licence(config, export.find_token(config.hub_token))
-    model_card.write_model_card(
-        best, dataclasses.replace(config, output_dir=str(best)), facts, repo_id=repo_id, licence=licence
-    )
+    config = dataclasses.replace(config, output_dir=str(best))
+    model_card.write_model_card(best, config, facts, repo_id=repo_id, title=sweep_dir.name, licence=licence)
     return best
