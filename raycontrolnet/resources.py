@@ -36,8 +36,13 @@ class WorkerResources:
 
     @property
     def threads(self) -> int:
-        """CPU threads of a worker: its CPUs, rounded up (loading takes the remainder of a CPU only at times)."""
-        return max(1, math.ceil(self.cpus_per_worker))
+        """CPU threads of a worker."""
+        return threads_of(self.cpus_per_worker)
+
+
+def threads_of(cpus: float) -> int:
+    """Of a process on `cpus` CPUs: rounded up, for loading takes the remainder of a CPU only at times."""
+    return max(1, math.ceil(cpus))
 
 
 def worker_resources(cluster: ClusterConfig) -> WorkerResources:

@@ -477,7 +477,7 @@ def test_too_early(sweep: Path) -> None:
     assert verdict.too_early(trials[1:3], "asha", "val_loss") is None  # none was stopped
     later = verdict.too_early(trials[1:], "asha", "val_loss")
     assert later is None  # control had appeared by step 1000
-    assert [verdict.control_since(trial) for trial in trials] == [None, 750, 750, 750, None]
+    assert [trial.control_since for trial in trials] == [None, 750, 750, 750, None]
 
 
 def test_not_too_early_where_one_had_control_or_nothing_was_measured(sweep: Path) -> None:

@@ -12,7 +12,6 @@ have their sizes is complete. The folder on disk is the only truth: no other rec
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from raycontrolnet.errors import ConfigError
+from raycontrolnet.run.files import synced
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -160,7 +160,7 @@ def write(
         raise
     files = sorted(file for file in partial.rglob("*") if file.is_file())
     for file in files:
-        _sync(file)
+        synced(file)
     manifest = {
         "format": FORMAT,
         "step": step,
@@ -172,7 +172,7 @@ def write(
         **facts,
     }
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    _sync(partial / MANIFEST)
+    synced(partial / MANIFEST)
     final = output_dir / name_of(step)
     if final.exists():  # of an earlier run that went further, or damaged
         old = output_dir / f".{name_of(step)}.old"
@@ -182,7 +182,7 @@ def write(
         shutil.rmtree(old, ignore_errors=True)
     else:
         partial.rename(final)
-    _sync(output_dir)
+    synced(output_dir)
     return Checkpoint.open(final)
 
 
@@ -215,12 +215,3 @@ def remove_leftovers(output_dir: Path) -> None:
                     path.rename(final)
                     continue
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or folder to the disk, so that a power cut cannot leave a manifest without its files."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,19 +12,28 @@ from pathlib import Path
 def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
     """Gives a path to write to, beside `path`; what was written there takes the place of `path` at the end.
 
-    If writing fails, as on a full disk, what was there before stays, and nothing is left of the new one.
+    If writing fails, as on a full disk, what was there before stays, and nothing is left of the new one. A file is to
+    have one writer at a time.
 
     Args:
-        sync: wait until it is on the disk, so that it outlives a machine that loses its power.
+        sync: see `synced`.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name.lstrip('.')}.partial")
     try:
         yield partial
         if sync:
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
+            synced(partial)
         os.replace(partial, path)
     except BaseException:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def synced(path: Path) -> None:
+    """Flush a file or folder to the disk, so that a power cut cannot leave what was written later without it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

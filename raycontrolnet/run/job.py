@@ -30,7 +30,8 @@ TIMINGS = ".timings.json"
 RAY_FILES = (".validate_storage_marker", "checkpoint_manager_snapshot.json")
 SHARED_WITHIN_S = 15.0
 """How long a network file system may take to show a worker what the driver wrote."""
-LOOK_INTERVAL_S = 0.5
+MARK_INTERVAL_S = 0.5
+"""How often it looks."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def wait_for_driver(output_dir: Path, marked: Callable[[], bool], driver: str) -
                 f"--output_dir={output_dir}: on the node {socket.gethostname()} this is not the folder that {driver} "
                 "writes to; name a folder on storage that all nodes share"
             )
-        time.sleep(LOOK_INTERVAL_S)
+        time.sleep(MARK_INTERVAL_S)
 
 
 def write_timings(output_dir: Path, timings: Mapping[str, float]) -> None:

@@ -85,6 +85,6 @@ def is_due(every: int, step: int, total_updates: int | None) -> bool:
 
 
 def due_steps(every: int, until: int, total_updates: int | None) -> list[int]:
-    """All of (0, until] that `is_due` says of."""
+    """The updates up to `until`, which is at most the last, after which it is due."""
     due = list(range(every, until + 1, every))
     return [*due, until] if until % every and is_due(every, until, total_updates) else due

@@ -9,9 +9,9 @@ from typing import Any
 
 from raycontrolnet.config import TrainConfig, public_settings
 from raycontrolnet.run import checkpoint as checkpoints
-from raycontrolnet.run import export, held_out, model_card, validation
+from raycontrolnet.run import export, model_card, validation
 from raycontrolnet.run.trained import CONFIG
-from raycontrolnet.tune.records import Report, Trial
+from raycontrolnet.tune.records import Report, Trial, control_appeared
 
 BEST = "best"
 OF_THE_TRIAL = ("output_dir", "resume_from_checkpoint", "tracker_group")
@@ -71,7 +71,7 @@ def write_best(
     shutil.rmtree(old, ignore_errors=True)
     facts: dict[str, Any] = {**figures, "versions": versions}
     until = [report for report in trial.reports if report["step"] <= step]
-    facts |= {"control_appeared_at_step": held_out.control_appeared(until) if "control_gap" in facts else None}
+    facts |= {"control_appeared_at_step": control_appeared(until) if "control_gap" in facts else None}
     licence = export.find_licence(config, export.find_token(config.hub_token))
     config = dataclasses.replace(config, output_dir=str(best))
     model_card.write_model_card(best, config, facts, repo_id=repo_id, title=sweep_dir.name, licence=licence)

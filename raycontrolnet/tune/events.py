@@ -7,7 +7,6 @@ from typing import NamedTuple
 from raycontrolnet.run.progress import duration
 from raycontrolnet.tune.records import Trial
 from raycontrolnet.tune.table import figure, plain, settings_in_words
-from raycontrolnet.tune.verdict import control_since
 
 
 class Event(NamedTuple):
@@ -51,7 +50,7 @@ def event_of(
 
 
 def _worth(trial: Trial, objective: str) -> str:
-    since = control_since(trial)
+    since = trial.control_since
     parts = [
         f"{objective} {figure(objective, trial.value(objective))}",
         "no control" if since is None else f"control since step {since}",

@@ -11,9 +11,8 @@ from typing import Any
 
 from raycontrolnet.run import checkpoint
 from raycontrolnet.run.files import replacing
-from raycontrolnet.tune.records import TRIALS, Trial, ranked
-from raycontrolnet.tune.table import Column, Now, columns_of, lay_out, plain, settings_of
-from raycontrolnet.tune.verdict import control_since
+from raycontrolnet.tune.records import TRIALS, Trial, ranked, settings_of
+from raycontrolnet.tune.table import Column, Now, columns_of, lay_out, plain
 
 NAME = "leaderboard.csv"
 SETTING = "setting:"
@@ -77,7 +76,7 @@ def _row(trial: Trial) -> dict[str, Any]:
         "state": record.state,
         "stopped_at": record.stopped_at,
         "step": trial.step,
-        "control_appeared_at_step": control_since(trial),
+        "control_appeared_at_step": trial.control_since,
         "seconds": record.seconds,
         "checkpoint": _checkpoint(trial),
     }

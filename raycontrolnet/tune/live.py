@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TextIO
 from raycontrolnet.run import metrics
 from raycontrolnet.run.progress import duration
 from raycontrolnet.tune.events import event_of
-from raycontrolnet.tune.records import STATES, Trial, TrialRecord, ranked
+from raycontrolnet.tune.records import STATES, Trial, TrialRecord, measured, ranked
 from raycontrolnet.tune.table import Now, clip, columns_of, figure, lay_out, plain, text_width
 
 logger = logging.getLogger(__name__)
@@ -221,8 +221,7 @@ class LiveTable:
         return next((line for line in choices if text_width(line) <= width), clip(choices[-1], width))
 
     def _best(self, trials: Sequence[Trial]) -> Trial | None:
-        known = [t for t in trials if t.record.state != "failed" and not math.isnan(t.value(self.objective))]
-        return ranked(known, self.objective)[0] if known else None
+        return next(iter(measured(trials, self.objective)), None)
 
     def _table(self, trials: Sequence[Trial], now: Mapping[int, Now], width: int | None) -> list[str]:
         columns = columns_of(trials, self.objective, self.total_steps)

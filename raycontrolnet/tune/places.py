@@ -8,14 +8,13 @@ from dataclasses import dataclass
 
 from raycontrolnet.data.stream import LOADING_CPUS
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.resources import has_type
+from raycontrolnet.resources import MIN_CPU_SHARE, has_type, threads_of
 from raycontrolnet.settings import ClusterConfig
 
 DRIVER_MEMORY = 2.0**20
 """Bytes, of a trial whose workers are processes of their own: a part of a CPU would keep a whole one from a worker."""
 MOST_CPUS_BESIDE_GPU = 2.0
 """One that launches the GPU's work and one that reads the next samples."""
-SMALLEST_CPU_SHARE = 0.25
 
 Node = Mapping[str, float]
 """Ray's resources of a node."""
@@ -45,7 +44,7 @@ class Places:
     @property
     def threads(self) -> int:
         """CPU threads of a worker."""
-        return max(1, math.ceil(self.cpus_per_worker))
+        return threads_of(self.cpus_per_worker)
 
     def resources(self) -> dict[str, float]:
         """Ray's resources of the process that Tune starts for a trial."""
@@ -126,7 +125,7 @@ def _cpus_per_worker(nodes: Sequence[Node], workers: int, gpus: float, wanted: i
 
 
 def _rounded(cpus: float) -> float:
-    return max(SMALLEST_CPU_SHARE, math.floor(4 * cpus) / 4)
+    return max(MIN_CPU_SHARE, math.floor(4 * cpus) / 4)
 
 
 def _room(nodes: Sequence[Node], workers: int, cpus: float, gpus: float) -> tuple[int, str]:

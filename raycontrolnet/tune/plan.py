@@ -29,7 +29,7 @@ from raycontrolnet.tune.places import Places
 from raycontrolnet.tune.records import TrialRecord, read_records, read_sweep
 from raycontrolnet.tune.settings import OBJECTIVES, SweepConfig
 from raycontrolnet.tune.space import Choice, Space, num_trials, to_grammar
-from raycontrolnet.tune.space_checks import NEEDS_CACHE
+from raycontrolnet.tune.space_checks import cache_settings
 from raycontrolnet.tune.trial import Shared, cache_key
 
 MODELS = ("pretrained_model_name_or_path", "controlnet_model_name_or_path", "tokenizer_name")
@@ -45,8 +45,6 @@ class SweepPlan:
 
     config: SweepConfig
     """As given."""
-    train: TrainConfig
-    """The settings that trials share, with absolute paths and a seed."""
     sweep_dir: Path
     space: Space
     num_trials: int
@@ -62,6 +60,11 @@ class SweepPlan:
     def run(self) -> CheckedRun:
         """That of the first cache."""
         return next(iter(self.runs.values()))[0]
+
+    @property
+    def train(self) -> TrainConfig:
+        """The settings that trials share, with absolute paths and a seed; those that the space names differ."""
+        return self.run.config
 
     @property
     def mode(self) -> str:
@@ -136,25 +139,24 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
         )
     return SweepPlan(
         config=config,
-        train=run.config,
         sweep_dir=sweep_dir,
         space=space,
         num_trials=num_trials(space, config.num_samples),
         runs=runs,
         records=[settled(sweep_dir, record) for record in read_records(sweep_dir)] if before else [],
         total_updates=total_updates,
-        grace_period=_grace_period(config, total_updates, stream),
+        grace_period=_grace_period(config, train.validation_steps, total_updates, stream),
     )
 
 
 def _shared_settings(train: TrainConfig, sweep_dir: Path, before: Mapping[str, Any]) -> TrainConfig:
-    """What trials share, complete: with absolute paths, the sweep's seed, and its name as the trackers' group."""
+    """`train`, complete: absolute paths, the sweep's seed, its name as the trackers' group, one worker instead of 0."""
     train = with_absolute_paths(train, sweep_dir)
-    one_worker = train.worker_range == (0, 0)  # which is the trial's own process anyway
+    in_callers_process = train.worker_range == (0, 0)  # a trial's one worker is its own process anyway
     seed = before.get("seed", secrets.randbelow(2**31)) if train.seed is None else train.seed
     return dataclasses.replace(
         train,
-        num_workers="1" if one_worker else train.num_workers,
+        num_workers="1" if in_callers_process else train.num_workers,
         seed=seed,
         tracker_group=sweep_dir.name if train.tracker_group is None else train.tracker_group,
     )
@@ -222,7 +224,7 @@ def _value_problems(train: TrainConfig, space: Space) -> Iterator[str]:
 def _cache_variants(space: Space) -> Iterator[dict[str, Any]]:
     """The settings of the space that need latents of their own, in all combinations; at least one, empty."""
     values = {}
-    for name in sorted(set(space) & set(NEEDS_CACHE)):
+    for name in cache_settings(space):
         dimension = space[name]
         if not isinstance(dimension, Choice):
             raise ConfigError([f"--space: {name}: needs latents of its own for every value; use choice or grid"])
@@ -255,11 +257,10 @@ def _objective_problem(objective: str, run: CheckedRun) -> str | None:
     return None
 
 
-def _grace_period(config: SweepConfig, total_updates: int, stream: TextIO) -> int | None:
+def _grace_period(config: SweepConfig, every: int, total_updates: int, stream: TextIO) -> int | None:
     """A quarter of the run by default, up to the next validation: only there is a trial judged."""
     if config.scheduler == "none":
         return None
-    every = config.train.validation_steps
     wanted = config.grace_period or -(-total_updates // 4)
     grace_period = -(-wanted // every) * every
     if grace_period >= total_updates:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.run import recorded
+from raycontrolnet.run import held_out, recorded
 from raycontrolnet.run.files import replacing
 from raycontrolnet.run.plan import due_steps
 from raycontrolnet.run.recorded import Recorded
@@ -88,6 +88,11 @@ class Trial:
         if self.record.stopped_at is not None:
             return self.record.stopped_at
         return int(self.last["step"]) if self.last else None
+
+    @property
+    def control_since(self) -> int | None:
+        """The step since which every measurement shows control; None if the last does not."""
+        return control_appeared(self.reports)
 
     def value(self, objective: str) -> float:
         """The objective at the last report; nan if it was not measured."""
@@ -169,6 +174,27 @@ def _since(run: Recorded, before: int, step: int) -> dict[str, float]:
         if (values := values[np.isfinite(values)]).size:
             found[name] = float(summary(values))
     return found
+
+
+def settings_of(trials: Sequence[Trial]) -> list[str]:
+    """The names of all swept settings, as they come first."""
+    return list(dict.fromkeys(name for trial in trials for name in trial.record.settings))
+
+
+def control_appeared(reports: Sequence[Report]) -> int | None:
+    """As `held_out.control_appeared`, of the reports with its measure."""
+    return held_out.control_appeared(with_control_gap(reports))
+
+
+def with_control_gap(reports: Sequence[Report]) -> list[Report]:
+    """Those with the held-out measure."""
+    return [report for report in reports if all(name in report for name in recorded.MEASUREMENT)]
+
+
+def measured(trials: Sequence[Trial], objective: str) -> list[Trial]:
+    """Those that did not fail and whose objective is known, the best first."""
+    known = [trial for trial in trials if math.isfinite(trial.value(objective)) and trial.record.state != "failed"]
+    return ranked(known, objective)
 
 
 def ranked(trials: Sequence[Trial], objective: str) -> list[Trial]:

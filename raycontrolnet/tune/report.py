@@ -85,7 +85,7 @@ def _figures(swept: Swept) -> Iterable[tuple[str, str, str]]:
         where = f"trial {best.record.name}, step {int(best.last['step']):,}"
         yield f"best {COLUMNS[swept.objective]}", measured(best, swept.objective), where
     if with_gap := [trial for trial in swept.trials if "control_gap" in trial.last]:
-        shown = sum(verdict.control_since(trial) is not None for trial in with_gap)
+        shown = sum(trial.control_since is not None for trial in with_gap)
         yield "with control", f"{shown} of {len(with_gap)}", "trials, at their last measurement"
     machine_s = swept.seconds("machine_seconds")
     if math.isnan(machine_s):
@@ -110,7 +110,7 @@ def _best(folder: Path, swept: Swept) -> Iterable[str]:
     yield f"<p>{_objective(swept, best)}</p>"
     yield page.table(best.record.settings)
     if "control_gap" in best.last:
-        step = verdict.control_since(best)
+        step = best.control_since
         words = "No control yet." if step is None else f"Control has appeared at step {step:,}."
         yield f'<p class="control {"appeared" if step is not None else ""}">{words}</p>'
     if (folder / BEST).is_dir():

@@ -75,7 +75,7 @@ class SweepConfig(SweepSettings):
 
     train: TrainConfig
     space: Mapping[str, Any] | str | Path | None = None  # type: ignore[assignment]
-    """The settings to try: a YAML file, or its content; by default learning_rate, lr_scheduler, prompt dropout."""
+    """The settings to try: a YAML file, read here and now, or its content; by default those of `DEFAULT_SPACE`."""
 
     def __post_init__(self) -> None:
         kinds = {name: kind for name, kind in setting_types(SweepSettings).items() if name != "space"}

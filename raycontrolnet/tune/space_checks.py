@@ -6,7 +6,7 @@ A new setting goes into one of them, too; a test says so.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from raycontrolnet.config import TrainConfig
@@ -67,6 +67,11 @@ PLACE_OR_MACHINE: Mapping[str, str] = {
     ),
 }  # fmt: skip
 """Where things go and what the machine does -> why it cannot be swept, and what to do instead."""
+
+
+def cache_settings(names: Iterable[str]) -> list[str]:
+    """Those that need latents of their own, sorted."""
+    return sorted(NEEDS_CACHE.intersection(names))
 
 
 def refusal(name: str, objective: str) -> str | None:

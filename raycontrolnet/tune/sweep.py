@@ -136,7 +136,6 @@ def _run(plan: SweepPlan, marker: Marker, facts: dict[str, Any], stream: TextIO)
         encode = on_ray(worker_resources(train))
         shared = shared_of(plan, where, marker, encode, stream, one_machine=one_machine)
         facts |= {"concurrency": where.at_a_time, "reason": where.reason}
-        write_sweep(plan.sweep_dir, facts)
         name, objective = plan.sweep_dir.name, plan.config.objective
         shown = LiveTable(name, objective, stream, total_trials=plan.num_trials, total_steps=plan.total_updates)
         with shown as table, _stopped_by_ctrl_c(marker) as stopper:
@@ -200,8 +199,8 @@ def _recorded(plan: SweepPlan, marker: Marker, started: float) -> Iterator[dict[
         write_sweep(plan.sweep_dir, facts)
         write_report(plan.sweep_dir)
 
+    write_sweep(plan.sweep_dir, facts)  # from then on, the keeper of the report does
     with report_kept(plan.sweep_dir, write, f"{TRIALS}/*/{TRIAL}"):
-        write_sweep(plan.sweep_dir, facts)
         try:
             with _explained(plan, facts):
                 yield facts

@@ -12,7 +12,18 @@ from typing import Any
 
 from raycontrolnet.run.recorded import number, read_json
 from raycontrolnet.tune import verdict
-from raycontrolnet.tune.records import STATES, SWEEP, TRIAL, TRIALS, Trial, TrialRecord, ranked, read_trial
+from raycontrolnet.tune.records import (
+    STATES,
+    SWEEP,
+    TRIAL,
+    TRIALS,
+    Trial,
+    TrialRecord,
+    measured,
+    ranked,
+    read_trial,
+    settings_of,
+)
 from raycontrolnet.tune.settings import OBJECTIVES
 
 CATEGORICAL = ("choice", "grid", "grid_search")
@@ -83,25 +94,19 @@ class Swept:
     @cached_property
     def best(self) -> Trial | None:
         """The one that sweep.json names, else the first in rank; None if no trial has been measured."""
-        measured = [
-            trial
-            for trial in self.trials
-            if math.isfinite(trial.value(self.objective)) and trial.record.state != "failed"
-        ]
-        named = [trial for trial in measured if trial.record.name == self.sweep.get("best")]
-        return next(iter([*named, *measured]), None)
+        known = measured(self.trials, self.objective)
+        named = [trial for trial in known if trial.record.name == self.sweep.get("best")]
+        return next(iter([*named, *known]), None)
 
     @cached_property
     def settings(self) -> list[Setting]:
         """What the space names; without a space, what the trials have."""
         space = self.sweep.get("space")
-        names = (
-            list(space) if isinstance(space, dict) and space else [k for t in self.trials for k in t.record.settings]
-        )
         specs = space if isinstance(space, dict) else {}
+        names = list(specs) or settings_of(self.trials)
         return [
             _setting(name, specs.get(name), [t.record.settings[name] for t in self.trials if name in t.record.settings])
-            for name in dict.fromkeys(names)
+            for name in names
         ]
 
     def rank(self, trial: Trial) -> int:
@@ -142,9 +147,8 @@ def as_text(value: Any) -> str:
 
 def _record(path: Path) -> TrialRecord | None:
     """What trial.json says, as far as it can be used."""
-    found = {
-        field.name: value for field in fields(TrialRecord) if (value := read_json(path).get(field.name)) is not None
-    }
+    content = read_json(path)
+    found = {field.name: value for field in fields(TrialRecord) if (value := content.get(field.name)) is not None}
     index, settings = found.get("index"), found.get("settings")
     if type(index) is not int or not isinstance(settings, dict) or path.parent.name != f"{index:04d}":
         return None

@@ -11,8 +11,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from raycontrolnet.run.progress import duration
-from raycontrolnet.tune.records import Trial
-from raycontrolnet.tune.verdict import control_since
+from raycontrolnet.tune.records import Trial, settings_of
 
 GAP = "  "
 """Between columns."""
@@ -71,11 +70,6 @@ def columns_of(trials: Sequence[Trial], objective: str, total_steps: int | None 
         ),
         Column(("time",), _time_cell, 1002),
     ]
-
-
-def settings_of(trials: Sequence[Trial]) -> list[str]:
-    """The names of all swept settings, as they come first."""
-    return list(dict.fromkeys(name for trial in trials for name in trial.record.settings))
 
 
 def figure(name: str, value: float | None) -> str:
@@ -185,7 +179,7 @@ def _figure_cell(name: str) -> Callable[[Trial, Now], str]:
         shown = figure(name, value)
         if name != "control_gap":
             return shown
-        return shown + (CONTROL if control_since(trial) is not None else " ")
+        return shown + (CONTROL if trial.control_since is not None else " ")
 
     return cell
 

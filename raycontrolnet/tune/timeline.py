@@ -48,11 +48,10 @@ def timeline(swept: Swept) -> Iterable[str]:
 
 def _ending(trial: Trial) -> str:
     """Its state, and the step that it reached."""
-    record = trial.record
-    step = record.stopped_at if record.stopped_at is not None else trial.last.get("step")
+    record, step = trial.record, trial.step
     if step is None or record.state == "finished":
         return record.state
-    return f"{record.state} {'after' if record.state == 'failed' else 'at'} {int(step):,}"
+    return f"{record.state} {'after' if record.state == 'failed' else 'at'} {step:,}"
 
 
 def _marks(whole: float) -> list[float]:

@@ -34,7 +34,7 @@ from raycontrolnet.run.status import RunStatus
 from raycontrolnet.train import Summary, recorded
 from raycontrolnet.tune.marker import Marker
 from raycontrolnet.tune.records import Report, TrialRecord, folder_of, read_reports
-from raycontrolnet.tune.space_checks import NEEDS_CACHE
+from raycontrolnet.tune.space_checks import cache_settings
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Shared:
 
 def cache_key(settings: Mapping[str, Any]) -> str:
     """Equal for trials that train from the same latents."""
-    return repr([(name, settings[name]) for name in sorted(set(settings) & set(NEEDS_CACHE))])
+    return repr([(name, settings[name]) for name in cache_settings(settings)])
 
 
 class Outcome(NamedTuple):

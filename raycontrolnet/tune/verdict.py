@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from raycontrolnet.run.held_out import control_appeared
-from raycontrolnet.run.recorded import MEASUREMENT
-from raycontrolnet.tune.records import Report, Trial
+from raycontrolnet.tune.records import Trial, control_appeared, with_control_gap
 
 STOPPING = ("asha", "median")
 """Schedulers that end weak trials early."""
@@ -22,11 +20,6 @@ def rungs(scheduler: str, grace_period: int, reduction_factor: int, total_update
     return found
 
 
-def control_since(trial: Trial) -> int | None:
-    """The step since which every measurement of the trial shows control; None if its last does not."""
-    return control_appeared(_measured(trial.reports))
-
-
 def too_early(trials: Sequence[Trial], scheduler: str, objective: str) -> str | None:
     """A warning if trials were stopped before any had shown control.
 
@@ -37,15 +30,10 @@ def too_early(trials: Sequence[Trial], scheduler: str, objective: str) -> str | 
     first = min((step for step in stops if step is not None), default=None)
     if scheduler not in STOPPING or objective == "images_per_second" or first is None:
         return None
-    till_then = [_measured([report for report in trial.reports if report["step"] <= first]) for trial in trials]
+    till_then = [with_control_gap([report for report in trial.reports if report["step"] <= first]) for trial in trials]
     if not any(till_then) or any(control_appeared(reports) is not None for reports in till_then):
         return None
     return (
         f"No trial had shown control by step {first:,}, where the first were stopped: their order then says little "
         "about where control appears (it comes suddenly, arXiv:2302.05543 section 4). A longer --grace_period is safer."
     )
-
-
-def _measured(reports: Sequence[Report]) -> list[Report]:
-    """Those with the held-out measure."""
-    return [report for report in reports if all(name in report for name in MEASUREMENT)]
