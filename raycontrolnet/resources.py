@@ -16,6 +16,10 @@ from raycontrolnet.settings import ClusterConfig
 
 MIN_CPU_SHARE = 0.25
 BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml")
+DEFAULT_MAX_WORKERS = 2
+"""Ray's own."""
+HEAD = "node:__internal_head__"
+"""A resource that only the head has."""
 
 
 @dataclass(frozen=True)
@@ -133,12 +137,13 @@ class ClusterNodes(NamedTuple):
     nodes: list[dict[str, float]]
     """Those that are up."""
     may_come: list[dict[str, float]] | None
-    """Those that an autoscaler can start; empty if it is not known which, None without one."""
+    """Those that an autoscaler can start beside them; None if it is not known which."""
 
 
 def cluster_nodes(cluster: ClusterConfig) -> ClusterNodes:
-    may_come, nodes = autoscaler_nodes(cluster), _nodes()
-    return ClusterNodes(nodes, None if may_come is None else _less(may_come, nodes))
+    """What is there, and of what may come the nodes that serve `cluster` best."""
+    nodes = _nodes()
+    return ClusterNodes(nodes, nodes_that_may_come(cluster, nodes))
 
 
 def _nodes() -> list[dict[str, float]]:
@@ -148,57 +153,68 @@ def _nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def autoscaler_nodes(cluster: ClusterConfig) -> list[dict[str, float]] | None:
-    """Resources of the nodes that an autoscaler of this cluster can start, None if there is none; see the types.
+class _NodeType(NamedTuple):
+    resources: dict[str, float]
+    most: int
+    """Nodes of this type."""
+
+    def has(self, node: Mapping[str, float]) -> bool:
+        """Whether `node` is of this type, as far as its CPUs and GPUs tell."""
+        names = {"CPU", "GPU", *(name for name in self.resources if name.startswith("accelerator_type:"))}
+        return all(node.get(name, 0) == self.resources.get(name, 0) for name in names)
+
+
+class _Autoscaler(NamedTuple):
+    types: list[_NodeType]
+    """Empty if they are not known."""
+    most: int
+    """Nodes of all types together, beside the head."""
+
+
+def autoscaler_node_types() -> list[dict[str, float]] | None:
+    """Resources of the node types that an autoscaler of this cluster can start; None if there is none."""
+    found = _autoscaler()
+    return None if found is None else [kind.resources for kind in found.types if kind.most > 0]
+
+
+def nodes_that_may_come(cluster: ClusterConfig, up: Sequence[Mapping[str, float]]) -> list[dict[str, float]] | None:
+    """Resources of the nodes that an autoscaler of this cluster can start beside those that are `up`.
 
     As many as it may, of the types that serve `cluster` best: with its type of GPU, most GPUs, most CPUs.
+
+    Returns:
+        None if there is an autoscaler, but not known which nodes it starts.
     """
-    types, most = _autoscaler()
-    if types is None:
+    found = _autoscaler()
+    if found is None:
+        return []
+    if not found.types:
         return None
+    left, workers = [kind.most for kind in found.types], [node for node in up if HEAD not in node]
+    for node in workers:
+        if (place := next((i for i, kind in enumerate(found.types) if kind.has(node)), None)) is not None:
+            left[place] -= 1
 
     def worth(node: Mapping[str, float]) -> tuple[bool, float, float]:
         gpus = 0.0 if cluster.use_gpu is False else node.get("GPU", 0.0)
         return has_type(node, cluster.accelerator_type), gpus, node.get("CPU", 0.0)
 
-    nodes = [resources for resources, of_type in types for _ in range(most if of_type is None else of_type)]
-    return sorted(nodes, key=worth, reverse=True)[:most]
+    nodes = [kind.resources for kind, more in zip(found.types, left, strict=True) for _ in range(more)]
+    return sorted(nodes, key=worth, reverse=True)[: max(0, found.most - len(workers))]
 
 
-def autoscaler_node_types() -> list[dict[str, float]] | None:
-    """Resources of the node types that an autoscaler of this cluster can start; None if there is none."""
-    types, _ = _autoscaler()
-    return None if types is None else [resources for resources, most in types if most != 0]
-
-
-def _less(nodes: list[dict[str, float]], up: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-    """`nodes` without those that are up, as far as their CPUs and GPUs tell."""
-    left = list(nodes)
-    for node in up:
-        alike = [one for one in left if all(one.get(name, 0) == node.get(name, 0) for name in ("CPU", "GPU"))]
-        if alike:
-            left.remove(alike[0])
-    return left
-
-
-class _NodeType(NamedTuple):
-    resources: dict[str, float]
-    most: int | None
-    """Nodes of this type; None for as many as the cluster may have."""
-
-
-def _autoscaler() -> tuple[list[_NodeType] | None, int]:
-    """The node types that an autoscaler of this cluster knows, None without one; and how many nodes it may start.
+def _autoscaler() -> _Autoscaler | None:
+    """What the autoscaler of this cluster may start; None if there is none.
 
     Ray has no call that tells. `ray up` leaves its configuration on the head, where drivers run; KubeRay names its
     cluster in the environment, but not its node types.
     """
     file = BOOTSTRAP_CONFIG.expanduser()
     if not file.is_file():
-        return ([] if "RAY_CLUSTER_NAME" in os.environ else None), 0
+        return _Autoscaler([], 0) if "RAY_CLUSTER_NAME" in os.environ else None
     import yaml
 
     config: dict[str, Any] = yaml.safe_load(file.read_text())
+    most = config.get("max_workers", DEFAULT_MAX_WORKERS)
     kinds = config.get("available_node_types", {}).values()
-    types = [_NodeType(kind.get("resources", {}), kind.get("max_workers")) for kind in kinds]
-    return types, config.get("max_workers", 2)
+    return _Autoscaler([_NodeType(kind.get("resources", {}), kind.get("max_workers", most)) for kind in kinds], most)

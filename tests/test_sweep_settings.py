@@ -10,13 +10,15 @@ import yaml
 
 from raycontrolnet import SweepConfig, TrainConfig, cli, resources
 from raycontrolnet.errors import ConfigError
+from raycontrolnet.resources import HEAD, nodes_that_may_come
 from raycontrolnet.settings import ClusterConfig
 from raycontrolnet.tune.places import Places, places
 from raycontrolnet.tune.settings import OBJECTIVES
 
 TRAIN: dict[str, Any] = {"pretrained_model_name_or_path": "base", "train_data_dir": "data"}
 CPUS = {"CPU": 64}
-SMALL = {"CPU": 8, "GPU": 1, "accelerator_type:T4": 1}
+T4 = {"CPU": 8, "GPU": 1, "accelerator_type:T4": 1}
+A10G = {"CPU": 8, "GPU": 1, "accelerator_type:A10G": 1}
 BIG = {"CPU": 16, "GPU": 8, "accelerator_type:H100": 1}
 FLAGS = [f"--{name}={value}" for name, value in TRAIN.items()]
 
@@ -91,7 +93,7 @@ GPU_NODE = {"CPU": 16.0, "GPU": 4.0, "accelerator_type:A100": 1.0}
 
 
 def placed(nodes: list[dict[str, float]], **options: Any) -> Places:
-    settings = {"num_trials": 16, "gpus_per_trial": 1.0, "most": None, "may_come": None} | options
+    settings = {"num_trials": 16, "gpus_per_trial": 1.0, "most": None, "may_come": []} | options
     own = {name: settings.pop(name) for name in list(settings) if name in ClusterConfig.__dataclass_fields__}
     may_come = settings.pop("may_come")
     return places(ClusterConfig(**own), nodes, may_come, **settings)
@@ -158,39 +160,56 @@ def test_no_room(nodes: list[dict[str, float]], options: dict[str, Any], problem
     assert problem in str(error.value)
 
 
+def test_an_autoscaler_that_does_not_say_what_it_can_start() -> None:
+    where = placed([{"CPU": 0}], may_come=None)
+    assert (where.at_a_time, where.reason.partition(": ")[2]) == (16, "the autoscaler does not say what it can start")
+
+
 def test_nodes_that_an_autoscaler_may_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "bootstrap.yaml"
     monkeypatch.setattr(resources, "BOOTSTRAP_CONFIG", file)
     monkeypatch.delenv("RAY_CLUSTER_NAME", raising=False)
-    assert resources.autoscaler_nodes(ClusterConfig()) is None
+    cluster, head, node = ClusterConfig(), {"CPU": 8, "GPU": 1, HEAD: 1}, {"CPU": 8, "GPU": 1}
+    assert nodes_that_may_come(cluster, [head]) == []
+    monkeypatch.setenv("RAY_CLUSTER_NAME", "by KubeRay")
+    assert nodes_that_may_come(cluster, [head]) is None
     types = {
-        "head": {"resources": {"CPU": 4}, "max_workers": 0},
-        "gpu": {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 3},
+        "head": {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 0},
+        "gpu": {"resources": node, "max_workers": 3},
     }
     file.write_text(yaml.safe_dump({"max_workers": 8, "available_node_types": types}))
-    assert resources.autoscaler_nodes(ClusterConfig()) == [{"CPU": 8, "GPU": 1}] * 3
+    assert nodes_that_may_come(cluster, [head]) == [node] * 3
     file.write_text(yaml.safe_dump({"max_workers": 2, "available_node_types": types}))
-    assert resources.autoscaler_nodes(ClusterConfig()) == [{"CPU": 8, "GPU": 1}] * 2
+    assert nodes_that_may_come(cluster, [head]) == [node] * 2
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("settings", "up", "expected"),
     [
-        ({}, [BIG, BIG, BIG, SMALL]),
-        ({"accelerator_type": "T4"}, [SMALL, SMALL, BIG, BIG]),
-        ({"use_gpu": False}, [CPUS, CPUS, CPUS, CPUS]),
+        ({}, [], [BIG, BIG, BIG, T4]),
+        ({"accelerator_type": "T4"}, [], [T4, T4, BIG, BIG]),
+        ({"accelerator_type": "T4"}, [A10G, A10G], [T4, T4]),
+        ({"accelerator_type": "T4"}, [T4], [T4, BIG, BIG]),
+        ({"use_gpu": False}, [], [CPUS, CPUS, CPUS, CPUS]),
+        ({}, [T4, T4, BIG, BIG], []),
+        ({}, [T4, {"CPU": 3.0}, BIG], [BIG]),
     ],
 )
-def test_few_nodes_of_many_types_are_those_that_serve_best(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], expected: list[dict[str, float]]
+def test_of_many_types_come_those_that_serve_best(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    up: list[dict[str, float]],
+    expected: list[dict[str, float]],
 ) -> None:
-    """Four nodes may be started; the types' own limits come to more."""
+    """Four nodes may be up; the types' own limits come to more."""
     file = tmp_path / "bootstrap.yaml"
     monkeypatch.setattr(resources, "BOOTSTRAP_CONFIG", file)
     types = {
         "cpus": {"resources": CPUS},
-        "small": {"resources": SMALL, "max_workers": 2},
+        "a10g": {"resources": A10G, "max_workers": 2},
+        "t4": {"resources": T4, "max_workers": 2},
         "big": {"resources": BIG, "max_workers": 3},
     }
     file.write_text(yaml.safe_dump({"max_workers": 4, "available_node_types": types}))
-    assert resources.autoscaler_nodes(ClusterConfig(**settings)) == expected
+    assert nodes_that_may_come(ClusterConfig(**settings), [{"CPU": 4.0, HEAD: 1.0}, *up]) == expected

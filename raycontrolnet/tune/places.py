@@ -72,7 +72,7 @@ def places(
 
     Args:
         nodes: those that are up.
-        may_come: those that an autoscaler can start; empty if it can start some but not known which, None without one.
+        may_come: those that an autoscaler can start beside them; None if it can start some, but not known which.
         gpus_per_trial: of a trial with one worker, if GPUs are used.
         most: trials at a time that the user allows.
         own: whether this is a Ray of our own, which counts a CPU for loading beside those of the machine.
@@ -97,7 +97,7 @@ def places(
         cpus_here = sum(node.get("CPU", 0.0) for node in all_nodes) - LOADING_CPUS
         reason = reason if "GPU" in reason else f"this machine has {cpus_here:g} CPU{'s' * (cpus_here != 1)}"
     each = _each(workers, cpus, gpus, cluster.accelerator_type)
-    if room == 0 and may_come != []:
+    if room == 0 and may_come is not None:
         raise ConfigError([f"--num_workers={cluster.num_workers}: no trial has room in the cluster ({reason}, {each})"])
     at_a_time = min(wanted, room) if room else wanted
     if at_a_time < room:

@@ -132,7 +132,7 @@ def _run(plan: SweepPlan, marker: Marker, facts: dict[str, Any], stream: TextIO)
             check_device(tried, use_gpu=where.use_gpu, has_gpu=where.use_gpu)
         trials = plan.num_left
         stream.write(f"sweep: {trials} trial{'s' * (trials != 1)}, {where.reason}\n")
-        one_machine = len(cluster.nodes) == 1 and cluster.may_come is None
+        one_machine = len(cluster.nodes) == 1 and cluster.may_come == []
         encode = on_ray(worker_resources(train))
         shared = shared_of(plan, where, marker, encode, stream, one_machine=one_machine)
         facts |= {"concurrency": where.at_a_time, "reason": where.reason}
