@@ -23,7 +23,9 @@ from processes import wait_for, when, workers_called
 
 from raycontrolnet import SweepConfig, SweepResult, TrainConfig, fit, sweep
 from raycontrolnet.errors import ConfigError, RunError
+from raycontrolnet.resources import HEAD, cluster_nodes
 from raycontrolnet.run import metrics
+from raycontrolnet.settings import ClusterConfig
 from raycontrolnet.tune import records
 from raycontrolnet.tune.marker import Marker
 from raycontrolnet.tune.plan import plan_sweep
@@ -295,6 +297,11 @@ def test_all_trials_fail(settings: Settings) -> None:
     space = {"learning_rate": {"choice": [1e38]}}
     with pytest.raises(RunError, match=r"No trial has come to a validation\. The first cause: The .* diverged"):
         swept(SweepConfig(train=TrainConfig(**settings), space=space, num_samples=2))
+
+
+def test_the_head_is_known() -> None:
+    """It is none of the nodes that an autoscaler counts."""
+    assert [HEAD in node for node in cluster_nodes(ClusterConfig()).nodes] == [True]
 
 
 def test_the_best(eight: SweepResult) -> None:

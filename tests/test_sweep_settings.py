@@ -186,7 +186,7 @@ def test_nodes_that_an_autoscaler_may_start(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("settings", "up", "expected"),
     [
-        ({}, [], [BIG, BIG, BIG, T4]),
+        ({}, [], [BIG, BIG, BIG, A10G]),
         ({"accelerator_type": "T4"}, [], [T4, T4, BIG, BIG]),
         ({"accelerator_type": "T4"}, [A10G, A10G], [T4, T4]),
         ({"accelerator_type": "T4"}, [T4], [T4, BIG, BIG]),
