@@ -45,16 +45,7 @@ def ray_session(address: str | None) -> Iterator[None]:
     import ray
     from ray._private.utils import get_num_cpus  # knows about containers' limits
 
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths in the data set mean the same in workers
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray's default of 15 lets everything else on the machine go first: with two threads waiting for each other, a
-    # busy neighbour then slows training tenfold. Loading tasks lower their own priority.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    # Ray ends processes that were idle for a second: between two batches, and a new one takes seconds to import all.
-    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
-    # Ray warns of more than four times as many processes as it starts at once; a run on two CPUs has ten.
-    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(4, get_num_cpus())))
+    set_up_environment()
     if ray.is_initialized():
         yield
         return
@@ -79,6 +70,22 @@ def ray_session(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def set_up_environment() -> None:
+    """What Ray is to do otherwise than by default, where nobody has said so in the environment."""
+    from ray._private.utils import get_num_cpus
+
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths in the data set mean the same in workers
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's default of 15 lets everything else on the machine go first: with two threads waiting for each other, a
+    # busy neighbour then slows training tenfold. Loading tasks lower their own priority.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    # Ray ends processes that were idle for a second: between two batches, and a new one takes seconds to import all.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
+    # Ray warns of more than four times as many processes as it starts at once; a run on two CPUs has ten.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(4, get_num_cpus())))
 
 
 def _check_somebody_answers(address: str) -> None:

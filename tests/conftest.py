@@ -45,8 +45,9 @@ def _local_ray() -> Iterator[None]:
     """One Ray for a module: two CPUs for workers and one for loading."""
     import ray
 
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    from raycontrolnet.cluster import set_up_environment
+
+    set_up_environment()
     ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()

@@ -389,6 +389,25 @@ def test_nothing_can_be_stopped_without_an_early_validation(settings: Settings) 
     assert early.grace_period == 8  # the first validation from there on
 
 
+def test_data_sets_are_tried(settings: Settings, rows: Path, circles: Path, tmp_path: Path) -> None:
+    """Each with a latent cache of its own, from which its trials learn what `fit` learns."""
+    own = {"latents_cache_dir": None, "max_train_steps": None, "num_train_epochs": 2, "validation_steps": 4}
+    train = TrainConfig(**settings | own)
+    space = {"train_data_dir": {"grid": [str(circles), str(rows)]}}
+    config = SweepConfig(train=train, space=space, num_samples=1, scheduler="none", allow_new_caches=True)
+    assert plan_sweep(config, io.StringIO()).total_updates == 10  # of the larger one
+    result = swept(config)
+    assert {Path(t.record.settings["train_data_dir"]).name: t.step for t in result.trials} == {
+        circles.name: 6, rows.name: 10,
+    }  # fmt: skip
+    for trial in result.trials:
+        plain = TrainConfig(
+            **settings | own | trial.record.settings | {"output_dir": str(tmp_path / trial.record.name)}
+        )
+        fit(replace(plain, num_workers="0"), stream=io.StringIO())
+        assert untimed(Path(plain.output_dir) / metrics.NAME) == untimed(trial.folder / metrics.NAME)
+
+
 # Helpers
 
 

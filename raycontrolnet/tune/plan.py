@@ -128,10 +128,10 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
     for settings in _cache_variants(space):
         run = check(_with(train, settings), sweep_dir)
         runs[cache_key(settings)] = run, planned_latents(run, stream, reused=True)
-    run = next(iter(runs.values()))[0]
-    if problem := _objective_problem(config.objective, run):
-        raise ConfigError([problem])
-    total_updates = max(_totals(run, space))
+    checked = [run for run, _ in runs.values()]
+    if problems := [problem for run in checked if (problem := _objective_problem(config.objective, run))]:
+        raise ConfigError(problems[:1])
+    total_updates = max(total for run in checked for total in _totals(run, space))
     if (every := train.checkpointing_steps) >= total_updates:
         stream.write(
             f"sweep: trials write a checkpoint at their end only (--checkpointing_steps={every}, {total_updates} "
