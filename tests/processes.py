@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -49,6 +51,24 @@ class when:  # noqa: N801 (reads as a sentence)
                 self._action()
                 self.done.append(True)
                 return
+
+
+def ctrl_c(
+    command: list[str], ready: Callable[[], bool], *, whole_group: bool, env: Mapping[str, str] | None = None
+) -> tuple[subprocess.Popen[str], str]:
+    """Run `command` until it is `ready`, and interrupt it, or all processes of its terminal.
+
+    Returns:
+        The process, which has ended, and what it wrote to standard error.
+    """
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=env)
+    try:
+        wait_for(ready, timeout_s=120)
+        (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return process, stderr
 
 
 def last_step(output_dir: Path) -> int:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import kill_a_train_worker, last_step, processes_of_session, wait_for, when
+from processes import ctrl_c, kill_a_train_worker, last_step, processes_of_session, wait_for, when
 from reference import write_trained_controlnet
 from safetensors.torch import load_file
 
@@ -179,13 +177,7 @@ def test_ctrl_c_ends_cleanly(settings: Settings, tmp_path: Path, group: bool) ->
     )
     command = [sys.executable, "-m", "raycontrolnet", "train"]
     command += [f"--{name}={value}" for name, value in flags.items() if value not in (None, False)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        wait_for(lambda: (output_dir / "checkpoint-4").exists(), timeout_s=120)
-        (os.killpg if group else os.kill)(process.pid, signal.SIGINT)
-        _, stderr = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    process, stderr = ctrl_c(command, (output_dir / "checkpoint-4").exists, whole_group=group)
     assert process.returncode == 130
     assert "Traceback" not in stderr
     step = max(int(path.name.partition("-")[2]) for path in output_dir.glob("checkpoint-*"))

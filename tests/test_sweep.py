@@ -7,7 +7,6 @@ import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from processes import wait_for, when, workers_called
+from processes import ctrl_c, wait_for, when, workers_called
 
 from raycontrolnet import SweepConfig, SweepResult, TrainConfig, fit, sweep
 from raycontrolnet.errors import ConfigError, RunError
@@ -150,13 +149,11 @@ def test_ctrl_c(settings: Settings, signal_whole_group: bool) -> None:
     output_dir = Path(settings["output_dir"])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = tune_command({**settings, "max_train_steps": 100_000, "num_samples": 4})
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment)
-    try:
-        wait_for(lambda: states(output_dir).count("running") == 2 and bool(checkpoints(output_dir)), timeout_s=120)
-        (os.killpg if signal_whole_group else os.kill)(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=60)
-    finally:
-        process.kill()
+
+    def ready() -> bool:
+        return states(output_dir).count("running") == 2 and bool(checkpoints(output_dir))
+
+    process, said = ctrl_c(command, ready, whole_group=signal_whole_group, env=environment)
     assert process.returncode == 130
     assert "Traceback" not in said
     assert said.splitlines()[-1] == (
@@ -401,11 +398,10 @@ def test_data_sets_are_tried(settings: Settings, rows: Path, circles: Path, tmp_
         circles.name: 6, rows.name: 10,
     }  # fmt: skip
     for trial in result.trials:
-        plain = TrainConfig(
-            **settings | own | trial.record.settings | {"output_dir": str(tmp_path / trial.record.name)}
-        )
-        fit(replace(plain, num_workers="0"), stream=io.StringIO())
-        assert untimed(Path(plain.output_dir) / metrics.NAME) == untimed(trial.folder / metrics.NAME)
+        output_dir = tmp_path / trial.record.name
+        plain = {**settings, **own, **trial.record.settings, "output_dir": str(output_dir), "num_workers": "0"}
+        fit(TrainConfig(**plain), stream=io.StringIO())
+        assert untimed(output_dir / metrics.NAME) == untimed(trial.folder / metrics.NAME)
 
 
 # Helpers
