@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
@@ -30,7 +31,18 @@ raycontrolnet {__version__}: the ControlNet trainer for Ray
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 failed run, 2 bad input, 130 Ctrl-C."""
+    """Run a command; returns the exit code: 0, 1 failed run, 2 bad input, 130 Ctrl-C, 141 nobody reads the output."""
+    try:
+        try:
+            return _main(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # as of `raycontrolnet train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at its end
+        return 128 + signal.SIGPIPE
+
+
+def _main(argv: Sequence[str] | None) -> int:
     if argv is None:
         _hide_token()
     command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]

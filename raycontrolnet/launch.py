@@ -20,7 +20,7 @@ from raycontrolnet.run import held_out, metrics, validation
 from raycontrolnet.run.failures import read_failure
 from raycontrolnet.run.follower import Follower, Stopped
 from raycontrolnet.run.job import Job, begin
-from raycontrolnet.run.plan import due_steps
+from raycontrolnet.run.plan import due_steps, warmup_warning
 from raycontrolnet.run.progress import Progress
 from raycontrolnet.run.status import RunStatus
 from raycontrolnet.run.trained import CONFIG
@@ -225,6 +225,8 @@ def _announce(run: CheckedRun, world_size: int, status: RunStatus, stream: TextI
         f"raycontrolnet {__version__}: {plan.num_samples} samples{source}, {workers} x batch {plan.batch_size} x "
         f"accumulation {plan.accumulation_steps}, updates {step} to {plan.total_updates}, seed {run.config.seed}\n"
     )
+    if warning := warmup_warning(run.config, plan.total_updates):
+        stream.write(f"{warning}\n")
     changed = ", ".join(f"{name}={value}" for name, value in changed_settings(run.config).items())
     logger.info("settings: %s", changed)
 

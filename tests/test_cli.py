@@ -111,6 +111,18 @@ def test_the_console_script_is_the_command() -> None:
     assert done.stdout == f"{__version__}\n"
 
 
+@pytest.mark.parametrize("arguments", [("--help",), ("tune", "--help")])
+def test_nobody_reads_the_output(arguments: tuple[str, ...]) -> None:
+    """As of `raycontrolnet --help | true`."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "raycontrolnet", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (141, "")
+
+
 @pytest.mark.parametrize(
     "arguments", [("--help",), ("train", "--help"), ("condition", "--help"), ("generate", "--help")]
 )

@@ -53,6 +53,15 @@ assert "matplotlib.pyplot" not in sys.modules
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
+def test_numbers_that_are_close_are_told_apart() -> None:
+    axes = curves.new_axes()
+    curves.limit(axes, 0.218674, 0.218676)
+    labels = [axes.yaxis.get_major_formatter()(tick, 0) for tick in axes.get_yticks()]
+    assert len(set(labels)) == len(labels) > 2, labels
+    curves.limit(axes, 0.1, 0.4)
+    assert axes.yaxis.get_major_formatter()(0.30000000000000004, 0) == "0.3"
+
+
 def test_numbers_at_the_axes() -> None:
     wanted = {
         0: "0",

@@ -194,6 +194,7 @@ def test_readme_is_read() -> None:
         "cluster": 1,
         "skip": 4,
         "sweep": 1,
+        "sweep.py": 1,
         "metadata.jsonl": 1,
         "space.yaml": 1,
     }
@@ -286,6 +287,22 @@ def test_the_sweep_and_what_it_leaves(workspace: Path, tmp_path: Path) -> None:
     file = tmp_path / "space.yaml"
     file.write_text(block("space.yaml").text)
     assert read_space(file) == read_space(None)
+
+
+def test_the_sweep_from_python(workspace: Path) -> None:
+    text = block("sweep.py").text
+    for long, short in {
+        "max_train_steps=8000": "max_train_steps=2",
+        "validation_steps=500": "validation_steps=1",
+        "num_samples=8": 'num_samples=1, objective="loss"',
+    }.items():
+        assert text.count(long) == 1
+        text = text.replace(long, short)
+    (workspace / "sweep.py").write_text(text)
+    result = run([sys.executable, "sweep.py"], workspace)
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.splitlines()[-1] == str(workspace / "my-second-sweep" / "best")
+    assert re.search(r"^{'learning_rate': [\d.e-]+} finished \d\.\d+$", result.stdout, re.M)
 
 
 def test_data_in_the_forms_of_readme(workspace: Path, tmp_path: Path) -> None:

@@ -295,11 +295,11 @@ def test_a_range(name: str, entry: Any, text: str) -> None:
     assert problem(name, entry) == text
 
 
-def test_a_range_with_two_problems() -> None:
-    assert problems({"lr_power": {"loguniform": [2, -1]}}) == (
-        "--space: lr_power: loguniform: [2, -1]: low must be below high; perhaps you meant [-1.0, 2.0]",
+@pytest.mark.parametrize("ends", ["[2, -1]", "[2, 0]", "[-1, -2]"])
+def test_a_range_that_would_not_do_the_other_way_round(ends: str) -> None:
+    assert problems({"lr_power": {"loguniform": yaml.safe_load(ends)}}) == (
+        f"--space: lr_power: loguniform: {ends}: low must be above 0, for its logarithm; use another, or uniform",
     )
-    assert len(problems({"lr_power": {"loguniform": [-1, -2]}})) == 2
 
 
 @pytest.mark.parametrize(

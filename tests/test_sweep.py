@@ -386,6 +386,30 @@ def test_nothing_can_be_stopped_without_an_early_validation(settings: Settings) 
     assert early.grace_period == 8  # the first validation from there on
 
 
+def test_a_learning_rate_that_only_rises(settings: Settings) -> None:
+    """The space brings a schedule with a warm-up, and the default one is longer than the trials."""
+    own = TrainConfig(**settings | {"lr_warmup_steps": 500})
+    said = io.StringIO()
+    plan_sweep(SweepConfig(train=own, num_samples=2), said)
+    words = (
+        "sweep: with --lr_scheduler=cosine the learning rate rises for --lr_warmup_steps=500 updates, and there are 8: "
+        "it never comes to --learning_rate\n"
+    )
+    assert said.getvalue().count("the learning rate rises") == said.getvalue().count(words) == 1
+    said = io.StringIO()
+    plan_sweep(SweepConfig(train=own, space={"learning_rate": {"uniform": [1e-5, 1e-3]}}), said)
+    assert "rises" not in said.getvalue()
+
+
+def test_models_that_are_not_there(settings: Settings, tmp_path: Path) -> None:
+    gone, file = tmp_path / "gone", tmp_path / "space.yaml"
+    file.write_text(yaml.safe_dump({"controlnet_model_name_or_path": {"choice": [str(gone)]}}))
+    with pytest.raises(ConfigError) as error:
+        plan_sweep(SweepConfig(train=TrainConfig(**settings), space=file), io.StringIO())
+    problem = f"controlnet_model_name_or_path: {gone}: no such folder, and not the form of a Hub id (owner/name)"
+    assert error.value.problems == (f"--space={file}: {problem}",)
+
+
 def test_data_sets_are_tried(settings: Settings, rows: Path, circles: Path, tmp_path: Path) -> None:
     """Each with a latent cache of its own, from which its trials learn what `fit` learns."""
     own = {"latents_cache_dir": None, "max_train_steps": None, "num_train_epochs": 2, "validation_steps": 4}

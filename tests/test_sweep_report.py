@@ -356,6 +356,16 @@ def test_any_entry_may_be_anything(value: Any, sweep: Path) -> None:
     assert not page.all("script")
 
 
+def test_what_differs_little_is_seen(sweep: Path) -> None:
+    """Two trials a hair apart are no reason to leave a third, which is hardly worse, out of the charts."""
+    values = {0: 0.218674, 1: 0.218736, 2: 0.218676, 3: 0.222363, 4: 0.21868}
+    for index, value in values.items():
+        losses = {"val_loss": value, "val_loss_shuffled": value, "control_gap": 0.0, "control_gap_error": 1.0}
+        write_lines(sweep / "trials" / f"{index:04d}" / "validation.jsonl", [{"step": 125, **losses}])
+    page = Page(write_report(sweep))
+    assert "drawn at the edge" not in page.text
+
+
 def test_values_that_are_no_numbers(sweep: Path) -> None:
     """A trial that diverged, and one whose objective was never measured."""
     (sweep / "trials" / "0002" / "validation.jsonl").unlink()

@@ -6,6 +6,7 @@ drawn, so that nothing else waits for it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -151,7 +152,7 @@ def new_axes(label: str = "step", size: tuple[float, float] = SIZE) -> Axes:
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value, _digits(*axes.get_ylim()))))
     axes.margins(x=0.02)
     return axes
 
@@ -163,12 +164,18 @@ def own_style() -> AbstractContextManager[None]:
     return matplotlib.style.context(["default", {"svg.fonttype": "none", "text.parse_math": False}])
 
 
-def short(number: float) -> str:
+def short(number: float, digits: int = 4) -> str:
     """2500 -> 2.5k, 0.00001 -> 1e-5."""
     for unit, sign in ((1e6, "M"), (1e3, "k")):
         if abs(number) >= unit:
-            return f"{number / unit:.4g}{sign}"
-    return re.sub(r"e([+-])0*", r"e\1", f"{number:.4g}").replace("e+", "e")
+            return f"{number / unit:.{digits}g}{sign}"
+    return re.sub(r"e([+-])0*", r"e\1", f"{number:.{digits}g}").replace("e+", "e")
+
+
+def _digits(low: float, high: float) -> int:
+    """By which a few numbers between `low` and `high` are told from each other."""
+    step = (high - low) / 5
+    return max(4, 1 + math.ceil(math.log10(max(abs(low), abs(high)) / step))) if step > 0 else 4
 
 
 def _smooth_over_raw(axes: Axes, x: Column, y: Column, paint: str) -> list[float]:

@@ -88,3 +88,13 @@ def due_steps(every: int, until: int, total_updates: int | None) -> list[int]:
     """The updates up to `until`, which is at most the last, after which it is due."""
     due = list(range(every, until + 1, every))
     return [*due, until] if until % every and is_due(every, until, total_updates) else due
+
+
+def warmup_warning(config: TrainConfig, total_updates: int) -> str | None:
+    """What to say of a run in which the learning rate only rises; None if there is nothing to say."""
+    if config.lr_scheduler == "constant" or config.lr_warmup_steps < total_updates:
+        return None
+    return (
+        f"with --lr_scheduler={config.lr_scheduler} the learning rate rises for --lr_warmup_steps="
+        f"{config.lr_warmup_steps} updates, and there are {total_updates}: it never comes to --learning_rate"
+    )

@@ -57,7 +57,10 @@ def write_best(
     for name in export.WEIGHTS:
         shutil.copyfile(weights / name, new / name)
     settings = {name: value for name, value in public_settings(config).items() if name not in OF_THE_TRIAL}
-    head = f"# Of trial {trial.record.name}, the best of a sweep: raycontrolnet train --config {best / CONFIG}\n"
+    head = (
+        f"# Settings of trial {trial.record.name}, the best of a sweep. To train anew with them:\n"
+        f"#   raycontrolnet train --config {best / CONFIG} --output_dir FOLDER\n"
+    )
     (new / CONFIG).write_text(head + yaml.safe_dump(settings, sort_keys=False))
     figures = worth(trial)
     step = int(figures.get("step", 0))

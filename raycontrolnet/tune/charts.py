@@ -31,7 +31,8 @@ MOST_POINTS = 3000
 AXIS_INCHES = 1.35
 """Between two axes of parallel coordinates."""
 OUTLIER_QUARTILES = 3.0
-"""Beyond so many distances between the quartiles, a value is drawn at the chart's edge."""
+OUTLIER_SHARE = 0.05
+"""Beyond so many distances between the quartiles, and more than this share of the median, a value is far off."""
 
 _PAINTS = curves.PAINTS | curves.stand_ins(
     ("card", "pale", "best", "bad", *(f"rank-{shade}" for shade in range(SHADES))), first=len(curves.PAINTS) + 1
@@ -152,8 +153,8 @@ def _window(values: Sequence[Column], keep: Sequence[float]) -> tuple[float, flo
     every = np.concatenate([np.zeros(0), *values])
     if not (every := every[np.isfinite(every)]).size:
         return 0.0, 1.0
-    first, third = np.percentile(every, [25, 75])
-    reach = OUTLIER_QUARTILES * (third - first) or math.inf
+    first, middle, third = np.percentile(every, [25, 50, 75])
+    reach = max(OUTLIER_QUARTILES * (third - first), OUTLIER_SHARE * abs(middle)) if third > first else math.inf
     inside = every[(every >= first - reach) & (every <= third + reach)]
     return float(min(inside.min(), *keep, math.inf)), float(max(inside.max(), *keep, -math.inf))
 

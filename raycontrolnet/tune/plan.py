@@ -23,18 +23,20 @@ from raycontrolnet.preflight import (
     with_absolute_paths,
 )
 from raycontrolnet.prepare_latents import Encode
+from raycontrolnet.run.plan import warmup_warning
 from raycontrolnet.tune.keeper import settled
 from raycontrolnet.tune.marker import Marker
 from raycontrolnet.tune.places import Places
 from raycontrolnet.tune.records import TrialRecord, read_records, read_sweep
 from raycontrolnet.tune.settings import OBJECTIVES, SweepConfig
-from raycontrolnet.tune.space import Choice, Space, num_trials, to_grammar
+from raycontrolnet.tune.space import Choice, Space, num_trials, place_of, to_grammar
 from raycontrolnet.tune.space_checks import cache_settings
 from raycontrolnet.tune.trial import Shared, cache_key
 
 MODELS = ("pretrained_model_name_or_path", "controlnet_model_name_or_path", "tokenizer_name")
 LENGTHS = ("max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps")
 """Settings that decide how many updates a trial does."""
+WARMUP = ("lr_scheduler", "lr_warmup_steps")
 ALL_THE_SAME = {"address", "cpus_per_worker", "hub_model_id", "max_failures", "output_dir", "push_to_hub", "use_gpu"}
 """Settings that may change when a sweep goes on."""
 
@@ -121,7 +123,7 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
         stream.write(f"sweep: there is nothing to go on with in {sweep_dir}: a new sweep begins\n")
     train = _shared_settings(config.train, sweep_dir, before)
     space = _with_absolute_paths(space, train, sweep_dir)
-    problems = [*_differences(before, config, train, space), *_problems(config.searcher, train, space)]
+    problems = [*_differences(before, config, train, space), *_problems(config, train, space)]
     if problems:
         raise ConfigError(problems)
     runs = {}
@@ -137,6 +139,8 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
             f"sweep: trials write a checkpoint at their end only (--checkpointing_steps={every}, {total_updates} "
             "updates): one that is cut off begins anew\n"
         )
+    warnings = {warmup_warning(one, total_updates): None for one in _variants(train, space, WARMUP)}
+    stream.writelines(f"sweep: {warning}\n" for warning in warnings if warning)
     return SweepPlan(
         config=config,
         sweep_dir=sweep_dir,
@@ -162,11 +166,11 @@ def _shared_settings(train: TrainConfig, sweep_dir: Path, before: Mapping[str, A
     )
 
 
-def _problems(searcher: str, train: TrainConfig, space: Space) -> Iterator[str]:
+def _problems(config: SweepConfig, train: TrainConfig, space: Space) -> Iterator[str]:
     """Packages and folders that are not there, and settings that make no sense in a sweep."""
-    if searcher == "optuna" and importlib.util.find_spec("optuna") is None:
+    if config.searcher == "optuna" and importlib.util.find_spec("optuna") is None:
         yield "--searcher=optuna: optuna is not installed; run pip install 'raycontrolnet[optuna]'"
-    yield from _value_problems(train, space)
+    yield from _value_problems(train, space, place_of(config.space))
     if "num_train_epochs" in space and train.max_train_steps is not None:
         problem = f"does nothing beside --max_train_steps={train.max_train_steps}; leave either out"
         yield f"--space: num_train_epochs: {problem}"
@@ -212,13 +216,14 @@ def _with_absolute_paths(space: Space, train: TrainConfig, sweep_dir: Path) -> S
     return found
 
 
-def _value_problems(train: TrainConfig, space: Space) -> Iterator[str]:
-    """Values of the space that need a package, or a folder, that is not there."""
+def _value_problems(train: TrainConfig, space: Space, place: str) -> Iterator[str]:
+    """Values of the space that need a package, or a folder, that is not there; see `place_of`."""
     for name in {*MODELS, "use_8bit_adam", "enable_xformers_memory_efficient_attention"} & set(space):
         for value in space[name].values:
             config = _with(train, {name: value})
             found = [*missing_extras(config), *local_model_problems(config)]
-            yield from (f"--space: {name}: {problem}" for problem in found if problem.startswith(f"--{name}"))
+            own = (problem.removeprefix(f"--{name}") for problem in found if problem.startswith(f"--{name}"))
+            yield from (f"{place}: {name}: {problem.lstrip('=: ')}" for problem in own)
 
 
 def _cache_variants(space: Space) -> Iterator[dict[str, Any]]:
@@ -235,10 +240,15 @@ def _cache_variants(space: Space) -> Iterator[dict[str, Any]]:
 
 def _totals(run: CheckedRun, space: Space) -> Iterator[int]:
     """Updates of a trial: the ends of what they may come to."""
-    names = [name for name in LENGTHS if name in space]
-    for values in itertools.product(*(space[name].values for name in names)):
-        config = _with(run.config, dict(zip(names, values, strict=True)))
+    for config in _variants(run.config, space, LENGTHS):
         yield dataclasses.replace(run, config=config).plan(run.config.worker_range[1], None).total_updates
+
+
+def _variants(config: TrainConfig, space: Space, names: Sequence[str]) -> Iterator[TrainConfig]:
+    """`config` with the values, or the ends of their ranges, that the space has for `names`, in all combinations."""
+    tried = [name for name in names if name in space]
+    for values in itertools.product(*(space[name].values for name in tried)):
+        yield _with(config, dict(zip(tried, values, strict=True)))
 
 
 def _objective_problem(objective: str, run: CheckedRun) -> str | None:

@@ -142,8 +142,8 @@ def _curves(swept: Swept) -> Iterable[str]:
         return
     yield f"<h2>Learning</h2>\n{_LEGEND}"
     if swept.rungs:
-        steps = ", ".join(f"{step:,}" for step in swept.rungs)
-        yield f'<p class="pale">Dashed: where trials that are behind are stopped (steps {steps}).</p>'
+        steps = f"step{'s' * (len(swept.rungs) > 1)} {', '.join(f'{step:,}' for step in swept.rungs)}"
+        yield f'<p class="pale">Dashed: where trials that are behind are stopped ({steps}).</p>'
     yield '<div class="cards two">'
     for name in seen:
         yield page.card(COLUMNS[name].capitalize(), {}, charts.over_steps(swept, name))
@@ -159,6 +159,8 @@ def _settings_tried(swept: Swept) -> Iterable[str]:
     words = "At the last report of each trial: a stopped one (hollow) had trained less."
     if beyond := charts.beyond(swept):
         words += f" {beyond} far from the others {'is' if beyond == 1 else 'are'} drawn at the edge."
+    if any(setting.categories for setting in swept.settings):
+        words += " Trials with the same value of a list are drawn side by side."
     yield f'<p class="pale">{words}</p>'
     yield '<div class="cards">'
     for number, setting in enumerate(swept.settings):

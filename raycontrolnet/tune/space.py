@@ -169,10 +169,10 @@ def _uniform(name: str, kind: str, values: Any) -> Uniform:
     low, high = ends
     if low == high:
         problems.append(f"{given}: is a single value; that belongs to the flags: {_flag(name, low)}")
+    elif kind == "loguniform" and min(low, high) <= 0:
+        problems.append(f"{given}: low must be above 0, for its logarithm; use another, or uniform")
     elif low > high:
         problems.append(f"{given}: low must be below high; perhaps you meant {_shown([high, low])}")
-    if kind == "loguniform" and low <= 0:
-        problems.append(f"{given}: low must be above 0, for its logarithm; use another, or uniform")
     if problems:
         raise ConfigError(problems)
     return Uniform(low, high, log=kind == "loguniform", whole=number is int)
