@@ -168,7 +168,13 @@ def test_workers_that_leave_no_cpu_for_loading_are_refused(settings: Settings, t
         run(settings, tmp_path / "out", mixed_precision="fp16")
 
 
-@pytest.mark.parametrize("group", [False, True], ids=["to the driver", "to the terminal's processes"])
+@pytest.mark.parametrize(
+    "group",
+    [
+        pytest.param(False, id="to the driver", marks=pytest.mark.slow),
+        pytest.param(True, id="to the terminal's processes"),
+    ],
+)
 def test_ctrl_c_ends_cleanly(settings: Settings, tmp_path: Path, group: bool) -> None:
     """A Ray of its own: exit code 130, the last checkpoint stands, the message says how to go on, no process stays."""
     output_dir = tmp_path / "out"

@@ -50,7 +50,7 @@ def losses(output_dir: Path) -> list[float]:
 
 
 @pytest.mark.usefixtures("_local_ray")
-@pytest.mark.parametrize(("workers", "cpus"), [("1", 1.0), ("2", 0.5)])
+@pytest.mark.parametrize(("workers", "cpus"), [pytest.param("1", 1.0, marks=pytest.mark.slow), ("2", 0.5)])
 def test_the_images_are_those_of_the_workers(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: str, cpus: float
 ) -> None:
