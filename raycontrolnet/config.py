@@ -84,10 +84,11 @@ def coerce_settings(config: Any, kinds: Mapping[str, Any]) -> list[str]:
     """Bring the settings that `kinds` names to their types; returns what is wrong with those that cannot be."""
     problems = []
     for setting in dataclasses.fields(config):
+        if setting.name not in kinds:
+            continue
         try:
-            if setting.name in kinds:
-                value = coerce(getattr(config, setting.name), kinds[setting.name])
-                object.__setattr__(config, setting.name, value)
+            value = coerce(getattr(config, setting.name), kinds[setting.name])
+            object.__setattr__(config, setting.name, value)
         except ValueError as error:
             shown = "" if setting.metadata.get("secret") else f"={getattr(config, setting.name)!r}"
             problems.append(f"--{setting.name}{shown}: {error}")

@@ -53,9 +53,12 @@ class Recorded:
     def step(self) -> int:
         """Updates done, those of earlier parts of the run included."""
         done = number(self.status.get("step"))
-        if not math.isfinite(done):
-            return int(self.updates["step"][-1]) if self.updates["step"].size else 0
-        return int(done)
+        return int(done) if math.isfinite(done) else self.last_update
+
+    @property
+    def last_update(self) -> int:
+        """The last in metrics.jsonl; 0 if there is none."""
+        return int(self.updates["step"][-1]) if self.updates["step"].size else 0
 
     @property
     def last_step(self) -> int | None:

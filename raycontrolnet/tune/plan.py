@@ -22,7 +22,8 @@ from raycontrolnet.preflight import (
     versions,
     with_absolute_paths,
 )
-from raycontrolnet.prepare_latents import Encode
+from raycontrolnet.prepare_latents import on_ray
+from raycontrolnet.resources import WorkerResources
 from raycontrolnet.run.plan import warmup_warning
 from raycontrolnet.tune.keeper import settled
 from raycontrolnet.tune.marker import Marker
@@ -131,16 +132,11 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
         run = check(_with(train, settings), sweep_dir)
         runs[cache_key(settings)] = run, planned_latents(run, stream, reused=True)
     checked = [run for run, _ in runs.values()]
-    if problems := [problem for run in checked if (problem := _objective_problem(config.objective, run))]:
-        raise ConfigError(problems[:1])
+    for run in checked:
+        if problem := _objective_problem(config.objective, run):
+            raise ConfigError([problem])
     total_updates = max(total for run in checked for total in _totals(run, space))
-    if (every := train.checkpointing_steps) >= total_updates:
-        stream.write(
-            f"sweep: trials write a checkpoint at their end only (--checkpointing_steps={every}, {total_updates} "
-            "updates): one that is cut off begins anew\n"
-        )
-    warnings = {warmup_warning(one, total_updates): None for one in _variants(train, space, WARMUP)}
-    stream.writelines(f"sweep: {warning}\n" for warning in warnings if warning)
+    stream.writelines(f"sweep: {warning}\n" for warning in dict.fromkeys(_warnings(train, space, total_updates)))
     return SweepPlan(
         config=config,
         sweep_dir=sweep_dir,
@@ -164,6 +160,18 @@ def _shared_settings(train: TrainConfig, sweep_dir: Path, before: Mapping[str, A
         seed=seed,
         tracker_group=sweep_dir.name if train.tracker_group is None else train.tracker_group,
     )
+
+
+def _warnings(train: TrainConfig, space: Space, total_updates: int) -> Iterator[str]:
+    """What users should know of trials of so many updates."""
+    if (every := train.checkpointing_steps) >= total_updates:
+        yield (
+            f"trials write a checkpoint at their end only (--checkpointing_steps={every}, {total_updates} updates): "
+            "one that is cut off begins anew"
+        )
+    for config in _variants(train, space, WARMUP):
+        if warning := warmup_warning(config, total_updates):
+            yield warning
 
 
 def _problems(config: SweepConfig, train: TrainConfig, space: Space) -> Iterator[str]:
@@ -281,17 +289,15 @@ def _grace_period(config: SweepConfig, every: int, total_updates: int, stream: T
     return grace_period
 
 
-def shared_of(
-    plan: SweepPlan, places: Places, marker: Marker, encode: Encode, stream: TextIO, *, one_machine: bool
-) -> Shared:
-    """What the trials share; its latents are made now, if need be.
+def shared_of(plan: SweepPlan, places: Places, marker: Marker, resources: WorkerResources, stream: TextIO) -> Shared:
+    """What the trials share; its latents are made now, if need be, with the `resources` that a run would have.
 
     Raises:
         UserError, RunError: as `prepare`.
     """
     runs = {}
     for key, (run, latents) in plan.runs.items():
-        complete = with_latents(run, latents, encode, stream, shared=not one_machine)
+        complete = with_latents(run, latents, on_ray(resources), stream, shared=not resources.one_machine)
         own = {"cpus_per_worker": places.cpus_per_worker, "push_to_hub": False, "resume_from_checkpoint": None}
         config = _with(complete.config, own)
         runs[key] = dataclasses.replace(complete, config=config)

@@ -145,10 +145,8 @@ def read_reports(folder: Path, validation_steps: int) -> list[Report]:
     """
     run = recorded.read(folder)
     steps = [int(record["step"]) for record in run.held_out]
-    if not steps:
-        done = int(run.updates["step"][-1]) if run.updates["step"].size else 0
-        steps = due_steps(validation_steps, done, run.total_updates)
-    measured = {int(record["step"]): record for record in run.held_out}
+    steps = steps or due_steps(validation_steps, run.last_update, run.total_updates)
+    by_step = {int(record["step"]): record for record in run.held_out}
     reports: list[Report] = []
     before = 0
     for step in steps:
@@ -156,7 +154,7 @@ def read_reports(folder: Path, validation_steps: int) -> list[Report]:
         report |= {
             name: float(value)
             for name in recorded.MEASUREMENT
-            if (value := measured.get(step, {}).get(name)) is not None
+            if (value := by_step.get(step, {}).get(name)) is not None
         }
         if step in run.fidelity:
             report["control_fidelity"] = run.fidelity[step].mean

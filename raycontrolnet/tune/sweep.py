@@ -25,7 +25,6 @@ from ray import tune
 from raycontrolnet.cluster import logging_to, on_a_cluster, ray_session, shown_on
 from raycontrolnet.errors import Interrupted, RunError, UserError, in_one_line, root_cause
 from raycontrolnet.preflight import check_device
-from raycontrolnet.prepare_latents import on_ray
 from raycontrolnet.resources import cluster_nodes, worker_resources
 from raycontrolnet.run.live_report import report_kept
 from raycontrolnet.run.progress import duration
@@ -132,9 +131,7 @@ def _run(plan: SweepPlan, marker: Marker, facts: dict[str, Any], stream: TextIO)
             check_device(tried, use_gpu=where.use_gpu, has_gpu=where.use_gpu)
         trials = plan.num_left
         stream.write(f"sweep: {trials} trial{'s' * (trials != 1)}, {where.reason}\n")
-        one_machine = len(cluster.nodes) == 1 and cluster.may_come == []
-        encode = on_ray(worker_resources(train))
-        shared = shared_of(plan, where, marker, encode, stream, one_machine=one_machine)
+        shared = shared_of(plan, where, marker, worker_resources(train), stream)
         facts |= {"concurrency": where.at_a_time, "reason": where.reason}
         name, objective = plan.sweep_dir.name, plan.config.objective
         shown = LiveTable(name, objective, stream, total_trials=plan.num_trials, total_steps=plan.total_updates)
