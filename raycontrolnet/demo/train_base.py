@@ -28,7 +28,7 @@ from torch.nn.functional import mse_loss
 from raycontrolnet.demo import shapes
 from raycontrolnet.demo.base_model import build_parts, write_parts, write_tokenizer
 from raycontrolnet.demo.obedience import colours_are_right
-from raycontrolnet.model.components import encode_images, on_device
+from raycontrolnet.model.components import encode_images
 from raycontrolnet.model.diffusion import add_noise, prediction_target, sample_posterior
 
 RESOLUTION = 64
@@ -164,7 +164,7 @@ def train_unet(
     vae, unet, text_encoder, scheduler = (parts[name] for name in ("vae", "unet", "text_encoder", "scheduler"))
     mean, logvar, input_ids = _pool(vae, tokenizer, seed)
     empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids[0]
-    on_device(unet.train().to(memory_format=torch.channels_last), torch.device("cpu"))
+    unet.train().to(memory_format=torch.channels_last)
     weights = [*unet.parameters(), *text_encoder.train().parameters()]
     average = [weight.detach().clone() for weight in weights]
     generator = torch.Generator().manual_seed(seed)

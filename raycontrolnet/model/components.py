@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,8 +19,6 @@ from raycontrolnet.settings import ModelConfig
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
-
-Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 @dataclass
@@ -75,7 +73,7 @@ def load_components(
     _make_ready(base, device=device, dtype=dtype, vae_device=vae_device or device)
     if identity and not found:
         found = kept.keep(identity, base, controlnet if copied else None, seed)
-    on_device(controlnet.requires_grad_(True).train(), device)
+    controlnet.requires_grad_(True).train().to(device)
     if found:
         found.trained = weakref.ref(next(controlnet.parameters()))
     return Components(**vars(base), controlnet=controlnet)
@@ -90,16 +88,6 @@ def _make_ready(base: Base, *, device: torch.device, dtype: torch.dtype, vae_dev
     # The layout that convolutions want: 11% off a step on a CPU (tests/benchmarks/RESULTS.md). The ControlNet's
     # activations follow, its weights stay as they are saved.
     base.unet.to(memory_format=torch.channels_last)
-    on_device(base.unet, device)
-
-
-def on_device(module: Module, device: torch.device) -> Module:
-    """A UNet or ControlNet on `device`, computing in the way that is fastest there."""
-    from raycontrolnet.model.attention import pad_narrow_heads  # which imports diffusers
-
-    if device.type == "cpu":
-        pad_narrow_heads(module)
-    return module.to(device)
 
 
 def encode_images(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:

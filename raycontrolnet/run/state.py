@@ -18,7 +18,6 @@ from raycontrolnet.model.components import (
     enable_memory_savers,
     load_components,
     load_controlnet,
-    on_device,
     working_precision,
 )
 from raycontrolnet.model.optim import build_lr_scheduler, build_optimizer
@@ -171,4 +170,4 @@ def unwrap_controlnet(state: TrainState) -> ControlNetModel:
 def saved_controlnet(folder: Path, like: TrainState) -> ControlNetModel:
     """The ControlNet that lies in `folder`, on the device of `like`, not to be trained."""
     controlnet = load_controlnet(str(folder), flag="output_dir")
-    return on_device(controlnet.requires_grad_(False).eval(), like.accelerator.device)
+    return controlnet.requires_grad_(False).eval().to(like.accelerator.device)
