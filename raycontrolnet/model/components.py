@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,7 +11,6 @@ import torch
 from torch import Tensor
 
 from raycontrolnet.errors import UserError
-from raycontrolnet.model import kept
 from raycontrolnet.model.base import Base, loaded, read_base
 from raycontrolnet.settings import ModelConfig
 
@@ -45,7 +42,7 @@ def load_components(
     controlnet_flag: str = "controlnet_model_name_or_path",
     vae_device: torch.device | None = None,
 ) -> Components:
-    """Load the base model, unless it is kept from the run before (`model.kept`), and make or load the ControlNet.
+    """Load the base model, and make or load the ControlNet.
 
     Args:
         vae_device: where the VAE waits, if not on `device`.
@@ -58,29 +55,20 @@ def load_components(
     Raises:
         UserError: if a part is missing or unreadable, or the model is of a kind that cannot be trained.
     """
-    copied = not (controlnet_path or model.controlnet_model_name_or_path)
-    identity = kept.identity_if_kept(model, device=device, dtype=dtype)
-    found = kept.find(identity, initial=copied) if identity else None
-    base = found.renewed() if found else read_base(model, dtype=dtype, token=token)
+    base = read_base(model, dtype=dtype, token=token)
     if controlnet_path:
         controlnet = load_controlnet(controlnet_path)
     elif model.controlnet_model_name_or_path:
         controlnet = _named_controlnet(model, base.unet, token, controlnet_flag)
-    elif found:
-        controlnet = _copied_again(found, seed)
     else:  # before the UNet's weights are rounded
         controlnet = _copied_controlnet(base.unet, seed)
     _make_ready(base, device=device, dtype=dtype, vae_device=vae_device or device)
-    if identity and not found:
-        found = kept.keep(identity, base, controlnet if copied else None, seed)
     controlnet.requires_grad_(True).train().to(device)
-    if found:
-        found.trained = weakref.ref(next(controlnet.parameters()))
     return Components(**vars(base), controlnet=controlnet)
 
 
 def _make_ready(base: Base, *, device: torch.device, dtype: torch.dtype, vae_device: torch.device) -> None:
-    """Freeze the base model and put it where and as it is used; a second time changes nothing."""
+    """Freeze the base model and put it where and as it is used."""
     for module in base.frozen():
         module.requires_grad_(False).eval().to(vae_device if module is base.vae else device)
     if dtype != torch.float32:
@@ -128,18 +116,6 @@ def _copied_controlnet(unet: UNet2DConditionModel, seed: int) -> ControlNetModel
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return ControlNetModel.from_unet(unet)
-
-
-def _copied_again(found: kept.Kept, seed: int) -> ControlNetModel:
-    """What `_copied_controlnet` made of the UNet as it was read; the seed, too, may be another."""
-    assert found.initial is not None
-    if seed != found.seed:
-        initial = _copied_controlnet(found.base.unet, seed)
-        weights = found.initial.state_dict()
-        of_unet = {name: weights[name] for name in weights if not name.startswith("controlnet_cond_embedding.")}
-        initial.load_state_dict(of_unet, strict=False)
-        found.initial, found.seed = initial, seed
-    return copy.deepcopy(found.initial)
 
 
 def _listed(value: Any) -> Any:

@@ -25,7 +25,6 @@ from ray import tune
 
 from raycontrolnet.errors import RunError, UserError
 from raycontrolnet.launch import train_here, train_on_ray
-from raycontrolnet.model.kept import keep_models
 from raycontrolnet.preflight import CheckedRun
 from raycontrolnet.resources import worker_resources
 from raycontrolnet.run import checkpoint as checkpoints
@@ -91,7 +90,6 @@ class SweepTrial(tune.Trainable):
     def setup(self, config: dict[str, Any], shared: Shared | None = None) -> None:
         assert shared is not None
         self._shared = shared
-        keep_models()
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
