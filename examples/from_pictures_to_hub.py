@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from raycontrolnet import ConditionConfig, GenerateConfig, TrainConfig, condition, fit, generate
-from raycontrolnet.demo import BASE
+from raycontrolnet.demo.demo import BASE
 from raycontrolnet.demo.shapes import draw_row
 
 PICTURES = Path("pictures")

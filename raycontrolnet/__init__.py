@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from raycontrolnet.version import __version__
+
 __all__ = [
     "ConditionConfig",
     "ConditionResult",
@@ -16,6 +17,7 @@ __all__ = [
     "SweepConfig",
     "SweepResult",
     "TrainConfig",
+    "__version__",
     "condition",
     "control_fidelity",
     "fit",
@@ -25,33 +27,33 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from raycontrolnet.condition_images import ConditionResult, condition
-    from raycontrolnet.condition_settings import ConditionConfig
-    from raycontrolnet.config import TrainConfig
-    from raycontrolnet.generate_images import generate
-    from raycontrolnet.generate_settings import GenerateConfig
-    from raycontrolnet.prepare_latents import PrepareResult, prepare
-    from raycontrolnet.run.fidelity import control_fidelity
-    from raycontrolnet.run.images import PairImages
-    from raycontrolnet.train import RunResult, fit
-    from raycontrolnet.tune.settings import SweepConfig
+    from raycontrolnet.conditions.condition import ConditionResult, condition
+    from raycontrolnet.config.condition_config import ConditionConfig
+    from raycontrolnet.config.generate_config import GenerateConfig
+    from raycontrolnet.config.sweep_config import SweepConfig
+    from raycontrolnet.config.train_config import TrainConfig
+    from raycontrolnet.latents.prepare import PrepareResult, prepare
+    from raycontrolnet.launch.fit import RunResult, fit
+    from raycontrolnet.sampling.fidelity import control_fidelity
+    from raycontrolnet.sampling.generate import generate
+    from raycontrolnet.sampling.images import PairImages
     from raycontrolnet.tune.sweep import SweepResult, sweep
 
 _MODULES = {
-    "ConditionConfig": "condition_settings",
-    "ConditionResult": "condition_images",
-    "GenerateConfig": "generate_settings",
-    "PairImages": "run.images",
-    "PrepareResult": "prepare_latents",
-    "RunResult": "train",
-    "SweepConfig": "tune.settings",
+    "ConditionConfig": "config.condition_config",
+    "ConditionResult": "conditions.condition",
+    "GenerateConfig": "config.generate_config",
+    "PairImages": "sampling.images",
+    "PrepareResult": "latents.prepare",
+    "RunResult": "launch.fit",
+    "SweepConfig": "config.sweep_config",
     "SweepResult": "tune.sweep",
-    "TrainConfig": "config",
-    "condition": "condition_images",
-    "control_fidelity": "run.fidelity",
-    "fit": "train",
-    "generate": "generate_images",
-    "prepare": "prepare_latents",
+    "TrainConfig": "config.train_config",
+    "condition": "conditions.condition",
+    "control_fidelity": "sampling.fidelity",
+    "fit": "launch.fit",
+    "generate": "sampling.generate",
+    "prepare": "latents.prepare",
     "sweep": "tune.sweep",
 }
 

@@ -10,12 +10,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
-from raycontrolnet import __version__
-from raycontrolnet.condition_settings import CONDITION_GROUPS, ConditionConfig
-from raycontrolnet.config import GROUPS, TrainConfig, coerce, load_yaml, setting_types
+from raycontrolnet.config.condition_config import CONDITION_GROUPS, ConditionConfig
+from raycontrolnet.config.generate_config import GENERATE_GROUPS, GenerateConfig
+from raycontrolnet.config.sweep_config import SweepConfig, SweepSettings
+from raycontrolnet.config.train_config import GROUPS, TrainConfig, coerce, load_yaml, setting_types
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
-from raycontrolnet.generate_settings import GENERATE_GROUPS, GenerateConfig
-from raycontrolnet.tune.settings import SweepConfig, SweepSettings
+from raycontrolnet.version import __version__
 
 USAGE = f"""\
 raycontrolnet {__version__}: the ControlNet trainer for Ray
@@ -84,7 +84,7 @@ def _hide_token() -> None:
 
 def train(argv: Sequence[str]) -> None:
     config = parse_train(argv)
-    from raycontrolnet.train import fit
+    from raycontrolnet.launch.fit import fit
 
     fit(config)
 
@@ -98,30 +98,30 @@ def tune(argv: Sequence[str]) -> None:
 
 def prepare(argv: Sequence[str]) -> None:
     config = parse_train(argv, program="raycontrolnet prepare")
-    from raycontrolnet import prepare_latents
+    from raycontrolnet.latents.prepare import prepare as prepare_latents
 
-    prepare_latents.prepare(config)
+    prepare_latents(config)
 
 
 def condition(argv: Sequence[str]) -> None:
     config = parse_condition(argv)
-    from raycontrolnet import condition_images
+    from raycontrolnet.conditions.condition import condition as make_conditions
 
-    condition_images.condition(config)
+    make_conditions(config)
 
 
 def generate(argv: Sequence[str]) -> None:
     config = parse_generate(argv)
-    from raycontrolnet import generate_images
+    from raycontrolnet.sampling.generate import generate as draw_images
 
-    generate_images.generate(config)
+    draw_images(config)
 
 
 def demo(argv: Sequence[str]) -> None:
-    from raycontrolnet.demo import demo_settings
+    from raycontrolnet.demo.demo import demo_settings
 
     config = parse_train(argv, defaults=demo_settings, program="raycontrolnet demo")
-    from raycontrolnet.demo import run_demo
+    from raycontrolnet.demo.demo import run_demo
 
     run_demo(config)
 

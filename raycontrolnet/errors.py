@@ -49,9 +49,3 @@ def root_cause(error: BaseException) -> BaseException:
             break
         error = cause
     return error
-
-
-def in_one_line(error: BaseException) -> str:
-    """Its kind and the last line of its message."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1].strip() if lines else 'no message'}"

@@ -19,22 +19,17 @@ import torch
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.stream import local_batches, ray_batches
 from raycontrolnet.errors import RunError, UserError
+from raycontrolnet.model.prompts import warn_if_cut
 from raycontrolnet.model.step import Batch, Draws, TrainState, draw, latent_shape, make_batch, train_step
-from raycontrolnet.run import checkpoint as checkpoints
-from raycontrolnet.run.checkpoint import Checkpoint
-from raycontrolnet.run.failures import hopeless_failures_recorded, read_failure, worth_another_try
-from raycontrolnet.run.job import Job, check_folder_is_shared, logging_to_run_log, read_timings, write_timings
-from raycontrolnet.run.metrics import MetricsLog, PendingMetrics, PhaseClock, UpdateMetrics
-from raycontrolnet.run.plan import RunPlan
-from raycontrolnet.run.prompts import warn_if_cut
-from raycontrolnet.run.state import (
-    accelerator_for,
-    build_state,
-    save_final_weights,
-    save_state,
-)
-from raycontrolnet.run.trackers import Trackers, open_trackers
-from raycontrolnet.validate_controlnet import Validator
+from raycontrolnet.storage import checkpoint as checkpoints
+from raycontrolnet.storage.checkpoint import Checkpoint
+from raycontrolnet.training.failures import hopeless_failures_recorded, read_failure, worth_another_try
+from raycontrolnet.training.job import Job, check_folder_is_shared, logging_to_run_log, read_timings, write_timings
+from raycontrolnet.training.metrics import MetricsLog, PendingMetrics, PhaseClock, UpdateMetrics
+from raycontrolnet.training.schedule import RunPlan
+from raycontrolnet.training.state import accelerator_for, build_state, save_final_weights, save_state
+from raycontrolnet.training.trackers import Trackers, open_trackers
+from raycontrolnet.training.validator import Validator
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

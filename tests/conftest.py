@@ -45,7 +45,7 @@ def _local_ray() -> Iterator[None]:
     """One Ray for a module: two CPUs for workers and one for loading."""
     import ray
 
-    from raycontrolnet.cluster import set_up_environment
+    from raycontrolnet.cluster.session import set_up_environment
 
     set_up_environment()
     ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)

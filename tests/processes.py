@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from raycontrolnet.run import metrics
+from raycontrolnet.training import metrics
 
 
 def processes_of_session(leader: int) -> list[psutil.Process]:
@@ -72,7 +72,7 @@ def ctrl_c(
 
 
 def last_step(output_dir: Path) -> int:
-    records = metrics.read(output_dir / metrics.NAME)
+    records = metrics.read(output_dir / metrics.METRICS_FILE)
     return int(records[-1]["step"]) if records else 0
 
 

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raycontrolnet.config import TrainConfig
+from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.model.step import Draws, TrainState, draw, make_batch, train_step
-from raycontrolnet.run.plan import RunPlan
-from raycontrolnet.run.state import accelerator_for, build_state
+from raycontrolnet.training.schedule import RunPlan
+from raycontrolnet.training.state import accelerator_for, build_state
 
 CPU = torch.device("cpu")
 LATENT_SHAPE = (4, 4, 4)

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 from raycontrolnet import train_controlnet
-from raycontrolnet.config import TrainConfig
+from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.errors import ConfigError, RunError
-from raycontrolnet.run import checkpoint as checkpoints
-from raycontrolnet.run.checkpoint import Checkpoint
-from raycontrolnet.run.state import save_state
-from raycontrolnet.train import fit
+from raycontrolnet.launch.fit import fit
+from raycontrolnet.storage import checkpoint as checkpoints
+from raycontrolnet.storage.checkpoint import Checkpoint
+from raycontrolnet.training.state import save_state
 
 RUN = "the run's id"
 
@@ -155,7 +155,7 @@ def test_a_process_killed_while_it_writes(tmp_path: Path) -> None:
     former = write(tmp_path, 2)
     code = f"""
         import os, pathlib, signal
-        from raycontrolnet.run import checkpoint
+        from raycontrolnet.storage import checkpoint
         def save(folder):
             (folder / "weights").write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)

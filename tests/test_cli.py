@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from raycontrolnet import __version__
 from raycontrolnet.cli import main
+from raycontrolnet.version import __version__
 
 Settings = dict[str, Any]
 

@@ -19,18 +19,19 @@ import psutil
 import pytest
 from PIL import Image
 
-from raycontrolnet import ConditionConfig, ConditionResult, TrainConfig, condition, condition_images, fit
+from raycontrolnet import ConditionConfig, ConditionResult, TrainConfig, condition, fit
 from raycontrolnet.cli import main, parse_condition
-from raycontrolnet.condition_settings import CONDITIONS
-from raycontrolnet.data import conditions
-from raycontrolnet.data.condition_folder import JOURNAL, ConditionFolder, png_name
+from raycontrolnet.conditions import condition as condition_images
+from raycontrolnet.conditions import recipes as conditions
+from raycontrolnet.conditions.folder import JOURNAL, ConditionFolder, png_name
+from raycontrolnet.conditions.make import MakeJob, Outcome, make
+from raycontrolnet.config.condition_config import CONDITIONS
 from raycontrolnet.data.folder_source import FolderSource
 from raycontrolnet.data.records import ImageRow, UInt8Image
 from raycontrolnet.data.sources import open_source
 from raycontrolnet.data.transforms import prepare_images
 from raycontrolnet.demo.shapes import draw_row
 from raycontrolnet.errors import ConfigError, DataError, Interrupted, RunError, UserError
-from raycontrolnet.make_conditions import MakeJob, Outcome, make
 
 Make = Callable[..., ConditionResult]
 RESOLUTION = 32

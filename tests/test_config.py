@@ -15,10 +15,17 @@ import pytest
 import yaml
 
 from raycontrolnet.cli import parse_train
-from raycontrolnet.config import GROUPS, TrainConfig, changed_settings, from_mapping, load_yaml, public_settings
+from raycontrolnet.config.settings import LR_SCHEDULERS
+from raycontrolnet.config.train_config import (
+    GROUPS,
+    TrainConfig,
+    changed_settings,
+    from_mapping,
+    load_yaml,
+    public_settings,
+)
 from raycontrolnet.errors import ConfigError, UserError
-from raycontrolnet.settings import LR_SCHEDULERS
-from raycontrolnet.train import fit
+from raycontrolnet.launch.fit import fit
 
 # Copied by hand from the page of the existing scripts' behaviour: names, types and defaults are a contract.
 FLAGS: dict[str, tuple[str, Any]] = {
@@ -181,11 +188,9 @@ def field_docstrings() -> list[str]:
     """Those below the fields of the groups, from the source."""
     import ast
 
-    from raycontrolnet import settings as module
-
-    assert module.__file__ is not None
+    files = {Path(str(sys.modules[group.__module__].__file__)) for group in GROUPS}
     found = []
-    for node in ast.parse(Path(module.__file__).read_text()).body:
+    for node in [node for file in files for node in ast.parse(file.read_text()).body]:
         if isinstance(node, ast.ClassDef) and node.name in {group.__name__ for group in GROUPS}:
             for statement, below in zip(node.body, node.body[1:], strict=False):
                 if isinstance(statement, ast.AnnAssign):

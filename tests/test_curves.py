@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from raycontrolnet.run import curves
+from raycontrolnet.report import curves
+from raycontrolnet.text import short
 
 
 def test_thinning() -> None:
@@ -40,7 +41,7 @@ def test_matplotlib_waits_until_it_is_needed_and_stays_out_of_sight() -> None:
     code = """
 import sys
 import numpy as np
-from raycontrolnet.run import curves
+from raycontrolnet.report import curves
 assert "matplotlib" not in sys.modules
 import matplotlib
 matplotlib.rcParams["text.usetex"] = True  # a user's own style, which would need LaTeX
@@ -72,4 +73,4 @@ def test_numbers_at_the_axes() -> None:
         0.30000000000000004: "0.3",
         -2e-4: "-0.0002",
     }
-    assert {number: curves.short(number) for number in wanted} == wanted
+    assert {number: short(number) for number in wanted} == wanted

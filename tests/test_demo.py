@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from raycontrolnet.demo import BASE, SEED, UNSEEN_SEED
 from raycontrolnet.demo.base_model import CONTEXT_LENGTH, SCALING_FACTOR, write_random_base
-from raycontrolnet.demo.obedience import colours_are_right
+from raycontrolnet.demo.demo import BASE, SEED, UNSEEN_SEED
+from raycontrolnet.demo.evaluation import colours_are_right
 from raycontrolnet.demo.shapes import COLOURS, SHAPES, draw_row, render, write_shapes
 from raycontrolnet.demo.train_base import quality
-from raycontrolnet.run.fidelity import asked_shape, found_shape, iou
+from raycontrolnet.sampling.fidelity import asked_shape, found_shape, iou
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -32,14 +32,14 @@ from hub_stand_in import HubStandIn
 from PIL import Image
 
 from raycontrolnet import ConditionConfig, GenerateConfig, TrainConfig, cli, fit
-from raycontrolnet.config import GROUPS, load_yaml, setting_types
+from raycontrolnet.config.space import read_space
+from raycontrolnet.config.sweep_config import SweepSettings
+from raycontrolnet.config.train_config import GROUPS, load_yaml, setting_types
 from raycontrolnet.data.sources import open_source
-from raycontrolnet.demo import FOLDER, demo_settings, run_demo
+from raycontrolnet.demo.demo import FOLDER, demo_settings, run_demo
 from raycontrolnet.demo.shapes import draw_row
 from raycontrolnet.errors import Interrupted, RunError, UserError
-from raycontrolnet.run import metrics
-from raycontrolnet.tune.settings import SweepSettings
-from raycontrolnet.tune.space import read_space
+from raycontrolnet.training import metrics
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -205,7 +205,7 @@ def test_readme_is_read() -> None:
 
 
 def test_the_first_command_trains(trained: Path) -> None:
-    assert [record["step"] for record in metrics.read(trained / "my-controlnet" / metrics.NAME)] == [1]
+    assert [record["step"] for record in metrics.read(trained / "my-controlnet" / metrics.METRICS_FILE)] == [1]
 
 
 @pytest.mark.parametrize("found", blocks("run", "slow"))
@@ -215,7 +215,7 @@ def test_block_runs(found: Block, trained: Path) -> None:
     output = run_block(found, trained)
     if "--resume_from_checkpoint latest" in found.command:
         assert "updates 1 to 2" in output
-        assert [record["step"] for record in metrics.read(trained / "my-controlnet" / metrics.NAME)] == [1, 2]
+        assert [record["step"] for record in metrics.read(trained / "my-controlnet" / metrics.METRICS_FILE)] == [1, 2]
     elif "image.save" in found.command:
         assert (trained / "house.png").is_file()
     elif "demo" in found.command:
@@ -264,7 +264,7 @@ def test_the_table_of_what_a_run_leaves(tiny_settings: dict[str, Any], circles: 
     assert result.checkpoint is not None
     assert (result.checkpoint / "controlnet" / "config.json").is_file()
     columns = re.findall(r"`metrics.jsonl` \| one line per update: (.*?) \|", section)[0].split(", ")
-    assert list(metrics.read(result.output_dir / metrics.NAME)[0]) == columns
+    assert list(metrics.read(result.output_dir / metrics.METRICS_FILE)[0]) == columns
     assert load_yaml(result.output_dir / "config.yaml")["seed"] == 0
     assert re.fullmatch(r"step-\d{6}", next((result.output_dir / "validation").iterdir()).name)
 
@@ -425,7 +425,7 @@ def test_example_script_as_it_is(tmp_path: Path, tiny_base: Path) -> None:
     result = run([sys.executable, "examples/train.py"], workspace)
     assert result.returncode == 0, result.stdout
     assert "50 updates in" in result.stdout
-    losses = [record["loss"] for record in metrics.read(workspace / "example-controlnet" / metrics.NAME)]
+    losses = [record["loss"] for record in metrics.read(workspace / "example-controlnet" / metrics.METRICS_FILE)]
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
@@ -471,8 +471,8 @@ def test_demo_writes_what_it_needs_and_compares(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("raycontrolnet.demo.NUM_UNSEEN", 4)
-    monkeypatch.setattr("raycontrolnet.demo.NUM_ROWS", 40)
+    monkeypatch.setattr("raycontrolnet.demo.demo.NUM_UNSEEN", 4)
+    monkeypatch.setattr("raycontrolnet.demo.demo.NUM_ROWS", 40)
     flags = ["--num_workers", "0", "--max_train_steps", "2", "--validation_steps", "2", "--report_to", "none"]
     result = run_demo(cli.parse_train(flags, defaults=demo_settings))
     output = capsys.readouterr()

@@ -15,10 +15,11 @@ import huggingface_hub.constants
 import pytest
 from hub_stand_in import HubStandIn
 
-from raycontrolnet.config import TrainConfig
+from raycontrolnet.config.checks import find_token
+from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.errors import RunError
-from raycontrolnet.run import export
-from raycontrolnet.run.export import check_push, find_token, push_command, push_to_hub, resolve_repo_id
+from raycontrolnet.hub import push
+from raycontrolnet.hub.push import check_push, push_command, push_to_hub, resolve_repo_id
 
 TOKEN = "hf_TheRightToken"
 
@@ -165,7 +166,7 @@ def test_repo_ids(hub: HubStandIn, tmp_path: Path) -> None:
 
 
 def test_check_push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "find_token", lambda hub_token: hub_token)
+    monkeypatch.setattr(push, "find_token", lambda hub_token: hub_token)
     given: dict[str, Any] = {"output_dir": str(tmp_path), "pretrained_model_name_or_path": "b", "train_data_dir": "d"}
     assert check_push(TrainConfig(**given)) == []
     assert check_push(TrainConfig(**given, push_to_hub=True, hub_token=TOKEN, hub_model_id="a/b")) == []

@@ -19,14 +19,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import raycontrolnet
 from raycontrolnet import GenerateConfig, PairImages, TrainConfig, control_fidelity, fit, generate
-from raycontrolnet.data import conditions
+from raycontrolnet.conditions import recipes as conditions
+from raycontrolnet.config.output_settings import FIDELITY_MEASURES
 from raycontrolnet.demo.shapes import COLOURS, draw_row
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.run import fidelity, metrics, report, scores, validation
-from raycontrolnet.run.fidelity import Measure, asked_shape, edge_f_measure, found_shape, iou
-from raycontrolnet.run.progress import Progress
-from raycontrolnet.run.scores import Fidelity
-from raycontrolnet.settings import FIDELITY_MEASURES
+from raycontrolnet.report.page import REPORT_FILE
+from raycontrolnet.report.progress import Progress
+from raycontrolnet.sampling import fidelity, scores
+from raycontrolnet.sampling.fidelity import Measure, asked_shape, edge_f_measure, found_shape, iou
+from raycontrolnet.sampling.scores import Fidelity
+from raycontrolnet.training import metrics, validation
 
 Settings = dict[str, Any]
 UInt8Image = npt.NDArray[np.uint8]
@@ -341,7 +343,7 @@ def test_what_a_run_leaves(run: tuple[Path, Any, str]) -> None:
 
 def test_the_report_has_the_curve_and_the_last_value(run: tuple[Path, Any, str]) -> None:
     out, result, _ = run
-    page = (out / report.NAME).read_text()
+    page = (out / REPORT_FILE).read_text()
     assert "<h3>Control fidelity</h3>" in page
     assert 'aria-label="control fidelity over the steps"' in page
     assert f"<dt>control fidelity</dt><dd><b>{result.control_fidelity:.3g}</b>" in page
@@ -352,7 +354,7 @@ def test_scores_change_nothing_else(
     run: tuple[Path, Any, str], train: Callable[..., tuple[Path, Any, str]], tmp_path: Path
 ) -> None:
     without, result, shown = train(tmp_path / "without", control_fidelity=None)
-    losses = [[line["loss"] for line in metrics.read(out / metrics.NAME)] for out in (run[0], without)]
+    losses = [[line["loss"] for line in metrics.read(out / metrics.METRICS_FILE)] for out in (run[0], without)]
     assert losses[0] == losses[1]
     pictures = [
         {path.relative_to(out).as_posix(): path.read_bytes() for path in out.glob("validation/*/*.png")}
@@ -364,7 +366,7 @@ def test_scores_change_nothing_else(
     assert plain == metadata_of(without)
     assert result.control_fidelity is None
     assert "control_fidelity" not in json.loads((without / "run.json").read_text())
-    for text in (shown, (without / "README.md").read_text(), (without / report.NAME).read_text()):
+    for text in (shown, (without / "README.md").read_text(), (without / REPORT_FILE).read_text()):
         assert "ontrol fidelity" not in text
 
 
@@ -397,7 +399,7 @@ def test_one_image_has_no_error(train: Callable[..., tuple[Path, Any, str]], tmp
     )
     (score,) = measured_again(validation.step_folder(out, 4), "canny")
     assert f"step 4: control fidelity {score:.3f}\n" in shown
-    page = (out / report.NAME).read_text()
+    page = (out / REPORT_FILE).read_text()
     assert "<h3>Control fidelity</h3>" in page
     assert f"<dt>control fidelity</dt><dd><b>{score:.3g}</b><br><small>at step 4</small>" in page
 

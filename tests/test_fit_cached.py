@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 
 from raycontrolnet import RunResult, TrainConfig, fit, prepare
 from raycontrolnet.data import transforms
-from raycontrolnet.data.manifest import Manifest
 from raycontrolnet.errors import ConfigError, UserError
-from raycontrolnet.model.components import load_components, vae_on
+from raycontrolnet.latents.manifest import Manifest
+from raycontrolnet.model.components import load_components
+from raycontrolnet.model.performance import vae_on
 
 Settings = dict[str, Any]
 
@@ -52,7 +53,7 @@ def test_the_losses_are_those_from_pixels(settings: Settings, tmp_path: Path, dt
 
 
 def test_resume_is_exact(settings: Settings, tmp_path: Path) -> None:
-    """Stopped after 2 of 8 updates, in the middle of an epoch."""
+    """RunStopped after 2 of 8 updates, in the middle of an epoch."""
     changed = {"train_batch_size": 2, "max_train_steps": 8, "checkpointing_steps": 2}
     whole = run(settings, tmp_path / "whole", **changed)
     parts = run(settings, tmp_path / "parts", **changed | {"max_train_steps": 2})
@@ -146,13 +147,13 @@ def test_a_damaged_cache_ends_the_run_before_it_is_trained_on(settings: Settings
 
 
 def _folder(tmp_path: Path) -> Any:
-    from raycontrolnet.data.cache_folder import cache_folder
+    from raycontrolnet.storage.folder import cache_folder
 
     return cache_folder(str(tmp_path / "cache"))
 
 
 def load_posterior(folder: Any, shard: str) -> bytes:
-    from raycontrolnet.data.latents import read_row
+    from raycontrolnet.latents.cache import read_row
 
     return read_row(folder, shard, 0, 0).posterior.tobytes()
 

@@ -19,14 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raycontrolnet import RunResult, TrainConfig, fit, train_controlnet
-from raycontrolnet.config import public_settings
+from raycontrolnet.config.train_config import public_settings
 from raycontrolnet.data.order import SampleOrder
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.transforms import resize_and_crop
 from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
 from raycontrolnet.model import step
-from raycontrolnet.run.progress import Progress
+from raycontrolnet.report.progress import Progress
 
 Settings = dict[str, Any]
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -16,10 +16,10 @@ from reference import write_trained_controlnet
 from safetensors.torch import load_file
 
 from raycontrolnet import TrainConfig, fit
-from raycontrolnet.config import public_settings
+from raycontrolnet.config.train_config import public_settings
 from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.errors import ConfigError, RunError, UserError
-from raycontrolnet.run import held_out, metrics
+from raycontrolnet.training import held_out, metrics
 
 pytestmark = pytest.mark.usefixtures("_local_ray")
 
@@ -37,7 +37,7 @@ def run(settings: Settings, output_dir: Path, **changes: Any) -> Path:
 
 
 def column(output_dir: Path, name: str) -> list[float]:
-    return [record[name] for record in metrics.read(output_dir / metrics.NAME)]
+    return [record[name] for record in metrics.read(output_dir / metrics.METRICS_FILE)]
 
 
 def weights(output_dir: Path) -> dict[str, torch.Tensor]:
@@ -93,7 +93,7 @@ def test_learning_rate_counts_updates_not_workers(settings: Settings, tmp_path: 
 
 
 def test_resume_is_exact_on_ray_and_off_it(settings: Settings, tmp_path: Path) -> None:
-    """Stopped after 2 of 4 updates, in the middle of an epoch, and continued: bit for bit the run in one piece."""
+    """RunStopped after 2 of 4 updates, in the middle of an epoch, and continued: bit for bit the run in one piece."""
     changes = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
     whole = run(settings, tmp_path / "whole", **changes)
     parts = run(settings, tmp_path / "parts", **changes, max_train_steps=2)

@@ -22,11 +22,14 @@ import torch
 import yaml
 from PIL import Image
 
-from raycontrolnet import GenerateConfig, PairImages, TrainConfig, __version__, fit, generate, generate_images
+from raycontrolnet import GenerateConfig, PairImages, TrainConfig, __version__, fit, generate
 from raycontrolnet.cli import main, parse_generate
 from raycontrolnet.data.transforms import CONDITIONING_BACKGROUND, decode_rgb, resize_and_crop
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
-from raycontrolnet.run import drawing, images, trained, validation
+from raycontrolnet.sampling import find_controlnet, images
+from raycontrolnet.sampling import generate as generate_images
+from raycontrolnet.sampling import pipeline as drawing
+from raycontrolnet.training import validation
 
 RESOLUTION = 32
 SEED = 7
@@ -342,8 +345,8 @@ def test_settings_are_those_of_the_run_unless_given(own_run: Run, tmp_path: Path
     }
     file = own_run.folder / "config.yaml"
     file.write_text(yaml.safe_dump(settings | {"learning_rate": "what", "of_a_later_version": 1}))
-    found = trained.find(str(own_run.folder))
-    assert found == trained.Trained(str(own_run.folder), settings, file)
+    found = find_controlnet.find(str(own_run.folder))
+    assert found == find_controlnet.FoundControlNet(str(own_run.folder), settings, file)
     assert found.settings_with(None) == found.settings_with("me/base") == settings
     assert found.settings_with("other/base") == {"resolution": 64, "mixed_precision": "bf16", "allow_tf32": True}
 
@@ -353,8 +356,8 @@ def test_settings_are_those_of_the_run_unless_given(own_run: Run, tmp_path: Path
 
     settings["cache_dir"] = str(tmp_path / "of another machine")
     file.write_text(yaml.safe_dump(settings))
-    assert "cache_dir" not in trained.find(str(own_run.folder)).settings
-    assert trained.find("me/controlnet") == trained.Trained("me/controlnet", {}, None)
+    assert "cache_dir" not in find_controlnet.find(str(own_run.folder)).settings
+    assert find_controlnet.find("me/controlnet") == find_controlnet.FoundControlNet("me/controlnet", {}, None)
 
 
 def test_folders_that_lie_beside_other_settings(own_run: Run) -> None:
@@ -365,7 +368,7 @@ def test_folders_that_lie_beside_other_settings(own_run: Run) -> None:
         ("", True), ("checkpoint-2", True), ("checkpoint-2/controlnet", True), ("mine", False),
         ("mine/controlnet", False),
     ):  # fmt: skip
-        assert (trained.find(str(own_run.folder / name)).config_file is not None) == expected
+        assert (find_controlnet.find(str(own_run.folder / name)).config_file is not None) == expected
 
 
 # --- bad input ---

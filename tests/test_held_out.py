@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from raycontrolnet import TrainConfig, fit
-from raycontrolnet.config import public_settings
+from raycontrolnet.config.train_config import public_settings
 from raycontrolnet.data.order import Purpose, SampleOrder
 from raycontrolnet.data.sources import open_source
 from raycontrolnet.data.stream import BatchLoader, PixelRows
 from raycontrolnet.errors import ConfigError, DataError
 from raycontrolnet.model.step import TrainState, controlnet_loss, draw, make_batch
-from raycontrolnet.run.held_out import control_appeared, in_words, measure
+from raycontrolnet.training.held_out import control_appeared, in_words, measure
 
 Settings = dict[str, Any]
 NUM_ROWS = 13

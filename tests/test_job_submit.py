@@ -19,7 +19,7 @@ import pytest
 import yaml
 from test_documentation import block, environment, run, write_workspace
 
-from raycontrolnet.run import metrics
+from raycontrolnet.training import metrics
 
 pytestmark = pytest.mark.slow
 
@@ -108,7 +108,7 @@ def assert_trained(output_dir: Path, output: str) -> None:
     assert f"step {UPDATES}/{UPDATES} | loss" in output
     assert f"weights in {output_dir}" in output
     assert (output_dir / "diffusion_pytorch_model.safetensors").is_file()
-    assert [record["step"] for record in metrics.read(output_dir / metrics.NAME)] == list(range(1, UPDATES + 1))
+    assert [record["step"] for record in metrics.read(output_dir / metrics.METRICS_FILE)] == list(range(1, UPDATES + 1))
     assert json.loads((output_dir / "run.json").read_text())["status"] == "finished"
     assert "Traceback" not in output
 

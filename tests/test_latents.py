@@ -10,18 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raycontrolnet.data.cache_folder import CacheFolder, cache_folder
-from raycontrolnet.data.latents import (
-    LatentCache,
-    decode_conditioning,
-    encode_conditioning,
-    read_contents,
-    read_row,
-    shard_bytes,
-)
-from raycontrolnet.data.manifest import BadSample, Encoding, Manifest, Shard, StoredShard
 from raycontrolnet.data.records import EncodedRow
+from raycontrolnet.data.transforms import decode_conditioning, encode_conditioning
 from raycontrolnet.errors import DataError, UserError
+from raycontrolnet.latents.cache import LatentCache, read_contents, read_row, shard_bytes
+from raycontrolnet.latents.manifest import BadSample, Encoding, Manifest, Shard, StoredShard
+from raycontrolnet.storage.folder import CacheFolder, cache_folder
 
 ENCODING = Encoding(vae="0" * 16, resolution=32, dtype="float16")
 

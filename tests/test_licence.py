@@ -14,9 +14,9 @@ import huggingface_hub.constants
 import pytest
 from hub_stand_in import HubStandIn
 
-from raycontrolnet.config import TrainConfig
-from raycontrolnet.run import licence as licences
-from raycontrolnet.run.licence import Licence, find_licence
+from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.hub import licence as licences
+from raycontrolnet.hub.licence import Licence, find_licence
 
 TOKEN = "hf_TheRightToken"
 GUESS = Licence(("creativeml-openrail-m",), "default")

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from raycontrolnet.data.cache_folder import cache_folder
-from raycontrolnet.data.manifest import (
+from raycontrolnet.config.settings import DataConfig
+from raycontrolnet.data.sources import Source, open_source
+from raycontrolnet.demo.shapes import write_shapes
+from raycontrolnet.latents.manifest import (
     MANIFEST,
     SHARD_ROWS,
     BadSample,
@@ -19,12 +21,10 @@ from raycontrolnet.data.manifest import (
     Manifest,
     Shard,
     StoredShard,
-    data_changes,
     plan_shards,
 )
-from raycontrolnet.data.sources import Source, open_source
-from raycontrolnet.demo.shapes import write_shapes
-from raycontrolnet.settings import DataConfig
+from raycontrolnet.latents.plan import data_changes
+from raycontrolnet.storage.folder import cache_folder
 
 ENCODING = Encoding(vae="0" * 16, resolution=32, dtype="float16")
 NUM_ROWS = 2 * SHARD_ROWS + 6

@@ -15,11 +15,11 @@ import yaml
 from diffusers import ControlNetModel, UNet2DConditionModel
 from PIL import Image
 
-from raycontrolnet.config import TrainConfig
-from raycontrolnet.run import validation
-from raycontrolnet.run.licence import Licence
-from raycontrolnet.run.model_card import write_model_card
-from raycontrolnet.settings import ValidationConfig
+from raycontrolnet.config.output_settings import ValidationConfig
+from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.hub.licence import Licence
+from raycontrolnet.hub.model_card import write_model_card
+from raycontrolnet.training import validation
 
 TOKEN = "hf_TheRightToken"
 EVIL = 'red `circle` | <script>alert(1)</script> ![x](y)\n---\nlicense: mit\n```"""'

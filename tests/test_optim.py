@@ -15,13 +15,13 @@ from reference import fake_rows, steps, training
 from safetensors.torch import load_file
 from torch.multiprocessing.spawn import spawn
 
-from raycontrolnet.config import TrainConfig
+from raycontrolnet.config.settings import LR_SCHEDULERS
+from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.errors import ConfigError, UserError
+from raycontrolnet.launch.fit import fit
 from raycontrolnet.model.optim import build_lr_scheduler, build_optimizer
-from raycontrolnet.run.plan import RunPlan
-from raycontrolnet.run.state import accelerator_for, build_state
-from raycontrolnet.settings import LR_SCHEDULERS
-from raycontrolnet.train import fit
+from raycontrolnet.training.schedule import RunPlan
+from raycontrolnet.training.state import accelerator_for, build_state
 
 ACCUMULATIONS = (1, 3)
 UPDATES = 6

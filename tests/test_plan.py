@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from raycontrolnet import TrainConfig
-from raycontrolnet.run.checkpoint import Checkpoint
-from raycontrolnet.run.plan import RunPlan
+from raycontrolnet.storage.checkpoint import Checkpoint
+from raycontrolnet.training.schedule import RunPlan
 
 
 def plan(settings: dict[str, Any], world_size: int, start: Checkpoint | None = None, **changes: Any) -> RunPlan:

@@ -22,17 +22,17 @@ from PIL import Image
 
 from raycontrolnet import TrainConfig, prepare
 from raycontrolnet.cli import main
-from raycontrolnet.data.cache_folder import CacheFolder
-from raycontrolnet.data.latents import LatentCache, decode_conditioning
-from raycontrolnet.data.manifest import SHARD_ROWS, Manifest
 from raycontrolnet.data.order import SampleOrder
 from raycontrolnet.data.sources import open_source
-from raycontrolnet.data.transforms import prepare_images
+from raycontrolnet.data.transforms import decode_conditioning, prepare_images
 from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.errors import ConfigError, DataError, Interrupted, RunError
-from raycontrolnet.latent_plan import LatentPlan
-from raycontrolnet.model.latent_encoder import LatentEncoder
-from raycontrolnet.prepare_latents import PrepareResult
+from raycontrolnet.latents.cache import LatentCache
+from raycontrolnet.latents.encoder import LatentEncoder
+from raycontrolnet.latents.manifest import SHARD_ROWS, Manifest
+from raycontrolnet.latents.plan import LatentPlan
+from raycontrolnet.latents.prepare import PrepareResult
+from raycontrolnet.storage.folder import CacheFolder
 
 NUM_ROWS = 2 * SHARD_ROWS + 6
 Settings = dict[str, Any]

@@ -17,9 +17,9 @@ import psutil
 import pytest
 
 from raycontrolnet import TrainConfig, fit, prepare
-from raycontrolnet.data.manifest import SHARD_ROWS
 from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.errors import RunError, UserError
+from raycontrolnet.latents.manifest import SHARD_ROWS
 
 pytestmark = pytest.mark.usefixtures("_local_ray")
 
@@ -100,7 +100,7 @@ def test_a_cache_that_cannot_be_written_fails_with_the_reason(settings: Settings
     folder.mkdir()
     # A file name of the cache's is taken by a folder: root may write everywhere else.
     from raycontrolnet.data.sources import open_source
-    from raycontrolnet.latent_plan import LatentPlan
+    from raycontrolnet.latents.plan import LatentPlan
 
     config = TrainConfig(**settings)
     (shard,) = LatentPlan.of(config, open_source(config), None).shards

@@ -17,11 +17,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from raycontrolnet.config import TrainConfig, public_settings
+from raycontrolnet.config.train_config import TrainConfig, public_settings
 from raycontrolnet.demo.shapes import draw_row
-from raycontrolnet.run import report, validation
-from raycontrolnet.run.images import ImageItem
-from raycontrolnet.run.report import write_report
+from raycontrolnet.report import run_report
+from raycontrolnet.report.run_report import write_report
+from raycontrolnet.sampling.images import ImageItem
+from raycontrolnet.training import validation
 
 CHROMIUM = shutil.which("chromium")
 EVIL = 'a <script>alert("1")</script> & \'b\' <img src="http://example.com/x.png">'
@@ -329,7 +330,7 @@ def test_the_same_folder_gives_the_same_report(finished: Path) -> None:
 
 def test_a_failure_leaves_the_former_report(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     once = write_report(finished).read_bytes()
-    monkeypatch.setattr(report, "_page", lambda *_: 1 / 0)
+    monkeypatch.setattr(run_report, "_page", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_report(finished)
     assert (finished / "report.html").read_bytes() == once

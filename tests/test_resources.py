@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from raycontrolnet import resources
+from raycontrolnet.cluster import nodes
+from raycontrolnet.cluster.resources import share_out
+from raycontrolnet.config.settings import ClusterConfig
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.resources import share_out
-from raycontrolnet.settings import ClusterConfig
 
 Node = dict[str, float]
 CPU_HEAD: Node = {"CPU": 8}
@@ -89,9 +89,9 @@ def test_what_cannot_fit_is_refused(settings: dict[str, Any], nodes: list[Node],
 
 def test_the_autoscaler_is_found_by_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_CLUSTER_NAME", raising=False)
-    monkeypatch.setattr(resources, "BOOTSTRAP_CONFIG", tmp_path / "ray_bootstrap_config.yaml")
-    assert resources.autoscaler_node_types() is None
+    monkeypatch.setattr(nodes, "BOOTSTRAP_CONFIG", tmp_path / "ray_bootstrap_config.yaml")
+    assert nodes.autoscaler_node_types() is None
     (tmp_path / "ray_bootstrap_config.yaml").write_text(
         "available_node_types: {head: {resources: {CPU: 8}, max_workers: 0}, gpu: {resources: {CPU: 8, GPU: 1}}}"
     )
-    assert resources.autoscaler_node_types() == [{"CPU": 8, "GPU": 1}]
+    assert nodes.autoscaler_node_types() == [{"CPU": 8, "GPU": 1}]

@@ -33,7 +33,7 @@ from processes import processes_of_session
 
 import raycontrolnet
 from raycontrolnet import TrainConfig
-from raycontrolnet.preflight import check
+from raycontrolnet.launch.preflight import check
 
 TIMEOUT_S = 400.0
 SAMPLING_INTERVAL_S = 0.1

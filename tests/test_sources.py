@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.data.folder_source import FolderSource
 from raycontrolnet.data.sources import Source, open_source
 from raycontrolnet.data.transforms import decode_rgb
 from raycontrolnet.errors import DataError
-from raycontrolnet.settings import DataConfig
 
 COUNT = 3
 CAPTIONS = [("a cat",), ("a dog, “quoted”",), ("one", "two")]

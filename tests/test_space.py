@@ -16,10 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from raycontrolnet.config import TrainConfig, coerce, setting_types
-from raycontrolnet.errors import ConfigError
-from raycontrolnet.settings import LR_SCHEDULERS
-from raycontrolnet.tune.space import (
+from raycontrolnet.config.settings import LR_SCHEDULERS
+from raycontrolnet.config.space import (
     DEFAULT_SPACE,
     Choice,
     Uniform,
@@ -31,7 +29,9 @@ from raycontrolnet.tune.space import (
     read_space,
     to_grammar,
 )
-from raycontrolnet.tune.space_checks import MEASUREMENT, NEEDS_CACHE, PLACE_OR_MACHINE, SWEEPABLE, refusal
+from raycontrolnet.config.sweepable import MEASUREMENT, NEEDS_CACHE, PLACE_OR_MACHINE, SWEEPABLE, refusal
+from raycontrolnet.config.train_config import TrainConfig, coerce, setting_types
+from raycontrolnet.errors import ConfigError
 
 TRAIN = TrainConfig(pretrained_model_name_or_path="base", train_data_dir="data")
 SPACE = read_space({
@@ -105,7 +105,7 @@ def test_secrets_are_never_swept() -> None:
 
 def test_the_classes_agree_with_what_prepare_needs() -> None:
     """`prepare_command` names exactly what decides a latent cache."""
-    from raycontrolnet.prepare_latents import prepare_command
+    from raycontrolnet.latents.ensure import prepare_command
 
     assert set(OTHERS) == SWEEPABLE | NEEDS_CACHE
     for name, value in OTHERS.items():
@@ -533,7 +533,7 @@ def test_optuna_takes_the_distributions() -> None:
 
 def test_importing_and_reading_loads_nothing_heavy() -> None:
     code = (
-        "import sys; from raycontrolnet.tune.space import draw, read_space; draw(read_space(None), 0, 0); "
+        "import sys; from raycontrolnet.config.space import draw, read_space; draw(read_space(None), 0, 0); "
         "print(*sorted({'numpy', 'optuna', 'ray', 'torch', 'yaml'} & set(sys.modules)))"
     )
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from raycontrolnet import TrainConfig
 from raycontrolnet.errors import UserError
-from raycontrolnet.model.components import Components, enable_memory_savers, load_components
+from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.optim import build_optimizer
+from raycontrolnet.model.performance import enable_memory_savers
 from raycontrolnet.model.step import TrainState, controlnet_loss, draw, latent_shape, make_batch
-from raycontrolnet.run.plan import RunPlan
-from raycontrolnet.run.state import accelerator_for
+from raycontrolnet.training.schedule import RunPlan
+from raycontrolnet.training.state import accelerator_for
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def components(settings: dict[str, Any]) -> Components:
 
 
 def load_tiny(settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> Components:
-    from raycontrolnet.config import TrainConfig
+    from raycontrolnet.config.train_config import TrainConfig
 
     return load_components(TrainConfig(**settings), device=CPU, dtype=dtype, seed=0)
 
@@ -324,7 +325,7 @@ def test_the_controlnet_is_copied_from_the_unet(tiny_settings: dict[str, Any]) -
 
 
 def load_components_with_seed(settings: dict[str, Any], seed: int) -> Components:
-    from raycontrolnet.config import TrainConfig
+    from raycontrolnet.config.train_config import TrainConfig
 
     torch.manual_seed(7)
     random_state = torch.get_rng_state()
@@ -408,7 +409,7 @@ def test_no_two_samples_share_noise() -> None:
 
 
 def test_two_workers_never_share_noise(tiny_settings: dict[str, Any]) -> None:
-    from raycontrolnet.config import TrainConfig
+    from raycontrolnet.config.train_config import TrainConfig
 
     plan = RunPlan.of(TrainConfig(**tiny_settings | {"train_batch_size": 2}), 13, 2)
     of_rank: dict[int, list[int]] = {0: [], 1: []}

@@ -17,13 +17,7 @@ import pytest
 
 from raycontrolnet.data.bundles import StreamPlan, pack, unpack
 from raycontrolnet.data.records import PreparedRow
-from raycontrolnet.data.stream import (
-    MIN_READ_AHEAD_BYTES,
-    execution_options,
-    local_batches,
-    ray_batches,
-    ray_dataset,
-)
+from raycontrolnet.data.stream import MIN_READ_AHEAD_BYTES, execution_options, local_batches, ray_batches, ray_dataset
 from raycontrolnet.errors import DataError
 
 BATCH = 4

@@ -21,13 +21,13 @@ import yaml
 from processes import ctrl_c, wait_for, when, workers_called
 
 from raycontrolnet import SweepConfig, SweepResult, TrainConfig, fit, sweep
+from raycontrolnet.cluster.nodes import HEAD, cluster_nodes
+from raycontrolnet.config.settings import ClusterConfig
 from raycontrolnet.errors import ConfigError, RunError
-from raycontrolnet.resources import HEAD, cluster_nodes
-from raycontrolnet.run import metrics
-from raycontrolnet.settings import ClusterConfig
+from raycontrolnet.training import metrics
 from raycontrolnet.tune import records
-from raycontrolnet.tune.marker import Marker
 from raycontrolnet.tune.plan import plan_sweep
+from raycontrolnet.tune.records import SweepLease
 
 pytestmark = pytest.mark.usefixtures("_local_ray")
 
@@ -72,7 +72,7 @@ def test_the_planted_learning_rate_wins(settings: Settings) -> None:
     for trial in result.trials:
         if trial.record.state == "stopped":
             assert trial.record.stopped_at == 4
-            assert metrics.read(trial.folder / metrics.NAME)[-1]["step"] == 4  # not a step too many
+            assert metrics.read(trial.folder / metrics.METRICS_FILE)[-1]["step"] == 4  # not a step too many
     check_leaderboard(result)
 
 
@@ -86,7 +86,7 @@ def test_a_trial_is_a_run_of_fit(settings: Settings, tmp_path: Path) -> None:
     for num_workers in ("0", "1"):
         output_dir = tmp_path / f"plain-{num_workers}"
         fit(TrainConfig(**own | {"output_dir": str(output_dir), "num_workers": num_workers}), stream=io.StringIO())
-        for name in (metrics.NAME, "validation.jsonl"):
+        for name in (metrics.METRICS_FILE, "validation.jsonl"):
             assert untimed(output_dir / name) == untimed(trial.folder / name)
         weights = "diffusion_pytorch_model.safetensors"
         assert (output_dir / weights).read_bytes() == (trial.folder / weights).read_bytes()
@@ -176,7 +176,9 @@ def test_more_trials_than_cpus_of_two_workers_each(settings: Settings) -> None:
     result = swept(SweepConfig(train=train, space=space, num_samples=1))
     assert {trial.record.state for trial in result.trials} <= {"finished", "stopped"}
     (stopped,) = (trial for trial in result.trials if trial.record.state == "stopped")
-    assert metrics.read(stopped.folder / metrics.NAME)[-1]["step"] < 400, "it was trained to its end all the same"
+    assert metrics.read(stopped.folder / metrics.METRICS_FILE)[-1]["step"] < 400, (
+        "it was trained to its end all the same"
+    )
     wait_for(lambda: ray.available_resources().get("CPU") == 3.0, timeout_s=20)
     wait_for(lambda: not workers_called("RayTrainWorker"), timeout_s=20)
     wait_for(lambda: not trial_processes(), timeout_s=20)
@@ -280,7 +282,7 @@ def test_another_driver_takes_over(settings: Settings) -> None:
     """The first one ends, and says why, and does not touch what is the other's now."""
     output_dir = Path(settings["output_dir"])
     train = TrainConfig(**settings | {"max_train_steps": 100_000})
-    take_over = when(lambda: bool(checkpoints(output_dir)), lambda: Marker(output_dir, "another").set())
+    take_over = when(lambda: bool(checkpoints(output_dir)), lambda: SweepLease(output_dir, "another").set())
     with take_over as done, pytest.raises(RunError, match="Another driver goes on with the sweep in "):
         swept(SweepConfig(train=train, num_samples=2))
     assert done
@@ -425,7 +427,7 @@ def test_data_sets_are_tried(settings: Settings, rows: Path, circles: Path, tmp_
         output_dir = tmp_path / trial.record.name
         plain = {**settings, **own, **trial.record.settings, "output_dir": str(output_dir), "num_workers": "0"}
         fit(TrainConfig(**plain), stream=io.StringIO())
-        assert untimed(output_dir / metrics.NAME) == untimed(trial.folder / metrics.NAME)
+        assert untimed(output_dir / metrics.METRICS_FILE) == untimed(trial.folder / metrics.METRICS_FILE)
 
 
 # Helpers
@@ -483,7 +485,7 @@ def untimed(path: Path) -> list[dict[str, Any]]:
 
 
 def losses(folder: Path) -> list[float]:
-    found = [line["loss"] for line in metrics.read(folder / metrics.NAME)]
+    found = [line["loss"] for line in metrics.read(folder / metrics.METRICS_FILE)]
     assert found
     return found
 

@@ -13,7 +13,7 @@ from processes import when
 
 from raycontrolnet import SweepConfig, TrainConfig, sweep
 from raycontrolnet.demo.shapes import write_shapes
-from raycontrolnet.run import metrics
+from raycontrolnet.training import metrics
 from raycontrolnet.tune import records
 
 pytestmark = pytest.mark.slow
@@ -61,7 +61,7 @@ def test_a_node_is_lost(cluster: Any, tiny_base: Path, tmp_path: Path) -> None:
     assert "3 at a time" in said.getvalue()
     assert [trial.record.state for trial in result.trials] == ["finished"] * 3
     for folder in folders:
-        assert [line["step"] for line in metrics.read(folder / metrics.NAME)] == list(range(1, 201))
+        assert [line["step"] for line in metrics.read(folder / metrics.METRICS_FILE)] == list(range(1, 201))
     again = [folder for folder in folders if (folder / "run.log").read_text().count("settings: ") > 1]
     assert again, "a trial ran on the node that was lost"
     assert len(records.read_records(tmp_path / "sweep")) == 3

@@ -377,13 +377,13 @@ def test_a_stream_that_takes_nothing_holds_no_one_up(tmp_path: Path, monkeypatch
     monkeypatch.setattr(live, "JOIN_S", 0.05)
     blocked, release = threading.Event(), threading.Event()
 
-    class Stopped(Terminal):
+    class RunStopped(Terminal):
         def write(self, text: str) -> int:
             blocked.set()
             release.wait()
             return len(text)
 
-    with LiveTable("circles", "val_loss", Stopped()) as table:
+    with LiveTable("circles", "val_loss", RunStopped()) as table:
         table.update(some_trials(tmp_path))
         assert blocked.wait(20)
         table.update(some_trials(tmp_path))

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from test_report import CHROMIUM, EVIL, Page, look, write_lines
 
-from raycontrolnet.tune import charts, report, verdict
 from raycontrolnet.tune.records import read_trials
-from raycontrolnet.tune.report import write_report
+from raycontrolnet.tune.report import charts, history, sweep_report
+from raycontrolnet.tune.report.sweep_report import write_report
 
 STARTED = 1_795_357_408.0
 SPACE = {
@@ -458,7 +458,7 @@ def test_the_same_folder_gives_the_same_report(sweep: Path) -> None:
 
 def test_a_failure_leaves_the_former_report(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     once = write_report(sweep).read_bytes()
-    monkeypatch.setattr(report, "_page", lambda *_: 1 / 0)
+    monkeypatch.setattr(sweep_report, "_page", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_report(sweep)
     assert (sweep / "report.html").read_bytes() == once
@@ -468,35 +468,35 @@ def test_a_failure_leaves_the_former_report(sweep: Path, monkeypatch: pytest.Mon
 
 
 def test_rungs() -> None:
-    assert verdict.rungs("asha", 250, 4, 5000) == [250, 1000, 4000]
-    assert verdict.rungs("asha", 250, 4, 4000) == [250, 1000]  # the last is the end
-    assert verdict.rungs("asha", 250, 1, 4000) == []
-    assert verdict.rungs("asha", 0, 4, 4000) == []
-    assert verdict.rungs("median", 250, 4, 4000) == []
+    assert history.rungs("asha", 250, 4, 5000) == [250, 1000, 4000]
+    assert history.rungs("asha", 250, 4, 4000) == [250, 1000]  # the last is the end
+    assert history.rungs("asha", 250, 1, 4000) == []
+    assert history.rungs("asha", 0, 4, 4000) == []
+    assert history.rungs("median", 250, 4, 4000) == []
 
 
 def test_too_early(sweep: Path) -> None:
     trials = read_trials(sweep, 125)
-    words = verdict.too_early(trials, "asha", "val_loss")
+    words = history.too_early(trials, "asha", "val_loss")
     assert words is not None
     assert words.startswith("No trial had shown control by step 250, where the first were stopped: ")
     assert words.endswith(" A longer --grace_period is safer.")
-    assert verdict.too_early(trials, "median", "control_gap") == words
-    assert verdict.too_early(trials, "none", "val_loss") is None
-    assert verdict.too_early(trials, "asha", "images_per_second") is None
-    assert verdict.too_early(trials[1:3], "asha", "val_loss") is None  # none was stopped
-    later = verdict.too_early(trials[1:], "asha", "val_loss")
+    assert history.too_early(trials, "median", "control_gap") == words
+    assert history.too_early(trials, "none", "val_loss") is None
+    assert history.too_early(trials, "asha", "images_per_second") is None
+    assert history.too_early(trials[1:3], "asha", "val_loss") is None  # none was stopped
+    later = history.too_early(trials[1:], "asha", "val_loss")
     assert later is None  # control had appeared by step 1000
     assert [trial.control_since for trial in trials] == [None, 750, 750, 750, None]
 
 
 def test_not_too_early_where_one_had_control_or_nothing_was_measured(sweep: Path) -> None:
     write_trial(sweep, 5, appears=200)
-    assert verdict.too_early(read_trials(sweep, 125), "asha", "val_loss") is None
+    assert history.too_early(read_trials(sweep, 125), "asha", "val_loss") is None
     assert "No trial had shown control" not in Page(write_report(sweep)).text
     for file in sweep.glob("trials/*/validation.jsonl"):
         file.unlink()
-    assert verdict.too_early(read_trials(sweep, 125), "asha", "loss") is None
+    assert history.too_early(read_trials(sweep, 125), "asha", "loss") is None
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import yaml
 
-from raycontrolnet import SweepConfig, TrainConfig, cli, resources
+from raycontrolnet import SweepConfig, TrainConfig, cli
+from raycontrolnet.cluster import nodes
+from raycontrolnet.cluster.nodes import HEAD, nodes_that_may_come
+from raycontrolnet.config.settings import ClusterConfig
+from raycontrolnet.config.sweep_config import OBJECTIVES
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.resources import HEAD, nodes_that_may_come
-from raycontrolnet.settings import ClusterConfig
-from raycontrolnet.tune.places import Places, places
-from raycontrolnet.tune.settings import OBJECTIVES
+from raycontrolnet.tune.concurrency import TrialSlots, places
 
 TRAIN: dict[str, Any] = {"pretrained_model_name_or_path": "base", "train_data_dir": "data"}
 CPUS = {"CPU": 64}
@@ -92,7 +93,7 @@ CPU_NODE = {"CPU": 4.0}
 GPU_NODE = {"CPU": 16.0, "GPU": 4.0, "accelerator_type:A100": 1.0}
 
 
-def placed(nodes: list[dict[str, float]], **options: Any) -> Places:
+def placed(nodes: list[dict[str, float]], **options: Any) -> TrialSlots:
     settings = {"num_trials": 16, "gpus_per_trial": 1.0, "most": None, "may_come": []} | options
     own = {name: settings.pop(name) for name in list(settings) if name in ClusterConfig.__dataclass_fields__}
     may_come = settings.pop("may_come")
@@ -167,7 +168,7 @@ def test_an_autoscaler_that_does_not_say_what_it_can_start() -> None:
 
 def test_nodes_that_an_autoscaler_may_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "bootstrap.yaml"
-    monkeypatch.setattr(resources, "BOOTSTRAP_CONFIG", file)
+    monkeypatch.setattr(nodes, "BOOTSTRAP_CONFIG", file)
     monkeypatch.delenv("RAY_CLUSTER_NAME", raising=False)
     cluster, head, node = ClusterConfig(), {"CPU": 8, "GPU": 1, HEAD: 1}, {"CPU": 8, "GPU": 1}
     assert nodes_that_may_come(cluster, [head]) == []
@@ -204,7 +205,7 @@ def test_of_many_types_come_those_that_serve_best(
 ) -> None:
     """Four nodes may be up; the types' own limits come to more."""
     file = tmp_path / "bootstrap.yaml"
-    monkeypatch.setattr(resources, "BOOTSTRAP_CONFIG", file)
+    monkeypatch.setattr(nodes, "BOOTSTRAP_CONFIG", file)
     types = {
         "cpus": {"resources": CPUS},
         "a10g": {"resources": A10G, "max_workers": 2},

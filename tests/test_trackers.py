@@ -15,16 +15,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from raycontrolnet.config import TrainConfig, public_settings
-from raycontrolnet.run import trackers
-from raycontrolnet.run.trackers import check_trackers, open_trackers, resolve
+from raycontrolnet.config.train_config import TrainConfig, public_settings
+from raycontrolnet.training import trackers
+from raycontrolnet.training.trackers import check_trackers, open_trackers, resolve
 
 SECRETS = ("hf_in_settings", "hf_in_environment", "hf_in_arguments", "a" * 40, "comet_key_comet_key")
 
 SCRIPT = """
 import json, logging, sys
 from pathlib import Path
-from raycontrolnet.run.trackers import open_trackers
+from raycontrolnet.training.trackers import open_trackers
 
 logging.basicConfig(level=logging.INFO)
 folder, name, done_steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])

@@ -12,9 +12,9 @@ import pytest
 from processes import kill_a_train_worker, last_step, when, workers_called
 
 from raycontrolnet import TrainConfig, fit
-from raycontrolnet.resources import share_out, worker_resources
-from raycontrolnet.run import metrics
-from raycontrolnet.settings import ClusterConfig
+from raycontrolnet.cluster.resources import share_out, worker_resources
+from raycontrolnet.config.settings import ClusterConfig
+from raycontrolnet.training import metrics
 
 Settings = dict[str, Any]
 GPU_BOX = {"CPU": 16, "GPU": 4, "accelerator_type:H100": 1}
@@ -46,7 +46,7 @@ def images(output_dir: Path) -> dict[str, bytes]:
 
 
 def losses(output_dir: Path) -> list[float]:
-    return [record["loss"] for record in metrics.read(output_dir / metrics.NAME)]
+    return [record["loss"] for record in metrics.read(output_dir / metrics.METRICS_FILE)]
 
 
 @pytest.mark.usefixtures("_local_ray")
@@ -72,7 +72,9 @@ def test_the_images_are_those_of_the_workers(
 def test_a_lost_painter_is_replaced_by_the_workers(settings: Settings, tmp_path: Path) -> None:
     """Killed as soon as it is there. The images that it was sent first are lost, the later ones are not."""
     out = tmp_path / "out"
-    with when(lambda: bool(workers_called("ray::Painter")), lambda: workers_called("ray::Painter")[0].kill()) as killed:
+    with when(
+        lambda: bool(workers_called("ray::ValidationActor")), lambda: workers_called("ray::ValidationActor")[0].kill()
+    ) as killed:
         run(settings, out, num_workers="1", cpus_per_worker=1.0)
     assert killed
     assert {name.partition("/")[0] for name in images(out)} >= {f"step-00000{step}" for step in (4, 6, 8)}

@@ -17,11 +17,14 @@ import torch
 from diffusers import ControlNetModel
 from PIL import Image
 
+from raycontrolnet.config.output_settings import ValidationConfig
+from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.errors import DataError
 from raycontrolnet.model.components import Components, load_components, with_controlnet
-from raycontrolnet.run import drawing, images, validation
-from raycontrolnet.run.drawing import Sampling
-from raycontrolnet.settings import ModelConfig, ValidationConfig
+from raycontrolnet.sampling import images
+from raycontrolnet.sampling import pipeline as drawing
+from raycontrolnet.sampling.pipeline import Sampling
+from raycontrolnet.training import validation
 
 RESOLUTION = 32
 CPU = torch.device("cpu")
@@ -312,7 +315,7 @@ def test_long_prompts_are_said_once(
 ) -> None:
     items = [dataclasses.replace(item, prompt="red circle " * 50) for item in validation.plan(config, seed=7)[:2]]
     assert len(list(images.draw_items(components, items, resolution=32, device=CPU, sampling=FEW))) == 2
-    assert [record.name for record in caplog.records] == ["raycontrolnet.run.prompts"]
+    assert [record.name for record in caplog.records] == ["raycontrolnet.model.prompts"]
     assert "102 tokens; those after the first 77 do nothing" in caplog.text
 
 

@@ -9,10 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raycontrolnet.settings import DataConfig
-
-SHOWN_PROBLEMS = 10
-"""So many problems of one kind are listed; the rest is counted."""
+from raycontrolnet.config.settings import DataConfig
 
 _KIND_NAMES = {
     str: "a text",
@@ -125,10 +122,3 @@ def file_bytes(root: str, path: str) -> int | None:
         return Path(root, path).stat().st_size
     except (OSError, ValueError):
         return None
-
-
-def shortened(problems: Sequence[str], what: str) -> list[str]:
-    """The first few of `problems` (of the kind `what`) and how many there are."""
-    if len(problems) <= SHOWN_PROBLEMS:
-        return list(problems)
-    return [*problems[:SHOWN_PROBLEMS], f"... {len(problems):,} {what} in all"]

@@ -14,18 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raycontrolnet.data.columns import (
-    Columns,
-    file_bytes,
-    find_columns,
-    kind_name,
-    missing_files,
-    read_captions,
-    shortened,
-)
+from raycontrolnet.config.settings import DataConfig
+from raycontrolnet.data.columns import Columns, file_bytes, find_columns, kind_name, missing_files, read_captions
 from raycontrolnet.data.records import ImageRow
 from raycontrolnet.errors import DataError
-from raycontrolnet.settings import DataConfig
+from raycontrolnet.text import shorten
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -76,7 +69,7 @@ class FolderSource:
             for row, path in missing_files(self.folder, paths):
                 line = self.table["line"][row]
                 missing.append((row, f"{self.metadata_file}:{line}: {column} {path}: no such file"))
-        yield from shortened([problem for _, problem in sorted(missing)], "files are missing")
+        yield from shorten([problem for _, problem in sorted(missing)], "files are missing")
 
     def fingerprint(self) -> str:
         """Identity of the data: the metadata file's content and the columns read. A folder may be moved."""
@@ -166,7 +159,7 @@ def _read_table(path: Path, columns: Columns) -> pa.Table:
     if rows:
         flush()
     if problems:
-        raise DataError("\n".join(shortened(problems, "lines cannot be used")))
+        raise DataError("\n".join(shorten(problems, "lines cannot be used")))
     return pa.concat_tables(tables).combine_chunks()  # one chunk per column: finding a row takes no search
 
 

@@ -10,10 +10,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raycontrolnet.data.columns import Columns, file_bytes, find_columns, missing_files, read_captions, shortened
+from raycontrolnet.config.settings import DataConfig
+from raycontrolnet.data.columns import Columns, file_bytes, find_columns, missing_files, read_captions
 from raycontrolnet.data.records import ImageRow
 from raycontrolnet.errors import DataError
-from raycontrolnet.settings import DataConfig
+from raycontrolnet.text import shorten
 
 if TYPE_CHECKING:
     import datasets
@@ -94,7 +95,7 @@ class HubSource:
         for column in (self.columns.image, self.columns.conditioning_image):
             for index, path in missing_files(self.location.folder, _paths(table.column(column))):
                 missing.append((index, f"{self.location.shown}, row {index}: {column} {path}: no such file"))
-        yield from shortened([problem for _, problem in sorted(missing)], "files are missing")
+        yield from shorten([problem for _, problem in sorted(missing)], "files are missing")
 
     def fingerprint(self) -> str:
         """Identity of the data: its name (of Hub data sets; a local one may move), size and columns, and a few rows."""

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.data.folder_source import METADATA_FILES, has_metadata, open_folder
 from raycontrolnet.data.hub_source import open_dataset
 from raycontrolnet.data.records import ImageRow
 from raycontrolnet.errors import DataError
-from raycontrolnet.settings import DataConfig
 
 _DATASETS_FILES = ("*.parquet", "*/*.parquet", "*.arrow", "state.json", "dataset_dict.json")
 """What a folder holds that `datasets` reads, other than a metadata file."""

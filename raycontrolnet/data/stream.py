@@ -7,18 +7,16 @@ first. A lazy generator makes the blocks' indices as they are needed: start-up a
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pyarrow as pa
 
+from raycontrolnet.cluster.blocks import COUNT_CPUS, TASK_CPUS, let_training_go_first, one_row_a_block
 from raycontrolnet.data.bundles import StreamPlan, pack, unpack
-from raycontrolnet.data.latents import LatentCache
 from raycontrolnet.data.order import Purpose, SampleOrder, keyed_rng
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.sources import Source
@@ -28,16 +26,9 @@ from raycontrolnet.errors import UserError
 if TYPE_CHECKING:
     import ray
 
-COUNT_CPUS = 0.01
-"""CPUs of the task that counts sample indices. Unlike TASK_CPUS, which keeps Ray Data from fusing the two."""
-TASK_CPUS = 0.25
-"""CPUs that one loading task reserves: small, so that loading finds room beside workers that take nearly every CPU."""
-LOADING_CPUS = 1
-"""CPUs that workers must leave to loading. Ray's coordinator shares out whole CPUs only: with less, loading stalls."""
 TICKET_BYTES = 256 * 1024
 """Size of the note that asks for one bundle. Ray Data holds back a task by the bytes of its waiting output, not by
 their number: without ballast, the counting task would run millions of tiny notes ahead."""
-LOADING_NICENESS = 15
 REMOTE_READS = 16
 """Rows that one loading task reads at a time from a cache in an object store."""
 READ_AHEAD_BATCHES = 8
@@ -48,12 +39,31 @@ MIN_READ_AHEAD_BYTES = 64 * 2**20
 """Ray Data shares its limit among its operators by rough estimates: a small limit would stop it."""
 
 
+class SampleRows(Protocol):
+    """Rows that can become samples: `PixelRows`, or a `LatentCache`."""
+
+    @property
+    def remote(self) -> bool:
+        """True if a row is read over the network: late, but many at a time."""
+        ...
+
+    def sample(
+        self, row: int, sample_index: int, *, proportion_empty_prompts: float, rng: np.random.Generator
+    ) -> PreparedRow:
+        """Return the source's row `row` as sample `sample_index`."""
+        ...
+
+
 @dataclass(frozen=True)
 class PixelRows:
     """Rows that become samples by decoding and transforming their images."""
 
     source: Source
     resolution: int
+
+    @property
+    def remote(self) -> bool:
+        return False
 
     def sample(
         self, row: int, sample_index: int, *, proportion_empty_prompts: float, rng: np.random.Generator
@@ -76,7 +86,7 @@ class PixelRows:
 class BatchLoader:
     """Makes the batch that begins at a sample index. Pickled to the loading tasks, so it holds no open files."""
 
-    rows: PixelRows | LatentCache
+    rows: SampleRows
     order: SampleOrder
     batch_size: int
     proportion_empty_prompts: float
@@ -110,7 +120,7 @@ class BatchLoader:
     def batch(self, first_sample: int) -> list[PreparedRow]:
         """Samples [first_sample, first_sample + batch_size)."""
         indices = range(first_sample, first_sample + self.batch_size)
-        if isinstance(self.rows, LatentCache) and not self.rows.folder.is_local:
+        if self.rows.remote:
             with ThreadPoolExecutor(REMOTE_READS) as pool:  # an object store answers late, but many at a time
                 return list(pool.map(self.sample, indices))
         return [self.sample(index) for index in indices]
@@ -157,50 +167,6 @@ def _batch_or_error(loader: BatchLoader, first_sample: int) -> list[PreparedRow]
     except UserError as error:
         # Raising it here would end the stream now, many batches before the workers come to this one.
         return error
-
-
-def one_row_a_block(dataset: ray.data.Dataset) -> None:
-    """Make every row of `dataset` a block of its own, quietly, and let Ray Data rest when it is idle."""
-    dataset.context.target_max_block_size = 1  # bytes: a block is cut after every row
-    dataset.context.enable_progress_bars = False
-    dataset.context.custom_execution_callback_classes = [RestWhenIdle]
-
-
-class RestWhenIdle:
-    """A Ray Data execution callback: lets its scheduling loop sleep while there is nothing to schedule.
-
-    While a task has made output that nobody has room for, and that is most of the time of a stream that is ahead of
-    training, Ray 2.60's loop turns without pause: it took 60 to 70% of a CPU, and a fifth of the training's speed.
-    """
-
-    INTERVAL_S = 0.1
-
-    def __init__(self) -> None:
-        self._done: list[Any] | None = None
-
-    def on_execution_step(self, executor: Any) -> None:
-        """After every turn of the loop."""
-        done = [
-            (op.metrics.num_tasks_submitted, op.metrics.num_tasks_finished, op.metrics.num_task_outputs_generated)
-            for op in executor._topology or ()
-        ]
-        if done == self._done:
-            time.sleep(self.INTERVAL_S)
-        self._done = done
-
-    def before_execution_starts(self, executor: Any) -> None:
-        pass
-
-    def after_execution_succeeds(self, executor: Any) -> None:
-        pass
-
-    def after_execution_fails(self, executor: Any, error: Exception) -> None:
-        pass
-
-
-def let_training_go_first() -> None:
-    """Give this loading process the lowest priority: it shares cores with workers whose threads wait for each other."""
-    os.nice(max(0, LOADING_NICENESS - os.nice(0)))
 
 
 def ray_batches(share: ray.data.DataIterator, prefetch_batches: int = 2) -> Iterator[list[PreparedRow]]:

@@ -217,3 +217,16 @@ def _deep_grey_to_rgb(image: Image.Image, background: Colour) -> Image.Image:
     if isinstance(key := image.info.get("transparency"), int):
         rgb[values == key] = background
     return Image.fromarray(rgb)
+
+
+def encode_conditioning(image: UInt8Image) -> bytes:
+    """An RGB image [H, W, 3] as PNG: without loss, and grey if all of it is, as most edge and depth maps are."""
+    grey = bool((image[..., :1] == image).all())
+    stream = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image[..., 0]) if grey else image).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def decode_conditioning(png: bytes) -> UInt8Image:
+    """The inverse of `encode_conditioning`."""
+    return np.array(Image.open(io.BytesIO(png)).convert("RGB"))

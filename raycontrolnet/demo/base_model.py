@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from raycontrolnet.demo.shapes import COLOURS, SHAPES
-from raycontrolnet.run.files import replacing
+from raycontrolnet.storage.files import replacing
 
 Size = Literal["tiny", "small", "quarter"]
 PredictionType = Literal["epsilon", "v_prediction"]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from raycontrolnet.run.files import replacing
+from raycontrolnet.storage.files import replacing
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 30, 30),

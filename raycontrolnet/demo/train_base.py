@@ -27,7 +27,7 @@ from torch.nn.functional import mse_loss
 
 from raycontrolnet.demo import shapes
 from raycontrolnet.demo.base_model import build_parts, write_parts, write_tokenizer
-from raycontrolnet.demo.obedience import colours_are_right
+from raycontrolnet.demo.evaluation import colours_are_right
 from raycontrolnet.model.components import encode_images
 from raycontrolnet.model.diffusion import add_noise, prediction_target, sample_posterior
 

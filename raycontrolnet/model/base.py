@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.errors import UserError
 from raycontrolnet.model.diffusion import PREDICTION_TYPES
-from raycontrolnet.settings import ModelConfig
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel

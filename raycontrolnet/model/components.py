@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.errors import UserError
 from raycontrolnet.model.base import Base, loaded, read_base
-from raycontrolnet.settings import ModelConfig
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
@@ -24,11 +22,6 @@ class Components(Base):
 
     controlnet: ControlNetModel
     """fp32, trained."""
-
-
-def working_precision(mixed_precision: str | None) -> torch.dtype:
-    """The dtype of the frozen models."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision or "no", torch.float32)
 
 
 def load_components(
@@ -121,36 +114,6 @@ def _copied_controlnet(unet: UNet2DConditionModel, seed: int) -> ControlNetModel
 def _listed(value: Any) -> Any:
     """Tuples as lists, which they become in files."""
     return list(value) if isinstance(value, tuple) else value
-
-
-def enable_memory_savers(components: Components, *, gradient_checkpointing: bool, xformers: bool) -> None:
-    """Gradient checkpointing and xformers attention, in the ControlNet and the UNet it is trained through.
-
-    Raises:
-        UserError: if xformers cannot run here.
-    """
-    for module in (components.unet, components.controlnet):
-        if gradient_checkpointing:
-            module.enable_gradient_checkpointing()
-        if xformers:
-            try:
-                module.enable_xformers_memory_efficient_attention()
-            except (ImportError, ModuleNotFoundError, ValueError, NotImplementedError) as error:
-                raise UserError(
-                    f"--enable_xformers_memory_efficient_attention: {' '.join(str(error).split())[:200]}; "
-                    "needs a CUDA GPU and pip install 'raycontrolnet[xformers]'"
-                ) from error
-
-
-@contextmanager
-def vae_on(components: Components, device: torch.device) -> Iterator[None]:
-    """The VAE on `device` for as long as it is needed, then where it was."""
-    before = components.vae.device
-    components.vae.to(device)
-    try:
-        yield
-    finally:
-        components.vae.to(before)
 
 
 def with_controlnet(components: Components, controlnet: ControlNetModel) -> Components:

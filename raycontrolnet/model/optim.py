@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
+from raycontrolnet.config.settings import OptimConfig
 from raycontrolnet.errors import UserError
-from raycontrolnet.settings import OptimConfig
 
 
 def build_optimizer(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from raycontrolnet.run.progress import duration
+from raycontrolnet.text import duration
 from raycontrolnet.tune.records import Trial
 from raycontrolnet.tune.table import figure, plain, settings_in_words
 

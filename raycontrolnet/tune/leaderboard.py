@@ -9,12 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from raycontrolnet.run import checkpoint
-from raycontrolnet.run.files import replacing
+from raycontrolnet.storage import checkpoint
+from raycontrolnet.storage.files import replacing
 from raycontrolnet.tune.records import TRIALS, Trial, ranked, settings_of
-from raycontrolnet.tune.table import Column, Now, columns_of, lay_out, plain
+from raycontrolnet.tune.table import Column, LiveState, columns_of, lay_out, plain
 
-NAME = "leaderboard.csv"
+LEADERBOARD_FILE = "leaderboard.csv"
 SETTING = "setting:"
 """Stands before the name of a swept setting."""
 FIGURES = (
@@ -39,7 +39,7 @@ def write_leaderboard(sweep_dir: Path, trials: Sequence[Trial], objective: str) 
     settings = settings_of(trials)
     figures = list(dict.fromkeys((objective, *FIGURES)))
     names = ["rank", "trial", "state", "stopped_at", "step", *figures, "seconds", "checkpoint"]
-    path = sweep_dir / NAME
+    path = sweep_dir / LEADERBOARD_FILE
     with (
         replacing(path) as partial,
         partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
@@ -62,9 +62,11 @@ def leaderboard_lines(
         return ["no trials"]
     best = ranked(trials, objective)[:most]
     columns = columns_of(best, objective)
-    cells = [[str(rank), *(column.cell(trial, Now()) for column in columns)] for rank, trial in enumerate(best, 1)]
+    cells = [
+        [str(rank), *(column.cell(trial, LiveState()) for column in columns)] for rank, trial in enumerate(best, 1)
+    ]
     lines = lay_out([Column(("rank", "rank", "#"), lambda *_: "", 4), *columns], cells, width)
-    return lines if len(trials) <= most else [*lines, f"... and {len(trials) - most} more in {NAME}"]
+    return lines if len(trials) <= most else [*lines, f"... and {len(trials) - most} more in {LEADERBOARD_FILE}"]
 
 
 def _row(trial: Trial) -> dict[str, Any]:

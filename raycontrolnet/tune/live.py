@@ -15,11 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TextIO
 
-from raycontrolnet.run import metrics
-from raycontrolnet.run.progress import duration
+from raycontrolnet.text import duration
+from raycontrolnet.training import metrics
 from raycontrolnet.tune.events import event_of
 from raycontrolnet.tune.records import STATES, Trial, TrialRecord, measured, ranked
-from raycontrolnet.tune.table import Now, clip, columns_of, figure, lay_out, plain, text_width
+from raycontrolnet.tune.table import LiveState, clip, columns_of, figure, lay_out, plain, text_width
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +48,12 @@ class Running:
 
     def __init__(self, folder: Path):
         self.step: int | None = None
-        self._tail = metrics.Tail(folder / metrics.NAME)
+        self._tail = metrics.Tail(folder / metrics.METRICS_FILE)
         self._updates: deque[dict[str, Any]] = deque(maxlen=RECENT_UPDATES)
         self._going_on = False
         self._seconds, self._since = 0.0, 0.0
 
-    def now(self, record: TrialRecord) -> Now:
+    def now(self, record: TrialRecord) -> LiveState:
         """Where it is; of one that no longer runs only the step, the rest is in its record and reports."""
         if (going_on := record.state == "running") and not self._going_on:
             self._seconds, self._since = record.seconds, time.monotonic()
@@ -61,10 +61,10 @@ class Running:
             self._read()
         self._going_on = going_on
         if not going_on:
-            return Now(self.step)
+            return LiveState(self.step)
         losses = [float(update["loss"]) for update in self._updates]
         mean = math.fsum(losses) / len(losses) if losses else None
-        return Now(self.step, mean, self._seconds + time.monotonic() - self._since)
+        return LiveState(self.step, mean, self._seconds + time.monotonic() - self._since)
 
     def _read(self) -> None:
         try:
@@ -190,7 +190,7 @@ class LiveTable:
         self._tabled_at = time.monotonic()
         return [self.header(trials), *self._table(trials, now, None)]
 
-    def _follow(self, trials: Sequence[Trial]) -> Mapping[int, Now]:
+    def _follow(self, trials: Sequence[Trial]) -> Mapping[int, LiveState]:
         """Where the trials are that have run while this looked on."""
         now = {}
         for trial in trials:
@@ -223,16 +223,18 @@ class LiveTable:
     def _best(self, trials: Sequence[Trial]) -> Trial | None:
         return next(iter(measured(trials, self.objective)), None)
 
-    def _table(self, trials: Sequence[Trial], now: Mapping[int, Now], width: int | None) -> list[str]:
+    def _table(self, trials: Sequence[Trial], now: Mapping[int, LiveState], width: int | None) -> list[str]:
         columns = columns_of(trials, self.objective, self.total_steps)
-        cells = [[column.cell(t, now.get(t.record.index, Now())) for column in columns] for t in self._order(trials)]
+        cells = [
+            [column.cell(t, now.get(t.record.index, LiveState())) for column in columns] for t in self._order(trials)
+        ]
         return lay_out(columns, cells, width) if cells else []
 
     def _order(self, trials: Sequence[Trial]) -> list[Trial]:
         """Those that run, then the others, the best first."""
         return sorted(ranked(trials, self.objective), key=lambda trial: trial.record.state != "running")
 
-    def _screen(self, trials: Sequence[Trial], now: Mapping[int, Now], size: Size) -> list[str]:
+    def _screen(self, trials: Sequence[Trial], now: Mapping[int, LiveState], size: Size) -> list[str]:
         """The lines on a terminal of this size: one column and one line less, or it would wrap or scroll."""
         width, height = max(1, size.columns - 1), max(1, size.lines - 1)
         lines = [self.header(trials, width)]

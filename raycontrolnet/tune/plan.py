@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import itertools
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,35 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from raycontrolnet.config import TrainConfig, public_settings
+from raycontrolnet.cluster.resources import WorkerResources
+from raycontrolnet.config.checks import versions, with_absolute_paths
+from raycontrolnet.config.space import Choice, Space, num_trials, to_grammar
+from raycontrolnet.config.sweep_config import OBJECTIVES, SweepConfig
+from raycontrolnet.config.sweepable import cache_settings
+from raycontrolnet.config.train_config import TrainConfig, public_settings
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.latents_of_run import WantedLatents, planned_latents, with_latents
-from raycontrolnet.preflight import (
-    CheckedRun,
-    check,
-    local_model_problems,
-    missing_extras,
-    versions,
-    with_absolute_paths,
-)
-from raycontrolnet.prepare_latents import on_ray
-from raycontrolnet.resources import WorkerResources
-from raycontrolnet.run.plan import warmup_warning
-from raycontrolnet.tune.keeper import settled
-from raycontrolnet.tune.marker import Marker
-from raycontrolnet.tune.places import Places
-from raycontrolnet.tune.records import TrialRecord, read_records, read_sweep
-from raycontrolnet.tune.settings import OBJECTIVES, SweepConfig
-from raycontrolnet.tune.space import Choice, Space, num_trials, place_of, to_grammar
-from raycontrolnet.tune.space_checks import cache_settings
+from raycontrolnet.latents.ensure import WantedLatents, on_ray, planned_latents, with_latents
+from raycontrolnet.launch.preflight import CheckedRun, check
+from raycontrolnet.tune.checks import MODELS, _differences, _objective_problem, _problems, _variants, _warnings, _with
+from raycontrolnet.tune.concurrency import TrialSlots
+from raycontrolnet.tune.recorder import mark_interrupted
+from raycontrolnet.tune.records import SweepLease, TrialRecord, read_records, read_sweep
 from raycontrolnet.tune.trial import Shared, cache_key
 
-MODELS = ("pretrained_model_name_or_path", "controlnet_model_name_or_path", "tokenizer_name")
 LENGTHS = ("max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps")
 """Settings that decide how many updates a trial does."""
-WARMUP = ("lr_scheduler", "lr_warmup_steps")
-ALL_THE_SAME = {"address", "cpus_per_worker", "hub_model_id", "max_failures", "output_dir", "push_to_hub", "use_gpu"}
-"""Settings that may change when a sweep goes on."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +130,7 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
         space=space,
         num_trials=num_trials(space, config.num_samples),
         runs=runs,
-        records=[settled(sweep_dir, record) for record in read_records(sweep_dir)] if before else [],
+        records=[mark_interrupted(sweep_dir, record) for record in read_records(sweep_dir)] if before else [],
         total_updates=total_updates,
         grace_period=_grace_period(config, train.validation_steps, total_updates, stream),
     )
@@ -162,57 +149,6 @@ def _shared_settings(train: TrainConfig, sweep_dir: Path, before: Mapping[str, A
     )
 
 
-def _warnings(train: TrainConfig, space: Space, total_updates: int) -> Iterator[str]:
-    """What users should know of trials of so many updates."""
-    if (every := train.checkpointing_steps) >= total_updates:
-        yield (
-            f"trials write a checkpoint at their end only (--checkpointing_steps={every}, {total_updates} updates): "
-            "one that is cut off begins anew"
-        )
-    for config in _variants(train, space, WARMUP):
-        if warning := warmup_warning(config, total_updates):
-            yield warning
-
-
-def _problems(config: SweepConfig, train: TrainConfig, space: Space) -> Iterator[str]:
-    """Packages and folders that are not there, and settings that make no sense in a sweep."""
-    if config.searcher == "optuna" and importlib.util.find_spec("optuna") is None:
-        yield "--searcher=optuna: optuna is not installed; run pip install 'raycontrolnet[optuna]'"
-    yield from _value_problems(train, space, place_of(config.space))
-    if "num_train_epochs" in space and train.max_train_steps is not None:
-        problem = f"does nothing beside --max_train_steps={train.max_train_steps}; leave either out"
-        yield f"--space: num_train_epochs: {problem}"
-    if train.resume_from_checkpoint is not None:
-        instead = "--resume goes on with a sweep, --controlnet_model_name_or_path names weights to start from"
-        yield f"--resume_from_checkpoint={train.resume_from_checkpoint}: is for single runs; {instead}"
-
-
-def _differences(before: Mapping[str, Any], config: SweepConfig, train: TrainConfig, space: Space) -> Iterator[str]:
-    """What of the sweep that is to go on was otherwise."""
-    if not before:
-        return
-    advice = "a sweep goes on with what it began; leave the flag as it was, or name another --output_dir"
-    for name, then, now in (
-        ("space", before["space"], to_grammar(space)),
-        ("searcher", before["searcher"], config.searcher),
-    ):
-        if then != now:
-            yield f"--{name}: was {then} and is {now}; {advice}"
-    if (trials := num_trials(space, config.num_samples)) < before["num_trials"]:
-        yield (
-            f"--num_samples={config.num_samples}: makes {trials} trials, and the sweep has {before['num_trials']}; "
-            "it can only get more"
-        )
-    settings = public_settings(train)
-    for name, then in before["settings"].items():
-        if name in settings and name not in ALL_THE_SAME and name not in space and settings[name] != then:
-            yield f"--{name}={settings[name]}: was {then}; {advice}"
-
-
-def _with(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
-    return dataclasses.replace(config, **changes)
-
-
 def _with_absolute_paths(space: Space, train: TrainConfig, sweep_dir: Path) -> Space:
     """Models and data in the space as trials, which run elsewhere, must see them."""
     found = dict(space)
@@ -222,16 +158,6 @@ def _with_absolute_paths(space: Space, train: TrainConfig, sweep_dir: Path) -> S
             configs = [with_absolute_paths(_with(train, {name: value}), sweep_dir) for value in dimension.values]
             found[name] = dataclasses.replace(dimension, values=tuple(getattr(config, name) for config in configs))
     return found
-
-
-def _value_problems(train: TrainConfig, space: Space, place: str) -> Iterator[str]:
-    """Values of the space that need a package, or a folder, that is not there; see `place_of`."""
-    for name in {*MODELS, "use_8bit_adam", "enable_xformers_memory_efficient_attention"} & set(space):
-        for value in space[name].values:
-            config = _with(train, {name: value})
-            found = [*missing_extras(config), *local_model_problems(config)]
-            own = (problem.removeprefix(f"--{name}") for problem in found if problem.startswith(f"--{name}"))
-            yield from (f"{place}: {name}: {problem.lstrip('=: ')}" for problem in own)
 
 
 def _cache_variants(space: Space) -> Iterator[dict[str, Any]]:
@@ -252,29 +178,6 @@ def _totals(run: CheckedRun, space: Space) -> Iterator[int]:
         yield dataclasses.replace(run, config=config).plan(run.config.worker_range[1], None).total_updates
 
 
-def _variants(config: TrainConfig, space: Space, names: Sequence[str]) -> Iterator[TrainConfig]:
-    """`config` with the values, or the ends of their ranges, that the space has for `names`, in all combinations."""
-    tried = [name for name in names if name in space]
-    for values in itertools.product(*(space[name].values for name in tried)):
-        yield _with(config, dict(zip(tried, values, strict=True)))
-
-
-def _objective_problem(objective: str, run: CheckedRun) -> str | None:
-    """What keeps the objective from being measured."""
-    num_rows = len(run.source)
-    if objective in ("val_loss", "control_gap") and run.config.num_held_out(num_rows) < 2:
-        return (
-            f"--objective={objective}: is measured on held-out rows, and of these {num_rows:,} rows none are held out; "
-            "give --validation_split 16, or --objective loss"
-        )
-    if objective == "control_fidelity" and run.config.control_fidelity is None:
-        return (
-            "--objective=control_fidelity: is measured on validation images; give --control_fidelity, "
-            "--validation_prompt and --validation_image"
-        )
-    return None
-
-
 def _grace_period(config: SweepConfig, every: int, total_updates: int, stream: TextIO) -> int | None:
     """A quarter of the run by default, up to the next validation: only there is a trial judged."""
     if config.scheduler == "none":
@@ -289,7 +192,9 @@ def _grace_period(config: SweepConfig, every: int, total_updates: int, stream: T
     return grace_period
 
 
-def shared_of(plan: SweepPlan, places: Places, marker: Marker, resources: WorkerResources, stream: TextIO) -> Shared:
+def shared_of(
+    plan: SweepPlan, places: TrialSlots, marker: SweepLease, resources: WorkerResources, stream: TextIO
+) -> Shared:
     """What the trials share; its latents are made now, if need be, with the `resources` that a run would have.
 
     Raises:

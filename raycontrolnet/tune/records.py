@@ -17,12 +17,14 @@ from typing import Any
 
 import numpy as np
 
+from raycontrolnet.config.sweep_config import OBJECTIVES
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.run import held_out, recorded
-from raycontrolnet.run.files import replacing
-from raycontrolnet.run.plan import due_steps
-from raycontrolnet.run.recorded import Recorded
-from raycontrolnet.tune.settings import OBJECTIVES
+from raycontrolnet.report import run_history
+from raycontrolnet.report.run_history import RunHistory
+from raycontrolnet.storage.files import replacing
+from raycontrolnet.training import held_out
+from raycontrolnet.training.job import wait_for_driver
+from raycontrolnet.training.schedule import due_steps
 
 SWEEP = "sweep.json"
 TRIALS = "trials"
@@ -35,6 +37,9 @@ ENDED = ("finished", "stopped", "failed")
 Report = Mapping[str, float]
 """What a trial is worth after `step` updates: step, loss (mean since the report before), images_per_second (median
 since then) and, where measured, val_loss, val_loss_shuffled, control_gap, control_gap_error, control_fidelity."""
+
+
+MARKER = ".sweep_id"
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ def read_reports(folder: Path, validation_steps: int) -> list[Report]:
     Args:
         validation_steps: of the run, for one without held-out rows.
     """
-    run = recorded.read(folder)
+    run = run_history.read(folder)
     steps = [int(record["step"]) for record in run.held_out]
     steps = steps or due_steps(validation_steps, run.last_update, run.total_updates)
     by_step = {int(record["step"]): record for record in run.held_out}
@@ -153,7 +158,7 @@ def read_reports(folder: Path, validation_steps: int) -> list[Report]:
         report: dict[str, float] = {"step": step, **_since(run, before, step)}
         report |= {
             name: float(value)
-            for name in recorded.MEASUREMENT
+            for name in run_history.MEASUREMENT
             if (value := by_step.get(step, {}).get(name)) is not None
         }
         if step in run.fidelity:
@@ -163,7 +168,7 @@ def read_reports(folder: Path, validation_steps: int) -> list[Report]:
     return reports
 
 
-def _since(run: Recorded, before: int, step: int) -> dict[str, float]:
+def _since(run: RunHistory, before: int, step: int) -> dict[str, float]:
     """Figures of the updates in (before, step]; those that are not known are left out."""
     among = (run.updates["step"] > before) & (run.updates["step"] <= step)
     found = {}
@@ -186,7 +191,7 @@ def control_appeared(reports: Sequence[Report]) -> int | None:
 
 def with_control_gap(reports: Sequence[Report]) -> list[Report]:
     """Those with the held-out measure."""
-    return [report for report in reports if all(name in report for name in recorded.MEASUREMENT)]
+    return [report for report in reports if all(name in report for name in run_history.MEASUREMENT)]
 
 
 def measured(trials: Sequence[Trial], objective: str) -> list[Trial]:
@@ -224,3 +229,33 @@ def read_sweep(sweep_dir: Path) -> dict[str, Any]:
 def _replace(path: Path, content: Mapping[str, Any]) -> None:
     with replacing(path, sync=True) as partial:
         partial.write_text(json.dumps(dict(content), indent=1) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class SweepLease:
+    sweep_dir: Path
+    sweep_id: str
+
+    def set(self) -> None:
+        (self.sweep_dir / MARKER).write_text(self.sweep_id)
+
+    def remove(self) -> None:
+        """Trials end when they see it."""
+        if self.stands():
+            (self.sweep_dir / MARKER).unlink(missing_ok=True)
+
+    def stands(self) -> bool:
+        try:
+            return (self.sweep_dir / MARKER).read_text() == self.sweep_id
+        except FileNotFoundError:
+            return False
+        except OSError:  # storage that fails for a moment
+            return True
+
+    def check(self) -> None:
+        """In a trial: the folder must be the one that the driver sees.
+
+        Raises:
+            UserError: if it is another of the same name.
+        """
+        wait_for_driver(self.sweep_dir, self.stands, "the sweep's driver")

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from raycontrolnet.run import export
-from raycontrolnet.tune.best import weights_of, write_best
+from raycontrolnet.config.checks import find_token
+from raycontrolnet.config.train_config import TrainConfig, public_settings
+from raycontrolnet.hub import model_card, push
+from raycontrolnet.sampling.find_controlnet import CONFIG
+from raycontrolnet.storage import checkpoint as checkpoints
+from raycontrolnet.training import validation
 from raycontrolnet.tune.hparams import write_hparams
 from raycontrolnet.tune.leaderboard import write_leaderboard
 from raycontrolnet.tune.plan import SweepPlan
-from raycontrolnet.tune.records import Trial, ranked, read_trials
+from raycontrolnet.tune.records import Report, Trial, control_appeared, ranked, read_trials
 
 logger = logging.getLogger(__name__)
+
+
+BEST = "best"
+OF_THE_TRIAL = ("output_dir", "resume_from_checkpoint", "tracker_group")
+"""Settings that the next run is not to have."""
 
 
 def ranked_trials(plan: SweepPlan) -> list[Trial]:
@@ -49,7 +61,70 @@ def push_best(plan: SweepPlan, best: Trial, facts: Mapping[str, Any]) -> str:
         RunError: if that fails; the sweep is finished all the same.
     """
     train, token = plan.train, plan.run.token
-    repo_id = export.resolve_repo_id(plan.sweep_dir, train.hub_model_id, token)
+    repo_id = push.resolve_repo_id(plan.sweep_dir, train.hub_model_id, token)
     folder = write_best(plan.sweep_dir, best, plan.config_of(best.record), facts["versions"], repo_id)
     assert folder is not None
-    return export.push_to_hub(folder, repo_id=repo_id, token=token)
+    return push.push_to_hub(folder, repo_id=repo_id, token=token)
+
+
+def weights_of(trial: Trial) -> Path | None:
+    """The folder with what a trial has learned: its final weights, or those of its last checkpoint."""
+    places = [trial.folder] if trial.record.state == "finished" else []
+    if last := checkpoints.latest(trial.folder):
+        places.append(last.path / checkpoints.CONTROLNET)
+    return next((place for place in places if all((place / name).is_file() for name in push.WEIGHTS)), None)
+
+
+def worth(trial: Trial) -> Report:
+    """What the weights of `weights_of` were worth: those of a checkpoint may be older than the last report."""
+    if trial.record.state == "finished":
+        return trial.last
+    last = checkpoints.latest(trial.folder)
+    return next((one for one in reversed(trial.reports) if last and one["step"] <= last.step), {})
+
+
+def write_best(
+    sweep_dir: Path, trial: Trial, config: TrainConfig, versions: dict[str, str], repo_id: str | None = None
+) -> Path | None:
+    """Replace best/ by what `trial` has learned.
+
+    Args:
+        config: the trial's.
+        repo_id: where it will be pushed.
+
+    Returns:
+        The folder; None if the trial has no weights yet.
+    """
+    import yaml
+
+    weights = weights_of(trial)
+    if weights is None:
+        return None
+    new, best = sweep_dir / f".{BEST}.partial", sweep_dir / BEST
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    for name in push.WEIGHTS:
+        shutil.copyfile(weights / name, new / name)
+    settings = {name: value for name, value in public_settings(config).items() if name not in OF_THE_TRIAL}
+    head = (
+        f"# Settings of trial {trial.record.name}, the best of a sweep. To train anew with them:\n"
+        f"#   raycontrolnet train --config {best / CONFIG} --output_dir FOLDER\n"
+    )
+    (new / CONFIG).write_text(head + yaml.safe_dump(settings, sort_keys=False))
+    figures = worth(trial)
+    step = int(figures.get("step", 0))
+    if drawn := validation.finished_folders(trial.folder, step):
+        shutil.copytree(drawn[-1], validation.step_folder(new, validation.results(drawn[-1])[0].step))
+    old = sweep_dir / f".{BEST}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if best.exists():
+        best.rename(old)
+    new.rename(best)
+    shutil.rmtree(old, ignore_errors=True)
+    facts: dict[str, Any] = {**figures, "versions": versions}
+    until = [report for report in trial.reports if report["step"] <= step]
+    facts |= {"control_appeared_at_step": control_appeared(until) if "control_gap" in facts else None}
+    licence = push.find_licence(config, find_token(config.hub_token))
+    config = dataclasses.replace(config, output_dir=str(best))
+    model_card.write_model_card(best, config, facts, repo_id=repo_id, title=sweep_dir.name, licence=licence)
+    return best

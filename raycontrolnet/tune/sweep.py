@@ -22,35 +22,35 @@ from typing import Any, TextIO
 
 from ray import tune
 
-from raycontrolnet.cluster import logging_to, on_a_cluster, ray_session, shown_on
-from raycontrolnet.errors import Interrupted, RunError, UserError, in_one_line, root_cause
-from raycontrolnet.preflight import check_device
-from raycontrolnet.resources import cluster_nodes, worker_resources
-from raycontrolnet.run.live_report import report_kept
-from raycontrolnet.run.progress import duration
-from raycontrolnet.tune.best import BEST
-from raycontrolnet.tune.keeper import Keeper, settled
+from raycontrolnet.cluster.logs import logging_to, shown_on
+from raycontrolnet.cluster.nodes import cluster_nodes
+from raycontrolnet.cluster.resources import worker_resources
+from raycontrolnet.cluster.session import on_a_cluster, ray_session
+from raycontrolnet.config.checks import check_device
+from raycontrolnet.config.sweep_config import SweepConfig
+from raycontrolnet.errors import Interrupted, RunError, UserError, root_cause
+from raycontrolnet.report.live_report import report_kept
+from raycontrolnet.report.page import REPORT_FILE as REPORT
+from raycontrolnet.text import duration, one_line
+from raycontrolnet.tune.concurrency import places
 from raycontrolnet.tune.leaderboard import leaderboard_lines
 from raycontrolnet.tune.live import LiveTable
-from raycontrolnet.tune.marker import Marker
-from raycontrolnet.tune.places import places
 from raycontrolnet.tune.plan import SweepPlan, plan_sweep, shared_of
+from raycontrolnet.tune.recorder import NotPickled, TrialRecorder, mark_interrupted
 from raycontrolnet.tune.records import (
     TRIAL,
     TRIALS,
+    SweepLease,
     Trial,
     read_records,
     read_sweep,
     write_record,
     write_sweep,
 )
-from raycontrolnet.tune.report import NAME as REPORT
-from raycontrolnet.tune.report import write_report
-from raycontrolnet.tune.results import push_best, ranked_trials, write_results
-from raycontrolnet.tune.settings import SweepConfig
+from raycontrolnet.tune.report.history import too_early
+from raycontrolnet.tune.report.sweep_report import write_report
+from raycontrolnet.tune.results import BEST, push_best, ranked_trials, write_results
 from raycontrolnet.tune.tuner import run_trials
-from raycontrolnet.tune.unpickled import Unpickled
-from raycontrolnet.tune.verdict import too_early
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def sweep(config: SweepConfig, *, stream: TextIO | None = None) -> SweepResult:
 def _sweep(config: SweepConfig, stream: TextIO) -> SweepResult:
     started = time.time()
     plan = plan_sweep(config, stream)
-    marker = Marker(plan.sweep_dir, uuid.uuid4().hex)
+    marker = SweepLease(plan.sweep_dir, uuid.uuid4().hex)
     with logging_to(plan.sweep_dir / LOG):
         marker.set()
         with _recorded(plan, marker, started) as facts:
@@ -113,7 +113,7 @@ def _sweep(config: SweepConfig, stream: TextIO) -> SweepResult:
     return _finish(plan, trials, facts, stream)
 
 
-def _run(plan: SweepPlan, marker: Marker, facts: dict[str, Any], stream: TextIO) -> None:
+def _run(plan: SweepPlan, marker: SweepLease, facts: dict[str, Any], stream: TextIO) -> None:
     train = plan.train
     own = not on_a_cluster(train.address)
     with ray_session(train.address):
@@ -136,7 +136,7 @@ def _run(plan: SweepPlan, marker: Marker, facts: dict[str, Any], stream: TextIO)
         name, objective = plan.sweep_dir.name, plan.config.objective
         shown = LiveTable(name, objective, stream, total_trials=plan.num_trials, total_steps=plan.total_updates)
         with shown as table, _stopped_by_ctrl_c(marker) as stopper:
-            keeper = Keeper(marker, plan.records, train.validation_steps, table)
+            keeper = TrialRecorder(marker, plan.records, train.validation_steps, table)
             run_trials(plan, where, shared, keeper, stopper)
         if stopper.event.is_set():
             raise KeyboardInterrupt
@@ -148,10 +148,10 @@ class Replaced(RunError):
     """Another driver has taken the sweep over: its files are no longer this one's to write."""
 
 
-class _Stopper(Unpickled, tune.Stopper):
+class _Stopper(NotPickled, tune.Stopper):
     """Ends all trials once it is told to, or another driver has taken the sweep over."""
 
-    def __init__(self, marker: Marker) -> None:
+    def __init__(self, marker: SweepLease) -> None:
         self.event, self._marker = threading.Event(), marker
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -162,7 +162,7 @@ class _Stopper(Unpickled, tune.Stopper):
 
 
 @contextmanager
-def _stopped_by_ctrl_c(marker: Marker) -> Iterator[_Stopper]:
+def _stopped_by_ctrl_c(marker: SweepLease) -> Iterator[_Stopper]:
     """The first Ctrl-C ends the trials, which their marker tells as well; a second one ends the waiting for them."""
     stopper = _Stopper(marker)
     if threading.current_thread() is not threading.main_thread():
@@ -182,7 +182,7 @@ def _stopped_by_ctrl_c(marker: Marker) -> Iterator[_Stopper]:
 
 
 @contextmanager
-def _recorded(plan: SweepPlan, marker: Marker, started: float) -> Iterator[dict[str, Any]]:
+def _recorded(plan: SweepPlan, marker: SweepLease, started: float) -> Iterator[dict[str, Any]]:
     """sweep.json and the report, written at the start and, whatever the end is, at the end."""
     ours = True
     before = read_sweep(plan.sweep_dir)
@@ -228,7 +228,7 @@ def _explained(plan: SweepPlan, facts: dict[str, Any]) -> Iterator[None]:
             raise Interrupted(f"Interrupted. {_how_to_go_on(plan)}") from None
         if not isinstance(error, (UserError, RunError)) and isinstance(error, Exception):
             logger.exception("the sweep failed")
-            reason = in_one_line(root_cause(error))
+            reason = one_line(root_cause(error))
             facts["cause"] = reason
             raise RunError(
                 f"The sweep failed: {reason}.\n{_how_to_go_on(plan)} Details: {plan.sweep_dir / LOG}"
@@ -248,7 +248,7 @@ def _how_to_go_on(plan: SweepPlan) -> str:
 def _settle(plan: SweepPlan) -> None:
     """Trials that were running when the sweep ended have been interrupted."""
     for record in read_records(plan.sweep_dir):
-        if (known := settled(plan.sweep_dir, record)) != record:
+        if (known := mark_interrupted(plan.sweep_dir, record)) != record:
             write_record(plan.sweep_dir, known)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from raycontrolnet.run.progress import duration
+from raycontrolnet.text import duration
 from raycontrolnet.tune.records import Trial, settings_of
 
 GAP = "  "
@@ -32,7 +32,7 @@ FIGURE_NAMES = {
 }
 
 
-class Now(NamedTuple):
+class LiveState(NamedTuple):
     """What a trial is at, between its reports."""
 
     step: int | None = None
@@ -45,7 +45,7 @@ class Now(NamedTuple):
 class Column(NamedTuple):
     names: Sequence[str]
     """The longest first."""
-    cell: Callable[[Trial, Now], str]
+    cell: Callable[[Trial, LiveState], str]
     left_out: int
     """The column with the largest is the first to go where there is no room; 0: never."""
     text: bool = False
@@ -169,12 +169,12 @@ def clip(text: str, width: int) -> str:
     return (text + CUT)[: max(width, 0)]
 
 
-def _setting_cell(name: str) -> Callable[[Trial, Now], str]:
+def _setting_cell(name: str) -> Callable[[Trial, LiveState], str]:
     return lambda trial, _: setting(trial.record.settings[name]) if name in trial.record.settings else UNKNOWN
 
 
-def _figure_cell(name: str) -> Callable[[Trial, Now], str]:
-    def cell(trial: Trial, now: Now) -> str:
+def _figure_cell(name: str) -> Callable[[Trial, LiveState], str]:
+    def cell(trial: Trial, now: LiveState) -> str:
         value = now.loss if name == "loss" and now.loss is not None else trial.last.get(name)
         shown = figure(name, value)
         if name != "control_gap":
@@ -184,12 +184,12 @@ def _figure_cell(name: str) -> Callable[[Trial, Now], str]:
     return cell
 
 
-def _step_cell(trial: Trial, now: Now, total_steps: int | None) -> str:
+def _step_cell(trial: Trial, now: LiveState, total_steps: int | None) -> str:
     step = trial.step if now.step is None or trial.record.stopped_at is not None else now.step
     total = trial.record.settings.get("max_train_steps") or total_steps
     return UNKNOWN if step is None else f"{step}/{total}" if total else str(step)
 
 
-def _time_cell(trial: Trial, now: Now) -> str:
+def _time_cell(trial: Trial, now: LiveState) -> str:
     seconds = trial.record.seconds if now.seconds is None else now.seconds
     return duration(seconds) if seconds or now.seconds is not None else UNKNOWN

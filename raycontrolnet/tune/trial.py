@@ -2,7 +2,7 @@
 
     Tune: setup -> step, step, ... -> reset_config -> step, ... -> cleanup
                    |  a report each: what the trial is worth so far
-    thread:        train -> validate -> wait for the answer -> train -> ... -> finished, or Stopped
+    thread:        train -> validate -> wait for the answer -> train -> ... -> finished, or RunStopped
 
 Whatever was trained before, by this process or by one that was killed, is reported again from the trial's folder before
 anything is trained: Tune's schedulers and searchers learn all that is known, and a trial that has ended only does that.
@@ -23,17 +23,16 @@ from typing import Any, NamedTuple
 
 from ray import tune
 
+from raycontrolnet.cluster.resources import worker_resources
+from raycontrolnet.config.sweepable import cache_settings
 from raycontrolnet.errors import RunError, UserError
-from raycontrolnet.launch import train_here, train_on_ray
-from raycontrolnet.preflight import CheckedRun
-from raycontrolnet.resources import worker_resources
-from raycontrolnet.run import checkpoint as checkpoints
-from raycontrolnet.run.follower import Stopped
-from raycontrolnet.run.status import RunStatus
-from raycontrolnet.train import Summary, recorded
-from raycontrolnet.tune.marker import Marker
-from raycontrolnet.tune.records import Report, TrialRecord, folder_of, read_reports
-from raycontrolnet.tune.space_checks import cache_settings
+from raycontrolnet.launch.fit import Summary, run_and_record
+from raycontrolnet.launch.preflight import CheckedRun
+from raycontrolnet.launch.workers import train_here, train_on_ray
+from raycontrolnet.storage import checkpoint as checkpoints
+from raycontrolnet.training.job import RunStopped
+from raycontrolnet.training.status import RunStatus
+from raycontrolnet.tune.records import Report, SweepLease, TrialRecord, folder_of, read_reports
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ class Shared:
     """What all trials of a sweep have in common."""
 
     sweep_dir: Path
-    marker: Marker
+    marker: SweepLease
     runs: Mapping[str, CheckedRun]
     """The sweep's own run, from which a trial differs by its settings, for each latent cache; see `cache_key`."""
     in_process: bool
@@ -185,7 +184,7 @@ class Training:
             # Another driver may go on with the sweep before this process knows that its own is dead.
             self._over = self._over or not self._shared.marker.stands()
         if self._over:
-            raise Stopped
+            raise RunStopped
 
     def validated(self) -> None:
         self.updated()
@@ -198,7 +197,7 @@ class Training:
             try:
                 self._train_once(run)
                 self._events.put(Outcome("finished", attempts=attempt))
-            except Stopped:
+            except RunStopped:
                 self._events.put(Outcome("interrupted"))
             except (UserError, RunError) as error:
                 cause = str(error).splitlines()[0]
@@ -224,4 +223,4 @@ class Training:
             return train_on_ray(run, worker_resources(run.config), status, nowhere, follower=self)
 
         with Path(os.devnull).open("w") as nowhere:
-            recorded(run, train, nowhere, time.time())
+            run_and_record(run, train, nowhere, time.time())

@@ -12,10 +12,10 @@ from typing import Any
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
-from raycontrolnet.tune.keeper import Keeper
-from raycontrolnet.tune.places import Places
+from raycontrolnet.tune.concurrency import TrialSlots
 from raycontrolnet.tune.plan import SweepPlan
-from raycontrolnet.tune.proposals import proposals
+from raycontrolnet.tune.recorder import TrialRecorder
+from raycontrolnet.tune.searcher import proposals
 from raycontrolnet.tune.trial import REPLAYED, Shared, SweepTrial
 
 TUNE_FILES = ".tune"
@@ -30,7 +30,9 @@ ENVIRONMENT = {
 }
 
 
-def run_trials(plan: SweepPlan, places: Places, shared: Shared, keeper: Keeper, stopper: tune.Stopper) -> None:
+def run_trials(
+    plan: SweepPlan, places: TrialSlots, shared: Shared, keeper: TrialRecorder, stopper: tune.Stopper
+) -> None:
     """Run the trials that are left; returns when all have ended, or `stopper` ends them."""
     config = plan.config
     begun = [record for record in plan.records if record.state != "failed"]

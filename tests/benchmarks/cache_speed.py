@@ -85,11 +85,11 @@ def load(folder: Path, images: int, repeats: int) -> None:
     import torch
 
     from raycontrolnet import TrainConfig, prepare
-    from raycontrolnet.data.latents import LatentCache
     from raycontrolnet.data.order import SampleOrder
     from raycontrolnet.data.sources import open_source
     from raycontrolnet.data.stream import BatchLoader, PixelRows
-    from raycontrolnet.latent_plan import LatentPlan
+    from raycontrolnet.latents.cache import LatentCache
+    from raycontrolnet.latents.plan import LatentPlan
 
     torch.set_num_threads(THREADS)
     config = TrainConfig(

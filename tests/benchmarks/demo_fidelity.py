@@ -15,15 +15,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from raycontrolnet.demo import BASE, FOLDER, UNSEEN, UNTRAINED, demo_settings
-from raycontrolnet.demo.obedience import Obedience, measure
+from raycontrolnet.demo.demo import BASE, FOLDER, UNSEEN, UNTRAINED, demo_settings
+from raycontrolnet.demo.evaluation import Evaluation, measure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
-    measured: dict[int, dict[int, Obedience]] = {}
+    measured: dict[int, dict[int, Evaluation]] = {}
     for seed in args.seeds:
         with tempfile.TemporaryDirectory(prefix="raycontrolnet-demo-") as folder:
             os.chdir(folder)
@@ -49,7 +49,7 @@ def main() -> None:
         print(f"| {step} | {fidelities} | {', '.join(f'{one.right_colours:.0%}' for one in found)} |")
 
 
-def by_step(run: Path) -> dict[int, Obedience]:
+def by_step(run: Path) -> dict[int, Evaluation]:
     """Of the untrained ControlNet and every checkpoint of a run in the current folder."""
     checkpoints = {int(path.name.removeprefix("checkpoint-")): path for path in run.glob("checkpoint-*")}
     controlnets = {0: UNTRAINED} | dict(sorted(checkpoints.items()))

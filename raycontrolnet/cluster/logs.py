@@ -1,0 +1,93 @@
+"""Logs: what Ray and the libraries say goes to a file, progress to the user."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+STDERR = 2
+LOGGERS = (
+    "ray", "ray.train", "ray.data", "ray.tune", "raycontrolnet", "diffusers", "transformers", "accelerate",
+    "bitsandbytes", "huggingface_hub", "py.warnings",
+)  # fmt: skip
+
+
+@contextmanager
+def shown_on(stream: TextIO | None) -> Iterator[TextIO]:
+    """Where progress is shown: `stream`, or else standard error as it is now, for `logging_to` gives it to a file."""
+    if stream not in (None, sys.stderr) or not _has_real_stderr():
+        yield stream or sys.stderr
+        return
+    encoding, errors = sys.stderr.encoding, sys.stderr.errors
+    with open(os.dup(STDERR), "w", buffering=1, encoding=encoding, errors=errors) as terminal:  # noqa: PTH123
+        yield terminal
+
+
+def _has_real_stderr() -> bool:
+    """Not a notebook's or a test's."""
+    try:
+        return sys.stderr is sys.__stderr__ and sys.stderr.fileno() == STDERR  # type: ignore[union-attr]
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+@contextmanager
+def _stderr_to(path: Path) -> Iterator[None]:
+    """What is written to the process's standard error, also by Ray's C++ parts, goes to a file."""
+    if not _has_real_stderr():
+        yield
+        return
+    sys.stderr.flush()
+    with path.open("ab") as file:
+        kept = os.dup(STDERR)
+        os.dup2(file.fileno(), STDERR)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, STDERR)
+        os.close(kept)
+
+
+@contextmanager
+def logging_to(path: Path, *, of_ray: bool = True) -> Iterator[None]:
+    """Send what Ray, the libraries and this package log, and Python's warnings, to a file instead of the terminal.
+
+    Args:
+        of_ray: False where Ray is not used, and need not be imported.
+    """
+    with _stderr_to(path):
+        if of_ray:
+            import ray.data
+            import ray.train  # noqa: F401 (they set their loggers up when imported)
+        with _loggers_to(path):
+            yield
+
+
+@contextmanager
+def _loggers_to(path: Path) -> Iterator[None]:
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    before = {}
+    logging.captureWarnings(True)
+    for name in LOGGERS:
+        logger = logging.getLogger(name)
+        before[name] = (logger.handlers[:], logger.propagate, logger.level)
+        logger.handlers[:] = [handler]
+        logger.propagate = False
+        logger.setLevel(logging.INFO if name == "raycontrolnet" else logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        for name, (handlers, propagate, level) in before.items():
+            logger = logging.getLogger(name)
+            logger.handlers[:] = handlers
+            logger.propagate = propagate
+            logger.setLevel(level)
+        handler.close()

@@ -1,0 +1,221 @@
+"""Pictures that have no conditioning images yet: which a folder holds, and their captions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raycontrolnet.conditions.folder import CONDITIONING, JOURNAL, ConditionFolder
+from raycontrolnet.data.columns import find_column, read_captions
+from raycontrolnet.data.folder_source import METADATA_FILES, metadata_rows, read_path
+from raycontrolnet.errors import DataError
+from raycontrolnet.text import shorten
+
+SUFFIXES = frozenset(
+    {
+        ".avif", ".bmp", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm",
+        ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+    }
+)  # fmt: skip
+"""What counts as a picture, with letters of either case. Those that Pillow cannot read (HEIC as it comes) are told of
+as pictures that cannot be used, rather than not seen."""
+
+Text = str | list[str]
+
+
+@dataclass(frozen=True)
+class PictureRow:
+    """A row of the data set to be."""
+
+    path: str
+    """Of the picture, absolute."""
+    text: Text
+    """Its caption, or the list of them, as it was found."""
+
+
+@dataclass
+class _Metadata:
+    """What a metadata file says of the pictures."""
+
+    path: Path
+    rows: list[tuple[str, Text | None]] = field(default_factory=list)
+    """(absolute path, caption) in the file's order."""
+    conditioning: set[str] = field(default_factory=set)
+    """Absolute paths of conditioning images, which are no pictures."""
+    no_captions: str | None = None
+    """Why it has none."""
+
+
+def find_rows(
+    folder: Path,
+    *,
+    image_column: str,
+    caption_column: str,
+    caption: str | None,
+    out: Path,
+) -> list[PictureRow]:
+    """The pictures below `folder` with their captions: those that its metadata file names, then the others by name.
+
+    A caption is that of the metadata file, or else of a text file beside the picture (`a.txt` for `a.jpg`; every line
+    is one), or else `caption`.
+
+    Args:
+        folder: absolute.
+        image_column, caption_column: of the metadata file, as in `DataConfig`.
+        caption: for all pictures that have no other.
+        out: a folder whose conditioning images are no pictures. Those of other folders that `raycontrolnet condition`
+            wrote to are none either, and the metadata files that it wrote are not read.
+
+    Raises:
+        DataError: with all problems of the metadata file; or with the pictures that have no caption; or if there are no
+            pictures.
+    """
+    try:
+        _check_unicode(caption or "")
+    except ValueError as error:
+        raise DataError(f"--caption: {error}") from None
+    paths = (folder / name for name in METADATA_FILES)
+    found = next((path for path in paths if path.is_file() and not ConditionFolder(folder).wrote(path)), None)
+    metadata = _read_metadata(found, image_column, caption_column) if found else None
+    rows = metadata.rows if metadata else []
+    seen = {path for path, _ in rows} | (metadata.conditioning if metadata else set())
+    others = sorted(path for path in _search(folder, out / CONDITIONING) if path not in seen)
+    everything = [*rows, *((path, None) for path in others)]
+    if not everything:
+        kinds = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
+        raise DataError(f"--images={folder}: holds no pictures (files that end in {kinds})")
+    return list(_with_captions(everything, folder, caption, metadata))
+
+
+def _search(folder: Path, left_out: Path) -> Iterator[str]:
+    """Absolute paths of the pictures below `folder`, also behind links; hidden files and folders are none."""
+
+    def stop(error: OSError) -> None:
+        raise DataError(f"--images={folder}: {error.filename} cannot be read ({error.strerror})")
+
+    been = set()
+    for place, folders, files in os.walk(folder, onerror=stop, followlinks=True):
+        if (real := os.path.realpath(place)) in been:  # links can go round in circles
+            folders.clear()
+            continue
+        been.add(real)
+        folders[:] = [
+            name
+            for name in sorted(folders)
+            if not name.startswith(".")
+            and Path(place, name) != left_out
+            and not (name == CONDITIONING and JOURNAL in files)
+        ]
+        for name in files:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:  # noqa: PTH122 (fast)
+                yield os.path.join(place, name)  # noqa: PTH118
+
+
+def _read_metadata(path: Path, image_column: str, caption_column: str) -> _Metadata:
+    """A metadata file, of which the conditioning column may be missing, and the captions as well."""
+    found, problems, columns = _Metadata(path), list[str](), dict[str, str]()
+    try:
+        for number, row in metadata_rows(path):
+            try:
+                if isinstance(row, ValueError):
+                    raise row
+                columns = columns or _columns(found, list(row), image_column, caption_column)
+                caption = row.get(columns["caption"]) if "caption" in columns else None
+                found.rows.append((_absolute(path, read_path(row, columns["image"])), _text(caption)))
+                conditioning = row.get(columns.get("conditioning", ""))
+                if isinstance(conditioning, str) and conditioning:
+                    found.conditioning.add(_absolute(path, conditioning))
+            except ValueError as error:
+                problems.append(str(error) if not columns else f"{path}:{number}: {error}")
+                if not columns:
+                    break
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if problems:
+        raise DataError("\n".join(shorten(problems, "lines cannot be used")))
+    return found
+
+
+def _columns(found: _Metadata, available: Sequence[str], image_column: str, caption_column: str) -> dict[str, str]:
+    columns = {"image": find_column("image_column", image_column, available, str(found.path))}
+    try:
+        columns["caption"] = find_column("caption_column", caption_column, available, str(found.path))
+    except ValueError as problem:
+        found.no_captions = str(problem)
+    for name in ("conditioning_image", "conditioning_image_file_name", "source"):
+        if name in available:
+            columns.setdefault("conditioning", name)
+    return columns
+
+
+def _absolute(metadata: Path, path: str) -> str:
+    return os.path.normpath(metadata.parent / path)
+
+
+def _text(value: Any) -> Text | None:
+    """The caption or captions of a metadata row; None if it has none.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+        return None
+    for caption in read_captions(value):
+        _check_unicode(caption)
+    return value
+
+
+def _with_captions(
+    rows: Sequence[tuple[str, Text | None]], folder: Path, caption: str | None, metadata: _Metadata | None
+) -> Iterator[PictureRow]:
+    missing, problems = list[str](), list[str]()
+    for path, given in rows:
+        text = given
+        if text is None:
+            try:
+                text = _text_beside(path)
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+        text = caption if text is None else text
+        if text is None:
+            missing.append(os.path.relpath(path, folder))
+        else:
+            yield PictureRow(path, text)
+    if missing:
+        first = Path(missing[0])
+        problems += shorten([f"{folder / name}: has no caption" for name in missing], "pictures have no caption")
+        if metadata and metadata.no_captions:
+            problems.append(metadata.no_captions)
+        where = metadata.path if metadata else folder / METADATA_FILES[0]
+        problems.append(
+            f"write each a text file ({first.with_suffix('.txt')} for {first}) or a row in {where}, or give one text "
+            'for all that have none: --caption "a photo"'
+        )
+    if problems:
+        raise DataError("\n".join(problems))
+
+
+def _text_beside(path: str) -> Text | None:
+    """The captions in the text file of the picture's name, one a line; None if there is none."""
+    file = Path(path).with_suffix(".txt")
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}: is not UTF-8 text") from None
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror or error})") from None
+    captions = [line for line in lines if line]
+    return captions if len(captions) > 1 else next(iter(captions), None)
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, as in "\ud83d"
+        raise ValueError("the caption is not valid Unicode") from None

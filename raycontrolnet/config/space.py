@@ -1,0 +1,300 @@
+"""The space of a sweep: which settings its trials try, read from YAML or Python, and drawn from.
+
+    learning_rate: {loguniform: [2e-6, 1e-4]}
+    lr_scheduler: {choice: [constant, cosine]}
+    proportion_empty_prompts: {uniform: [0, 0.5]}
+    train_batch_size: {grid: [4, 8]}
+
+`uniform` and `loguniform` draw from a range with both its ends, whole numbers if the setting is one, `choice` from a
+list; `grid` gives each value of a list to as many trials. The names are those of the settings.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+import random
+import shlex
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from raycontrolnet.config.sweepable import PLACE_OR_MACHINE, cache_problems, refusal, run_problems
+from raycontrolnet.config.train_config import TrainConfig, coerce, from_mapping, read_yaml, setting_types
+from raycontrolnet.errors import ConfigError
+
+KINDS = ("uniform", "loguniform", "choice", "grid")
+
+DEFAULT_SPACE: Mapping[str, Any] = {
+    "learning_rate": {"loguniform": [2e-6, 1e-4]},
+    "lr_scheduler": {"choice": ["constant", "cosine"]},
+    "proportion_empty_prompts": {"uniform": [0.0, 0.5]},
+}
+"""What a sweep tries that is given no space."""
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Any number from `low` to `high`, both included, in the setting's unit."""
+
+    low: float
+    high: float
+    """Above `low`."""
+    log: bool = False
+    """Uniform in the logarithm: every factor of 10 is as likely; `low` is above 0."""
+    whole: bool = False
+    """Whole numbers alone, low and high as likely as those between."""
+
+    @property
+    def kind(self) -> str:
+        return "loguniform" if self.log else "uniform"
+
+    @property
+    def values(self) -> tuple[float, float]:
+        """As in the grammar: (low, high)."""
+        return self.low, self.high
+
+    def at(self, share: float) -> float:
+        """The number below which `share`, in [0, 1), of all draws lie."""
+        margin = 0.5 if self.whole else 0.0  # a whole number stands for all that are rounded to it
+        low, high = (math.log(end) if self.log else end for end in (self.low - margin, self.high + margin))
+        value = (1 - share) * low + share * high
+        value = math.exp(value) if self.log else value
+        return min(max(round(value) if self.whole else value, self.low), self.high)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of `values`; with `grid`, each of them."""
+
+    values: tuple[Any, ...]
+    """At least one, all different, of the setting's type."""
+    grid: bool = False
+
+    @property
+    def kind(self) -> str:
+        return "grid" if self.grid else "choice"
+
+    def at(self, share: float) -> Any:
+        """The value at `share`, in [0, 1), of the list."""
+        return self.values[int(share * len(self.values))]
+
+
+Dimension: TypeAlias = Uniform | Choice
+Space: TypeAlias = Mapping[str, Dimension]
+"""Setting -> what is tried of it."""
+
+
+def place_of(space: str | Path | Mapping[str, Any] | None) -> str:
+    """Where problems of `space` are: the flag, with the file's name if it is one."""
+    return f"--space={space}" if isinstance(space, (str, Path)) else "--space"
+
+
+def read_space(space: str | Path | Mapping[str, Any] | None) -> dict[str, Dimension]:
+    """The space of a YAML file or a mapping (see the top of this module); None is the default one.
+
+    Whether its values can be run is for `check_space` to say.
+
+    Raises:
+        ConfigError: with every problem at once, each starting with its place.
+    """
+    place = place_of(space)
+    entries = read_yaml(space, place) if isinstance(space, (str, Path)) else DEFAULT_SPACE if space is None else space
+    if not isinstance(entries, Mapping):
+        raise ConfigError([f"{place}: must be a mapping, such as {_EXAMPLE}"])
+    if not entries:
+        raise ConfigError([f"{place}: names no settings; add some, such as {_EXAMPLE}, or leave out --space"])
+    problems: list[str] = []
+    try:
+        from_mapping(entries, place)
+    except ConfigError as error:
+        problems += error.problems
+    dimensions: dict[str, Dimension] = {}
+    for name, entry in entries.items():
+        if name in PLACE_OR_MACHINE:  # without a look at the values, which may be secret
+            problems.append(f"{place}: {name}: {refusal(name, '')}")
+        elif name in setting_types():
+            try:
+                dimensions[name] = _dimension(name, entry)
+            except ConfigError as error:
+                problems += [f"{place}: {name}: {problem}" for problem in error.problems]
+    if problems:
+        raise ConfigError(problems)
+    return dimensions
+
+
+_EXAMPLE = "learning_rate: {loguniform: [2e-6, 1e-4]}"
+
+
+def _dimension(name: str, entry: Any) -> Dimension:
+    """Raises a ConfigError without the place."""
+    if isinstance(entry, (list, tuple)):
+        raise ConfigError([f"{_shown(entry)}: is a list; perhaps you meant {{choice: {_shown(entry)}}}"])
+    if entry is None:
+        raise ConfigError(["nothing to try is given; list it with {choice: [...]}"])
+    if not isinstance(entry, Mapping):
+        raise ConfigError([f"{entry}: is a single value; that belongs to the flags: {_flag(name, entry)}"])
+    if len(entry) != 1:
+        given = f"{', '.join(map(str, entry))} are several kinds; keep one" if entry else "{}: names no kind"
+        raise ConfigError([f"{given} of {', '.join(KINDS)}"])
+    ((kind, values),) = entry.items()
+    if kind not in KINDS:
+        near = difflib.get_close_matches(str(kind), KINDS, n=1)
+        hint = f"; perhaps you meant {near[0]}" if near else ""
+        raise ConfigError([f"{kind}: must be one of {', '.join(KINDS)}{hint}"])
+    return _choice(name, kind, values) if kind in ("choice", "grid") else _uniform(name, kind, values)
+
+
+def _uniform(name: str, kind: str, values: Any) -> Uniform:
+    """Raises a ConfigError without the place."""
+    number = _type_without_none(name)
+    if number not in (int, float):
+        raise ConfigError([f"{kind}: is for numbers, which {name} is not; list its values with {{choice: [...]}}"])
+    given = f"{kind}: {_shown(values)}"
+    if not isinstance(values, (list, tuple)) or len(values) != 2:
+        raise ConfigError([f"{given}: must be two numbers, [low, high]"])
+    problems, ends = [], []
+    for value in values:
+        try:
+            ends.append(coerce(value, number))
+            if math.isinf(ends[-1]):
+                raise ValueError("must be finite")
+        except ValueError as error:
+            problems.append(f"{given}: {value}: {error}")
+    if problems:
+        raise ConfigError(problems)
+    low, high = ends
+    if low == high:
+        problems.append(f"{given}: is a single value; that belongs to the flags: {_flag(name, low)}")
+    elif kind == "loguniform" and min(low, high) <= 0:
+        problems.append(f"{given}: low must be above 0, for its logarithm; use another, or uniform")
+    elif low > high:
+        problems.append(f"{given}: low must be below high; perhaps you meant {_shown([high, low])}")
+    if problems:
+        raise ConfigError(problems)
+    return Uniform(low, high, log=kind == "loguniform", whole=number is int)
+
+
+def _choice(name: str, kind: str, given: Any) -> Choice:
+    """Raises a ConfigError without the place."""
+    if not isinstance(given, (list, tuple)):
+        hint = "" if isinstance(given, Mapping) or given is None else f", such as [{given}]"
+        raise ConfigError([f"{kind}: {given}: must be a list{hint}"])
+    if not given:
+        raise ConfigError([f"{kind}: []: is empty; list the values to try"])
+    problems: list[str] = []
+    values: list[Any] = []
+    for value in given:
+        try:
+            found = coerce(value, setting_types()[name])
+        except ValueError as error:
+            is_word = isinstance(value, bool) and _type_without_none(name) is str
+            hint = '; YAML reads no, off, yes and on as such a value: write it in quotes, as in "no"' if is_word else ""
+            problems.append(f"{kind}: {value}: {error}{hint}")
+            continue
+        if found in values:
+            problems.append(f"{kind}: {found}: is there twice; list every value once")
+        values.append(found)
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return Choice(tuple(values), grid=kind == "grid")
+
+
+def _type_without_none(name: str) -> Any:
+    """The setting's type; of an optional one, that of its values."""
+    kind = setting_types()[name]
+    return next(part for part in typing.get_args(kind) or (kind,) if part is not type(None))
+
+
+def _flag(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no_{name}"
+    return f"--{name} {shlex.quote(str(value))}"
+
+
+def _shown(value: Any) -> str:
+    return f"[{', '.join(map(_shown, value))}]" if isinstance(value, (list, tuple)) else str(value)
+
+
+def check_space(
+    space: Space, train: TrainConfig, *, place: str, searcher: str, objective: str, allow_new_caches: bool
+) -> list[str]:
+    """What keeps `space` from being swept: all problems, each starting with `place`.
+
+    Values are tried one at a time, the ends of a range for all of it.
+
+    Args:
+        train: the settings that trials share.
+        place: see `place_of`.
+        searcher: random or optuna.
+        objective: what trials are ranked by.
+        allow_new_caches: whether settings may need latents of their own.
+    """
+    problems = []
+    for name, dimension in space.items():
+        if (refused := refusal(name, objective)) is not None:
+            problems.append(f"{place}: {name}: {refused}")
+            continue
+        found = cache_problems(name, train, allow_new_caches=allow_new_caches)
+        if searcher == "optuna" and dimension.kind == "grid":
+            instead = f"use {{choice: {_shown(dimension.values)}}}, or --searcher random"
+            found.append(f"grid: optuna proposes values by itself and goes through no grid; {instead}")
+        refusals = [problem for value in dimension.values for problem in run_problems(name, value, train)]
+        if not refusals and isinstance(dimension, Uniform) and dimension.whole:  # `resolution` has gaps
+            refusals = [
+                f"{dimension.kind}: {problem}; list the values with {{choice: [...]}}"
+                for problem in run_problems(name, dimension.low + 1, train)
+            ]
+        problems += [f"{place}: {name}: {problem}" for problem in found + refusals]
+    return problems
+
+
+def to_grammar(space: Space) -> dict[str, dict[str, list[Any]]]:
+    """The inverse of `read_space`: plain values, for JSON and YAML."""
+    return {
+        name: {dimension.kind: [list(value) if isinstance(value, tuple) else value for value in dimension.values]}
+        for name, dimension in space.items()
+    }
+
+
+def _grids(space: Space) -> dict[str, tuple[Any, ...]]:
+    """By name, so that the order of a file's lines does not count."""
+    return {name: found.values for name in sorted(space) if isinstance(found := space[name], Choice) and found.grid}
+
+
+def num_trials(space: Space, num_samples: int) -> int:
+    """`num_samples` of every combination of the grids' values."""
+    return num_samples * math.prod(map(len, _grids(space).values()))
+
+
+def draw(space: Space, seed: int, index: int) -> dict[str, Any]:
+    """The settings of trial `index`: a function of its arguments alone.
+
+    Trials go through the combinations of the grids in turn (sorted by name, the last changes fastest). Every other
+    value is drawn by (seed, index, name), so that neither more trials nor another setting in the space change it.
+    """
+    grids = _grids(space)
+    combinations = list(itertools.product(*grids.values()))
+    fixed = dict(zip(grids, combinations[index % len(combinations)], strict=True))
+    drawn = {
+        name: fixed[name] if name in fixed else dimension.at(random.Random(f"{seed}/{index}/{name}").random())
+        for name, dimension in space.items()
+    }
+    return {name: coerce(value, setting_types()[name]) for name, value in drawn.items()}
+
+
+def optuna_distributions(space: Space) -> dict[str, Any]:
+    """Setting -> the optuna distribution that proposes the same values; a grid becomes a choice."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    def distribution(dimension: Dimension) -> Any:
+        if isinstance(dimension, Choice):
+            return CategoricalDistribution(dimension.values)
+        if dimension.whole:
+            return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
+        return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+
+    return {name: distribution(dimension) for name, dimension in space.items()}

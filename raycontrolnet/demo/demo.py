@@ -1,0 +1,180 @@
+"""`raycontrolnet demo`: a ControlNet learns to fill outlines, trained by the ordinary `fit` on a small base model.
+
+The base model is in the package (`train_base.py` made it), the data is drawn on the spot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raycontrolnet.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from raycontrolnet.config.train_config import TrainConfig
+    from raycontrolnet.launch.fit import RunResult
+
+BASE = Path(__file__).parent / "base"
+"""In the package."""
+FOLDER = Path("raycontrolnet-demo")
+DATA, UNSEEN, UNTRAINED = (FOLDER / name for name in ("shapes", "unseen", "untrained"))
+NUM_ROWS, NUM_UNSEEN = 2048, 100
+SEED, UNSEEN_SEED = 0, 1000
+"""The base model's own rows have seed 1 (`train_base.py`)."""
+VALIDATED = 2
+"""Unseen rows that are drawn while training goes on."""
+PICTURE, FIGURES = "demo.png", "demo.json"
+
+demo_settings: dict[str, Any] = {
+    "pretrained_model_name_or_path": str(BASE),
+    "train_data_dir": str(DATA),
+    "output_dir": str(FOLDER / "controlnet"),
+    "resolution": 64,
+    "train_batch_size": 16,
+    "max_train_steps": 1000,
+    "checkpointing_steps": 500,
+    "learning_rate": 1e-3,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 50,
+    "validation_steps": 100,
+    "num_validation_images": 1,
+    "guidance_scale": 3.0,
+    "seed": 0,
+}
+"""What the demo sets; less than five minutes on 2 CPU cores. Flags override it."""
+
+
+def run_demo(config: TrainConfig) -> RunResult:
+    """Write the data, where it is wanted and not there yet, train, measure, and say what came of it.
+
+    Raises:
+        ConfigError: if nothing can be written here; else as `fit`.
+    """
+    started = time.monotonic()
+    # With another base model, other data or another ControlNet to begin with, nothing is compared.
+    given = (config.pretrained_model_name_or_path, config.train_data_dir, config.controlnet_model_name_or_path)
+    own = given == (str(BASE), str(DATA), None)
+    try:
+        FOLDER.mkdir(exist_ok=True)
+        _write_inputs(config, own)
+    except OSError as error:
+        problem = f"{FOLDER.absolute()}: cannot be written ({error.strerror}); run the demo in another folder"
+        raise ConfigError([problem]) from None
+    if own:
+        config = _with_own_settings(config)
+    if config.output_dir == demo_settings["output_dir"] and config.resume_from_checkpoint is None:
+        config = dataclasses.replace(config, output_dir=_fresh_folder(Path(config.output_dir)))
+
+    from raycontrolnet.launch.fit import fit
+
+    result = fit(config)
+    folder = _as_seen_from_here(result.output_dir)
+    print(f"\nThe ControlNet is in {folder}, which diffusers' ControlNetModel.from_pretrained reads.", flush=True)
+    if own:
+        print(_comparison(config, folder))
+    print(_report(result, folder, time.monotonic() - started))
+    return result
+
+
+def _write_inputs(config: TrainConfig, own: bool) -> None:
+    from raycontrolnet.demo.shapes import write_shapes
+
+    data = ((DATA, NUM_ROWS, SEED, config.train_data_dir == str(DATA)), (UNSEEN, NUM_UNSEEN, UNSEEN_SEED, own))
+    for folder, num_rows, seed, wanted in data:
+        if wanted and not (folder / "metadata.jsonl").exists():
+            _say(f"writing {num_rows:,} pictures of shapes and their outlines to {folder}")
+            write_shapes(folder, num_rows, resolution=64, seed=seed)
+    if own:
+        from raycontrolnet.demo.base_model import write_untrained_controlnet
+
+        write_untrained_controlnet(UNTRAINED, BASE, config.seed or 0)
+
+
+def _with_own_settings(config: TrainConfig) -> TrainConfig:
+    """With the untrained ControlNet to begin with, and unseen rows to be drawn."""
+    from raycontrolnet.demo.shapes import read_rows
+
+    changes: dict[str, Any] = {"controlnet_model_name_or_path": str(UNTRAINED)}
+    if config.validation_prompt is None and config.validation_image is None:
+        rows = read_rows(UNSEEN)[:VALIDATED]
+        changes["validation_prompt"] = tuple(text for _, text in rows)
+        changes["validation_image"] = tuple(str(path) for path, _ in rows)
+        changes["control_fidelity"] = "shape"
+    return dataclasses.replace(config, **changes)
+
+
+def _fresh_folder(output_dir: Path) -> str:
+    """`output_dir` or, where an earlier demo left checkpoints, the first of `output_dir`-2, -3 and so on without."""
+    from raycontrolnet.storage.checkpoint import latest
+
+    folder, number, before = output_dir, 1, ""
+    while (last := latest(folder)) is not None:
+        number += 1
+        before = f"{folder} holds an earlier demo (up to update {last.step})"
+        folder = output_dir.with_name(f"{output_dir.name}-{number}")
+    if before:
+        _say(f"{before}; this one goes to {folder}")
+    return str(folder)
+
+
+def _comparison(config: TrainConfig, folder: Path) -> str:
+    """What training changed: in words, as figures in `folder`, and as a picture.
+
+    Raises:
+        RunError: if that cannot be written, as on a full disk; the ControlNet stands.
+    """
+    from raycontrolnet.demo.evaluation import draw_picture, measure
+
+    found = {}
+    for name, controlnet in (("before", UNTRAINED), ("after", folder)):
+        _say(f"drawing for {NUM_UNSEEN} unseen outlines {name} training")
+        drawn = folder / "obedience" / name
+        found[name] = measure(
+            controlnet, BASE, UNSEEN, drawn, guidance_scale=config.guidance_scale, use_gpu=config.use_gpu
+        )
+    try:
+        (folder / FIGURES).write_text(json.dumps({name: one.figures for name, one in found.items()}) + "\n")
+        draw_picture(folder / PICTURE, found["before"], found["after"], folder)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written ({error.strerror or error}); the ControlNet stands") from error
+    lines = [f"How well it obeys {NUM_UNSEEN} outlines that it has never seen (overlap of shapes asked for and drawn):"]
+    for name, one in found.items():
+        lines.append(
+            f"  {name:8} control fidelity {one.fidelity.mean:.2f} ± {one.fidelity.error:.1g}, "
+            f"colours right in {one.right_colours:.0%}"
+        )
+    lines.append(f"  picture  {folder / PICTURE}")
+    return "\n".join(lines)
+
+
+def _report(result: RunResult, folder: Path, seconds: float) -> str:
+    """What lies where, and what to do next."""
+    from raycontrolnet.report import page  # which import torch
+    from raycontrolnet.text import duration
+    from raycontrolnet.training import held_out  # which import torch
+
+    lines = []
+    if result.val_loss is not None:
+        lines.append(f"  {held_out.in_words(held_out.read(folder))}")
+    lines.append(f"  report   {folder / page.REPORT_FILE}: curves, images and settings on one page, for the browser")
+    lines.append(f"  time     {duration(seconds)}, of which training {duration(result.seconds)}")
+    lines.append(
+        f"\nOn your own images, in a folder like {DATA}:\n"
+        "  raycontrolnet train --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\\n"
+        "    --train_data_dir FOLDER --output_dir my-controlnet\n"
+        "From pictures and captions alone, `raycontrolnet condition --help` says how to make the control images."
+    )
+    return "\n".join(lines)
+
+
+def _as_seen_from_here(path: Path) -> Path:
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

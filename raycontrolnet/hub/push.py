@@ -1,0 +1,200 @@
+"""What leaves the house: the final weights, their model card and example images, to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shlex
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from raycontrolnet.config.checks import find_token
+from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.errors import RunError
+from raycontrolnet.hub.licence import Licence, find_licence
+from raycontrolnet.hub.model_card import write_model_card
+from raycontrolnet.version import __version__
+
+__all__ = [
+    "UPLOADED",
+    "WEIGHTS",
+    "Licence",
+    "check_push",
+    "find_licence",
+    "push_command",
+    "push_to_hub",
+    "repo_name",
+    "resolve_repo_id",
+    "write_model_card",
+]
+
+logger = logging.getLogger(__name__)
+
+UPLOADED = ("config.json", "diffusion_pytorch_model.safetensors", "README.md", "images/*.png")
+"""All that is ever uploaded, relative to output_dir: no checkpoints, no logs, no settings file."""
+
+WEIGHTS = UPLOADED[:2]
+"""What diffusers needs to load them."""
+
+
+def check_push(config: TrainConfig) -> list[str]:
+    """What stands against pushing at the end, as far as can be known without asking the Hub."""
+    import huggingface_hub.utils
+
+    utils: Any = huggingface_hub.utils
+    problems = []
+    if config.push_to_hub and find_token(config.hub_token) is None:
+        problems.append("--push_to_hub: needs a token: give --hub_token, set HF_TOKEN, or run `hf auth login`")
+    if config.hub_model_id is not None:
+        try:
+            utils.validate_repo_id(config.hub_model_id)
+        except utils.HFValidationError as error:
+            problems.append(f"--hub_model_id={config.hub_model_id}: {_one_line(str(error), None)}")
+    return problems
+
+
+def resolve_repo_id(
+    output_dir: str | Path, hub_model_id: str | None, token: str | None, *, endpoint: str | None = None
+) -> str:
+    """`owner/name`: as given, or under the token's user; by default the name is that of the folder.
+
+    Raises:
+        RunError: if the Hub has to be asked who the token's user is, and does not say.
+    """
+    name = repo_name(output_dir, hub_model_id)
+    if "/" in name:
+        return name
+
+    def ask() -> str:
+        return _api(endpoint, _need(token)).whoami(token=token)["name"]
+
+    return f"{_attempt(ask, Path(output_dir), name, token)}/{name}"
+
+
+def repo_name(output_dir: str | Path, hub_model_id: str | None) -> str:
+    """As far as it is known without the Hub: as given, or the name of the folder, without an owner."""
+    folder = Path(output_dir).resolve().name
+    return hub_model_id or re.sub(r"[^\w.-]+|-{2,}|\.{2,}", "-", folder).strip("-.") or "controlnet-model"
+
+
+def push_to_hub(
+    output_dir: str | Path,
+    *,
+    repo_id: str,
+    token: str | None,
+    commit_message: str = "End of training",
+    endpoint: str | None = None,
+) -> str:
+    """Create the repository if there is none, and upload `UPLOADED` in one commit.
+
+    Args:
+        repo_id: `owner/name`, see `resolve_repo_id`.
+        token: see `find_token`; used for every call, and shown nowhere.
+        endpoint: of the Hub, if not HF_ENDPOINT or huggingface.co.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        RunError: if the push fails. Nothing in `output_dir` is changed; the message says how to push again.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    output_dir = Path(output_dir)
+
+    def push() -> str:
+        paths = _files(output_dir)
+        api = _api(endpoint, _need(token))
+        url = api.create_repo(repo_id, token=token, exist_ok=True)
+        logger.info("uploading %d files, %.0f MB", len(paths), sum(path.stat().st_size for path in paths) / 1e6)
+        additions = [CommitOperationAdd(path.relative_to(output_dir).as_posix(), path) for path in paths]
+        with _quiet_uploads():
+            api.create_commit(repo_id, additions, commit_message=commit_message, token=token)
+        return str(url)
+
+    return _attempt(push, output_dir, repo_id, token)
+
+
+def push_command(output_dir: str | Path, repo_id: str) -> str:
+    """The shell command that does the same push; it finds its token in HF_TOKEN or the login."""
+    includes = [part for pattern in UPLOADED for part in ("--include", pattern)]
+    return shlex.join(["hf", "upload", repo_id, str(output_dir), ".", *includes])
+
+
+def _files(output_dir: Path) -> list[Path]:
+    missing = [name for name in WEIGHTS if not (output_dir / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{output_dir} has no {' and no '.join(missing)}")
+    return [path for pattern in UPLOADED for path in sorted(output_dir.glob(pattern)) if path.is_file()]
+
+
+def _api(endpoint: str | None, token: str) -> Any:
+    from huggingface_hub import HfApi
+
+    return HfApi(endpoint=endpoint, token=token, library_name="raycontrolnet", library_version=__version__)
+
+
+def _need(token: str | None) -> str:
+    if not token:
+        raise PermissionError("there is no token: give --hub_token, set HF_TOKEN, or run `hf auth login`")
+    return token
+
+
+def _attempt(action: Callable[[], str], output_dir: Path, repo_id: str, token: str | None) -> str:
+    """`action()`, or a RunError that tells what went wrong, what stands and what to do."""
+    try:
+        return action()
+    except Exception as error:  # noqa: BLE001 (network, files, the library's own)
+        reason = _reason(error, token)
+    # Out here, so that it has no cause: a request among the causes would hold the token, and errors are pickled and
+    # logged.
+    raise RunError(
+        f"The push to {repo_id} failed: {reason}. The finished run in {output_dir} is intact. "
+        f"Push again, with HF_TOKEN set or after `hf auth login`: {push_command(output_dir, repo_id)}"
+    )
+
+
+def _reason(error: BaseException, token: str | None) -> str:
+    while error.__cause__ is not None and _status(error) is None:  # the library may have wrapped it
+        error = error.__cause__
+    status = _status(error)
+    if status == 401:
+        return "the Hub does not accept the token (401); it may have expired or been revoked"
+    if status == 403:
+        return "the token may not write there (403); it needs write permission for that owner"
+    if status == 404:
+        return "the Hub knows no such repository or owner (404)"
+    if status is not None and status >= 500:
+        return f"the Hub answers with an error of its own ({status}); try again later"
+    return f"{_one_line(str(error), token)} ({type(error).__name__})"
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _one_line(text: str, token: str | None) -> str:
+    return " ".join((text.replace(token, "***") if token else text).split()).rstrip(".")
+
+
+@contextmanager
+def _quiet_uploads() -> Iterator[None]:
+    """Without progress bars, which would tear the run's own lines apart; a setting of the user's for them stands."""
+    import huggingface_hub.utils
+    from huggingface_hub import constants
+
+    utils: Any = huggingface_hub.utils
+    ours = constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not utils.are_progress_bars_disabled()
+    if ours:
+        utils.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            # huggingface_hub 2.4 uploads files by an argument that its HTTP library calls by another name now
+            warnings.filterwarnings("ignore", message="Use 'content=", category=DeprecationWarning)
+            yield
+    finally:
+        if ours:
+            utils.enable_progress_bars()

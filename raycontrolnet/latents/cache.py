@@ -1,0 +1,201 @@
+"""The latent cache on disk: shards of encoded rows, read row by row in any order.
+
+A shard is an Arrow file with one record batch per row, so that a row costs one read of its own bytes: memory stays
+flat however large the cache is, and a full shuffle needs no buffer. Every row carries a checksum, verified when read.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from raycontrolnet.data.records import EncodedRow, PreparedRow
+from raycontrolnet.data.transforms import choose_prompt, decode_conditioning
+from raycontrolnet.errors import DataError
+from raycontrolnet.latents.manifest import BadSample, Manifest, Shard, StoredShard
+from raycontrolnet.storage.folder import CacheFolder
+
+ROW_OVERHEAD_BYTES = 1000
+"""What Arrow adds to a row, about."""
+OPEN_SHARDS = 64
+"""Shards that a process keeps open; each costs its index of a few kilobytes."""
+
+_SCHEMA = pa.schema(
+    {
+        "row": pa.int64(),
+        "posterior": pa.large_binary(),
+        "shape": pa.list_(pa.int64()),
+        "dtype": pa.string(),
+        "conditioning_png": pa.large_binary(),
+        "captions": pa.list_(pa.string()),
+        "identity": pa.string(),
+        "checksum": pa.int64(),
+    }
+)
+_BAD_SAMPLES = b"bad_samples"
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """The rows of a complete cache. Pickles small; each process opens the shards that it reads."""
+
+    folder: CacheFolder
+    shard_names: tuple[str, ...]
+    first_positions: NDArray[np.int64]
+    """Of each shard, among all rows of the cache."""
+    rows: NDArray[np.int64]
+    """The source's row at each position, ascending."""
+
+    @staticmethod
+    def of(folder: CacheFolder, manifest: Manifest, shards: Sequence[Shard]) -> LatentCache:
+        """The cache that `manifest` describes; `shards` are its shards as planned."""
+        bad = [sample.row for sample in manifest.bad_samples]
+        rows = np.array([row for shard in shards for row in shard.rows], np.int64)
+        ends = np.cumsum([shard.num_rows for shard in manifest.shards])
+        return LatentCache(
+            folder=folder,
+            shard_names=tuple(shard.name for shard in manifest.shards),
+            first_positions=np.concatenate([[0], ends[:-1]]).astype(np.int64),
+            rows=rows[~np.isin(rows, bad)],
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def remote(self) -> bool:
+        return not self.folder.is_local
+
+    def read(self, row: int) -> EncodedRow:
+        """The source's row `row`, verified.
+
+        Raises:
+            DataError: naming the shard, if it is damaged or gone.
+        """
+        position = int(np.searchsorted(self.rows, row))
+        shard = int(np.searchsorted(self.first_positions, position, side="right")) - 1
+        return read_row(self.folder, self.shard_names[shard], position - int(self.first_positions[shard]), row)
+
+    def sample(
+        self, row: int, sample_index: int, *, proportion_empty_prompts: float, rng: np.random.Generator
+    ) -> PreparedRow:
+        """The row as a sample; draws the prompt exactly as `transforms.prepare_row` does."""
+        encoded = self.read(row)
+        return PreparedRow(
+            sample_index=sample_index,
+            image=None,
+            conditioning_image=decode_conditioning(encoded.conditioning_png),
+            prompt=choose_prompt(encoded.captions, rng, proportion_empty_prompts),
+            posterior=encoded.posterior,
+        )
+
+
+def shard_bytes(rows: Sequence[EncodedRow], bad_samples: Sequence[BadSample]) -> pa.Buffer:
+    """The file of a shard."""
+    bad = json.dumps([[sample.row, sample.reason] for sample in bad_samples])
+    schema = _SCHEMA.with_metadata({_BAD_SAMPLES: bad})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as file:
+        for row in rows:
+            values = {
+                "row": row.row,
+                "posterior": row.posterior.tobytes(),
+                "shape": list(row.posterior.shape),
+                "dtype": row.posterior.dtype.name,
+                "conditioning_png": row.conditioning_png,
+                "captions": list(row.captions),
+                "identity": row.identity,
+            }
+            values["checksum"] = _checksum(values)
+            file.write_batch(pa.record_batch([[values[name]] for name in schema.names], schema=schema))
+    return sink.getvalue()
+
+
+def _checksum(values: dict[str, object]) -> int:
+    """CRC-32 of everything else in a row."""
+    total = 0
+    for name in _SCHEMA.names:
+        if name != "checksum":
+            value = values[name]
+            total = zlib.crc32(value if isinstance(value, bytes) else json.dumps(value).encode(), total)
+    return total
+
+
+def read_row(folder: CacheFolder, shard: str, slot: int, row: int) -> EncodedRow:
+    """The row at place `slot` of a shard, which must be the source's row `row`.
+
+    Raises:
+        DataError: if the shard is damaged or gone.
+    """
+    with _naming(folder, shard):
+        try:
+            values = _verified(_reader(folder, shard), slot, row)
+        except (pa.ArrowException, OSError, ValueError, IndexError):
+            _reader.cache_clear()  # the file may have been made anew since it was opened
+            values = _verified(_reader(folder, shard), slot, row)
+    return EncodedRow(
+        row=row,
+        posterior=np.frombuffer(values["posterior"], values["dtype"]).reshape(values["shape"]),
+        conditioning_png=values["conditioning_png"],
+        captions=tuple(values["captions"]),
+        identity=values["identity"],
+    )
+
+
+def _verified(reader: pa.RecordBatchFileReader, slot: int, row: int) -> dict[str, Any]:
+    batch = reader.get_batch(slot)
+    batch.validate(full=True)
+    values = {name: batch.column(name)[0].as_py() for name in batch.schema.names}
+    if values["row"] != row or values.pop("checksum") != _checksum(values):
+        raise pa.ArrowInvalid(f"the checksum of row {row} is wrong")
+    return values
+
+
+def read_contents(folder: CacheFolder, shard: str, num_bytes: int) -> tuple[StoredShard, list[BadSample]]:
+    """What a shard that is there holds, from its index alone.
+
+    Raises:
+        DataError: if the shard is damaged or gone.
+    """
+    with _naming(folder, shard):
+        reader = pa.ipc.open_file(folder.open(shard))
+        bad = [BadSample(*values) for values in json.loads((reader.schema.metadata or {})[_BAD_SAMPLES])]
+        return StoredShard(shard, reader.num_record_batches, num_bytes), bad
+
+
+def read_identities(folder: CacheFolder, shards: Sequence[StoredShard]) -> Iterator[str]:
+    """The identity of every row in `shards`; what is damaged or gone is passed over."""
+    for shard in shards:
+        try:
+            reader = pa.ipc.open_file(folder.open(shard.name))
+            for slot in range(reader.num_record_batches):
+                yield reader.get_batch(slot).column("identity")[0].as_py()
+        except (pa.ArrowException, OSError):
+            yield from ["?"] * shard.num_rows
+
+
+@contextmanager
+def _naming(folder: CacheFolder, shard: str) -> Iterator[None]:
+    """Turns what goes wrong while a shard is read into an error that names it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, KeyError, ValueError, IndexError) as error:
+        reason = "it is gone" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())[:200]
+        raise DataError(
+            f"{folder.path(shard)}: this part of the latent cache is damaged ({reason}). Delete it and run "
+            "`raycontrolnet prepare` with the settings of the run: only this part is made again"
+        ) from None
+
+
+@lru_cache(maxsize=OPEN_SHARDS)
+def _reader(folder: CacheFolder, shard: str) -> pa.RecordBatchFileReader:
+    return pa.ipc.open_file(folder.open(shard))

@@ -1,0 +1,180 @@
+"""The encoding pass: shards in, files of the latent cache out; by Ray Data, or in this process.
+
+load (tasks on CPUs)  ->  encode (a pool of actors, on GPUs or CPUs)  ->  store (tasks)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from raycontrolnet.cluster.blocks import (
+    COUNT_CPUS,
+    TASK_CPUS,
+    catch,
+    from_block,
+    let_training_go_first,
+    one_row_a_block,
+    to_block,
+)
+from raycontrolnet.config.settings import ModelConfig
+from raycontrolnet.data.sources import Source
+from raycontrolnet.errors import DataError, RunError
+from raycontrolnet.latents.cache import read_contents
+from raycontrolnet.latents.manifest import SHARD_ROWS, Encoding, Shard
+from raycontrolnet.latents.shards import (
+    EncodedShard,
+    LoadedShard,
+    ShardResult,
+    load_shard,
+    store_shard,
+    with_posteriors,
+)
+from raycontrolnet.storage.folder import CacheFolder
+
+if TYPE_CHECKING:
+    import ray
+
+    from raycontrolnet.cluster.resources import WorkerResources
+    from raycontrolnet.latents.encoder import LatentEncoder
+
+SHARDS_AHEAD = 3
+"""Loaded shards per actor that may wait in Ray's object store: one in work, one next, one being made."""
+MIN_STORE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """What is to be encoded, and how. Plain data for tasks and actors."""
+
+    source: Source
+    folder: CacheFolder
+    encoding: Encoding
+    shards: tuple[Shard, ...]
+    """Those that are missing."""
+    replaced: frozenset[str]
+    """Those of them that are there and are to be made anew."""
+    model: ModelConfig
+    batch_size: int
+    token: str | None = field(default=None, repr=False)
+
+    def encoder(self, *, use_gpu: bool) -> LatentEncoder:
+        import torch
+
+        from raycontrolnet.latents.encoder import LatentEncoder
+
+        device = torch.device("cuda" if use_gpu else "cpu")
+        return LatentEncoder(self.model, device=device, batch_size=self.batch_size, token=self.token)
+
+    def load(self, shard: Shard) -> LoadedShard | ShardResult:
+        """The shard's rows; or what is stored, if another process was faster."""
+        if shard.name not in self.replaced and (size := self.folder.size(shard.name)) is not None:
+            with suppress(DataError):
+                return ShardResult(*read_contents(self.folder, shard.name, size))
+        return load_shard(self.source, shard, self.encoding.resolution)
+
+    def encode(self, loaded: LoadedShard | ShardResult, encoder: LatentEncoder) -> EncodedShard | ShardResult:
+        if isinstance(loaded, ShardResult):
+            return loaded
+        import torch
+
+        try:
+            posteriors = encoder.encode([row.image for row in loaded.rows])
+        except torch.OutOfMemoryError as error:
+            message = f"Out of GPU memory: {str(error).splitlines()[0]} Use a smaller --latents_batch_size"
+            raise RunError(message) from error
+        return with_posteriors(loaded, posteriors, self.encoding.dtype)
+
+    def store(self, encoded: EncodedShard | ShardResult) -> ShardResult:
+        return encoded if isinstance(encoded, ShardResult) else store_shard(self.folder, encoded)
+
+
+def encode_here(job: EncodeJob, *, use_gpu: bool) -> Iterator[ShardResult]:
+    """All shards of the job, one by one in this process."""
+    encoder = job.encoder(use_gpu=use_gpu)
+    for shard in job.shards:
+        yield job.store(job.encode(job.load(shard), encoder))
+
+
+def encode_on_ray(job: EncodeJob, resources: WorkerResources) -> Iterator[ShardResult]:
+    """All shards of the job on the connected Ray cluster, in the order in which they are done."""
+    import ray
+
+    shards_ref = ray.put(job.shards)
+    job_ref = ray.put(replace(job, shards=()))  # every task unpickles it
+    fewest, most = (min(workers, len(job.shards)) for workers in resources.num_workers)
+    actors: dict[str, Any] = {"num_cpus": resources.cpus_per_worker}
+    if resources.use_gpu:
+        actors["num_gpus"] = 1
+    if resources.accelerator_type:
+        actors["accelerator_type"] = resources.accelerator_type
+    whole = {"batch_format": "pyarrow", "batch_size": None}
+    with_job = {"fn_kwargs": {"job_ref": job_ref}} | whole
+    dataset = (
+        ray.data.from_blocks([pa.table({"stream": [0]})])
+        .map_batches(_tickets, fn_kwargs={"shards_ref": shards_ref}, num_cpus=COUNT_CPUS, **whole)
+        .map_batches(_load, num_cpus=TASK_CPUS, **with_job)
+        .map_batches(
+            _Encoder,
+            compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most),
+            fn_constructor_args=(job_ref, resources),
+            **actors,
+            **whole,
+        )
+        .map_batches(_store, num_cpus=COUNT_CPUS, **with_job)
+    )
+    shard_bytes = SHARD_ROWS * 3 * job.encoding.resolution**2
+    one_row_a_block(dataset)
+    ahead = max(MIN_STORE_BYTES, SHARDS_AHEAD * shard_bytes * most)
+    dataset.context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=ahead)
+    for table in dataset.iter_batches(prefetch_batches=0, **whole):
+        result = from_block(table)
+        if isinstance(result, Exception):
+            raise result
+        yield result
+
+
+def _tickets(_: pa.Table, shards_ref: ray.ObjectRef[tuple[Shard, ...]]) -> Iterator[pa.Table]:
+    """A row for each shard."""
+    import ray
+
+    for shard in ray.get(shards_ref):
+        yield to_block(shard)
+
+
+def _load(table: pa.Table, job_ref: ray.ObjectRef[EncodeJob]) -> pa.Table:
+    import ray
+
+    let_training_go_first()
+    return to_block(catch(ray.get(job_ref).load, from_block(table)))
+
+
+class _Encoder:
+    """An actor with the VAE, which it loads with its first shard: what fails then is told as any other error."""
+
+    def __init__(self, job_ref: ray.ObjectRef[EncodeJob], resources: WorkerResources):
+        import ray
+
+        self.job, self.resources = ray.get(job_ref), resources
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return to_block(catch(lambda loaded: self.job.encode(loaded, self.encoder), from_block(table)))
+
+    @cached_property
+    def encoder(self) -> LatentEncoder:
+        import torch
+
+        if not self.resources.use_gpu:
+            torch.set_num_threads(self.resources.threads)
+        return self.job.encoder(use_gpu=self.resources.use_gpu)
+
+
+def _store(table: pa.Table, job_ref: ray.ObjectRef[EncodeJob]) -> pa.Table:
+    import ray
+
+    return to_block(catch(ray.get(job_ref).store, from_block(table)))

@@ -1,0 +1,38 @@
+"""Images to the VAE's posterior, in batches: what the latent cache is filled with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from raycontrolnet.config.settings import ModelConfig
+from raycontrolnet.data.records import UInt8Image
+from raycontrolnet.model.base import load_vae
+from raycontrolnet.model.components import encode_images
+from raycontrolnet.model.diffusion import MAX_LOGVAR, MIN_LOGVAR
+
+
+class LatentEncoder:
+    """The VAE's encoder on a device.
+
+    It runs in fp32 whatever precision training will have: an image is encoded once, and half precision overflows in
+    some VAEs.
+    """
+
+    def __init__(self, model: ModelConfig, *, device: torch.device, batch_size: int, token: str | None = None):
+        self.device, self.batch_size = device, batch_size
+        self.vae = load_vae(model, dtype=torch.float32, token=token).requires_grad_(False).eval().to(device)
+        del self.vae.decoder  # half of the memory
+
+    def encode(self, images: Sequence[UInt8Image]) -> list[NDArray[np.float32]]:
+        """Mean and log-variance (clamped as by diffusers, not scaled), fp32 [2, C, h, w], of each image [H, W, 3]."""
+        posteriors: list[NDArray[np.float32]] = []
+        with torch.no_grad():
+            for start in range(0, len(images), self.batch_size):
+                stacked = torch.from_numpy(np.stack(images[start : start + self.batch_size])).to(self.device)
+                mean, logvar = encode_images(self.vae, stacked)
+                posteriors += list(torch.stack([mean, logvar.clamp(MIN_LOGVAR, MAX_LOGVAR)], dim=1).cpu().numpy())
+        return posteriors

@@ -1,0 +1,106 @@
+"""The driver of the latent cache: `prepare(config) -> PrepareResult`, and what `fit` does of it by itself.
+
+Plans which shards the cache should have, encodes those that are missing, and writes the manifest that makes it whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from raycontrolnet.cluster.logs import logging_to, shown_on
+from raycontrolnet.cluster.resources import worker_resources
+from raycontrolnet.cluster.session import ray_session
+from raycontrolnet.config.checks import collected, find_token, local_model_problems, with_absolute_paths
+from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.data.sources import Source, open_source
+from raycontrolnet.errors import ConfigError, Interrupted
+from raycontrolnet.latents.ensure import SEVERAL_MACHINES, _file_for, complete, here, on_ray, prepare_command
+from raycontrolnet.latents.manifest import BadSample
+from raycontrolnet.latents.plan import LatentPlan
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PrepareResult:
+    """What `prepare` left."""
+
+    folder: str
+    num_samples: int
+    """In the cache."""
+    num_bytes: int
+    bad_samples: tuple[BadSample, ...]
+    """Those that were skipped."""
+    num_encoded: int
+    """Samples that were encoded now; the others were there."""
+    seconds: float
+
+
+def prepare(config: TrainConfig, *, stream: TextIO | None = None) -> PrepareResult:
+    """Encode every image of the data into the latent cache, or those that are missing there.
+
+    Uses Ray as `fit` does. Killed at any moment, it goes on where it stopped when it is run again.
+
+    Args:
+        config: the settings of the run that will use the cache.
+        stream: where progress is shown; standard error by default.
+
+    Raises:
+        UserError: bad settings, data or models (exit code 2 on the command line).
+        RunError: it failed, as on a full disk; what was written stands (exit code 1).
+        Interrupted: Ctrl-C (exit code 130).
+    """
+    with shown_on(stream) as shown:
+        try:
+            return _prepare(config, shown)
+        except KeyboardInterrupt:
+            raise Interrupted("Interrupted. What is cached stands; the same command goes on from there.") from None
+
+
+def _prepare(config: TrainConfig, stream: TextIO) -> PrepareResult:
+    started = time.monotonic()
+    config = with_absolute_paths(config, Path(config.output_dir).expanduser().resolve())
+    source, token = check_inputs(config)
+    plan = LatentPlan.of(config, source, token)
+    plan.check_encoding(prepare_command)
+    if changes := plan.changes():
+        stream.write(f"latents: the data changed since ({changes}); what is new will be encoded\n")
+    there, missing = plan.survey()
+    with logging_to(_file_for(plan, "prepare.log")):
+        if not missing:
+            manifest = complete(plan, there, (), None, token, stream)
+        elif config.worker_range == (0, 0):
+            manifest = complete(plan, there, missing, here(config), token, stream)
+        else:
+            with ray_session(config.address):
+                resources = worker_resources(config)
+                if not resources.one_machine and config.latents_cache_dir is None:
+                    raise ConfigError([f"--latents_cache_dir: {SEVERAL_MACHINES}"])
+                manifest = complete(plan, there, missing, on_ray(resources), token, stream)
+    return PrepareResult(
+        folder=plan.folder.uri,
+        num_samples=manifest.num_rows,
+        num_bytes=manifest.num_bytes,
+        bad_samples=manifest.bad_samples,
+        num_encoded=sum(len(shard.rows) for shard in missing),
+        seconds=time.monotonic() - started,
+    )
+
+
+def check_inputs(config: TrainConfig) -> tuple[Source, str | None]:
+    """What the encoding of latents needs: the data, and the Hub token.
+
+    Raises:
+        ConfigError: with the problems of model folders and data together.
+    """
+    problems = list(local_model_problems(config))
+    token, source = find_token(config.hub_token), None
+    with collected(problems):
+        source = open_source(config, cache_dir=config.cache_dir, token=token, skip_bad=True)
+    if problems or source is None:
+        raise ConfigError(problems)
+    return source, token

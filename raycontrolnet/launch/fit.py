@@ -1,0 +1,185 @@
+"""The driver of one training run: `fit(config) -> RunResult`.
+
+Checks everything that can be checked before anything is loaded, hands a `Job` to the workers of a Ray Train
+`TorchTrainer`, shows the progress, and finishes what they left: model card, run.json, the Hub.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from raycontrolnet.cluster.logs import logging_to, shown_on
+from raycontrolnet.cluster.resources import worker_resources
+from raycontrolnet.cluster.session import ray_session
+from raycontrolnet.config.checks import check_device, versions, with_absolute_paths
+from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.errors import RunError
+from raycontrolnet.hub import push
+from raycontrolnet.latents.ensure import WantedLatents, here, on_ray, planned_latents, with_latents
+from raycontrolnet.launch.explain import interruption_explained
+from raycontrolnet.launch.preflight import CheckedRun, check
+from raycontrolnet.launch.workers import train_here, train_on_ray
+from raycontrolnet.report.live_report import report_kept
+from raycontrolnet.text import duration
+from raycontrolnet.training import held_out, validation
+from raycontrolnet.training.job import LOG
+from raycontrolnet.training.status import RunStatus, status_kept
+
+logger = logging.getLogger(__name__)
+
+Summary = dict[str, Any]
+"""What the worker loop returns: step, samples, loss and seconds by phase."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run left."""
+
+    output_dir: Path
+    step: int
+    """Optimizer updates done, those of earlier parts of the run included."""
+    samples: int
+    """Samples consumed."""
+    loss: float | None
+    """Of the last update: mean over workers and accumulation; None if there was nothing left to do."""
+    checkpoint: Path | None
+    """The last checkpoint."""
+    seconds: float
+    timings: dict[str, float]
+    """Seconds by phase in the worker of rank 0."""
+    hub_url: str | None = None
+    """Where the weights were pushed to."""
+    val_loss: float | None = None
+    """Of the rows that are held out, at the last measurement; None if there are none."""
+    control_gap: float | None = None
+    """By how much val_loss grows when the control images are shuffled."""
+    control_appeared_at_step: int | None = None
+    """Since when the model obeys the control image, as far as the held-out rows show."""
+    control_fidelity: float | None = None
+    """How well the last validation images obey their control images, in [0, 1]; None if it was not measured."""
+
+
+def fit(config: TrainConfig, *, stream: TextIO | None = None) -> RunResult:
+    """Train a ControlNet.
+
+    Uses the Ray that is connected, or `config.address`, or RAY_ADDRESS, or starts a local one for the run;
+    with `num_workers=0` it trains in this process, without Ray.
+
+    Args:
+        config: all settings.
+        stream: where progress is shown; standard error by default.
+
+    Raises:
+        UserError: bad settings, data or models (exit code 2 on the command line).
+        RunError: the run failed; the last checkpoint stands (exit code 1).
+        Interrupted: Ctrl-C; the last checkpoint stands (exit code 130).
+    """
+    with shown_on(stream) as shown:
+        return _fit(config, shown)
+
+
+def _fit(config: TrainConfig, stream: TextIO) -> RunResult:
+    started = time.time()
+    output_dir = Path(config.output_dir).expanduser().resolve()
+    config = with_absolute_paths(config, output_dir)
+    run = check(config, output_dir)
+    latents = planned_latents(run, stream)
+
+    def train(status: RunStatus) -> Summary:
+        if config.worker_range == (0, 0):
+            return _train_here(run, latents, status, stream)
+        with ray_session(config.address):
+            return _train_on_ray(run, latents, status, stream)
+
+    return run_and_record(run, train, stream, started)
+
+
+def _train_here(run: CheckedRun, latents: WantedLatents | None, status: RunStatus, stream: TextIO) -> Summary:
+    import torch
+
+    use_gpu = torch.cuda.is_available() if run.config.use_gpu is None else run.config.use_gpu
+    check_device(run.config, use_gpu=use_gpu, has_gpu=torch.cuda.is_available())
+    run = with_latents(run, latents, here(run.config), stream)
+    return train_here(run, status, stream, use_gpu=use_gpu)
+
+
+def _train_on_ray(run: CheckedRun, latents: WantedLatents | None, status: RunStatus, stream: TextIO) -> Summary:
+    resources = worker_resources(run.config)
+    check_device(run.config, use_gpu=resources.use_gpu, has_gpu=resources.use_gpu)
+    run = with_latents(run, latents, on_ray(resources), stream, shared=not resources.one_machine)
+    return train_on_ray(run, resources, status, stream)
+
+
+def run_and_record(run: CheckedRun, train: Callable[[RunStatus], Summary], stream: TextIO, started: float) -> RunResult:
+    """Train, and leave beside the weights what a run leaves: log, report, run.json, model card.
+
+    Args:
+        train: starts the worker loop, and returns what it returns.
+        started: unix seconds.
+
+    Raises:
+        UserError, RunError, Interrupted: as `fit`.
+        RunStopped: the run was ended from outside.
+    """
+    output_dir = run.output_dir
+    with (
+        logging_to(output_dir / LOG),
+        report_kept(output_dir),
+        status_kept(output_dir, started, versions()) as status,
+        interruption_explained(run),
+    ):
+        summary = train(status)
+        last = run.last_checkpoint()
+        measured = held_out.summary(output_dir) | validation.summary(run.config, output_dir, summary["step"])
+        status |= {**summary, **measured, "checkpoint": last.path.name if last else None}
+        licence = push.find_licence(run.config, run.token)
+        # Fit to be pushed, also by hand: if the Hub does not even say who the owner is, there is no better name.
+        name = push.repo_name(output_dir, run.config.hub_model_id) if run.config.push_to_hub else None
+        with _finished_all_the_same(output_dir, status):
+            push.write_model_card(output_dir, run.config, status, repo_id=name, licence=licence)
+        hub_url = _push(run, status, licence, stream) if run.config.push_to_hub else None
+    seconds = time.time() - started
+    stream.write(f"done in {duration(seconds)}: {summary['step']} updates; weights in {output_dir}\n")
+    return RunResult(
+        output_dir=output_dir,
+        step=summary["step"],
+        samples=summary["samples"],
+        loss=summary["loss"],
+        checkpoint=last.path if last else None,
+        seconds=seconds,
+        timings=summary["timings"],
+        hub_url=hub_url,
+        **measured,
+    )
+
+
+@contextmanager
+def _finished_all_the_same(output_dir: Path, status: RunStatus) -> Iterator[None]:
+    """The weights are there: what comes after them may fail, and the run is finished."""
+    status["status"] = "finished"
+    try:
+        yield
+    except OSError as error:
+        logger.exception("the model card could not be written")
+        status["cause"] = f"The run is finished, but its model card cannot be written ({error.strerror or error})"
+        raise RunError(f"{status['cause']}: {output_dir / 'README.md'}. The weights stand.") from error
+
+
+def _push(run: CheckedRun, status: dict[str, Any], licence: push.Licence, stream: TextIO) -> str:
+    """Push what the run left; a push that fails is no failed run, and `status` says so."""
+    try:
+        repo_id = push.resolve_repo_id(run.output_dir, run.config.hub_model_id, run.token)
+        push.write_model_card(run.output_dir, run.config, status, repo_id=repo_id, licence=licence)
+        url = push.push_to_hub(run.output_dir, repo_id=repo_id, token=run.token)
+    except RunError as error:
+        status["push_failure"] = str(error)
+        raise
+    status["pushed_to"] = url
+    stream.write(f"pushed to {url}\n")
+    return url

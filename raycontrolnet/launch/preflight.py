@@ -1,0 +1,169 @@
+"""Before a run: everything that can be checked before Ray starts and models are read, all problems at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import secrets
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raycontrolnet.config.checks import (
+    collected,
+    find_token,
+    local_model_problems,
+    missing_extras,
+    unwritable,
+    versions,
+)
+from raycontrolnet.config.train_config import TrainConfig, public_settings
+from raycontrolnet.data.order import SampleOrder
+from raycontrolnet.data.sources import Source, open_source
+from raycontrolnet.data.stream import BatchLoader, PixelRows
+from raycontrolnet.errors import ConfigError
+from raycontrolnet.hub import push
+from raycontrolnet.latents.cache import LatentCache
+from raycontrolnet.storage import checkpoint as checkpoints
+from raycontrolnet.training import trackers, validation
+from raycontrolnet.training.job import Job, RunCallback
+from raycontrolnet.training.schedule import RunPlan
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """A run whose input has been checked."""
+
+    config: TrainConfig
+    """With absolute paths and a seed."""
+    output_dir: Path
+    source: Source
+    start: checkpoints.Checkpoint | None
+    token: str | None = dataclasses.field(repr=False)
+    cache: LatentCache | None = None
+    """Where samples come from, if not from the source's pixels."""
+    bad_rows: tuple[int, ...] = ()
+    """Those that the cache left out."""
+    random_subset: bool = False
+    """Whether max_train_samples takes other rows in every run, because no seed was given."""
+    run_id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def loader(self) -> BatchLoader:
+        assert self.config.seed is not None
+        config = self.config
+        return BatchLoader(
+            rows=self.cache or PixelRows(self.source, config.resolution),
+            order=SampleOrder(
+                len(self.source),
+                self.config.seed,
+                config.max_train_samples,
+                self.bad_rows,
+                config.num_held_out(len(self.source)),
+            ),
+            batch_size=config.train_batch_size,
+            proportion_empty_prompts=config.proportion_empty_prompts,
+        )
+
+    def plan(self, world_size: int, checkpoint: checkpoints.Checkpoint | None) -> RunPlan:
+        return RunPlan.of(self.config, self.loader.order.num_samples, world_size, checkpoint)
+
+    def last_checkpoint(self) -> checkpoints.Checkpoint | None:
+        """The last one of this run, or where it started."""
+        return checkpoints.latest(self.output_dir, self.run_id) or self.start
+
+    def job(
+        self,
+        *,
+        use_gpu: bool,
+        threads: int | None,
+        loader: Any,
+        spare: Mapping[str, Any] | None = None,
+        follower: RunCallback | None = None,
+    ) -> Job:
+        """What the workers get; see there. `loader` is that of the run, or a reference to it."""
+        config, order = self.config, self.loader.order
+        assert config.seed is not None
+        return Job(
+            config=dataclasses.replace(config, hub_token=None),
+            run_id=self.run_id,
+            num_samples=order.num_samples,
+            num_held_out=len(order.held_out),
+            start=self.start,
+            use_gpu=use_gpu,
+            cached=self.cache is not None,
+            threads=threads,
+            trackers=trackers.resolve(config.report_to),
+            tracker_settings=public_settings(config),
+            validation_items=tuple(validation.plan(config, config.seed)),
+            facts={
+                "settings": public_settings(config),
+                "data": self.source.fingerprint(),
+                "left_out": list(self.bad_rows),
+                "held_out": config.num_held_out(len(self.source)),
+                "versions": versions(),
+            },
+            token=self.token,
+            loader=loader,
+            spare=spare,
+            follower=follower,
+        )
+
+
+def check(config: TrainConfig, output_dir: Path) -> CheckedRun:
+    """Everything that can be checked before Ray starts and models are read.
+
+    Raises:
+        ConfigError: with the problems of settings, model folders, output folder, validation images and data together.
+    """
+    problems = list(trackers.check_trackers(config.trackers if config.report_to != "all" else ()))
+    problems += missing_extras(config)
+    problems += local_model_problems(config)
+    problems += push.check_push(config)
+    if problem := unwritable(output_dir, "output_dir"):
+        problems.append(problem)
+    else:
+        checkpoints.remove_leftovers(output_dir)
+    token = find_token(config.hub_token)
+    start, source = None, None
+    with collected(problems):
+        start = checkpoints.resolve(config.resume_from_checkpoint, output_dir)
+    with collected(problems):
+        validation.check(config)
+    with collected(problems):
+        source = open_source(config, cache_dir=config.cache_dir, token=token, skip_bad=config.on_bad_sample == "skip")
+    if problems or source is None:
+        raise ConfigError(problems)
+    config = _with_held_out_rows(config, len(source), start)
+    random_subset = config.seed is None and start is None and (config.max_train_samples or len(source)) < len(source)
+    if config.seed is None:
+        config = dataclasses.replace(config, seed=start.seed if start else secrets.randbelow(2**31))
+    if start is not None:
+        for what, now in (("seed", config.seed), ("data", source.fingerprint())):
+            if start.manifest[what] != now:
+                logger.warning("%s was made with another %s: the order of samples changes", start.path, what)
+        if start.manifest.get("held_out", 0) != config.num_held_out(len(source)):
+            logger.warning(
+                "%s was made with other rows held out: it has seen rows that are measured now, and the order changes",
+                start.path,
+            )
+    return CheckedRun(config, output_dir, source, start, token, random_subset=random_subset)
+
+
+def _with_held_out_rows(config: TrainConfig, num_rows: int, start: checkpoints.Checkpoint | None) -> TrainConfig:
+    """The settings, with as many held-out rows as the run had that goes on, unless they say how many.
+
+    Raises:
+        ConfigError: if no row would be left to train on.
+    """
+    before = start.manifest.get("held_out", 0) if start else None
+    if config.validation_split is None and before not in (None, config.num_held_out(num_rows)):
+        config = dataclasses.replace(config, validation_split=before)
+    if config.num_held_out(num_rows) >= num_rows:
+        problem = f"--validation_split={config.validation_split:g}: leaves none of the {num_rows:,} rows to train on"
+        raise ConfigError([f"{problem}; hold out fewer, or 0"])
+    return config

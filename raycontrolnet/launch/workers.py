@@ -1,0 +1,241 @@
+"""The worker loop, started for one run: in this process, or by a Ray Train `TorchTrainer` on the connected Ray."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, TextIO
+
+from raycontrolnet.cluster.resources import WorkerResources
+from raycontrolnet.cluster.trainer import interruptible_trainer
+from raycontrolnet.config.train_config import TrainConfig, changed_settings, public_settings
+from raycontrolnet.data.bundles import StreamPlan
+from raycontrolnet.data.stream import execution_options, ray_dataset
+from raycontrolnet.launch.explain import failures_explained
+from raycontrolnet.launch.preflight import CheckedRun
+from raycontrolnet.report.progress import Progress
+from raycontrolnet.sampling.find_controlnet import CONFIG
+from raycontrolnet.training import held_out, metrics, validation
+from raycontrolnet.training.failures import read_failure
+from raycontrolnet.training.job import Job, RunCallback, RunStopped, begin
+from raycontrolnet.training.schedule import due_steps, warmup_warning
+from raycontrolnet.training.status import RunStatus
+from raycontrolnet.version import __version__
+
+if TYPE_CHECKING:
+    import ray
+
+logger = logging.getLogger(__name__)
+
+ENDLESS = 2**40
+FOLLOW_INTERVAL_S = 1.0
+
+
+def train_here(
+    run: CheckedRun,
+    status: RunStatus,
+    stream: TextIO,
+    *,
+    use_gpu: bool,
+    threads: int | None = None,
+    follower: RunCallback | None = None,
+) -> dict[str, Any]:
+    """The worker loop in this process, by Ray Train's local mode: for debugging, quick tests, and trials of a sweep.
+
+    Args:
+        threads: of the CPU; None leaves them.
+
+    Returns:
+        What the worker loop returns.
+    """
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from raycontrolnet.train_controlnet import train_controlnet
+
+    job = run.job(use_gpu=use_gpu, threads=threads, loader=run.loader, follower=follower)
+    _announce(run, 1, status, stream, use_gpu=use_gpu)
+    begin(job)
+    trainer = TorchTrainer(
+        train_controlnet,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(num_workers=0),
+        run_config=RunConfig(storage_path=str(run.output_dir.parent), name=run.output_dir.name),
+    )
+    with failures_explained(run), _progress(run, 1, stream, follower):
+        return dict(trainer.fit().return_value)
+
+
+def train_on_ray(
+    run: CheckedRun,
+    resources: WorkerResources,
+    status: RunStatus,
+    stream: TextIO,
+    *,
+    follower: RunCallback | None = None,
+) -> dict[str, Any]:
+    """The worker loop on workers of the connected Ray.
+
+    Returns:
+        What the worker loop of rank 0 returns.
+    """
+    import ray
+    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+
+    from raycontrolnet.train_controlnet import train_controlnet
+
+    fewest, most = resources.num_workers
+    loader_ref = ray.put(run.loader)
+    threads = None if resources.use_gpu else resources.threads
+    # A sweep's trials share the cluster: what looks spare to one may be another's.
+    has_spare = resources.spare and follower is None
+    spare = _options_for(resources) if has_spare and run.config.validation_pairs else None
+    job = run.job(use_gpu=resources.use_gpu, threads=threads, loader=loader_ref, spare=spare)
+    _announce(run, most, status, stream, use_gpu=resources.use_gpu)
+    if resources.waits_for:
+        stream.write(f"waiting for {resources.waits_for}\n")
+    begin(job)
+    with failures_explained(run):
+        trainer = interruptible_trainer()(
+            train_controlnet,
+            train_loop_config={"job": job},
+            scaling_config=ScalingConfig(
+                num_workers=most if fewest == most else (fewest, most),
+                use_gpu=resources.use_gpu,
+                resources_per_worker=_resources_per_worker(resources),
+                accelerator_type=resources.accelerator_type,
+            ),
+            run_config=RunConfig(
+                storage_path=str(run.output_dir.parent),
+                name=run.output_dir.name,
+                failure_config=FailureConfig(max_failures=run.config.max_failures),
+            ),
+            datasets={"train": _dataset_factory(run, job)},
+            dataset_config=DataConfig(
+                execution_options=execution_options(_batch_bytes(run.config), most), enable_shard_locality=False
+            ),
+        )
+        with _progress(run, most, stream, follower), _followed(run, most, trainer, follower):
+            summary = trainer.fit_or_abort().return_value
+        if failure := read_failure(run.output_dir):
+            raise failure
+        return dict(summary)
+
+
+@contextmanager
+def _followed(run: CheckedRun, world_size: int, trainer: Any, follower: RunCallback | None) -> Iterator[None]:
+    """Tell `follower` what the workers' files tell; if it ends the run, stop the workers and raise `RunStopped`."""
+    if follower is None:
+        yield
+        return
+    over, stopped = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        start = run.start.step if run.start else 0
+        told = {step for step in _validated(run, world_size) if step <= start}
+        while not over.wait(FOLLOW_INTERVAL_S):
+            try:
+                if stopped.is_set():  # and again: there may have been no workers yet
+                    trainer.abort()
+                    continue
+                follower.updated()
+                for step in sorted(_validated(run, world_size) - told):
+                    told.add(step)
+                    follower.validated()
+            except RunStopped:
+                stopped.set()
+            except Exception:
+                logger.warning("the run could not be followed", exc_info=True)
+
+    thread = threading.Thread(target=watch, name="follower", daemon=True)
+    thread.start()
+    try:
+        yield
+    except Exception as error:
+        if stopped.is_set():
+            raise RunStopped from error
+        raise
+    finally:
+        over.set()
+        thread.join()
+
+
+def _validated(run: CheckedRun, world_size: int) -> set[int]:
+    """The updates after which a validation is done, the last update left out."""
+    updates = metrics.read(run.output_dir / metrics.METRICS_FILE)
+    total_updates = run.plan(world_size, run.start).total_updates
+    done = min(updates[-1]["step"] if updates else 0, total_updates - 1)
+    steps = set(due_steps(run.config.validation_steps, done, total_updates))
+    if run.config.num_held_out(len(run.source)):
+        steps &= {record["step"] for record in held_out.read(run.output_dir)}
+    if run.config.control_fidelity:
+        steps &= set(validation.fidelity_by_step(run.output_dir, done))
+    return steps
+
+
+def _options_for(resources: WorkerResources) -> dict[str, Any]:
+    """Ray's options for an actor with the resources of a worker."""
+    of_gpu = {"num_gpus": 1, "accelerator_type": resources.accelerator_type} if resources.use_gpu else {}
+    return {"num_cpus": resources.cpus_per_worker, **of_gpu}
+
+
+def _resources_per_worker(resources: WorkerResources) -> dict[str, float]:
+    return {"CPU": resources.cpus_per_worker} | ({"GPU": 1} if resources.use_gpu else {})
+
+
+def _batch_bytes(config: TrainConfig) -> int:
+    return config.train_batch_size * 2 * 3 * config.resolution**2
+
+
+def _dataset_factory(run: CheckedRun, job: Job) -> Callable[[], ray.data.Dataset]:
+    """What Ray Train calls at every start of the workers: the stream from the last committed checkpoint on."""
+    batch_size, bundle = run.config.train_batch_size, StreamPlan.bundle_for(_batch_bytes(run.config))
+    max_tasks = run.config.dataloader_num_workers * run.config.worker_range[1] or None
+    fewest, most = run.config.worker_range
+
+    def dataset() -> ray.data.Dataset:
+        checkpoint = job.current_checkpoint()
+        step, samples = (checkpoint.step, checkpoint.samples) if checkpoint else (0, 0)
+        if fewest == most:
+            plan = StreamPlan(samples, run.plan(most, checkpoint).batches_per_worker(step), batch_size, most, bundle)
+        else:  # how many workers an elastic run got is not known here: they stop by themselves
+            plan = StreamPlan(samples, ENDLESS, batch_size)
+        return ray_dataset(job.loader, plan, max_tasks)
+
+    return dataset
+
+
+def _announce(run: CheckedRun, world_size: int, status: RunStatus, stream: TextIO, *, use_gpu: bool) -> None:
+    """Say what will be done, and write config.yaml."""
+    import yaml
+
+    settings = public_settings(run.config)
+    del settings["resume_from_checkpoint"]  # the file is for doing the same again, elsewhere
+    (run.output_dir / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False))
+    plan = run.plan(world_size, run.start)
+    status |= {"total_updates": plan.total_updates, "held_out": len(run.loader.order.held_out)}
+    status.write()
+    step = run.start.step if run.start else 0
+    source = "" if run.cache is None else " from cached latents"
+    workers = f"{world_size} worker{'s' * (world_size != 1)} on {'GPUs' if use_gpu else 'CPUs'}"
+    stream.write(
+        f"raycontrolnet {__version__}: {plan.num_samples} samples{source}, {workers} x batch {plan.batch_size} x "
+        f"accumulation {plan.accumulation_steps}, updates {step} to {plan.total_updates}, seed {run.config.seed}\n"
+    )
+    if warning := warmup_warning(run.config, plan.total_updates):
+        stream.write(f"{warning}\n")
+    changed = ", ".join(f"{name}={value}" for name, value in changed_settings(run.config).items())
+    logger.info("settings: %s", changed)
+
+
+def _progress(
+    run: CheckedRun, world_size: int, stream: TextIO, follower: RunCallback | None
+) -> AbstractContextManager[object]:
+    """The progress line; who follows a run shows it in another way."""
+    if follower is not None:
+        return nullcontext()
+    total_updates = run.plan(world_size, run.start).total_updates
+    scored = run.config.control_fidelity is not None
+    return Progress(run.output_dir, total_updates, run.start.step if run.start else 0, stream, scored=scored)

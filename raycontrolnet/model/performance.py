@@ -1,0 +1,46 @@
+"""Precision and memory: the working dtype, gradient checkpointing, xformers, and where the VAE waits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from raycontrolnet.errors import UserError
+from raycontrolnet.model.components import Components
+
+
+def working_precision(mixed_precision: str | None) -> torch.dtype:
+    """The dtype of the frozen models."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision or "no", torch.float32)
+
+
+def enable_memory_savers(components: Components, *, gradient_checkpointing: bool, xformers: bool) -> None:
+    """Gradient checkpointing and xformers attention, in the ControlNet and the UNet it is trained through.
+
+    Raises:
+        UserError: if xformers cannot run here.
+    """
+    for module in (components.unet, components.controlnet):
+        if gradient_checkpointing:
+            module.enable_gradient_checkpointing()
+        if xformers:
+            try:
+                module.enable_xformers_memory_efficient_attention()
+            except (ImportError, ModuleNotFoundError, ValueError, NotImplementedError) as error:
+                raise UserError(
+                    f"--enable_xformers_memory_efficient_attention: {' '.join(str(error).split())[:200]}; "
+                    "needs a CUDA GPU and pip install 'raycontrolnet[xformers]'"
+                ) from error
+
+
+@contextmanager
+def vae_on(components: Components, device: torch.device) -> Iterator[None]:
+    """The VAE on `device` for as long as it is needed, then where it was."""
+    before = components.vae.device
+    components.vae.to(device)
+    try:
+        yield
+    finally:
+        components.vae.to(before)

@@ -1,0 +1,223 @@
+"""Curves of a run as SVG for a page's inside: drawn with matplotlib's objects, coloured by the page's style sheet.
+
+A curve of any number of updates becomes one of at most `MOST_POINTS`. matplotlib is imported when the first curve is
+drawn, so that nothing else waits for it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from html import escape
+from io import StringIO
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from raycontrolnet.text import short
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Column = npt.NDArray[np.float64]
+"""A value per update or measurement, steps ascending."""
+
+MOST_POINTS = 400
+SMOOTHED_SHARE = 0.08
+"""The smooth curve is the mean over this share of the updates around each."""
+MARKED_POINTS = 40
+"""Up to so many points are marked as such."""
+STANDARD_ERRORS = 2
+"""Drawn, and written, to either side of a control gap or fidelity."""
+
+SIZE = (5.0, 3.0)
+"""Inches of 72 units: at 360 units to the width of a phone, text of 12 units is read without glasses."""
+
+
+def stand_ins(variables: Sequence[str], first: int = 1) -> dict[str, str]:
+    """Name of a CSS variable -> the colour that stands for it while matplotlib draws, and occurs nowhere else."""
+    return {variable: "#" + 3 * f"{grey:02x}" for grey, variable in enumerate(variables, first)}
+
+
+PAINTS = stand_ins(("ink", "grid", "loss", "held-out", "gap", "speed", "lr", "fidelity"))
+
+
+class Points(NamedTuple):
+    """A curve, thinned: neighbours are one point. All of one length."""
+
+    x: Column
+    mean: Column
+    low: Column
+    high: Column
+
+
+def thin(x: Column, y: Column, most: int = MOST_POINTS) -> Points:
+    """The mean, smallest and largest of at most `most` groups of neighbours, as equal in size as can be."""
+    groups = min(x.size, most)
+    if groups == 0:
+        return Points(x, y, y, y)
+    starts = np.arange(groups) * x.size // groups
+    sizes = np.diff(starts, append=x.size)
+    return Points(
+        np.add.reduceat(x, starts) / sizes,
+        np.add.reduceat(y, starts) / sizes,
+        np.minimum.reduceat(y, starts),
+        np.maximum.reduceat(y, starts),
+    )
+
+
+def smooth(values: Column) -> Column:
+    """The mean around each value, of `SMOOTHED_SHARE` of all values and at the ends of what there is of them."""
+    reach = round(values.size * SMOOTHED_SHARE / 2)
+    sums = np.concatenate(([0.0], np.cumsum(values)))
+    index = np.arange(values.size)
+    low, high = np.maximum(index - reach, 0), np.minimum(index + reach + 1, values.size)
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def finite(x: Column, y: Column) -> tuple[Column, Column]:
+    """`x` and `y` where both are finite numbers."""
+    there = np.isfinite(x) & np.isfinite(y)
+    return x[there], y[there]
+
+
+def loss(steps: Column, losses: Column, held_out_steps: Column, held_out_losses: Column) -> str:
+    """Loss of the updates, with its spread, and on the held-out rows (which may be none)."""
+    axes = new_axes()
+    limits = _smooth_over_raw(axes, *finite(steps, losses), "loss")
+    _line(axes, held_out_steps, held_out_losses, "held-out", zorder=4)
+    limit(axes, *limits, *held_out_losses)
+    return svg(axes, "loss", "loss over the steps")
+
+
+def images_per_second(steps: Column, rates: Column) -> str:
+    axes = new_axes()
+    limits = _smooth_over_raw(axes, *finite(steps, rates), "speed")
+    limit(axes, 0.0, *limits)
+    return svg(axes, "speed", "images per second over the steps")
+
+
+def learning_rate(steps: Column, rates: Column) -> str:
+    axes = new_axes()
+    x, y, *_ = thin(*finite(steps, rates))
+    _line(axes, x, y, "lr")
+    limit(axes, 0.0, *y)
+    return svg(axes, "lr", "learning rate over the steps")
+
+
+def control_gap(steps: Column, gaps: Column, errors: Column, appeared_at: int | None) -> str:
+    """The control gap with its standard errors, and a dashed line at the step where control has appeared.
+
+    Args:
+        errors: standard error of each gap.
+    """
+    axes = new_axes()
+    low, high = gaps - STANDARD_ERRORS * errors, gaps + STANDARD_ERRORS * errors
+    axes.axhline(0, color=PAINTS["ink"], linewidth=0.8)
+    if steps.size == 1:
+        axes.vlines(steps, low, high, color=PAINTS["gap"], alpha=0.4, linewidth=4)
+    axes.fill_between(steps, low, high, color=PAINTS["gap"], alpha=0.25, linewidth=0)
+    _line(axes, steps, gaps, "gap")
+    if appeared_at is not None:
+        axes.axvline(appeared_at, color=PAINTS["gap"], linewidth=1.5, linestyle=(0, (4, 3)))
+    limit(axes, 0.0, *low, *high)
+    return svg(axes, "gap", "control gap over the steps")
+
+
+def control_fidelity(steps: Column, means: Column, errors: Column) -> str:
+    """The control fidelity with its standard errors, which are nan where a single image was drawn."""
+    axes = new_axes()
+    reach = STANDARD_ERRORS * np.nan_to_num(errors)
+    axes.fill_between(steps, means - reach, means + reach, color=PAINTS["fidelity"], alpha=0.25, linewidth=0)
+    _line(axes, steps, means, "fidelity")
+    limit(axes, 0.0, *(means + reach))
+    return svg(axes, "fidelity", "control fidelity over the steps")
+
+
+def new_axes(label: str = "step", size: tuple[float, float] = SIZE) -> Axes:
+    """Empty axes on a figure of their own, over `label`, which is a count of steps or another number."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    with own_style():
+        figure = Figure(figsize=size, layout="constrained", facecolor="none")
+        axes = figure.add_subplot(facecolor="none")
+        axes.set_xlabel(label, color=PAINTS["ink"], size=12)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(PAINTS["grid"])
+    axes.grid(axis="y", color=PAINTS["grid"], linewidth=0.8)
+    axes.tick_params(colors=PAINTS["ink"], labelsize=12, length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value, _digits(*axes.get_ylim()))))
+    axes.margins(x=0.02)
+    return axes
+
+
+def own_style() -> AbstractContextManager[None]:
+    """matplotlib's own style, whatever the user's is (LaTeX, say), and letters that stay letters, dollars too."""
+    import matplotlib.style
+
+    return matplotlib.style.context(["default", {"svg.fonttype": "none", "text.parse_math": False}])
+
+
+def _digits(low: float, high: float) -> int:
+    """By which a few numbers between `low` and `high` are told from each other."""
+    step = (high - low) / 5
+    return max(4, 1 + math.ceil(math.log10(max(abs(low), abs(high)) / step))) if step > 0 else 4
+
+
+def _smooth_over_raw(axes: Axes, x: Column, y: Column, paint: str) -> list[float]:
+    """Draw the updates pale, their mean strong; returns what should be seen of them, without the rare outliers."""
+    if not x.size:
+        return []
+    raw, smoothed = thin(x, y), thin(x, smooth(y))
+    if x.size > MOST_POINTS:
+        axes.fill_between(raw.x, raw.low, raw.high, color=PAINTS[paint], alpha=0.2, linewidth=0)
+    else:
+        axes.plot(raw.x, raw.mean, color=PAINTS[paint], alpha=0.35, linewidth=1)
+    _line(axes, smoothed.x, smoothed.mean, paint, marked=x.size == 1)
+    return [*np.percentile(y, [1, 99]), smoothed.mean.min(), smoothed.mean.max()]
+
+
+def _line(axes: Axes, x: Column, y: Column, paint: str, *, marked: bool | None = None, zorder: float = 3) -> None:
+    if marked is None:
+        marked = x.size <= MARKED_POINTS
+    axes.plot(x, y, color=PAINTS[paint], linewidth=2.2, marker="o" if marked else "", markersize=4.5, zorder=zorder)
+
+
+def limit(axes: Axes, *values: float) -> None:
+    """Let the vertical axis hold `values`, and a little more."""
+    if not values:
+        return
+    low, high = float(min(values)), float(max(values))
+    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    axes.set_ylim(low if low == 0 else low - margin, high + margin)
+
+
+def svg(axes: Axes, name: str, title: str, paints: Mapping[str, str] = PAINTS) -> str:
+    """The figure of `axes` as an `<svg>` for a page that holds others: `name` makes its ids its own.
+
+    Args:
+        paints: see `stand_ins`.
+    """
+    with StringIO() as file, own_style():
+        figure: Any = axes.figure
+        figure.savefig(file, format="svg")
+        drawn = file.getvalue()
+    box = re.search(r'viewBox="([^"]+)"', drawn)
+    assert box is not None
+    body = drawn[drawn.index(">", drawn.index("<svg")) + 1 :]
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->|<defs>\s*</defs>", "", body, flags=re.DOTALL)
+    body = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), body)
+    body = re.sub(r"\s*\n\s*", " ", body)
+    ids = {found: f"{name}-{i}" for i, found in enumerate(dict.fromkeys(re.findall(r'\bid="([^"]+)"', body)))}
+    body = re.sub(r'(\bid="|url\(#|href="#)([^")]+)', lambda link: link[1] + ids[link[2]], body)
+    for variable, colour in paints.items():
+        body = body.replace(colour, f"var(--{variable})")
+    return f'<svg viewBox="{box[1]}" role="img" aria-label="{escape(title)}">{body}'

@@ -1,0 +1,67 @@
+"""report.html, kept up to date by the driver while a run, or a sweep, goes on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from raycontrolnet.report.run_report import write_report
+from raycontrolnet.training import metrics
+
+logger = logging.getLogger(__name__)
+
+INTERVAL_S = 60.0
+COST_FACTOR = 50.0
+"""The report takes at most this part of the time: the machine has other things to do."""
+LOWEST_PRIORITY = 19
+
+
+@contextmanager
+def report_kept(
+    output_dir: Path, write: Callable[[Path], object] = write_report, files: str = metrics.METRICS_FILE
+) -> Iterator[None]:
+    """Write the report now and then, and at the end, whatever that is. Errors are logged: no report is worth a run.
+
+    Args:
+        write: writes it.
+        files: pattern of those in `output_dir` that change when there is something new to show.
+    """
+    over = threading.Event()
+    thread = threading.Thread(target=_rewrite, args=(output_dir, write, files, over), name="report", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        _write(output_dir, write)
+
+
+def _rewrite(output_dir: Path, write: Callable[[Path], object], files: str, over: threading.Event) -> None:
+    with suppress(OSError, AttributeError):  # only Linux has priorities of threads
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+    seen, wait_s = _state(output_dir, files), INTERVAL_S
+    while not over.wait(wait_s):
+        if (state := _state(output_dir, files)) != seen:
+            seen, started = state, time.monotonic()
+            _write(output_dir, write)
+            wait_s = max(INTERVAL_S, COST_FACTOR * (time.monotonic() - started))
+
+
+def _state(output_dir: Path, files: str) -> float | None:
+    """Changes when there is something new to show."""
+    with suppress(OSError):
+        return max((file.stat().st_mtime for file in output_dir.glob(files)), default=None)
+    return None
+
+
+def _write(output_dir: Path, write: Callable[[Path], object]) -> None:
+    try:
+        write(output_dir)
+    except Exception:
+        logger.warning("report.html could not be written", exc_info=True)

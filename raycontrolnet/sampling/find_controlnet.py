@@ -1,0 +1,107 @@
+"""A trained ControlNet on disk or on the Hub, to draw with: its weights, and what its run's config.yaml says.
+
+    my-controlnet/                    config.yaml, and after the run's end the weights
+        checkpoint-500/
+            controlnet/               weights
+
+A Hub id has no config.yaml.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raycontrolnet.config.train_config import coerce, read_yaml, setting_types
+from raycontrolnet.errors import ConfigError
+from raycontrolnet.storage import checkpoint as checkpoints
+
+CONFIG = "config.yaml"
+
+OF_THE_BASE = ("pretrained_model_name_or_path", "revision", "variant", "tokenizer_name", "cache_dir")
+OF_THE_RUN = ("resolution", "mixed_precision", "allow_tf32", "guidance_scale")
+"""With `OF_THE_BASE` the settings that a run's images depend on."""
+
+
+@dataclass(frozen=True)
+class FoundControlNet:
+    """A ControlNet to draw with."""
+
+    name_or_path: str
+    """The folder with config.json and weights, or a Hub id."""
+    settings: Mapping[str, Any]
+    """Those of `OF_THE_BASE` and `OF_THE_RUN` that its run's config.yaml gives."""
+    config_file: Path | None
+    """That config.yaml."""
+
+    def settings_with(self, base: str | None) -> dict[str, Any]:
+        """The settings to draw with, if `base` takes the place of the run's base model; None leaves that."""
+        if base in (None, self.settings.get("pretrained_model_name_or_path")):
+            return dict(self.settings)
+        return {name: value for name, value in self.settings.items() if name in OF_THE_RUN}
+
+
+def find(name: str) -> FoundControlNet:
+    """The ControlNet that a user names: a run's output_dir, a checkpoint-N, a ControlNet's folder, or a Hub id.
+
+    Raises:
+        ConfigError: if there is none at that path, or its run's config.yaml cannot be used.
+    """
+    path = Path(name).expanduser()
+    if not path.exists():
+        return FoundControlNet(name, {}, None)
+    if not path.is_dir():
+        raise ConfigError([f"--controlnet={name}: is a file; name the folder that it is in"])
+    path = path.resolve()
+    file = _config_file(path)
+    return FoundControlNet(str(_weights_folder(path, name)), _read(file, name) if file else {}, file)
+
+
+def _weights_folder(path: Path, name: str) -> Path:
+    for folder in (path, path / checkpoints.CONTROLNET):
+        if (folder / "config.json").is_file():
+            kind = _class_name(folder / "config.json")
+            if kind not in (None, "ControlNetModel"):
+                raise ConfigError([f"--controlnet={name}: holds a {kind}, not a ControlNetModel"])
+            return folder
+    if last := checkpoints.latest(path):
+        problem = f"that run has no final weights yet; name a checkpoint of it, such as {last.path}"
+    else:
+        problem = "holds no ControlNet in diffusers' form (config.json and weights)"
+    raise ConfigError([f"--controlnet={name}: {problem}"])
+
+
+def _class_name(file: Path) -> str | None:
+    """What a config.json says that it is of, if it can be read: else loading it tells what is wrong."""
+    with suppress(OSError, ValueError):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return config.get("_class_name") if isinstance(config, dict) else None
+    return None
+
+
+def _config_file(folder: Path) -> Path | None:
+    """The config.yaml of the run that wrote `folder`: its output_dir, a checkpoint-N, or the controlnet in that."""
+    run = folder.parent if folder.name == checkpoints.CONTROLNET else folder
+    places = [folder, run.parent] if re.fullmatch(r"checkpoint-\d+", run.name) else [folder]
+    return next((place / CONFIG for place in places if (place / CONFIG).is_file()), None)
+
+
+def _read(file: Path, name: str) -> dict[str, Any]:
+    """What matters of a config.yaml. It may be of another version, with settings that this one does not know."""
+    settings, problems = {}, []
+    for key, value in read_yaml(file, f"--controlnet={name}: {file}").items():
+        if key in OF_THE_BASE + OF_THE_RUN:
+            try:
+                settings[key] = coerce(value, setting_types()[key])
+            except ValueError as error:
+                problems.append(f"--controlnet={name}: {file}: {key}: {value!r} {error}")
+    if problems:
+        raise ConfigError(problems)
+    if (cache_dir := settings.get("cache_dir")) and not Path(cache_dir).is_dir():
+        del settings["cache_dir"]  # of another machine
+    return settings

@@ -1,0 +1,305 @@
+"""`raycontrolnet generate`: images from a trained ControlNet, on the code path of the training's validation.
+
+All in the calling process, without Ray: check everything, load the models once, draw one batch after the other.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from raycontrolnet.cluster.logs import logging_to, shown_on
+from raycontrolnet.config.checks import BASE_PARTS, collected, find_token, not_a_model, unwritable
+from raycontrolnet.config.generate_config import GenerateConfig
+from raycontrolnet.config.settings import ModelConfig
+from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
+from raycontrolnet.model.components import Components, load_components
+from raycontrolnet.model.performance import working_precision
+from raycontrolnet.model.prompts import cut
+from raycontrolnet.sampling import find_controlnet, images, scores
+from raycontrolnet.sampling.images import METADATA, ImageItem, PairImages
+from raycontrolnet.sampling.pipeline import DEFAULT_SAMPLING, Sampling
+from raycontrolnet.text import _count, duration, one_line
+from raycontrolnet.version import __version__
+
+logger = logging.getLogger(__name__)
+
+LOG = "generate.log"
+DEFAULT_RESOLUTION = 512
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What to draw, its input checked."""
+
+    config: GenerateConfig
+    """With the run's settings for those that were not given."""
+    model: ModelConfig
+    items: Sequence[ImageItem]
+    out: Path
+    device: torch.device
+    allow_tf32: bool
+    token: str | None = field(repr=False)
+
+    @property
+    def resolution(self) -> int:
+        return self.config.resolution or DEFAULT_RESOLUTION
+
+    @property
+    def guidance_scale(self) -> float:
+        return DEFAULT_SAMPLING.guidance_scale if self.config.guidance_scale is None else self.config.guidance_scale
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.config.num_inference_steps, self.guidance_scale)
+
+    @property
+    def precision(self) -> torch.dtype:
+        return working_precision(self.config.mixed_precision)
+
+
+def generate(config: GenerateConfig, *, stream: TextIO | None = None) -> list[PairImages]:
+    """Draw images with a trained ControlNet, one file each, into `config.out`.
+
+    It works in the calling process, without Ray. An image depends on its place among the pairs, the seed, the other
+    settings and the weights: with the settings of a run's validation it is that of the run's last validation, on the
+    CPU to the bit.
+
+    Args:
+        config: what to draw, with which ControlNet, and how.
+        stream: where progress is shown; standard error by default.
+
+    Returns:
+        The images of each pair.
+
+    Raises:
+        UserError: bad settings, images or models (exit code 2 on the command line).
+        RunError: it failed, as on a full disk; what was drawn stands (exit code 1).
+        Interrupted: Ctrl-C; what was drawn stands (exit code 130).
+    """
+    with shown_on(stream) as shown:
+        return _generate(config, shown)
+
+
+def _generate(config: GenerateConfig, stream: TextIO) -> list[PairImages]:
+    started = time.monotonic()
+    task = _check(config)
+    drawn: list[ImageItem] = []
+    with logging_to(task.out / LOG, of_ray=False), _failures_explained(task, drawn):
+        _announce(task, stream)
+        with _no_progress_bars(), _tf32(allowed=task.allow_tf32):
+            components = load_components(
+                task.model,
+                device=task.device,
+                dtype=task.precision,
+                seed=0,
+                token=task.token,
+                controlnet_flag="controlnet",
+            )
+            for prompt in dict.fromkeys(config.prompt or ()):
+                if problem := cut(components.tokenizer, prompt):
+                    stream.write(f"{problem}\n")
+            results = _draw(task, components, drawn, stream)
+    seconds = time.monotonic() - started
+    fidelity = _fidelity(task, results)
+    stream.write(
+        f"done in {duration(seconds)}: {_count(len(drawn), 'image')}, grids and {METADATA} in {task.out}{fidelity}\n"
+    )
+    return results
+
+
+def _fidelity(task: _Task, results: Sequence[PairImages]) -> str:
+    """The end of the last line: what the images' scores are on the average."""
+    measure, found = task.config.control_fidelity, images.fidelity_of(results)
+    if measure is None:
+        return ""
+    return f"; {scores.in_words(found)} ({measure})" if found else f"; no control fidelity, {task.out / LOG} says why"
+
+
+def _check(config: GenerateConfig) -> _Task:
+    """Everything that can be checked before models are read.
+
+    Raises:
+        ConfigError: with the problems of images, models, folder and device together.
+    """
+    given, problems, model, allow_tf32 = config, list[str](), None, False
+    items: list[ImageItem] = []
+    out = Path(config.out).expanduser().resolve()
+    with collected(problems):
+        images.check(config.image or (), "--image")
+        items = images.plan(config.pairs, config.num_images, config.seed, "--image")
+    with collected(problems):
+        found = find_controlnet.find(config.controlnet)
+        settings = found.settings_with(config.pretrained_model_name_or_path)
+        config = config.with_defaults(settings)
+        allow_tf32 = settings.get("allow_tf32", False)
+        model = _model(config, given, found, settings.get("tokenizer_name"))
+    problems += _device_problems(config, given)
+    if problem := unwritable(out, "out"):
+        problems.append(problem)
+    else:
+        problems += _overwritten(out, items, config)
+    if problems or model is None:
+        raise ConfigError(problems)
+    device = torch.device("cuda" if _uses_gpu(config) else "cpu")
+    return _Task(config, model, items, out, device, allow_tf32, find_token(config.hub_token))
+
+
+def _model(
+    config: GenerateConfig, given: GenerateConfig, found: find_controlnet.FoundControlNet, tokenizer_name: str | None
+) -> ModelConfig:
+    """Base model and ControlNet.
+
+    Raises:
+        ConfigError: if one is not known, or not in the folder that is named.
+    """
+    base = config.pretrained_model_name_or_path
+    problems = [not_a_model(found.name_or_path, "controlnet", ())]
+    if base is None:
+        problems.append(
+            "--pretrained_model_name_or_path: required, as there is no config.yaml of a run that says which base model "
+            f"{given.controlnet} was trained for"
+        )
+    else:
+        base = str(Path(base).expanduser()) if Path(base).expanduser().exists() else base
+        problem = not_a_model(base, "pretrained_model_name_or_path", BASE_PARTS)
+        from_run = given.pretrained_model_name_or_path is None
+        problems.append(f"{problem}; {found.config_file} names it" if problem and from_run else problem)
+    if any(problems):
+        raise ConfigError([problem for problem in problems if problem])
+    return ModelConfig(
+        pretrained_model_name_or_path=base or "",
+        controlnet_model_name_or_path=found.name_or_path,
+        revision=config.revision,
+        variant=config.variant,
+        tokenizer_name=tokenizer_name,
+        cache_dir=config.cache_dir,
+    )
+
+
+def _uses_gpu(config: GenerateConfig) -> bool:
+    return torch.cuda.is_available() if config.use_gpu is None else config.use_gpu
+
+
+def _device_problems(config: GenerateConfig, given: GenerateConfig) -> Iterator[str]:
+    if config.use_gpu and not torch.cuda.is_available():
+        yield "--use_gpu=True: there is no GPU here; leave the flag out to draw on the CPU"
+    elif config.mixed_precision == "fp16" and not _uses_gpu(config):
+        whose = "" if given.mixed_precision else "the run's own precision "
+        yield f"--mixed_precision=fp16: {whose}needs a GPU; use bf16 or no on the CPU"
+
+
+def _overwritten(out: Path, items: Sequence[ImageItem], config: GenerateConfig) -> Iterator[str]:
+    """Files in `out` that must not be replaced: all but those of an earlier time, which left its log as well."""
+    written = {METADATA}
+    for item in items:
+        written |= {item.file_name, item.control_file_name, item.grid_file_name}
+    for path in dict.fromkeys(config.image or ()):
+        file = Path(path).resolve()
+        if file.parent == out and file.name in written:
+            yield f"--image={path}: would be overwritten by the new images; name another --out"
+    lost = sorted(name for name in written if (out / name).exists())
+    if lost and not (out / LOG).is_file():
+        yield (
+            f"--out={config.out}: holds {lost[0]}, which was not made by `raycontrolnet generate` and would be "
+            "overwritten; name another folder"
+        )
+
+
+def _announce(task: _Task, stream: TextIO) -> None:
+    config = task.config
+    device = "GPU" if task.device.type == "cuda" else "CPU"
+    precision = "" if task.precision == torch.float32 else f" in {config.mixed_precision}"
+    what = (
+        f"{config.controlnet} on {task.model.pretrained_model_name_or_path}, {_count(len(config.pairs), 'pair')} x "
+        f"{_count(config.num_images, 'image')} of {task.resolution} px, {_count(config.num_inference_steps, 'step')}, "
+        f"guidance {task.guidance_scale:g}, seed {config.seed}, on the {device}{precision}"
+    )
+    logger.info(what)
+    stream.write(f"raycontrolnet {__version__}: {what}\n")
+
+
+def _draw(task: _Task, components: Components, drawn: list[ImageItem], stream: TextIO) -> list[PairImages]:
+    """Draw all, and make whole what is drawn: all of it, or what there is when something ends it early."""
+    try:
+        for item in images.write(
+            task.out,
+            task.items,
+            components,
+            resolution=task.resolution,
+            device=task.device,
+            autocast=None if task.precision == torch.float32 else task.precision,
+            sampling=task.sampling,
+            batch_size=task.config.batch_size,
+        ):
+            drawn.append(item)
+            stream.write(f"{task.out / item.file_name}\n")
+            stream.flush()
+    finally:
+        results = images.finish(
+            task.out,
+            drawn,
+            resolution=task.resolution,
+            sampling=task.sampling,
+            measure=task.config.control_fidelity,
+        )
+    return results
+
+
+@contextmanager
+def _failures_explained(task: _Task, drawn: Sequence[ImageItem]) -> Iterator[None]:
+    """Turn whatever ends the drawing early into one paragraph that says what stands."""
+
+    def what_stands() -> str:
+        there = f"{len(drawn):,} of {_count(len(task.items), 'image')} stand in {task.out}."
+        return there if drawn else "No image was drawn."
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"Interrupted. {what_stands()}") from None
+    except UserError:
+        raise
+    except Exception as error:
+        logger.exception("drawing failed")
+        reason = f"Drawing failed: {one_line(error).rstrip('.')}."
+        if isinstance(error, torch.OutOfMemoryError):
+            cause = str(error).splitlines()[0]
+            smaller = "--batch_size" if task.config.batch_size > 1 else "--resolution"
+            reason = f"Out of GPU memory: {cause} Use a smaller {smaller}, or --mixed_precision bf16."
+        raise RunError(f"{reason}\n{what_stands()} Details: {task.out / LOG}") from error
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Without the libraries' bars for every file that is read."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    shown = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
+
+
+@contextmanager
+def _tf32(*, allowed: bool) -> Iterator[None]:
+    """Matrix products on GPUs as the run had them."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

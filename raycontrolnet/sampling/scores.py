@@ -1,0 +1,66 @@
+"""The control fidelity of drawn images: one by one, on the average, and in words. The measure is `fidelity.py`'s."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import numpy as np
+from PIL import Image
+
+from raycontrolnet.text import one_line
+
+if TYPE_CHECKING:
+    from raycontrolnet.sampling.fidelity import Measure
+
+logger = logging.getLogger(__name__)
+
+
+class Fidelity(NamedTuple):
+    """The control fidelity of several images."""
+
+    mean: float
+    error: float
+    """Standard error of the mean, from the spread of the images; nan with a single one."""
+
+
+def scored(control: Image.Image, pictures: Sequence[Image.Image], measure: str | None) -> list[float | None]:
+    """The control fidelity of each of `pictures`; None without a measure.
+
+    No score is worth a picture: what goes wrong is logged, and gives None as well.
+
+    Args:
+        control: RGB.
+        pictures: RGB, of the size of `control`.
+        measure: of `control_fidelity`.
+    """
+    if measure is None:
+        return [None] * len(pictures)
+    try:
+        from raycontrolnet.sampling.fidelity import (
+            control_fidelity,  # and with it OpenCV, which others need not wait for
+        )
+
+        asked = np.asarray(control)
+        return [control_fidelity(asked, np.asarray(picture), cast("Measure", measure)) for picture in pictures]
+    except Exception as error:
+        logger.warning("no control fidelity (%s)", one_line(error))
+        logger.debug("traceback of the failed measurement", exc_info=error)
+        return [None] * len(pictures)
+
+
+def average(scores: Iterable[float]) -> Fidelity | None:
+    """The mean of `scores` and its standard error; None of nothing."""
+    values = np.array(list(scores), dtype=np.float64)
+    if not values.size:
+        return None
+    error = float(values.std(ddof=1)) / math.sqrt(values.size) if values.size > 1 else math.nan
+    return Fidelity(float(values.mean()), error)
+
+
+def in_words(fidelity: Fidelity) -> str:
+    """For a log."""
+    error = "" if math.isnan(fidelity.error) else f" ± {fidelity.error:.1g}"
+    return f"control fidelity {fidelity.mean:.3f}{error}"

@@ -1,0 +1,217 @@
+"""Checkpoints: whole or not at all.
+
+    checkpoint-N/
+        controlnet/            in diffusers' form
+        training_state.pt      optimizer, schedule and loss scaler
+        manifest.json          written last: what the run was, and every file with its size
+
+A checkpoint is written beside its place and renamed into it, so a folder `checkpoint-N` with a manifest whose files
+have their sizes is complete. The folder on disk is the only truth: no other record of checkpoints is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raycontrolnet.errors import ConfigError
+from raycontrolnet.storage.files import synced
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+CONTROLNET = "controlnet"
+TRAINING_STATE = "training_state.pt"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    step: int
+    """Optimizer updates done."""
+    samples: int
+    """k: samples consumed; a continued run goes on with sample k."""
+    seed: int
+    run_id: str
+    manifest: Mapping[str, Any]
+
+    @staticmethod
+    def open(path: Path) -> Checkpoint:
+        """The checkpoint at `path`.
+
+        Raises:
+            ValueError: if it is not complete, saying what is missing.
+        """
+        try:
+            manifest = json.loads((path / MANIFEST).read_text())
+        except FileNotFoundError:
+            raise ValueError(f"has no {MANIFEST}, so it was not finished") from None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"its {MANIFEST} cannot be read ({error})") from None
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            found = manifest.get("format") if isinstance(manifest, dict) else "unknown"
+            raise ValueError(f"its format is {found}, this version reads {FORMAT}")
+        unsaid = sorted({"files", "step", "samples", "seed", "run_id", "written_at"} - manifest.keys())
+        if unsaid:
+            raise ValueError(f"its {MANIFEST} does not say {', '.join(unsaid)}")
+        for name, size in manifest["files"].items():
+            file = path / name
+            if not file.is_file():
+                raise ValueError(f"{name} is missing")
+            if file.stat().st_size != size:
+                raise ValueError(f"{name} is truncated: {file.stat().st_size} of {size} bytes")
+        return Checkpoint(path, manifest["step"], manifest["samples"], manifest["seed"], manifest["run_id"], manifest)
+
+
+def name_of(step: int) -> str:
+    return f"checkpoint-{step}"
+
+
+def all_checkpoints(output_dir: Path) -> list[Checkpoint]:
+    """The complete checkpoints of a run's folder, by step."""
+    found = []
+    for path in output_dir.glob("checkpoint-*"):
+        if re.fullmatch(r"checkpoint-\d+", path.name):
+            with suppress(ValueError):  # not finished, or damaged: `latest` must not choose it
+                found.append(Checkpoint.open(path))
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def latest(output_dir: Path, run_id: str | None = None) -> Checkpoint | None:
+    """The complete checkpoint with most updates; with `run_id`, among those that run wrote."""
+    wanted = [c for c in all_checkpoints(output_dir) if run_id is None or c.run_id == run_id]
+    return wanted[-1] if wanted else None
+
+
+def resolve(resume_from_checkpoint: str | None, output_dir: Path) -> Checkpoint | None:
+    """The checkpoint that `--resume_from_checkpoint` names: `latest`, a name under `output_dir`, or a path.
+
+    Raises:
+        ConfigError: if there is no such complete checkpoint; or if `output_dir` holds checkpoints and the setting is
+            not given, because a fresh run would mix with them.
+    """
+    present = all_checkpoints(output_dir)
+    if resume_from_checkpoint is None:
+        if present:
+            problem = (
+                f"--output_dir={output_dir}: holds {present[-1].path.name} of an earlier run. Go on with it: add "
+                "--resume_from_checkpoint latest. Start anew: name another --output_dir, or delete that folder"
+            )
+            raise ConfigError([problem])
+        # Of another program, such as diffusers' script, or damaged: not to be written over either.
+        others = [*output_dir.glob("checkpoint-[0-9]*"), *output_dir.glob("diffusion_pytorch_model.safetensors")]
+        if others:
+            problem = (
+                f"--output_dir={output_dir}: holds {others[0].name}, which is no complete checkpoint of raycontrolnet "
+                "and would be overwritten; name another --output_dir, or delete that folder"
+            )
+            raise ConfigError([problem])
+        return None
+    if resume_from_checkpoint == "latest":
+        if not present:
+            problem = f"--resume_from_checkpoint=latest: {output_dir} holds no complete one; leave it out to start anew"
+            raise ConfigError([problem])
+        return present[-1]
+    path = Path(resume_from_checkpoint)
+    if not path.is_absolute() and (output_dir / path.name).is_dir() and path.name == str(path):
+        path = output_dir / path
+    if not path.is_dir():
+        names = ", ".join(checkpoint.path.name for checkpoint in present) or "none"
+        raise ConfigError(
+            [f"--resume_from_checkpoint={resume_from_checkpoint}: no such folder; complete in {output_dir}: {names}"]
+        )
+    try:
+        return Checkpoint.open(path.resolve())
+    except ValueError as error:
+        raise ConfigError([f"--resume_from_checkpoint={resume_from_checkpoint}: {error}"]) from None
+
+
+def write(
+    output_dir: Path,
+    *,
+    step: int,
+    samples: int,
+    seed: int,
+    run_id: str,
+    save: Callable[[Path], None],
+    facts: Mapping[str, Any],
+) -> Checkpoint:
+    """Write `checkpoint-<step>`.
+
+    Args:
+        save: writes the files into the folder it is given.
+        facts: what else the manifest should say of the run (settings, data, versions); no secrets.
+    """
+    partial = output_dir / f".{name_of(step)}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        save(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
+        raise
+    files = sorted(file for file in partial.rglob("*") if file.is_file())
+    for file in files:
+        synced(file)
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "samples": samples,
+        "seed": seed,
+        "run_id": run_id,
+        "written_at": max([time.time(), *(_written_at(former) + 1e-3 for former in all_checkpoints(output_dir))]),
+        "files": {file.relative_to(partial).as_posix(): file.stat().st_size for file in files},
+        **facts,
+    }
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    synced(partial / MANIFEST)
+    final = output_dir / name_of(step)
+    if final.exists():  # of an earlier run that went further, or damaged
+        old = output_dir / f".{name_of(step)}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        partial.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        partial.rename(final)
+    synced(output_dir)
+    return Checkpoint.open(final)
+
+
+def prune(output_dir: Path, limit: int | None) -> None:
+    """Delete all but the `limit` checkpoints written last. Call it only when the newest is in its place."""
+    if limit is None:
+        return
+    by_age = sorted(all_checkpoints(output_dir), key=_written_at)
+    for checkpoint in by_age[:-limit]:
+        # Renamed first: a deletion that is cut short must not leave half a checkpoint under its name.
+        doomed = output_dir / f".{checkpoint.path.name}.old"
+        shutil.rmtree(doomed, ignore_errors=True)
+        checkpoint.path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _written_at(checkpoint: Checkpoint) -> float:
+    """Unix seconds; later than those written before it, also if the clock was put back."""
+    return float(checkpoint.manifest["written_at"])
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Delete what interrupted writes and deletions left behind, but put back what is complete and in no other place."""
+    for suffix in (".partial", ".old"):
+        for path in output_dir.glob(f".checkpoint-*{suffix}"):
+            final = output_dir / path.name[1:].removesuffix(suffix)
+            with suppress(ValueError):
+                if not final.exists():
+                    Checkpoint.open(path)
+                    path.rename(final)
+                    continue
+            shutil.rmtree(path, ignore_errors=True)

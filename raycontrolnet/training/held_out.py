@@ -1,0 +1,190 @@
+"""The held-out measure: does the model learn, and does it obey the control image?
+
+Training loss says neither: it is dominated by which timesteps came, and stays flat when control appears suddenly
+(Zhang et al. 2023, arXiv:2302.05543, section 4). Here rows that are never trained on are measured with noise pinned per
+sample and timesteps spread evenly, once with their own control images and once with those of others:
+
+    val_loss                          how well noise is removed from held-out images
+    control_gap = shuffled - val_loss how much the right control image helps: zero until control appears
+
+Nothing here draws from, or changes, the training's randomness, and what is measured depends on (config, data, seed,
+weights) alone: not on the number of workers.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from raycontrolnet.data.order import Purpose
+from raycontrolnet.data.records import PreparedRow, UInt8Image
+from raycontrolnet.data.stream import BatchLoader
+from raycontrolnet.errors import DataError
+from raycontrolnet.model.components import with_controlnet
+from raycontrolnet.model.step import TrainState, controlnet_loss, draw, latent_shape, make_batch, with_posterior
+from raycontrolnet.sampling.pipeline import evaluating
+from raycontrolnet.training import metrics
+from raycontrolnet.training.state import unwrap_controlnet
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT_FILE = "validation.jsonl"
+MIN_GAP_ERRORS = 2.0
+MIN_GAP_SHARE = 0.01
+"""Control is there if the gap is this many of its standard errors, and this share of the held-out loss."""
+
+
+class HeldOutMetrics(NamedTuple):
+    """One line of validation.jsonl."""
+
+    step: int
+    val_loss: float
+    """Mean over the held-out samples."""
+    val_loss_shuffled: float
+    """The same with every sample's control image replaced by another's."""
+    control_gap: float
+    """val_loss_shuffled - val_loss."""
+    control_gap_error: float
+    """Standard error of control_gap, from its spread over the samples."""
+    seconds: float
+    """What the measurement took."""
+    time: float
+    """Unix seconds."""
+
+
+def measure(
+    state: TrainState, loader: BatchLoader, *, resolution: int, rank: int = 0, world_size: int = 1
+) -> HeldOutMetrics | None:
+    """Measure the held-out rows of `loader`, every worker its share; all workers must call it together.
+
+    A row that cannot be read is left out, and logged: no measurement is worth a training run.
+
+    Returns:
+        The same on every worker; None if there is nothing to measure.
+    """
+    started = time.perf_counter()
+    accelerator, components = state.accelerator, state.components
+    controlnet = unwrap_controlnet(state)
+    share = np.array_split(np.arange(len(loader.order.held_out)), world_size)[rank].tolist()
+    sums = torch.zeros(4, dtype=torch.float64)
+    with evaluating((controlnet, *components.frozen())), torch.no_grad():
+        models = with_controlnet(components, controlnet)
+        for samples in _batches(_with_others(loader, share), loader.batch_size):
+            rows, others = [row for row, _ in samples], [other for _, other in samples]
+            indices = [row.sample_index for row in rows]
+            batch = with_posterior(models, make_batch(rows, components.tokenizer, accelerator.device))
+            draws = draw(
+                loader.order.seed,
+                indices,
+                latent_shape(components, resolution),
+                components.noise_scheduler.config["num_train_timesteps"],
+                accelerator.device,
+                Purpose.HELD_OUT,
+            )._replace(timesteps=_timesteps(state, loader, indices))
+            right = controlnet_loss(models, controlnet, batch, draws)
+            conditioning_images = torch.from_numpy(np.stack(others)).to(accelerator.device)
+            shuffled = controlnet_loss(
+                models, controlnet, batch._replace(conditioning_images=conditioning_images), draws
+            )
+            gaps = (shuffled - right).double().cpu()
+            totals = [float(len(rows)), float(right.double().sum()), float(gaps.sum()), float(gaps.pow(2).sum())]
+            sums += torch.tensor(totals, dtype=torch.float64)
+    if world_size > 1:
+        sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
+    return _metrics(state.step, sums.tolist(), time.perf_counter() - started)
+
+
+def _metrics(step: int, sums: Sequence[float], seconds: float) -> HeldOutMetrics | None:
+    """From the number of samples and the sums of their losses, gaps and squared gaps."""
+    count, right, gap, squares = sums
+    if count < 2:
+        return None
+    mean = gap / count
+    error = math.sqrt(max(0.0, squares / count - mean**2) / (count - 1))
+    return HeldOutMetrics(step, right / count, right / count + mean, mean, error, round(seconds, 3), time.time())
+
+
+def _timesteps(state: TrainState, loader: BatchLoader, indices: Sequence[int]) -> torch.Tensor:
+    """int64 [B]: those of all held-out samples together are spread evenly over the training timesteps."""
+    num_timesteps = state.components.noise_scheduler.config["num_train_timesteps"]
+    spread = [int((index + 0.5) / len(loader.order.held_out) * num_timesteps) for index in indices]
+    return torch.tensor(spread, device=state.accelerator.device)
+
+
+def _with_others(loader: BatchLoader, share: Sequence[int]) -> Iterator[tuple[PreparedRow, UInt8Image]]:
+    """The samples of a share, each with the conditioning image of the sample after it, round the whole circle."""
+    count = len(loader.order.held_out)
+    after_last = [index + 1 for index in share[-1:]]
+    rows = (_read(loader, index % count) for index in [*share, *after_last])
+    for row, other in pairwise(rows):
+        if row is not None and other is not None:
+            yield row, other.conditioning_image
+
+
+def _read(loader: BatchLoader, index: int) -> PreparedRow | None:
+    try:
+        return loader.held_out_sample(index)
+    except DataError as error:
+        logger.warning("a held-out sample is left out: %s", error)
+        return None
+
+
+def _batches(samples: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    batch = []
+    for sample in samples:
+        batch.append(sample)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def read(output_dir: Path) -> list[dict[str, Any]]:
+    """The measurements of a run so far, oldest first."""
+    return metrics.read(output_dir / HELD_OUT_FILE)
+
+
+def control_appeared(records: Sequence[Mapping[str, Any]]) -> int | None:
+    """The step since which every measurement shows that the model obeys the control image; None if the last does not.
+
+    Args:
+        records: lines of validation.jsonl, oldest first.
+    """
+    step = None
+    for record in reversed(records):
+        if not _shows_control(record):
+            break
+        step = int(record["step"])
+    return step
+
+
+def _shows_control(record: Mapping[str, Any]) -> bool:
+    gap = record["control_gap"]
+    return bool(gap > MIN_GAP_ERRORS * record["control_gap_error"] and gap > MIN_GAP_SHARE * record["val_loss"])
+
+
+def summary(output_dir: Path) -> dict[str, Any]:
+    """val_loss, control_gap and control_appeared_at_step, as run.json and the model card have them; maybe empty."""
+    records = read(output_dir)
+    if not records:
+        return {}
+    last = {name: records[-1][name] for name in ("val_loss", "control_gap")}
+    return last | {"control_appeared_at_step": control_appeared(records)}
+
+
+def in_words(records: Sequence[Mapping[str, Any]]) -> str:
+    """What the last measurement shows, for a log."""
+    last = records[-1]
+    gap = f"control gap {last['control_gap']:.2g} ± {last['control_gap_error']:.1g}"
+    step = control_appeared(records)
+    shown = "no control yet" if step is None else f"control has appeared at step {step}"
+    return f"held-out loss {last['val_loss']:.4f}, {gap}: {shown}"

@@ -1,0 +1,170 @@
+"""The job: what the driver hands to the workers, and the files by which they know of each other."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.data.stream import BatchLoader
+from raycontrolnet.errors import UserError
+from raycontrolnet.sampling.images import ImageItem
+from raycontrolnet.storage import checkpoint as checkpoints
+from raycontrolnet.storage.checkpoint import Checkpoint
+from raycontrolnet.storage.files import replacing
+from raycontrolnet.training import held_out, validation
+from raycontrolnet.training.failures import FAILURE
+
+LOG = "run.log"
+RUN_ID = ".run_id"
+TIMINGS = ".timings.json"
+RAY_FILES = (".validate_storage_marker", "checkpoint_manager_snapshot.json")
+SHARED_WITHIN_S = 15.0
+"""How long a network file system may take to show a worker what the driver wrote."""
+MARK_INTERVAL_S = 0.5
+"""How often it looks."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the driver hands to every worker: plain data, without secrets but for the token, which repr leaves out."""
+
+    config: TrainConfig
+    """With absolute paths, a seed, and no hub_token."""
+    run_id: str
+    num_samples: int
+    """N, samples per epoch."""
+    num_held_out: int
+    start: Checkpoint | None
+    """Where the run begins; after a failure it continues from its own last checkpoint."""
+    use_gpu: bool
+    cached: bool
+    """Whether samples come from the latent cache."""
+    threads: int | None
+    """CPU threads of a worker; None leaves them."""
+    trackers: tuple[str, ...]
+    tracker_settings: Mapping[str, Any]
+    validation_items: tuple[ImageItem, ...]
+    facts: Mapping[str, Any]
+    """For the checkpoints' manifests."""
+    token: str | None = field(default=None, repr=False)
+    submitted: float = field(default_factory=time.time)
+    """Unix seconds."""
+    loader: BatchLoader | Any = None
+    """Or, for workers on Ray, a reference to it in Ray's object store."""
+    spare: Mapping[str, Any] | None = None
+    """Ray's options for an actor that draws validation images beside the training, if there is room for one."""
+    follower: RunCallback | None = None
+    """Of a run in the caller's process."""
+
+    @property
+    def local(self) -> bool:
+        """Whether this is a run in the caller's process: there is no Ray Data then."""
+        return isinstance(self.loader, BatchLoader)
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.output_dir)
+
+    def current_checkpoint(self) -> Checkpoint | None:
+        """Where to continue: this run's last complete checkpoint, or its start."""
+        return checkpoints.latest(self.output_dir, self.run_id) or self.start
+
+
+def begin(job: Job) -> None:
+    """On the driver, before the workers start: mark the folder as this run's."""
+    # What an earlier run that left no checkpoint had measured and drawn is not this one's.
+    if job.start is None:
+        shutil.rmtree(job.output_dir / validation.FOLDER, ignore_errors=True)
+    if job.start is None or job.start.manifest.get("held_out", 0) != job.num_held_out:
+        (job.output_dir / held_out.HELD_OUT_FILE).unlink(missing_ok=True)
+    end(job.output_dir)  # Ray's record of an earlier run must not speak up: the checkpoints on disk are the only truth
+    (job.output_dir / RUN_ID).write_text(job.run_id)
+
+
+def end(output_dir: Path) -> None:
+    """On the driver, when the workers have gone: take away what was for them alone, and Ray Train's own records."""
+    for name in (FAILURE, RUN_ID, *RAY_FILES):
+        (output_dir / name).unlink(missing_ok=True)
+
+
+def check_folder_is_shared(job: Job) -> None:
+    """On a worker: the folder must be the one that the driver sees, or the results would stay on this machine's disk.
+
+    Raises:
+        UserError: if it is another folder of the same name.
+    """
+    marker = job.output_dir / RUN_ID
+    wait_for_driver(job.output_dir, lambda: marker.is_file() and marker.read_text() == job.run_id, "the driver")
+
+
+def wait_for_driver(output_dir: Path, marked: Callable[[], bool], driver: str) -> None:
+    """Wait until `output_dir` is seen to be `marked` by `driver`.
+
+    Raises:
+        UserError: if that takes longer than storage that nodes share takes.
+    """
+    end = time.monotonic() + SHARED_WITHIN_S
+    while not marked():
+        if time.monotonic() > end:
+            raise UserError(
+                f"--output_dir={output_dir}: on the node {socket.gethostname()} this is not the folder that {driver} "
+                "writes to; name a folder on storage that all nodes share"
+            )
+        time.sleep(MARK_INTERVAL_S)
+
+
+def write_timings(output_dir: Path, timings: Mapping[str, float]) -> None:
+    """On rank 0, now and then: the seconds by phase so far, for the report and for run.json if the run fails."""
+    with replacing(output_dir / TIMINGS) as partial:
+        partial.write_text(json.dumps(timings))
+
+
+def read_timings(output_dir: Path) -> dict[str, float]:
+    """What `write_timings` wrote last; empty if it did not."""
+    with suppress(FileNotFoundError):
+        return dict(json.loads((output_dir / TIMINGS).read_text()))
+    return {}
+
+
+@contextmanager
+def logging_to_run_log(job: Job, who: str) -> Iterator[None]:
+    """What this package logs in a worker, and the libraries' progress bars, must not be lost in Ray's files."""
+    import diffusers.utils.logging  # here: the driver, which imports this module too, need not wait for them
+    import transformers.utils.logging
+
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    package = logging.getLogger("raycontrolnet")
+    handler = logging.FileHandler(job.output_dir / LOG, encoding="utf-8")
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {who}: %(message)s"))
+    if not job.local:  # else this is the driver's process, which logs there already
+        package.addHandler(handler)
+        package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        handler.close()
+
+
+class RunStopped(BaseException):
+    """The run was ended from outside; what it has written stands. Like Ctrl-C, no failure that anybody should mend."""
+
+
+class RunCallback(Protocol):
+    """Receives a run's progress, in the training thread or one beside it; raises `RunStopped` to end the run."""
+
+    def updated(self) -> None:
+        """After every update, or every second."""
+
+    def validated(self) -> None:
+        """After every validation but the last: its figures are in the run's folder, and a checkpoint if one was due."""

@@ -1,0 +1,165 @@
+"""metrics.jsonl: one line per optimizer update, the run's own record. The progress line and reports read it."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+
+from raycontrolnet.errors import RunError
+from raycontrolnet.storage.files import replacing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class UpdateMetrics(NamedTuple):
+    """One line of metrics.jsonl; `loss` and `grad_norm` may still be tensors on the device."""
+
+    step: int
+    loss: float | Tensor
+    """Mean over workers and accumulation."""
+    lr: float
+    grad_norm: float | Tensor
+    """Before clipping."""
+    samples: int
+    """k after this update."""
+    images_per_second: float
+    """All workers together, this update alone."""
+    time: float
+    """Unix seconds at the update's end."""
+
+    def on_host(self) -> UpdateMetrics:
+        return self._replace(loss=float(self.loss), grad_norm=float(self.grad_norm))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file; a last line that was cut short is left out."""
+    return read_from(path, 0)[0] if path.is_file() else []
+
+
+def read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines from byte `offset` on, and the offset after them."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        whole = file.read().rpartition(b"\n")[0]
+    return [json.loads(line) for line in whole.splitlines()], offset + len(whole) + (1 if whole else 0)
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl, or another file of its kind.
+
+    Opening it drops the lines after `step`: those of the updates that a restart does again.
+    """
+
+    def __init__(self, output_dir: Path, step: int, name: str = METRICS_FILE):
+        path = output_dir / name
+        kept = [json.dumps(record) + "\n" for record in read(path) if record["step"] <= step]
+        with replacing(path) as partial:
+            partial.write_text("".join(kept), encoding="utf-8")
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(dict(record)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Tail:
+    """The lines that are added to a metrics file; those that are there at first are left out."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file, self._offset = self._stat()
+
+    def read(self) -> tuple[list[dict[str, Any]], bool]:
+        """(lines that came since, whether they are all that count: a restarted run goes back to its checkpoint)."""
+        file, size = self._stat()
+        if file is None:
+            return [], False
+        restarted = file != self._file or size < self._offset
+        if restarted:
+            self._file, self._offset = file, 0
+        records, self._offset = read_from(self.path, self._offset)
+        return records, restarted
+
+    def _stat(self) -> tuple[int | None, int]:
+        """(identity, bytes) of the file; a restarted run puts a new one, with fewer lines, in its place."""
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            return None, 0
+        return found.st_ino, found.st_size
+
+
+class PendingMetrics:
+    """Updates whose figures are still on the device.
+
+    Reading a figure waits for the device, so on a GPU they are read together, about once a second.
+    """
+
+    def __init__(self, interval_s: float, samples_per_update: int):
+        self.interval_s, self.samples_per_update = interval_s, samples_per_update
+        self._pending: list[UpdateMetrics] = []
+        self._flushed_at = time.monotonic()
+
+    def add(self, update: UpdateMetrics) -> None:
+        self._pending.append(update)
+
+    def restart_clock(self) -> None:
+        """What came since the last update, such as a checkpoint, is no part of the next one."""
+        self._flushed_at = time.monotonic()
+
+    def ready(self, *, force: bool = False) -> list[UpdateMetrics]:
+        """The updates so far, if it is time or `force`.
+
+        Raises:
+            RunError: if a loss, or a gradient that the weights were changed by, is not finite.
+        """
+        if not force and time.monotonic() - self._flushed_at < self.interval_s:
+            return []
+        updates, self._pending = [update.on_host() for update in self._pending], []
+        elapsed, self._flushed_at = time.monotonic() - self._flushed_at, time.monotonic()
+        if self.interval_s and updates:
+            # A GPU's updates end long after they are launched: only together can they be timed.
+            mean_rate = len(updates) * self.samples_per_update / elapsed
+            updates = [update._replace(images_per_second=mean_rate) for update in updates]
+        for update in updates:
+            for name, value in (("loss", update.loss), ("gradient norm", update.grad_norm)):
+                if math.isfinite(value):
+                    continue
+                raise RunError(
+                    f"The {name} is {value} at update {update.step} (learning rate {update.lr:g}): training has "
+                    "diverged. The last checkpoint stands; go on from it with a lower --learning_rate, or with "
+                    "--mixed_precision bf16 instead of fp16"
+                )
+        return updates
+
+
+class PhaseClock:
+    """Seconds spent by phase (model, data wait, step, checkpoint, ...), for run.json."""
+
+    def __init__(self, before: Mapping[str, float] | None = None) -> None:
+        """Counts on from `before`, which `rounded` gave."""
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.seconds.update({name.removesuffix("_s"): seconds for name, seconds in (before or {}).items()})
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - start
+
+    def rounded(self) -> dict[str, float]:
+        return {f"{phase}_s": round(seconds, 3) for phase, seconds in self.seconds.items()}

@@ -1,0 +1,100 @@
+"""How many updates a run does, of how many samples each, and when something is due: the one place that decides."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.storage.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The arithmetic of a run on `world_size` workers.
+
+    Updates per epoch = ceil(ceil(N / (workers x batch)) / accumulation).
+    """
+
+    num_samples: int
+    """N, samples per epoch."""
+    world_size: int
+    batch_size: int
+    """Samples per worker and micro-step."""
+    accumulation_steps: int
+    total_updates: int
+    learning_rate: float
+    """After scale_lr."""
+    checkpointing_steps: int
+    validation_steps: int
+
+    @staticmethod
+    def of(config: TrainConfig, num_samples: int, world_size: int, start: Checkpoint | None = None) -> RunPlan:
+        """The plan for N = `num_samples`; `world_size` counts workers (1 for a run in the caller's process).
+
+        Args:
+            start: where the run goes on. If its samples were consumed by another number of workers, or in batches of
+                another size, the epochs that are left are counted from its samples.
+        """
+        batch_size, accumulation_steps = config.train_batch_size, config.gradient_accumulation_steps
+        micro_steps = math.ceil(num_samples / (world_size * batch_size))
+        updates_per_epoch = math.ceil(micro_steps / accumulation_steps)
+        samples_per_update = world_size * accumulation_steps * batch_size
+        total_updates = config.num_train_epochs * updates_per_epoch
+        if start is not None and start.samples != start.step * samples_per_update:
+            left = max(0, config.num_train_epochs * num_samples - start.samples)
+            total_updates = start.step + math.ceil(left / samples_per_update)
+        scale = samples_per_update if config.scale_lr else 1
+        return RunPlan(
+            num_samples=num_samples,
+            world_size=world_size,
+            batch_size=batch_size,
+            accumulation_steps=accumulation_steps,
+            total_updates=config.max_train_steps or total_updates,
+            learning_rate=config.learning_rate * scale,
+            checkpointing_steps=config.checkpointing_steps,
+            validation_steps=config.validation_steps,
+        )
+
+    @property
+    def samples_per_update(self) -> int:
+        return self.world_size * self.accumulation_steps * self.batch_size
+
+    def batches_per_worker(self, step: int) -> int:
+        """Micro-steps from `step` updates to the end."""
+        return max(0, self.total_updates - step) * self.accumulation_steps
+
+    def first_sample(self, samples: int, micro_step: int, rank: int) -> int:
+        """k of the first sample that worker `rank` gets at `micro_step`, in a stream that begins at k = `samples`."""
+        return samples + (micro_step * self.world_size + rank) * self.batch_size
+
+    def checkpoint_due(self, step: int) -> bool:
+        return is_due(self.checkpointing_steps, step, self.total_updates)
+
+    def validation_due(self, step: int) -> bool:
+        return is_due(self.validation_steps, step, self.total_updates)
+
+
+def is_due(every: int, step: int, total_updates: int | None) -> bool:
+    """Whether something is done after update `step`: every so many, and after the last.
+
+    Args:
+        total_updates: None if it is not known.
+    """
+    return step % every == 0 or step == total_updates
+
+
+def due_steps(every: int, until: int, total_updates: int | None) -> list[int]:
+    """The updates up to `until`, which is at most the last, after which it is due."""
+    due = list(range(every, until + 1, every))
+    return [*due, until] if until % every and is_due(every, until, total_updates) else due
+
+
+def warmup_warning(config: TrainConfig, total_updates: int) -> str | None:
+    """What to say of a run in which the learning rate only rises; None if there is nothing to say."""
+    if config.lr_scheduler == "constant" or config.lr_warmup_steps < total_updates:
+        return None
+    return (
+        f"with --lr_scheduler={config.lr_scheduler} the learning rate rises for --lr_warmup_steps="
+        f"{config.lr_warmup_steps} updates, and there are {total_updates}: it never comes to --learning_rate"
+    )

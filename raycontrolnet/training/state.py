@@ -1,0 +1,169 @@
+"""The training state's life around the step: build it, save it, load it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.data.order import Purpose, keyed_seed
+from raycontrolnet.errors import UserError
+from raycontrolnet.model.components import load_components, load_controlnet
+from raycontrolnet.model.optim import build_lr_scheduler, build_optimizer
+from raycontrolnet.model.performance import enable_memory_savers, working_precision
+from raycontrolnet.model.step import TrainState
+from raycontrolnet.storage.checkpoint import CONTROLNET, TRAINING_STATE, Checkpoint
+from raycontrolnet.training.schedule import RunPlan
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import ControlNetModel
+
+
+PROCESS_GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@contextmanager
+def accelerator_for(config: TrainConfig, *, use_gpu: bool, world_size: int = 1) -> Iterator[Accelerator]:
+    """Accelerate for mixed precision, accumulation and DDP: inside a Ray Train worker, or alone in a process.
+
+    Its state is process-wide and keeps the first settings it saw, so it is cleared afterwards for the next run.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.utils import GradientAccumulationPlugin
+
+    try:
+        with _no_process_group() if world_size == 1 else nullcontext():
+            accelerator = Accelerator(
+                cpu=not use_gpu,
+                mixed_precision=config.mixed_precision or "no",
+                step_scheduler_with_optimizer=False,
+                gradient_accumulation_plugin=GradientAccumulationPlugin(
+                    num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+                ),
+            )
+        yield accelerator
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+@contextmanager
+def _no_process_group() -> Iterator[None]:
+    """Hide the process group that Ray Train makes also for a single worker: accelerate would wrap the model in DDP,
+    which copies every gradient twice (a tenth of the step on a CPU)."""
+    hidden = {name: os.environ.pop(name) for name in PROCESS_GROUP_VARIABLES if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def build_state(
+    config: TrainConfig,
+    plan: RunPlan,
+    accelerator: Accelerator,
+    checkpoint: Checkpoint | None,
+    token: str | None,
+    *,
+    encodes: bool = True,
+) -> TrainState:
+    """The state at the start of a run, or as `checkpoint` left it.
+
+    Args:
+        encodes: whether the step encodes images; without it the VAE waits on the CPU, for validation.
+
+    Raises:
+        UserError: if a model or the checkpoint does not fit the settings.
+    """
+    assert config.seed is not None  # the driver draws one
+    components = load_components(
+        config,
+        device=accelerator.device,
+        dtype=working_precision(config.mixed_precision),
+        seed=keyed_seed(config.seed, Purpose.CONTROLNET, 0),
+        token=token,
+        controlnet_path=str(checkpoint.path / CONTROLNET) if checkpoint else None,
+        vae_device=None if encodes else torch.device("cpu"),
+    )
+    enable_memory_savers(
+        components,
+        gradient_checkpointing=config.gradient_checkpointing,
+        xformers=config.enable_xformers_memory_efficient_attention,
+    )
+    optimizer = build_optimizer(
+        components.controlnet.parameters(), config, plan.learning_rate, fused=accelerator.scaler is None
+    )
+    updates_done = 0
+    if checkpoint:
+        saved = torch.load(checkpoint.path / TRAINING_STATE, map_location="cpu", weights_only=True)
+        try:
+            if saved["optimizer_class"] != type(optimizer).__name__:
+                raise ValueError(f"it holds the state of {saved['optimizer_class']}, not of {type(optimizer).__name__}")
+            # The moments alone: learning rate, betas and weight decay are those of the settings, which may be new.
+            settings = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({**saved["optimizer"], "param_groups": settings})
+            updates_done = saved["lr_scheduler"]["last_epoch"]
+            if accelerator.scaler is not None and saved["scaler"] is not None:
+                accelerator.scaler.load_state_dict(saved["scaler"])
+        except (KeyError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(
+                f"--resume_from_checkpoint: {checkpoint.path} does not fit these settings ({error}); continue with the "
+                "optimizer settings it was written with (see its manifest.json)"
+            ) from error
+    lr_scheduler = build_lr_scheduler(config, optimizer, plan.total_updates, updates_done)
+    controlnet, prepared_optimizer = accelerator.prepare(components.controlnet, optimizer)
+    return TrainState(
+        components=components,
+        controlnet=controlnet,
+        optimizer=prepared_optimizer,
+        lr_scheduler=lr_scheduler,
+        accelerator=accelerator,
+        max_grad_norm=config.max_grad_norm,
+        set_grads_to_none=config.set_grads_to_none,
+        step=checkpoint.step if checkpoint else 0,
+        samples=checkpoint.samples if checkpoint else 0,
+    )
+
+
+def save_state(state: TrainState, folder: Path) -> None:
+    """Write what `build_state` reads back, into a checkpoint's folder."""
+    unwrap_controlnet(state).save_pretrained(folder / CONTROLNET)
+    scaler: Any = state.accelerator.scaler
+    torch.save(
+        {
+            "optimizer": state.optimizer.state_dict(),
+            "optimizer_class": type(state.optimizer.optimizer).__name__,
+            "lr_scheduler": state.lr_scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        },
+        folder / TRAINING_STATE,
+    )
+
+
+def save_final_weights(state: TrainState, output_dir: Path) -> None:
+    """The ControlNet in diffusers' form at the root of `output_dir`, each file whole or not at all."""
+    partial = output_dir / ".final.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    unwrap_controlnet(state).save_pretrained(partial)
+    for file in sorted(partial.iterdir(), reverse=True):  # the weights before config.json
+        os.replace(file, output_dir / file.name)
+    partial.rmdir()
+
+
+def unwrap_controlnet(state: TrainState) -> ControlNetModel:
+    # Without keep_fp32_wrapper, accelerate would take the autocast off the model that goes on training.
+    return cast("ControlNetModel", state.accelerator.unwrap_model(state.controlnet, keep_fp32_wrapper=True))
+
+
+def saved_controlnet(folder: Path, like: TrainState) -> ControlNetModel:
+    """The ControlNet that lies in `folder`, on the device of `like`, not to be trained."""
+    controlnet = load_controlnet(str(folder), flag="output_dir")
+    return controlnet.requires_grad_(False).eval().to(like.accelerator.device)

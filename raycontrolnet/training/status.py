@@ -1,0 +1,52 @@
+"""run.json: what became of a run."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from raycontrolnet.errors import Interrupted
+from raycontrolnet.storage.files import replacing
+from raycontrolnet.training.job import TIMINGS, RunStopped, read_timings
+
+STATUS = "run.json"
+
+
+class RunStatus(dict[str, Any]):
+    """What run.json says: status, steps, samples, seconds by phase, versions."""
+
+    def __init__(self, output_dir: Path, started: float, versions: dict[str, str]):
+        super().__init__(status="running", started=started, versions=versions)
+        self._path, self._started = output_dir / STATUS, started
+
+    def write(self) -> None:
+        """Replace run.json."""
+        content = {**self, "seconds": round(time.time() - self._started, 3)}
+        with replacing(self._path) as partial:
+            partial.write_text(json.dumps(content, indent=1) + "\n")
+
+
+@contextmanager
+def status_kept(output_dir: Path, started: float, versions: dict[str, str]) -> Iterator[RunStatus]:
+    """run.json, written at the start and, whatever the end is, at the end."""
+    status = RunStatus(output_dir, started, versions)
+    (output_dir / TIMINGS).unlink(missing_ok=True)  # of a driver that was killed
+    status.write()
+    try:
+        yield status
+    except BaseException as error:
+        if status["status"] == "running":
+            states = {Interrupted: "interrupted", RunStopped: "stopped"}
+            status["status"] = states.get(type(error), "failed")
+            if str(error):
+                status["cause"] = str(error)
+        raise
+    finally:
+        if "timings" not in status:  # of a run that did not come to its end
+            status["timings"] = read_timings(output_dir)
+        status.write()
+        (output_dir / TIMINGS).unlink(missing_ok=True)

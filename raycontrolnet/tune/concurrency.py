@@ -1,0 +1,165 @@
+"""How many trials run at a time, and what each gets: from what the cluster has, so that none waits for another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from raycontrolnet.cluster.blocks import LOADING_CPUS
+from raycontrolnet.cluster.nodes import has_type
+from raycontrolnet.cluster.resources import MIN_CPU_SHARE, threads_of
+from raycontrolnet.config.settings import ClusterConfig
+from raycontrolnet.errors import ConfigError
+
+DRIVER_MEMORY = 2.0**20
+"""Bytes, of a trial whose workers are processes of their own: a part of a CPU would keep a whole one from a worker."""
+MOST_CPUS_BESIDE_GPU = 2.0
+"""One that launches the GPU's work and one that reads the next samples."""
+
+Node = Mapping[str, float]
+"""Ray's resources of a node."""
+
+
+@dataclass(frozen=True)
+class TrialSlots:
+    """The places for trials."""
+
+    at_a_time: int
+    num_workers: int
+    """Of a trial; 1 is the trial's own process."""
+    cpus_per_worker: float
+    gpus_per_worker: float
+    accelerator_type: str | None
+    reason: str
+    """Why so many at a time."""
+
+    @property
+    def in_process(self) -> bool:
+        return self.num_workers == 1
+
+    @property
+    def use_gpu(self) -> bool:
+        return self.gpus_per_worker > 0
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of a worker."""
+        return threads_of(self.cpus_per_worker)
+
+    def resources(self) -> dict[str, float]:
+        """Ray's resources of the process that Tune starts for a trial."""
+        if not self.in_process:
+            return {"memory": DRIVER_MEMORY}
+        resources = {"CPU": self.cpus_per_worker}
+        if self.use_gpu:
+            resources["GPU"] = self.gpus_per_worker
+        if self.accelerator_type:
+            resources[f"accelerator_type:{self.accelerator_type}"] = 0.001
+        return resources
+
+
+def places(
+    cluster: ClusterConfig,
+    nodes: Sequence[Node],
+    may_come: Sequence[Node] | None,
+    *,
+    num_trials: int,
+    gpus_per_trial: float,
+    most: int | None,
+    own: bool = False,
+) -> TrialSlots:
+    """The places for `num_trials` trials.
+
+    Args:
+        nodes: those that are up.
+        may_come: those that an autoscaler can start beside them; None if it can start some, but not known which.
+        gpus_per_trial: of a trial with one worker, if GPUs are used.
+        most: trials at a time that the user allows.
+        own: whether this is a Ray of our own, which counts a CPU for loading beside those of the machine.
+
+    Raises:
+        ConfigError: if no trial fits, or trials would be elastic.
+    """
+    fewest, workers = cluster.worker_range
+    if fewest != workers:
+        problem = "a sweep's trials need a fixed number: elastic ones would take each other's workers"
+        raise ConfigError([f"--num_workers={cluster.num_workers}: {problem}; give a number"])
+    workers = max(1, workers)
+    all_nodes = [node for node in (*nodes, *(may_come or ())) if has_type(node, cluster.accelerator_type)]
+    use_gpu = cluster.use_gpu
+    if use_gpu is None:
+        use_gpu = any(node.get("GPU", 0) > 0 for node in all_nodes)
+    gpus = (gpus_per_trial if workers == 1 else 1.0) if use_gpu else 0.0
+    wanted = min(num_trials, most or num_trials)
+    cpus = cluster.cpus_per_worker or _cpus_per_worker(all_nodes, workers, gpus, wanted)
+    room, reason = _room(all_nodes, workers, cpus, gpus)
+    if own:
+        cpus_here = sum(node.get("CPU", 0.0) for node in all_nodes) - LOADING_CPUS
+        reason = reason if "GPU" in reason else f"this machine has {cpus_here:g} CPU{'s' * (cpus_here != 1)}"
+    each = _each(workers, cpus, gpus, cluster.accelerator_type)
+    if room == 0 and may_come is not None:
+        raise ConfigError([f"--num_workers={cluster.num_workers}: no trial has room in the cluster ({reason}, {each})"])
+    at_a_time = min(wanted, room) if room else wanted
+    if at_a_time < room:
+        reason = (
+            f"--max_concurrent_trials; there is room for {room}" if at_a_time == most else "there are no more trials"
+        )
+    elif not room:
+        reason = "the autoscaler does not say what it can start"
+    elif most and most > room:
+        reason += f"; --max_concurrent_trials={most} do not fit"
+    return TrialSlots(
+        at_a_time, workers, cpus, gpus, cluster.accelerator_type, f"{at_a_time} at a time, {each}: {reason}"
+    )
+
+
+def _cpus_per_worker(nodes: Sequence[Node], workers: int, gpus: float, wanted: int) -> float:
+    """A worker's share of a node's CPUs.
+
+    On CPUs one each: two trials of one thread do more than one trial of two, unless there are too few trials.
+    """
+    if gpus:
+        shares = [node.get("CPU", 0.0) / _fit(node["GPU"], gpus) for node in nodes if _fit(node.get("GPU", 0.0), gpus)]
+        return _rounded(min([MOST_CPUS_BESIDE_GPU, *shares]))
+    spare = sum(node.get("CPU", 0.0) for node in nodes) - LOADING_CPUS
+    largest = max((node.get("CPU", 0.0) for node in nodes), default=1.0)
+    return _rounded(max(1.0, min(spare // max(1, wanted * workers), largest)) if spare >= 1 else spare)
+
+
+def _rounded(cpus: float) -> float:
+    return max(MIN_CPU_SHARE, math.floor(4 * cpus) / 4)
+
+
+def _room(nodes: Sequence[Node], workers: int, cpus: float, gpus: float) -> tuple[int, str]:
+    """How many trials fit, and what limits them; CPUs are left to Ray Data."""
+    total = sum(node.get("CPU", 0.0) for node in nodes)
+    if workers == 1:
+        spare = total - (0 if gpus else LOADING_CPUS)
+        by_cpu = min(sum(int(node.get("CPU", 0.0) / cpus + 1e-9) for node in nodes), int(spare / cpus + 1e-9))
+        kept = "" if gpus else f", of which {LOADING_CPUS:g} is left to Ray Data"
+    else:
+        places = sum(int(node.get("CPU", 0.0) / cpus + 1e-9) for node in nodes)
+        by_cpu = min(places // workers, int(total / (workers * cpus + LOADING_CPUS) + 1e-9))
+        kept = f", of which {LOADING_CPUS:g} per trial is left to Ray Data"
+    reason = f"the cluster has {total:g} CPUs{kept}"
+    if not gpus:
+        return max(0, by_cpu), reason
+    total_gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    by_gpu = sum(_fit(node.get("GPU", 0.0), gpus) for node in nodes) // workers
+    if by_gpu <= by_cpu:
+        return by_gpu, f"the cluster has {total_gpus:g} GPU{'s' * (total_gpus != 1)}"
+    return max(0, by_cpu), reason
+
+
+def _fit(gpus_of_node: float, gpus: float) -> int:
+    """How many workers share a node's GPUs; none has parts of two."""
+    return int(gpus_of_node) * int(1 / gpus + 1e-9)
+
+
+def _each(workers: int, cpus: float, gpus: float, accelerator_type: str | None) -> str:
+    each = f"each {workers} workers of " if workers > 1 else "each "
+    each += f"{cpus:g} CPU{'s' * (cpus != 1)}"
+    if gpus:
+        each += f" and {gpus:g} GPU" + (f" of type {accelerator_type}" if accelerator_type else "")
+    return each

@@ -1,0 +1,120 @@
+"""Keeps the trials' records while a sweep goes on: what Ray Tune tells the driver becomes trial.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ray import cloudpickle, tune
+from ray.exceptions import RayActorError
+
+from raycontrolnet.errors import RunError, UserError, root_cause
+from raycontrolnet.report.run_history import read_json
+from raycontrolnet.text import one_line
+from raycontrolnet.training.status import STATUS
+from raycontrolnet.tune.live import LiveTable
+from raycontrolnet.tune.records import SweepLease, Trial, TrialRecord, folder_of, read_trial, write_record
+
+logger = logging.getLogger(__name__)
+
+
+class NotPickled:
+    """Holds the terminal, locks and open files; a pickle of it is None."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()
+
+
+class TrialRecorder(NotPickled, tune.Callback):
+    """The records of all trials; the one writer of trial.json, for as long as the sweep is this driver's."""
+
+    def __init__(self, marker: SweepLease, records: Sequence[TrialRecord], validation_steps: int, table: LiveTable):
+        self._marker, self._validation_steps, self._table = marker, validation_steps, table
+        self._sweep_dir = marker.sweep_dir
+        self.trials: dict[int, Trial] = {}
+        self._since: dict[int, float] = {}
+        for record in records:
+            self._read(record)
+        self._show()
+
+    def propose(self, record: TrialRecord) -> None:
+        """A trial that is about to begin, or to go on."""
+        if not record.ended:
+            self._write(dataclasses.replace(record, state="waiting"))
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        record = self._of(trial)
+        if not record.ended:
+            now = time.time()
+            self._since[record.index] = now
+            self._write(dataclasses.replace(record, state="running", started=record.started or now))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        record = self._of(trial)
+        if not record.ended:
+            self._write(self._timed(record))
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        record, last = self._of(trial), trial.last_result or {}
+        if record.ended:
+            return
+        if state := last.get("state"):
+            changes = {"state": state, "cause": last.get("cause"), "attempts": last.get("attempts", 0)}
+        else:  # it had more to say: the scheduler ended it
+            changes = (
+                {"state": "stopped", "stopped_at": int(last["step"])} if "step" in last else {"state": "interrupted"}
+            )
+        self._write(dataclasses.replace(self._timed(record), **changes))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._write(dataclasses.replace(self._timed(self._of(trial)), state="failed", cause=_cause(trial)))
+
+    def _of(self, trial: Any) -> TrialRecord:
+        return self.trials[trial.config["index"]].record
+
+    def _timed(self, record: TrialRecord) -> TrialRecord:
+        """With the time since it was looked at last."""
+        now = time.time()
+        before = self._since.get(record.index, now)
+        self._since[record.index] = now
+        return dataclasses.replace(record, seconds=record.seconds + now - before)
+
+    def _write(self, record: TrialRecord) -> None:
+        if self._marker.stands():
+            write_record(self._sweep_dir, record)
+        self._read(record)
+        self._show()
+
+    def _read(self, record: TrialRecord) -> None:
+        self.trials[record.index] = read_trial(self._sweep_dir, record, self._validation_steps)
+
+    def _show(self) -> None:
+        self._table.update([self.trials[index] for index in sorted(self.trials)])
+
+
+def _cause(trial: Any) -> str:
+    """Why Tune gives a trial up."""
+    try:
+        error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+    except Exception:  # noqa: BLE001 (what was pickled may not be there, or not be known here)
+        return f"its process failed {trial.num_failures} times"
+    cause = root_cause(error)
+    if isinstance(cause, (UserError, RunError)):
+        return str(cause).splitlines()[0]
+    if isinstance(error, RayActorError):
+        return f"its process was lost {trial.num_failures} times: killed, perhaps for its memory, or with its machine"
+    return f"its process failed {trial.num_failures} times: {one_line(cause)}"
+
+
+def mark_interrupted(sweep_dir: Path, record: TrialRecord) -> TrialRecord:
+    """The record of a trial as a killed sweep left it: one that was running has been interrupted, if not finished."""
+    if record.ended:
+        return record
+    finished = read_json(folder_of(sweep_dir, record) / STATUS).get("status") == "finished"
+    return dataclasses.replace(record, state="finished" if finished else "interrupted")

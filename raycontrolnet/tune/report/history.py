@@ -1,0 +1,216 @@
+"""What the folder of a sweep tells, in whatever state the sweep is: a file that is missing or half written is empty."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from raycontrolnet.config.sweep_config import OBJECTIVES
+from raycontrolnet.report.run_history import number, read_json
+from raycontrolnet.tune.records import (
+    STATES,
+    SWEEP,
+    TRIAL,
+    TRIALS,
+    Trial,
+    TrialRecord,
+    control_appeared,
+    measured,
+    ranked,
+    read_trial,
+    settings_of,
+    with_control_gap,
+)
+
+CATEGORICAL = ("choice", "grid", "grid_search")
+LOG_FROM_RATIO = 100
+"""Numbers of an unknown distribution that differ by this factor are laid out by their logarithms."""
+
+
+STOPPING = ("asha", "median")
+"""Schedulers that end weak trials early."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting that the trials differ in, as an axis."""
+
+    name: str
+    log: bool = False
+    categories: tuple[str, ...] | None = None
+    """Its values as text, in the order of the space; None if it is a number on a scale."""
+    low: float = math.nan
+    """Of numbers: the ends of the scale."""
+    high: float = math.nan
+
+    def place(self, value: Any) -> float:
+        """Where on the axis a value is: the number, or the place among the categories; nan for none."""
+        if self.categories is None:
+            return place if self.low <= (place := number(value)) <= self.high else math.nan
+        return float(self.categories.index(text)) if (text := as_text(value)) in self.categories else math.nan
+
+
+@dataclass(frozen=True)
+class SweepHistory:
+    """The records of one sweep."""
+
+    sweep: Mapping[str, Any]
+    """sweep.json."""
+    trials: Sequence[Trial]
+    """The best first."""
+
+    @property
+    def state(self) -> str:
+        """running, finished, interrupted, failed, or unknown without sweep.json."""
+        return str(self.sweep.get("status", "unknown"))
+
+    @property
+    def objective(self) -> str:
+        return objective_of(self.sweep)
+
+    @property
+    def smallest_is_best(self) -> bool:
+        return OBJECTIVES[self.objective] == "min"
+
+    @property
+    def scheduler(self) -> str:
+        return str(self.sweep.get("scheduler"))
+
+    @property
+    def total_updates(self) -> int:
+        """Of a trial that is not stopped; 0 if that is not known."""
+        return self.count("total_updates")
+
+    @property
+    def num_trials(self) -> int:
+        """Of the whole sweep."""
+        return max(self.count("num_trials"), len(self.trials))
+
+    @property
+    def rungs(self) -> list[int]:
+        grace, factor = self.count("grace_period"), self.count("reduction_factor")
+        return rungs(self.scheduler, grace, factor, self.total_updates)
+
+    @cached_property
+    def best(self) -> Trial | None:
+        """The one that sweep.json names, else the first in rank; None if no trial has been measured."""
+        known = measured(self.trials, self.objective)
+        named = [trial for trial in known if trial.record.name == self.sweep.get("best")]
+        return next(iter([*named, *known]), None)
+
+    @cached_property
+    def settings(self) -> list[Setting]:
+        """What the space names; without a space, what the trials have."""
+        space = self.sweep.get("space")
+        specs = space if isinstance(space, dict) else {}
+        names = list(specs) or settings_of(self.trials)
+        return [
+            _setting(name, specs.get(name), [t.record.settings[name] for t in self.trials if name in t.record.settings])
+            for name in names
+        ]
+
+    def rank(self, trial: Trial) -> int:
+        """From 0."""
+        return self._ranks[trial.record.index]
+
+    @cached_property
+    def _ranks(self) -> dict[int, int]:
+        return {trial.record.index: rank for rank, trial in enumerate(self.trials)}
+
+    def count(self, name: str) -> int:
+        """An entry of sweep.json that counts something; 0 if it is not there."""
+        return int(value) if 1 <= (value := number(self.sweep.get(name))) < 1e15 else 0
+
+    def seconds(self, name: str) -> float:
+        """An entry of sweep.json that is a time; nan if it is not there."""
+        return value if 0 <= (value := number(self.sweep.get(name))) < 1e12 else math.nan
+
+
+def read(sweep_dir: Path) -> SweepHistory:
+    sweep = read_json(sweep_dir / SWEEP)
+    validation_steps = SweepHistory(sweep, ()).count("validation_steps") or 100
+    records = [_record(path) for path in sorted((sweep_dir / TRIALS).glob(f"*/{TRIAL}"))]
+    trials = [read_trial(sweep_dir, record, validation_steps) for record in records if record is not None]
+    return SweepHistory(sweep, ranked(trials, objective_of(sweep)))
+
+
+def objective_of(sweep: Mapping[str, Any]) -> str:
+    """What the trials of `sweep` are ranked by."""
+    named = str(sweep.get("objective"))
+    return named if named in OBJECTIVES else "val_loss"
+
+
+def as_text(value: Any) -> str:
+    """A setting's value as a person writes it; JSON where it is more than a word or a number."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _record(path: Path) -> TrialRecord | None:
+    """What trial.json says, as far as it can be used."""
+    content = read_json(path)
+    found = {field.name: value for field in fields(TrialRecord) if (value := content.get(field.name)) is not None}
+    index, settings = found.get("index"), found.get("settings")
+    if type(index) is not int or not isinstance(settings, dict) or path.parent.name != f"{index:04d}":
+        return None
+    seconds, started = number(found.get("seconds")), number(found.get("started"))
+    return TrialRecord(
+        index=index,
+        settings=settings,
+        state=state if (state := found.get("state")) in STATES else "interrupted",
+        cause=str(found["cause"]) if "cause" in found else None,
+        stopped_at=step if type(step := found.get("stopped_at")) is int else None,
+        seconds=seconds if 0 <= seconds < math.inf else 0.0,
+        started=started if math.isfinite(started) else None,
+    )
+
+
+def _setting(name: str, spec: Any, values: Sequence[Any]) -> Setting:
+    """The axis for the values that trials have of a setting, and for those that its space allows.
+
+    Args:
+        spec: of the space, such as {"loguniform": [2e-6, 1e-4]}.
+    """
+    kind, given = next(iter(spec.items()), ("", ())) if isinstance(spec, dict) else ("", ())
+    allowed = list(given) if isinstance(given, (list, tuple)) else [given]
+    numbers = [value for value in map(number, values) if math.isfinite(value)]
+    if kind in CATEGORICAL or len(numbers) < len(values):
+        listed = allowed if kind in CATEGORICAL else []
+        return Setting(name, categories=tuple(dict.fromkeys(map(as_text, [*listed, *values]))))
+    numbers += [value for value in map(number, allowed[:2]) if math.isfinite(value)]
+    low, high = min(numbers, default=0.0), max(numbers, default=1.0)
+    log = low > 0 and ("log" in str(kind) or (not kind and high / low >= LOG_FROM_RATIO))
+    return Setting(name, log, None, low, high)
+
+
+def rungs(scheduler: str, grace_period: int, reduction_factor: int, total_updates: int) -> list[int]:
+    """The updates at which asha stops those that are behind; none for other schedulers."""
+    found: list[int] = []
+    if scheduler == "asha" and grace_period >= 1 and reduction_factor >= 2:
+        while grace_period < total_updates:
+            found.append(grace_period)
+            grace_period *= reduction_factor
+    return found
+
+
+def too_early(trials: Sequence[Trial], scheduler: str, objective: str) -> str | None:
+    """A warning if trials were stopped before any had shown control.
+
+    Returns:
+        None if there is nothing to warn of: also where control was not measured, or speed is what trials are ranked by.
+    """
+    stops = [trial.record.stopped_at for trial in trials if trial.record.state == "stopped"]
+    first = min((step for step in stops if step is not None), default=None)
+    if scheduler not in STOPPING or objective == "images_per_second" or first is None:
+        return None
+    till_then = [with_control_gap([report for report in trial.reports if report["step"] <= first]) for trial in trials]
+    if not any(till_then) or any(control_appeared(reports) is not None for reports in till_then):
+        return None
+    return (
+        f"No trial had shown control by step {first:,}, where the first were stopped: their order then says little "
+        "about where control appears (it comes suddenly, arXiv:2302.05543 section 4). A longer --grace_period is safer."
+    )
