@@ -3,8 +3,8 @@
     plan (driver) -> write (every worker its share) -> finish (rank 0)
 
 The driver's plan holds the control images' bytes, so workers need not see the files. The images of a step, which
-`sampling/images.py` draws and saves, lie in `output_dir/validation/step-NNNNNN/`. No picture is worth a training run: what
-goes wrong is logged and not raised.
+`sampling/images.py` draws and saves, lie in `output_dir/validation/step-NNNNNN/`. No picture is worth a training run:
+what goes wrong is logged and not raised.
 """
 
 from __future__ import annotations
