@@ -12,25 +12,24 @@ PLAIN_INTERVAL_S = 15.0
 
 
 SHOWN_PROBLEMS = 10
-"""So many problems of one kind are listed; the rest is counted."""
+"""Problems of one kind that are listed; the rest is counted."""
 
 
-def duration(seconds: float) -> str:
-    """3725 -> 1:02:05, 65 -> 1:05."""
+def duration(seconds: float, *, fine: bool = False) -> str:
+    """Return 3725 as 1:02:05 and 65 as 1:05.
+
+    Args:
+        fine: return times below a minute as 20.5 s instead of 0:20.
+    """
+    if fine and seconds < 60:
+        return f"{seconds:.3g} s"
     minutes, secs = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"
 
 
-def shorten(problems: Sequence[str], what: str) -> list[str]:
-    """The first few of `problems` (of the kind `what`) and how many there are."""
-    if len(problems) <= SHOWN_PROBLEMS:
-        return list(problems)
-    return [*problems[:SHOWN_PROBLEMS], f"... {len(problems):,} {what} in all"]
-
-
-def _size(num_bytes: float) -> str:
-    """65536 -> 65.5 kB."""
+def file_size(num_bytes: float) -> str:
+    """Return 65536 as 65.5 kB."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.3g} {unit}"
@@ -38,22 +37,37 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes:.3g} TB"
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+def counted(number: float, noun: str) -> str:
+    """Return `1 image`, `2 images` or `1,000 images`."""
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{shown} {noun}{'s' * (number != 1)}"
 
 
-def short(number: float, digits: int = 4) -> str:
-    """2500 -> 2.5k, 0.00001 -> 1e-5."""
+def short_number(number: float, digits: int = 4) -> str:
+    """Return 2500 as 2.5k and 0.00001 as 1e-5."""
     for unit, sign in ((1e6, "M"), (1e3, "k")):
         if abs(number) >= unit:
             return f"{number / unit:.{digits}g}{sign}"
     return re.sub(r"e([+-])0*", r"e\1", f"{number:.{digits}g}").replace("e+", "e")
 
 
+def error_message(error: BaseException, most: int | None = None) -> str:
+    """Return what `error` says, in one line of at most `most` letters; its kind if it says nothing."""
+    words = " ".join(str(getattr(error, "strerror", None) or error).split())
+    return words[:most] or type(error).__name__
+
+
 def one_line(error: BaseException) -> str:
-    """Its kind and the last line of its message."""
+    """Return the kind of `error` and the last line of its message."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1].strip() if lines else 'no message'}"
+
+
+def shorten(problems: Sequence[str], what: str) -> list[str]:
+    """Return the first few of `problems`, and the number of all if there are more; `what` names their kind."""
+    if len(problems) <= SHOWN_PROBLEMS:
+        return list(problems)
+    return [*problems[:SHOWN_PROBLEMS], f"... {len(problems):,} {what} in all"]
 
 
 class Counter:

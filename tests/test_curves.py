@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from raycontrolnet.report import curves
-from raycontrolnet.text import short
+from raycontrolnet.text import short_number
 
 
 def test_thinning() -> None:
@@ -73,4 +73,4 @@ def test_numbers_at_the_axes() -> None:
         0.30000000000000004: "0.3",
         -2e-4: "-0.0002",
     }
-    assert {number: short(number) for number in wanted} == wanted
+    assert {number: short_number(number) for number in wanted} == wanted

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from raycontrolnet.cluster.blocks import LOADING_CPUS
 from raycontrolnet.errors import ConfigError
+from raycontrolnet.text import error_message
 
 LOCAL = "local"
 ANSWER_TIMEOUT_S = 10.0
@@ -52,7 +53,7 @@ def ray_session(address: str | None) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError) as error:
         origin = "--address" if address else "RAY_ADDRESS"
         problem = (
-            f"{origin}={target}: no Ray cluster answers there ({' '.join(str(error).split())[:200]}). Start one with "
+            f"{origin}={target}: no Ray cluster answers there ({error_message(error, 200)}). Start one with "
             "`ray start --head`, or leave the address out to train on this machine alone"
         )
         raise ConfigError([problem]) from error

@@ -16,6 +16,7 @@ from typing import Any, Union
 from raycontrolnet.config.output_settings import HubConfig, OutputConfig, ValidationConfig
 from raycontrolnet.config.settings import CacheConfig, ClusterConfig, DataConfig, ModelConfig, OptimConfig, StepConfig
 from raycontrolnet.errors import ConfigError
+from raycontrolnet.text import error_message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,9 +167,9 @@ def read_yaml(path: str | Path, place: str) -> dict[Any, Any]:
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{place}: cannot be read ({getattr(error, 'strerror', None) or error})"]) from None
+        raise ConfigError([f"{place}: cannot be read ({error_message(error)})"]) from None
     except yaml.YAMLError as error:
-        raise ConfigError([f"{place}: is not valid YAML ({' '.join(str(error).split())})"]) from None
+        raise ConfigError([f"{place}: is not valid YAML ({error_message(error)})"]) from None
     if not isinstance(settings, dict):
         raise ConfigError([f"{place}: must be a list of `setting: value` lines"])
     return settings

@@ -18,7 +18,7 @@ from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.data.columns import Columns, file_bytes, find_columns, kind_name, missing_files, read_captions
 from raycontrolnet.data.records import ImageRow
 from raycontrolnet.errors import DataError
-from raycontrolnet.text import shorten
+from raycontrolnet.text import error_message, shorten
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -110,7 +110,7 @@ def open_folder(folder: str, data: DataConfig) -> FolderSource:
         table = _read_table(path, columns) if columns else _empty_table()
         content_hash = _content_hash(path, columns)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise DataError(f"{path}: cannot be read ({error_message(error)})") from None
     return FolderSource(str(path.parent.absolute()), str(path), table, content_hash)
 
 
@@ -204,7 +204,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
             yield from enumerate(rows, 1)
     except pa.ArrowInvalid as error:
-        raise DataError(f"{path}: is not valid parquet ({' '.join(str(error).split())})") from None
+        raise DataError(f"{path}: is not valid parquet ({error_message(error)})") from None
 
 
 def _parse(line: bytes) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.data.columns import Columns, file_bytes, find_columns, missing_files, read_captions
 from raycontrolnet.data.records import ImageRow
 from raycontrolnet.errors import DataError
-from raycontrolnet.text import shorten
+from raycontrolnet.text import error_message, shorten
 
 if TYPE_CHECKING:
     import datasets
@@ -219,7 +219,7 @@ def _reason(error: Exception, location: Location) -> str:
     import datasets
 
     cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
-    text = " ".join(str(cause or error).split()) or type(error).__name__
+    text = error_message(cause or error)
     if location.token:
         text = text.replace(location.token, "***")
     if "Unknown split" in text:

@@ -17,6 +17,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from raycontrolnet.data.records import ImageRow, PreparedRow, UInt8Image
 from raycontrolnet.errors import DataError
+from raycontrolnet.text import error_message
 
 # Pillow warns of odd metadata and of sizes that are fine here. Once and for all, because `catch_warnings` around every
 # decoding would not be safe in threads.
@@ -70,11 +71,11 @@ def decode_rgb(image: bytes | str, *, background: Colour, place: str = "") -> Im
         opened.load()
         rgb = to_rgb(_upright(opened), background)
     except Image.DecompressionBombError as error:
-        raise DataError(f"{name} is too large to be decoded safely ({_one_line(error)})") from None
+        raise DataError(f"{name} is too large to be decoded safely ({error_message(error)})") from None
     except UnidentifiedImageError:
         raise DataError(f"{name} is not an image in a format that Pillow reads") from None
     except Exception as error:  # noqa: BLE001 - decoders raise OSError, SyntaxError, ValueError, struct.error and more
-        raise DataError(f"{name} is broken or truncated ({_one_line(error)})") from None
+        raise DataError(f"{name} is broken or truncated ({error_message(error)})") from None
     if max(rgb.size) > MAX_ASPECT_RATIO * min(rgb.size):
         width, height = rgb.size
         raise DataError(f"{name} is {width} x {height} pixels, longer than {MAX_ASPECT_RATIO} times its short side")
@@ -184,12 +185,7 @@ def _read_file(path: str, prefix: str) -> bytes:
     except FileNotFoundError:
         raise DataError(f"{prefix}{path}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise DataError(f"{prefix}{path}: cannot be read ({_one_line(error)})") from None
-
-
-def _one_line(error: Exception) -> str:
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(reason).split())
+        raise DataError(f"{prefix}{path}: cannot be read ({error_message(error)})") from None
 
 
 def _upright(image: Image.Image) -> Image.Image:

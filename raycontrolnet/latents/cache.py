@@ -23,6 +23,7 @@ from raycontrolnet.data.transforms import choose_prompt, decode_conditioning
 from raycontrolnet.errors import DataError
 from raycontrolnet.latents.manifest import BadSample, Manifest, Shard, StoredShard
 from raycontrolnet.storage.folder import CacheFolder
+from raycontrolnet.text import error_message
 
 ROW_OVERHEAD_BYTES = 1000
 """What Arrow adds to a row, about."""
@@ -189,7 +190,7 @@ def _naming(folder: CacheFolder, shard: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, KeyError, ValueError, IndexError) as error:
-        reason = "it is gone" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())[:200]
+        reason = "it is gone" if isinstance(error, FileNotFoundError) else error_message(error, 200)
         raise DataError(
             f"{folder.path(shard)}: this part of the latent cache is damaged ({reason}). Delete it and run "
             "`raycontrolnet prepare` with the settings of the run: only this part is made again"

@@ -28,7 +28,7 @@ from raycontrolnet.latents.manifest import Manifest, Shard
 from raycontrolnet.latents.plan import LatentPlan
 from raycontrolnet.latents.shards import ShardResult, load_shard
 from raycontrolnet.launch.preflight import CheckedRun
-from raycontrolnet.text import Counter, _size, one_line, shorten
+from raycontrolnet.text import Counter, file_size, one_line, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -267,13 +267,15 @@ def _announce(plan: LatentPlan, there: dict[str, ShardResult], stream: TextIO) -
     wanted = round(plan.num_rows * sample_bytes)
     missing = wanted - sum(result.stored.num_bytes for result in there.values())
     stream.write(
-        f"latents: {plan.num_rows:,} images at {plan.config.resolution} px need about {_size(wanted)} in "
-        f"{plan.folder.name} (each {_size(plan.posterior_bytes)} of latents, {_size(control_bytes)} of conditioning "
-        f"image, {_size(ROW_OVERHEAD_BYTES)} of index)\n"
+        f"latents: {plan.num_rows:,} images at {plan.config.resolution} px need about {file_size(wanted)} in "
+        f"{plan.folder.name} (each {file_size(plan.posterior_bytes)} of latents, {file_size(control_bytes)} of "
+        f"conditioning image, {file_size(ROW_OVERHEAD_BYTES)} of index)\n"
     )
     free = plan.folder.free_bytes()
     if free is not None and free < missing:
-        problem = f"--latents_cache_dir={plan.folder.uri}: {_size(missing)} are needed there and {_size(free)} free"
+        problem = (
+            f"--latents_cache_dir={plan.folder.uri}: {file_size(missing)} are needed there and {file_size(free)} free"
+        )
         advice = "name a folder with more room, or train from pixels with --cache_latents off"
         raise ConfigError([f"{problem}; {advice}"])
 
@@ -281,14 +283,14 @@ def _announce(plan: LatentPlan, there: dict[str, ShardResult], stream: TextIO) -
 def _report(plan: LatentPlan, manifest: Manifest, stream: TextIO) -> None:
     skipped = f", {len(manifest.bad_samples):,} bad ones skipped" if manifest.bad_samples else ""
     stream.write(
-        f"latents: {manifest.num_rows:,} samples{skipped}, {_size(manifest.num_bytes)} in {plan.folder.uri} "
-        f"({_size(manifest.num_bytes / max(1, manifest.num_rows))} each)\n"
+        f"latents: {manifest.num_rows:,} samples{skipped}, {file_size(manifest.num_bytes)} in {plan.folder.uri} "
+        f"({file_size(manifest.num_bytes / max(1, manifest.num_rows))} each)\n"
     )
     if stale := plan.stale():
         names = ", ".join(sorted(stale)[:SHOWN_STALE]) + (", ..." if len(stale) > SHOWN_STALE else "")
         stream.write(
-            f"latents: {len(stale):,} files of earlier data are there still ({_size(sum(stale.values()))}) and may be "
-            f"deleted: {names}\n"
+            f"latents: {len(stale):,} files of earlier data are there still ({file_size(sum(stale.values()))}) and may "
+            f"be deleted: {names}\n"
         )
 
 

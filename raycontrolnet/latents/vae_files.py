@@ -10,6 +10,7 @@ from typing import Any
 
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.errors import UserError
+from raycontrolnet.text import error_message
 
 CONFIG = "config.json"
 BLOCK_BYTES = 1 << 22
@@ -44,7 +45,7 @@ class VaeFiles:
         except StopIteration:
             reason = f"none of {', '.join(_weight_names(model))}"
         except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = error_message(error, 200)
         raise UserError(
             f"--pretrained_model_name_or_path={model.pretrained_model_name_or_path}: its VAE cannot be read "
             f"({reason}); give a folder in diffusers' layout or a Hub id; a private one needs --hub_token or "

@@ -17,6 +17,7 @@ from raycontrolnet.launch.explain import failures_explained
 from raycontrolnet.launch.preflight import CheckedRun
 from raycontrolnet.report.progress import Progress
 from raycontrolnet.sampling.find_controlnet import CONFIG
+from raycontrolnet.text import counted
 from raycontrolnet.training import held_out, metrics, validation
 from raycontrolnet.training.failures import read_failure
 from raycontrolnet.training.job import Job, RunCallback, RunStopped, begin
@@ -219,7 +220,7 @@ def _announce(run: CheckedRun, world_size: int, status: RunStatus, stream: TextI
     status.write()
     step = run.start.step if run.start else 0
     source = "" if run.cache is None else " from cached latents"
-    workers = f"{world_size} worker{'s' * (world_size != 1)} on {'GPUs' if use_gpu else 'CPUs'}"
+    workers = f"{counted(world_size, 'worker')} on {'GPUs' if use_gpu else 'CPUs'}"
     stream.write(
         f"raycontrolnet {__version__}: {plan.num_samples} samples{source}, {workers} x batch {plan.batch_size} x "
         f"accumulation {plan.accumulation_steps}, updates {step} to {plan.total_updates}, seed {run.config.seed}\n"

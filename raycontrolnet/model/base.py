@@ -11,6 +11,7 @@ import torch
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.errors import UserError
 from raycontrolnet.model.diffusion import PREDICTION_TYPES
+from raycontrolnet.text import error_message
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -94,7 +95,7 @@ def loaded(flag: str, name: str, load: Callable[..., Loaded], **options: Any) ->
         return load(name, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         what = f" ({options['subfolder']})" if "subfolder" in options else ""
-        reason = " ".join(str(error).split())[:300]
+        reason = error_message(error, 300)
         raise UserError(
             f"--{flag}={name}: cannot be loaded{what}: {reason}. Give a folder in diffusers' layout or a Hub id; "
             "a private one needs --hub_token or `hf auth login`"

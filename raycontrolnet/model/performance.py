@@ -9,6 +9,7 @@ import torch
 
 from raycontrolnet.errors import UserError
 from raycontrolnet.model.components import Components
+from raycontrolnet.text import error_message
 
 
 def working_precision(mixed_precision: str | None) -> torch.dtype:
@@ -30,7 +31,7 @@ def enable_memory_savers(components: Components, *, gradient_checkpointing: bool
                 module.enable_xformers_memory_efficient_attention()
             except (ImportError, ModuleNotFoundError, ValueError, NotImplementedError) as error:
                 raise UserError(
-                    f"--enable_xformers_memory_efficient_attention: {' '.join(str(error).split())[:200]}; "
+                    f"--enable_xformers_memory_efficient_attention: {error_message(error, 200)}; "
                     "needs a CUDA GPU and pip install 'raycontrolnet[xformers]'"
                 ) from error
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from raycontrolnet.text import short
+from raycontrolnet.text import short_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -152,9 +152,9 @@ def new_axes(label: str = "step", size: tuple[float, float] = SIZE) -> Axes:
     axes.grid(axis="y", color=PAINTS["grid"], linewidth=0.8)
     axes.tick_params(colors=PAINTS["ink"], labelsize=12, length=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value, _digits(*axes.get_ylim()))))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value, _digits(*axes.get_ylim()))))
     axes.margins(x=0.02)
     return axes
 

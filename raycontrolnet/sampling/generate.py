@@ -26,7 +26,7 @@ from raycontrolnet.model.prompts import cut
 from raycontrolnet.sampling import find_controlnet, images, scores
 from raycontrolnet.sampling.images import METADATA, ImageItem, PairImages
 from raycontrolnet.sampling.pipeline import DEFAULT_SAMPLING, Sampling
-from raycontrolnet.text import _count, duration, one_line
+from raycontrolnet.text import counted, duration, one_line
 from raycontrolnet.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def _generate(config: GenerateConfig, stream: TextIO) -> list[PairImages]:
     seconds = time.monotonic() - started
     fidelity = _fidelity(task, results)
     stream.write(
-        f"done in {duration(seconds)}: {_count(len(drawn), 'image')}, grids and {METADATA} in {task.out}{fidelity}\n"
+        f"done in {duration(seconds)}: {counted(len(drawn), 'image')}, grids and {METADATA} in {task.out}{fidelity}\n"
     )
     return results
 
@@ -218,9 +218,9 @@ def _announce(task: _Task, stream: TextIO) -> None:
     device = "GPU" if task.device.type == "cuda" else "CPU"
     precision = "" if task.precision == torch.float32 else f" in {config.mixed_precision}"
     what = (
-        f"{config.controlnet} on {task.model.pretrained_model_name_or_path}, {_count(len(config.pairs), 'pair')} x "
-        f"{_count(config.num_images, 'image')} of {task.resolution} px, {_count(config.num_inference_steps, 'step')}, "
-        f"guidance {task.guidance_scale:g}, seed {config.seed}, on the {device}{precision}"
+        f"{config.controlnet} on {task.model.pretrained_model_name_or_path}, {counted(len(config.pairs), 'pair')} x "
+        f"{counted(config.num_images, 'image')} of {task.resolution} px, {counted(config.num_inference_steps, 'step')}"
+        f", guidance {task.guidance_scale:g}, seed {config.seed}, on the {device}{precision}"
     )
     logger.info(what)
     stream.write(f"raycontrolnet {__version__}: {what}\n")
@@ -258,7 +258,7 @@ def _failures_explained(task: _Task, drawn: Sequence[ImageItem]) -> Iterator[Non
     """Turn whatever ends the drawing early into one paragraph that says what stands."""
 
     def what_stands() -> str:
-        there = f"{len(drawn):,} of {_count(len(task.items), 'image')} stand in {task.out}."
+        there = f"{len(drawn):,} of {counted(len(task.items), 'image')} stand in {task.out}."
         return there if drawn else "No image was drawn."
 
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raycontrolnet.errors import UserError
+from raycontrolnet.text import error_message
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -160,8 +161,7 @@ def _open(uri: str) -> tuple[fs.FileSystem, str]:
 
 def unreachable(uri: str, error: Exception) -> UserError:
     """What the user is told of a folder that cannot be used."""
-    reason = " ".join(str(error).split())[:200]
     return UserError(
-        f"--latents_cache_dir={uri.partition('?')[0]}: cannot be used ({reason}); name a folder, or a URI such as "
-        "s3://bucket/folder that this machine may read and write"
+        f"--latents_cache_dir={uri.partition('?')[0]}: cannot be used ({error_message(error, 200)}); name a folder, "
+        "or a URI such as s3://bucket/folder that this machine may read and write"
     )

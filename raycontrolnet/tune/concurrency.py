@@ -11,6 +11,7 @@ from raycontrolnet.cluster.nodes import has_type
 from raycontrolnet.cluster.resources import MIN_CPU_SHARE, threads_of
 from raycontrolnet.config.settings import ClusterConfig
 from raycontrolnet.errors import ConfigError
+from raycontrolnet.text import counted
 
 DRIVER_MEMORY = 2.0**20
 """Bytes, of a trial whose workers are processes of their own: a part of a CPU would keep a whole one from a worker."""
@@ -96,7 +97,7 @@ def places(
     room, reason = _room(all_nodes, workers, cpus, gpus)
     if own:
         cpus_here = sum(node.get("CPU", 0.0) for node in all_nodes) - LOADING_CPUS
-        reason = reason if "GPU" in reason else f"this machine has {cpus_here:g} CPU{'s' * (cpus_here != 1)}"
+        reason = reason if "GPU" in reason else f"this machine has {counted(cpus_here, 'CPU')}"
     each = _each(workers, cpus, gpus, cluster.accelerator_type)
     if room == 0 and may_come is not None:
         raise ConfigError([f"--num_workers={cluster.num_workers}: no trial has room in the cluster ({reason}, {each})"])
@@ -148,7 +149,7 @@ def _room(nodes: Sequence[Node], workers: int, cpus: float, gpus: float) -> tupl
     total_gpus = sum(node.get("GPU", 0.0) for node in nodes)
     by_gpu = sum(_fit(node.get("GPU", 0.0), gpus) for node in nodes) // workers
     if by_gpu <= by_cpu:
-        return by_gpu, f"the cluster has {total_gpus:g} GPU{'s' * (total_gpus != 1)}"
+        return by_gpu, f"the cluster has {counted(total_gpus, 'GPU')}"
     return max(0, by_cpu), reason
 
 
@@ -159,7 +160,7 @@ def _fit(gpus_of_node: float, gpus: float) -> int:
 
 def _each(workers: int, cpus: float, gpus: float, accelerator_type: str | None) -> str:
     each = f"each {workers} workers of " if workers > 1 else "each "
-    each += f"{cpus:g} CPU{'s' * (cpus != 1)}"
+    each += f"{counted(cpus, 'CPU')}"
     if gpus:
         each += f" and {gpus:g} GPU" + (f" of type {accelerator_type}" if accelerator_type else "")
     return each

@@ -31,7 +31,7 @@ from raycontrolnet.config.sweep_config import SweepConfig
 from raycontrolnet.errors import Interrupted, RunError, UserError, root_cause
 from raycontrolnet.report.live_report import report_kept
 from raycontrolnet.report.page import REPORT_FILE as REPORT
-from raycontrolnet.text import duration, one_line
+from raycontrolnet.text import counted, duration, one_line
 from raycontrolnet.tune.concurrency import places
 from raycontrolnet.tune.leaderboard import leaderboard_lines
 from raycontrolnet.tune.live import LiveTable
@@ -130,7 +130,7 @@ def _run(plan: SweepPlan, marker: SweepLease, facts: dict[str, Any], stream: Tex
         for tried in plan.device_settings():
             check_device(tried, use_gpu=where.use_gpu, has_gpu=where.use_gpu)
         trials = plan.num_left
-        stream.write(f"sweep: {trials} trial{'s' * (trials != 1)}, {where.reason}\n")
+        stream.write(f"sweep: {counted(trials, 'trial')}, {where.reason}\n")
         shared = shared_of(plan, where, marker, worker_resources(train), stream)
         facts |= {"concurrency": where.at_a_time, "reason": where.reason}
         name, objective = plan.sweep_dir.name, plan.config.objective

@@ -16,7 +16,7 @@ import numpy as np
 
 from raycontrolnet.report import curves
 from raycontrolnet.report.curves import Column, finite
-from raycontrolnet.text import short
+from raycontrolnet.text import short_number
 from raycontrolnet.training.held_out import MIN_GAP_SHARE
 from raycontrolnet.tune.records import Trial
 from raycontrolnet.tune.report import scales
@@ -104,7 +104,7 @@ def parallel(swept: SweepHistory) -> str:
     for i, setting in enumerate(settings):
         _upright(axes, i, setting.name, scales.ticks(setting))
     worst_best = [(0.0, best_first[1]), (1.0, best_first[0])] if span else [(0.5, ends[0])]
-    _upright(axes, len(settings), swept.objective, [(y, short(float(f"{v:.3g}"))) for y, v in worst_best])
+    _upright(axes, len(settings), swept.objective, [(y, short_number(float(f"{v:.3g}"))) for y, v in worst_best])
     for order, (trial, *path) in enumerate(zip(trials, *heights, strict=True), 3):
         look = _look(swept, trial)
         stopped = trial.record.state != "finished"

@@ -10,7 +10,7 @@ import numpy as np
 
 from raycontrolnet.report import curves
 from raycontrolnet.report.curves import Column
-from raycontrolnet.text import short
+from raycontrolnet.text import short_number
 from raycontrolnet.tune.records import Trial
 from raycontrolnet.tune.report.history import Setting, as_text
 
@@ -93,13 +93,13 @@ def ticks(setting: Setting) -> list[tuple[float, str]]:
 
 
 def _number(setting: Setting, value: float) -> str:
-    return _power(value) if setting.log else short(float(f"{value:.3g}"))
+    return _power(value) if setting.log else short_number(float(f"{value:.3g}"))
 
 
 def _power(value: float) -> str:
     """0.00012 -> 1.2e-4."""
     if value >= 1e-3:
-        return short(float(f"{value:.2g}"))
+        return short_number(float(f"{value:.2g}"))
     digits, exponent = f"{value:.1e}".split("e")
     return f"{digits.removesuffix('.0')}e{int(exponent)}"
 
@@ -115,7 +115,7 @@ def two_lines(name: str) -> str:
 
 def short_text(value: Any) -> str:
     """A setting's value in few digits."""
-    return short(float(f"{value:.3g}")) if isinstance(value, float) and math.isfinite(value) else as_text(value)
+    return short_number(float(f"{value:.3g}")) if isinstance(value, float) and math.isfinite(value) else as_text(value)
 
 
 def _labelled(categories: Sequence[str]) -> Sequence[int]:
