@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import ray.train
 import torch
 
+from raycontrolnet.cluster.worker import report_checkpoint
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.stream import local_batches, ray_batches
 from raycontrolnet.errors import RunError, UserError
@@ -182,7 +183,7 @@ class Worker:
         state, job = self.state, self.job
         self.record(force=True)  # a diverged model is not worth a checkpoint
         with self.clock("checkpoint"):
-            reported = None
+            saved = None
             name = checkpoints.name_of(state.step)
             if self.rank == 0:
                 assert job.config.seed is not None
@@ -197,16 +198,11 @@ class Worker:
                     facts=job.facts,
                 )
                 checkpoints.prune(job.output_dir, job.config.checkpoints_total_limit)
-                reported = ray.train.Checkpoint.from_directory(str(written.path))
+                saved = written.path
             figures = self.last._asdict() if self.last else {"step": state.step}
             if (measured := self.validator.last) and measured.step == state.step:
                 figures = measured._asdict() | figures
-            ray.train.report(
-                figures,
-                checkpoint=reported,
-                checkpoint_dir_name=name,
-                checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
-            )
+            report_checkpoint(figures, name, saved)
 
     def rest_from_training(self) -> None:
         """What came since the last update is no part of the next one; its time is on record."""

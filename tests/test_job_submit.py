@@ -27,21 +27,21 @@ PORTS = range(25000, 30000)
 """Ray hands 10002 to 19999 to its workers."""
 STOP_TIMEOUT_S = 10.0
 UPDATES = 2
-"""Of `job/train.yaml`, which `write_workspace` writes."""
+"""Updates of `job/train.yaml`, which `write_workspace` writes."""
 
 
 @dataclass(frozen=True)
 class Head:
     address: str
-    """For `--address` of a run."""
+    """Value for `--address` of a run."""
     dashboard: str
-    """For `ray job submit`."""
+    """Value for `--address` of `ray job submit`."""
     workspace: Path
     environment: dict[str, str]
-    """Of the user's shell."""
+    """Variables of the user's shell."""
 
     def output_dir(self, name: str) -> Path:
-        """The output folder that `job/train.yaml` names from now on."""
+        """Let `job/train.yaml` name another output folder, and return it."""
         path = self.workspace / "job" / "train.yaml"
         settings = yaml.safe_load(path.read_text()) | {"output_dir": str(self.workspace / name)}
         path.write_text(yaml.safe_dump(settings))
@@ -53,7 +53,7 @@ class Head:
 
 @contextmanager
 def ray_head(workspace: Path, shell: dict[str, str]) -> Iterator[Head]:
-    """Three CPUs: loading takes a whole one, and what the workers leave must be enough for it."""
+    """Start a head with three CPUs: loading takes a whole one, which the workers must leave."""
     temp_dir = tempfile.mkdtemp(prefix="rcn", dir="/tmp")  # short: Ray makes sockets below it
     names = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port")
     ports = dict(zip(names, free_ports(len(names)), strict=True))
@@ -71,7 +71,7 @@ def ray_head(workspace: Path, shell: dict[str, str]) -> Iterator[Head]:
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterator[Head]:
-    """Without authentication."""
+    """Provide a head without authentication."""
     workspace = write_workspace(tmp_path_factory.mktemp("cluster"), tiny_base)
     with ray_head(workspace, environment(workspace)) as head:
         yield head
@@ -89,7 +89,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def stop_processes_of(temp_dir: str) -> None:
-    """Those whose command line names the head's folder, and all that they have started; no other Ray is touched."""
+    """Stop what has the head's folder in its command line, and all that it started; no other Ray is touched."""
     found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter(["cmdline"]):
         if any(temp_dir in argument for argument in process.info["cmdline"] or ()):
@@ -157,7 +157,7 @@ def test_workers_that_leave_nothing_for_loading_are_refused(head: Head) -> None:
 
 
 def test_a_head_that_asks_for_a_token(tmp_path: Path, tiny_base: Path) -> None:
-    """What users have after a run of their own: README's note on RAY_AUTH_MODE."""
+    """As after a run of the user's own: README's note on RAY_AUTH_MODE."""
     workspace = write_workspace(tmp_path / "reader", tiny_base)
     token = workspace / "home" / ".ray" / "auth_token"
     token.parent.mkdir(parents=True)

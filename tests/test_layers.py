@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -39,6 +40,14 @@ RAY_DRIVERS = (
     "launch.workers", "tune.",
 )  # fmt: skip
 """Beginnings of the names of modules that may import ray."""
+
+RAY_PRIVATE = re.compile(
+    r"\bray\.(?:\w+\.)*(?:_\w+|v2\b)|_internal\b|_topology\b|_initialize_and_run_controller|_create_default_callbacks"
+    r"|_register_sigint_handler|custom_execution_callback_classes|train\.collective|CheckpointUploadMode|pickled_error_file"
+    r"|_stopped_trials|\bray\.nodes\b|__internal_head__|ray_bootstrap_config|internal_kv|validate_storage_marker"
+    r"|checkpoint_manager_snapshot|\bRAY_(?!ADDRESS\b)[a-zA-Z_]+\b|\bTUNE_[A-Z]+_\w+"
+)
+"""Names of Ray that are private, alpha or undocumented, and environment variables other than RAY_ADDRESS."""
 
 TORCH_FREE = ("", "__main__", "cli", "config", "data", "errors", "quiet", "storage", "text", "version")
 """Importing these must not wait for torch."""
@@ -177,6 +186,16 @@ def test_ray_is_imported_only_where_ray_is_driven() -> None:
     assert {user for user in users if not user.startswith(RAY_DRIVERS)} == set()
 
 
+def test_rays_private_names_stay_in_cluster() -> None:
+    """So that a new Ray can break one room alone; tests/test_ray_hooks.py looks at the room."""
+    found: dict[bool, set[str]] = {True: set(), False: set()}
+    for module, path in modules().items():
+        names = {f"{module}: {name}" for name in RAY_PRIVATE.findall(path.read_text(encoding="utf-8"))}
+        found[room(module) == "cluster"] |= names
+    assert found[False] == set()
+    assert len(found[True]) >= RAY_PRIVATE_AT_LEAST
+
+
 def test_the_mathematics_imports_torch_alone() -> None:
     found = [found for found in imports() if found.importer == "model.diffusion"]
     packages = {one.target for one in found if one.when != "types" and not one.own}
@@ -207,3 +226,4 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
 MODULES_AT_LEAST = 95
 OWN_IMPORTS_AT_LEAST = 400
 OTHER_IMPORTS_AT_LEAST = 500
+RAY_PRIVATE_AT_LEAST = 20

@@ -1,14 +1,15 @@
-"""What a worker gets of a cluster: by arithmetic on made-up nodes, no Ray."""
+"""The resources of workers: by arithmetic on made-up nodes, without Ray."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from raycontrolnet.cluster import nodes
+from raycontrolnet.cluster import cpus, nodes
 from raycontrolnet.cluster.resources import share_out
 from raycontrolnet.config.settings import ClusterConfig
 from raycontrolnet.errors import ConfigError
@@ -85,6 +86,29 @@ def test_what_cannot_fit_is_refused(settings: dict[str, Any], nodes: list[Node],
     """Ray would wait for it without end."""
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
         share_out(ClusterConfig(**settings), nodes, None)
+
+
+@pytest.mark.parametrize(
+    ("files", "most"),
+    [
+        ({}, 64),
+        ({"cpu.max": "max 100000\n"}, 64),
+        ({"cpu.max": "350000 100000\n"}, 3),
+        ({"cpu.max": "20000 100000\n"}, 1),
+        ({"cpu.max": "12800000 100000\n"}, 64),
+        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 64),
+    ],
+)
+def test_a_container_limits_the_cpus_of_the_machine(
+    files: dict[str, str], most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(cpus, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    assert cpus.machine_cpus() == most
 
 
 def test_the_autoscaler_is_found_by_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,7 @@
-"""The stream of batches: packing, and Ray Data's part of it: the order, the start and the memory."""
+"""The stream of batches: packing, and with Ray Data the order, the start and the memory."""
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -44,7 +43,6 @@ class FakeLoader:
 def _local_ray() -> Iterator[None]:
     import ray
 
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # tests are not installed where tasks run
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     yield
@@ -52,7 +50,7 @@ def _local_ray() -> Iterator[None]:
 
 
 def shares(loader: FakeLoader, num_workers: int, first_sample: int, micro_steps: int, bundle: int = 3) -> list[Any]:
-    """The workers' shares, as Ray Train splits them."""
+    """Return the workers' shares, as Ray Train splits them."""
     import ray
 
     plan = StreamPlan(first_sample, micro_steps, BATCH, num_workers, bundle)

@@ -1,4 +1,4 @@
-"""Logs: what Ray and the libraries say goes to a file, progress to the user."""
+"""Logs: those of Ray and the libraries go to a file, progress goes to the user."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOGGERS = (
 
 @contextmanager
 def shown_on(stream: TextIO | None) -> Iterator[TextIO]:
-    """Where progress is shown: `stream`, or else standard error as it is now, for `logging_to` gives it to a file."""
+    """Provide a stream for progress: `stream`, or standard error as it is now, which `logging_to` will redirect."""
     if stream not in (None, sys.stderr) or not _has_real_stderr():
         yield stream or sys.stderr
         return
@@ -29,7 +29,7 @@ def shown_on(stream: TextIO | None) -> Iterator[TextIO]:
 
 
 def _has_real_stderr() -> bool:
-    """Not a notebook's or a test's."""
+    """Check that standard error is the process's own, not a notebook's or a test's."""
     try:
         return sys.stderr is sys.__stderr__ and sys.stderr.fileno() == STDERR  # type: ignore[union-attr]
     except (OSError, ValueError, AttributeError):
@@ -38,7 +38,7 @@ def _has_real_stderr() -> bool:
 
 @contextmanager
 def _stderr_to(path: Path) -> Iterator[None]:
-    """What is written to the process's standard error, also by Ray's C++ parts, goes to a file."""
+    """Send the process's standard error, including that of Ray's C++ parts, to a file."""
     if not _has_real_stderr():
         yield
         return
@@ -56,10 +56,10 @@ def _stderr_to(path: Path) -> Iterator[None]:
 
 @contextmanager
 def logging_to(path: Path, *, of_ray: bool = True) -> Iterator[None]:
-    """Send what Ray, the libraries and this package log, and Python's warnings, to a file instead of the terminal.
+    """Send the logs of Ray, the libraries and this package, and Python's warnings, to a file instead of the terminal.
 
     Args:
-        of_ray: False where Ray is not used, and need not be imported.
+        of_ray: False where Ray is not used: it is not imported then.
     """
     with _stderr_to(path):
         if of_ray:
@@ -71,6 +71,7 @@ def logging_to(path: Path, *, of_ray: bool = True) -> Iterator[None]:
 
 @contextmanager
 def _loggers_to(path: Path) -> Iterator[None]:
+    """Send what LOGGERS log, and Python's warnings, to a file."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     before = {}

@@ -3,77 +3,72 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from raycontrolnet.config.settings import ClusterConfig
 
 BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml")
+"""Undocumented: where `ray up` leaves its settings on the head, on which drivers run. Ray has no call that tells what
+its autoscaler may start. Without this file a run would refuse what has no room on the nodes that are up already."""
+KUBERAY_VARIABLE = "RAY_CLUSTER_NAME"
+"""Undocumented: KubeRay's name of the cluster, in its pods. Without it the same, on Kubernetes."""
 DEFAULT_MAX_WORKERS = 2
-"""Ray's own."""
+"""Ray's own, of that file."""
 HEAD = "node:__internal_head__"
-"""A resource that only the head has."""
+"""Undocumented: a resource that only the head has. Without it the head would count as one of the autoscaler's nodes."""
+
+Node = Mapping[str, float]
+"""Ray's resources of a node."""
 
 
-def has_type(node: Mapping[str, float], accelerator_type: str | None) -> bool:
-    """Whether a node has GPUs of the type that is asked for, if one is."""
+def has_type(node: Node, accelerator_type: str | None) -> bool:
+    """Check whether a node has GPUs of the wanted type; any node has if none is wanted."""
     return not accelerator_type or bool(node.get(f"accelerator_type:{accelerator_type}"))
 
 
+def total(name: str, nodes: Iterable[Node]) -> float:
+    """Return how much of a resource some nodes have together."""
+    return sum(node.get(name, 0.0) for node in nodes)
+
+
 class ClusterNodes(NamedTuple):
-    """Ray's resources of the connected cluster, node by node."""
+    """The nodes of the connected cluster."""
 
     nodes: list[dict[str, float]]
-    """Those that are up."""
+    """Nodes that are up."""
     may_come: list[dict[str, float]] | None
-    """Those that an autoscaler can start beside them; None if it is not known which."""
+    """Nodes that an autoscaler can start beside them; None if it is not known which."""
 
 
 def cluster_nodes(cluster: ClusterConfig) -> ClusterNodes:
-    """What is there, and of what may come the nodes that serve `cluster` best."""
-    nodes = _nodes()
+    """Return the nodes that are up, and those that may come, best for `cluster` first."""
+    nodes = nodes_that_are_up()
     return ClusterNodes(nodes, nodes_that_may_come(cluster, nodes))
 
 
-def _nodes() -> list[dict[str, float]]:
-    """Ray's resources of every node that is up."""
+def nodes_that_are_up() -> list[dict[str, float]]:
+    """Return the resources of every node that is up."""
     import ray
 
+    # A developer interface. `ray.cluster_resources` gives sums alone, and ray.util.state needs a dashboard.
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-class _NodeType(NamedTuple):
-    resources: dict[str, float]
-    most: int
-    """Nodes of this type."""
-
-    def has(self, node: Mapping[str, float]) -> bool:
-        """Whether `node` is of this type, as far as its CPUs and GPUs tell."""
-        names = {"CPU", "GPU", *(name for name in self.resources if name.startswith("accelerator_type:"))}
-        return all(node.get(name, 0) == self.resources.get(name, 0) for name in names)
-
-
-class _Autoscaler(NamedTuple):
-    types: list[_NodeType]
-    """Empty if they are not known."""
-    most: int
-    """Nodes of all types together, beside the head."""
-
-
 def autoscaler_node_types() -> list[dict[str, float]] | None:
-    """Resources of the node types that an autoscaler of this cluster can start; None if there is none."""
+    """Return the resources of the node types that an autoscaler of this cluster can start; None if there is none."""
     found = _autoscaler()
     return None if found is None else [kind.resources for kind in found.types if kind.most > 0]
 
 
-def nodes_that_may_come(cluster: ClusterConfig, up: Sequence[Mapping[str, float]]) -> list[dict[str, float]] | None:
-    """Resources of the nodes that an autoscaler of this cluster can start beside those that are `up`.
+def nodes_that_may_come(cluster: ClusterConfig, up: Sequence[Node]) -> list[dict[str, float]] | None:
+    """Return the nodes that an autoscaler of this cluster can start beside those that are `up`.
 
-    As many as it may, of the types that serve `cluster` best: with its type of GPU, most GPUs, most CPUs.
+    They are as many as it may start, the best for `cluster` first: with its type of GPU, most GPUs, most CPUs.
 
     Returns:
-        None if there is an autoscaler, but not known which nodes it starts.
+        None if there is an autoscaler, but it is not known which nodes it starts.
     """
     found = _autoscaler()
     if found is None:
@@ -82,10 +77,10 @@ def nodes_that_may_come(cluster: ClusterConfig, up: Sequence[Mapping[str, float]
         return None
     left, workers = [kind.most for kind in found.types], [node for node in up if HEAD not in node]
     for node in workers:
-        if (place := next((i for i, kind in enumerate(found.types) if kind.has(node)), None)) is not None:
+        if (place := next((i for i, kind in enumerate(found.types) if kind.matches(node)), None)) is not None:
             left[place] -= 1
 
-    def worth(node: Mapping[str, float]) -> tuple[bool, float, float]:
+    def worth(node: Node) -> tuple[bool, float, float]:
         gpus = 0.0 if cluster.use_gpu is False else node.get("GPU", 0.0)
         return has_type(node, cluster.accelerator_type), gpus, node.get("CPU", 0.0)
 
@@ -93,15 +88,29 @@ def nodes_that_may_come(cluster: ClusterConfig, up: Sequence[Mapping[str, float]
     return sorted(nodes, key=worth, reverse=True)[: max(0, found.most - len(workers))]
 
 
-def _autoscaler() -> _Autoscaler | None:
-    """What the autoscaler of this cluster may start; None if there is none.
+class _NodeType(NamedTuple):
+    resources: dict[str, float]
+    most: int
+    """Nodes of this type."""
 
-    Ray has no call that tells. `ray up` leaves its configuration on the head, where drivers run; KubeRay names its
-    cluster in the environment, but not its node types.
-    """
+    def matches(self, node: Node) -> bool:
+        """Check whether `node` is of this type, as far as its CPUs and GPUs tell."""
+        names = {"CPU", "GPU", *(name for name in self.resources if name.startswith("accelerator_type:"))}
+        return all(node.get(name, 0) == self.resources.get(name, 0) for name in names)
+
+
+class _Autoscaler(NamedTuple):
+    types: list[_NodeType]
+    """Empty if they are not known, as on KubeRay."""
+    most: int
+    """Nodes of all types together, beside the head."""
+
+
+def _autoscaler() -> _Autoscaler | None:
+    """Return what the autoscaler of this cluster may start; None if there is no autoscaler."""
     file = BOOTSTRAP_CONFIG.expanduser()
     if not file.is_file():
-        return _Autoscaler([], 0) if "RAY_CLUSTER_NAME" in os.environ else None
+        return _Autoscaler([], 0) if KUBERAY_VARIABLE in os.environ else None
     import yaml
 
     config: dict[str, Any] = yaml.safe_load(file.read_text())

@@ -1,70 +1,73 @@
-"""Ray's TorchTrainer, made interruptible."""
+"""Ray's TorchTrainer, made interruptible; private names of Ray Train's driver live here.
+
+Each stands in tests/test_ray_hooks.py, which fails when a new Ray has renamed it.
+"""
 
 from __future__ import annotations
 
-import threading
 from contextlib import suppress
 from typing import Any
 
+import ray
+from ray._private.services import get_webui_url_from_internal_kv
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api import data_parallel_trainer as private
+
 ABORT_TIMEOUT_S = 10.0
+CONTROLLER_ENVIRONMENT = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"}
+"""As Ray's own. Without it Ray warns of its own code in the controller's log."""
 
 
-def interruptible_trainer() -> Any:
-    """Ray's TorchTrainer, but Ctrl-C raises KeyboardInterrupt once the workers are stopped.
+class InterruptibleTrainer(TorchTrainer):
+    """A TorchTrainer that another thread can `abort`, and that stops its workers before Ctrl-C's KeyboardInterrupt."""
 
-    Ray's own handler ends the process without a word, and waits without end while workers are starting.
+    controller: Any = None
+
+    def fit_or_abort(self) -> ray.train.Result:
+        """Train; on Ctrl-C stop the workers, then raise KeyboardInterrupt."""
+        try:
+            return self.fit()
+        except KeyboardInterrupt:
+            self.abort()
+            raise
+
+    def abort(self) -> None:
+        """Stop the workers; `fit`, in another thread, then raises. Does nothing before the training has begun."""
+        if self.controller is not None:
+            with suppress(ray.exceptions.RayError):
+                ray.get(self.controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
+            ray.kill(self.controller)
+
+    def _initialize_and_run_controller(self, **options: Any) -> ray.train.Result:
+        """Run the training as Ray's own method does, but keep the controller and leave SIGINT alone.
+
+        Ray's own tells its controller to nobody: without this override nothing could abort a run. It also handles
+        SIGINT: Ctrl-C would end the process without a word, and wait without end while workers are starting.
+        """
+        if not has_dashboard():
+            options["callbacks"] = [each for each in options["callbacks"] if not _waits_for_dashboard(each)]
+        self.controller = ray.remote(
+            num_cpus=0,
+            label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},  # the driver's
+            runtime_env={"env_vars": CONTROLLER_ENVIRONMENT | private.get_env_vars_to_propagate()},
+        )(private.TrainController).remote(**options)
+        ray.get(self.controller.run.remote())
+        return ray.get(self.controller.get_result.remote())
+
+
+def _waits_for_dashboard(callback: Any) -> bool:
+    """Check for the callback that asks the dashboard whether the controller lives.
+
+    Without a dashboard it never hears, and every run ends 12 s late. Such a Ray is our own, or of a test: when it ends,
+    it takes along the placement groups that the callback is there to clean up.
     """
-    import ray
-    from ray.train.torch import TorchTrainer
-
-    class InterruptibleTrainer(TorchTrainer):
-        controller: Any = None
-
-        def _register_sigint_handler(self, controller: Any) -> None:
-            self.controller = controller
-
-        def _initialize_and_run_controller(self, **options: Any) -> Any:
-            if threading.current_thread() is threading.main_thread():
-                return super()._initialize_and_run_controller(**options)
-            # Ray's own, which tells its controller to nobody in other threads, such as that of a sweep's trial.
-            from ray.train.v2.api import data_parallel_trainer as own
-
-            controller = ray.remote(
-                num_cpus=0,
-                label_selector={ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()},
-                runtime_env={"env_vars": own.get_env_vars_to_propagate()},
-            )(own.TrainController)
-            self.controller = controller.remote(**options)
-            ray.get(self.controller.run.remote())
-            return ray.get(self.controller.get_result.remote())
-
-        def _create_default_callbacks(self) -> list[Any]:
-            callbacks = super()._create_default_callbacks()
-            if has_dashboard():
-                return callbacks
-            # It asks the dashboard whether the controller lives. Without one it never hears, and ends 12 s late, after
-            # every run; a Ray without dashboard is our own, and takes its placement groups with it.
-            return [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]
-
-        def fit_or_abort(self) -> ray.train.Result:
-            try:
-                return self.fit()
-            except KeyboardInterrupt:
-                self.abort()
-                raise
-
-        def abort(self) -> None:
-            """Stop the workers; `fit` then raises."""
-            if self.controller is not None:
-                with suppress(ray.exceptions.RayError):
-                    ray.get(self.controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
-                ray.kill(self.controller)
-
-    return InterruptibleTrainer
+    return isinstance(callback, private.PlacementGroupCleanerCallback)
 
 
 def has_dashboard() -> bool:
-    """Whether the connected Ray has one, on which its State API rests."""
-    from ray._private.worker import get_dashboard_url
+    """Check whether the connected Ray has a dashboard.
 
-    return bool(get_dashboard_url())
+    The public `ray.init().dashboard_url` names one in every worker process, as that of a sweep's trial, even if there
+    is none.
+    """
+    return get_webui_url_from_internal_kv() is not None

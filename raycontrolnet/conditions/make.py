@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 
-from raycontrolnet.cluster.blocks import COUNT_CPUS, catch, from_block, one_row_a_block, to_block
+from raycontrolnet.cluster.blocks import WHOLE_BLOCKS, catch, from_block, generate, results, to_block
+from raycontrolnet.cluster.cpus import COUNT_CPUS
 from raycontrolnet.conditions.recipes import Recipe
 from raycontrolnet.data.transforms import encode_conditioning
 from raycontrolnet.errors import DataError, RunError
@@ -68,27 +69,16 @@ def make_on_ray(job: MakeJob) -> Iterator[list[Outcome]]:
     """
     import ray
 
-    job_ref = ray.put(job)
-    whole = {"batch_format": "pyarrow", "batch_size": None}
-    dataset = (
-        ray.data.from_blocks([pa.table({"stream": [0]})])
-        .map_batches(_name, fn_kwargs={"job_ref": job_ref}, num_cpus=COUNT_CPUS, **whole)
-        .map_batches(_make, fn_args=(job.recipe, job.folder), num_cpus=MAKING_CPUS, **whole)
+    dataset = generate(_chunks, ray.put(job)).map_batches(
+        _make, fn_args=(job.recipe, job.folder), num_cpus=MAKING_CPUS, **WHOLE_BLOCKS
     )
-    one_row_a_block(dataset)
-    for table in dataset.iter_batches(prefetch_batches=0, **whole):
-        outcomes = from_block(table)
-        if isinstance(outcomes, Exception):
-            raise outcomes
-        yield outcomes
+    yield from results(dataset)
 
 
-def _name(_: pa.Table, job_ref: ray.ObjectRef[MakeJob]) -> Iterator[pa.Table]:
-    """A row for each chunk."""
+def _chunks(job_ref: ray.ObjectRef[MakeJob]) -> Iterator[Sequence[ToMake]]:
     import ray
 
-    for chunk in ray.get(job_ref).chunks():
-        yield to_block(chunk)
+    return ray.get(job_ref).chunks()
 
 
 def _make(table: pa.Table, recipe: Recipe, folder: str) -> pa.Table:

@@ -18,24 +18,24 @@ MOST_IN_BUNDLE = 8
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """Which batches a stream holds, and how they come to the workers."""
+    """The batches of a stream, and how they come to the workers."""
 
     first_sample: int
     micro_steps: int
-    """Of every worker."""
+    """Batches of every worker."""
     batch_size: int
     num_workers: int = 1
-    """1 also if it is not known: batches are then dealt one by one to as many as there are, with a bundle of 1."""
+    """1 also if the number is not known: with a bundle of 1, batches are dealt one by one to any number of workers."""
     bundle: int = 1
-    """Batches that travel together to a worker, for as many micro-steps: Ray's work for each costs tens of ms."""
+    """Batches that travel together to a worker: Ray's work for each block costs tens of ms."""
 
     @staticmethod
     def bundle_for(batch_bytes: int) -> int:
-        """As many batches as make a block of some megabytes."""
+        """Return how many batches make a block of some megabytes."""
         return min(MOST_IN_BUNDLE, max(1, BUNDLE_BYTES // batch_bytes))
 
     def bundles(self) -> Iterator[list[int]]:
-        """The first sample of every batch in a bundle; the bundles are dealt to the workers round robin."""
+        """Yield each bundle as the first samples of its batches; bundles are dealt to the workers round robin."""
         for start in range(0, self.micro_steps, self.bundle):
             micro_steps = range(start, min(start + self.bundle, self.micro_steps))
             for rank in range(self.num_workers):
@@ -44,11 +44,11 @@ class StreamPlan:
 
 
 Bundle = Sequence[list[PreparedRow] | UserError]
-"""Batches of one size; in the place of one that could not be made, the reason."""
+"""Batches of one size; an error stands for a batch that could not be made."""
 
 
 def pack(bundle: Bundle) -> pa.Table:
-    """A bundle as a table of one row, so that Ray Data moves it as one block and cannot split it."""
+    """Return a bundle as a table of one row, which Ray Data moves as one block and cannot split."""
     rows = [row for batch in bundle if not isinstance(batch, UserError) for row in batch]
     values: dict[str, Any] = {
         "errors": [str(batch) if isinstance(batch, UserError) else None for batch in bundle],
@@ -63,10 +63,10 @@ def pack(bundle: Bundle) -> pa.Table:
 
 
 def unpack(table: pa.Table) -> Iterator[list[PreparedRow]]:
-    """The inverse of `pack`, batch by batch; the images are views of the table's memory.
+    """Yield the batches that `pack` put into `table`; their images are views of the table's memory.
 
     Raises:
-        DataError: when it comes to a batch that could not be made.
+        DataError: in the place of a batch that could not be made.
     """
     errors, indices, prompts = (table[name][0].as_py() for name in ("errors", "sample_indices", "prompts"))
     images, conditioning_images, posteriors = (
@@ -91,7 +91,7 @@ def unpack(table: pa.Table) -> Iterator[list[PreparedRow]]:
 
 
 def _array(cell: pa.StructScalar) -> Any:
-    """The array in a cell, without a copy; None from an empty one."""
+    """Return the array in a cell, without a copy; None from an empty cell."""
     if not cell.is_valid:
         return None
     data = np.frombuffer(cell["data"].as_buffer(), np.dtype(cell["dtype"].as_py()))

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from raycontrolnet.cluster.blocks import COUNT_CPUS, TASK_CPUS, let_training_go_first, one_row_a_block
+from raycontrolnet.cluster.blocks import WHOLE_BLOCKS, from_block, generate
+from raycontrolnet.cluster.cpus import TASK_CPUS, let_training_go_first
 from raycontrolnet.data.bundles import StreamPlan, pack, unpack
 from raycontrolnet.data.order import Purpose, SampleOrder, keyed_rng
 from raycontrolnet.data.records import PreparedRow
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     import ray
 
 TICKET_BYTES = 256 * 1024
-"""Size of the note that asks for one bundle. Ray Data holds back a task by the bytes of its waiting output, not by
-their number: without ballast, the counting task would run millions of tiny notes ahead."""
+"""Ballast of a ticket. Ray Data holds a task back by the bytes of its waiting output, not by their number: without
+ballast, the first task would run millions of tiny tickets ahead."""
 REMOTE_READS = 16
 """Rows that one loading task reads at a time from a cache in an object store."""
 READ_AHEAD_BATCHES = 8
@@ -40,7 +41,7 @@ MIN_READ_AHEAD_BYTES = 64 * 2**20
 
 
 class SampleRows(Protocol):
-    """Rows that can become samples: `PixelRows`, or a `LatentCache`."""
+    """Rows that can become samples: `PixelRows` or a `LatentCache`."""
 
     @property
     def remote(self) -> bool:
@@ -84,7 +85,7 @@ class PixelRows:
 
 @dataclass(frozen=True)
 class BatchLoader:
-    """Makes the batch that begins at a sample index. Pickled to the loading tasks, so it holds no open files."""
+    """Makes the batch that begins at a sample index. It is pickled to the loading tasks, and holds no open files."""
 
     rows: SampleRows
     order: SampleOrder
@@ -118,7 +119,7 @@ class BatchLoader:
         )
 
     def batch(self, first_sample: int) -> list[PreparedRow]:
-        """Samples [first_sample, first_sample + batch_size)."""
+        """Return samples [first_sample, first_sample + batch_size)."""
         indices = range(first_sample, first_sample + self.batch_size)
         if self.rows.remote:
             with ThreadPoolExecutor(REMOTE_READS) as pool:  # an object store answers late, but many at a time
@@ -127,41 +128,47 @@ class BatchLoader:
 
 
 def local_batches(loader: BatchLoader, first_sample: int, num_batches: int) -> Iterator[list[PreparedRow]]:
-    """The batches of a run without Ray, made in this process one by one."""
+    """Yield the batches of a run without Ray, made in this process one by one."""
     for index in range(num_batches):
         yield loader.batch(first_sample + index * loader.batch_size)
 
 
+class Ticket(NamedTuple):
+    """A note that asks for one bundle."""
+
+    first_samples: list[int]
+    ballast: bytes
+
+
 def ray_dataset(loader_ref: ray.ObjectRef[BatchLoader], plan: StreamPlan, max_tasks: int | None) -> ray.data.Dataset:
-    """The stream as a lazy Ray data set, a row for every bundle.
+    """Return the stream as a lazy Ray data set, a row for every bundle.
 
     Args:
-        loader_ref: a `BatchLoader` in Ray's object store: rows of millions of paths travel once a node.
+        loader_ref: a `BatchLoader` in Ray's object store: rows of millions of paths travel once to each node.
         max_tasks: loading tasks at a time; None leaves it to Ray Data.
     """
+    return generate(_tickets, plan).map_batches(
+        _load, fn_kwargs={"loader_ref": loader_ref}, num_cpus=TASK_CPUS, concurrency=max_tasks, **WHOLE_BLOCKS
+    )
+
+
+def _tickets(plan: StreamPlan) -> Iterator[Ticket]:
+    """Yield a ticket for every bundle."""
+    ballast = bytes(TICKET_BYTES)
+    return (Ticket(first_samples, ballast) for first_samples in plan.bundles())
+
+
+def _load(ticket: pa.Table, loader_ref: ray.ObjectRef[BatchLoader]) -> pa.Table:
+    """Return the bundle that a ticket asks for."""
     import ray
 
-    def count(_: pa.Table) -> Iterator[pa.Table]:
-        ballast = pa.array([bytes(TICKET_BYTES)], pa.large_binary())
-        for first_samples in plan.bundles():
-            yield pa.table({"first_samples": [first_samples], "ballast": ballast})
-
-    def load(tickets: pa.Table) -> Iterator[pa.Table]:
-        let_training_go_first()
-        loader = ray.get(loader_ref)
-        for first_samples in tickets["first_samples"].to_pylist():
-            yield pack([_batch_or_error(loader, first_sample) for first_sample in first_samples])
-
-    dataset = (
-        ray.data.from_blocks([pa.table({"stream": [0]})])  # unlike reads and from_arrow, this needs no CPU
-        .map_batches(count, num_cpus=COUNT_CPUS, batch_format="pyarrow", batch_size=None)
-        .map_batches(load, num_cpus=TASK_CPUS, batch_format="pyarrow", batch_size=None, concurrency=max_tasks)
-    )
-    one_row_a_block(dataset)
-    return dataset
+    let_training_go_first()
+    loader = ray.get(loader_ref)
+    return pack([_batch_or_error(loader, first_sample) for first_sample in from_block(ticket).first_samples])
 
 
 def _batch_or_error(loader: BatchLoader, first_sample: int) -> list[PreparedRow] | UserError:
+    """Return a batch, or why it cannot be made."""
     try:
         return loader.batch(first_sample)
     except UserError as error:
@@ -170,17 +177,17 @@ def _batch_or_error(loader: BatchLoader, first_sample: int) -> list[PreparedRow]
 
 
 def ray_batches(share: ray.data.DataIterator, prefetch_batches: int = 2) -> Iterator[list[PreparedRow]]:
-    """This worker's batches from its share (`ray.train.get_dataset_shard`) of `ray_dataset`.
+    """Yield this worker's batches from its share (`ray.train.get_dataset_shard`) of `ray_dataset`.
 
     Raises:
-        DataError: when the worker comes to a batch that could not be made.
+        DataError: in the place of a batch that could not be made.
     """
-    for table in share.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch_batches):
+    for table in share.iter_batches(prefetch_batches=prefetch_batches, **WHOLE_BLOCKS):
         yield from unpack(table)
 
 
 def execution_options(batch_bytes: int, num_workers: int) -> ray.data.ExecutionOptions:
-    """How Ray Data should run `ray_dataset`: in order, and only a few batches ahead of the workers."""
+    """Return the options to run `ray_dataset` with: in order, and only a few batches ahead of the workers."""
     from ray.data import ExecutionOptions, ExecutionResources
 
     # Enough to hide the loading behind the step, and flat memory however slow the step is.

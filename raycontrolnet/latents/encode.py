@@ -13,15 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from raycontrolnet.cluster.blocks import (
-    COUNT_CPUS,
-    TASK_CPUS,
-    catch,
-    from_block,
-    let_training_go_first,
-    one_row_a_block,
-    to_block,
-)
+from raycontrolnet.cluster.blocks import WHOLE_BLOCKS, catch, from_block, generate, results, to_block
+from raycontrolnet.cluster.cpus import COUNT_CPUS, TASK_CPUS, let_training_go_first
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.data.sources import Source
 from raycontrolnet.errors import DataError, RunError
@@ -113,38 +106,29 @@ def encode_on_ray(job: EncodeJob, resources: WorkerResources) -> Iterator[ShardR
         actors["num_gpus"] = 1
     if resources.accelerator_type:
         actors["accelerator_type"] = resources.accelerator_type
-    whole = {"batch_format": "pyarrow", "batch_size": None}
-    with_job = {"fn_kwargs": {"job_ref": job_ref}} | whole
+    with_job = {"fn_kwargs": {"job_ref": job_ref}} | WHOLE_BLOCKS
     dataset = (
-        ray.data.from_blocks([pa.table({"stream": [0]})])
-        .map_batches(_tickets, fn_kwargs={"shards_ref": shards_ref}, num_cpus=COUNT_CPUS, **whole)
+        generate(_shards, shards_ref)
         .map_batches(_load, num_cpus=TASK_CPUS, **with_job)
         .map_batches(
             _Encoder,
             compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most),
             fn_constructor_args=(job_ref, resources),
             **actors,
-            **whole,
+            **WHOLE_BLOCKS,
         )
         .map_batches(_store, num_cpus=COUNT_CPUS, **with_job)
     )
     shard_bytes = SHARD_ROWS * 3 * job.encoding.resolution**2
-    one_row_a_block(dataset)
     ahead = max(MIN_STORE_BYTES, SHARDS_AHEAD * shard_bytes * most)
     dataset.context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=ahead)
-    for table in dataset.iter_batches(prefetch_batches=0, **whole):
-        result = from_block(table)
-        if isinstance(result, Exception):
-            raise result
-        yield result
+    yield from results(dataset)
 
 
-def _tickets(_: pa.Table, shards_ref: ray.ObjectRef[tuple[Shard, ...]]) -> Iterator[pa.Table]:
-    """A row for each shard."""
+def _shards(shards_ref: ray.ObjectRef[tuple[Shard, ...]]) -> Iterator[Shard]:
     import ray
 
-    for shard in ray.get(shards_ref):
-        yield to_block(shard)
+    return iter(ray.get(shards_ref))
 
 
 def _load(table: pa.Table, job_ref: ray.ObjectRef[EncodeJob]) -> pa.Table:

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TextIO
 
 from raycontrolnet.cluster.resources import WorkerResources
-from raycontrolnet.cluster.trainer import interruptible_trainer
 from raycontrolnet.config.train_config import TrainConfig, changed_settings, public_settings
 from raycontrolnet.data.bundles import StreamPlan
 from raycontrolnet.data.stream import execution_options, ray_dataset
@@ -85,6 +84,7 @@ def train_on_ray(
     import ray
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 
+    from raycontrolnet.cluster.trainer import InterruptibleTrainer
     from raycontrolnet.train_controlnet import train_controlnet
 
     fewest, most = resources.num_workers
@@ -99,7 +99,7 @@ def train_on_ray(
         stream.write(f"waiting for {resources.waits_for}\n")
     begin(job)
     with failures_explained(run):
-        trainer = interruptible_trainer()(
+        trainer = InterruptibleTrainer(
             train_controlnet,
             train_loop_config={"job": job},
             scaling_config=ScalingConfig(

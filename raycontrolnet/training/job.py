@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from raycontrolnet.cluster.worker import remove_ray_records
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.errors import UserError
@@ -26,7 +27,6 @@ from raycontrolnet.training.failures import FAILURE
 LOG = "run.log"
 RUN_ID = ".run_id"
 TIMINGS = ".timings.json"
-RAY_FILES = (".validate_storage_marker", "checkpoint_manager_snapshot.json")
 SHARED_WITHIN_S = 15.0
 """How long a network file system may take to show a worker what the driver wrote."""
 MARK_INTERVAL_S = 0.5
@@ -92,8 +92,9 @@ def begin(job: Job) -> None:
 
 def end(output_dir: Path) -> None:
     """On the driver, when the workers have gone: take away what was for them alone, and Ray Train's own records."""
-    for name in (FAILURE, RUN_ID, *RAY_FILES):
+    for name in (FAILURE, RUN_ID):
         (output_dir / name).unlink(missing_ok=True)
+    remove_ray_records(output_dir)
 
 
 def check_folder_is_shared(job: Job) -> None:

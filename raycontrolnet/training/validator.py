@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
-import ray.train.collective
 import torch
 
+from raycontrolnet.cluster.worker import from_rank_zero, wait_for_all
 from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.model.components import with_controlnet
 from raycontrolnet.model.performance import vae_on, working_precision
@@ -106,7 +106,7 @@ class Validator:
             self._publish(self.beside.collect())
             free = self.beside.free
         if self.plan.world_size > 1:
-            free = ray.train.collective.broadcast_from_rank_zero(free)
+            free = from_rank_zero(free)
         if free and self.beside:
             with _no_picture_is_worth_a_run(self.state.step):
                 self.beside.draw(self.state.step, unwrap_controlnet(self.state))
@@ -161,4 +161,4 @@ def _no_picture_is_worth_a_run(step: int) -> Iterator[None]:
 
 def _barrier() -> None:
     if ray.train.get_context().get_world_size() > 1:
-        ray.train.collective.barrier()
+        wait_for_all()

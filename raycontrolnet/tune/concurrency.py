@@ -6,9 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from raycontrolnet.cluster.blocks import LOADING_CPUS
+from raycontrolnet.cluster.cpus import LOADING_CPUS, MIN_CPU_SHARE, threads_for
 from raycontrolnet.cluster.nodes import has_type
-from raycontrolnet.cluster.resources import MIN_CPU_SHARE, threads_of
 from raycontrolnet.config.settings import ClusterConfig
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.text import counted
@@ -46,7 +45,7 @@ class TrialSlots:
     @property
     def threads(self) -> int:
         """CPU threads of a worker."""
-        return threads_of(self.cpus_per_worker)
+        return threads_for(self.cpus_per_worker)
 
     def resources(self) -> dict[str, float]:
         """Ray's resources of the process that Tune starts for a trial."""

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ray import cloudpickle, tune
+from ray import tune
 from ray.exceptions import RayActorError
 
+from raycontrolnet.cluster.tuning import trial_error
 from raycontrolnet.errors import RunError, UserError, root_cause
 from raycontrolnet.report.run_history import read_json
 from raycontrolnet.text import one_line
@@ -100,9 +101,8 @@ class TrialRecorder(NotPickled, tune.Callback):
 
 def _cause(trial: Any) -> str:
     """Why Tune gives a trial up."""
-    try:
-        error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
-    except Exception:  # noqa: BLE001 (what was pickled may not be there, or not be known here)
+    error = trial_error(trial)
+    if error is None:
         return f"its process failed {trial.num_failures} times"
     cause = root_cause(error)
     if isinstance(cause, (UserError, RunError)):

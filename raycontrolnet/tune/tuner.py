@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
+from raycontrolnet.cluster.tuning import tune_environment
 from raycontrolnet.tune.concurrency import TrialSlots
 from raycontrolnet.tune.plan import SweepPlan
 from raycontrolnet.tune.recorder import TrialRecorder
 from raycontrolnet.tune.searcher import proposals
 from raycontrolnet.tune.trial import REPLAYED, Shared, SweepTrial
 
+STEP = "step"
+"""By which Tune's schedulers count, as every report has it."""
 TUNE_FILES = ".tune"
 """Tune's own records, which are nobody's: the trials' folders are."""
-ENVIRONMENT = {
-    "RAY_AIR_NEW_OUTPUT": "0",  # its table is not ours, and not to be silenced
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that fails early has nothing to be ranked by
-    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-}
 
 
 def run_trials(
@@ -56,8 +47,7 @@ def run_trials(
     trainable = tune.with_resources(
         tune.with_parameters(SweepTrial, shared=shared), tune.PlacementGroupFactory([places.resources()])
     )
-    logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)  # it misses the logs that are switched off
-    with _environment(ENVIRONMENT):
+    with tune_environment():
         tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
@@ -83,31 +73,27 @@ def run_trials(
     shutil.rmtree(plan.sweep_dir / own, ignore_errors=True)
 
 
-class _Unjudged:
-    """A scheduler that takes replayed reports for the record and ends nothing for them: that was decided before."""
+# Both take replayed reports for the record and end nothing for them: that was decided before.
 
+
+class _Asha(ASHAScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        decision = super().on_trial_result(tune_controller, trial, result)  # type: ignore[misc]
+        decision = super().on_trial_result(tune_controller, trial, result)
         return TrialScheduler.CONTINUE if result.get(REPLAYED) else decision
 
 
-class _Asha(_Unjudged, ASHAScheduler):
-    pass
-
-
-class _Median(_Unjudged, MedianStoppingRule):
+class _Median(MedianStoppingRule):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if result.get(REPLAYED):
+            self.on_trial_complete(tune_controller, trial, result)  # takes it for the record, and judges nothing
+            return TrialScheduler.CONTINUE
         decision = super().on_trial_result(tune_controller, trial, result)
-        if decision == TrialScheduler.CONTINUE:
-            self._stopped_trials.discard(trial)
-        return decision
+        # With too few trials to compare with it would pause, for which Tune wants a checkpoint of its own.
+        return TrialScheduler.CONTINUE if decision == TrialScheduler.PAUSE else decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        if self._time_attr in result and self._metric in result:  # a trial that fails has none
+        if STEP in result and self.metric in result:  # a trial that fails has none
             super().on_trial_complete(tune_controller, trial, result)
-
-    def _on_insufficient_samples(self, tune_controller: Any, trial: Any, time: float) -> str:
-        return TrialScheduler.CONTINUE  # and not a pause, for which Tune would want a checkpoint of its own
 
 
 def _scheduler(plan: SweepPlan) -> TrialScheduler:
@@ -116,26 +102,11 @@ def _scheduler(plan: SweepPlan) -> TrialScheduler:
     if grace_period is None or grace_period >= plan.total_updates:
         return FIFOScheduler()
     if plan.config.scheduler == "median":
-        return _Median(time_attr="step", grace_period=grace_period)
+        return _Median(time_attr=STEP, grace_period=grace_period)
     return _Asha(
-        time_attr="step",
+        time_attr=STEP,
         grace_period=grace_period,
         max_t=plan.total_updates,
         reduction_factor=plan.config.reduction_factor,
         stop_last_trials=False,
     )
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set for a while."""
-    before: dict[str, Any] = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

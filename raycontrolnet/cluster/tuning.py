@@ -1,0 +1,60 @@
+"""Ray Tune's switches and records that its public interface does not reach.
+
+Each name here stands in tests/test_ray_hooks.py, which fails when a new Ray has renamed it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+TUNE_ENVIRONMENT = {
+    # Undocumented. Without it Tune prints a table of its own, which `verbose=0` does not silence.
+    "RAY_AIR_NEW_OUTPUT": "0",
+    # Without it every trial's folder gets a CSV, a JSON and a TensorBoard file of Tune's beside our own.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Without it Ctrl-C does not raise KeyboardInterrupt in the driver.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    # Without it a trial that fails before its first measure ends the sweep: it has no objective to report.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    # Without it Tune keeps writing a record of the sweep; ours are the trials' folders.
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
+    # Without it Tune warns when it writes that record twice within five seconds.
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+QUIET_LOGGER = "ray.tune.analysis"
+"""Warns that Tune's own result files, which are switched off above, are missing."""
+
+
+@contextmanager
+def tune_environment() -> Iterator[None]:
+    """Set Tune's environment variables while the context lasts, and silence the warning about missing files."""
+    before = {name: os.environ.get(name) for name in TUNE_ENVIRONMENT}
+    os.environ.update(TUNE_ENVIRONMENT)
+    logging.getLogger(QUIET_LOGGER).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def trial_error(trial: Any) -> Exception | None:
+    """Return the error for which Tune gave `trial` up; None if there is none on record, or it cannot be read here.
+
+    `Trial` is a developer interface. Its `get_pickled_error` looks where Tune copies the file at the sweep's end only.
+    Without the file a failed trial's record does not name the cause.
+    """
+    from ray import cloudpickle
+
+    try:
+        return cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+    except Exception:  # noqa: BLE001 (the file may be missing, or its class unknown here)
+        return None

@@ -1,0 +1,54 @@
+"""Ray Train inside a worker, where its interface is alpha, and the records that it leaves in a run's folder.
+
+Each name here stands in tests/test_ray_hooks.py, which fails when a new Ray has renamed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+RAY_RECORDS = (".validate_storage_marker", "checkpoint_manager_snapshot.json")
+"""Undocumented files of Ray Train in a run's folder. If the second stays, Ray continues the next run there
+from it, with checkpoints that may be gone."""
+
+
+def remove_ray_records(output_dir: Path) -> None:
+    """Remove Ray Train's own records of a run from its folder: the checkpoints on disk are the only truth."""
+    for name in RAY_RECORDS:
+        (output_dir / name).unlink(missing_ok=True)
+
+
+def report_checkpoint(figures: Mapping[str, Any], name: str, folder: Path | None) -> None:
+    """Report `figures` and the checkpoint `name` to Ray Train; all workers must call it.
+
+    Args:
+        folder: the checkpoint's, on rank 0; None on the others.
+    """
+    import ray.train
+
+    ray.train.report(
+        dict(figures),
+        checkpoint=None if folder is None else ray.train.Checkpoint.from_directory(str(folder)),
+        checkpoint_dir_name=name,
+        # Alpha. Without it Ray would copy the checkpoint, which is in its place already, onto itself.
+        checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
+    )
+
+
+def from_rank_zero(value: Any) -> Any:
+    """Return rank 0's `value` on every worker; all must call it.
+
+    `ray.train.collective` is alpha. Unlike the process group, it has no timeout that a slow worker exceeds.
+    """
+    import ray.train.collective
+
+    return ray.train.collective.broadcast_from_rank_zero(value)
+
+
+def wait_for_all() -> None:
+    """Wait until all workers have called this; alpha, as `from_rank_zero`."""
+    import ray.train.collective
+
+    ray.train.collective.barrier()
