@@ -70,4 +70,4 @@ def has_dashboard() -> bool:
     The public `ray.init().dashboard_url` names one in every worker process, as that of a sweep's trial, even if there
     is none.
     """
-    return get_webui_url_from_internal_kv() is not None
+    return bool(get_webui_url_from_internal_kv())
