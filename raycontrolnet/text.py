@@ -1,15 +1,21 @@
-"""Numbers, sizes, durations and errors in words."""
+"""Numbers, sizes, durations and errors in words, and how such lines reach a terminal or a log."""
 
 from __future__ import annotations
 
+import math
+import os
 import re
+import shutil
 import time
 from collections.abc import Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.live import Live
+    from rich.text import Text
 
 PLAIN_INTERVAL_S = 15.0
-"""Without a terminal, a line of its own is printed this often, and for the first and the last update."""
-
+"""Without a terminal, a line is printed this often, and for the first and the last update."""
 
 SHOWN_PROBLEMS = 10
 """Problems of one kind that are listed; the rest is counted."""
@@ -70,45 +76,164 @@ def shorten(problems: Sequence[str], what: str) -> list[str]:
     return [*problems[:SHOWN_PROBLEMS], f"... {len(problems):,} {what} in all"]
 
 
+def printable(text: str) -> str:
+    """Return `text` as one line, without anything that a terminal would obey."""
+    return "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
+
+
+class Screen:
+    """A terminal whose last lines are redrawn in place, or a plain log.
+
+    On a terminal nothing else should write to the stream meanwhile; single lines go through `say`. A stream that is
+    closed or broken is ignored; letters that it cannot encode become `?`.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = _Tolerant(stream)
+        self.live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._drawn: Sequence[Text] = ()
+        self._columns = 0
+        self._shown: Live | None = None
+
+    def size(self) -> tuple[int, int]:
+        """Return the terminal's columns and lines, less one of each: some terminals wrap or scroll at the last."""
+        try:
+            columns, lines = os.get_terminal_size(self._stream.fileno())
+        except (OSError, ValueError, AttributeError):
+            columns = lines = 0
+        if not columns or not lines:
+            columns, lines = shutil.get_terminal_size()
+        return max(1, columns - 1), max(1, lines - 1)
+
+    def draw(self, lines: Sequence[Text]) -> None:
+        """Show `lines` in the place of those that were drawn before."""
+        from rich.console import Group
+
+        live = self._live()
+        live.console.size = self.size()
+        self._unwrap(live.console.width + 1)
+        for line in lines:
+            line.no_wrap, line.overflow = True, "crop"
+        self._drawn = lines
+        live.update(Group(*lines), refresh=True)
+
+    def say(self, line: str) -> None:
+        """Print a line of its own, on a terminal above what is drawn."""
+        line = line if line.isprintable() else printable(line)
+        if self.live:
+            from rich.text import Text
+
+            self._live().console.print(Text(line), soft_wrap=True)
+        else:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+
+    def close(self) -> None:
+        """Leave what is drawn where it is."""
+        if self._shown:
+            self._shown.stop()
+
+    def _live(self) -> Live:
+        if self._shown is None:
+            from rich.console import Console
+            from rich.live import Live
+
+            stream: Any = self._stream
+            console = Console(
+                file=stream,
+                force_terminal=True,
+                force_interactive=True,
+                color_system=None if os.environ.get("NO_COLOR") else "auto",
+            )
+            self._shown = Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+            self._shown.start()
+            console.show_cursor()  # a killed run would leave it hidden
+        return self._shown
+
+    def _unwrap(self, columns: int) -> None:
+        """Move to where rich expects the cursor: a terminal that became narrower has wrapped the drawn lines."""
+        if columns < self._columns:
+            wrapped = sum(math.ceil(line.cell_len / columns) - 1 for line in self._drawn if line.cell_len)
+            self._stream.write(f"\x1b[{wrapped}A\x1b[J" if wrapped else "")
+        self._columns = columns
+
+
+class _Tolerant:
+    """A text stream that never raises when it is written to."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self.encoding = getattr(stream, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text.encode(self.encoding, "replace").decode(self.encoding))
+        except (OSError, ValueError):  # closed, or nobody reads it
+            return 0
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            return
+
+    def isatty(self) -> bool:
+        try:
+            return self._stream.isatty()
+        except (OSError, ValueError, AttributeError):
+            return False
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+
+class StatusLine(Screen):
+    """One line that tells how far something is: redrawn on a terminal, printed now and then in a plain log."""
+
+    def __init__(self, stream: TextIO):
+        super().__init__(stream)
+        self._printed_at, self._printed = -math.inf, -1
+
+    def show(self, line: str, done: int, *, last: bool = False) -> None:
+        """Show `line`; a log gets it every `PLAIN_INTERVAL_S`, and only if `done` has changed."""
+        if self.live:
+            from rich.text import Text
+
+            self.draw([Text(printable(line))])
+        elif done != self._printed and (last or time.monotonic() - self._printed_at >= PLAIN_INTERVAL_S):
+            self.say(line)
+            self._printed_at, self._printed = time.monotonic(), done
+
+
 class Counter:
     """`latents: 640/50,000 images | 12.3 images/s | 1:06:00 left`."""
 
     def __init__(self, name: str, unit: str, total: int, done: int, stream: TextIO):
-        self.name, self.unit, self.total, self.done, self.stream = name, unit, total, done, stream
+        self.name, self.unit, self.total, self.done = name, unit, total, done
         self.first = done
         self.started = time.monotonic()
-        self.live = stream.isatty()
-        self._printed_at, self._shown = float("-inf"), -1
-        self._show()
+        self._status = StatusLine(stream)
+        self._status.show(self.line(), self.done)
 
     def advance(self, count: int) -> None:
-        """`count` more are done."""
+        """Count `count` more."""
         self.done += count
-        self._show()
+        self._status.show(self.line(), self.done)
 
     def close(self) -> None:
         """Show the last count, and end the line."""
-        self._show(last=True)
-        if self.live:
-            self.stream.write("\n")
-        self.stream.flush()
+        self._status.show(self.line(), self.done, last=True)
+        self._status.close()
 
     @property
     def seconds(self) -> float:
+        """The time since the start."""
         return time.monotonic() - self.started
 
     def line(self) -> str:
-        """The line as it stands."""
+        """Return the line as it stands."""
         parts = [f"{self.name}: {self.done:,}/{self.total:,} {self.unit}"]
         rate = (self.done - self.first) / max(self.seconds, 1e-9)
         if self.done > self.first:
             parts += [f"{rate:.3g} {self.unit}/s", f"{duration((self.total - self.done) / rate)} left"]
         return " | ".join(parts)
-
-    def _show(self, *, last: bool = False) -> None:
-        if self.live:
-            self.stream.write("\r\x1b[2K" + self.line())
-        elif self.done != self._shown and (last or time.monotonic() - self._printed_at >= PLAIN_INTERVAL_S):
-            self.stream.write(self.line() + "\n")
-            self._printed_at, self._shown = time.monotonic(), self.done
-        self.stream.flush()

@@ -82,30 +82,17 @@ def test_the_objective_comes_first_and_decides(tmp_path: Path) -> None:
     assert {row["control_fidelity"] for row in rows} == {""}
 
 
-@pytest.mark.parametrize(
-    ("value", "written"),
-    [
-        ("=HYPERLINK(1)", "'=HYPERLINK(1)"),
-        ("+1", "'+1"),
-        ("-1", "'-1"),
-        ("@SUM(A1)", "'@SUM(A1)"),
-        ("  =1", "'  =1"),
-        ("\t=1", "'\t=1"),
-        ("＝1", "'＝1"),
-        ("a=1", "a=1"),
-        ('a, "b"\nc', 'a, "b"\nc'),
-        ("\udc80", "\\udc80"),
-        (-1, "-1"),
-        (-1e-5, "-1e-05"),
-        (["=1", 2], '["=1", 2]'),
-        (False, "false"),
-        ("", ""),
-    ],
-)
-def test_texts_are_no_formulas(tmp_path: Path, value: Any, written: str) -> None:
-    trials = [write_trial(tmp_path, 0, {"=some": value})]
-    (row,) = read(write_leaderboard(tmp_path, trials, "loss"))
-    assert row["setting:=some"] == written
+FORMULAS: list[tuple[Any, str]] = [
+    *((text, f"'{text}") for text in ("=HYPERLINK(1)", "+1", "-1", "@SUM(A1)", "  =1", "\t=1", "＝1")),
+    *((text, text) for text in ("a=1", 'a, "b"\nc', "")),
+    ("\udc80", "\\udc80"), (-1, "-1"), (-1e-5, "-1e-05"), (["=1", 2], '["=1", 2]'), (False, "false"),
+]  # fmt: skip
+
+
+def test_texts_are_no_formulas(tmp_path: Path) -> None:
+    trials = [write_trial(tmp_path, index, {"=some": value}) for index, (value, _) in enumerate(FORMULAS)]
+    found = {row["trial"]: row["setting:=some"] for row in read(write_leaderboard(tmp_path, trials, "loss"))}
+    assert found == {f"{index:04d}": written for index, (_, written) in enumerate(FORMULAS)}
 
 
 def test_an_earlier_leaderboard_stays_until_the_new_one_is_whole(
@@ -147,14 +134,12 @@ def test_lines(tmp_path: Path) -> None:
 
 
 class Tab:
-    """What TensorBoard's HPARAMS tab is sent for a folder."""
+    """The answers that TensorBoard's HPARAMS tab gets for a folder."""
 
     def __init__(self, folder: Path):
         from tensorboard import context  # type: ignore[import-untyped]
-        from tensorboard.backend.event_processing import (  # type: ignore[import-untyped]
-            data_provider,
-            plugin_event_multiplexer,
-        )
+        from tensorboard.backend.event_processing import data_provider  # type: ignore[import-untyped]
+        from tensorboard.backend.event_processing import plugin_event_multiplexer as multiplexer
         from tensorboard.plugins import base_plugin  # type: ignore[import-untyped]
         from tensorboard.plugins.hparams import (  # type: ignore[import-untyped]
             api_pb2,
@@ -163,13 +148,12 @@ class Tab:
             list_session_groups,
         )
 
-        runs = plugin_event_multiplexer.EventMultiplexer().AddRunsFromDirectory(str(folder)).Reload()
+        runs = multiplexer.EventMultiplexer().AddRunsFromDirectory(str(folder)).Reload()
         provider = data_provider.MultiplexerDataProvider(runs, str(folder))
         backend = backend_context.Context(base_plugin.TBContext(data_provider=provider, logdir=str(folder)))
         request_context = context.RequestContext()
-        experiment = get_experiment.Handler(
-            request_context, backend, "", api_pb2.GetExperimentRequest(include_metrics=True)
-        ).run()
+        request = api_pb2.GetExperimentRequest(include_metrics=True)
+        experiment = get_experiment.Handler(request_context, backend, "", request).run()
         self.columns = {info.name: info for info in experiment.hparam_infos}
         self.metrics = [info.name.tag for info in experiment.metric_infos]
         request = api_pb2.ListSessionGroupsRequest(
@@ -206,24 +190,15 @@ def test_hparams(tmp_path: Path) -> None:
     assert tab.columns["learning_rate"].domain_interval.max_value == RATE
     figures = ("control_gap", "control_gap_error", "images_per_second", "loss", "objective/val_loss", "val_loss")
     assert set(tab.metrics) == {*figures, "val_loss_shuffled"}
-    assert {name: (step, round(value, 6)) for name, (step, value) in tab.figures["0001"].items()} == {
-        "control_gap": (200, 0.02),
-        "control_gap_error": (200, 0.001),
-        "images_per_second": (200, 12.5),
-        "loss": (200, 0.5),
-        "objective/val_loss": (200, round(1 / 7, 6)),
-        "val_loss": (200, round(1 / 7, 6)),
-        "val_loss_shuffled": (200, round(1 / 7 + 0.02, 6)),
-    }
+    assert {step for step, _ in tab.figures["0001"].values()} == {200}
+    assert {name: value for name, (_, value) in tab.figures["0001"].items()} == pytest.approx(
+        {"control_gap": 0.02, "control_gap_error": 0.001, "images_per_second": 12.5, "loss": 0.5,
+         "objective/val_loss": 1 / 7, "val_loss": 1 / 7, "val_loss_shuffled": 1 / 7 + 0.02},
+        rel=1e-5,
+    )  # fmt: skip
     assert tab.figures["0003"] == {}
-    assert tab.states == {
-        "0000": "STATUS_SUCCESS",
-        "0001": "STATUS_SUCCESS",
-        "0002": "STATUS_SUCCESS",
-        "0003": "STATUS_UNKNOWN",
-        "0004": "STATUS_FAILURE",
-        "0005": "STATUS_UNKNOWN",
-    }
+    success, failure, unknown = "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_UNKNOWN"
+    assert list(map(tab.states.get, sorted(tab.states))) == [success, success, success, unknown, failure, unknown]
     assert tab.times["0001"] == (STARTED, STARTED + 130)
 
 

@@ -49,7 +49,7 @@ def append(path: Path, text: str) -> None:
 
 
 def write_updates(folder: Path, count: int) -> None:
-    """A loss that falls from 1.2 to 0.4 and is noisy, at 6 images per second."""
+    """Write a noisy loss that falls from 1.2 to 0.4, at 6 images per second."""
     rng = np.random.default_rng(0)
     steps = np.arange(1, count + 1)
     losses = (0.4 + 0.8 * np.exp(-6 * steps / count)) * rng.lognormal(0, 0.25, count)
@@ -73,7 +73,7 @@ def write_updates(folder: Path, count: int) -> None:
 
 
 def write_held_out(folder: Path, steps: range) -> None:
-    """Control appears half way."""
+    """Write measurements in which control appears half way."""
     records = []
     for step in steps:
         gap = 0.05 if 2 * step > steps[-1] else 0.0004
@@ -84,7 +84,7 @@ def write_held_out(folder: Path, steps: range) -> None:
 
 
 def write_images(folder: Path, steps: range, prompts: list[str], *, images: int = 2, resolution: int = 64) -> None:
-    """Pictures that come closer to the control image's circle with the steps."""
+    """Write images that come closer to the control image's circle with the steps."""
     for step in steps:
         place = validation.step_folder(folder, step)
         place.mkdir(parents=True)
@@ -125,7 +125,7 @@ def finished(tmp_path: Path) -> Path:
 
 
 class Page(HTMLParser):
-    """A report as a reader meets it."""
+    """A report as a reader sees it."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -146,7 +146,29 @@ class Page(HTMLParser):
         self._in_style = False
 
     def all(self, tag: str) -> list[dict[str, str]]:
+        """Return the attributes of all elements of a kind."""
         return [attributes for found, attributes in self.elements if found == tag]
+
+
+def check_it_is_closed(page: Page, links_at_least: int) -> None:
+    """Check that nothing in the page is code or leads outside."""
+    assert not page.all("script")
+    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+    places = ("src", "href", "xlink:href", "srcset", "data", "action", "poster", "style")
+    links = [value for _, attributes in page.elements for name, value in attributes.items() if name in places]
+    assert len(links) > links_at_least
+    assert [link for link in links if not link.startswith(("data:", "#")) and "//" in link] == []
+    assert [link for link in re.findall(r"url\(([^)]*)", page.html) if not link.startswith("#")] == []
+
+
+def check_rewriting(module: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that the same folder gives the same report, and that a failure leaves the former one."""
+    once = module.write_report(folder).read_bytes()
+    assert module.write_report(folder).read_bytes() == once
+    monkeypatch.setattr(module, "_page", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        module.write_report(folder)
+    assert (folder / "report.html").read_bytes() == once
 
 
 def test_finished(finished: Path) -> None:
@@ -234,20 +256,19 @@ def test_interrupted_before_control(finished: Path) -> None:
     assert len(page.all("svg")) == 4
 
 
-@pytest.mark.parametrize("status", ["", "{", "[]", '{"status": "running", "started": 1795357408.0, "seconds": 0.1}'])
-def test_hardly_begun(status: str, tmp_path: Path) -> None:
-    for name in ("metrics.jsonl", "validation.jsonl", "config.yaml"):
-        (tmp_path / name).touch()
-    (tmp_path / "run.json").write_text(status)
+@pytest.mark.parametrize(
+    "status", [None, "", "{", "[]", '{"status": "running", "started": 1795357408.0, "seconds": 0.1}']
+)
+def test_hardly_begun(status: str | None, tmp_path: Path) -> None:
+    if status is not None:
+        for name in ("metrics.jsonl", "validation.jsonl", "config.yaml"):
+            (tmp_path / name).touch()
+        (tmp_path / "run.json").write_text(status)
     page = Page(write_report(tmp_path))
     assert "0 updates" in page.text
     assert "No update is done yet." in page.text
-    assert ("running" if "running" in status else "unknown") in page.text
+    assert ("running" if status and "running" in status else "unknown") in page.text
     assert page.all("svg") == []
-
-
-def test_an_empty_folder(tmp_path: Path) -> None:
-    assert "0 updates" in Page(write_report(tmp_path)).text
 
 
 def test_first_update(finished: Path) -> None:
@@ -257,7 +278,7 @@ def test_first_update(finished: Path) -> None:
 
 
 def test_half_written(finished: Path) -> None:
-    """What a killed machine leaves: lines cut short, zeros, pictures without an end."""
+    """A killed machine leaves lines cut short, zeros, and images without an end."""
     for name in ("metrics.jsonl", "validation.jsonl"):
         with (finished / name).open("ab") as file:
             file.write(b'\x00\x00\n[1]\n{"step": "x"}\n{"step": 300, "loss": null, "lr": NaN}\n{"step": 301, "lo')
@@ -295,18 +316,9 @@ def test_no_outside_links_and_no_markup_from_files(finished: Path) -> None:
     folder = finished.rename(finished.with_name("a <b>&'run'"))
     page = Page(write_report(folder))
     assert page.text.count(EVIL) >= 5
-    assert not page.all("script")
     assert f"step 200: {EVIL}" in [picture["alt"] for picture in page.all("img")]
-    links = [
-        value
-        for _, attributes in page.elements
-        for name, value in attributes.items()
-        if name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster", "style")
-    ]
-    assert len(links) > 20
-    assert [link for link in links if not link.startswith(("data:", "#")) and "//" in link] == []
-    assert [link for link in re.findall(r"url\(([^)]*)", page.html) if not link.startswith("#")] == []
-    assert "<title>a &lt;b&gt;&amp;&#x27;run&#x27;: a &lt;script" in page.html
+    check_it_is_closed(page, 20)
+    assert "<title>a &lt;b&gt;&amp;&#39;run&#39;: a &lt;script" in page.html
 
 
 def test_texts_that_are_no_unicode(finished: Path) -> None:
@@ -323,17 +335,8 @@ def test_ids_are_unique_and_there(finished: Path) -> None:
     assert set(used) <= set(ids)
 
 
-def test_the_same_folder_gives_the_same_report(finished: Path) -> None:
-    once = write_report(finished).read_bytes()
-    assert write_report(finished).read_bytes() == once
-
-
-def test_a_failure_leaves_the_former_report(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    once = write_report(finished).read_bytes()
-    monkeypatch.setattr(run_report, "_page", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        write_report(finished)
-    assert (finished / "report.html").read_bytes() == once
+def test_written_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_rewriting(run_report, finished, monkeypatch)
 
 
 def test_many_updates(finished: Path) -> None:
@@ -384,9 +387,9 @@ addEventListener("load", () => {
 
 
 def look(page: Path, width: int, profile: Path) -> tuple[dict[str, Any], list[str]]:
-    """(what the page measures in Chromium, what came to the console) at `width` CSS pixels.
+    """Return what the page measures in Chromium at `width` CSS pixels, and the lines of the console.
 
-    In a frame, because Chromium's own windows are not as narrow as a phone.
+    The page is in a frame, because Chromium's own windows are not as narrow as a phone.
     """
     assert CHROMIUM is not None
     html = page.read_text(encoding="utf-8")
@@ -413,33 +416,38 @@ def look(page: Path, width: int, profile: Path) -> tuple[dict[str, Any], list[st
     return json.loads(unescape(found[1])), [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
+def check_in_browser(page: Path, width: int, profile: Path, *, charts: int, texts: int, colours: int) -> dict[str, Any]:
+    """Check that the page fits `width`, is readable and coloured, and loads nothing; return what it measures."""
+    found, console = look(page, width, profile)
+    assert found["width"] == width
+    assert found["scrolls"] <= width
+    assert len(found["svgs"]) == charts
+    for shown_width, shown_height in found["svgs"]:
+        assert 250 <= shown_width <= width
+        assert shown_height >= 150
+    assert len(found["texts"]) > texts
+    assert min(found["texts"]) >= 10  # CSS pixels
+    assert len(set(found["colours"])) >= colours  # the style sheet's variables reach the curves
+    assert len(console) == 1, console
+    assert "looked at it" in console[0]
+    return found
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_in_a_browser(width: int, finished: Path, tmp_path: Path) -> None:
     append(finished / "config.yaml", f"a_long_path: /{'a' * 200}/{'b-' * 100}\n")
-    found, console = look(write_report(finished), width, tmp_path / "profile")
-    assert found["width"] == width
-    assert found["scrolls"] <= width
+    page = write_report(finished)
+    found = check_in_browser(page, width, tmp_path / "profile", charts=4, texts=20, colours=5)
     assert len(found["images"]) == 18
-    for natural, shown_width, shown_height in found["images"]:
-        assert natural >= 64
-        assert shown_width >= 100
-        assert shown_height >= 100
-    assert len(found["svgs"]) == 4
-    for shown_width, shown_height in found["svgs"]:
-        assert 250 <= shown_width <= width
-        assert shown_height >= 150
+    assert min(min(image) for image in found["images"]) >= 64
+    assert min(min(shown) for _, *shown in found["images"]) >= 100
     assert len([size for size in found["curves"] if min(size) > 50]) >= 4
-    assert len(found["texts"]) > 20
-    assert min(found["texts"]) >= 10  # CSS pixels
-    assert len(set(found["colours"])) >= 5  # the style sheet's variables reach the curves
-    assert len(console) == 1, console
-    assert "looked at it" in console[0]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
 def test_the_console_would_tell(tmp_path: Path) -> None:
-    """What the test above trusts in: the page's policy refuses outside pictures, and that is seen."""
+    """The page's policy refuses outside images, and the console says so: the test above relies on it."""
     page = write_report(tmp_path)
     page.write_text(page.read_text().replace("<body>", '<body><img src="http://127.0.0.1:9/x.png">'))
     found, console = look(page, 390, tmp_path / "profile")

@@ -1,10 +1,9 @@
-"""The table of a sweep in the terminal: what stands on the screen after all that was written, and what a log has."""
+"""The table of a sweep: the screen of a terminal after all that was written, and the lines of a log."""
 
 from __future__ import annotations
 
 import fcntl
 import io
-import math
 import os
 import pty
 import re
@@ -48,18 +47,18 @@ class Emulator:
         self.row = self.column = 0
 
     def feed(self, text: str) -> None:
-        for sequence, char in re.findall(r"\x1b\[(\d*[A-Za-z])|(.|\n)", text):
+        for sequence, char in re.findall(r"\x1b\[(\??\d*[A-Za-z])|(.|\n)", text):
             if char:
                 self._put(char)
             elif sequence == "J":
                 del self.lines[self.row + 1 :]
                 del self.lines[self.row][self.column :]
-            elif sequence == "K":
-                del self.lines[self.row][self.column :]
+            elif sequence == "2K":
+                self.lines[self.row].clear()
             elif sequence.endswith("A"):
                 self.row = max(self.row - int(sequence[:-1]), len(self.lines) - self.rows, 0)
             else:
-                assert sequence in ("0m", "1m", "2m"), sequence
+                assert sequence in ("0m", "1m", "2m", "?25l", "?25h"), sequence
 
     def _put(self, char: str) -> None:
         if char == "\r":
@@ -82,7 +81,8 @@ class Emulator:
 
     @property
     def text(self) -> list[str]:
-        return ["".join(line).rstrip() for line in self.lines]
+        assert not any(self.lines[self.row + 1 :])
+        return ["".join(line).rstrip() for line in self.lines[: self.row + 1]]
 
 
 class Terminal(io.StringIO):
@@ -115,14 +115,22 @@ def until(condition: Callable[[], object]) -> None:
 
 
 def timeless(lines: Sequence[str]) -> list[str]:
-    """The time since the sweep's start is no matter."""
+    """Replace the time since the sweep's start."""
     return [re.sub(r" \| \d+:\d\d$", " | TIME", line) for line in lines]
 
 
-def shown(stream: TextIO, trials: Sequence[Trial], **options: Any) -> None:
-    with LiveTable("circles", "val_loss", stream, **options) as table:
+def shown(stream: TextIO, trials: Sequence[Trial], objective: str = "val_loss", **options: Any) -> None:
+    """Show `trials` once, to the end."""
+    with LiveTable("circles", objective, stream, **options) as table:
         table.update(trials)
     assert not [thread for thread in threading.enumerate() if thread.name == "sweep-table"]
+
+
+def on_screen(monkeypatch: pytest.MonkeyPatch, columns: int, trials: Sequence[Trial], **options: Any) -> list[str]:
+    """Return the lines of a terminal on which `trials` were shown."""
+    resize(monkeypatch, columns, 24)
+    shown(stream := Terminal(), trials, **options)
+    return timeless(stream.screen(columns, 24))
 
 
 def some_trials(folder: Path) -> list[Trial]:
@@ -221,10 +229,7 @@ def test_many_trials_on_a_low_terminal(tmp_path: Path, monkeypatch: pytest.Monke
     ],
 )
 def test_narrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int, names: str) -> None:
-    resize(monkeypatch, columns, 24)
-    stream = Terminal()
-    shown(stream, some_trials(tmp_path), total_steps=200)
-    lines = stream.screen(columns, 24)
+    lines = on_screen(monkeypatch, columns, some_trials(tmp_path), total_steps=200)
     assert len(lines) == 9
     assert lines[1].split() == names.split()
     assert max(map(len, lines)) <= max(1, columns - 1)
@@ -257,15 +262,9 @@ def test_a_stream_of_ascii(tmp_path: Path) -> None:
 
 
 def test_no_trials(monkeypatch: pytest.MonkeyPatch) -> None:
-    resize(monkeypatch, 80, 24)
-    stream = Terminal()
-    shown(stream, [], total_trials=16)
-    assert timeless(stream.screen(80, 24)) == ["sweep circles: 16 waiting of 16 | TIME", ""]
-    stream = Terminal()
-    shown(stream, [])
-    assert timeless(stream.screen(80, 24)) == ["sweep circles: no trials yet | TIME", ""]
-    plain = io.StringIO()
-    shown(plain, [])
+    assert on_screen(monkeypatch, 80, [], total_trials=16) == ["sweep circles: 16 waiting of 16 | TIME", ""]
+    assert on_screen(monkeypatch, 80, []) == ["sweep circles: no trials yet | TIME", ""]
+    shown(plain := io.StringIO(), [])
     assert timeless(plain.getvalue().splitlines()) == ["sweep circles: no trials yet | TIME"]
     with LiveTable("never told anything", "val_loss", plain_silent := io.StringIO()):
         pass
@@ -273,13 +272,9 @@ def test_no_trials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_objective_that_was_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    resize(monkeypatch, 160, 24)
-    stream = Terminal()
     trials = [write_trial(tmp_path, 0, {"seed": 1}, losses=[0.5]), write_trial(tmp_path, 1, {"seed": 2})]
-    with LiveTable("s", "control_fidelity", stream) as table:
-        table.update(trials)
-    lines = stream.screen(160, 24)
-    assert timeless(lines)[0] == "sweep s: 2 finished of 2 | TIME"
+    lines = on_screen(monkeypatch, 160, trials, objective="control_fidelity")
+    assert lines[0] == "sweep circles: 2 finished of 2 | TIME"
     assert lines[2].split() == ["0000", "finished", "1", "100", "-", "0.5000", "0.5000", "0", "1:05"]
     assert lines[3].split() == ["0001", "finished", "2", "-", "-", "-", "-", "-", "2:10"]
 
@@ -330,6 +325,7 @@ def test_a_plain_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "trial",  # 0003 goes on
         *("sweep", "trial", "0003", "0000", "0004", "0001", "0002"),
     ]
+    assert rest[1].startswith("trial  state        learning_rate  lr_scheduler  ")
     assert rest[7] == f"trial 0003 goes on at step 100: {words}"
 
 
@@ -338,7 +334,7 @@ def test_no_color_and_a_dumb_terminal(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("NO_COLOR", "1")
     stream = Terminal()
     shown(stream, some_trials(tmp_path))
-    assert "\x1b[K" in stream.getvalue()
+    assert "\x1b[2K" in stream.getvalue()
     assert not re.search(r"\x1b\[\d*m", stream.getvalue())
     monkeypatch.setenv("TERM", "dumb")
     stream = Terminal()
@@ -399,7 +395,7 @@ def test_an_error_in_the_sweep_ends_the_thread_and_is_passed_on() -> None:
 
 
 def test_a_terminal_that_is_resized(tmp_path: Path) -> None:
-    """A real one: its size is asked for anew, and lines that it wrapped are taken away."""
+    """A real terminal is asked for its size at each drawing, and lines that it wrapped are removed."""
     control, side = pty.openpty()
     stream = os.fdopen(side, "w")
     read: list[str] = []
@@ -418,18 +414,22 @@ def test_a_terminal_that_is_resized(tmp_path: Path) -> None:
     with LiveTable("circles", "val_loss", stream, total_steps=200) as table:
         table.update(some_trials(tmp_path))
         until(lambda: "learning_rate" in "".join(read))
+        set_size(24, 40)
+        until(lambda: "\x1b[J" in "".join(read))
         set_size(6, 40)
-        until(lambda: "".join(read).count("... and 4 more") >= 2)
+        until(lambda: "... and 4 more" in "".join(read))
     stream.close()
     reader.join()
     os.close(control)
-    before, _, after = "".join(read).replace("\r", "").partition("... and 4 more")
-    *_, wide, narrow = re.split(r"(?=sweep circles)", before)
-    former, _, up = re.sub(r"\x1b\[(\d*m|[JK])", "", wide).rpartition("\x1b[")
-    lines = former.split("\n")
-    assert (len(lines), len(narrow.split("\n"))) == (8, 5)
-    assert up == f"{sum(math.ceil(len(line) / 40) for line in lines) - 1}A"  # they had become more by being wrapped
-    assert after.startswith("\x1b[K\x1b[J\x1b[4Asweep circles")
+    wide = Emulator(100, 24)
+    before, up, after = re.split(r"(\x1b\[\d+A\x1b\[J)", "".join(read))
+    wide.feed(before)
+    narrow = Emulator(40, 24)
+    narrow.lines = [list(line[i : i + 40]) for line in wide.text for i in range(0, max(len(line), 1), 40)]
+    narrow.row = len(narrow.lines) - 1
+    assert narrow.row > len(wide.text)  # the lines became more by being wrapped
+    narrow.feed(up + after.partition("trial")[0])
+    assert [line.split()[:2] for line in narrow.text[:-1]] == [["sweep", "circles:"]]
 
 
 def test_short_names_and_values() -> None:

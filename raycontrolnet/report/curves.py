@@ -1,6 +1,6 @@
-"""Curves of a run as SVG for a page's inside: drawn with matplotlib's objects, coloured by the page's style sheet.
+"""Curves of a run as SVG inside a page: drawn by matplotlib, coloured by the page's style sheet.
 
-A curve of any number of updates becomes one of at most `MOST_POINTS`. matplotlib is imported when the first curve is
+A curve of any number of updates is thinned to at most `MOST_POINTS`. matplotlib is imported when the first curve is
 drawn, so that nothing else waits for it.
 """
 
@@ -27,18 +27,18 @@ Column = npt.NDArray[np.float64]
 
 MOST_POINTS = 400
 SMOOTHED_SHARE = 0.08
-"""The smooth curve is the mean over this share of the updates around each."""
+"""Share of the updates that the smooth curve averages around each."""
 MARKED_POINTS = 40
-"""Up to so many points are marked as such."""
+"""Curves of up to this many points get a mark at each."""
 STANDARD_ERRORS = 2
-"""Drawn, and written, to either side of a control gap or fidelity."""
+"""Shown on either side of a control gap or fidelity."""
 
 SIZE = (5.0, 3.0)
-"""Inches of 72 units: at 360 units to the width of a phone, text of 12 units is read without glasses."""
+"""Inches of 72 units: a phone is 360 units wide, and text of 12 units is readable there."""
 
 
 def stand_ins(variables: Sequence[str], first: int = 1) -> dict[str, str]:
-    """Name of a CSS variable -> the colour that stands for it while matplotlib draws, and occurs nowhere else."""
+    """Return CSS variable -> the colour, used nowhere else, that replaces it while matplotlib draws."""
     return {variable: "#" + 3 * f"{grey:02x}" for grey, variable in enumerate(variables, first)}
 
 
@@ -46,7 +46,7 @@ PAINTS = stand_ins(("ink", "grid", "loss", "held-out", "gap", "speed", "lr", "fi
 
 
 class Points(NamedTuple):
-    """A curve, thinned: neighbours are one point. All of one length."""
+    """A thinned curve: neighbours are one point; all columns have one length."""
 
     x: Column
     mean: Column
@@ -55,7 +55,7 @@ class Points(NamedTuple):
 
 
 def thin(x: Column, y: Column, most: int = MOST_POINTS) -> Points:
-    """The mean, smallest and largest of at most `most` groups of neighbours, as equal in size as can be."""
+    """Return the mean, smallest and largest of at most `most` groups of neighbours, of nearly equal size."""
     groups = min(x.size, most)
     if groups == 0:
         return Points(x, y, y, y)
@@ -70,7 +70,7 @@ def thin(x: Column, y: Column, most: int = MOST_POINTS) -> Points:
 
 
 def smooth(values: Column) -> Column:
-    """The mean around each value, of `SMOOTHED_SHARE` of all values and at the ends of what there is of them."""
+    """Return the mean of `SMOOTHED_SHARE` of all values around each; at the ends, of those that there are."""
     reach = round(values.size * SMOOTHED_SHARE / 2)
     sums = np.concatenate(([0.0], np.cumsum(values)))
     index = np.arange(values.size)
@@ -79,13 +79,13 @@ def smooth(values: Column) -> Column:
 
 
 def finite(x: Column, y: Column) -> tuple[Column, Column]:
-    """`x` and `y` where both are finite numbers."""
+    """Return `x` and `y` where both are finite."""
     there = np.isfinite(x) & np.isfinite(y)
     return x[there], y[there]
 
 
 def loss(steps: Column, losses: Column, held_out_steps: Column, held_out_losses: Column) -> str:
-    """Loss of the updates, with its spread, and on the held-out rows (which may be none)."""
+    """Draw the loss of the updates, with its spread, and of the held-out rows, which may be none."""
     axes = new_axes()
     limits = _smooth_over_raw(axes, *finite(steps, losses), "loss")
     _line(axes, held_out_steps, held_out_losses, "held-out", zorder=4)
@@ -94,6 +94,7 @@ def loss(steps: Column, losses: Column, held_out_steps: Column, held_out_losses:
 
 
 def images_per_second(steps: Column, rates: Column) -> str:
+    """Draw the speed of all workers together."""
     axes = new_axes()
     limits = _smooth_over_raw(axes, *finite(steps, rates), "speed")
     limit(axes, 0.0, *limits)
@@ -101,6 +102,7 @@ def images_per_second(steps: Column, rates: Column) -> str:
 
 
 def learning_rate(steps: Column, rates: Column) -> str:
+    """Draw the learning rate."""
     axes = new_axes()
     x, y, *_ = thin(*finite(steps, rates))
     _line(axes, x, y, "lr")
@@ -109,7 +111,7 @@ def learning_rate(steps: Column, rates: Column) -> str:
 
 
 def control_gap(steps: Column, gaps: Column, errors: Column, appeared_at: int | None) -> str:
-    """The control gap with its standard errors, and a dashed line at the step where control has appeared.
+    """Draw the control gap with its standard errors, and a dashed line where control has appeared.
 
     Args:
         errors: standard error of each gap.
@@ -128,7 +130,7 @@ def control_gap(steps: Column, gaps: Column, errors: Column, appeared_at: int | 
 
 
 def control_fidelity(steps: Column, means: Column, errors: Column) -> str:
-    """The control fidelity with its standard errors, which are nan where a single image was drawn."""
+    """Draw the control fidelity with its standard errors, which are nan for a single image."""
     axes = new_axes()
     reach = STANDARD_ERRORS * np.nan_to_num(errors)
     axes.fill_between(steps, means - reach, means + reach, color=PAINTS["fidelity"], alpha=0.25, linewidth=0)
@@ -138,7 +140,7 @@ def control_fidelity(steps: Column, means: Column, errors: Column) -> str:
 
 
 def new_axes(label: str = "step", size: tuple[float, float] = SIZE) -> Axes:
-    """Empty axes on a figure of their own, over `label`, which is a count of steps or another number."""
+    """Return empty axes on a new figure; `label` names the horizontal one."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -160,20 +162,20 @@ def new_axes(label: str = "step", size: tuple[float, float] = SIZE) -> Axes:
 
 
 def own_style() -> AbstractContextManager[None]:
-    """matplotlib's own style, whatever the user's is (LaTeX, say), and letters that stay letters, dollars too."""
+    """Use matplotlib's default style, not the user's (such as LaTeX), and keep letters as letters, dollars too."""
     import matplotlib.style
 
     return matplotlib.style.context(["default", {"svg.fonttype": "none", "text.parse_math": False}])
 
 
 def _digits(low: float, high: float) -> int:
-    """By which a few numbers between `low` and `high` are told from each other."""
+    """Return the digits that tell a few numbers between `low` and `high` apart."""
     step = (high - low) / 5
     return max(4, 1 + math.ceil(math.log10(max(abs(low), abs(high)) / step))) if step > 0 else 4
 
 
 def _smooth_over_raw(axes: Axes, x: Column, y: Column, paint: str) -> list[float]:
-    """Draw the updates pale, their mean strong; returns what should be seen of them, without the rare outliers."""
+    """Draw the updates pale and their mean strong; return the values to show, without rare outliers."""
     if not x.size:
         return []
     raw, smoothed = thin(x, y), thin(x, smooth(y))
@@ -192,7 +194,7 @@ def _line(axes: Axes, x: Column, y: Column, paint: str, *, marked: bool | None =
 
 
 def limit(axes: Axes, *values: float) -> None:
-    """Let the vertical axis hold `values`, and a little more."""
+    """Make the vertical axis hold `values`, and a little more."""
     if not values:
         return
     low, high = float(min(values)), float(max(values))
@@ -201,7 +203,7 @@ def limit(axes: Axes, *values: float) -> None:
 
 
 def svg(axes: Axes, name: str, title: str, paints: Mapping[str, str] = PAINTS) -> str:
-    """The figure of `axes` as an `<svg>` for a page that holds others: `name` makes its ids its own.
+    """Return the figure of `axes` as an `<svg>`; `name` keeps its ids apart from those of the page's other figures.
 
     Args:
         paints: see `stand_ins`.

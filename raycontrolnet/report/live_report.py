@@ -1,4 +1,4 @@
-"""report.html, kept up to date by the driver while a run, or a sweep, goes on."""
+"""Keeps report.html up to date while a run or a sweep goes on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 INTERVAL_S = 60.0
 COST_FACTOR = 50.0
-"""The report takes at most this part of the time: the machine has other things to do."""
+"""The pause after a report is this many times the time that it took."""
 LOWEST_PRIORITY = 19
 
 
@@ -25,11 +25,11 @@ LOWEST_PRIORITY = 19
 def report_kept(
     output_dir: Path, write: Callable[[Path], object] = write_report, files: str = metrics.METRICS_FILE
 ) -> Iterator[None]:
-    """Write the report now and then, and at the end, whatever that is. Errors are logged: no report is worth a run.
+    """Write the report now and then, and at the end in any case. Errors are only logged: a report must not end a run.
 
     Args:
-        write: writes it.
-        files: pattern of those in `output_dir` that change when there is something new to show.
+        write: function that writes the report.
+        files: pattern of the files in `output_dir` that change when there is something new to show.
     """
     over = threading.Event()
     thread = threading.Thread(target=_rewrite, args=(output_dir, write, files, over), name="report", daemon=True)
@@ -54,7 +54,7 @@ def _rewrite(output_dir: Path, write: Callable[[Path], object], files: str, over
 
 
 def _state(output_dir: Path, files: str) -> float | None:
-    """Changes when there is something new to show."""
+    """Return a number that changes when there is something new to show."""
     with suppress(OSError):
         return max((file.stat().st_mtime for file in output_dir.glob(files)), default=None)
     return None

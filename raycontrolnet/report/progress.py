@@ -1,8 +1,7 @@
-"""The progress of a run, drawn from its metrics files by the driver: the workers need no channel of their own."""
+"""The progress of a run in the terminal, read from its metrics files by the driver: workers need no other channel."""
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections import deque
@@ -13,16 +12,14 @@ from typing import Any, TextIO
 
 from raycontrolnet.sampling import images, scores
 from raycontrolnet.sampling.images import METADATA
-from raycontrolnet.text import PLAIN_INTERVAL_S, duration
+from raycontrolnet.text import StatusLine, duration
 from raycontrolnet.training import held_out, metrics, validation
 
 LINE_INTERVAL_S = 0.5
 SCORES_INTERVAL_S = 3.0
-"""How often the validation's folders are looked through for new scores."""
+"""Time between two looks into the validation's folders for new scores."""
 RATE_WINDOW_S = 30.0
 MIN_STEPS_FOR_RATE = 2
-ERASE = "\r\x1b[2K"
-"""Takes the terminal's line away."""
 
 
 class Progress:
@@ -31,15 +28,14 @@ class Progress:
     with Progress(output_dir, total_steps, stream): trainer.fit()
 
     Args:
-        scored: whether validation images get scores, which are shown as well.
+        scored: show the scores of validation images too.
     """
 
     def __init__(self, output_dir: Path, total_steps: int, first_step: int, stream: TextIO, *, scored: bool = False):
         self.output_dir = output_dir
         self.total_steps = total_steps
         self.first_step = first_step
-        self.stream = stream
-        self.live = stream.isatty()
+        self._status = StatusLine(stream)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
         self._metrics = metrics.Tail(output_dir / metrics.METRICS_FILE)
@@ -49,8 +45,6 @@ class Progress:
         self._scores_at = time.monotonic()
         self._seen = self._finished() if scored else {}
         self._updates: deque[dict[str, Any]] = deque(maxlen=10_000)
-        self._shown = 0
-        self._printed_at = float("-inf")
         self._started = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -61,9 +55,7 @@ class Progress:
         self._stop.set()
         self._thread.join()
         self._show(last=True)
-        if self.live:
-            self.stream.write("\n")
-            self.stream.flush()
+        self._status.close()
 
     def _watch(self) -> None:
         while not self._stop.wait(LINE_INTERVAL_S):
@@ -75,17 +67,11 @@ class Progress:
         if self._scored and (last or time.monotonic() - self._scores_at >= SCORES_INTERVAL_S):
             self._show_scores()
         step = self._updates[-1]["step"] if self._updates else self.first_step
-        if self.live:
-            width = shutil.get_terminal_size().columns - 1
-            self.stream.write(ERASE + self.line()[:width])
-            self.stream.flush()
-        elif step != self._shown and (last or time.monotonic() - self._printed_at >= PLAIN_INTERVAL_S):
-            self.stream.write(self.line() + "\n")
-            self.stream.flush()
-            self._printed_at, self._shown = time.monotonic(), step
+        if step or self._status.live:
+            self._status.show(self.line(), step, last=last)
 
     def line(self) -> str:
-        """The line as it stands."""
+        """Return the line as it stands."""
         if not self._updates:
             return f"step {self.first_step}/{self.total_steps} | starting, {time.monotonic() - self._started:.0f} s"
         update = self._updates[-1]
@@ -103,7 +89,7 @@ class Progress:
         return " | ".join(parts)
 
     def _rates(self) -> tuple[float, float] | None:
-        """(images/s, steps/s) of the last half minute."""
+        """Return images and steps per second of the last half minute; None with too few updates."""
         last = self._updates[-1]
         recent = [update for update in self._updates if last["time"] - update["time"] <= RATE_WINDOW_S]
         first = recent[0] if len(recent) > MIN_STEPS_FOR_RATE else self._updates[-min(len(self._updates), 3)]
@@ -119,33 +105,30 @@ class Progress:
         self._updates.extend(record for record in records if record["step"] > self.first_step)
 
     def _show_measurements(self) -> None:
-        """A line of its own for every new measurement of the held-out rows."""
+        """Print a line for every new measurement of the held-out rows."""
         records, _ = self._held_out.read()
         for record in records:
             if record["step"] > self._measured:
                 self._measured = record["step"]
                 earlier = [other for other in held_out.read(self.output_dir) if other["step"] < record["step"]]
                 known = [*earlier, record]
-                self._say(record["step"], held_out.in_words(known))
+                self._status.say(f"step {record['step']}: {held_out.in_words(known)}")
 
     def _show_scores(self) -> None:
-        """A line of its own for every new validation with scores."""
+        """Print a line for every new validation with scores."""
         self._scores_at = time.monotonic()
         found = self._finished()
         for folder in [folder for folder, written in found.items() if self._seen.get(folder) != written]:
-            with suppress(OSError, ValueError, KeyError, TypeError):  # it is being made anew, or is not ours
+            with suppress(OSError, ValueError, KeyError, TypeError):  # it is being written anew, or is not ours
                 pairs = validation.results(folder)
                 if fidelity := images.fidelity_of(pairs):
-                    self._say(pairs[0].step, scores.in_words(fidelity))
+                    self._status.say(f"step {pairs[0].step}: {scores.in_words(fidelity)}")
                 self._seen[folder] = found[folder]
 
     def _finished(self) -> dict[Path, int]:
-        """The folder of each finished validation -> when it was finished, in nanoseconds."""
+        """Return the folder of each finished validation -> when it was finished, in nanoseconds."""
         found = {}
         for folder in validation.finished_folders(self.output_dir):
             with suppress(OSError):
                 found[folder] = (folder / METADATA).stat().st_mtime_ns
         return found
-
-    def _say(self, step: int, words: str) -> None:
-        self.stream.write(f"{ERASE if self.live else ''}step {step}: {words}\n")

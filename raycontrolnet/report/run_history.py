@@ -1,4 +1,4 @@
-"""What the folder of a run tells, in whatever state the run is: a file that is missing or half written is empty."""
+"""The records in the folder of a run, in any state of the run: a missing or half-written file counts as empty."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from raycontrolnet.training.status import STATUS
 
 UPDATE_COLUMNS = ("step", "loss", "lr", "images_per_second", "time")
 MEASUREMENT = ("step", "val_loss", "val_loss_shuffled", "control_gap", "control_gap_error")
-"""What a line of validation.jsonl must have as numbers to be counted."""
+"""Numbers that a line of validation.jsonl must have to count."""
 
 RECENT_UPDATES = 100
-"""The speed of so many updates is taken for the run's present speed."""
+"""Updates whose speed is taken as the run's present speed."""
 UPDATES_FOR_SPEED = 4
-"""With fewer that were timed, no speed is known."""
+"""Timed updates below which no speed is known."""
 
 
 @dataclass(frozen=True)
 class RunHistory:
-    """The records of one run; whatever is not there yet is empty."""
+    """The records of one run; what is not there yet is empty."""
 
     status: Mapping[str, Any]
     """run.json."""
     settings: Mapping[str, Any]
     """config.yaml."""
     seconds_by_phase: Mapping[str, float]
-    """Of the worker of rank 0."""
+    """Seconds of the worker of rank 0."""
     updates: Mapping[str, Column]
     """metrics.jsonl by column: float64, a value per update, steps ascending; nan where there is no number."""
     held_out: Sequence[dict[str, Any]]
@@ -46,47 +46,47 @@ class RunHistory:
 
     @property
     def state(self) -> str:
-        """running, finished, failed, interrupted, or unknown without run.json."""
+        """State of the run: running, finished, failed, interrupted; unknown without run.json."""
         return str(self.status.get("status", "unknown"))
 
     @property
     def step(self) -> int:
-        """Updates done, those of earlier parts of the run included."""
+        """Updates done, including those of earlier parts of the run."""
         done = number(self.status.get("step"))
         return int(done) if math.isfinite(done) else self.last_update
 
     @property
     def last_update(self) -> int:
-        """The last in metrics.jsonl; 0 if there is none."""
+        """Last update in metrics.jsonl; 0 if there is none."""
         return int(self.updates["step"][-1]) if self.updates["step"].size else 0
 
     @property
     def last_step(self) -> int | None:
-        """What was drawn at later steps is of a run that was here before; None if that is not known."""
+        """Last step of this run, if known: images of later steps are from an earlier run in this folder."""
         return self.step if self.updates["step"].size else None
 
     @property
     def total_updates(self) -> int | None:
-        """Of the whole run, if known."""
+        """Updates of the whole run, if known."""
         total = number(self.status.get("total_updates", self.settings.get("max_train_steps")))
         return int(total) if 1 <= total < math.inf else None
 
     @property
     def last_sign_s(self) -> float | None:
-        """When the run was last heard of, in unix seconds."""
+        """Time of the last sign of the run, in unix seconds."""
         started, seconds = number(self.status.get("started")), number(self.status.get("seconds"))
         known = [time for time in (started + seconds, started, *self.updates["time"][-1:]) if math.isfinite(time)]
         return max(known, default=None)
 
     @property
     def seconds(self) -> float | None:
-        """How long the run, or the part of it that was started last, has taken so far."""
+        """Time that the run, or its part that was started last, has taken so far."""
         started = number(self.status.get("started"))
         return None if self.last_sign_s is None or math.isnan(started) else self.last_sign_s - started
 
     @property
     def seconds_left(self) -> float | None:
-        """Till the last update, while the run goes on."""
+        """Time until the last update, while the run goes on."""
         if self.state != "running" or self.total_updates is None:
             return None
         times, steps = self.updates["time"][-RECENT_UPDATES:], self.updates["step"][-RECENT_UPDATES:]
@@ -94,12 +94,12 @@ class RunHistory:
         per_update = per_update[np.isfinite(per_update)]
         if per_update.size < UPDATES_FOR_SPEED:
             return None
-        # The median knows nothing of pauses, such as that between an interrupted run and its continuation.
+        # The median ignores pauses, such as that between an interrupted run and its continuation.
         return max(0.0, float(np.median(per_update)) * (self.total_updates - self.step))
 
 
 def read(output_dir: Path) -> RunHistory:
-    """All records in `output_dir` but the pictures."""
+    """Read all records in `output_dir` except the images."""
     status = read_json(output_dir / STATUS)
     timings = status.get("timings")
     if not isinstance(timings, dict):
@@ -124,12 +124,12 @@ def read(output_dir: Path) -> RunHistory:
 
 
 def number(value: Any) -> float:
-    """`value` if it is a number, else nan."""
+    """Return `value` if it is a number, else nan."""
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
 
 
 def _by_step(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that have a step, ascending; of equal steps the last: a restarted run does some again."""
+    """Return the records that have a step, ascending; of equal steps the last, since a restarted run repeats some."""
     by_step = {record["step"]: record for record in records if type(record.get("step")) is int}
     return [by_step[step] for step in sorted(by_step)]
 
@@ -142,7 +142,7 @@ def _text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`; empty if there is none."""
+    """Return the object in `path`; empty if there is none."""
     try:
         content = json.loads(_text(path))
     except ValueError:
@@ -161,7 +161,7 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file with one per line, less those that are cut short."""
+    """Return the records of a file with one per line, without those that are cut short."""
     records = []
     for line in _text(path).split("\n"):
         try:

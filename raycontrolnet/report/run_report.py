@@ -1,17 +1,17 @@
-"""report.html: what a run's folder tells on one page, for a phone too. One file, without scripts or outside links.
+"""report.html: a run's folder on one page, for a phone too; one file, without scripts or outside links.
 
-    read (run_history.py) -> curves (curves.py) and pictures (thumbnails.py) -> the page
+    read (run_history.py) -> curves (curves.py) and pictures (thumbnails.py) -> templates/run.html
 
-Every text that comes from a file is escaped; a policy in the page's head forbids it to load anything all the same.
+All text from files is escaped, and a policy in the page's head forbids it to load anything.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
-from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from raycontrolnet.report import curves, page
 from raycontrolnet.report.curves import STANDARD_ERRORS, Column
 from raycontrolnet.report.run_history import RECENT_UPDATES, RunHistory, read
 from raycontrolnet.report.thumbnails import MOST_PAIRS, MOST_STEPS, PairHistory, pair_histories
+from raycontrolnet.text import counted, duration
 from raycontrolnet.training.held_out import control_appeared
 
 _PHASES = {
@@ -31,18 +32,24 @@ _PHASES = {
     "validation_images": "validation: images",
     "checkpoint": "checkpoint",
 }
-"""Phase in the worker's clock -> its name in the report, in this order."""
+"""Phase of the worker's clock -> its name in the report, in this order."""
 _BESIDE = "validation_beside"
-"""The one that another worker spends while the training goes on: no part of the whole."""
+"""The phase of another worker while the training goes on: no part of the whole."""
+
+
+class Card(NamedTuple):
+    """A chart in a box of the page."""
+
+    heading: str
+    svg: str
+    legend: Mapping[str, str] = {}
+    """CSS variable of a colour -> its meaning."""
 
 
 def write_report(output_dir: Path) -> Path:
-    """Write `output_dir`/report.html, whole or not at all: what the folder's files tell, and nothing else.
+    """Write `output_dir`/report.html from the folder's files, whole or not at all, and return its path.
 
-    The run may be going on, finished, failed or hardly begun: what is missing or half written is left out.
-
-    Returns:
-        The report's path.
+    The run may be running, finished, failed or hardly begun: what is missing or half written is left out.
     """
     output_dir = Path(output_dir)
     run = read(output_dir)
@@ -51,57 +58,53 @@ def write_report(output_dir: Path) -> Path:
 
 
 def _page(name: str, run: RunHistory, pairs: Sequence[PairHistory]) -> str:
-    sections = [*_summary(name, run), *_learning(run), *_pictures(run, pairs), *_speed(run), *_settings(run)]
-    return page.frame(name, run.state, sections)
-
-
-def _summary(name: str, run: RunHistory) -> Iterable[str]:
-    """In words and a few figures: how far, how well, and what went wrong."""
-    yield page.title(name, run.state)
-    yield f"<p>{_how_far(run)}</p>"
-    if run.total_updates:
-        yield page.progress(run.state, run.step, run.total_updates)
-    if cause := run.status.get("cause"):
-        yield f'<p class="cause">{escape(str(cause))}</p>'
-    kind, words = _control(run)
-    yield f'<p class="control {kind}">{words}</p>'
-    yield from page.figures(_figures(run))
+    appeared = control_appeared(run.held_out)
+    return page.render(
+        page.TEMPLATES / "run.html",
+        name=name,
+        state=run.state,
+        how_far=_how_far(run),
+        seen=run.last_sign_s and f"{datetime.fromtimestamp(run.last_sign_s, timezone.utc):%Y-%m-%d %H:%M}",
+        done=run.step,
+        total=run.total_updates,
+        cause=run.status.get("cause"),
+        appeared=appeared is not None,
+        control=_control(run, appeared),
+        figures=list(_figures(run)),
+        learning=list(_learning(run, appeared)),
+        pairs=pairs,
+        most_steps=MOST_STEPS,
+        most_pairs=MOST_PAIRS,
+        images_to_come=run.settings.get("validation_prompt") and run.state == "running",
+        speed=list(_speed(run)),
+        phases=_phases(run),
+        settings=page.settings(run.settings),
+        versions=versions if isinstance(versions := run.status.get("versions"), dict) else None,
+    )
 
 
 def _how_far(run: RunHistory) -> str:
     total = run.total_updates
-    words = (
-        f"{run.step:,} of {total:,} updates ({run.step / total:.0%})"
-        if total
-        else f"{run.step:,} update{'s' * (run.step != 1)}"
-    )
+    words = f"{run.step:,} of {total:,} updates ({run.step / total:.0%})" if total else counted(run.step, "update")
     if run.seconds is not None:
-        words += f" in {page.time(run.seconds)}"
+        words += f" in {duration(run.seconds, fine=True)}"
     if run.seconds_left is not None:
-        words += f", about {page.time(run.seconds_left)} left"
-    if run.last_sign_s is not None:
-        seen = datetime.fromtimestamp(run.last_sign_s, timezone.utc)
-        words += f'. <span class="pale seen">As of {seen:%Y-%m-%d %H:%M} UTC.</span>'
+        words += f", about {duration(run.seconds_left, fine=True)} left"
     return words
 
 
-def _control(run: RunHistory) -> tuple[str, str]:
-    """(class for the style sheet, what the control gap shows)."""
+def _control(run: RunHistory, appeared: int | None) -> str:
+    """Return what the control gap shows, in words."""
     if not run.held_out:
         yet = " yet" if run.state == "running" and run.status.get("held_out", 1) else ""
-        return "", f"Control gap: not measured{yet}."
-    appeared = _appeared(run)
+        return f"Control gap: not measured{yet}."
     if appeared is None:
-        return "", "No control yet: swapping the control images does not clearly raise the held-out loss."
-    return "appeared", f"Control has appeared at step {appeared:,}."
-
-
-def _appeared(run: RunHistory) -> int | None:
-    return control_appeared(run.held_out)
+        return "No control yet: swapping the control images does not clearly raise the held-out loss."
+    return f"Control has appeared at step {appeared:,}."
 
 
 def _figures(run: RunHistory) -> Iterable[tuple[str, str, str]]:
-    """(title, value, note) of each figure at the top; as HTML."""
+    """Yield title, value and note of each figure at the top."""
     losses = run.updates["loss"][np.isfinite(run.updates["loss"])]
     if losses.size:
         smoothed = curves.smooth(losses)
@@ -120,92 +123,45 @@ def _figures(run: RunHistory) -> Iterable[tuple[str, str, str]]:
         yield "images/s", f"{np.median(rates):.3g}", f"last {rates.size} updates"
 
 
-def _learning(run: RunHistory) -> Iterable[str]:
+def _learning(run: RunHistory, appeared: int | None) -> Iterable[Card]:
     steps, held_out = run.updates["step"], {name: _column(run, name) for name in ("step", "val_loss")}
-    yield '<h2>Learning</h2>\n<div class="cards">'
-    if not steps.size and not run.held_out:
-        yield '<p class="card pale">No update is done yet.</p>'
-    else:
+    if steps.size or run.held_out:
         drawn = curves.loss(steps, run.updates["loss"], held_out["step"], held_out["val_loss"])
-        legend = {"loss": "training (smoothed; pale: single updates)"} | (
-            {"held-out": "held-out rows"} if run.held_out else {}
-        )
-        yield page.card("Loss", legend, drawn)
+        legend = {"loss": "training (smoothed; pale: single updates)"}
+        yield Card("Loss", drawn, legend | ({"held-out": "held-out rows"} if run.held_out else {}))
     if run.held_out:
-        appeared = _appeared(run)
-        drawn = curves.control_gap(
-            held_out["step"], _column(run, "control_gap"), _column(run, "control_gap_error"), appeared
-        )
+        gaps, errors = _column(run, "control_gap"), _column(run, "control_gap_error")
+        drawn = curves.control_gap(held_out["step"], gaps, errors, appeared)
         at = "" if appeared is None else f"; control appears at step {appeared:,} (dashed)"
-        yield page.card("Control gap", {"gap": f"loss with swapped control images less loss{at}"}, drawn)
+        yield Card("Control gap", drawn, {"gap": f"loss with swapped control images less loss{at}"})
     if len(run.fidelity) > 1:
         means, errors = np.array(list(run.fidelity.values()), dtype=np.float64).T
         drawn = curves.control_fidelity(np.array(list(run.fidelity), dtype=np.float64), means, errors)
-        yield page.card("Control fidelity", {"fidelity": "how well validation images obey their control images"}, drawn)
+        yield Card("Control fidelity", drawn, {"fidelity": "how well validation images obey their control images"})
     if steps.size:
-        drawn = curves.learning_rate(steps, run.updates["lr"])
-        yield page.card("Learning rate", {}, drawn)
-    yield "</div>"
+        yield Card("Learning rate", curves.learning_rate(steps, run.updates["lr"]))
 
 
 def _column(run: RunHistory, name: str) -> Column:
     return np.array([record[name] for record in run.held_out], dtype=np.float64)
 
 
-def _pictures(run: RunHistory, pairs: Sequence[PairHistory]) -> Iterable[str]:
-    yield "<h2>What it draws</h2>"
-    if not pairs:
-        wanted = run.settings.get("validation_prompt")
-        yield f'<p class="pale">No validation images{" yet" if wanted and run.state == "running" else ""}.</p>'
-        return
-    most = f"at most {MOST_STEPS} steps of at most {MOST_PAIRS} prompts"
-    yield f'<p class="pale">The newest first; {most}. All are in the folder <code>validation</code>.</p>'
-    for pair in pairs:
-        prompt = escape(pair.prompt) if pair.prompt.strip() else "(empty prompt)"
-        yield f'<section class="card pair"><h3>{prompt}</h3>'
-        yield f'<div class="strip" tabindex="0" role="group" aria-label="Images of: {prompt}">'
-        if pair.control:
-            yield _picture(pair.control, "control image", f"control image of: {prompt}")
-        for step, tile in reversed(pair.tiles.items()):
-            yield _picture(tile, f"step {step:,}", f"step {step:,}: {prompt}")
-        yield "</div></section>"
-
-
-def _picture(source: str, caption: str, alt: str) -> str:
-    return f'<figure><img src="{source}" alt="{alt}"><figcaption><small>{caption}</small></figcaption></figure>'
-
-
-def _speed(run: RunHistory) -> Iterable[str]:
-    steps = run.updates["step"]
-    if not steps.size and not run.seconds_by_phase:
-        return
-    yield '<h2>Speed</h2>\n<div class="cards">'
-    if steps.size:
+def _speed(run: RunHistory) -> Iterable[Card]:
+    if (steps := run.updates["step"]).size:
         drawn = curves.images_per_second(steps, run.updates["images_per_second"])
-        yield page.card("Images per second", {"speed": "all workers together (smoothed; pale: single updates)"}, drawn)
-    if run.seconds_by_phase:
-        yield page.card("Time by phase", {}, _phases(run))
-    yield "</div>"
+        yield Card("Images per second", drawn, {"speed": "all workers together (smoothed; pale: single updates)"})
 
 
-def _phases(run: RunHistory) -> str:
-    phases = {phase: run.seconds_by_phase[phase] for phase in _PHASES if phase in run.seconds_by_phase}
-    others = {phase: seconds for phase, seconds in run.seconds_by_phase.items() if phase not in (*_PHASES, _BESIDE)}
-    named = {_PHASES[phase]: seconds for phase, seconds in phases.items()}
-    named |= {phase.replace("_", " "): seconds for phase, seconds in others.items()}
-    if run.state != "running" and run.seconds and (rest := run.seconds - sum(named.values())) > 0:
-        named["everything else"] = rest
-    whole = sum(named.values()) or 1.0
-    items = [
-        f"<li><span>{escape(name)}</span><span>{page.time(seconds)} · {seconds / whole:.0%}</span>"
-        f'<i style="width: {100 * seconds / whole:.1f}%"></i></li>'
-        for name, seconds in named.items()
+def _phases(run: RunHistory) -> list[tuple[str, float, float | None]]:
+    """Return name, seconds and share of each phase; the one beside the training has no share."""
+    names = {phase: words for phase, words in _PHASES.items() if phase in run.seconds_by_phase}
+    names |= {phase: phase.replace("_", " ") for phase in run.seconds_by_phase if phase not in (*_PHASES, _BESIDE)}
+    named = [(words, run.seconds_by_phase[phase]) for phase, words in names.items()]
+    if run.state != "running" and run.seconds and (rest := run.seconds - sum(seconds for _, seconds in named)) > 0:
+        named += [("everything else", rest)] if run.seconds_by_phase else []
+    whole = sum(seconds for _, seconds in named) or 1.0
+    beside = run.seconds_by_phase.get(_BESIDE)
+    return [
+        *((words, seconds, seconds / whole) for words, seconds in named),
+        *([("beside the training: images", beside, None)] if beside else []),
     ]
-    if seconds := run.seconds_by_phase.get(_BESIDE):
-        items.append(f"<li><span>beside the training: images</span><span>{page.time(seconds)}</span></li>")
-    return '<ul class="phases">\n' + "\n".join(items) + "\n</ul>"
-
-
-def _settings(run: RunHistory) -> Iterable[str]:
-    yield from page.settings("Settings", run.settings)
-    yield from page.versions(run.status.get("versions"))

@@ -1,4 +1,4 @@
-"""The validation images of a run over its steps, small enough to stand in a page by the dozen."""
+"""The validation images of a run over its steps, small enough for a page with dozens of them."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from raycontrolnet.training.validation import PairResult
 MOST_STEPS = 8
 MOST_PAIRS = 8
 TILE_EDGE = 256
-"""Pixels of a picture's longer side; several pictures of one step share a tile a quarter larger."""
+"""Pixels of an image's longer side; several images of one step share a tile that is a quarter larger."""
 GAP = 4
-"""Pixels between the pictures of a tile."""
+"""Pixels between the images of a tile."""
 
 
 @dataclass(frozen=True)
 class PairHistory:
-    """What was drawn for one prompt and control image."""
+    """The images of one prompt and control image."""
 
     prompt: str
     control: str | None
-    """The control image as a data URI; None if it cannot be read."""
+    """Control image as a data URI; None if it cannot be read."""
     tiles: dict[int, str] = field(default_factory=dict)
-    """Step -> the pictures drawn at it, side by side, as a data URI; steps ascending."""
+    """Step -> its images, side by side, as a data URI; steps ascending."""
 
 
 def pair_histories(output_dir: Path, last_step: int | None) -> list[PairHistory]:
-    """The first pairs that were drawn in `output_dir`, at steps evenly chosen, first and last among them.
+    """Return the images of the first pairs in `output_dir`, at evenly spaced steps with the first and the last.
 
     Args:
-        last_step: pictures of later steps are of a run that was here before and are left out; None for all.
+        last_step: leave out later steps, which are from an earlier run; None for all.
     """
     pairs: dict[tuple[int, str], list[PairResult]] = {}
     for result in validation.all_results(output_dir, last_step):
@@ -57,7 +57,7 @@ def _spread(results: Sequence[PairResult]) -> list[PairResult]:
 
 
 def _tile(paths: Sequence[Path]) -> str | None:
-    """The images that can be read, in rows, as a data URI: PNG or JPEG, whichever is smaller."""
+    """Return the images that can be read, in rows, as a data URI: PNG or JPEG, whichever is smaller."""
     images = [image for path in paths if (image := _open(path))]
     if not images:
         return None
@@ -82,5 +82,5 @@ def _open(path: Path) -> Image.Image | None:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError):  # SyntaxError: Pillow's word for a broken PNG
+    except (OSError, SyntaxError, ValueError):  # SyntaxError: Pillow's error for a broken PNG
         return None

@@ -1,29 +1,31 @@
-"""What happens to trials, in words: a line per event."""
+"""Events of trials, each as a line of words."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from raycontrolnet.text import duration
+from raycontrolnet.text import duration, printable
 from raycontrolnet.tune.records import Trial
-from raycontrolnet.tune.table import figure, plain, settings_in_words
+from raycontrolnet.tune.table import figure, settings_in_words
 
 
 class Event(NamedTuple):
+    """Something that happened to a trial."""
+
     words: str
     failure: bool = False
-    """It should not go by unseen."""
+    """Show it even where the table shows the trial's state."""
 
 
 def event_of(
     before: Trial | None, trial: Trial, objective: str, *, first: bool, live_step: int | None = None
 ) -> Event | None:
-    """What became of a trial since `before`.
+    """Return what happened to a trial since `before`; None if that is no news.
 
     Args:
-        before: the trial as it was when it was last looked at; None if it was not known.
-        live_step: where its updates have come to, if that is known.
-        first: nothing was known before: how a trial that is at its end came there is no news.
+        before: the trial when it was last looked at; None if it was not known.
+        first: this is the first look: trials that have ended are no news.
+        live_step: its last update, if known.
     """
     record, name = trial.record, f"trial {trial.record.name}"
     broke_at = _at(trial.step if live_step is None else live_step)
@@ -56,7 +58,7 @@ def _worth(trial: Trial, objective: str) -> str:
         "no control" if since is None else f"control since step {since}",
         f"in {duration(trial.record.seconds)}",
     ]
-    if "control_gap" not in trial.last:  # not measured: then nothing is known of control
+    if "control_gap" not in trial.last:  # control was not measured
         del parts[1]
     return ", ".join(parts)
 
@@ -66,4 +68,4 @@ def _at(step: int | None) -> str:
 
 
 def _why(cause: str | None) -> str:
-    return f": {plain(cause)}" if cause else ""
+    return f": {printable(cause)}" if cause else ""

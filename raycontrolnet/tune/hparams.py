@@ -12,7 +12,7 @@ from raycontrolnet.tune.records import Trial
 
 EVENTS = "events.out.tfevents.*"
 STATUSES = {"finished": "STATUS_SUCCESS", "stopped": "STATUS_SUCCESS", "failed": "STATUS_FAILURE"}
-"""Those of TensorBoard. An open one never changes a status that it has read: before the end a trial has none."""
+"""TensorBoard's statuses. An open TensorBoard never changes one that it has read: a trial has none before its end."""
 
 
 def write_hparams(logs_dir: Path, trial: Trial, objective: str) -> None:
@@ -21,14 +21,14 @@ def write_hparams(logs_dir: Path, trial: Trial, objective: str) -> None:
     The tab shows each figure at its last step: val_loss, control_gap, loss, ... under their names, and the objective as
     `objective/<name>` too. A setting that is None has no value there.
 
-    A TensorBoard that is open follows: it forgets what it had read of the earlier file, which is emptied at first, for
-    it would wait for one that is gone, and deleted the next time.
+    The earlier file is emptied, and deleted the next time: an open TensorBoard waits for a file that is gone, but
+    forgets one that became empty.
 
-    No experiment is described: TensorBoard would read that of one trial alone and leave out what only others have. It
-    collects the columns from all trials instead.
+    `SummaryWriter.add_hparams` is not used: it describes an experiment per trial, of which TensorBoard reads one and
+    leaves out the settings that only other trials have, and it calls every trial a success without a time.
 
     Raises:
-        OSError: if the files cannot be written; the earlier ones are kept then.
+        OSError: the files cannot be written; the earlier ones stay.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -61,14 +61,14 @@ def _scalars(report: Mapping[str, float], objective: str) -> dict[str, float]:
 
 
 def _summaries(trial: Trial) -> list[Any]:
-    """The start of TensorBoard's session, with the settings, and its end."""
+    """Return the start of TensorBoard's session, with the settings, and its end."""
     from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
     from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2  # type: ignore[import-untyped]
 
     record = trial.record
     start = plugin_data_pb2.SessionStartInfo(start_time_secs=record.started or 0.0)
     for name, value in record.settings.items():
-        if isinstance(value, bool):  # before numbers: it is one
+        if isinstance(value, bool):  # which is an int too
             start.hparams[name].bool_value = value
         elif isinstance(value, (int, float)):
             start.hparams[name].number_value = value

@@ -11,12 +11,13 @@ from typing import Any
 
 from raycontrolnet.storage import checkpoint
 from raycontrolnet.storage.files import replacing
+from raycontrolnet.text import printable
 from raycontrolnet.tune.records import TRIALS, Trial, ranked, settings_of
-from raycontrolnet.tune.table import Column, LiveState, columns_of, lay_out, plain
+from raycontrolnet.tune.table import Column, LiveState, columns_of, lay_out
 
 LEADERBOARD_FILE = "leaderboard.csv"
 SETTING = "setting:"
-"""Stands before the name of a swept setting."""
+"""Prefix of the names of swept settings."""
 FIGURES = (
     "val_loss",
     "val_loss_shuffled",
@@ -27,13 +28,13 @@ FIGURES = (
     "images_per_second",
 )
 FORMULA_SIGNS = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "\t", "\r", "\n")
-"""A spreadsheet takes a text that begins so for a formula."""
+"""A spreadsheet takes a text with such a beginning for a formula."""
 
 
 def write_leaderboard(sweep_dir: Path, trials: Sequence[Trial], objective: str) -> Path:
     """Write leaderboard.csv, whole or not at all: a row per trial, in the order of `records.ranked`.
 
-    Numbers are written in full, settings as in trial.json; what is not known is empty. A text that a spreadsheet would
+    Numbers are written in full, settings as in trial.json; unknown values are empty. A text that a spreadsheet would
     take for a formula gets an apostrophe in front.
     """
     settings = settings_of(trials)
@@ -45,11 +46,11 @@ def write_leaderboard(sweep_dir: Path, trials: Sequence[Trial], objective: str) 
         partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
     ):
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*names, *(SETTING + plain(name) for name in settings), "cause"])
+        writer.writerow([*names, *(SETTING + printable(name) for name in settings), "cause"])
         for rank, trial in enumerate(ranked(trials, objective), start=1):
             known = {**_row(trial), "rank": rank}
             values = [_value(trial.record.settings[name]) if name in trial.record.settings else "" for name in settings]
-            cause = "" if trial.record.cause is None else _text(plain(trial.record.cause))
+            cause = "" if trial.record.cause is None else _text(printable(trial.record.cause))
             writer.writerow(["" if known.get(n) is None else _value(known[n]) for n in names] + [*values, cause])
     return path
 
@@ -57,7 +58,7 @@ def write_leaderboard(sweep_dir: Path, trials: Sequence[Trial], objective: str) 
 def leaderboard_lines(
     trials: Sequence[Trial], objective: str, most: int = 10, *, width: int | None = None
 ) -> list[str]:
-    """The best `most` trials as a table of text, in at most `width` columns of the terminal."""
+    """Return the best `most` trials as a table of text, at most `width` wide."""
     if not trials:
         return ["no trials"]
     best = ranked(trials, objective)[:most]
@@ -70,7 +71,7 @@ def leaderboard_lines(
 
 
 def _row(trial: Trial) -> dict[str, Any]:
-    """What is known of a trial, by column."""
+    """Return the known values of a trial, by column."""
     record = trial.record
     return {
         **trial.last,
@@ -85,15 +86,15 @@ def _row(trial: Trial) -> dict[str, Any]:
 
 
 def _checkpoint(trial: Trial) -> str | None:
-    """The run's last complete checkpoint, relative to the sweep's folder."""
-    with suppress(OSError):  # it was deleted while it was looked at: a newer one is there
+    """Return the run's last complete checkpoint, relative to the sweep's folder."""
+    with suppress(OSError):  # it was just deleted: there is a newer one
         if found := checkpoint.latest(trial.folder):
             return f"{TRIALS}/{trial.record.name}/{found.path.name}"
     return None
 
 
 def _value(value: Any) -> str:
-    """A number in full, a text as it is but for formulas, anything else as JSON."""
+    """Return a number in full, a text as it is but for formulas, and anything else as JSON."""
     return _text(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 

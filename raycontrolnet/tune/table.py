@@ -1,29 +1,28 @@
-"""Trials as a table of plain text that fits a width: shared by the live table and the leaderboard."""
+"""Trials as a table of text that fits a width, for the live table and the leaderboard."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from raycontrolnet.text import duration
+from raycontrolnet.text import duration, printable
 from raycontrolnet.tune.records import Trial, settings_of
 
 GAP = "  "
 """Between columns."""
 CUT = ".."
-"""Stands for what was cut off."""
+"""Replaces what was cut off."""
 UNKNOWN = "-"
 CONTROL = "*"
 """Marks a control gap that shows that the model obeys the control image."""
 LONGEST_TEXTS = (24, 12, 8)
-"""Columns of the terminal that a text in the table gets; the shorter ones are tried before columns are left out."""
+"""Widths of a text in the table; the shorter ones are tried before columns are left out."""
 FORMATS = {"control_gap": ".2g", "control_fidelity": ".3f", "images_per_second": ".3g"}
-"""Of the figures that are not told with four decimals."""
+"""Formats of the figures that are not shown with four decimals."""
 FIGURE_NAMES = {
     "val_loss": ("val_loss", "val"),
     "control_gap": (f"gap ({CONTROL} control)", "gap"),
@@ -33,27 +32,29 @@ FIGURE_NAMES = {
 
 
 class LiveState(NamedTuple):
-    """What a trial is at, between its reports."""
+    """The state of a trial between its reports."""
 
     step: int | None = None
     loss: float | None = None
     """Mean of the last updates."""
     seconds: float | None = None
-    """Since its start."""
+    """Time since its start."""
 
 
 class Column(NamedTuple):
+    """A column of the table."""
+
     names: Sequence[str]
-    """The longest first."""
+    """Its names, the longest first."""
     cell: Callable[[Trial, LiveState], str]
     left_out: int
-    """The column with the largest is the first to go where there is no room; 0: never."""
+    """The column with the largest number is the first to go where there is no room; 0: never."""
     text: bool = False
-    """Put to the left, and cut if it is long."""
+    """Align to the left, and cut if it is long."""
 
 
 def columns_of(trials: Sequence[Trial], objective: str, total_steps: int | None = None) -> list[Column]:
-    """trial, state, the swept settings, step, the objective, other figures, time."""
+    """Return trial, state, the swept settings, step, the objective, other figures and time."""
     figures = dict.fromkeys((objective, "val_loss", "loss", "control_gap"))
     ranks = {"loss": 1003, "val_loss": 1001, "control_gap": 4}
     return [
@@ -73,28 +74,24 @@ def columns_of(trials: Sequence[Trial], objective: str, total_steps: int | None 
 
 
 def figure(name: str, value: float | None) -> str:
-    """A short number; `UNKNOWN` for nan and None."""
+    """Return a short number; `UNKNOWN` for nan and None."""
     return UNKNOWN if value is None or math.isnan(value) else f"{value:{FORMATS.get(name, '.4f')}}"
 
 
 def setting(value: Any) -> str:
-    """A setting's value in short: 1e-5, cosine, true, null, [1, 2]."""
+    """Return a setting's value in short: 1e-5, cosine, true, null, [1, 2]."""
     if isinstance(value, float):
-        return re.sub(r"e([+-])0*(?=\d)", r"e\1", f"{value:.3g}").replace("e+", "e")
-    return plain(value if isinstance(value, str) else json.dumps(value, default=str))
+        return re.sub(r"e([+-])0*", r"e\1", f"{value:.3g}").replace("e+", "e")
+    return printable(value if isinstance(value, str) else json.dumps(value, default=str))
 
 
 def settings_in_words(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{plain(name)} {setting(value)}" for name, value in settings.items())
-
-
-def plain(text: str) -> str:
-    """One line without anything that a terminal would obey."""
-    return "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
+    """Return `learning_rate 1e-5, seed 3`."""
+    return ", ".join(f"{printable(name)} {setting(value)}" for name, value in settings.items())
 
 
 def shorter_names(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """learning_rate -> learning_rate, lear_rate, lr; a short name that two would share is not used."""
+    """Return learning_rate -> learning_rate, lear_rate, lr; a short name that two would share is not used."""
     levels = [
         list(names),
         ["_".join(word[:4] for word in name.split("_")) for name in names],
@@ -103,13 +100,13 @@ def shorter_names(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
     for before, level in pairwise(levels):
         shared = {name for name in level if level.count(name) > 1}
         level[:] = [longer if name in shared else name for longer, name in zip(before, level, strict=True)]
-    return {name: tuple(map(plain, shorter)) for name, *shorter in zip(names, *levels, strict=True)}
+    return {name: tuple(map(printable, shorter)) for name, *shorter in zip(names, *levels, strict=True)}
 
 
 def lay_out(columns: Sequence[Column], cells: Sequence[Sequence[str]], width: int | None = None) -> list[str]:
-    """The names of the columns, and a line per row of `cells`, in `width` columns of the terminal (None: any).
+    """Return the names of the columns, and a line per row of `cells`, at most `width` wide.
 
-    Where that is too little, columns are made shorter, one step at a time where it helps most, and at last left out.
+    If there is too little room, columns are shortened, one step at a time where it helps most, and at last left out.
     """
     levels = [_levels(column, [row[index] for row in cells]) for index, column in enumerate(columns)]
     if width is None:
@@ -129,7 +126,7 @@ def lay_out(columns: Sequence[Column], cells: Sequence[Sequence[str]], width: in
 
 
 def _levels(column: Column, cells: Sequence[str]) -> list[list[str]]:
-    """The texts of a column, its name first: as they are best, then ever shorter."""
+    """Return the texts of a column, its name first: in full, then ever shorter."""
     found: list[list[str]] = []
     for level, longest in enumerate(LONGEST_TEXTS):
         name = column.names[min(level, len(column.names) - 1)]
@@ -152,21 +149,19 @@ def _joined(columns: Sequence[Column], shown: Sequence[Sequence[str]]) -> list[s
 
 
 def text_width(text: str) -> int:
-    """Columns of the terminal that `text` takes."""
-    if text.isascii():
-        return len(text)
-    wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
-    return len(text) + wide - sum(unicodedata.category(char) in ("Mn", "Me") for char in text)
+    """Return the columns of a terminal that `text` takes."""
+    from rich.cells import cell_len
+
+    return cell_len(text)
 
 
 def clip(text: str, width: int) -> str:
-    """`text`, cut off if it takes more than `width` columns of the terminal."""
+    """Return `text`, cut off if it is wider than `width`."""
+    from rich.cells import set_cell_size
+
     if text_width(text) <= width:
         return text
-    text = text[: max(width, 0)]
-    while text and text_width(text) > width - len(CUT):
-        text = text[:-1]
-    return (text + CUT)[: max(width, 0)]
+    return (set_cell_size(text, max(width - len(CUT), 0)).rstrip() + CUT)[: max(width, 0)]
 
 
 def _setting_cell(name: str) -> Callable[[Trial, LiveState], str]:

@@ -1,7 +1,7 @@
-"""Charts of a sweep as SVG, in the manner of run/curves.py: coloured by the page's style sheet.
+"""Charts of a sweep as SVG, coloured by the page's style sheet like those of report/curves.py.
 
-A trial has one look in all of them: its colour is its rank, its mark the state it is in. What belongs to a trial tells
-its settings under the mouse, and leads to its row in the page's table.
+A trial looks the same in all charts: its colour shows its rank, its mark its state. Its marks and lines show its
+settings under the mouse and link to its row in the page's table.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SHADES = 6
-"""Colours from the best rank to the worst: --rank-0, --rank-1 ..."""
+"""Colours from the best rank to the worst: --rank-0, --rank-1, ..."""
 MOST_POINTS = 3000
-"""Of all curves in a chart together."""
+"""Points of all curves in a chart together."""
 AXIS_INCHES = 1.35
-"""Between two axes of parallel coordinates."""
+"""Distance of two axes of parallel coordinates."""
 OUTLIER_QUARTILES = 3.0
 OUTLIER_SHARE = 0.05
-"""Beyond so many distances between the quartiles, and more than this share of the median, a value is far off."""
+"""A value is an outlier beyond so many distances between the quartiles, and more than this share of the median."""
 
 _PAINTS = curves.PAINTS | curves.stand_ins(
     ("card", "pale", "best", "bad", *(f"rank-{shade}" for shade in range(SHADES))), first=len(curves.PAINTS) + 1
 )
 _SHAPES = {"failed": "X", "running": ">", "interrupted": "D", "waiting": "D"}
-"""State -> mark; that of the others is round."""
+"""State -> mark; others are round."""
 _STAR = (5, 1, 0)
 _PULLED = 1000
-"""Above what is drawn of all other trials."""
+"""Drawing order above all other trials."""
 
 
 def over_steps(swept: SweepHistory, column: str) -> str:
-    """What each trial reported of `column`, with a mark where it ends and a line at each rung."""
+    """Draw what each trial reported of `column`, with a mark at its end and a line at each rung."""
     axes = curves.new_axes()
     lines = [(trial, x, y) for trial in reversed(swept.trials) for x, y in [_points(trial, column)] if x.size]
     most = max(2, MOST_POINTS // max(1, len(lines)))
-    whole = _points(swept.best, column)[1] if swept.best else ()  # of the best, all is to be seen
+    whole = _points(swept.best, column)[1] if swept.best else ()  # show all of the best
     low, high = _window([y for _, _, y in lines], keep=[*whole])
-    if column == "control_gap" and swept.best:  # a gap that is far from showing control is not to fill the chart
+    if column == "control_gap" and swept.best:  # a gap that shows no control should not fill the chart
         least = MIN_GAP_SHARE * abs(swept.best.value("val_loss"))
         if math.isfinite(least):
             low, high = min(low, -least), max(high, least)
@@ -65,17 +65,17 @@ def over_steps(swept: SweepHistory, column: str) -> str:
         axes.plot(
             x[some], y[some], color=look.colour, linewidth=look.width, zorder=look.order + order, url=_url(trial)
         )  # fmt: skip
-        if low <= y[-1] <= high:  # others leave the chart
+        if low <= y[-1] <= high:  # other curves leave the chart
             _mark(axes, swept, trial, float(x[-1]), float(y[-1]), order)
     curves.limit(axes, low, high)
     return _finish(axes, swept, column.replace("_", "-"), f"{column} of all trials over the steps")
 
 
 def against(swept: SweepHistory, setting: Setting, number: int) -> str:
-    """The objective at the last report of each trial against its value of `setting`.
+    """Draw the objective at the last report of each trial against its value of `setting`.
 
     Args:
-        number: of the chart among those of its kind.
+        number: index of the chart, for its ids.
     """
     trials = _measured(swept)
     axes = curves.new_axes("")
@@ -91,7 +91,7 @@ def against(swept: SweepHistory, setting: Setting, number: int) -> str:
 
 
 def parallel(swept: SweepHistory) -> str:
-    """A line per trial through its values of all settings and its objective, on an axis each; the best at the top."""
+    """Draw a line per trial through its values on an axis per setting and one of the objective, best at the top."""
     trials, settings = _measured(swept), swept.settings
     axes = curves.new_axes("", (max(curves.SIZE[0], AXIS_INCHES * (len(settings) + 0.6)), 3.9))
     axes.set_axis_off()
@@ -118,14 +118,14 @@ def parallel(swept: SweepHistory) -> str:
 
 
 def beyond(swept: SweepHistory) -> int:
-    """How many trials have an objective that is drawn at the charts' edge, since it is far from the others."""
+    """Count the trials whose objective is drawn at the edge of the charts, far from the others."""
     values = np.array([trial.value(swept.objective) for trial in _measured(swept)], dtype=np.float64)
     low, high = _window([values], keep=_keep(swept, swept.objective))
     return int(((values < low) | (values > high)).sum())
 
 
 def shade(rank: int, trials: int) -> int:
-    """Which of `SHADES` colours the trial at place `rank` (from 0) of `trials` has."""
+    """Return the number of the colour of rank `rank` (from 0) among `trials`."""
     return min(SHADES - 1, rank * SHADES // max(1, trials))
 
 
@@ -133,24 +133,24 @@ def shade(rank: int, trials: int) -> int:
 
 
 def _points(trial: Trial, column: str) -> tuple[Column, Column]:
-    """(steps, values) that were reported."""
+    """Return the steps and values that were reported."""
     steps = np.array([report["step"] for report in trial.reports], dtype=np.float64)
     return finite(steps, np.array([report.get(column, math.nan) for report in trial.reports], dtype=np.float64))
 
 
 def _measured(swept: SweepHistory) -> list[Trial]:
-    """Those with an objective, the worst first: later ones are drawn above them."""
+    """Return the trials with an objective, the worst first: later ones are drawn above them."""
     return [trial for trial in reversed(swept.trials) if math.isfinite(trial.value(swept.objective))]
 
 
 def _keep(swept: SweepHistory, column: str) -> Sequence[float]:
-    """What must be seen: the best trial's last value."""
+    """Return the value that must be visible: the best trial's last one."""
     value = swept.best.value(column) if swept.best else math.nan
     return [value] if math.isfinite(value) else []
 
 
 def _window(values: Sequence[Column], keep: Sequence[float]) -> tuple[float, float]:
-    """The range of `values` without outliers, such as those of a trial that diverged, but with `keep`."""
+    """Return the range of `values` without outliers, such as those of a diverged trial, but with `keep`."""
     every = np.concatenate([np.zeros(0), *values])
     if not (every := every[np.isfinite(every)]).size:
         return 0.0, 1.0
@@ -161,12 +161,12 @@ def _window(values: Sequence[Column], keep: Sequence[float]) -> tuple[float, flo
 
 
 class _Look(NamedTuple):
-    """How a trial is drawn."""
+    """The look of a trial."""
 
     colour: str
     width: float
     order: int
-    """Above others."""
+    """Drawn above those with less."""
 
 
 def _look(swept: SweepHistory, trial: Trial) -> _Look:
@@ -178,7 +178,7 @@ def _look(swept: SweepHistory, trial: Trial) -> _Look:
 def _mark(
     axes: Axes, swept: SweepHistory, trial: Trial, x: float, y: float, order: int, *, larger: float = 1.0
 ) -> None:
-    """A star for the best, filled for finished, hollow for stopped and running, a cross for failed trials."""
+    """Draw a star for the best, else a filled (finished) or hollow (stopped, running) mark, or a cross (failed)."""
     look, state = _look(swept, trial), trial.record.state
     best = trial is swept.best
     colour = _PAINTS["bad"] if state == "failed" else look.colour
@@ -196,7 +196,7 @@ def _url(trial: Trial) -> str:
 
 
 def _finish(axes: Axes, swept: SweepHistory, name: str, title: str) -> str:
-    """The chart, whose marks and lines lead to the rows of their trials."""
+    """Return the chart, with links from marks and lines to the rows of their trials."""
     tips = {trial.record.name: _tip(trial, swept.objective) for trial in swept.trials}
 
     def link(found: re.Match[str]) -> str:
@@ -213,7 +213,7 @@ def _tip(trial: Trial, objective: str) -> str:
 
 
 def _upright(axes: Axes, x: int, name: str, ticks: Sequence[tuple[float, str]]) -> None:
-    """One axis of parallel coordinates."""
+    """Draw one axis of parallel coordinates."""
     with curves.own_style():
         axes.plot([x, x], [0, 1], color=_PAINTS["pale"], linewidth=1.2, zorder=2)
         text: dict[str, Any] = {"color": _PAINTS["ink"], "zorder": 2 * _PULLED, "size": 12}

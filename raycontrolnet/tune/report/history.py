@@ -1,4 +1,4 @@
-"""What the folder of a sweep tells, in whatever state the sweep is: a file that is missing or half written is empty."""
+"""The records in the folder of a sweep, in any state of it: a missing or half-written file counts as empty."""
 
 from __future__ import annotations
 
@@ -29,27 +29,26 @@ from raycontrolnet.tune.records import (
 
 CATEGORICAL = ("choice", "grid", "grid_search")
 LOG_FROM_RATIO = 100
-"""Numbers of an unknown distribution that differ by this factor are laid out by their logarithms."""
-
+"""Numbers of an unknown distribution that differ by this factor get a logarithmic axis."""
 
 STOPPING = ("asha", "median")
-"""Schedulers that end weak trials early."""
+"""Schedulers that stop weak trials early."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting that the trials differ in, as an axis."""
+    """A setting in which the trials differ, as an axis."""
 
     name: str
     log: bool = False
     categories: tuple[str, ...] | None = None
-    """Its values as text, in the order of the space; None if it is a number on a scale."""
+    """Values as text, in the order of the space; None for a number on a scale."""
     low: float = math.nan
-    """Of numbers: the ends of the scale."""
+    """Lower end of the scale of numbers."""
     high: float = math.nan
 
     def place(self, value: Any) -> float:
-        """Where on the axis a value is: the number, or the place among the categories; nan for none."""
+        """Return the place of a value on the axis: the number, or its place among the categories; nan for none."""
         if self.categories is None:
             return place if self.low <= (place := number(value)) <= self.high else math.nan
         return float(self.categories.index(text)) if (text := as_text(value)) in self.categories else math.nan
@@ -62,11 +61,11 @@ class SweepHistory:
     sweep: Mapping[str, Any]
     """sweep.json."""
     trials: Sequence[Trial]
-    """The best first."""
+    """All trials, the best first."""
 
     @property
     def state(self) -> str:
-        """running, finished, interrupted, failed, or unknown without sweep.json."""
+        """State of the sweep: running, finished, interrupted, failed; unknown without sweep.json."""
         return str(self.sweep.get("status", "unknown"))
 
     @property
@@ -83,12 +82,12 @@ class SweepHistory:
 
     @property
     def total_updates(self) -> int:
-        """Of a trial that is not stopped; 0 if that is not known."""
+        """Updates of a trial that is not stopped; 0 if not known."""
         return self.count("total_updates")
 
     @property
     def num_trials(self) -> int:
-        """Of the whole sweep."""
+        """Number of trials of the whole sweep."""
         return max(self.count("num_trials"), len(self.trials))
 
     @property
@@ -98,14 +97,14 @@ class SweepHistory:
 
     @cached_property
     def best(self) -> Trial | None:
-        """The one that sweep.json names, else the first in rank; None if no trial has been measured."""
+        """Trial that sweep.json names, else the first in rank; None if no trial has been measured."""
         known = measured(self.trials, self.objective)
         named = [trial for trial in known if trial.record.name == self.sweep.get("best")]
         return next(iter([*named, *known]), None)
 
     @cached_property
     def settings(self) -> list[Setting]:
-        """What the space names; without a space, what the trials have."""
+        """Settings of the space; without a space, those of the trials."""
         space = self.sweep.get("space")
         specs = space if isinstance(space, dict) else {}
         names = list(specs) or settings_of(self.trials)
@@ -115,7 +114,7 @@ class SweepHistory:
         ]
 
     def rank(self, trial: Trial) -> int:
-        """From 0."""
+        """Return the rank of `trial`, from 0."""
         return self._ranks[trial.record.index]
 
     @cached_property
@@ -123,15 +122,16 @@ class SweepHistory:
         return {trial.record.index: rank for rank, trial in enumerate(self.trials)}
 
     def count(self, name: str) -> int:
-        """An entry of sweep.json that counts something; 0 if it is not there."""
+        """Return a count from sweep.json; 0 if it is not there."""
         return int(value) if 1 <= (value := number(self.sweep.get(name))) < 1e15 else 0
 
     def seconds(self, name: str) -> float:
-        """An entry of sweep.json that is a time; nan if it is not there."""
+        """Return a time from sweep.json; nan if it is not there."""
         return value if 0 <= (value := number(self.sweep.get(name))) < 1e12 else math.nan
 
 
 def read(sweep_dir: Path) -> SweepHistory:
+    """Read all records in `sweep_dir`."""
     sweep = read_json(sweep_dir / SWEEP)
     validation_steps = SweepHistory(sweep, ()).count("validation_steps") or 100
     records = [_record(path) for path in sorted((sweep_dir / TRIALS).glob(f"*/{TRIAL}"))]
@@ -140,18 +140,18 @@ def read(sweep_dir: Path) -> SweepHistory:
 
 
 def objective_of(sweep: Mapping[str, Any]) -> str:
-    """What the trials of `sweep` are ranked by."""
+    """Return the figure by which the trials of `sweep` are ranked."""
     named = str(sweep.get("objective"))
     return named if named in OBJECTIVES else "val_loss"
 
 
 def as_text(value: Any) -> str:
-    """A setting's value as a person writes it; JSON where it is more than a word or a number."""
+    """Return a setting's value as a person writes it; JSON if it is more than a word or a number."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _record(path: Path) -> TrialRecord | None:
-    """What trial.json says, as far as it can be used."""
+    """Read the usable part of a trial.json."""
     content = read_json(path)
     found = {field.name: value for field in fields(TrialRecord) if (value := content.get(field.name)) is not None}
     index, settings = found.get("index"), found.get("settings")
@@ -170,10 +170,10 @@ def _record(path: Path) -> TrialRecord | None:
 
 
 def _setting(name: str, spec: Any, values: Sequence[Any]) -> Setting:
-    """The axis for the values that trials have of a setting, and for those that its space allows.
+    """Return the axis for the values that trials have of a setting, and for those that its space allows.
 
     Args:
-        spec: of the space, such as {"loguniform": [2e-6, 1e-4]}.
+        spec: entry of the space, such as {"loguniform": [2e-6, 1e-4]}.
     """
     kind, given = next(iter(spec.items()), ("", ())) if isinstance(spec, dict) else ("", ())
     allowed = list(given) if isinstance(given, (list, tuple)) else [given]
@@ -188,7 +188,7 @@ def _setting(name: str, spec: Any, values: Sequence[Any]) -> Setting:
 
 
 def rungs(scheduler: str, grace_period: int, reduction_factor: int, total_updates: int) -> list[int]:
-    """The updates at which asha stops those that are behind; none for other schedulers."""
+    """Return the updates at which asha stops trials that are behind; none for other schedulers."""
     found: list[int] = []
     if scheduler == "asha" and grace_period >= 1 and reduction_factor >= 2:
         while grace_period < total_updates:
@@ -198,10 +198,10 @@ def rungs(scheduler: str, grace_period: int, reduction_factor: int, total_update
 
 
 def too_early(trials: Sequence[Trial], scheduler: str, objective: str) -> str | None:
-    """A warning if trials were stopped before any had shown control.
+    """Return a warning if trials were stopped before any had shown control.
 
     Returns:
-        None if there is nothing to warn of: also where control was not measured, or speed is what trials are ranked by.
+        None if there is nothing to warn of, control was not measured, or trials are ranked by speed.
     """
     stops = [trial.record.stopped_at for trial in trials if trial.record.state == "stopped"]
     first = min((step for step in stops if step is not None), default=None)

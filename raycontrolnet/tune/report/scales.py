@@ -1,4 +1,4 @@
-"""The scales of a sweep's charts: where a setting's value lies, and what is written there."""
+"""The scales of a sweep's charts: places of a setting's values, and their labels."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MOST_LABELS = 8
-"""Of an axis with categories."""
+"""Labels of an axis with categories."""
 LABEL_LETTERS = 14
 
 
 def label(text: str, most: int = LABEL_LETTERS) -> str:
-    """Short, and of letters that matplotlib's own font has: it measures them."""
+    """Shorten `text`, and keep only letters that matplotlib's font has: it measures them."""
     known = "".join(letter if letter.isprintable() and letter < "\u0250" else "?" for letter in text)
     return known if len(known) <= most else known[: most - 1] + "…"
 
 
 def places(setting: Setting, trials: Sequence[Trial]) -> Column:
-    """Where the trials are on the axis, nan if nowhere; those of one category side by side, so that each is seen."""
+    """Return the places of the trials on the axis (nan for none); those of one category are put side by side."""
     name, given = setting.name, [trial.record.settings for trial in trials]
     found = np.array([setting.place(one[name]) if name in one else math.nan for one in given], dtype=np.float64)
     for category in range(len(setting.categories or ())):
@@ -39,7 +39,7 @@ def places(setting: Setting, trials: Sequence[Trial]) -> Column:
 
 
 def heights(setting: Setting, trials: Sequence[Trial]) -> Column:
-    """The places between 0 and 1; a line breaks where there is none."""
+    """Return the places as numbers between 0 and 1; nan for none, where a line breaks."""
     found = places(setting, trials)
     if setting.categories is not None:
         return (found + 0.5) / max(1, len(setting.categories))
@@ -49,7 +49,7 @@ def heights(setting: Setting, trials: Sequence[Trial]) -> Column:
 
 
 def lay_out(axes: Axes, setting: Setting) -> None:
-    """Make the horizontal axis that of `setting`."""
+    """Lay out the horizontal axis for `setting`."""
     from matplotlib.ticker import MaxNLocator
 
     if setting.categories is not None:
@@ -71,14 +71,14 @@ def _log_axis(axes: Axes, setting: Setting) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_xscale("log")
-    few = setting.high / setting.low < 100  # else the labels run into each other
+    few = setting.high / setting.low < 100  # else the labels would overlap
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=9))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
 
 
 def ticks(setting: Setting) -> list[tuple[float, str]]:
-    """(height between 0 and 1, label) of what is written at an axis of parallel coordinates."""
+    """Return height (0 to 1) and text of the labels of an axis of parallel coordinates."""
     if setting.categories is not None:
         count = max(1, len(setting.categories))
         return [((place + 0.5) / count, setting.categories[place]) for place in _labelled(setting.categories)]
@@ -97,7 +97,7 @@ def _number(setting: Setting, value: float) -> str:
 
 
 def _power(value: float) -> str:
-    """0.00012 -> 1.2e-4."""
+    """Return 0.00012 as 1.2e-4."""
     if value >= 1e-3:
         return short_number(float(f"{value:.2g}"))
     digits, exponent = f"{value:.1e}".split("e")
@@ -105,7 +105,7 @@ def _power(value: float) -> str:
 
 
 def two_lines(name: str) -> str:
-    """The name of a setting, broken in its middle so that it keeps to its axis."""
+    """Break the name of a setting in its middle, so that it stays near its axis."""
     words = label(name, 2 * LABEL_LETTERS).split("_")
     if len(name) <= LABEL_LETTERS or len(words) < 2:
         return "_".join(words)
@@ -114,12 +114,12 @@ def two_lines(name: str) -> str:
 
 
 def short_text(value: Any) -> str:
-    """A setting's value in few digits."""
+    """Return a setting's value in few digits."""
     return short_number(float(f"{value:.3g}")) if isinstance(value, float) and math.isfinite(value) else as_text(value)
 
 
 def _labelled(categories: Sequence[str]) -> Sequence[int]:
-    """The places of the categories that get a label."""
+    """Return the places of the categories that get a label."""
     return range(0, len(categories), math.ceil(len(categories) / MOST_LABELS) or 1)
 
 
