@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -89,8 +90,10 @@ class Screen:
     """
 
     def __init__(self, stream: TextIO):
-        self._stream = _Tolerant(stream)
-        self.live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._stream: Any = _Tolerant(stream)
+        self.live = False
+        with suppress(OSError, ValueError, AttributeError):
+            self.live = stream.isatty() and os.environ.get("TERM") != "dumb"
         self._drawn: Sequence[Text] = ()
         self._columns = 0
         self._shown: Live | None = None
@@ -138,9 +141,8 @@ class Screen:
             from rich.console import Console
             from rich.live import Live
 
-            stream: Any = self._stream
             console = Console(
-                file=stream,
+                file=self._stream,
                 force_terminal=True,
                 force_interactive=True,
                 color_system=None if os.environ.get("NO_COLOR") else "auto",
@@ -159,32 +161,22 @@ class Screen:
 
 
 class _Tolerant:
-    """A text stream that never raises when it is written to."""
+    """A text stream that ignores errors when it is written to: it is closed, or nobody reads it."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
-        self.encoding = getattr(stream, "encoding", None) or "utf-8"
 
-    def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text.encode(self.encoding, "replace").decode(self.encoding))
-        except (OSError, ValueError):  # closed, or nobody reads it
-            return 0
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        with suppress(OSError, ValueError):
+            self._stream.write(text.encode(encoding, "replace").decode(encoding))
 
     def flush(self) -> None:
-        try:
+        with suppress(OSError, ValueError):
             self._stream.flush()
-        except (OSError, ValueError):
-            return
-
-    def isatty(self) -> bool:
-        try:
-            return self._stream.isatty()
-        except (OSError, ValueError, AttributeError):
-            return False
-
-    def fileno(self) -> int:
-        return self._stream.fileno()
 
 
 class StatusLine(Screen):
