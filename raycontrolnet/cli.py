@@ -7,13 +7,16 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import Annotated, Any, NamedTuple
 
 from raycontrolnet.config.condition_config import CONDITION_GROUPS, ConditionConfig
+from raycontrolnet.config.declare import facts_of, title
 from raycontrolnet.config.generate_config import GENERATE_GROUPS, GenerateConfig
 from raycontrolnet.config.sweep_config import SweepConfig, SweepSettings
-from raycontrolnet.config.train_config import GROUPS, TrainConfig, coerce, load_yaml, setting_types
+from raycontrolnet.config.train_config import GROUPS, TrainConfig
+from raycontrolnet.config.values import coerce, load_yaml, setting_types
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
 from raycontrolnet.version import __version__
 
@@ -21,24 +24,44 @@ USAGE = f"""\
 raycontrolnet {__version__}: the ControlNet trainer for Ray
 
   raycontrolnet train [--config FILE.yaml] [FLAGS]   train a ControlNet; `raycontrolnet train --help` lists the flags
-  raycontrolnet tune [FLAGS]                         train many that differ by some settings, and rank them
-  raycontrolnet prepare [FLAGS]                      encode the images once, for runs with the same flags to train from
+  raycontrolnet tune [FLAGS]                         train many that differ in some settings, and rank them
+  raycontrolnet prepare [FLAGS]                      encode the images once, for training with the same flags
   raycontrolnet condition [FLAGS]                    make conditioning images of pictures: edges, blur or grey
-  raycontrolnet generate [FLAGS]                     draw images with a trained one
+  raycontrolnet generate [FLAGS]                     draw images with a trained ControlNet
   raycontrolnet demo [FLAGS]                         train a small one on data made here, to see that it works
   raycontrolnet --version
 """
+WITH_FILE = "--config FILE.yaml reads the same settings from a file; flags override it."
+
+
+class Command(NamedTuple):
+    """A command with settings."""
+
+    run: str
+    """Function that takes the config, as `module:name`: modules with torch and Ray are imported late."""
+    config: Callable[..., Any]
+    """Makes the config that `run` takes from the settings."""
+    groups: tuple[Any, ...]
+    """Classes that declare the settings: the sections of --help."""
+    description: str
+    file: bool = True
+    """Settings may come from the file of --config."""
+    defaults: str | None = None
+    """Mapping of defaults that differ from those in `groups`, as `module:name`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 failed run, 2 bad input, 130 Ctrl-C, 141 nobody reads the output."""
+    """Run a command and return the exit code.
+
+    It is 0, 1 for a failed run, 2 for bad input, 130 for Ctrl-C, 141 if nobody reads the output.
+    """
     try:
         try:
             return _main(argv)
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # as of `raycontrolnet train --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at its end
+    except BrokenPipeError:  # as in `raycontrolnet train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again when it exits
         return 128 + signal.SIGPIPE
 
 
@@ -46,22 +69,23 @@ def _main(argv: Sequence[str] | None) -> int:
     if argv is None:
         _hide_token()
     command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    commands = {
-        "train": train, "tune": tune, "prepare": prepare, "condition": condition, "generate": generate, "demo": demo,
-    }  # fmt: skip
     if command in ("--help", "-h", "help"):
         print(USAGE, end="")
         return 0
     if command == "--version":
         print(__version__)
         return 0
-    if command not in commands:
+    if command not in COMMANDS:
         print(f"{command}: no such command\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     try:
-        commands[command](rest)
-    except (UserError, RunError, Interrupted) as error:
-        print(_message(error), file=sys.stderr)
+        config = parse(command, rest)
+        _load(COMMANDS[command].run)(config)
+    except (UserError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except Interrupted as error:
+        print(error, file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"Interrupted before raycontrolnet {command} began.", file=sys.stderr)
@@ -69,176 +93,135 @@ def _main(argv: Sequence[str] | None) -> int:
     return 0
 
 
+def _load(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(import_module(f"raycontrolnet.{module}"), name)
+
+
 def _hide_token() -> None:
-    """Start again with --hub_token moved into the environment: everyone can see a command line, and Ray stores it."""
+    """Restart with --hub_token moved to the environment: every user sees command lines, and Ray stores them."""
     for index, argument in enumerate(sys.argv):
         name, has_value, token = argument.replace("-", "_").partition("=")
         if name == "__hub_token":
             token = argument.partition("=")[2] if has_value else "".join(sys.argv[index + 1 : index + 2])
             if not token or token.startswith("--"):
-                return  # there is nothing to hide, and the parser says what is missing
+                return  # no token to hide; the parser reports what is missing
             rest = sys.argv[1:index] + sys.argv[index + (1 if has_value else 2) :]
             os.environ["HF_TOKEN"] = token
             os.execv(sys.executable, [sys.executable, "-m", "raycontrolnet", *rest])
 
 
-def train(argv: Sequence[str]) -> None:
-    config = parse_train(argv)
-    from raycontrolnet.launch.fit import fit
-
-    fit(config)
-
-
-def tune(argv: Sequence[str]) -> None:
-    config = parse_tune(argv)
-    from raycontrolnet.tune.sweep import sweep
-
-    sweep(config)
-
-
-def prepare(argv: Sequence[str]) -> None:
-    config = parse_train(argv, program="raycontrolnet prepare")
-    from raycontrolnet.latents.prepare import prepare as prepare_latents
-
-    prepare_latents(config)
-
-
-def condition(argv: Sequence[str]) -> None:
-    config = parse_condition(argv)
-    from raycontrolnet.conditions.condition import condition as make_conditions
-
-    make_conditions(config)
-
-
-def generate(argv: Sequence[str]) -> None:
-    config = parse_generate(argv)
-    from raycontrolnet.sampling.generate import generate as draw_images
-
-    draw_images(config)
-
-
-def demo(argv: Sequence[str]) -> None:
-    from raycontrolnet.demo.demo import demo_settings
-
-    config = parse_train(argv, defaults=demo_settings, program="raycontrolnet demo")
-    from raycontrolnet.demo.demo import run_demo
-
-    run_demo(config)
-
-
-def parse_train(
-    argv: Sequence[str], *, defaults: Mapping[str, Any] | None = None, program: str = "raycontrolnet train"
-) -> TrainConfig:
-    """Flags over `--config FILE.yaml` over `defaults` over the settings' own defaults.
+def parse(command: str, argv: Sequence[str]) -> Any:
+    """Return the config of a command: flags over `--config FILE.yaml` over the defaults.
 
     Raises:
         ConfigError: bad settings, all at once.
-        SystemExit: by tyro: 0 for --help, 2 for unknown flags and values of the wrong type.
+        SystemExit: from tyro: 0 for --help, 2 for unknown flags and values of the wrong type.
     """
-    description = "Train a ControlNet. --config FILE.yaml reads the same settings from a file; flags override it."
-    settings, flags = _with_file(argv, setting_types())
-    groups = [_group_default(group, dict(defaults or {}) | settings.values, settings.place) for group in GROUPS]
-    return TrainConfig(**_parsed(flags, groups, program, description))
-
-
-def parse_tune(argv: Sequence[str]) -> SweepConfig:
-    """The same for a sweep: the flags of `raycontrolnet train` and its own. In a file, `space` may be a mapping.
-
-    Raises:
-        ConfigError: bad settings, all at once.
-        SystemExit: by tyro: 0 for --help, 2 for unknown flags and values of the wrong type.
-    """
-    description = (
-        "Train many ControlNets that differ by some settings (--space), stop the weak ones early, and rank them. "
-        "--config FILE.yaml reads the same settings from a file; flags override it."
-    )
-    known = {**setting_types(), **setting_types(SweepSettings)}
-    settings, flags = _with_file(argv, known)
-    space = settings.values.get("space")
-    in_file = settings.values.pop("space") if isinstance(space, dict) else None
-    groups = [_group_default(group, settings.values, settings.place) for group in (SweepSettings, *GROUPS)]
-    parsed = _parsed(flags, groups, "raycontrolnet tune", description)
-    own = {setting.name: parsed.pop(setting.name) for setting in dataclasses.fields(SweepSettings)}
-    return SweepConfig(train=TrainConfig(**parsed), **own | {"space": own["space"] or in_file})
-
-
-class _File(NamedTuple):
-    """What `--config FILE.yaml` gives."""
-
-    values: dict[str, Any]
-    place: str | None
-
-
-def _with_file(argv: Sequence[str], known: Mapping[str, Any]) -> tuple[_File, list[str]]:
-    """The settings of the file that --config names, if any, and the other flags."""
-    pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    pre.add_argument("--config")
-    found, flags = pre.parse_known_args(argv)
-    return _File(load_yaml(found.config, known) if found.config else {}, found.config), flags
-
-
-def parse_condition(argv: Sequence[str]) -> ConditionConfig:
-    """The flags of `raycontrolnet condition`.
-
-    Raises:
-        ConfigError: bad settings, all at once.
-        SystemExit: by tyro: 0 for --help, 2 for unknown flags and values of the wrong type.
-    """
-    description = "Make conditioning images of a folder of pictures, and the metadata.jsonl to train on both."
-    return ConditionConfig(
-        **_parsed(argv, [group() for group in CONDITION_GROUPS], "raycontrolnet condition", description)
-    )
-
-
-def parse_generate(argv: Sequence[str]) -> GenerateConfig:
-    """The flags of `raycontrolnet generate`.
-
-    Raises:
-        ConfigError: bad settings, all at once.
-        SystemExit: by tyro: 0 for --help, 2 for unknown flags and values of the wrong type.
-    """
-    description = "Draw images with a trained ControlNet, as validation does."
-    return GenerateConfig(
-        **_parsed(argv, [group() for group in GENERATE_GROUPS], "raycontrolnet generate", description)
-    )
-
-
-def _parsed(argv: Sequence[str], defaults: Sequence[Any], program: str, description: str) -> dict[str, Any]:
-    """Name -> value of every setting of the groups that `defaults` are instances of.
-
-    tyro makes a section of --help of each group, with flat flag names, of one dataclass of dataclasses.
-    """
-    import tyro
-
-    groups = [type(default) for default in defaults]
-    fields = [
-        ((group.__doc__ or group.__name__).lower(), Annotated[group, tyro.conf.OmitArgPrefixes]) for group in groups
-    ]
-    flags = dataclasses.make_dataclass("Flags", fields)
-    parsed = tyro.cli(
-        flags, prog=program, description=description, args=argv, default=flags(*defaults), use_underscores=True
-    )
-    return {
-        setting.name: getattr(group, setting.name)
-        for group in (getattr(parsed, name) for name, _ in fields)
-        for setting in dataclasses.fields(group)
+    found = COMMANDS[command]
+    path, flags = _config_flag(argv) if found.file else (None, argv)
+    known = {name: kind for group in found.groups for name, kind in setting_types(group).items()}
+    given = load_yaml(path, known) if path else {}
+    # In a file the space may be the mapping itself, which no flag can be.
+    space = given.pop("space") if isinstance(given.get("space"), dict) else None
+    defaults = {
+        **(_load(found.defaults) if found.defaults else {}),
+        **_coerced(given, found.groups, f"--config={path}"),
     }
+    settings = _parsed(flags, found.groups, defaults, f"raycontrolnet {command}", found.description)
+    if space is not None and settings["space"] is None:
+        settings["space"] = space
+    return found.config(**settings)
 
 
-def _group_default(group: type, settings: Mapping[str, Any], path: str | None) -> Any:
-    own, problems = {}, []
-    for setting in dataclasses.fields(group):
-        if setting.name in settings:
-            try:
-                own[setting.name] = coerce(settings[setting.name], setting_types(group)[setting.name])
-            except ValueError as error:
-                shown = "" if setting.metadata.get("secret") else f"{settings[setting.name]!r} "
-                problems.append(f"--config={path}: {setting.name}: {shown}{error}")
+def _config_flag(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the file of --config and the other flags."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    found, flags = parser.parse_known_args(argv)
+    return found.config or None, flags
+
+
+def _coerced(given: Mapping[str, Any], groups: Sequence[Any], place: str) -> dict[str, Any]:
+    """Return the settings of a file as their types.
+
+    Raises:
+        ConfigError: names `place`.
+    """
+    settings, problems = {}, []
+    for group in groups:
+        for name, facts in facts_of(group).items():
+            if name in given:
+                try:
+                    settings[name] = coerce(given[name], setting_types(group)[name])
+                except ValueError as error:
+                    shown = "" if "secret" in facts else f"{given[name]!r} "
+                    problems.append(f"{place}: {name}: {shown}{error}")
     if problems:
         raise ConfigError(problems)
-    return group(**own)
+    return settings
 
 
-def _message(error: Exception) -> str:
-    prefix = "" if isinstance(error, Interrupted) else "error: "
-    return "\n".join(prefix + line if i == 0 else line for i, line in enumerate(str(error).splitlines()))
+def _parsed(
+    argv: Sequence[str], groups: Sequence[Any], defaults: Mapping[str, Any], program: str, description: str
+) -> dict[str, Any]:
+    """Return setting name -> value, for every setting of `groups`."""
+    import tyro
+
+    # tyro makes a section of --help from each field of a dataclass that is itself one.
+    fields = [(title(group).lower(), Annotated[group, tyro.conf.OmitArgPrefixes]) for group in groups]
+    own = [{name: defaults[name] for name in setting_types(group) if name in defaults} for group in groups]
+    flags = dataclasses.make_dataclass("Flags", fields)
+    parsed = tyro.cli(
+        flags,
+        prog=program,
+        description=description,
+        args=argv,
+        default=flags(*(group(**settings) for group, settings in zip(groups, own, strict=True))),
+        use_underscores=True,
+    )
+    return {name: value for section, _ in fields for name, value in vars(getattr(parsed, section)).items()}
+
+
+def _sweep_config(**settings: Any) -> SweepConfig:
+    own = {name: settings.pop(name) for name in setting_types(SweepSettings)}
+    return SweepConfig(train=TrainConfig(**settings), **own)
+
+
+COMMANDS = {
+    "train": Command("launch.fit:fit", TrainConfig, GROUPS, f"Train a ControlNet. {WITH_FILE}"),
+    "tune": Command(
+        "tune.sweep:sweep",
+        _sweep_config,
+        (SweepSettings, *GROUPS),
+        "Train many ControlNets that differ in some settings (--space), stop the weak ones early, and rank them. "
+        f"{WITH_FILE}",
+    ),
+    "prepare": Command(
+        "latents.prepare:prepare",
+        TrainConfig,
+        GROUPS,
+        f"Encode the images once, for `raycontrolnet train` with the same flags. {WITH_FILE}",
+    ),
+    "condition": Command(
+        "conditions.condition:condition",
+        ConditionConfig,
+        CONDITION_GROUPS,
+        "Make conditioning images of a folder of pictures, and the metadata.jsonl to train on both.",
+        file=False,
+    ),
+    "generate": Command(
+        "sampling.generate:generate",
+        GenerateConfig,
+        GENERATE_GROUPS,
+        "Draw images with a trained ControlNet, as validation does.",
+        file=False,
+    ),
+    "demo": Command(
+        "demo.demo:run_demo",
+        TrainConfig,
+        GROUPS,
+        f"Train a small ControlNet on data made here. {WITH_FILE}",
+        defaults="demo.demo:demo_settings",
+    ),
+}

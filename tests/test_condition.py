@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from raycontrolnet import ConditionConfig, ConditionResult, TrainConfig, condition, fit
-from raycontrolnet.cli import main, parse_condition
+from raycontrolnet.cli import main, parse
 from raycontrolnet.conditions import condition as condition_images
 from raycontrolnet.conditions import recipes as conditions
 from raycontrolnet.conditions.folder import JOURNAL, ConditionFolder, png_name
@@ -648,7 +648,7 @@ def test_problems_of_the_settings_come_at_once(capsys: pytest.CaptureFixture[str
 
 def test_the_flags_are_the_settings_of_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings: dict[str, Any] = {"images": str(tmp_path), "condition": "blur", "blur_radius": 2.0, "caption": ""}
-    assert parse_condition(flags(**settings)) == ConditionConfig(**settings)
+    assert parse("condition", flags(**settings)) == ConditionConfig(**settings)
     with pytest.raises(SystemExit) as left:
         main(["condition", "--help"])
     assert left.value.code == 0

@@ -34,7 +34,7 @@ from PIL import Image
 from raycontrolnet import ConditionConfig, GenerateConfig, TrainConfig, cli, fit
 from raycontrolnet.config.space import read_space
 from raycontrolnet.config.sweep_config import SweepSettings
-from raycontrolnet.config.train_config import GROUPS, load_yaml, setting_types
+from raycontrolnet.config.train_config import GROUPS, TrainConfig
 from raycontrolnet.data.sources import open_source
 from raycontrolnet.demo.demo import FOLDER, demo_settings, run_demo
 from raycontrolnet.demo.shapes import draw_row
@@ -283,7 +283,7 @@ def test_the_sweep_and_what_it_leaves(workspace: Path, tmp_path: Path) -> None:
     left = {path.name for path in (workspace / output_dir).iterdir() if not path.name.startswith(".")}
     assert left == names
     best = workspace / output_dir / "best" / "config.yaml"
-    assert cli.parse_train(["--config", str(best)]).max_train_steps == 2
+    assert cli.parse("train", ["--config", str(best)]).max_train_steps == 2
     file = tmp_path / "space.yaml"
     file.write_text(block("space.yaml").text)
     assert read_space(file) == read_space(None)
@@ -324,7 +324,7 @@ def test_settings_table() -> None:
         for group, names in re.findall(r"^\| (\w+) \| (`--.*) \|$", section, re.M)
     }
     groups = (*GROUPS, SweepSettings)
-    assert table == {group.__doc__: [field.name for field in dataclasses.fields(group)] for group in groups}
+    assert table == {title(group): [field.name for field in dataclasses.fields(group)] for group in groups}
     assert sum(map(len, table.values())) >= 58
 
 
@@ -392,22 +392,22 @@ def test_contributing_names_files() -> None:
 def test_example_settings_file(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workspace)
     text = Path("examples/train.yaml").read_text(encoding="utf-8")
-    assert cli.parse_train(["--config", "examples/train.yaml"]).learning_rate == 1e-5
+    assert cli.parse("train", ["--config", "examples/train.yaml"]).learning_rate == 1e-5
     uncommented = re.sub(r"^# (\w+: )", r"\1", text, flags=re.M)
     assert uncommented.count("\n") == text.count("\n")
     Path("uncommented.yaml").write_text(uncommented)
-    assert cli.parse_train(["--config", "uncommented.yaml"]).gradient_checkpointing
+    assert cli.parse("train", ["--config", "uncommented.yaml"]).gradient_checkpointing
 
 
 def test_example_sweep_file(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workspace)
     text = Path("examples/sweep.yaml").read_text(encoding="utf-8")
-    config = cli.parse_tune(["--config", "examples/sweep.yaml", "--num_samples", "2"])
+    config = cli.parse("tune", ["--config", "examples/sweep.yaml", "--num_samples", "2"])
     assert (config.num_samples, config.grace_period, config.train.max_train_steps) == (2, 2000, 8000)
     assert list(config.parsed_space) == ["learning_rate", "lr_scheduler", "proportion_empty_prompts"]
     uncommented = re.sub(r"^# (\w+: )", r"\1", text, flags=re.M)
     Path("uncommented-sweep.yaml").write_text(uncommented.partition("\n")[2])
-    assert cli.parse_tune(["--config", "uncommented-sweep.yaml"]).gpus_per_trial == 0.5
+    assert cli.parse("tune", ["--config", "uncommented-sweep.yaml"]).gpus_per_trial == 0.5
 
 
 def test_example_script_on_own_data(workspace: Path) -> None:
@@ -474,7 +474,7 @@ def test_demo_writes_what_it_needs_and_compares(
     monkeypatch.setattr("raycontrolnet.demo.demo.NUM_UNSEEN", 4)
     monkeypatch.setattr("raycontrolnet.demo.demo.NUM_ROWS", 40)
     flags = ["--num_workers", "0", "--max_train_steps", "2", "--validation_steps", "2", "--report_to", "none"]
-    result = run_demo(cli.parse_train(flags, defaults=demo_settings))
+    result = run_demo(cli.parse("demo", flags))
     output = capsys.readouterr()
     found = re.findall(r"^  (before|after) +control fidelity (\S+) ± \S+, colours right in (\d+)%$", output.out, re.M)
     assert [name for name, _, _ in found] == ["before", "after"]

@@ -23,7 +23,7 @@ import yaml
 from PIL import Image
 
 from raycontrolnet import GenerateConfig, PairImages, TrainConfig, __version__, fit, generate
-from raycontrolnet.cli import main, parse_generate
+from raycontrolnet.cli import main, parse
 from raycontrolnet.data.transforms import CONDITIONING_BACKGROUND, decode_rgb, resize_and_crop
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
 from raycontrolnet.sampling import find_controlnet, images
@@ -490,7 +490,7 @@ def test_folders_without_a_usable_controlnet(
     assert message(checkpoint) == f"--controlnet={checkpoint}: {file}: resolution: 'large' must be a whole number"
     file.write_text(yaml.safe_dump(settings | {"mixed_precision": "fp16"}))
     assert message(checkpoint) == (
-        "--mixed_precision=fp16: the run's own precision needs a GPU; use bf16 or no on the CPU"
+        "--mixed_precision=fp16 (the run's own): needs a GPU; use bf16 or no on the CPU"
     )
     file.write_text("- a\n- b\n")
     assert message(checkpoint) == (f"--controlnet={checkpoint}: {file}: must be a list of `setting: value` lines")
@@ -720,7 +720,7 @@ def flags(config: GenerateConfig, *names: str) -> list[str]:
 
 def test_flags_are_the_settings(run: Run, config: Callable[..., GenerateConfig]) -> None:
     given = config(prompt=["a b", "c"], image=run.controls, seed=5, guidance_scale=3.5, resolution=64, variant="fp16")
-    assert parse_generate(flags(given, "seed", "guidance_scale", "resolution", "variant")) == given
+    assert parse("generate", flags(given, "seed", "guidance_scale", "resolution", "variant")) == given
 
 
 def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:

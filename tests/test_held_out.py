@@ -302,7 +302,7 @@ def test_how_many(tiny_settings: Settings, split: float | None, num_rows: int, h
 
 @pytest.mark.parametrize("split", [-0.1, 1, 2.5, float("inf")])
 def test_splits_that_mean_nothing(tiny_settings: Settings, split: float) -> None:
-    with pytest.raises(ConfigError, match=r"--validation_split=.*: must be a share below 1, a count of at least 2"):
+    with pytest.raises(ConfigError, match=r"--validation_split=.*: must be a fraction below 1, a count of at least 2"):
         TrainConfig(**tiny_settings | {"validation_split": split})
 
 

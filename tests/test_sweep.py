@@ -315,7 +315,7 @@ def test_the_best(eight: SweepResult) -> None:
     ControlNetModel.from_pretrained(folder)
     weights = "diffusion_pytorch_model.safetensors"
     assert (folder / weights).read_bytes() == (best.folder / weights).read_bytes()
-    config = cli.parse_train(["--config", str(folder / "config.yaml")])
+    config = cli.parse("train", ["--config", str(folder / "config.yaml")])
     assert config.learning_rate == best.record.settings["learning_rate"]
     assert config.output_dir == TrainConfig.output_dir
     card = (folder / "README.md").read_text()
@@ -347,7 +347,7 @@ def test_optuna_proposes_from_what_it_has_seen(settings: Settings) -> None:
 @pytest.mark.parametrize(
     ("changes", "options", "words"),
     [
-        ({"validation_split": 0}, {}, "--objective=val_loss: is measured on held-out rows, and of these 24 rows none"),
+        ({"validation_split": 0}, {}, "--objective=val_loss: is measured on held-out rows, and none of these 24 rows"),
         ({}, {"objective": "control_fidelity"}, "--objective=control_fidelity: is measured on validation images"),
         ({"num_workers": "1:2"}, {}, "--num_workers=1:2: a sweep's trials need a fixed number"),
         ({"num_workers": "9"}, {}, "--num_workers=9: no trial has room in the cluster"),
@@ -366,14 +366,14 @@ def test_refused_before_any_trial(settings: Settings, changes: Settings, options
 def test_another_sweep_is_not_overwritten(eight: SweepResult, settings: Settings) -> None:
     before = (eight.output_dir / "sweep.json").read_bytes()
     config = SweepConfig(train=TrainConfig(**settings | {"output_dir": str(eight.output_dir)}), num_samples=8)
-    with pytest.raises(ConfigError, match="holds a sweep; go on with it by --resume, or name another folder"):
+    with pytest.raises(ConfigError, match="holds a sweep; resume it with --resume, or name another folder"):
         swept(config)
     with pytest.raises(
         ConfigError, match=r"--space: was .*proportion.* and is {'learning_rate': {'choice': \[0\.002\]}}"
     ):
         swept(replace(config, space={"learning_rate": {"choice": [2e-3]}}, resume=True))
     other = replace(config.train, train_batch_size=2)
-    with pytest.raises(ConfigError, match=r"--train_batch_size=2: was 4; a sweep goes on with what it began"):
+    with pytest.raises(ConfigError, match=r"--train_batch_size=2: was 4; a sweep is resumed with the same settings"):
         swept(replace(config, train=other, resume=True))
     assert (eight.output_dir / "sweep.json").read_bytes() == before
 

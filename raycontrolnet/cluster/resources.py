@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from raycontrolnet.cluster.cpus import LOADING_CPUS, MIN_CPU_SHARE, threads_for
 from raycontrolnet.cluster.nodes import Node, autoscaler_node_types, has_type, nodes_that_are_up, total
+from raycontrolnet.config.checks import no_gpu
 from raycontrolnet.config.settings import ClusterConfig
 from raycontrolnet.errors import ConfigError
 
@@ -92,7 +93,7 @@ def _problem(cluster: ClusterConfig, nodes: Sequence[Node], cpus: float, room: i
     """Return why the workers do not fit on the nodes that are up; None if they do."""
     fewest, all_cpus = cluster.worker_range[0], total("CPU", nodes)
     if use_gpu and not total("GPU", nodes):
-        return "--use_gpu=True: the cluster has no GPU; leave the flag out to train on the CPU"
+        return no_gpu("the cluster has no GPU")
     if fewest * cpus + LOADING_CPUS > all_cpus:
         return (
             f"--num_workers={cluster.num_workers}, --cpus_per_worker={cpus:g}: {fewest} x {cpus:g} of the "

@@ -3,64 +3,69 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.config.settings import ModelConfig
+from raycontrolnet.config.train_config import FACTS, TrainConfig, names_with
 from raycontrolnet.errors import ConfigError, UserError
 from raycontrolnet.version import __version__
 
-BASE_PARTS = ("unet", "vae", "text_encoder", "scheduler")
-"""Folders of a base model."""
 VERSIONS_OF = ("ray", "torch", "diffusers", "transformers", "accelerate", "datasets")
 
 
 def versions() -> dict[str, str]:
-    """Of this package and those that decide what a run computes."""
+    """Return the versions of this package and of those that decide what a run computes."""
     return {"raycontrolnet": __version__} | {name: importlib.metadata.version(name) for name in VERSIONS_OF}
-
-
-def missing_extras(config: TrainConfig) -> Iterator[str]:
-    """Optional packages that the settings need and that are not installed."""
-    for flag, needed, package, extra in (
-        ("use_8bit_adam", config.use_8bit_adam, "bitsandbytes", "8bit"),
-        ("enable_xformers_memory_efficient_attention", config.enable_xformers_memory_efficient_attention, "xformers",
-         "xformers"),
-    ):  # fmt: skip
-        if needed and importlib.util.find_spec(package) is None:
-            yield f"--{flag}: {package} is not installed; run pip install 'raycontrolnet[{extra}]'"
 
 
 @contextmanager
 def collected(problems: list[str]) -> Iterator[None]:
-    """Add what a check raises to `problems`, so that the others are made as well."""
+    """Add the error of a check to `problems` instead of raising it, so that the next checks run too."""
     try:
         yield
     except UserError as error:
         problems.append(str(error))
 
 
-def local_model_problems(config: TrainConfig) -> Iterator[str]:
-    """Model folders that are named as paths but are not there; Hub ids are found out by the workers."""
-    for flag, parts in (
-        ("pretrained_model_name_or_path", BASE_PARTS),
-        ("controlnet_model_name_or_path", ()),
-        ("tokenizer_name", ()),
-    ):
-        name = getattr(config, flag)
-        if name is not None and (problem := not_a_model(name, flag, parts)):
+def missing_extras(config: TrainConfig) -> Iterator[str]:
+    """Yield a problem for each setting that needs an optional package that is not installed."""
+    for name in names_with("package"):
+        if problem := package_problem(name, getattr(config, name)):
             yield problem
 
 
-def not_a_model(name: str, flag: str, parts: Sequence[str]) -> str | None:
-    """What is wrong with the folder `name`, which must have all of `parts`; Hub ids pass."""
+def package_problem(name: str, value: Any) -> str | None:
+    """Return a problem if the setting `name` needs an optional package for `value`, and it is not installed."""
+    package, extra = FACTS[name].get("package", (None, ""))
+    if not value or package is None or importlib.util.find_spec(package) is not None:
+        return None
+    return f"--{name}: {package} is not installed; run pip install 'raycontrolnet[{extra}]'"
+
+
+def local_model_problems(config: ModelConfig) -> Iterator[str]:
+    """Yield a problem for each model that is named as a path but is not there; workers find out about Hub ids."""
+    for name in names_with("model_folders"):
+        if problem := model_problem(name, getattr(config, name)):
+            yield problem
+
+
+def model_problem(name: str, value: Any) -> str | None:
+    """Return a problem if the setting `name` is for a model, and `value` is a path with no model."""
+    folders = FACTS[name].get("model_folders")
+    return None if value is None or folders is None else not_a_model(value, name, folders)
+
+
+def not_a_model(name: str, flag: str, folders: Sequence[str]) -> str | None:
+    """Return what is wrong with `name` as a model: a folder that holds `folders`, or a Hub id, which is not checked."""
     path = Path(name)
     if path.is_dir():
-        missing = [part for part in parts if not (path / part).is_dir()]
+        missing = [folder for folder in folders if not (path / folder).is_dir()]
         if missing:
             return f"--{flag}={name}: no {', '.join(missing)} in that folder; it must be in diffusers' layout"
     elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
@@ -69,49 +74,74 @@ def not_a_model(name: str, flag: str, parts: Sequence[str]) -> str | None:
 
 
 def unwritable(folder: Path, flag: str) -> str | None:
-    """What keeps results from being written to `folder`, which is made if need be."""
+    """Return why results cannot be written to `folder`, which is created if needed; None if they can."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # os.access tells root that it may, also where it may not
+        with tempfile.TemporaryFile(dir=folder):  # os.access says yes to root, even where root cannot write
             pass
     except OSError as error:
         return f"--{flag}={folder}: cannot be written ({error.strerror}); name another folder"
     return None
 
 
-def with_absolute_paths(config: TrainConfig, output_dir: Path) -> TrainConfig:
-    """Paths as workers in other directories must see them; names that are no paths here (Hub ids) stay."""
-    paths: dict[str, Any] = {"output_dir": str(output_dir)}
-    for name in (
-        "pretrained_model_name_or_path", "controlnet_model_name_or_path", "tokenizer_name", "cache_dir",
-        "train_data_dir", "dataset_name",
-    ):  # fmt: skip
-        value = getattr(config, name)
-        if value is not None and (Path(value).expanduser().exists() or name in ("cache_dir", "train_data_dir")):
-            paths[name] = str(Path(value).expanduser().resolve())
-    if config.latents_cache_dir is not None and "://" not in config.latents_cache_dir:
-        paths["latents_cache_dir"] = str(Path(config.latents_cache_dir).expanduser().resolve())
-    if config.validation_image:
-        paths["validation_image"] = tuple(str(Path(path).expanduser().resolve()) for path in config.validation_image)
-    return dataclasses.replace(config, **paths)
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Return the settings with absolute paths, as workers run in other directories."""
+    return dataclasses.replace(config, **{name: absolute(name, getattr(config, name)) for name in names_with("path")})
 
 
-def check_device(config: TrainConfig, *, use_gpu: bool, has_gpu: bool) -> None:
-    """What can be known only once the device is.
+def absolute(name: str, value: Any) -> Any:
+    """Return `value` of the setting `name`, as an absolute path if it is one; Hub ids and URIs stay as they are."""
+    kind = FACTS[name].get("path")
+    if isinstance(value, tuple):
+        return tuple(absolute(name, item) for item in value)
+    if value is None or kind is None or (kind == "or URI" and "://" in value):
+        return value
+    path = Path(value).expanduser()
+    return value if kind == "or id" and not path.exists() else str(path.resolve())
+
+
+def check_device(
+    use_gpu: bool | None,
+    config: Any = None,
+    *,
+    has_gpu: bool,
+    work: str = "train",
+    from_run: Container[str] = (),
+) -> bool:
+    """Return whether to use a GPU: as `use_gpu` says, by default if there is one.
+
+    Args:
+        use_gpu: the setting of that name.
+        config: settings that must suit the device as well.
+        has_gpu: there is a GPU to use.
+        work: verb for what the device is for.
+        from_run: names of settings that are not flags but come from a run's config.yaml.
 
     Raises:
-        ConfigError: if a setting cannot run on it.
+        ConfigError: if there is no GPU, and `use_gpu` or a value in `config` needs one.
     """
     if use_gpu and not has_gpu:
-        raise ConfigError(["--use_gpu=True: there is no GPU here; leave the flag out to train on the CPU"])
-    if config.mixed_precision == "fp16" and not use_gpu:
-        raise ConfigError(["--mixed_precision=fp16: needs a GPU; use bf16 or no on the CPU"])
-    if config.enable_xformers_memory_efficient_attention and not use_gpu:
-        raise ConfigError(["--enable_xformers_memory_efficient_attention: needs a GPU; leave it out on the CPU"])
+        raise ConfigError([no_gpu("there is no GPU here", work)])
+    use_gpu = has_gpu if use_gpu is None else use_gpu
+    problems = []
+    for name in names_with("gpu_only"):
+        value, instead = FACTS[name]["gpu_only"]
+        if not use_gpu and getattr(config, name, None) == value:
+            shown = "" if value is True else f"={value}"
+            whose = " (the run's own)" if name in from_run else ""
+            problems.append(f"--{name}{shown}{whose}: needs a GPU; {instead}")
+    if problems:
+        raise ConfigError(problems)
+    return use_gpu
+
+
+def no_gpu(reason: str, work: str = "train") -> str:
+    """Return the problem of `--use_gpu` without a GPU."""
+    return f"--use_gpu=True: {reason}; leave the flag out to {work} on the CPU"
 
 
 def find_token(hub_token: str | None) -> str | None:
-    """The token to use: --hub_token, or else HF_TOKEN or the one of `hf auth login`."""
+    """Return the Hub token to use: --hub_token, or else HF_TOKEN or that of `hf auth login`."""
     from huggingface_hub import get_token
 
     return hub_token or get_token()

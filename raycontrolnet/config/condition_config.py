@@ -1,4 +1,4 @@
-"""The settings of `raycontrolnet condition`: of flags and of Python, those of training under its names."""
+"""The settings of `raycontrolnet condition`, as flags and in Python. Those shared with training have its names."""
 
 from __future__ import annotations
 
@@ -6,9 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raycontrolnet.config.rules import Problems, at_least, folder_problems, one_of, problem_of, resolution_problems
+from raycontrolnet.config.rules import (
+    Problems,
+    at_least,
+    folder_problems,
+    in_unit_interval,
+    one_of,
+    problem_of,
+    resolution_problems,
+)
 from raycontrolnet.config.settings import BAD_SAMPLES
-from raycontrolnet.config.train_config import check_settings
+from raycontrolnet.config.values import check_settings
 
 CONDITIONS = ("canny", "blur", "grey")
 BLUR_OF_RESOLUTION = 1 / 64
@@ -16,12 +24,12 @@ BLUR_OF_RESOLUTION = 1 / 64
 
 @dataclass(frozen=True, kw_only=True)
 class PicturesConfig:
-    """Pictures"""
+    """Pictures: the images to make conditions of."""
 
     images: str = ""
     """A folder of pictures, and of folders with more of them. Required."""
     caption: str | None = None
-    """Caption of all pictures that have none in metadata.jsonl (or .csv, ...) or in a .txt file of their name."""
+    """Caption of all pictures without one in metadata.jsonl (or .csv, ...) or in a .txt file of their name."""
     image_column: str = "image"
     """Column of the pictures in metadata.jsonl."""
     caption_column: str = "text"
@@ -29,7 +37,7 @@ class PicturesConfig:
     out: str | None = None
     """Folder for the conditioning images and their metadata.jsonl; by default `IMAGES-CONDITION`: photos-canny."""
     on_bad_sample: str = "fail"
-    """What a picture that cannot be used does: fail (with the list, at the end), or skip it."""
+    """Reaction to pictures that cannot be used: fail (with the list, at the end), or skip them."""
     max_bad_fraction: float = 0.01
     """Largest share of pictures that may be skipped, in [0, 1]."""
 
@@ -46,28 +54,27 @@ class PicturesConfig:
         if self.out is not None:
             yield from folder_problems(self, "out")
         yield from one_of(self, "on_bad_sample", BAD_SAMPLES)
-        if not 0 <= self.max_bad_fraction <= 1:
-            yield problem_of(self, "max_bad_fraction", "must be in [0, 1]")
+        yield from in_unit_interval(self, "max_bad_fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionsConfig:
-    """Condition"""
+    """Condition: what is made, and how."""
 
     condition: str = ""
     """canny (edges), blur (for sharpening and super-resolution) or grey (for colouring). Required."""
     resolution: int = 512
-    """Pixels of the short side, as in training: edges and blur depend on it. Nothing is cut off; divisible by 8."""
+    """Pixels of the short side, divisible by 8: as in training, for edges and blur depend on it. Nothing is cropped."""
     canny_low_threshold: int = 100
-    """Gradient above which a pixel goes on with an edge; lower for more edges."""
+    """Gradient above which a pixel continues an edge; lower for more edges."""
     canny_high_threshold: int = 200
-    """Gradient above which a pixel begins an edge; lower for more edges."""
+    """Gradient above which a pixel starts an edge; lower for more edges."""
     blur_radius: float | None = None
     """Standard deviation of the blur, in pixels at `resolution`; by default a 64th of it: 8 at 512."""
 
     @property
     def options(self) -> tuple[tuple[str, float], ...]:
-        """What the condition's function in conditions/recipes.py takes."""
+        """Keyword arguments for the condition's function in conditions/recipes.py."""
         if self.condition == "canny":
             return ("low_threshold", self.canny_low_threshold), ("high_threshold", self.canny_high_threshold)
         if self.condition == "blur":
@@ -91,7 +98,7 @@ class ConditionsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RayConfig:
-    """Ray"""
+    """Ray: the cluster."""
 
     address: str | None = None
     """Ray cluster to run on (`auto` for the one on this machine); by default RAY_ADDRESS, or else a local Ray."""
@@ -102,7 +109,7 @@ class RayConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionConfig(RayConfig, ConditionsConfig, PicturesConfig):
-    """Which conditioning images to make, of which pictures.
+    """Settings for making conditioning images of pictures.
 
     Raises:
         ConfigError: with every problem at once, each naming the flag, the value and the fix.
@@ -118,7 +125,7 @@ class ConditionConfig(RayConfig, ConditionsConfig, PicturesConfig):
 
     @property
     def out_folder(self) -> Path:
-        """Absolute path of the folder to write to."""
+        """Absolute path of the folder for the conditioning images."""
         if self.out is None:
             return self.folder.with_name(f"{self.folder.name}-{self.condition}")
         return Path(self.out).expanduser().resolve()

@@ -1,11 +1,12 @@
-"""The settings of `raycontrolnet generate`: of flags and of Python, under the same names as the training's."""
+"""The settings of `raycontrolnet generate`, as flags and in Python. Those shared with training have its names."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from raycontrolnet.config.declare import setting
 from raycontrolnet.config.output_settings import FIDELITY_MEASURES
 from raycontrolnet.config.rules import (
     Problems,
@@ -20,18 +21,18 @@ from raycontrolnet.config.rules import (
     seed_problems,
 )
 from raycontrolnet.config.settings import MIXED_PRECISIONS
-from raycontrolnet.config.train_config import check_settings
+from raycontrolnet.config.values import check_settings
 
 MOST_INFERENCE_STEPS = 999
-"""Stable Diffusion has 1,000 timesteps; the scheduler needs one more of them than steps."""
+"""Stable Diffusion has 1,000 timesteps, and the scheduler needs one more timestep than steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PicturesConfig:
-    """Pictures"""
+    """Pictures: the ControlNet, and what it draws."""
 
     controlnet: str = ""
-    """What to draw with: a run's output_dir, a checkpoint-N of it, a ControlNet's folder, or a Hub id. Required."""
+    """ControlNet: a run's output_dir, a checkpoint-N in it, a ControlNet's folder, or a Hub id. Required."""
     prompt: tuple[str, ...] | None = None
     """Prompts; as many as control images, or one. Required."""
     image: tuple[str, ...] | None = None
@@ -39,18 +40,18 @@ class PicturesConfig:
     num_images: int = 4
     """Images per prompt-image pair."""
     out: str = "generated"
-    """Folder for the images; those of the same names from an earlier time are replaced."""
+    """Folder for the images; earlier images with the same names are replaced."""
     control_fidelity: str | None = None
     """Score images by the condition found in them: shape (of a filled outline) or canny (edges)."""
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
-        """(prompt, control image path) of each pair; a single prompt or image is reused."""
+        """(prompt, control image path) of each pair; a single prompt or image is used for all."""
         return pairs_of(self.prompt, self.image)
 
     def problems(self) -> Problems:
         if not self.controlnet:
-            yield "--controlnet: required; a run's output_dir, a checkpoint-N of it, a ControlNet's folder, or a Hub id"
+            yield "--controlnet: required; a run's output_dir, a checkpoint-N in it, a ControlNet's folder, or a Hub id"
         if not self.prompt:
             yield "--prompt: required; one for every control image, or one for all"
         if not self.image:
@@ -63,16 +64,16 @@ class PicturesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """Sampling"""
+    """Sampling: how images are drawn."""
 
     seed: int = 0
-    """The same seed gives the same images; that of the run gives those of its validation."""
+    """Seed of the images; with a run's seed they are those of its validation."""
     num_inference_steps: int = 20
     """Denoising steps per image, with UniPC."""
     guidance_scale: float | None = None
-    """How closely images follow the prompt; 1 and less is without guidance. By default the run's, or else 7.5."""
+    """Closeness of images to the prompt; up to 1 there is no guidance. By default the run's, or else 7.5."""
     batch_size: int = 1
-    """Images drawn at a time: faster for small ones, and the same but for rounding."""
+    """Images drawn at a time; more is faster for small images, and only rounding differs."""
     resolution: int | None = None
     """Pixels of the images' sides, divisible by 8; by default the run's, or else 512."""
     mixed_precision: str | None = None
@@ -92,7 +93,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModelConfig:
-    """Model"""
+    """Model: the base model."""
 
     pretrained_model_name_or_path: str | None = None
     """Base model: a local folder or a Hub id; by default the one that the run's config.yaml names."""
@@ -101,9 +102,9 @@ class BaseModelConfig:
     variant: str | None = None
     """File variant of the base model, such as fp16; by default the run's."""
     cache_dir: str | None = None
-    """Where downloaded models go."""
-    hub_token: str | None = field(default=None, repr=False, metadata={"secret": True})
-    """Token for private models; HF_TOKEN and `hf auth login` work as well. Shown and stored nowhere."""
+    """Folder for downloaded models."""
+    hub_token: str | None = setting(None, secret=True)
+    """Token for private models; HF_TOKEN and `hf auth login` work as well. It is never shown or stored."""
 
     def problems(self) -> Problems:
         return iter(())
@@ -111,7 +112,7 @@ class BaseModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(BaseModelConfig, SamplingConfig, PicturesConfig):
-    """What to draw, with which ControlNet, and how.
+    """Settings for drawing images with a ControlNet.
 
     Raises:
         ConfigError: with every problem at once, each naming the flag, the value and the fix.
@@ -121,7 +122,7 @@ class GenerateConfig(BaseModelConfig, SamplingConfig, PicturesConfig):
         check_settings(self, GENERATE_GROUPS)
 
     def with_defaults(self, settings: dict[str, Any]) -> GenerateConfig:
-        """With those of `settings` that were not given."""
+        """Return the config with values from `settings` for those that were not given."""
         own = {name: value for name, value in settings.items() if getattr(self, name, ...) is None}
         return dataclasses.replace(self, **own)
 

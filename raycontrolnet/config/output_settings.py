@@ -1,10 +1,11 @@
-"""The settings of what a run leaves: output, validation and Hub. Declared as in settings.py."""
+"""The settings for what a run leaves: output, validation and Hub. They are declared as in settings.py."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from raycontrolnet.config.declare import setting
 from raycontrolnet.config.rules import (
     Problems,
     at_least,
@@ -16,34 +17,48 @@ from raycontrolnet.config.rules import (
     problem_of,
 )
 
+# Reasons why all trials of a sweep share a value
+METRICS = "decides where metrics go, not what is learned"
+PUBLISHING = "is about publishing, not about training"
+CHECKPOINTS = "decides when checkpoints are written, not what is learned"
+
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
 FIDELITY_MEASURES = ("shape", "canny")
 HELD_OUT_ROWS = 16
 """Rows held out by default: measuring them every 100 updates of batch 4 costs a few percent."""
 ROWS_TO_SPARE = 320
-"""A data set of this many can spare them."""
+"""Size from which a data set can spare them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig:
-    """Output"""
+    """Output: checkpoints, metrics and trackers."""
 
-    output_dir: str = "controlnet-model"
+    output_dir: str = setting(
+        "controlnet-model",
+        fixed="is the sweep's folder, and every trial gets its own inside",
+        instead="name the sweep's folder with --output_dir",
+        path="local",
+        left_out_of_card=True,
+        changes_on_resume=True,
+    )
     """Folder for everything the run writes."""
-    checkpointing_steps: int = 500
+    checkpointing_steps: int = setting(500, fixed=CHECKPOINTS)
     """Write a checkpoint every N updates."""
-    checkpoints_total_limit: int | None = None
-    """Keep at most this many checkpoints; older ones go once the new one is safe."""
-    resume_from_checkpoint: str | None = None
+    checkpoints_total_limit: int | None = setting(None, fixed=CHECKPOINTS)
+    """Keep at most this many checkpoints; the oldest is deleted once a new one is complete."""
+    resume_from_checkpoint: str | None = setting(
+        None, fixed="is for single runs; trials start from the beginning", instead="resume a sweep with --resume"
+    )
     """`latest`, a `checkpoint-N` of output_dir, or a path."""
-    logging_dir: str = "logs"
+    logging_dir: str = setting("logs", fixed=METRICS, left_out_of_card=True)
     """TensorBoard files, under output_dir."""
-    report_to: str = "tensorboard"
+    report_to: str = setting("tensorboard", fixed=METRICS)
     """tensorboard, wandb, comet_ml (several with commas), all or none."""
-    tracker_project_name: str = "train_controlnet"
+    tracker_project_name: str = setting("train_controlnet", fixed=METRICS)
     """Project name in the trackers."""
-    tracker_group: str | None = None
-    """Group of the run in W&B; the trials of a sweep are one."""
+    tracker_group: str | None = setting(None, fixed=METRICS, left_out_of_card=True)
+    """Group of the run in W&B; by default the trials of a sweep are one."""
 
     def problems(self) -> Problems:
         yield from at_least(self, 1, "checkpointing_steps", "checkpoints_total_limit")
@@ -56,7 +71,7 @@ class OutputConfig:
 
     @property
     def trackers(self) -> tuple[str, ...]:
-        """Names of the trackers that `report_to` asks for; `all` is for those that are installed to find out."""
+        """Names of the trackers in `report_to`; for `all`, also those that may not be installed."""
         if self.report_to == "none":
             return ()
         if self.report_to == "all":
@@ -66,27 +81,30 @@ class OutputConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    """Validation"""
+    """Validation: held-out rows, and images."""
 
-    validation_prompt: tuple[str, ...] | None = None
+    validation_prompt: tuple[str, ...] | None = setting(None, decides_measurement="which images are scored")
     """Prompts to make validation images for; as many as validation images, or one."""
-    validation_image: tuple[str, ...] | None = None
+    validation_image: tuple[str, ...] | None = setting(
+        None, decides_measurement="which images are scored", path="local"
+    )
     """Control images for validation; as many as prompts, or one."""
-    num_validation_images: int = 4
+    num_validation_images: int = setting(4, decides_measurement="how many images are scored")
     """Images per prompt-image pair."""
-    guidance_scale: float = 7.5
-    """How closely images follow the prompt; 1 and less is without guidance, at half the time."""
-    validation_steps: int = 100
+    guidance_scale: float = setting(7.5, decides_measurement="how the scored images are drawn")
+    """Closeness of images to the prompt; up to 1 there is no guidance, which halves the time."""
+    validation_steps: int = setting(100, decides_measurement="after which updates trials are measured")
     """Validate every N updates, and once at the end."""
-    validation_split: float | None = None
-    """Rows to measure learning by, never trained on: a share below 1 or a count; by default 16 of 320 rows or more."""
-    control_fidelity: str | None = None
+    validation_split: float | None = setting(None, decides_measurement="which rows are held out")
+    """Validation rows, excluded from training: a fraction or a count; by default 16 if there are 320 rows or more."""
+    control_fidelity: str | None = setting(None, decides_measurement="how images are scored")
     """Score validation images by the condition found in them: shape (of a filled outline) or canny (edges)."""
 
     def held_out_of(self, num_rows: int, num_used: int) -> int:
-        """How many of a data set's rows are held out: none, or at least 2, because control images are shuffled.
+        """Return the number of rows to hold out: 0, or at least 2, because control images are shuffled.
 
         Args:
+            num_rows: rows of the data set.
             num_used: rows that max_train_samples leaves.
         """
         split = self.validation_split
@@ -97,10 +115,12 @@ class ValidationConfig:
     def problems(self) -> Problems:
         split = self.validation_split
         if split is not None and (split < 0 or split == 1 or (split > 1 and split % 1 != 0)):
-            yield problem_of(self, "validation_split", "must be a share below 1, a count of at least 2, or 0 for none")
+            yield problem_of(
+                self, "validation_split", "must be a fraction below 1, a count of at least 2, or 0 for none"
+            )
         if bool(self.validation_prompt) != bool(self.validation_image):
-            missing = "validation_image" if self.validation_prompt else "validation_prompt"
-            yield f"--{missing}: needed, because the other of --validation_prompt and --validation_image is given"
+            given, missing = ("prompt", "image") if self.validation_prompt else ("image", "prompt")
+            yield f"--validation_{missing}: required with --validation_{given}"
         yield from pair_problems(self, "validation_prompt", "validation_image")
         yield from at_least(self, 1, "num_validation_images", "validation_steps")
         yield from guidance_problems(self)
@@ -111,22 +131,24 @@ class ValidationConfig:
 
     @property
     def validation_pairs(self) -> tuple[tuple[str, str], ...]:
-        """(prompt, control image path) of each validation pair; a single prompt or image is reused."""
+        """(prompt, control image path) of each validation pair; a single prompt or image is used for all."""
         return pairs_of(self.validation_prompt, self.validation_image)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubConfig:
-    """Hub"""
+    """Hub: publishing the ControlNet."""
 
-    push_to_hub: bool = False
+    push_to_hub: bool = setting(False, fixed=PUBLISHING, changes_on_resume=True, left_out_of_card=True)
     """Upload the final weights, model card and example images to the Hub."""
-    hub_token: str | None = field(default=None, repr=False, metadata={"secret": True})
-    """Token for the Hub; HF_TOKEN and `hf auth login` work as well. Shown and stored nowhere."""
-    hub_model_id: str | None = None
+    hub_token: str | None = setting(
+        None, secret=True, fixed="is a secret and does not change what is learned", instead="set HF_TOKEN"
+    )
+    """Token for the Hub; HF_TOKEN and `hf auth login` work as well. It is never shown or stored."""
+    hub_model_id: str | None = setting(None, fixed=PUBLISHING, changes_on_resume=True, left_out_of_card=True)
     """Repository to push to; by default the name of output_dir."""
-    license: str | None = None
-    """Licence named in the model card, such as apache-2.0; by default the base model's."""
+    license: str | None = setting(None, fixed=PUBLISHING)
+    """Licence for the model card, such as apache-2.0; by default the base model's."""
 
     def problems(self) -> Problems:
         if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):

@@ -1,4 +1,4 @@
-"""Rules that settings of several groups and commands share: each yields a line for what cannot be run."""
+"""Rules shared by settings of several groups and commands: each yields a line for a value that cannot be run."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def at_least(config: Any, minimum: float, *names: str) -> Problems:
             yield problem_of(config, name, f"must be at least {minimum}")
 
 
+def in_unit_interval(config: Any, name: str) -> Problems:
+    if not 0 <= getattr(config, name) <= 1:
+        yield problem_of(config, name, "must be in [0, 1]")
+
+
 def one_of(config: Any, name: str, choices: tuple[str, ...]) -> Problems:
     value = getattr(config, name)
     if value is not None and value not in choices:
@@ -31,27 +36,27 @@ def one_of(config: Any, name: str, choices: tuple[str, ...]) -> Problems:
 
 
 def resolution_problems(config: Any) -> Problems:
-    """`resolution`, where it is given, must suit the VAE."""
+    """Check that `resolution`, if given, suits the VAE."""
     if config.resolution is not None and (config.resolution < 8 or config.resolution % 8):
         lower = config.resolution // 8 * 8
         near = f"{lower} or {lower + 8}" if lower > 0 else "8"
         yield problem_of(config, "resolution", f"must be divisible by 8; use {near}")
 
 
-def guidance_problems(settings: Any) -> Problems:
-    """Of `guidance_scale`; None is a default's."""
-    if settings.guidance_scale is not None and not 0 <= settings.guidance_scale < math.inf:
-        yield problem_of(settings, "guidance_scale", "must be a number of at least 0")
+def guidance_problems(config: Any) -> Problems:
+    """Check `guidance_scale`, if given."""
+    if config.guidance_scale is not None and not 0 <= config.guidance_scale < math.inf:
+        yield problem_of(config, "guidance_scale", "must be a number of at least 0")
 
 
 def seed_problems(config: Any) -> Problems:
-    """`seed`, where it is given, must fit 63 bits."""
+    """Check that `seed`, if given, fits 63 bits."""
     if config.seed is not None and not 0 <= config.seed < 2**63:
         yield problem_of(config, "seed", "must be in [0, 2**63)")
 
 
 def folder_problems(config: Any, name: str) -> Problems:
-    """What the name alone of a folder for results tells."""
+    """Check that the setting `name` can be a folder for results, without writing to it."""
     folder = getattr(config, name)
     if not folder:
         yield f"--{name}: must name a folder"
@@ -62,9 +67,10 @@ def folder_problems(config: Any, name: str) -> Problems:
 
 
 def pair_problems(config: Any, prompt: str, image: str) -> Problems:
-    """Prompts and control images, where both are given, must match and the images be there.
+    """Check that the numbers of prompts and control images match, if both are given, and that the images exist.
 
     Args:
+        config: the settings.
         prompt: name of the setting with the prompts.
         image: name of the setting with the images.
     """
@@ -80,7 +86,7 @@ def pair_problems(config: Any, prompt: str, image: str) -> Problems:
 
 
 def pairs_of(prompts: tuple[str, ...] | None, images: tuple[str, ...] | None) -> tuple[tuple[str, str], ...]:
-    """(prompt, control image path) of each pair; a single prompt or image is reused."""
+    """Return (prompt, control image path) of each pair; a single prompt or image is used for all."""
     if not prompts or not images:
         return ()
     count = max(len(prompts), len(images))
@@ -88,7 +94,7 @@ def pairs_of(prompts: tuple[str, ...] | None, images: tuple[str, ...] | None) ->
 
 
 def holds_secret(uri: str) -> bool:
-    """Whether a URI has a password, or an option that looks like a key: settings are written to files."""
+    """Check whether a URI has a password or an option that looks like a key, as settings are written to files."""
     authority, _, options = uri.partition("://")[2].partition("?")
     user = authority.partition("/")[0].rpartition("@")[0]
     words = ("secret", "token", "key", "password", "sig", "credential")

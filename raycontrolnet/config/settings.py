@@ -1,21 +1,24 @@
 """Every setting, declared once, in the group of the part of the program that needs it.
 
-A function that needs only the optimizer's settings takes an `OptimConfig`; `config.TrainConfig` is all groups together
-under flat names, so that the command line (`--learning_rate 1e-5`), YAML (`learning_rate: 1e-5`), Python
+A function that needs only the optimizer's settings takes an `OptimConfig`. `TrainConfig` has all groups under flat
+names, so that the command line (`--learning_rate 1e-5`), YAML (`learning_rate: 1e-5`), Python
 (`TrainConfig(learning_rate=1e-5)`), a sweep's space and a checkpoint's manifest use one name for a setting.
 
-To add a setting: add a field with its docstring to the group of its owner and, if some values cannot be run, a line to
-that group's `problems`. This module imports neither torch nor ray, so that `--help` and bad flags answer at once.
+To add a setting, add a field to the group of its owner: its default, the facts about it (`Facts` in declare.py lists
+them), and its help text below. If some values cannot be run, add a line to the group's `problems`. This module imports
+neither torch nor ray: `--help` and bad flags answer at once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raycontrolnet.config.declare import setting
 from raycontrolnet.config.rules import (
     Problems,
     at_least,
     holds_secret,
+    in_unit_interval,
     one_of,
     problem_of,
     resolution_problems,
@@ -27,24 +30,32 @@ MIXED_PRECISIONS = ("no", "fp16", "bf16")
 CACHE_MODES = ("auto", "on", "off")
 LATENTS_DTYPES = ("float16", "float32")
 BAD_SAMPLES = ("fail", "skip")
+BASE_FOLDERS = ("unet", "vae", "text_encoder", "scheduler")
+"""Folders of a base model in diffusers' layout."""
+
+# Reasons why all trials of a sweep share a value
+FILES = "decides where files are kept or how latents are made, which all trials share"
+MACHINES = "decides what the machines do, not what is learned"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Model"""
+    """Model: the base model, and the ControlNet to start from."""
 
-    pretrained_model_name_or_path: str = ""
+    pretrained_model_name_or_path: str = setting(
+        "", sweepable=True, decides="latents", path="or id", model_folders=BASE_FOLDERS
+    )
     """Base model: a local folder or a Hub id, Stable Diffusion 1.x or 2.x. Required."""
-    controlnet_model_name_or_path: str | None = None
+    controlnet_model_name_or_path: str | None = setting(None, sweepable=True, path="or id", model_folders=())
     """ControlNet to start from; without it, its weights are copied from the base model's UNet."""
-    revision: str | None = None
+    revision: str | None = setting(None, sweepable=True, decides="latents")
     """Revision (branch, tag or commit) of the base model on the Hub."""
-    variant: str | None = None
+    variant: str | None = setting(None, sweepable=True, decides="latents")
     """File variant of the base model, such as fp16."""
-    tokenizer_name: str | None = None
+    tokenizer_name: str | None = setting(None, sweepable=True, path="or id", model_folders=())
     """Tokenizer, if not the base model's: a local folder or a Hub id."""
-    cache_dir: str | None = None
-    """Where downloaded models and data sets go."""
+    cache_dir: str | None = setting(None, fixed=FILES, in_prepare=True, path="local", left_out_of_card=True)
+    """Folder for downloaded models and data sets."""
 
     def problems(self) -> Problems:
         if not self.pretrained_model_name_or_path:
@@ -53,33 +64,34 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Data"""
+    """Data: the data set, and what is taken from it."""
 
-    dataset_name: str | None = None
+    dataset_name: str | None = setting(None, sweepable=True, decides="latents", path="or id")
     """A data set's Hub id, or a local path that datasets.load_dataset reads (or a saved arrow data set)."""
-    dataset_config_name: str | None = None
-    """Which configuration of the data set, if it has several."""
-    train_data_dir: str | None = None
+    dataset_config_name: str | None = setting(None, sweepable=True, decides="latents")
+    """Name of the data set's configuration, if it has several."""
+    train_data_dir: str | None = setting(None, sweepable=True, decides="latents", path="local")
     """A folder with images and metadata.jsonl (or prompt.json, the original ControlNet layout)."""
-    image_column: str = "image"
+    image_column: str = setting("image", sweepable=True, decides="latents")
     """Column of the target images."""
-    conditioning_image_column: str = "conditioning_image"
+    conditioning_image_column: str = setting("conditioning_image", sweepable=True, decides="latents")
     """Column of the conditioning images."""
-    caption_column: str = "text"
-    """Column of the captions: a string, or a list of strings of which one is drawn for every use."""
-    max_train_samples: int | None = None
+    caption_column: str = setting("text", sweepable=True, decides="latents")
+    """Column of the captions: a string, or a list of strings one of which is drawn for every use."""
+    max_train_samples: int | None = setting(
+        None, decides_measurement="which rows there are to train on and to hold out", in_prepare=True
+    )
     """Train on a seeded random subset of this many rows, the same on every worker."""
-    proportion_empty_prompts: float = 0.0
+    proportion_empty_prompts: float = setting(0.0, sweepable=True)
     """Share of prompts replaced by the empty one, in [0, 1]."""
-    resolution: int = 512
+    resolution: int = setting(512, sweepable=True, decides="latents")
     """Images are resized (short side) and centre-cropped to this many pixels; divisible by 8."""
 
     def problems(self) -> Problems:
         if (self.dataset_name is None) == (self.train_data_dir is None):
             given = "neither is given" if self.dataset_name is None else "both are given"
             yield f"--train_data_dir, --dataset_name: give one of them ({given})"
-        if not 0 <= self.proportion_empty_prompts <= 1:
-            yield problem_of(self, "proportion_empty_prompts", "must be in [0, 1]")
+        yield from in_unit_interval(self, "proportion_empty_prompts")
         yield from resolution_problems(self)
         if self.dataset_config_name is not None and self.dataset_name is None:
             yield problem_of(self, "dataset_config_name", "needs --dataset_name")
@@ -88,19 +100,19 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """Latents"""
+    """Latents: the cache of encoded images."""
 
-    cache_latents: str = "auto"
-    """Encode every image once and train from the stored latents: on, off, or auto (if images are used again)."""
-    latents_cache_dir: str | None = None
-    """Folder or object-store URI of the cached latents; by default one of ~/.cache/raycontrolnet/latents."""
-    latents_dtype: str = "float16"
+    cache_latents: str = setting("auto", fixed=FILES)
+    """Encode every image once and train from the stored latents: on, off, or auto (if images are used repeatedly)."""
+    latents_cache_dir: str | None = setting(None, fixed=FILES, in_prepare=True, path="or URI")
+    """Folder or object-store URI of the cached latents; by default one in ~/.cache/raycontrolnet/latents."""
+    latents_dtype: str = setting("float16", sweepable=True, decides="latents")
     """float16 or float32: precision of the stored latents."""
-    latents_batch_size: int = 4
+    latents_batch_size: int = setting(4, fixed=FILES, in_prepare=True)
     """Images that the VAE encodes at a time."""
-    on_bad_sample: str = "fail"
-    """What an image that cannot be used does to `prepare`: fail (with the list, at the end), or skip it."""
-    max_bad_fraction: float = 0.01
+    on_bad_sample: str = setting("fail", fixed=FILES, in_prepare=True)
+    """Reaction to images that cannot be used: fail (with the list, at the end), or skip them."""
+    max_bad_fraction: float = setting(0.01, fixed=FILES, in_prepare=True)
     """Largest share of samples that may be skipped, in [0, 1]."""
 
     def problems(self) -> Problems:
@@ -108,8 +120,7 @@ class CacheConfig:
         yield from one_of(self, "latents_dtype", LATENTS_DTYPES)
         yield from one_of(self, "on_bad_sample", BAD_SAMPLES)
         yield from at_least(self, 1, "latents_batch_size")
-        if not 0 <= self.max_bad_fraction <= 1:
-            yield problem_of(self, "max_bad_fraction", "must be in [0, 1]")
+        yield from in_unit_interval(self, "max_bad_fraction")
         if self.latents_cache_dir == "":
             yield "--latents_cache_dir: must name a folder; leave it out for the default one"
         elif self.latents_cache_dir and holds_secret(self.latents_cache_dir):
@@ -120,33 +131,33 @@ class CacheConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Optimizer"""
+    """Optimizer: AdamW and the learning rate."""
 
-    learning_rate: float = 5e-6
+    learning_rate: float = setting(5e-6, sweepable=True)
     """Learning rate after warm-up."""
-    scale_lr: bool = False
+    scale_lr: bool = setting(False, sweepable=True)
     """Multiply the learning rate by workers x accumulation steps x batch size."""
-    lr_scheduler: str = "constant"
+    lr_scheduler: str = setting("constant", sweepable=True, decides="warm-up")
     """linear, cosine, cosine_with_restarts, polynomial, constant or constant_with_warmup."""
-    lr_warmup_steps: int = 500
+    lr_warmup_steps: int = setting(500, sweepable=True, decides="warm-up")
     """Warm-up in optimizer updates (`constant` ignores it)."""
-    lr_num_cycles: int = 1
+    lr_num_cycles: int = setting(1, sweepable=True)
     """Hard restarts of cosine_with_restarts."""
-    lr_power: float = 1.0
+    lr_power: float = setting(1.0, sweepable=True)
     """Power of polynomial."""
-    use_8bit_adam: bool = False
+    use_8bit_adam: bool = setting(False, sweepable=True, package=("bitsandbytes", "8bit"))
     """AdamW8bit of bitsandbytes: pip install 'raycontrolnet[8bit]'."""
-    adam_beta1: float = 0.9
+    adam_beta1: float = setting(0.9, sweepable=True)
     """AdamW's beta1."""
-    adam_beta2: float = 0.999
+    adam_beta2: float = setting(0.999, sweepable=True)
     """AdamW's beta2."""
-    adam_weight_decay: float = 1e-2
+    adam_weight_decay: float = setting(1e-2, sweepable=True)
     """AdamW's weight decay."""
-    adam_epsilon: float = 1e-8
+    adam_epsilon: float = setting(1e-8, sweepable=True)
     """AdamW's epsilon."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = setting(1.0, sweepable=True)
     """Gradients are clipped to this norm at every update."""
-    set_grads_to_none: bool = False
+    set_grads_to_none: bool = setting(False, sweepable=True)
     """Free the gradients after an update instead of setting them to zero."""
 
     def problems(self) -> Problems:
@@ -162,25 +173,29 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """Training"""
+    """Training: an update, and the number of updates."""
 
-    seed: int | None = None
-    """Makes the run reproducible; without it one is drawn and written to config.yaml."""
-    train_batch_size: int = 4
+    seed: int | None = setting(
+        None, decides_measurement="which rows are held out, and with which noise they are measured"
+    )
+    """Seed for a reproducible run; without it, one is drawn and written to config.yaml."""
+    train_batch_size: int = setting(4, sweepable=True, decides="length")
     """Samples per worker (device) in one forward pass."""
-    num_train_epochs: int = 1
+    num_train_epochs: int = setting(1, sweepable=True, decides="length")
     """Passes over the data."""
-    max_train_steps: int | None = None
+    max_train_steps: int | None = setting(None, sweepable=True, decides="length")
     """Optimizer updates; overrides num_train_epochs."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = setting(1, sweepable=True, decides="length")
     """Forward and backward passes per update."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = setting(False, sweepable=True)
     """Recompute activations in the backward pass (ControlNet and frozen UNet): slower, far less memory."""
-    mixed_precision: str | None = None
+    mixed_precision: str | None = setting(None, sweepable=True, gpu_only=("fp16", "use bf16 or no on the CPU"))
     """no, fp16 or bf16. The ControlNet's weights stay fp32."""
-    allow_tf32: bool = False
+    allow_tf32: bool = setting(False, sweepable=True)
     """TF32 matrix products on Ampere GPUs and later."""
-    enable_xformers_memory_efficient_attention: bool = False
+    enable_xformers_memory_efficient_attention: bool = setting(
+        False, sweepable=True, package=("xformers", "xformers"), gpu_only=(True, "leave it out on the CPU")
+    )
     """Attention by xformers (needs a CUDA GPU): pip install 'raycontrolnet[xformers]'."""
 
     def problems(self) -> Problems:
@@ -192,22 +207,22 @@ class StepConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """Ray"""
+    """Ray: the cluster and the workers."""
 
-    address: str | None = None
+    address: str | None = setting(None, fixed=MACHINES, changes_on_resume=True, left_out_of_card=True)
     """Ray cluster to run on (`auto` for the one on this machine); by default RAY_ADDRESS, or else a local Ray."""
-    num_workers: str = "1"
+    num_workers: str = setting("1", fixed=MACHINES)
     """Workers (devices) N; MIN:MAX for as many as the cluster has; 0 trains in this process, for debugging."""
-    use_gpu: bool | None = None
-    """Train on GPUs; by default if the cluster has one."""
-    cpus_per_worker: float | None = None
-    """CPUs a worker reserves, and its threads; by default the machine's share, less one for loading data."""
-    accelerator_type: str | None = None
-    """GPU type that workers ask for, such as A100 or H100."""
-    max_failures: int = 3
-    """How often a run continues by itself after losing a worker."""
-    dataloader_num_workers: int = 0
-    """Loading tasks at a time per worker (0: chosen for the machine)."""
+    use_gpu: bool | None = setting(None, fixed=MACHINES, changes_on_resume=True)
+    """Train on GPUs; by default if the cluster has any."""
+    cpus_per_worker: float | None = setting(None, fixed=MACHINES, changes_on_resume=True)
+    """CPUs a worker reserves, and its threads; by default its share of the machine, less one for loading data."""
+    accelerator_type: str | None = setting(None, fixed=MACHINES)
+    """GPU type for the workers, such as A100 or H100."""
+    max_failures: int = setting(3, fixed=MACHINES, changes_on_resume=True)
+    """Number of times a run continues by itself after losing a worker."""
+    dataloader_num_workers: int = setting(0, fixed=MACHINES)
+    """Concurrent loading tasks per worker; 0 for a number that suits the machine."""
 
     def problems(self) -> Problems:
         yield from at_least(self, 0, "max_failures", "dataloader_num_workers")
@@ -223,6 +238,6 @@ class ClusterConfig:
 
     @property
     def worker_range(self) -> tuple[int, int]:
-        """(fewest, most) workers; the same number twice unless elastic."""
+        """Smallest and largest number of workers: equal, unless the run is elastic."""
         low, _, high = str(self.num_workers).partition(":")
         return int(low), int(high or low)

@@ -1,12 +1,12 @@
-"""The space of a sweep: which settings its trials try, read from YAML or Python, and drawn from.
+"""The space of a sweep: the settings its trials try, read from YAML or Python, and drawn from.
 
     learning_rate: {loguniform: [2e-6, 1e-4]}
     lr_scheduler: {choice: [constant, cosine]}
     proportion_empty_prompts: {uniform: [0, 0.5]}
     train_batch_size: {grid: [4, 8]}
 
-`uniform` and `loguniform` draw from a range with both its ends, whole numbers if the setting is one, `choice` from a
-list; `grid` gives each value of a list to as many trials. The names are those of the settings.
+`uniform` and `loguniform` draw from a range, ends included; whole numbers for a setting that is one. `choice` draws
+from a list. `grid` gives each value of a list to equally many trials. The names are those of the settings.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from raycontrolnet.config.sweepable import PLACE_OR_MACHINE, cache_problems, refusal, run_problems
-from raycontrolnet.config.train_config import TrainConfig, coerce, from_mapping, read_yaml, setting_types
+from raycontrolnet.config.sweepable import cache_problems, refusal, run_problems, takes_values
+from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.config.values import check_names, coerce, read_yaml, setting_types
 from raycontrolnet.errors import ConfigError
 
+TYPES = setting_types(TrainConfig)
 KINDS = ("uniform", "loguniform", "choice", "grid")
 
 DEFAULT_SPACE: Mapping[str, Any] = {
@@ -33,7 +35,7 @@ DEFAULT_SPACE: Mapping[str, Any] = {
     "lr_scheduler": {"choice": ["constant", "cosine"]},
     "proportion_empty_prompts": {"uniform": [0.0, 0.5]},
 }
-"""What a sweep tries that is given no space."""
+"""Space of a sweep without --space."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,9 @@ class Uniform:
     high: float
     """Above `low`."""
     log: bool = False
-    """Uniform in the logarithm: every factor of 10 is as likely; `low` is above 0."""
+    """Uniform in the logarithm, so that every factor of 10 is equally likely; `low` is above 0."""
     whole: bool = False
-    """Whole numbers alone, low and high as likely as those between."""
+    """Whole numbers only; low and high are as likely as those between."""
 
     @property
     def kind(self) -> str:
@@ -54,12 +56,12 @@ class Uniform:
 
     @property
     def values(self) -> tuple[float, float]:
-        """As in the grammar: (low, high)."""
+        """(low, high), as in the grammar."""
         return self.low, self.high
 
     def at(self, share: float) -> float:
-        """The number below which `share`, in [0, 1), of all draws lie."""
-        margin = 0.5 if self.whole else 0.0  # a whole number stands for all that are rounded to it
+        """Return the number with `share`, in [0, 1), of all draws below it."""
+        margin = 0.5 if self.whole else 0.0  # a whole number covers all numbers that round to it
         low, high = (math.log(end) if self.log else end for end in (self.low - margin, self.high + margin))
         value = (1 - share) * low + share * high
         value = math.exp(value) if self.log else value
@@ -79,24 +81,24 @@ class Choice:
         return "grid" if self.grid else "choice"
 
     def at(self, share: float) -> Any:
-        """The value at `share`, in [0, 1), of the list."""
+        """Return the value at `share`, in [0, 1), of the list."""
         return self.values[int(share * len(self.values))]
 
 
 Dimension: TypeAlias = Uniform | Choice
 Space: TypeAlias = Mapping[str, Dimension]
-"""Setting -> what is tried of it."""
+"""Name of a setting -> the values to try."""
 
 
 def place_of(space: str | Path | Mapping[str, Any] | None) -> str:
-    """Where problems of `space` are: the flag, with the file's name if it is one."""
+    """Return the place to name in problems of `space`: the flag, with the file's name if there is one."""
     return f"--space={space}" if isinstance(space, (str, Path)) else "--space"
 
 
 def read_space(space: str | Path | Mapping[str, Any] | None) -> dict[str, Dimension]:
-    """The space of a YAML file or a mapping (see the top of this module); None is the default one.
+    """Return the space of a YAML file or a mapping (see the top of this module); None is the default one.
 
-    Whether its values can be run is for `check_space` to say.
+    `check_space` checks whether its values can be run.
 
     Raises:
         ConfigError: with every problem at once, each starting with its place.
@@ -109,14 +111,16 @@ def read_space(space: str | Path | Mapping[str, Any] | None) -> dict[str, Dimens
         raise ConfigError([f"{place}: names no settings; add some, such as {_EXAMPLE}, or leave out --space"])
     problems: list[str] = []
     try:
-        from_mapping(entries, place)
+        check_names(entries, TYPES, place)
     except ConfigError as error:
         problems += error.problems
     dimensions: dict[str, Dimension] = {}
     for name, entry in entries.items():
-        if name in PLACE_OR_MACHINE:  # without a look at the values, which may be secret
+        if name not in TYPES:
+            continue
+        if not takes_values(name):  # the values may be secret
             problems.append(f"{place}: {name}: {refusal(name, '')}")
-        elif name in setting_types():
+        else:
             try:
                 dimensions[name] = _dimension(name, entry)
             except ConfigError as error:
@@ -130,15 +134,15 @@ _EXAMPLE = "learning_rate: {loguniform: [2e-6, 1e-4]}"
 
 
 def _dimension(name: str, entry: Any) -> Dimension:
-    """Raises a ConfigError without the place."""
+    """Return the values to try of a setting, or raise a ConfigError without the place."""
     if isinstance(entry, (list, tuple)):
         raise ConfigError([f"{_shown(entry)}: is a list; perhaps you meant {{choice: {_shown(entry)}}}"])
     if entry is None:
-        raise ConfigError(["nothing to try is given; list it with {choice: [...]}"])
+        raise ConfigError(["no values are given; list them with {choice: [...]}"])
     if not isinstance(entry, Mapping):
-        raise ConfigError([f"{entry}: is a single value; that belongs to the flags: {_flag(name, entry)}"])
+        raise ConfigError([f"{entry}: is a single value; give it as a flag: {_flag(name, entry)}"])
     if len(entry) != 1:
-        given = f"{', '.join(map(str, entry))} are several kinds; keep one" if entry else "{}: names no kind"
+        given = f"{', '.join(map(str, entry))}: are several kinds; keep one" if entry else "{}: names no kind"
         raise ConfigError([f"{given} of {', '.join(KINDS)}"])
     ((kind, values),) = entry.items()
     if kind not in KINDS:
@@ -149,7 +153,7 @@ def _dimension(name: str, entry: Any) -> Dimension:
 
 
 def _uniform(name: str, kind: str, values: Any) -> Uniform:
-    """Raises a ConfigError without the place."""
+    """Return the values to try of a setting, or raise a ConfigError without the place."""
     number = _type_without_none(name)
     if number not in (int, float):
         raise ConfigError([f"{kind}: is for numbers, which {name} is not; list its values with {{choice: [...]}}"])
@@ -168,9 +172,9 @@ def _uniform(name: str, kind: str, values: Any) -> Uniform:
         raise ConfigError(problems)
     low, high = ends
     if low == high:
-        problems.append(f"{given}: is a single value; that belongs to the flags: {_flag(name, low)}")
+        problems.append(f"{given}: is a single value; give it as a flag: {_flag(name, low)}")
     elif kind == "loguniform" and min(low, high) <= 0:
-        problems.append(f"{given}: low must be above 0, for its logarithm; use another, or uniform")
+        problems.append(f"{given}: low must be above 0, as its logarithm is taken; raise it, or use uniform")
     elif low > high:
         problems.append(f"{given}: low must be below high; perhaps you meant {_shown([high, low])}")
     if problems:
@@ -179,7 +183,7 @@ def _uniform(name: str, kind: str, values: Any) -> Uniform:
 
 
 def _choice(name: str, kind: str, given: Any) -> Choice:
-    """Raises a ConfigError without the place."""
+    """Return the values to try of a setting, or raise a ConfigError without the place."""
     if not isinstance(given, (list, tuple)):
         hint = "" if isinstance(given, Mapping) or given is None else f", such as [{given}]"
         raise ConfigError([f"{kind}: {given}: must be a list{hint}"])
@@ -189,14 +193,14 @@ def _choice(name: str, kind: str, given: Any) -> Choice:
     values: list[Any] = []
     for value in given:
         try:
-            found = coerce(value, setting_types()[name])
+            found = coerce(value, TYPES[name])
         except ValueError as error:
             is_word = isinstance(value, bool) and _type_without_none(name) is str
-            hint = '; YAML reads no, off, yes and on as such a value: write it in quotes, as in "no"' if is_word else ""
+            hint = '; YAML reads no, off, yes and on as true or false: put it in quotes, as in "no"' if is_word else ""
             problems.append(f"{kind}: {value}: {error}{hint}")
             continue
         if found in values:
-            problems.append(f"{kind}: {found}: is there twice; list every value once")
+            problems.append(f"{kind}: {found}: is listed twice; list every value once")
         values.append(found)
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
@@ -204,8 +208,8 @@ def _choice(name: str, kind: str, given: Any) -> Choice:
 
 
 def _type_without_none(name: str) -> Any:
-    """The setting's type; of an optional one, that of its values."""
-    kind = setting_types()[name]
+    """Return the setting's type; for an optional one, that of its values."""
+    kind = TYPES[name]
     return next(part for part in typing.get_args(kind) or (kind,) if part is not type(None))
 
 
@@ -222,16 +226,17 @@ def _shown(value: Any) -> str:
 def check_space(
     space: Space, train: TrainConfig, *, place: str, searcher: str, objective: str, allow_new_caches: bool
 ) -> list[str]:
-    """What keeps `space` from being swept: all problems, each starting with `place`.
+    """Return all problems of sweeping `space`, each starting with `place`.
 
-    Values are tried one at a time, the ends of a range for all of it.
+    Each value is tried in a config of its own; of a range, the ends.
 
     Args:
+        space: the settings to try.
         train: the settings that trials share.
         place: see `place_of`.
         searcher: random or optuna.
-        objective: what trials are ranked by.
-        allow_new_caches: whether settings may need latents of their own.
+        objective: metric that trials are ranked by.
+        allow_new_caches: settings may need their own latents.
     """
     problems = []
     for name, dimension in space.items():
@@ -241,7 +246,7 @@ def check_space(
         found = cache_problems(name, train, allow_new_caches=allow_new_caches)
         if searcher == "optuna" and dimension.kind == "grid":
             instead = f"use {{choice: {_shown(dimension.values)}}}, or --searcher random"
-            found.append(f"grid: optuna proposes values by itself and goes through no grid; {instead}")
+            found.append(f"grid: optuna chooses values by itself and cannot go through a grid; {instead}")
         refusals = [problem for value in dimension.values for problem in run_problems(name, value, train)]
         if not refusals and isinstance(dimension, Uniform) and dimension.whole:  # `resolution` has gaps
             refusals = [
@@ -253,7 +258,7 @@ def check_space(
 
 
 def to_grammar(space: Space) -> dict[str, dict[str, list[Any]]]:
-    """The inverse of `read_space`: plain values, for JSON and YAML."""
+    """Return `space` as plain values for JSON and YAML, which `read_space` reads."""
     return {
         name: {dimension.kind: [list(value) if isinstance(value, tuple) else value for value in dimension.values]}
         for name, dimension in space.items()
@@ -261,20 +266,20 @@ def to_grammar(space: Space) -> dict[str, dict[str, list[Any]]]:
 
 
 def _grids(space: Space) -> dict[str, tuple[Any, ...]]:
-    """By name, so that the order of a file's lines does not count."""
+    """Return the values of each grid, sorted by name: the order of a file's lines does not matter."""
     return {name: found.values for name in sorted(space) if isinstance(found := space[name], Choice) and found.grid}
 
 
 def num_trials(space: Space, num_samples: int) -> int:
-    """`num_samples` of every combination of the grids' values."""
+    """Return the number of trials: `num_samples` of every combination of the grids' values."""
     return num_samples * math.prod(map(len, _grids(space).values()))
 
 
 def draw(space: Space, seed: int, index: int) -> dict[str, Any]:
-    """The settings of trial `index`: a function of its arguments alone.
+    """Return the settings of trial `index`, which depend on the arguments alone.
 
     Trials go through the combinations of the grids in turn (sorted by name, the last changes fastest). Every other
-    value is drawn by (seed, index, name), so that neither more trials nor another setting in the space change it.
+    value is drawn from (seed, index, name), so that more trials or more settings in the space do not change it.
     """
     grids = _grids(space)
     combinations = list(itertools.product(*grids.values()))
@@ -283,11 +288,11 @@ def draw(space: Space, seed: int, index: int) -> dict[str, Any]:
         name: fixed[name] if name in fixed else dimension.at(random.Random(f"{seed}/{index}/{name}").random())
         for name, dimension in space.items()
     }
-    return {name: coerce(value, setting_types()[name]) for name, value in drawn.items()}
+    return {name: coerce(value, TYPES[name]) for name, value in drawn.items()}
 
 
 def optuna_distributions(space: Space) -> dict[str, Any]:
-    """Setting -> the optuna distribution that proposes the same values; a grid becomes a choice."""
+    """Return setting name -> optuna distribution over the same values; a grid becomes a choice."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     def distribution(dimension: Dimension) -> Any:

@@ -1,4 +1,4 @@
-"""The settings of a sweep, beside those that its trials share."""
+"""The settings of a sweep, besides those that its trials share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 from raycontrolnet.config.rules import Problems, at_least, one_of, problem_of
 from raycontrolnet.config.space import Space, check_space, place_of, read_space
-from raycontrolnet.config.train_config import TrainConfig, coerce_settings, setting_types
+from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.config.values import coerce_settings, setting_types
 from raycontrolnet.errors import ConfigError
 
 SCHEDULERS = ("asha", "median", "none")
@@ -22,37 +23,37 @@ OBJECTIVES = {
     "control_fidelity": "max",
     "images_per_second": "max",
 }
-"""What trials can be ranked by -> which is better, the smallest or the largest."""
+"""Metrics that trials can be ranked by -> the best value, smallest or largest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSettings:
-    """Sweep"""
+    """Sweep: which settings its trials try, and how."""
 
     space: str | None = None
     """YAML file of the settings to try; by default learning_rate, lr_scheduler and proportion_empty_prompts."""
     num_samples: int = 16
-    """Trials, each with settings drawn from the space; of every combination of its grids, if it has any."""
+    """Number of trials, each with settings drawn from the space; if it has grids, of each of their combinations."""
     max_concurrent_trials: int | None = None
-    """Trials at a time; by default as many as the cluster has room for."""
+    """Trials that run at a time; by default as many as fit in the cluster."""
     scheduler: str = "asha"
-    """What stops weak trials early: asha, median (those below the median of the others) or none."""
+    """Way to stop weak trials early: asha, median (stops those below the median of the others) or none."""
     searcher: str = "random"
-    """What proposes settings: random, or optuna: pip install 'raycontrolnet[optuna]'."""
+    """Search method: random, or optuna: pip install 'raycontrolnet[optuna]'."""
     objective: str = "val_loss"
-    """What trials are ranked by: val_loss, loss, control_gap, control_fidelity or images_per_second."""
+    """Metric that ranks trials: val_loss, loss, control_gap, control_fidelity or images_per_second."""
     grace_period: int | None = None
-    """Updates before a trial may be stopped: longer than control takes to appear; by default a quarter of the run."""
+    """Updates before a trial may be stopped, enough for control to appear; by default a quarter of the run."""
     reduction_factor: int = 4
-    """asha lets the best of this many go on, at grace_period and at each multiple of it by this factor."""
+    """asha continues one trial in this many, at grace_period and again at each multiple of it by this factor."""
     gpus_per_trial: float = 1.0
-    """GPUs of a trial with one worker, where there are any; 0.5 lets two share one."""
+    """GPUs for a trial with one worker, if there are any; at 0.5, two trials share one."""
     trial_retries: int = 0
-    """How often a trial whose training failed (diverged, out of memory) is tried again from its last checkpoint."""
+    """Number of times a failed trial (diverged, out of memory) is tried again from its last checkpoint."""
     allow_new_caches: bool = False
-    """Let the space name settings that need latents of their own, such as resolution."""
+    """Let the space name settings whose values need their own latents, such as resolution."""
     resume: bool = False
-    """Go on with the sweep in output_dir; num_samples may have grown."""
+    """Resume the sweep in output_dir; num_samples may be larger than before."""
 
     def problems(self) -> Problems:
         yield from at_least(self, 1, "num_samples", "max_concurrent_trials", "grace_period")
@@ -62,7 +63,9 @@ class SweepSettings:
         yield from one_of(self, "searcher", SEARCHERS)
         yield from one_of(self, "objective", tuple(OBJECTIVES))
         if not 0 < self.gpus_per_trial <= 1:
-            yield problem_of(self, "gpus_per_trial", "must be above 0 and at most 1; several are for --num_workers")
+            yield problem_of(
+                self, "gpus_per_trial", "must be above 0 and at most 1; for several GPUs use --num_workers"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,7 @@ class SweepConfig(SweepSettings):
 
     train: TrainConfig
     space: Mapping[str, Any] | str | Path | None = None  # type: ignore[assignment]
-    """The settings to try: a YAML file, read here and now, or its content; by default those of `DEFAULT_SPACE`."""
+    """The settings to try: a YAML file, read at once, or its content; by default `DEFAULT_SPACE`."""
 
     def __post_init__(self) -> None:
         kinds = {name: kind for name, kind in setting_types(SweepSettings).items() if name != "space"}

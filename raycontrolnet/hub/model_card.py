@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raycontrolnet.config.train_config import TrainConfig, changed_settings
+from raycontrolnet.config.train_config import TrainConfig, changed_settings, names_with
 from raycontrolnet.hub.licence import Licence, is_hub_id
 from raycontrolnet.storage.files import replacing
 from raycontrolnet.training import validation
@@ -22,11 +22,6 @@ TAGS = (
     "controlnet",
     "diffusers-training",
 )
-
-_OF_THE_MACHINE = {
-    "address", "cache_dir", "hub_model_id", "logging_dir", "output_dir", "push_to_hub", "tracker_group",
-}  # fmt: skip
-"""Settings that say where a run was, not what it was."""
 
 _FACTS = {
     "step": "updates",
@@ -172,7 +167,8 @@ def _facts_list(facts: Mapping[str, Any]) -> str:
 
 
 def _settings_list(config: TrainConfig) -> str:
-    shown = {name: value for name, value in changed_settings(config).items() if name not in _OF_THE_MACHINE}
+    left_out = names_with("left_out_of_card")
+    shown = {name: value for name, value in changed_settings(config).items() if name not in left_out}
     dumped = {name: json.dumps(_without_folders(value), ensure_ascii=False) for name, value in shown.items()}
     return "\n".join(f"- {_code(name)}: {_code(value)}" for name, value in dumped.items())
 

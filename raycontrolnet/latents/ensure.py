@@ -17,9 +17,9 @@ from typing import Any, TextIO
 
 from raycontrolnet.cluster.resources import WorkerResources
 from raycontrolnet.cluster.session import on_a_cluster
-from raycontrolnet.config.checks import versions
-from raycontrolnet.config.settings import CacheConfig, DataConfig, ModelConfig
-from raycontrolnet.config.train_config import TrainConfig, changed_settings
+from raycontrolnet.config.checks import check_device, versions
+from raycontrolnet.config.settings import ClusterConfig
+from raycontrolnet.config.train_config import TrainConfig, changed_settings, names_that_decide, names_with
 from raycontrolnet.data.sources import Source
 from raycontrolnet.errors import ConfigError, DataError, Interrupted, RunError, UserError, root_cause
 from raycontrolnet.latents.cache import ROW_OVERHEAD_BYTES, LatentCache
@@ -126,15 +126,13 @@ def _cache(plan: LatentPlan, encode: Encode, token: str | None, stream: TextIO) 
     return LatentCache.of(plan.folder, manifest, plan.shards), manifest
 
 
-def here(config: TrainConfig) -> Encode:
+def here(cluster: ClusterConfig) -> Encode:
     """Encoding in this process."""
 
     def encode(job: EncodeJob) -> Iterator[ShardResult]:
         import torch
 
-        use_gpu = torch.cuda.is_available() if config.use_gpu is None else config.use_gpu
-        if use_gpu and not torch.cuda.is_available():
-            raise ConfigError(["--use_gpu=True: there is no GPU here; leave the flag out to encode on the CPU"])
+        use_gpu = check_device(cluster.use_gpu, has_gpu=torch.cuda.is_available(), work="encode")
         return encode_here(job, use_gpu=use_gpu)
 
     return encode
@@ -296,8 +294,7 @@ def _report(plan: LatentPlan, manifest: Manifest, stream: TextIO) -> None:
 
 def prepare_command(config: TrainConfig, **others: Any) -> str:
     """The command that makes the cache for `config`."""
-    names = {field.name for group in (ModelConfig, DataConfig, CacheConfig) for field in dataclasses.fields(group)}
-    names -= {"controlnet_model_name_or_path", "proportion_empty_prompts", "tokenizer_name", "cache_latents"}
+    names = {*names_that_decide("latents"), *names_with("in_prepare")}
     settings = {name: value for name, value in changed_settings(config).items() if name in names} | others
     if "max_train_samples" in settings:  # the rows are drawn together with the held-out ones
         settings["seed"] = config.seed

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TextIO
 
 from raycontrolnet.cluster.logs import logging_to, shown_on
@@ -63,7 +62,7 @@ def prepare(config: TrainConfig, *, stream: TextIO | None = None) -> PrepareResu
 
 def _prepare(config: TrainConfig, stream: TextIO) -> PrepareResult:
     started = time.monotonic()
-    config = with_absolute_paths(config, Path(config.output_dir).expanduser().resolve())
+    config = with_absolute_paths(config)
     source, token = check_inputs(config)
     plan = LatentPlan.of(config, source, token)
     plan.check_encoding(prepare_command)

@@ -87,7 +87,7 @@ def fit(config: TrainConfig, *, stream: TextIO | None = None) -> RunResult:
 def _fit(config: TrainConfig, stream: TextIO) -> RunResult:
     started = time.time()
     output_dir = Path(config.output_dir).expanduser().resolve()
-    config = with_absolute_paths(config, output_dir)
+    config = with_absolute_paths(config)
     run = check(config, output_dir)
     latents = planned_latents(run, stream)
 
@@ -103,15 +103,14 @@ def _fit(config: TrainConfig, stream: TextIO) -> RunResult:
 def _train_here(run: CheckedRun, latents: WantedLatents | None, status: RunStatus, stream: TextIO) -> Summary:
     import torch
 
-    use_gpu = torch.cuda.is_available() if run.config.use_gpu is None else run.config.use_gpu
-    check_device(run.config, use_gpu=use_gpu, has_gpu=torch.cuda.is_available())
+    use_gpu = check_device(run.config.use_gpu, run.config, has_gpu=torch.cuda.is_available())
     run = with_latents(run, latents, here(run.config), stream)
     return train_here(run, status, stream, use_gpu=use_gpu)
 
 
 def _train_on_ray(run: CheckedRun, latents: WantedLatents | None, status: RunStatus, stream: TextIO) -> Summary:
     resources = worker_resources(run.config)
-    check_device(run.config, use_gpu=resources.use_gpu, has_gpu=resources.use_gpu)
+    check_device(resources.use_gpu, run.config, has_gpu=resources.use_gpu)
     run = with_latents(run, latents, on_ray(resources), stream, shared=not resources.one_machine)
     return train_on_ray(run, resources, status, stream)
 

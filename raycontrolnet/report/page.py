@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.config.train_config import TrainConfig, names_with
 from raycontrolnet.storage.files import replacing
 from raycontrolnet.text import duration
 
@@ -53,8 +53,8 @@ def _breakable(name: str) -> Markup:
 def settings(found: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return those settings of a run that differ from their defaults, and all; without secrets."""
     defaults = {setting.name: setting.default for setting in dataclasses.fields(TrainConfig)}
-    secret = {setting.name for setting in dataclasses.fields(TrainConfig) if setting.metadata.get("secret")}
-    shown = {name: value for name, value in found.items() if name not in secret}
+    secrets = names_with("secret")
+    shown = {name: value for name, value in found.items() if name not in secrets}
     plain = {name: tuple(value) if isinstance(value, list) else value for name, value in shown.items()}
     changed = {name: value for name, value in shown.items() if name not in defaults or plain[name] != defaults[name]}
     return changed, shown

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raycontrolnet.config.train_config import coerce, read_yaml, setting_types
+from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.config.values import coerce, read_yaml, setting_types
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.storage import checkpoint as checkpoints
 
@@ -97,7 +98,7 @@ def _read(file: Path, name: str) -> dict[str, Any]:
     for key, value in read_yaml(file, f"--controlnet={name}: {file}").items():
         if key in OF_THE_BASE + OF_THE_RUN:
             try:
-                settings[key] = coerce(value, setting_types()[key])
+                settings[key] = coerce(value, setting_types(TrainConfig)[key])
             except ValueError as error:
                 problems.append(f"--controlnet={name}: {file}: {key}: {value!r} {error}")
     if problems:

@@ -16,9 +16,9 @@ from typing import TextIO
 import torch
 
 from raycontrolnet.cluster.logs import logging_to, shown_on
-from raycontrolnet.config.checks import BASE_PARTS, collected, find_token, not_a_model, unwritable
+from raycontrolnet.config.checks import check_device, collected, find_token, not_a_model, unwritable
 from raycontrolnet.config.generate_config import GenerateConfig
-from raycontrolnet.config.settings import ModelConfig
+from raycontrolnet.config.settings import BASE_FOLDERS, ModelConfig
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.performance import working_precision
@@ -141,14 +141,18 @@ def _check(config: GenerateConfig) -> _Task:
         config = config.with_defaults(settings)
         allow_tf32 = settings.get("allow_tf32", False)
         model = _model(config, given, found, settings.get("tokenizer_name"))
-    problems += _device_problems(config, given)
+    use_gpu = False
+    with collected(problems):
+        from_run = {name for name in ("mixed_precision",) if getattr(given, name) is None}
+        has_gpu = torch.cuda.is_available()
+        use_gpu = check_device(config.use_gpu, config, has_gpu=has_gpu, work="draw", from_run=from_run)
     if problem := unwritable(out, "out"):
         problems.append(problem)
     else:
         problems += _overwritten(out, items, config)
     if problems or model is None:
         raise ConfigError(problems)
-    device = torch.device("cuda" if _uses_gpu(config) else "cpu")
+    device = torch.device("cuda" if use_gpu else "cpu")
     return _Task(config, model, items, out, device, allow_tf32, find_token(config.hub_token))
 
 
@@ -169,7 +173,7 @@ def _model(
         )
     else:
         base = str(Path(base).expanduser()) if Path(base).expanduser().exists() else base
-        problem = not_a_model(base, "pretrained_model_name_or_path", BASE_PARTS)
+        problem = not_a_model(base, "pretrained_model_name_or_path", BASE_FOLDERS)
         from_run = given.pretrained_model_name_or_path is None
         problems.append(f"{problem}; {found.config_file} names it" if problem and from_run else problem)
     if any(problems):
@@ -182,18 +186,6 @@ def _model(
         tokenizer_name=tokenizer_name,
         cache_dir=config.cache_dir,
     )
-
-
-def _uses_gpu(config: GenerateConfig) -> bool:
-    return torch.cuda.is_available() if config.use_gpu is None else config.use_gpu
-
-
-def _device_problems(config: GenerateConfig, given: GenerateConfig) -> Iterator[str]:
-    if config.use_gpu and not torch.cuda.is_available():
-        yield "--use_gpu=True: there is no GPU here; leave the flag out to draw on the CPU"
-    elif config.mixed_precision == "fp16" and not _uses_gpu(config):
-        whose = "" if given.mixed_precision else "the run's own precision "
-        yield f"--mixed_precision=fp16: {whose}needs a GPU; use bf16 or no on the CPU"
 
 
 def _overwritten(out: Path, items: Sequence[ImageItem], config: GenerateConfig) -> Iterator[str]:

@@ -14,7 +14,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from raycontrolnet.config.output_settings import OutputConfig
-from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.config.train_config import names_with
 
 logger = logging.getLogger(__name__)
 
@@ -249,8 +249,8 @@ def open_trackers(
         done_steps: updates done before this start, if the run continues.
         group: of runs that belong together, where a tracker knows such.
     """
-    secret = {setting.name for setting in fields(TrainConfig) if setting.metadata.get("secret")}
-    public = {name: value for name, value in settings.items() if name not in secret}
+    secrets = names_with("secret")
+    public = {name: value for name, value in settings.items() if name not in secrets}
     run = Run(logging_dir.absolute(), project, run_name, public, done_steps, group)
     opened: dict[str, Tracker] = {}
     for name in names:

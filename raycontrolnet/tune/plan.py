@@ -1,4 +1,4 @@
-"""What a sweep will do, checked and decided before Ray starts; and with Ray, what its trials share."""
+"""Plan of a sweep, checked before Ray starts, and what its trials share once Ray runs."""
 
 from __future__ import annotations
 
@@ -11,22 +11,19 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from raycontrolnet.cluster.resources import WorkerResources
-from raycontrolnet.config.checks import versions, with_absolute_paths
-from raycontrolnet.config.space import Choice, Space, num_trials, to_grammar
+from raycontrolnet.config.checks import absolute, versions, with_absolute_paths
+from raycontrolnet.config.space import Choice, Dimension, Space, num_trials, to_grammar
 from raycontrolnet.config.sweep_config import OBJECTIVES, SweepConfig
 from raycontrolnet.config.sweepable import cache_settings
-from raycontrolnet.config.train_config import TrainConfig, public_settings
+from raycontrolnet.config.train_config import TrainConfig, names_that_decide, names_with, public_settings
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.latents.ensure import WantedLatents, on_ray, planned_latents, with_latents
 from raycontrolnet.launch.preflight import CheckedRun, check
-from raycontrolnet.tune.checks import MODELS, _differences, _objective_problem, _problems, _variants, _warnings, _with
+from raycontrolnet.tune.checks import _differences, _objective_problem, _problems, _variants, _warnings
 from raycontrolnet.tune.concurrency import TrialSlots
 from raycontrolnet.tune.recorder import mark_interrupted
 from raycontrolnet.tune.records import SweepLease, TrialRecord, read_records, read_sweep
 from raycontrolnet.tune.trial import Shared, cache_key
-
-LENGTHS = ("max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps")
-"""Settings that decide how many updates a trial does."""
 
 
 @dataclass(frozen=True)
@@ -39,21 +36,21 @@ class SweepPlan:
     space: Space
     num_trials: int
     runs: Mapping[str, tuple[CheckedRun, WantedLatents | None]]
-    """The sweep's run for each latent cache (see `cache_key`): trials differ from it by the settings they try."""
+    """The sweep's run for each latent cache (see `cache_key`); trials differ from it in the settings they try."""
     records: Sequence[TrialRecord]
-    """Trials of an earlier part of the sweep."""
+    """Trials from before the sweep was resumed."""
     total_updates: int
     grace_period: int | None
     """Updates before a trial may be stopped; None if none is."""
 
     @property
     def run(self) -> CheckedRun:
-        """That of the first cache."""
+        """The run of the first cache."""
         return next(iter(self.runs.values()))[0]
 
     @property
     def train(self) -> TrainConfig:
-        """The settings that trials share, with absolute paths and a seed; those that the space names differ."""
+        """The settings that trials share, with absolute paths and a seed; those in the space are replaced."""
         return self.run.config
 
     @property
@@ -62,11 +59,11 @@ class SweepPlan:
 
     @property
     def num_left(self) -> int:
-        """Trials that are still to be trained, or to go on."""
+        """Number of trials that are still to be trained or resumed."""
         return sum(not record.ended for record in self.records) + max(0, self.num_trials - len(self.records))
 
     def facts(self) -> dict[str, Any]:
-        """For sweep.json."""
+        """Return the content of sweep.json."""
         config = self.config
         names = ("searcher", "scheduler", "objective", "num_samples", "reduction_factor")
         return {
@@ -84,15 +81,14 @@ class SweepPlan:
         }
 
     def device_settings(self) -> Iterator[TrainConfig]:
-        """The settings with each value of the space that asks something of the device."""
+        """Yield the settings with each value in the space that may need a GPU."""
         yield self.train
-        for name in set(self.space) & {"mixed_precision", "enable_xformers_memory_efficient_attention"}:
-            for value in self.space[name].values:
-                yield _with(self.train, {name: value})
+        for name in names_with("gpu_only"):
+            yield from _variants(self.train, self.space, [name])
 
     def config_of(self, record: TrialRecord) -> TrainConfig:
-        """The settings of a trial, as `fit` takes them for the same run."""
-        return _with(self.train, record.settings)
+        """Return the settings of a trial, as `fit` takes them for the same run."""
+        return dataclasses.replace(self.train, **record.settings)
 
 
 def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
@@ -104,19 +100,17 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
     sweep_dir = Path(config.train.output_dir).expanduser().resolve()
     before, space = read_sweep(sweep_dir), config.parsed_space
     if before and not config.resume:
-        raise ConfigError(
-            [f"--output_dir={sweep_dir}: holds a sweep; go on with it by --resume, or name another folder"]
-        )
+        raise ConfigError([f"--output_dir={sweep_dir}: holds a sweep; resume it with --resume, or name another folder"])
     if config.resume and not before:
-        stream.write(f"sweep: there is nothing to go on with in {sweep_dir}: a new sweep begins\n")
+        stream.write(f"sweep: there is nothing to resume in {sweep_dir}: a new sweep starts\n")
     train = _shared_settings(config.train, sweep_dir, before)
-    space = _with_absolute_paths(space, train, sweep_dir)
+    space = {name: _with_absolute_paths(name, dimension) for name, dimension in space.items()}
     problems = [*_differences(before, config, train, space), *_problems(config, train, space)]
     if problems:
         raise ConfigError(problems)
     runs = {}
     for settings in _cache_variants(space):
-        run = check(_with(train, settings), sweep_dir)
+        run = check(dataclasses.replace(train, **settings), sweep_dir)
         runs[cache_key(settings)] = run, planned_latents(run, stream, reused=True)
     checked = [run for run, _ in runs.values()]
     for run in checked:
@@ -137,9 +131,9 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
 
 
 def _shared_settings(train: TrainConfig, sweep_dir: Path, before: Mapping[str, Any]) -> TrainConfig:
-    """`train`, complete: absolute paths, the sweep's seed, its name as the trackers' group, one worker instead of 0."""
-    train = with_absolute_paths(train, sweep_dir)
-    in_callers_process = train.worker_range == (0, 0)  # a trial's one worker is its own process anyway
+    """Complete `train`: absolute paths, the sweep's seed, its name as the trackers' group, one worker instead of 0."""
+    train = with_absolute_paths(train)
+    in_callers_process = train.worker_range == (0, 0)  # a trial has a process of its own in any case
     seed = before.get("seed", secrets.randbelow(2**31)) if train.seed is None else train.seed
     return dataclasses.replace(
         train,
@@ -149,37 +143,33 @@ def _shared_settings(train: TrainConfig, sweep_dir: Path, before: Mapping[str, A
     )
 
 
-def _with_absolute_paths(space: Space, train: TrainConfig, sweep_dir: Path) -> Space:
-    """Models and data in the space as trials, which run elsewhere, must see them."""
-    found = dict(space)
-    for name in {*MODELS, "train_data_dir", "dataset_name"} & set(space):
-        dimension = space[name]
-        if isinstance(dimension, Choice):
-            configs = [with_absolute_paths(_with(train, {name: value}), sweep_dir) for value in dimension.values]
-            found[name] = dataclasses.replace(dimension, values=tuple(getattr(config, name) for config in configs))
-    return found
+def _with_absolute_paths(name: str, dimension: Dimension) -> Dimension:
+    """Return the values of a setting with absolute paths, as trials run in other directories."""
+    if isinstance(dimension, Choice):
+        return dataclasses.replace(dimension, values=tuple(absolute(name, value) for value in dimension.values))
+    return dimension
 
 
 def _cache_variants(space: Space) -> Iterator[dict[str, Any]]:
-    """The settings of the space that need latents of their own, in all combinations; at least one, empty."""
+    """Yield all combinations of the values that need their own latents; a single empty one if there are none."""
     values = {}
     for name in cache_settings(space):
         dimension = space[name]
         if not isinstance(dimension, Choice):
-            raise ConfigError([f"--space: {name}: needs latents of its own for every value; use choice or grid"])
+            raise ConfigError([f"--space: {name}: needs its own latents for every value; use choice or grid"])
         values[name] = dimension.values
     for combination in itertools.product(*values.values()):
         yield dict(zip(values, combination, strict=True))
 
 
 def _totals(run: CheckedRun, space: Space) -> Iterator[int]:
-    """Updates of a trial: the ends of what they may come to."""
-    for config in _variants(run.config, space, LENGTHS):
+    """Yield numbers of updates that trials may do, the smallest and the largest among them."""
+    for config in _variants(run.config, space, names_that_decide("length")):
         yield dataclasses.replace(run, config=config).plan(run.config.worker_range[1], None).total_updates
 
 
 def _grace_period(config: SweepConfig, every: int, total_updates: int, stream: TextIO) -> int | None:
-    """A quarter of the run by default, up to the next validation: only there is a trial judged."""
+    """Return the grace period, a quarter of the run by default, rounded up to a validation: it is where trials stop."""
     if config.scheduler == "none":
         return None
     wanted = config.grace_period or -(-total_updates // 4)
@@ -195,7 +185,7 @@ def _grace_period(config: SweepConfig, every: int, total_updates: int, stream: T
 def shared_of(
     plan: SweepPlan, places: TrialSlots, marker: SweepLease, resources: WorkerResources, stream: TextIO
 ) -> Shared:
-    """What the trials share; its latents are made now, if need be, with the `resources` that a run would have.
+    """Return what the trials share; missing latents are made now, with the `resources` that a run would have.
 
     Raises:
         UserError, RunError: as `prepare`.
@@ -203,9 +193,12 @@ def shared_of(
     runs = {}
     for key, (run, latents) in plan.runs.items():
         complete = with_latents(run, latents, on_ray(resources), stream, shared=not resources.one_machine)
-        own = {"cpus_per_worker": places.cpus_per_worker, "push_to_hub": False, "resume_from_checkpoint": None}
-        config = _with(complete.config, own)
-        runs[key] = dataclasses.replace(complete, config=config)
+        own: dict[str, Any] = {
+            "cpus_per_worker": places.cpus_per_worker,
+            "push_to_hub": False,
+            "resume_from_checkpoint": None,
+        }
+        runs[key] = dataclasses.replace(complete, config=dataclasses.replace(complete.config, **own))
     return Shared(
         sweep_dir=plan.sweep_dir,
         marker=marker,

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from ray.tune.search import Searcher
 
 from raycontrolnet.config.space import Space, draw, optuna_distributions
-from raycontrolnet.config.train_config import coerce, setting_types
+from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.config.values import coerce, setting_types
 from raycontrolnet.tune.recorder import NotPickled
 from raycontrolnet.tune.records import TrialRecord
 
@@ -96,6 +97,6 @@ def proposals(
     def ask(_: int, trial_id: str) -> dict[str, Any]:
         proposed = optuna.suggest(trial_id)
         assert proposed is not None
-        return {name: coerce(value, setting_types()[name]) for name, value in proposed.items()}
+        return {name: coerce(value, setting_types(TrainConfig)[name]) for name, value in proposed.items()}
 
     return TrialSearcher(begun, indices, ask, propose, optuna)

@@ -128,7 +128,7 @@ def _run(plan: SweepPlan, marker: SweepLease, facts: dict[str, Any], stream: Tex
             own=own,
         )
         for tried in plan.device_settings():
-            check_device(tried, use_gpu=where.use_gpu, has_gpu=where.use_gpu)
+            check_device(where.use_gpu, tried, has_gpu=where.use_gpu)
         trials = plan.num_left
         stream.write(f"sweep: {counted(trials, 'trial')}, {where.reason}\n")
         shared = shared_of(plan, where, marker, worker_resources(train), stream)

@@ -1,0 +1,143 @@
+"""Values of settings from flags, YAML and Python: brought to the settings' types, and checked together."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Union
+
+from raycontrolnet.errors import ConfigError
+from raycontrolnet.text import error_message
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+@cache
+def setting_types(config: type[Any]) -> Mapping[str, Any]:
+    """Return setting name -> type, for every setting of the class `config`."""
+    hints = typing.get_type_hints(config)
+    return {setting.name: hints[setting.name] for setting in dataclasses.fields(config)}
+
+
+def check_settings(config: Any, groups: Sequence[Any]) -> None:
+    """Bring the settings of a new config to their types, and check that they can be run.
+
+    Args:
+        config: a frozen dataclass, in its `__post_init__`.
+        groups: its base classes, each with a method `problems`.
+
+    Raises:
+        ConfigError: with every problem at once.
+    """
+    problems = coerce_settings(config, setting_types(config.__class__))
+    if not problems:  # the checks of the groups rely on the types
+        problems = [problem for group in groups for problem in group.problems(config)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def coerce_settings(config: Any, kinds: Mapping[str, Any]) -> list[str]:
+    """Bring the settings named in `kinds` to their types, in place; return a problem for each that does not fit."""
+    problems = []
+    for setting in dataclasses.fields(config):
+        if setting.name not in kinds:
+            continue
+        given = getattr(config, setting.name)
+        try:
+            object.__setattr__(config, setting.name, coerce(given, kinds[setting.name]))
+        except ValueError as error:
+            shown = "" if setting.metadata.get("secret") else f"={given!r}"
+            problems.append(f"--{setting.name}{shown}: {error}")
+    return problems
+
+
+def coerce(value: Any, kind: Any) -> Any:
+    """Return `value` as the setting's type `kind`.
+
+    Only unambiguous conversions are made: an int, or a text such as 1e-5 (a string in YAML 1.1), to a float; a number
+    to a text; one text or a list of them to a tuple.
+
+    Raises:
+        ValueError: names the expected type.
+    """
+    if typing.get_origin(kind) in (Union, types.UnionType):
+        if value is None:
+            return None
+        (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
+    if typing.get_origin(kind) is tuple:
+        items = [value] if isinstance(value, (str, Path)) else value
+        if isinstance(items, (list, tuple)) and all(isinstance(item, (str, Path)) for item in items):
+            return tuple(map(str, items)) or None
+        raise ValueError("must be a text or a list of texts")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is float and (is_number or isinstance(value, str)):
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if math.isnan(number):  # NaN would pass every range check
+            raise ValueError("must be a number")
+        return number
+    if kind is str and (is_number or isinstance(value, Path)):
+        return str(value)
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise ValueError(f"must be {_TYPE_NAMES[kind]}")
+
+
+def check_names(settings: Mapping[Any, Any], known: Mapping[str, Any], place: str) -> None:
+    """Check that every key of `settings` is in `known`.
+
+    Args:
+        settings: values by name.
+        known: names of settings.
+        place: the flag or file that `settings` are from.
+
+    Raises:
+        ConfigError: names each unknown key and the nearest setting.
+    """
+    problems = []
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; perhaps you meant {near[0]}" if near else "; raycontrolnet train --help lists the settings"
+            problems.append(f"{place}: unknown setting {name}{hint}")
+    if problems:
+        raise ConfigError(problems)
+
+
+def load_yaml(path: str | Path, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings in the YAML file of `--config`.
+
+    Raises:
+        ConfigError: if the file cannot be read, is not a mapping, or has keys that are not in `known`.
+    """
+    place = f"--config={path}"
+    settings = read_yaml(path, place)
+    check_names(settings, known, place)
+    return settings
+
+
+def read_yaml(path: str | Path, place: str) -> dict[Any, Any]:
+    """Return the content of a YAML file of `name: value` lines, whatever the names.
+
+    Raises:
+        ConfigError: names `place`, if the file cannot be read or is not a mapping.
+    """
+    import yaml
+
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{place}: cannot be read ({error_message(error)})"]) from None
+    except yaml.YAMLError as error:
+        raise ConfigError([f"{place}: is not valid YAML ({error_message(error)})"]) from None
+    if not isinstance(settings, dict):
+        raise ConfigError([f"{place}: must be a list of `setting: value` lines"])
+    return settings
