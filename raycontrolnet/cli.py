@@ -12,11 +12,11 @@ from importlib import import_module
 from typing import Annotated, Any, NamedTuple
 
 from raycontrolnet.config.condition_config import CONDITION_GROUPS, ConditionConfig
-from raycontrolnet.config.declare import facts_of, title
+from raycontrolnet.config.declare import title
 from raycontrolnet.config.generate_config import GENERATE_GROUPS, GenerateConfig
 from raycontrolnet.config.sweep_config import SweepConfig, SweepSettings
-from raycontrolnet.config.train_config import GROUPS, TrainConfig
-from raycontrolnet.config.values import coerce, load_yaml, setting_types
+from raycontrolnet.config.train_config import FACTS, GROUPS, TrainConfig
+from raycontrolnet.config.values import coerce, read_yaml, setting_types, unknown_names
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
 from raycontrolnet.version import __version__
 
@@ -121,13 +121,11 @@ def parse(command: str, argv: Sequence[str]) -> Any:
     found = COMMANDS[command]
     path, flags = _config_flag(argv) if found.file else (None, argv)
     known = {name: kind for group in found.groups for name, kind in setting_types(group).items()}
-    given = load_yaml(path, known) if path else {}
-    # In a file the space may be the mapping itself, which no flag can be.
-    space = given.pop("space") if isinstance(given.get("space"), dict) else None
-    defaults = {
-        **(_load(found.defaults) if found.defaults else {}),
-        **_coerced(given, found.groups, f"--config={path}"),
-    }
+    place = f"--config={path}"
+    given = read_yaml(path, place) if path else {}
+    # In a file, a sweep's space may be the mapping itself, which a flag cannot be.
+    space = given.pop("space") if "space" in known and isinstance(given.get("space"), dict) else None
+    defaults = {**(_load(found.defaults) if found.defaults else {}), **_coerced(given, known, place)}
     settings = _parsed(flags, found.groups, defaults, f"raycontrolnet {command}", found.description)
     if space is not None and settings["space"] is None:
         settings["space"] = space
@@ -142,21 +140,19 @@ def _config_flag(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     return found.config or None, flags
 
 
-def _coerced(given: Mapping[str, Any], groups: Sequence[Any], place: str) -> dict[str, Any]:
+def _coerced(given: Mapping[str, Any], known: Mapping[str, Any], place: str) -> dict[str, Any]:
     """Return the settings of a file as their types.
 
     Raises:
         ConfigError: names `place`.
     """
-    settings, problems = {}, []
-    for group in groups:
-        for name, facts in facts_of(group).items():
-            if name in given:
-                try:
-                    settings[name] = coerce(given[name], setting_types(group)[name])
-                except ValueError as error:
-                    shown = "" if "secret" in facts else f"{given[name]!r} "
-                    problems.append(f"{place}: {name}: {shown}{error}")
+    settings, problems = {}, unknown_names(given, known, place)
+    for name in [name for name in given if name in known]:
+        try:
+            settings[name] = coerce(given[name], known[name])
+        except ValueError as error:
+            shown = "" if "secret" in FACTS.get(name, {}) else f"{given[name]!r} "
+            problems.append(f"{place}: {name}: {shown}{error}")
     if problems:
         raise ConfigError(problems)
     return settings

@@ -32,11 +32,13 @@ from hub_stand_in import HubStandIn
 from PIL import Image
 
 from raycontrolnet import ConditionConfig, GenerateConfig, TrainConfig, cli, fit
+from raycontrolnet.config.declare import title
 from raycontrolnet.config.space import read_space
 from raycontrolnet.config.sweep_config import SweepSettings
-from raycontrolnet.config.train_config import GROUPS, TrainConfig
+from raycontrolnet.config.train_config import GROUPS
+from raycontrolnet.config.values import setting_types
 from raycontrolnet.data.sources import open_source
-from raycontrolnet.demo.demo import FOLDER, demo_settings, run_demo
+from raycontrolnet.demo.demo import FOLDER, run_demo
 from raycontrolnet.demo.shapes import draw_row
 from raycontrolnet.errors import Interrupted, RunError, UserError
 from raycontrolnet.training import metrics
@@ -101,7 +103,7 @@ def write_workspace(folder: Path, base: Path) -> Path:
         image, _, text = draw_row(index, 64, 0)
         image.save(folder / "my-photos" / f"{index}.jpg")
         (folder / "my-photos" / f"{index}.txt").write_text(text)
-    settings = load_yaml(ROOT / "examples" / "train.yaml") | {"max_train_steps": 2, "resolution": 32}
+    settings = yaml.safe_load((ROOT / "examples" / "train.yaml").read_text()) | {"max_train_steps": 2, "resolution": 32}
     for name in ("pretrained_model_name_or_path", "train_data_dir", "output_dir"):
         settings[name] = str(folder / settings[name])
     for name in [name for name in settings if name.startswith("validation_")]:
@@ -265,7 +267,7 @@ def test_the_table_of_what_a_run_leaves(tiny_settings: dict[str, Any], circles: 
     assert (result.checkpoint / "controlnet" / "config.json").is_file()
     columns = re.findall(r"`metrics.jsonl` \| one line per update: (.*?) \|", section)[0].split(", ")
     assert list(metrics.read(result.output_dir / metrics.METRICS_FILE)[0]) == columns
-    assert load_yaml(result.output_dir / "config.yaml")["seed"] == 0
+    assert yaml.safe_load((result.output_dir / "config.yaml").read_text())["seed"] == 0
     assert re.fullmatch(r"step-\d{6}", next((result.output_dir / "validation").iterdir()).name)
 
 
@@ -336,7 +338,13 @@ def test_flags_exist(path: str, at_least: int) -> None:
     of_others = {"logdir", "head", "region", "query", "output", "name", "port", "ulimit"}
     flags = re.findall(r"(?<![\w-])--(\w+)(?![\w-])", (ROOT / path).read_text(encoding="utf-8"))
     assert len(flags) >= at_least
-    ours = {*setting_types(), *setting_types(GenerateConfig), *setting_types(ConditionConfig), "config", "help"}
+    ours = {
+        *setting_types(TrainConfig),
+        *setting_types(GenerateConfig),
+        *setting_types(ConditionConfig),
+        "config",
+        "help",
+    }
     ours |= {*setting_types(SweepSettings)}
     assert set(flags) - ours - of_others == set()
 
@@ -352,11 +360,11 @@ def test_commands_and_flags_are_in_help(capsys: pytest.CaptureFixture[str]) -> N
         cli.main(["train", "--help"])
     assert exit_info.value.code == 0
     help_text = capsys.readouterr().out
-    assert [name for name in setting_types() if f"--{name}" not in help_text] == []
+    assert [name for name in setting_types(TrainConfig) if f"--{name}" not in help_text] == []
     with pytest.raises(SystemExit):
         cli.main(["tune", "--help"])
     help_text = capsys.readouterr().out
-    of_a_sweep = [*setting_types(), *setting_types(SweepSettings)]
+    of_a_sweep = [*setting_types(TrainConfig), *setting_types(SweepSettings)]
     assert [name for name in of_a_sweep if f"--{name}" not in help_text] == []
 
 

@@ -489,9 +489,7 @@ def test_folders_without_a_usable_controlnet(
     file.write_text(yaml.safe_dump(settings | {"resolution": "large", "mixed_precision": "fp16"}))
     assert message(checkpoint) == f"--controlnet={checkpoint}: {file}: resolution: 'large' must be a whole number"
     file.write_text(yaml.safe_dump(settings | {"mixed_precision": "fp16"}))
-    assert message(checkpoint) == (
-        "--mixed_precision=fp16 (the run's own): needs a GPU; use bf16 or no on the CPU"
-    )
+    assert message(checkpoint) == ("--mixed_precision=fp16 (the run's own): needs a GPU; use bf16 or no on the CPU")
     file.write_text("- a\n- b\n")
     assert message(checkpoint) == (f"--controlnet={checkpoint}: {file}: must be a list of `setting: value` lines")
 

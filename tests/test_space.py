@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from raycontrolnet.config.declare import Facts
 from raycontrolnet.config.settings import LR_SCHEDULERS
 from raycontrolnet.config.space import (
     DEFAULT_SPACE,
@@ -29,10 +30,14 @@ from raycontrolnet.config.space import (
     read_space,
     to_grammar,
 )
-from raycontrolnet.config.sweepable import MEASUREMENT, NEEDS_CACHE, PLACE_OR_MACHINE, SWEEPABLE, refusal
-from raycontrolnet.config.train_config import TrainConfig, coerce, setting_types
+from raycontrolnet.config.sweepable import refusal
+from raycontrolnet.config.train_config import FACTS, TrainConfig, names_that_decide, names_with
+from raycontrolnet.config.values import coerce, setting_types
 from raycontrolnet.errors import ConfigError
 
+TYPES = setting_types(TrainConfig)
+NEEDS_CACHE = frozenset(names_that_decide("latents"))
+SWEEPABLE = frozenset(names_with("sweepable")) - NEEDS_CACHE
 TRAIN = TrainConfig(pretrained_model_name_or_path="base", train_data_dir="data")
 SPACE = read_space({
     "learning_rate": {"loguniform": ["2e-6", 1e-4]},
@@ -58,52 +63,54 @@ OTHERS: dict[str, Any] = {
     "dataset_config_name": "other", "train_data_dir": "other", "image_column": "other",
     "conditioning_image_column": "other", "caption_column": "other", "resolution": 256, "latents_dtype": "float32",
 }  # fmt: skip
-"""Setting -> a value that it does not have by default."""
+"""Name of a setting -> a value that is not its default."""
 
 
 def problems(space: Any) -> tuple[str, ...]:
-    """Of reading it."""
+    """Return the problems of reading `space`."""
     with pytest.raises(ConfigError) as error:
         read_space(space)
     return error.value.problems
 
 
 def problem(name: str, entry: Any) -> str:
-    """The one of reading `entry`, without its place."""
+    """Return the one problem of reading `entry`, without its place."""
     (found,) = problems({name: entry})
     assert found.startswith(f"--space: {name}: ")
     return found.removeprefix(f"--space: {name}: ")
 
 
 def checked(space: Mapping[str, Any], train: TrainConfig = TRAIN, **others: Any) -> list[str]:
-    """Problems of checking it."""
-    given: dict[str, Any] = {
-        "place": "--space",
-        "searcher": "random",
-        "objective": "val_loss",
-        "allow_new_caches": False,
-    } | others
+    """Return the problems of checking `space`."""
+    given = {"place": "--space", "searcher": "random", "objective": "val_loss", "allow_new_caches": False} | others
     return check_space(read_space(space), train, **given)
 
 
 # --- which settings ---
 
 
-def test_every_setting_is_in_one_class() -> None:
-    """A new setting: put it into one of the tables of tune/space_checks.py."""
-    classes = [SWEEPABLE, NEEDS_CACHE, frozenset(MEASUREMENT), frozenset(PLACE_OR_MACHINE)]
-    assert all(len(found) >= 9 for found in classes)
-    count = collections.Counter(name for found in classes for name in found)
-    assert count == dict.fromkeys(setting_types(), 1)
+@pytest.mark.parametrize("name", FACTS)
+def test_every_setting_says_what_it_is(name: str) -> None:
+    """A new setting says in its declaration whether a sweep may try it, and if not, why."""
+    assert len({"sweepable", "decides_measurement", "fixed"} & FACTS[name].keys()) == 1
+    assert FACTS[name].keys() <= Facts.__annotations__.keys()
+    assert "sweepable" in FACTS[name] or FACTS[name].get("decides") is None
+
+
+def test_a_setting_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot be swept, and its values are not shown."""
+    monkeypatch.setitem(FACTS, "lr_power", {})
+    assert problem("lr_power", {"choice": ["the-secret"]}) == (
+        "cannot be swept: it is not declared as a setting that trials may try; set it for all trials with --lr_power"
+    )
 
 
 def test_secrets_are_never_swept() -> None:
-    secrets = {setting.name for setting in dataclasses.fields(TrainConfig) if setting.metadata.get("secret")}
-    assert secrets == {"hub_token"}
-    assert secrets <= set(PLACE_OR_MACHINE)
+    assert names_with("secret") == ("hub_token",)
+    assert "fixed" in FACTS["hub_token"]
 
 
-def test_the_classes_agree_with_what_prepare_needs() -> None:
+def test_facts_agree_with_what_prepare_needs() -> None:
     """`prepare_command` names exactly what decides a latent cache."""
     from raycontrolnet.latents.ensure import prepare_command
 
@@ -121,9 +128,7 @@ def test_what_may_be_swept_is_accepted(name: str) -> None:
     assert checked({name: {"choice": [getattr(TRAIN, name), OTHERS[name]]}}) == []
 
 
-OWN_CACHE = (
-    "each value needs a latent cache of its own, which takes time and disk; add --allow_new_caches if that is meant"
-)
+OWN_CACHE = "each value needs its own latent cache, which takes time and disk; add --allow_new_caches to make them"
 
 
 @pytest.mark.parametrize("name", sorted(NEEDS_CACHE - {"dataset_name", "dataset_config_name"}))
@@ -138,28 +143,26 @@ def test_one_folder_holds_one_cache() -> None:
     train = dataclasses.replace(TRAIN, latents_cache_dir="latents")
     (found,) = checked({"resolution": {"grid": [256, 512]}}, train, allow_new_caches=True)
     assert found == (
-        "--space: resolution: each value needs a latent cache of its own, and --latents_cache_dir=latents holds one; "
+        "--space: resolution: each value needs its own latent cache, and --latents_cache_dir=latents holds only one; "
         "leave --latents_cache_dir out, so that each gets a folder"
     )
     assert checked({"learning_rate": {"uniform": [0, 1]}}, train) == []
 
 
-@pytest.mark.parametrize("name", sorted(MEASUREMENT))
+@pytest.mark.parametrize("name", names_with("decides_measurement"))
 def test_trials_are_measured_alike(name: str) -> None:
     value = "8" if name in ("validation_prompt", "validation_image", "control_fidelity") else 8
     (found,) = checked({name: {"choice": [value]}}, objective="loss")
-    assert found == (
-        f"--space: {name}: cannot be swept: it {MEASUREMENT[name]}, so that the loss of trials could not be compared; "
-        f"for all trials alike there is --{name}"
-    )
+    why = f"it decides {FACTS[name]['decides_measurement']}, so that the loss of trials could not be compared"
+    assert found == f"--space: {name}: cannot be swept: {why}; set it for all trials with --{name}"
 
 
-@pytest.mark.parametrize("name", sorted(PLACE_OR_MACHINE))
+@pytest.mark.parametrize("name", names_with("fixed"))
 @pytest.mark.parametrize("entry", ["the-secret", {"choice": ["the-secret", "the-secret"]}, {"the-secret": 1}])
-def test_places_and_machines_are_refused_unseen(name: str, entry: Any) -> None:
+def test_fixed_settings_are_refused_unseen(name: str, entry: Any) -> None:
     """Their values may be secret."""
     text = problem(name, entry)
-    assert text == f"cannot be swept: {PLACE_OR_MACHINE[name]}"
+    assert text.startswith(f"cannot be swept: it {FACTS[name]['fixed']}; ")
     assert "the-secret" not in text
     found = check_space({name: Choice(("the-secret",))}, TRAIN, place="P", searcher="random", objective="loss",
                         allow_new_caches=True)  # fmt: skip
@@ -169,15 +172,21 @@ def test_places_and_machines_are_refused_unseen(name: str, entry: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("output_dir", "every trial gets a folder of its own in the sweep's; name that one with --output_dir"),
-        ("resume_from_checkpoint", "trials start from the beginning; --resume goes on with a sweep"),
-        ("hub_token", "it is a secret, and changes nothing that is learnt; set HF_TOKEN"),
-        ("report_to", "it says where figures go, not what is learnt; for all trials alike there is --report_to"),
-        ("address", "it says what the machines do, not what is learnt; for all trials alike there is --address"),
+        (
+            "output_dir",
+            "is the sweep's folder, and every trial gets its own inside; name the sweep's folder with --output_dir",
+        ),
+        (
+            "resume_from_checkpoint",
+            "is for single runs, as trials start from the beginning; resume a sweep with --resume",
+        ),
+        ("hub_token", "is a secret and does not change what is learned; set HF_TOKEN"),
+        ("report_to", "decides where metrics go, not what is learned; set it for all trials with --report_to"),
+        ("address", "decides what the machines do, not what is learned; set it for all trials with --address"),
     ],
 )
 def test_the_reason_of_a_refusal(name: str, text: str) -> None:
-    assert refusal(name, "val_loss") == f"cannot be swept: {text}"
+    assert refusal(name, "val_loss") == f"cannot be swept: it {text}"
 
 
 # --- the grammar ---
@@ -251,27 +260,18 @@ def test_all_problems_at_once() -> None:
 @pytest.mark.parametrize(
     ("name", "entry", "text"),
     [
-        ("learning_rate", 1e-5, "1e-05: is a single value; that belongs to the flags: --learning_rate 1e-05"),
-        ("tokenizer_name", "a b", "a b: is a single value; that belongs to the flags: --tokenizer_name 'a b'"),
-        ("scale_lr", True, "True: is a single value; that belongs to the flags: --scale_lr"),
-        ("scale_lr", False, "False: is a single value; that belongs to the flags: --no_scale_lr"),
+        ("learning_rate", 1e-5, "1e-05: is a single value; give it as a flag: --learning_rate 1e-05"),
+        ("tokenizer_name", "a b", "a b: is a single value; give it as a flag: --tokenizer_name 'a b'"),
+        ("scale_lr", True, "True: is a single value; give it as a flag: --scale_lr"),
+        ("scale_lr", False, "False: is a single value; give it as a flag: --no_scale_lr"),
         ("learning_rate", ["1e-5", 1e-4], "[1e-5, 0.0001]: is a list; perhaps you meant {choice: [1e-5, 0.0001]}"),
-        ("learning_rate", None, "nothing to try is given; list it with {choice: [...]}"),
+        ("learning_rate", None, "no values are given; list them with {choice: [...]}"),
         ("learning_rate", {}, "{}: names no kind of uniform, loguniform, choice, grid"),
         ("learning_rate", {"uniform": [0, 1], "grid": [1]},
-         "uniform, grid are several kinds; keep one of uniform, loguniform, choice, grid"),
+         "uniform, grid: are several kinds; keep one of uniform, loguniform, choice, grid"),
         ("learning_rate", {"log_uniform": [0, 1]},
          "log_uniform: must be one of uniform, loguniform, choice, grid; perhaps you meant loguniform"),
         ("learning_rate", {7: [0, 1]}, "7: must be one of uniform, loguniform, choice, grid"),
-    ],
-)  # fmt: skip
-def test_an_entry_is_one_kind(name: str, entry: Any, text: str) -> None:
-    assert problem(name, entry) == text
-
-
-@pytest.mark.parametrize(
-    ("name", "entry", "text"),
-    [
         ("lr_power", {"uniform": 3}, "uniform: 3: must be two numbers, [low, high]"),
         ("lr_power", {"uniform": [0, 1, 2]}, "uniform: [0, 1, 2]: must be two numbers, [low, high]"),
         ("lr_power", {"uniform": [0, "much"]}, "uniform: [0, much]: much: must be a number"),
@@ -280,45 +280,34 @@ def test_an_entry_is_one_kind(name: str, entry: Any, text: str) -> None:
         ("lr_power", {"uniform": [0, math.inf]}, "uniform: [0, inf]: inf: must be finite"),
         ("lr_power", {"uniform": [2, 1]}, "uniform: [2, 1]: low must be below high; perhaps you meant [1.0, 2.0]"),
         ("lr_power", {"uniform": [2, 2]},
-         "uniform: [2, 2]: is a single value; that belongs to the flags: --lr_power 2.0"),
+         "uniform: [2, 2]: is a single value; give it as a flag: --lr_power 2.0"),
         ("lr_power", {"loguniform": [0, 2]},
-         "loguniform: [0, 2]: low must be above 0, for its logarithm; use another, or uniform"),
+         "loguniform: [0, 2]: low must be above 0, as its logarithm is taken; raise it, or use uniform"),
         ("lr_warmup_steps", {"uniform": [0, 2.5]}, "uniform: [0, 2.5]: 2.5: must be a whole number"),
         ("max_train_steps", {"uniform": [None, 2]}, "uniform: [None, 2]: None: must be a whole number"),
         ("lr_scheduler", {"uniform": ["constant", "cosine"]},
          "uniform: is for numbers, which lr_scheduler is not; list its values with {choice: [...]}"),
         ("scale_lr", {"loguniform": [0, 1]},
          "loguniform: is for numbers, which scale_lr is not; list its values with {choice: [...]}"),
-    ],
-)  # fmt: skip
-def test_a_range(name: str, entry: Any, text: str) -> None:
-    assert problem(name, entry) == text
-
-
-@pytest.mark.parametrize("ends", ["[2, -1]", "[2, 0]", "[-1, -2]"])
-def test_a_range_that_would_not_do_the_other_way_round(ends: str) -> None:
-    assert problems({"lr_power": {"loguniform": yaml.safe_load(ends)}}) == (
-        f"--space: lr_power: loguniform: {ends}: low must be above 0, for its logarithm; use another, or uniform",
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "entry", "text"),
-    [
+        *(
+            ("lr_power", {"loguniform": ends},
+             f"loguniform: {ends}: low must be above 0, as its logarithm is taken; raise it, or use uniform")
+            for ends in ([2, -1], [2, 0], [-1, -2])  # swapping the ends would not help
+        ),
         ("lr_scheduler", {"choice": "cosine"}, "choice: cosine: must be a list, such as [cosine]"),
         ("lr_scheduler", {"grid": None}, "grid: None: must be a list"),
         ("lr_scheduler", {"grid": []}, "grid: []: is empty; list the values to try"),
-        ("lr_power", {"choice": [1, "1.0"]}, "choice: 1.0: is there twice; list every value once"),
+        ("lr_power", {"choice": [1, "1.0"]}, "choice: 1.0: is listed twice; list every value once"),
         ("lr_power", {"grid": [1, "x"]}, "grid: x: must be a number"),
         ("lr_warmup_steps", {"choice": ["1", 2]}, "choice: 1: must be a whole number"),
         ("lr_warmup_steps", {"choice": [[1], 2]}, "choice: [1]: must be a whole number"),
         ("scale_lr", {"choice": ["true", True]}, "choice: true: must be true or false"),
         ("mixed_precision", {"choice": [False, "bf16"]},
-         'choice: False: must be a text; YAML reads no, off, yes and on as such a value: write it in quotes, as in "no"'
+         'choice: False: must be a text; YAML reads no, off, yes and on as true or false: put it in quotes, as in "no"'
          ),
     ],
 )  # fmt: skip
-def test_a_list(name: str, entry: Any, text: str) -> None:
+def test_an_entry_that_is_wrong(name: str, entry: Any, text: str) -> None:
     assert problem(name, entry) == text
 
 
@@ -369,7 +358,7 @@ def test_optuna_goes_through_no_grid() -> None:
     assert checked(space) == []
     (found,) = checked(space, searcher="optuna")
     assert found == (
-        "--space: train_batch_size: grid: optuna proposes values by itself and goes through no grid; use "
+        "--space: train_batch_size: grid: optuna chooses values by itself and cannot go through a grid; use "
         "{choice: [4, 8]}, or --searcher random"
     )
 
@@ -405,7 +394,7 @@ def test_draws_are_what_a_run_takes() -> None:
                 assert type(value) is (int if dimension.whole else float)
             else:
                 assert value in dimension.values
-            assert getattr(train, name) == value == coerce(value, setting_types()[name])
+            assert getattr(train, name) == value == coerce(value, TYPES[name])
 
 
 def test_draws_are_a_function_of_seed_and_index() -> None:
@@ -434,18 +423,16 @@ def test_another_setting_changes_no_draw() -> None:
         assert draw(dict(reversed(SPACE.items())), 5, index) == draw(SPACE, 5, index)
 
 
-def test_a_range_is_drawn_from_evenly() -> None:
+def test_ranges_are_drawn_from_evenly() -> None:
+    """A loguniform one is even in the logarithm."""
     values = drawn("lr_power", {"uniform": [2, 6]}, 4000)
     assert tenths([(value - 2) / 4 for value in values]) == pytest.approx([400] * 10, abs=80)
-
-
-def test_loguniform_is_even_in_the_logarithm() -> None:
     values = drawn("learning_rate", {"loguniform": [1e-6, 1e-2]}, 4000)
     assert tenths([math.log10(value / 1e-6) / 4 for value in values]) == pytest.approx([400] * 10, abs=80)
 
 
 def tenths(shares: list[float]) -> list[int]:
-    """How many of the shares are in each tenth of [0, 1]."""
+    """Return the number of shares in each tenth of [0, 1]."""
     counts = collections.Counter(min(int(share * 10), 9) for share in shares)
     return [counts[index] for index in range(10)]
 
@@ -526,7 +513,7 @@ def test_optuna_takes_the_distributions() -> None:
     for _ in range(12):
         trial = study.ask(optuna_distributions(SPACE))
         for name, value in trial.params.items():
-            assert type(value) is type(coerce(value, setting_types()[name]))
+            assert type(value) is type(coerce(value, TYPES[name]))
         dataclasses.replace(TRAIN, **trial.params)
         study.tell(trial, trial.params["learning_rate"])
 

@@ -42,8 +42,14 @@ def problems(**settings: Any) -> tuple[str, ...]:
         ({"scheduler": "ahsa"}, "--scheduler=ahsa: must be one of asha, median, none; perhaps you meant asha"),
         ({"searcher": "optna"}, "--searcher=optna: must be one of random, optuna; perhaps you meant optuna"),
         ({"objective": "los"}, f"--objective=los: must be one of {', '.join(OBJECTIVES)}; perhaps you meant loss"),
-        ({"gpus_per_trial": 0}, "--gpus_per_trial=0.0: must be above 0 and at most 1; several are for --num_workers"),
-        ({"gpus_per_trial": 2}, "--gpus_per_trial=2.0: must be above 0 and at most 1; several are for --num_workers"),
+        (
+            {"gpus_per_trial": 0},
+            "--gpus_per_trial=0.0: must be above 0 and at most 1; for several GPUs use --num_workers",
+        ),
+        (
+            {"gpus_per_trial": 2},
+            "--gpus_per_trial=2.0: must be above 0 and at most 1; for several GPUs use --num_workers",
+        ),
     ],
 )
 def test_settings_that_cannot_be_run(settings: dict[str, Any], problem: str) -> None:
@@ -63,13 +69,13 @@ def test_flags_and_files(tmp_path: Path) -> None:
     file, space = tmp_path / "sweep.yaml", tmp_path / "space.yaml"
     inline = {"learning_rate": {"choice": [1e-3]}}
     file.write_text(yaml.safe_dump(TRAIN | {"num_samples": 4, "seed": 3, "scheduler": "none", "space": inline}))
-    config = cli.parse_tune(["--config", str(file), "--num_samples", "5", "--resume"])
+    config = cli.parse("tune", ["--config", str(file), "--num_samples", "5", "--resume"])
     assert (config.num_samples, config.train.seed, config.scheduler, config.resume) == (5, 3, "none", True)
     assert config.space == inline
     space.write_text("lr_scheduler: {choice: [constant, linear]}")
     for given in (["--config", str(file), "--space", str(space)], [*FLAGS, f"--space={space}"]):
-        assert list(cli.parse_tune(given).parsed_space) == ["lr_scheduler"]
-    assert len(cli.parse_tune(FLAGS).parsed_space) == 3
+        assert list(cli.parse("tune", given).parsed_space) == ["lr_scheduler"]
+    assert len(cli.parse("tune", FLAGS).parsed_space) == 3
 
 
 def test_unknown_names_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,9 +83,10 @@ def test_unknown_names_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
     file.write_text(yaml.safe_dump(TRAIN | {"num_sample": 4}))
     assert cli.main(["tune", "--config", str(file)]) == 2
     assert f"--config={file}: unknown setting num_sample; perhaps you meant num_samples" in capsys.readouterr().err
-    file.write_text(yaml.safe_dump(TRAIN | {"num_samples": 4}))
-    assert cli.main(["train", "--config", str(file)]) == 2
-    assert "unknown setting num_samples" in capsys.readouterr().err
+    for name, value in (("num_samples", 4), ("space", {"learning_rate": {"choice": [1]}})):
+        file.write_text(yaml.safe_dump(TRAIN | {name: value}))
+        assert cli.main(["train", "--config", str(file)]) == 2
+        assert f"unknown setting {name}" in capsys.readouterr().err
 
 
 def test_an_unreadable_space(capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,7 +48,7 @@ class OutputConfig:
     checkpoints_total_limit: int | None = setting(None, fixed=CHECKPOINTS)
     """Keep at most this many checkpoints; the oldest is deleted once a new one is complete."""
     resume_from_checkpoint: str | None = setting(
-        None, fixed="is for single runs; trials start from the beginning", instead="resume a sweep with --resume"
+        None, fixed="is for single runs, as trials start from the beginning", instead="resume a sweep with --resume"
     )
     """`latest`, a `checkpoint-N` of output_dir, or a path."""
     logging_dir: str = setting("logs", fixed=METRICS, left_out_of_card=True)

@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 
 from raycontrolnet.config.sweepable import cache_problems, refusal, run_problems, takes_values
 from raycontrolnet.config.train_config import TrainConfig
-from raycontrolnet.config.values import check_names, coerce, read_yaml, setting_types
+from raycontrolnet.config.values import coerce, read_yaml, setting_types, unknown_names
 from raycontrolnet.errors import ConfigError
 
 TYPES = setting_types(TrainConfig)
@@ -109,22 +109,15 @@ def read_space(space: str | Path | Mapping[str, Any] | None) -> dict[str, Dimens
         raise ConfigError([f"{place}: must be a mapping, such as {_EXAMPLE}"])
     if not entries:
         raise ConfigError([f"{place}: names no settings; add some, such as {_EXAMPLE}, or leave out --space"])
-    problems: list[str] = []
-    try:
-        check_names(entries, TYPES, place)
-    except ConfigError as error:
-        problems += error.problems
+    problems = unknown_names(entries, TYPES, place)
     dimensions: dict[str, Dimension] = {}
-    for name, entry in entries.items():
-        if name not in TYPES:
-            continue
-        if not takes_values(name):  # the values may be secret
-            problems.append(f"{place}: {name}: {refusal(name, '')}")
-        else:
-            try:
-                dimensions[name] = _dimension(name, entry)
-            except ConfigError as error:
-                problems += [f"{place}: {name}: {problem}" for problem in error.problems]
+    for name in [name for name in entries if name in TYPES]:
+        try:
+            if not takes_values(name):  # the values may be secret
+                raise ConfigError([str(refusal(name, ""))])
+            dimensions[name] = _dimension(name, entries[name])
+        except ConfigError as error:
+            problems += [f"{place}: {name}: {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(problems)
     return dimensions

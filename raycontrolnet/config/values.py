@@ -91,16 +91,13 @@ def coerce(value: Any, kind: Any) -> Any:
     raise ValueError(f"must be {_TYPE_NAMES[kind]}")
 
 
-def check_names(settings: Mapping[Any, Any], known: Mapping[str, Any], place: str) -> None:
-    """Check that every key of `settings` is in `known`.
+def unknown_names(settings: Mapping[Any, Any], known: Mapping[str, Any], place: str) -> list[str]:
+    """Return a problem for each key of `settings` that is not in `known`, with the nearest name.
 
     Args:
         settings: values by name.
         known: names of settings.
         place: the flag or file that `settings` are from.
-
-    Raises:
-        ConfigError: names each unknown key and the nearest setting.
     """
     problems = []
     for name in settings:
@@ -108,27 +105,14 @@ def check_names(settings: Mapping[Any, Any], known: Mapping[str, Any], place: st
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"; perhaps you meant {near[0]}" if near else "; raycontrolnet train --help lists the settings"
             problems.append(f"{place}: unknown setting {name}{hint}")
-    if problems:
-        raise ConfigError(problems)
-
-
-def load_yaml(path: str | Path, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings in the YAML file of `--config`.
-
-    Raises:
-        ConfigError: if the file cannot be read, is not a mapping, or has keys that are not in `known`.
-    """
-    place = f"--config={path}"
-    settings = read_yaml(path, place)
-    check_names(settings, known, place)
-    return settings
+    return problems
 
 
 def read_yaml(path: str | Path, place: str) -> dict[Any, Any]:
     """Return the content of a YAML file of `name: value` lines, whatever the names.
 
     Raises:
-        ConfigError: names `place`, if the file cannot be read or is not a mapping.
+        ConfigError: names `place`, the flag that the file is from, if it cannot be read or is not a mapping.
     """
     import yaml
 
