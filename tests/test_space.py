@@ -82,8 +82,8 @@ def problem(name: str, entry: Any) -> str:
 
 def checked(space: Mapping[str, Any], train: TrainConfig = TRAIN, **others: Any) -> list[str]:
     """Return the problems of checking `space`."""
-    given = {"place": "--space", "searcher": "random", "objective": "val_loss", "allow_new_caches": False} | others
-    return check_space(read_space(space), train, **given)
+    defaults: dict[str, Any] = {"searcher": "random", "objective": "val_loss", "allow_new_caches": False}
+    return check_space(read_space(space), train, **{"place": "--space"} | defaults | others)
 
 
 # --- which settings ---
