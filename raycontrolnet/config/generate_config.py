@@ -32,7 +32,7 @@ class PicturesConfig:
     """Pictures: the ControlNet, and what it draws."""
 
     controlnet: str = ""
-    """ControlNet: a run's output_dir, a checkpoint-N in it, a ControlNet's folder, or a Hub id. Required."""
+    """ControlNet: a run's output_dir, a checkpoint-N of it, a ControlNet's folder, or a Hub id. Required."""
     prompt: tuple[str, ...] | None = None
     """Prompts; as many as control images, or one. Required."""
     image: tuple[str, ...] | None = None
@@ -51,7 +51,7 @@ class PicturesConfig:
 
     def problems(self) -> Problems:
         if not self.controlnet:
-            yield "--controlnet: required; a run's output_dir, a checkpoint-N in it, a ControlNet's folder, or a Hub id"
+            yield "--controlnet: required; a run's output_dir, a checkpoint-N of it, a ControlNet's folder, or a Hub id"
         if not self.prompt:
             yield "--prompt: required; one for every control image, or one for all"
         if not self.image:
