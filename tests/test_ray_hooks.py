@@ -164,7 +164,6 @@ def test_a_run_calls_the_hooks(tmp_path: Path) -> None:
     seen = result.return_value
     assert any(name.startswith("ray::TrainController") for name in seen["others"])
     assert not [name for name in seen["others"] if name.startswith("ray::PlacementGroup")], "the run ends 12 s late"
-    assert not has_dashboard()
     assert not seen["board"], "the driver knows better than a worker, in which a sweep's trial runs"
     assert (seen["niceness"], seen["cwd"], seen["rows"]) == (os.nice(0), Path.cwd(), [{"item": 3}])
     assert result.metrics["loss"] == 0.5
@@ -176,14 +175,9 @@ def test_a_run_calls_the_hooks(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_local_ray")
 def test_a_run_in_a_thread_is_aborted(tmp_path: Path) -> None:
-    """As a sweep's trial, which Tune runs in a thread, is ended from another."""
-
-    def work() -> None:
-        (tmp_path / "begun").touch()
-        time.sleep(600)
-
+    """As a sweep's trial, which Tune runs in a thread, is ended from another; even while its workers are starting."""
     trainer = InterruptibleTrainer(
-        work,
+        lambda: time.sleep(600),
         scaling_config=ray.train.ScalingConfig(num_workers=1),
         run_config=ray.train.RunConfig(storage_path=str(tmp_path), name="run"),
     )
@@ -198,7 +192,7 @@ def test_a_run_in_a_thread_is_aborted(tmp_path: Path) -> None:
 
     thread = threading.Thread(target=fit)
     thread.start()
-    while not (tmp_path / "begun").exists():
+    while trainer.controller is None:
         assert thread.is_alive()
         time.sleep(0.05)
     trainer.abort()
@@ -209,10 +203,14 @@ def test_a_run_in_a_thread_is_aborted(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_local_ray")
 def test_a_dashboard_is_found_where_ray_puts_its_address() -> None:
+    assert not has_dashboard()
     url = {"key": "webui:url", "namespace": ray_constants.KV_NAMESPACE_DASHBOARD}
+    before = internal_kv._internal_kv_get(**url)
     internal_kv._internal_kv_put(**url, value="127.0.0.1:8265")
-    assert has_dashboard()
-    internal_kv._internal_kv_del(**url)
+    try:
+        assert has_dashboard()
+    finally:
+        internal_kv._internal_kv_put(**url, value=before)
     assert not has_dashboard()
 
 
