@@ -1,8 +1,15 @@
-"""The errors a user sees: a message that names the value, the place and the next command, and an exit code."""
+"""Errors for users: a message that names the value, the place and the next command, and an exit code."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from raycontrolnet.text import one_line
+
+logger = logging.getLogger(__name__)
 
 
 class UserError(Exception):
@@ -39,7 +46,7 @@ class Interrupted(Exception):
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The error that a worker raised, without Ray's wrapping; one of this package's own tells all that matters."""
+    """Return the error that a worker raised, without Ray's wrapping; the search ends at one of this package's own."""
     failures = getattr(error, "worker_failures", None)
     if failures:
         error = next(iter(failures.values()))
@@ -49,3 +56,49 @@ def root_cause(error: BaseException) -> BaseException:
             break
         error = cause
     return error
+
+
+@contextmanager
+def explained(
+    what: str,
+    stands: Callable[[], str],
+    log: Path | None = None,
+    *,
+    unchanged: tuple[type[Exception], ...] = (UserError,),
+) -> Iterator[None]:
+    """Turn what ends a piece of work early into one paragraph: the cause, what stands, and where the details are.
+
+    Args:
+        what: names the work, for "... failed".
+        stands: returns what stands, and how to go on.
+        log: the file that gets the traceback.
+        unchanged: errors whose message is complete.
+
+    Raises:
+        Interrupted: on Ctrl-C.
+        UserError: if one is the cause.
+        RunError: on any other failure.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"Interrupted. {stands()}") from None
+    except Interrupted:
+        raise
+    except Exception as error:
+        if isinstance(error, unchanged):
+            raise
+        logger.exception("%s failed", what)
+        cause = root_cause(error)
+        if isinstance(cause, unchanged):
+            raise cause from error
+        own = isinstance(cause, (UserError, RunError))
+        reason = str(cause) if own else f"{what} failed: {one_line(cause)}"
+        details = f" Details: {log}" if log else ""
+        kind = UserError if isinstance(cause, UserError) else RunError
+        raise kind(f"{reason.rstrip('.')}.\n{stands()}{details}") from error
+
+
+def out_of_memory(error: Exception, advice: str) -> RunError:
+    """Return the failure to tell of when a GPU's memory is full, with `advice` on settings that need less."""
+    return RunError(f"Out of GPU memory: {str(error).splitlines()[0]} {advice}")

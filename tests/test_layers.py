@@ -16,8 +16,8 @@ from typing import Literal
 import pytest
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("version", "errors"),
-    ("text", "quiet"),
+    ("version", "text"),
+    ("errors", "quiet"),
     ("config", "storage"),
     ("cluster",),
     ("data",),

@@ -7,14 +7,13 @@ set to train on.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TextIO
 
@@ -26,11 +25,9 @@ from raycontrolnet.conditions.pictures import PictureRow, find_rows
 from raycontrolnet.conditions.recipes import Recipe
 from raycontrolnet.config.checks import unwritable
 from raycontrolnet.config.condition_config import ConditionConfig
-from raycontrolnet.errors import ConfigError, DataError, Interrupted, RunError, UserError, root_cause
-from raycontrolnet.text import Counter, duration, one_line, shorten
+from raycontrolnet.errors import ConfigError, DataError, Interrupted, RunError, UserError, explained
+from raycontrolnet.text import Counter, duration, shorten
 from raycontrolnet.version import __version__
-
-logger = logging.getLogger(__name__)
 
 LOG = "condition.log"
 BAD_PICTURES_FILE = "condition.bad_pictures.txt"
@@ -115,7 +112,10 @@ def _condition(config: ConditionConfig, stream: TextIO) -> ConditionResult:
     _announce(task, stream)
     problems: dict[str, str] = {}
     if task.missing:
-        with logging_to(task.out.path / LOG), _failures_explained(task):
+        with (
+            logging_to(task.out.path / LOG),
+            explained("Making conditioning images", partial(_what_stands, task), task.out.path / LOG),
+        ):
             problems = _make(task, stream)
     bad = _allowed(task, [BadPicture(path, problems[name]) for path, name in task.names.items() if name in problems])
     left_out = {picture.path for picture in bad}
@@ -265,30 +265,12 @@ def _report(task: _Task, result: ConditionResult, stream: TextIO) -> None:
     )
 
 
-@contextmanager
-def _failures_explained(task: _Task) -> Iterator[None]:
-    """Turn whatever ends the pass early into one paragraph that says what stands."""
-
-    def what_stands() -> str:
-        there = sum(task.out.made.get(name, Made("", 0)).key == key for name, key in task.keys.items())
-        return (
-            f"{there:,} of {len(task.names):,} conditioning images are made and stand in {task.out.conditioning}; "
-            "the same command goes on from there."
-        )
-
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Interrupted(f"Interrupted. {what_stands()}") from None
-    except Exception as error:
-        logger.exception("making conditioning images failed")
-        cause = root_cause(error)
-        if isinstance(cause, UserError):
-            raise cause from error
-        reason = str(cause) if isinstance(cause, RunError) else one_line(cause)
-        raise RunError(
-            f"Making conditioning images failed: {reason.rstrip('.')}.\n{what_stands()} Details: {task.out.path / LOG}"
-        ) from error
+def _what_stands(task: _Task) -> str:
+    there = sum(task.out.made.get(name, Made("", 0)).key == key for name, key in task.keys.items())
+    return (
+        f"{there:,} of {len(task.names):,} conditioning images are made and stand in {task.out.conditioning}; "
+        "the same command goes on from there."
+    )
 
 
 @contextmanager

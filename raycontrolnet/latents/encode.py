@@ -17,7 +17,7 @@ from raycontrolnet.cluster.blocks import WHOLE_BLOCKS, catch, from_block, genera
 from raycontrolnet.cluster.cpus import COUNT_CPUS, TASK_CPUS, let_training_go_first
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.data.sources import Source
-from raycontrolnet.errors import DataError, RunError
+from raycontrolnet.errors import DataError, out_of_memory
 from raycontrolnet.latents.cache import read_contents
 from raycontrolnet.latents.manifest import SHARD_ROWS, Encoding, Shard
 from raycontrolnet.latents.shards import (
@@ -79,8 +79,7 @@ class EncodeJob:
         try:
             posteriors = encoder.encode([row.image for row in loaded.rows])
         except torch.OutOfMemoryError as error:
-            message = f"Out of GPU memory: {str(error).splitlines()[0]} Use a smaller --latents_batch_size"
-            raise RunError(message) from error
+            raise out_of_memory(error, "Use a smaller --latents_batch_size") from error
         return with_posteriors(loaded, posteriors, self.encoding.dtype)
 
     def store(self, encoded: EncodedShard | ShardResult) -> ShardResult:

@@ -9,8 +9,9 @@ import random
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TextIO
@@ -21,14 +22,14 @@ from raycontrolnet.config.checks import check_device, versions
 from raycontrolnet.config.settings import ClusterConfig
 from raycontrolnet.config.train_config import TrainConfig, changed_settings, names_that_decide, names_with
 from raycontrolnet.data.sources import Source
-from raycontrolnet.errors import ConfigError, DataError, Interrupted, RunError, UserError, root_cause
+from raycontrolnet.errors import ConfigError, DataError, RunError, UserError, explained
 from raycontrolnet.latents.cache import ROW_OVERHEAD_BYTES, LatentCache
 from raycontrolnet.latents.encode import EncodeJob, encode_here, encode_on_ray
 from raycontrolnet.latents.manifest import Manifest, Shard
 from raycontrolnet.latents.plan import LatentPlan
 from raycontrolnet.latents.shards import ShardResult, load_shard
 from raycontrolnet.launch.preflight import CheckedRun
-from raycontrolnet.text import Counter, file_size, one_line, shorten
+from raycontrolnet.text import Counter, file_size, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +173,7 @@ def complete(
         )
         done = sum(len(shard.rows) for shard in plan.shards) - sum(len(shard.rows) for shard in missing)
         counter = Counter("latents", "images", plan.num_rows, done, stream)
-        with _failures_explained(plan, counter):
+        with explained("Encoding", partial(_how_to_go_on, plan)), closing(counter):
             for result in encode(job):
                 results[result.stored.name] = result
                 counter.advance(result.stored.num_rows + len(result.bad_samples))
@@ -223,24 +224,6 @@ def _check_all_is_there(plan: LatentPlan, manifest: Manifest) -> None:
             f"--latents_cache_dir={plan.folder.name}: {len(absent):,} of the {len(manifest.shards):,} files that were "
             "written are not there: other machines see another folder of that name. Name one on storage that all share"
         )
-
-
-@contextmanager
-def _failures_explained(plan: LatentPlan, counter: Counter) -> Iterator[None]:
-    """Turn whatever ends the encoding early into one paragraph that says what stands and how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Interrupted(f"Interrupted. {_how_to_go_on(plan)}") from None
-    except Exception as error:
-        logger.exception("encoding failed")
-        cause = root_cause(error)
-        if isinstance(cause, UserError):
-            raise cause from error
-        reason = str(cause) if isinstance(cause, RunError) else one_line(cause)
-        raise RunError(f"Encoding failed: {reason}.\n{_how_to_go_on(plan)}") from error
-    finally:
-        counter.close()
 
 
 def _how_to_go_on(plan: LatentPlan) -> str:

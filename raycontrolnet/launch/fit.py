@@ -19,10 +19,9 @@ from raycontrolnet.cluster.resources import worker_resources
 from raycontrolnet.cluster.session import ray_session
 from raycontrolnet.config.checks import check_device, versions, with_absolute_paths
 from raycontrolnet.config.train_config import TrainConfig
-from raycontrolnet.errors import RunError
+from raycontrolnet.errors import RunError, UserError, explained
 from raycontrolnet.hub import push
 from raycontrolnet.latents.ensure import WantedLatents, here, on_ray, planned_latents, with_latents
-from raycontrolnet.launch.explain import interruption_explained
 from raycontrolnet.launch.preflight import CheckedRun, check
 from raycontrolnet.launch.workers import train_here, train_on_ray
 from raycontrolnet.report.live_report import report_kept
@@ -131,7 +130,7 @@ def run_and_record(run: CheckedRun, train: Callable[[RunStatus], Summary], strea
         logging_to(output_dir / LOG),
         report_kept(output_dir),
         status_kept(output_dir, started, versions()) as status,
-        interruption_explained(run),
+        explained("The run", run.how_to_go_on, output_dir / LOG, unchanged=(UserError, RunError)),
     ):
         summary = train(status)
         last = run.last_checkpoint()

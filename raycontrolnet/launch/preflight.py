@@ -73,8 +73,22 @@ class CheckedRun:
         return RunPlan.of(self.config, self.loader.order.num_samples, world_size, checkpoint)
 
     def last_checkpoint(self) -> checkpoints.Checkpoint | None:
-        """The last one of this run, or where it started."""
+        """Return the last checkpoint of this run, or the one it started from."""
         return checkpoints.latest(self.output_dir, self.run_id) or self.start
+
+    def how_to_go_on(self) -> str:
+        """Return what to tell users when the run ends early."""
+        last = self.last_checkpoint()
+        if last is None:
+            return "There was no checkpoint yet."
+        newest = checkpoints.latest(self.output_dir)
+        name = last.path.name if last.path.parent == self.output_dir else str(last.path)
+        if newest and newest.path == last.path:
+            name = "latest"
+        return (
+            f"The checkpoint of update {last.step} stands: go on with --resume_from_checkpoint {name} "
+            f"(--output_dir {self.output_dir})."
+        )
 
     def job(
         self,

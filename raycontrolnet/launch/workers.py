@@ -12,14 +12,14 @@ from raycontrolnet.cluster.resources import WorkerResources
 from raycontrolnet.config.train_config import TrainConfig, changed_settings, public_settings
 from raycontrolnet.data.bundles import StreamPlan
 from raycontrolnet.data.stream import execution_options, ray_dataset
-from raycontrolnet.launch.explain import failures_explained
+from raycontrolnet.errors import explained
 from raycontrolnet.launch.preflight import CheckedRun
 from raycontrolnet.report.progress import Progress
 from raycontrolnet.sampling.find_controlnet import CONFIG
 from raycontrolnet.text import counted
 from raycontrolnet.training import held_out, metrics, validation
 from raycontrolnet.training.failures import read_failure
-from raycontrolnet.training.job import Job, RunCallback, RunStopped, begin
+from raycontrolnet.training.job import LOG, Job, RunCallback, RunStopped, begin, end
 from raycontrolnet.training.schedule import due_steps, warmup_warning
 from raycontrolnet.training.status import RunStatus
 from raycontrolnet.version import __version__
@@ -64,7 +64,7 @@ def train_here(
         scaling_config=ScalingConfig(num_workers=0),
         run_config=RunConfig(storage_path=str(run.output_dir.parent), name=run.output_dir.name),
     )
-    with failures_explained(run), _progress(run, 1, stream, follower):
+    with _failures_explained(run), _progress(run, 1, stream, follower):
         return dict(trainer.fit().return_value)
 
 
@@ -98,7 +98,7 @@ def train_on_ray(
     if resources.waits_for:
         stream.write(f"waiting for {resources.waits_for}\n")
     begin(job)
-    with failures_explained(run):
+    with _failures_explained(run):
         trainer = InterruptibleTrainer(
             train_controlnet,
             train_loop_config={"job": job},
@@ -123,6 +123,20 @@ def train_on_ray(
         if failure := read_failure(run.output_dir):
             raise failure
         return dict(summary)
+
+
+@contextmanager
+def _failures_explained(run: CheckedRun) -> Iterator[None]:
+    """Explain what ends the training early: the failure that a worker recorded, or else what Ray says."""
+    with explained("The run", run.how_to_go_on, run.output_dir / LOG, unchanged=()):
+        try:
+            yield
+        except Exception as error:
+            if failure := read_failure(run.output_dir):
+                raise failure from error
+            raise
+        finally:
+            end(run.output_dir)
 
 
 @contextmanager

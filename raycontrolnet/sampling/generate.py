@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -19,14 +20,14 @@ from raycontrolnet.cluster.logs import logging_to, shown_on
 from raycontrolnet.config.checks import check_device, collected, find_token, not_a_model, unwritable
 from raycontrolnet.config.generate_config import GenerateConfig
 from raycontrolnet.config.settings import BASE_FOLDERS, ModelConfig
-from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
+from raycontrolnet.errors import ConfigError, explained, out_of_memory
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.performance import working_precision
 from raycontrolnet.model.prompts import cut
 from raycontrolnet.sampling import find_controlnet, images, scores
 from raycontrolnet.sampling.images import METADATA, ImageItem, PairImages
 from raycontrolnet.sampling.pipeline import DEFAULT_SAMPLING, Sampling
-from raycontrolnet.text import counted, duration, one_line
+from raycontrolnet.text import counted, duration
 from raycontrolnet.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,11 @@ def _generate(config: GenerateConfig, stream: TextIO) -> list[PairImages]:
     started = time.monotonic()
     task = _check(config)
     drawn: list[ImageItem] = []
-    with logging_to(task.out / LOG, of_ray=False), _failures_explained(task, drawn):
+    with (
+        logging_to(task.out / LOG, of_ray=False),
+        explained("Drawing", partial(_what_stands, task, drawn), task.out / LOG),
+        _memory_advice(task.config),
+    ):
         _announce(task, stream)
         with _no_progress_bars(), _tf32(allowed=task.allow_tf32):
             components = load_components(
@@ -245,28 +250,18 @@ def _draw(task: _Task, components: Components, drawn: list[ImageItem], stream: T
     return results
 
 
+def _what_stands(task: _Task, drawn: Sequence[ImageItem]) -> str:
+    there = f"{len(drawn):,} of {counted(len(task.items), 'image')} stand in {task.out}."
+    return there if drawn else "No image was drawn."
+
+
 @contextmanager
-def _failures_explained(task: _Task, drawn: Sequence[ImageItem]) -> Iterator[None]:
-    """Turn whatever ends the drawing early into one paragraph that says what stands."""
-
-    def what_stands() -> str:
-        there = f"{len(drawn):,} of {counted(len(task.items), 'image')} stand in {task.out}."
-        return there if drawn else "No image was drawn."
-
+def _memory_advice(config: GenerateConfig) -> Iterator[None]:
     try:
         yield
-    except KeyboardInterrupt:
-        raise Interrupted(f"Interrupted. {what_stands()}") from None
-    except UserError:
-        raise
-    except Exception as error:
-        logger.exception("drawing failed")
-        reason = f"Drawing failed: {one_line(error).rstrip('.')}."
-        if isinstance(error, torch.OutOfMemoryError):
-            cause = str(error).splitlines()[0]
-            smaller = "--batch_size" if task.config.batch_size > 1 else "--resolution"
-            reason = f"Out of GPU memory: {cause} Use a smaller {smaller}, or --mixed_precision bf16."
-        raise RunError(f"{reason}\n{what_stands()} Details: {task.out / LOG}") from error
+    except torch.OutOfMemoryError as error:
+        smaller = "--batch_size" if config.batch_size > 1 else "--resolution"
+        raise out_of_memory(error, f"Use a smaller {smaller}, or --mixed_precision bf16") from error
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from raycontrolnet.errors import RunError, UserError
+from raycontrolnet.errors import RunError, UserError, out_of_memory
 
 FAILURE = ".failure.json"
 
@@ -44,12 +44,10 @@ def hopeless_failures_recorded(output_dir: Path) -> Iterator[None]:
         record_failure(output_dir, error)
         raise
     except torch.OutOfMemoryError as error:
-        advice = RunError(
-            f"Out of GPU memory: {str(error).splitlines()[0]} Use a smaller --train_batch_size with more "
-            "--gradient_accumulation_steps, --gradient_checkpointing, or --mixed_precision bf16"
-        )
-        record_failure(output_dir, advice)
-        raise advice from error
+        less = "--train_batch_size with more --gradient_accumulation_steps, --gradient_checkpointing"
+        failure = out_of_memory(error, f"Use a smaller {less}, or --mixed_precision bf16")
+        record_failure(output_dir, failure)
+        raise failure from error
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,7 +29,7 @@ from raycontrolnet.cluster.resources import worker_resources
 from raycontrolnet.cluster.session import on_a_cluster, ray_session
 from raycontrolnet.config.checks import check_device
 from raycontrolnet.config.sweep_config import SweepConfig
-from raycontrolnet.errors import Interrupted, RunError, UserError, root_cause
+from raycontrolnet.errors import Interrupted, RunError, UserError, explained, root_cause
 from raycontrolnet.report.live_report import report_kept
 from raycontrolnet.report.page import REPORT_FILE as REPORT
 from raycontrolnet.text import counted, duration, one_line
@@ -199,7 +200,15 @@ def _recorded(plan: SweepPlan, marker: SweepLease, started: float) -> Iterator[d
     write_sweep(plan.sweep_dir, facts)  # from then on, the keeper of the report does
     with report_kept(plan.sweep_dir, write, f"{TRIALS}/*/{TRIAL}"):
         try:
-            with _explained(plan, facts):
+            with (
+                explained(
+                    "The sweep",
+                    partial(_how_to_go_on, plan),
+                    plan.sweep_dir / LOG,
+                    unchanged=(UserError, RunError),
+                ),
+                _results_so_far(plan, facts),
+            ):
                 yield facts
         except Replaced:
             ours = False
@@ -209,8 +218,8 @@ def _recorded(plan: SweepPlan, marker: SweepLease, started: float) -> Iterator[d
 
 
 @contextmanager
-def _explained(plan: SweepPlan, facts: dict[str, Any]) -> Iterator[None]:
-    """Whatever ends the sweep early becomes one paragraph that says what stands and how to go on."""
+def _results_so_far(plan: SweepPlan, facts: dict[str, Any]) -> Iterator[None]:
+    """Put down how the sweep ended; if it ends early, write the results so far as well."""
     try:
         yield
         facts["status"] = "finished"
@@ -222,17 +231,9 @@ def _explained(plan: SweepPlan, facts: dict[str, Any]) -> Iterator[None]:
             write_results(plan, ranked_trials(plan), facts)
         except Exception:
             logger.exception("the results so far could not be written")  # the error itself matters more
-        interrupted = isinstance(error, KeyboardInterrupt)
-        facts |= {"status": "interrupted" if interrupted else "failed", "cause": str(error) or None}
-        if interrupted:
-            raise Interrupted(f"Interrupted. {_how_to_go_on(plan)}") from None
-        if not isinstance(error, (UserError, RunError)) and isinstance(error, Exception):
-            logger.exception("the sweep failed")
-            reason = one_line(root_cause(error))
-            facts["cause"] = reason
-            raise RunError(
-                f"The sweep failed: {reason}.\n{_how_to_go_on(plan)} Details: {plan.sweep_dir / LOG}"
-            ) from error
+        interrupted = isinstance(error, (KeyboardInterrupt, Interrupted))
+        cause = str(error) if isinstance(error, (UserError, RunError)) else one_line(root_cause(error))
+        facts |= {"status": "interrupted" if interrupted else "failed", "cause": None if interrupted else cause}
         raise
 
 
