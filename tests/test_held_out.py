@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from raycontrolnet import TrainConfig, fit
 from raycontrolnet.config.train_config import public_settings
 from raycontrolnet.data.order import Purpose, SampleOrder
+from raycontrolnet.data.records import DecodedRow
 from raycontrolnet.data.sources import open_source
 from raycontrolnet.data.stream import BatchLoader, PixelRows
 from raycontrolnet.errors import ConfigError, DataError
@@ -147,12 +148,14 @@ def test_a_row_that_cannot_be_read_is_left_out(settings: Settings, caplog: pytes
     rows = loader.rows
 
     class Damaged:
-        def sample(self, row: int, *rest: Any, **options: Any) -> Any:
+        remote = False
+
+        def decode(self, row: int) -> DecodedRow:
             if row == bad:
                 raise DataError("circles/2.png: is damaged")
-            return rows.sample(row, *rest, **options)
+            return rows.decode(row)
 
-    damaged = BatchLoader(Damaged(), loader.order, 2, 0.0)  # type: ignore[arg-type]
+    damaged = BatchLoader(Damaged(), loader.order, 2, 0.0)
     with training(settings) as state, caplog.at_level(logging.WARNING):
         shake(state)
         found = measure(state, damaged, resolution=32)

@@ -112,7 +112,7 @@ def test_secrets_are_never_swept() -> None:
 
 def test_facts_agree_with_what_prepare_needs() -> None:
     """`prepare_command` names exactly what decides a latent cache."""
-    from raycontrolnet.latents.ensure import prepare_command
+    from raycontrolnet.latents.plan import prepare_command
 
     assert set(OTHERS) == SWEEPABLE | NEEDS_CACHE
     for name, value in OTHERS.items():

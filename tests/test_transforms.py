@@ -7,19 +7,23 @@ import pickle
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from raycontrolnet.data.records import ImageRow
+from raycontrolnet.data.order import SampleOrder
+from raycontrolnet.data.records import ImageRow, PreparedRow
+from raycontrolnet.data.sources import Source
+from raycontrolnet.data.stream import BatchLoader, PixelRows
 from raycontrolnet.data.transforms import (
     CONDITIONING_BACKGROUND,
     IMAGE_BACKGROUND,
     choose_prompt,
     decode_rgb,
-    prepare_row,
     resize_and_crop,
     to_8_bit,
     to_rgb,
@@ -340,26 +344,21 @@ def test_the_empty_prompt_is_drawn_first_and_always() -> None:
     assert {choose_prompt(captions, np.random.default_rng(seed), 1.0) for seed in range(50)} == {""}
 
 
-def test_prepare_row() -> None:
+def test_a_sample_from_pixels() -> None:
     clear = encoded(Image.new("RGBA", (40, 20), (1, 2, 3, 0)))
+
+    def samples(row: ImageRow, empty: float) -> list[PreparedRow]:
+        rows = PixelRows(cast("Source", SimpleNamespace(read=lambda _: row)), 16)
+        return BatchLoader(rows, SampleOrder(1, seed=0), 5, empty).batch(5)
+
     row = ImageRow(clear, clear, ("a", "b"), "metadata.jsonl:7")
-
-    def prepare(seed: int) -> object:
-        return prepare_row(row, 5, resolution=16, proportion_empty_prompts=0.5, rng=np.random.default_rng(seed))
-
-    first = prepare_row(row, 5, resolution=16, proportion_empty_prompts=0.0, rng=np.random.default_rng(1))
+    first = samples(row, 0.0)[0]
     assert first.sample_index == 5
     assert first.image is not None
     assert first.image.shape == first.conditioning_image.shape == (16, 16, 3)
     assert (first.image == IMAGE_BACKGROUND).all()
     assert (first.conditioning_image == CONDITIONING_BACKGROUND).all()
     assert first.prompt in ("a", "b")
-    assert all(pickle.dumps(prepare(seed)) == pickle.dumps(prepare(seed)) for seed in range(5))
+    assert pickle.dumps(samples(row, 0.5)) == pickle.dumps(samples(row, 0.5))
     with pytest.raises(DataError, match=r"^metadata\.jsonl:7, conditioning image: image of 1 bytes is not an image"):
-        prepare_row(
-            ImageRow(clear, b"x", ("a",), "metadata.jsonl:7"),
-            0,
-            resolution=16,
-            proportion_empty_prompts=0.0,
-            rng=np.random.default_rng(),
-        )
+        samples(ImageRow(clear, b"x", ("a",), "metadata.jsonl:7"), 0.0)

@@ -1,7 +1,7 @@
 """The records of the data path, from a row on disk to a batch in the worker: dtype, shape and range of each.
 
-from pixels: ImageRow -> PreparedRow -> (a block of B prepared rows through Ray Data) -> model.step.Batch on the device
-from the cache: ImageRow -> EncodedRow, once, on disk -> PreparedRow -> ...
+from pixels:    ImageRow -> DecodedRow -> PreparedRow -> (bundles, through Ray Data) -> model.step.Batch, on the device
+from the cache: ImageRow -> EncodedRow, once, on disk -> DecodedRow -> PreparedRow -> ...
 """
 
 from __future__ import annotations
@@ -42,6 +42,19 @@ class EncodedRow:
     captions: tuple[str, ...]
     identity: str
     """`Source.identities` of the row when it was encoded."""
+
+
+@dataclass(frozen=True)
+class DecodedRow:
+    """One row with its images as arrays, before a prompt is drawn; from pixels or from the latent cache."""
+
+    captions: tuple[str, ...]
+    conditioning_image: UInt8Image
+    """[resolution, resolution, 3] RGB."""
+    image: UInt8Image | None = None
+    """[resolution, resolution, 3] RGB; None if `posterior` is there."""
+    posterior: Posterior | None = None
+    """As in `EncodedRow`; None if `image` is there."""
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import numpy as np
 import pyarrow as pa
 
 from raycontrolnet.cluster.blocks import WHOLE_BLOCKS, from_block, generate
 from raycontrolnet.cluster.cpus import TASK_CPUS, let_training_go_first
 from raycontrolnet.data.bundles import StreamPlan, pack, unpack
 from raycontrolnet.data.order import Purpose, SampleOrder, keyed_rng
-from raycontrolnet.data.records import PreparedRow
+from raycontrolnet.data.records import DecodedRow, PreparedRow
 from raycontrolnet.data.sources import Source
-from raycontrolnet.data.transforms import prepare_row
+from raycontrolnet.data.transforms import choose_prompt, prepare_images
 from raycontrolnet.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,23 +40,25 @@ MIN_READ_AHEAD_BYTES = 64 * 2**20
 
 
 class SampleRows(Protocol):
-    """Rows that can become samples: `PixelRows` or a `LatentCache`."""
+    """Rows that samples are made of: `PixelRows`, or a `LatentCache`."""
 
     @property
     def remote(self) -> bool:
-        """True if a row is read over the network: late, but many at a time."""
+        """True if rows are read over the network: slow one by one, so many at a time."""
         ...
 
-    def sample(
-        self, row: int, sample_index: int, *, proportion_empty_prompts: float, rng: np.random.Generator
-    ) -> PreparedRow:
-        """Return the source's row `row` as sample `sample_index`."""
+    def decode(self, row: int) -> DecodedRow:
+        """Return the source's row `row`.
+
+        Raises:
+            DataError: if it cannot be used; names it.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class PixelRows:
-    """Rows that become samples by decoding and transforming their images."""
+    """Rows whose images are decoded and transformed for every use."""
 
     source: Source
     resolution: int
@@ -66,26 +67,15 @@ class PixelRows:
     def remote(self) -> bool:
         return False
 
-    def sample(
-        self, row: int, sample_index: int, *, proportion_empty_prompts: float, rng: np.random.Generator
-    ) -> PreparedRow:
-        """The source's row `row`, decoded and transformed.
-
-        Raises:
-            DataError: if it cannot be used; names it.
-        """
-        return prepare_row(
-            self.source.read(row),
-            sample_index,
-            resolution=self.resolution,
-            proportion_empty_prompts=proportion_empty_prompts,
-            rng=rng,
-        )
+    def decode(self, row: int) -> DecodedRow:
+        source_row = self.source.read(row)
+        image, conditioning_image = prepare_images(source_row, self.resolution)
+        return DecodedRow(source_row.captions, conditioning_image, image)
 
 
 @dataclass(frozen=True)
 class BatchLoader:
-    """Makes the batch that begins at a sample index. It is pickled to the loading tasks, and holds no open files."""
+    """Maker of samples and batches by their index. Pickled to the loading tasks, so it holds no open files."""
 
     rows: SampleRows
     order: SampleOrder
@@ -93,36 +83,39 @@ class BatchLoader:
     proportion_empty_prompts: float
 
     def sample(self, sample_index: int) -> PreparedRow:
-        """The k-th sample: its row, from pixels or from the cache.
+        """Return the k-th sample.
 
         Raises:
-            DataError: if the row cannot be used; names it.
+            DataError: if its row cannot be used; names it.
         """
-        return self.rows.sample(
-            self.order.row(sample_index),
-            sample_index,
-            proportion_empty_prompts=self.proportion_empty_prompts,
-            rng=keyed_rng(self.order.seed, Purpose.PROMPT, sample_index),
+        return self._prepare(
+            self.order.row(sample_index), sample_index, Purpose.PROMPT, empty=self.proportion_empty_prompts
         )
 
     def held_out_sample(self, index: int) -> PreparedRow:
-        """The held-out sample `index`; its caption is always the same, and never the empty prompt by chance.
+        """Return the held-out sample `index`, always with the same caption, never with the empty prompt.
 
         Raises:
-            DataError: if the row cannot be used; names it.
+            DataError: if its row cannot be used; names it.
         """
-        return self.rows.sample(
-            int(self.order.held_out[index]),
-            index,
-            proportion_empty_prompts=0.0,
-            rng=keyed_rng(self.order.seed, Purpose.HELD_OUT_PROMPT, index),
+        return self._prepare(int(self.order.held_out[index]), index, Purpose.HELD_OUT_PROMPT, empty=0.0)
+
+    def _prepare(self, row: int, index: int, purpose: Purpose, *, empty: float) -> PreparedRow:
+        """Return a row with a prompt drawn for it; `empty` is the share of empty prompts."""
+        decoded = self.rows.decode(row)
+        return PreparedRow(
+            sample_index=index,
+            image=decoded.image,
+            conditioning_image=decoded.conditioning_image,
+            prompt=choose_prompt(decoded.captions, keyed_rng(self.order.seed, purpose, index), empty),
+            posterior=decoded.posterior,
         )
 
     def batch(self, first_sample: int) -> list[PreparedRow]:
         """Return samples [first_sample, first_sample + batch_size)."""
         indices = range(first_sample, first_sample + self.batch_size)
         if self.rows.remote:
-            with ThreadPoolExecutor(REMOTE_READS) as pool:  # an object store answers late, but many at a time
+            with ThreadPoolExecutor(REMOTE_READS) as pool:
                 return list(pool.map(self.sample, indices))
         return [self.sample(index) for index in indices]
 

@@ -1,8 +1,8 @@
 """From an image file's bytes to arrays that can be stacked: pure functions, in the order in which a row meets them.
 
-    ImageRow -> decode_rgb -> resize_and_crop -> choose_prompt -> PreparedRow
+    ImageRow -> decode_rgb -> resize_and_crop -> DecodedRow -> choose_prompt -> PreparedRow
 
-`prepare_row`, at the end, is the list. Nothing here knows of tensors, workers or the order of samples.
+`prepare_images` is the list. Nothing here knows of tensors, workers or the order of samples.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from raycontrolnet.data.records import ImageRow, PreparedRow, UInt8Image
+from raycontrolnet.data.records import ImageRow, UInt8Image
 from raycontrolnet.errors import DataError
 from raycontrolnet.text import error_message
 
@@ -147,23 +147,6 @@ def choose_prompt(captions: tuple[str, ...], rng: np.random.Generator, proportio
     empty = rng.random() < proportion_empty_prompts
     caption = captions[rng.integers(len(captions))] if len(captions) > 1 else captions[0]
     return "" if empty else caption
-
-
-def prepare_row(
-    row: ImageRow, sample_index: int, *, resolution: int, proportion_empty_prompts: float, rng: np.random.Generator
-) -> PreparedRow:
-    """All transforms of one row, top to bottom. `rng` is the sample's own: the prompt is all that is drawn here.
-
-    Raises:
-        DataError: naming the row's place, if one of its images cannot be decoded.
-    """
-    image, conditioning_image = prepare_images(row, resolution)
-    return PreparedRow(
-        sample_index=sample_index,
-        image=image,
-        conditioning_image=conditioning_image,
-        prompt=choose_prompt(row.captions, rng, proportion_empty_prompts),
-    )
 
 
 def prepare_images(row: ImageRow, resolution: int) -> tuple[UInt8Image, UInt8Image]:

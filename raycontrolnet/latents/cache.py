@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from raycontrolnet.data.records import EncodedRow, PreparedRow
-from raycontrolnet.data.transforms import choose_prompt, decode_conditioning
+from raycontrolnet.data.records import DecodedRow, EncodedRow
+from raycontrolnet.data.transforms import decode_conditioning
 from raycontrolnet.errors import DataError
 from raycontrolnet.latents.manifest import BadSample, Manifest, Shard, StoredShard
 from raycontrolnet.storage.folder import CacheFolder
@@ -55,11 +55,13 @@ class LatentCache:
     """Of each shard, among all rows of the cache."""
     rows: NDArray[np.int64]
     """The source's row at each position, ascending."""
+    bad_rows: tuple[int, ...] = ()
+    """Rows of the source that cannot be used."""
 
     @staticmethod
     def of(folder: CacheFolder, manifest: Manifest, shards: Sequence[Shard]) -> LatentCache:
-        """The cache that `manifest` describes; `shards` are its shards as planned."""
-        bad = [sample.row for sample in manifest.bad_samples]
+        """Return the cache that `manifest` describes; `shards` are its shards as planned."""
+        bad = tuple(sample.row for sample in manifest.bad_samples)
         rows = np.array([row for shard in shards for row in shard.rows], np.int64)
         ends = np.cumsum([shard.num_rows for shard in manifest.shards])
         return LatentCache(
@@ -67,6 +69,7 @@ class LatentCache:
             shard_names=tuple(shard.name for shard in manifest.shards),
             first_positions=np.concatenate([[0], ends[:-1]]).astype(np.int64),
             rows=rows[~np.isin(rows, bad)],
+            bad_rows=bad,
         )
 
     def __len__(self) -> int:
@@ -77,7 +80,7 @@ class LatentCache:
         return not self.folder.is_local
 
     def read(self, row: int) -> EncodedRow:
-        """The source's row `row`, verified.
+        """Return the source's row `row`, verified.
 
         Raises:
             DataError: naming the shard, if it is damaged or gone.
@@ -86,18 +89,15 @@ class LatentCache:
         shard = int(np.searchsorted(self.first_positions, position, side="right")) - 1
         return read_row(self.folder, self.shard_names[shard], position - int(self.first_positions[shard]), row)
 
-    def sample(
-        self, row: int, sample_index: int, *, proportion_empty_prompts: float, rng: np.random.Generator
-    ) -> PreparedRow:
-        """The row as a sample; draws the prompt exactly as `transforms.prepare_row` does."""
+    def decode(self, row: int) -> DecodedRow:
+        """Return the source's row `row`, its image as the VAE's posterior.
+
+        Raises:
+            DataError: as `read`.
+        """
         encoded = self.read(row)
-        return PreparedRow(
-            sample_index=sample_index,
-            image=None,
-            conditioning_image=decode_conditioning(encoded.conditioning_png),
-            prompt=choose_prompt(encoded.captions, rng, proportion_empty_prompts),
-            posterior=encoded.posterior,
-        )
+        control = decode_conditioning(encoded.conditioning_png)
+        return DecodedRow(captions=encoded.captions, conditioning_image=control, posterior=encoded.posterior)
 
 
 def shard_bytes(rows: Sequence[EncodedRow], bad_samples: Sequence[BadSample]) -> pa.Buffer:

@@ -1,182 +1,94 @@
-"""Whether a run trains from cached latents, and from which: decided before Ray starts, made once it has."""
+"""Cached latents for a run: chosen before Ray starts where possible, encoded where the run trains."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import random
-import shlex
 import tempfile
-from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TextIO
+from typing import TextIO
 
 from raycontrolnet.cluster.resources import WorkerResources
-from raycontrolnet.cluster.session import on_a_cluster
 from raycontrolnet.config.checks import check_device, versions
-from raycontrolnet.config.settings import ClusterConfig
-from raycontrolnet.config.train_config import TrainConfig, changed_settings, names_that_decide, names_with
+from raycontrolnet.config.settings import CacheConfig, ClusterConfig
+from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.sources import Source
 from raycontrolnet.errors import ConfigError, DataError, RunError, UserError, explained
 from raycontrolnet.latents.cache import ROW_OVERHEAD_BYTES, LatentCache
 from raycontrolnet.latents.encode import EncodeJob, encode_here, encode_on_ray
 from raycontrolnet.latents.manifest import Manifest, Shard
-from raycontrolnet.latents.plan import LatentPlan
+from raycontrolnet.latents.plan import LatentPlan, prepare_command
 from raycontrolnet.latents.shards import ShardResult, load_shard
-from raycontrolnet.launch.preflight import CheckedRun
 from raycontrolnet.text import Counter, file_size, shorten
-
-logger = logging.getLogger(__name__)
-
 
 SAMPLED_SHARD_ROWS = 4
 """Rows whose conditioning images are compressed to estimate the cache's size."""
 SHOWN_STALE = 5
 SEVERAL_MACHINES = "the cluster has several machines: name a folder that all of them see, or an object store's URI"
 BAD_SAMPLES_FILE = "bad_samples.txt"
-Encode = Callable[[EncodeJob], Iterator[ShardResult]]
 
 
-@dataclass(frozen=True)
-class WantedLatents:
-    """That a run is to use a cache."""
-
-    plan: LatentPlan | None
-    """Which; None if a cluster may have to be seen first, because no folder is named that all its machines share."""
-
-
-def planned_latents(run: CheckedRun, stream: TextIO, *, reused: bool = False) -> WantedLatents | None:
-    """The latent cache that the run is to use; None if it trains from pixels.
+def wants_cache(cache: CacheConfig, *, reuses_rows: bool) -> bool:
+    """Check whether a run should train from cached latents.
 
     Args:
-        reused: whether other runs will use it as well.
+        reuses_rows: whether a row is used more than once, in this run or another.
+    """
+    if cache.cache_latents == "auto":
+        return reuses_rows or cache.on_bad_sample == "skip"  # bad samples must be known before the first update
+    return cache.cache_latents == "on"
+
+
+def choose(
+    config: TrainConfig, source: Source, token: str | None, stream: TextIO, *, one_machine: bool = True
+) -> LatentPlan | None:
+    """Choose the latent cache for a run that wants one; None if there is no place that all machines see.
+
+    Looks at what is there, and needs no Ray.
 
     Raises:
-        ConfigError: if there is a cache that does not fit.
+        ConfigError: if the folder holds a cache that does not fit, or the run needs a cache and there is no place.
+        UserError: if the folder or the VAE cannot be used.
     """
-    config = run.config
-    plan = run.plan(max(1, config.worker_range[1]), None)
-    again = reused or plan.total_updates * plan.samples_per_update > plan.num_samples
-    wanted = again or config.on_bad_sample == "skip"  # who is to skip must look at all before
-    if config.cache_latents == "off" or (config.cache_latents == "auto" and not wanted):
-        return None
-    if run.random_subset:
-        if config.cache_latents == "on":
-            raise ConfigError([f"--max_train_samples={config.max_train_samples}: needs --seed, to cache these rows"])
-        stream.write("latents: not cached, because --max_train_samples draws other rows without --seed\n")
-        return None
-    if config.latents_cache_dir is None and config.worker_range != (0, 0) and on_a_cluster(config.address):
-        return WantedLatents(None)
-    return WantedLatents(_plan(config, run.source, run.token))
-
-
-def with_latents(
-    run: CheckedRun, wanted: WantedLatents | None, encode: Encode, stream: TextIO, *, shared: bool = False
-) -> CheckedRun:
-    """The run as it will be: from cached latents, which are made now if need be, or from pixels.
-
-    Args:
-        shared: whether the cache must lie on storage that several machines see.
-
-    Raises:
-        ConfigError: if it does not, and must; else as `prepare`.
-    """
-    config = run.config
-    if wanted is None:
-        return run
-    if shared and config.latents_cache_dir is None:
+    if config.latents_cache_dir is None and not one_machine:
         if config.cache_latents == "on" or config.on_bad_sample == "skip":
             raise ConfigError([f"--latents_cache_dir: {SEVERAL_MACHINES}"])
         stream.write(f"latents: not cached; to train faster, give --latents_cache_dir ({SEVERAL_MACHINES})\n")
-        return run
-    plan = wanted.plan or _plan(config, run.source, run.token)
-    cache, manifest = _cache(plan, encode, run.token, stream)
-    run = dataclasses.replace(run, cache=cache, bad_rows=tuple(sample.row for sample in manifest.bad_samples))
-    if run.start is not None and run.start.manifest.get("left_out", []) != list(run.bad_rows):
-        logger.warning("%s was made with other bad samples left out: the order of samples changes", run.start.path)
-    return run
-
-
-def _plan(config: TrainConfig, source: Source, token: str | None) -> LatentPlan:
-    """What the cache of a run will be; looks at what is there, and needs no Ray.
-
-    Raises:
-        ConfigError: if the folder holds a cache that does not fit; else as `LatentPlan.of`.
-    """
+        return None
     plan = LatentPlan.of(config, source, token)
-    plan.check_encoding(prepare_command)
+    plan.check_encoding()
     if changes := plan.changes():
         problem = f"the data changed since its latents were cached in {plan.folder.uri}: {changes}"
         raise ConfigError([f"{problem}. Encode what is new with:\n  {prepare_command(plan.config)}"])
     return plan
 
 
-def _cache(plan: LatentPlan, encode: Encode, token: str | None, stream: TextIO) -> tuple[LatentCache, Manifest]:
-    """The cache for a run, made or completed if need be.
+def ensure(plan: LatentPlan, workers: WorkerResources | None, stream: TextIO) -> LatentCache:
+    """Return the cache that was planned, encoding what is missing.
+
+    Args:
+        workers: of the connected Ray; None to encode in this process.
 
     Raises:
         UserError, RunError: as `prepare`.
     """
-    there, missing = plan.survey()
-    manifest = complete(plan, there, missing, encode, token, stream)
-    return LatentCache.of(plan.folder, manifest, plan.shards), manifest
-
-
-def here(cluster: ClusterConfig) -> Encode:
-    """Encoding in this process."""
-
-    def encode(job: EncodeJob) -> Iterator[ShardResult]:
-        import torch
-
-        use_gpu = check_device(cluster.use_gpu, has_gpu=torch.cuda.is_available(), work="encode")
-        return encode_here(job, use_gpu=use_gpu)
-
-    return encode
-
-
-def on_ray(resources: WorkerResources) -> Encode:
-    """Encoding on the connected Ray cluster."""
-    return lambda job: encode_on_ray(job, resources)
+    manifest = complete(plan, *plan.survey(), workers, stream)
+    return LatentCache.of(plan.folder, manifest, plan.shards)
 
 
 def complete(
     plan: LatentPlan,
     there: dict[str, ShardResult],
     missing: tuple[Shard, ...],
-    encode: Encode | None,
-    token: str | None,
+    workers: WorkerResources | None,
     stream: TextIO,
 ) -> Manifest:
-    """Encode what is missing, and make the cache whole."""
-    results = dict(there)
-    if missing:
-        assert encode is not None
-        plan.folder.remove_leftovers()
-        _announce(plan, there, stream)
-        # In another order than that of a second process at work on the same, whose shards are not made again.
-        shards = random.sample(missing, len(missing))
-        stored = plan.folder.sizes()
-        job = EncodeJob(
-            source=plan.source,
-            folder=plan.folder,
-            encoding=plan.encoding,
-            shards=tuple(shards),
-            model=dataclasses.replace(plan.config, hub_token=None),
-            replaced=frozenset(shard.name for shard in missing if shard.name in stored),
-            batch_size=plan.config.latents_batch_size,
-            token=token,
-        )
-        done = sum(len(shard.rows) for shard in plan.shards) - sum(len(shard.rows) for shard in missing)
-        counter = Counter("latents", "images", plan.num_rows, done, stream)
-        with explained("Encoding", partial(_how_to_go_on, plan)), closing(counter):
-            for result in encode(job):
-                results[result.stored.name] = result
-                counter.advance(result.stored.num_rows + len(result.bad_samples))
+    """Encode the shards that are missing, and write the manifest. See `LatentPlan.survey` and `ensure`."""
+    results = there | _encode(plan, there, missing, workers, stream) if missing else there
     manifest = _manifest(plan, [results[shard.name] for shard in plan.shards])
     if manifest != plan.manifest:
         _check_all_is_there(plan, manifest)
@@ -186,6 +98,45 @@ def complete(
             raise RunError(f"{plan.folder.name} cannot be written to: {error.strerror or error}") from error
     _report(plan, manifest, stream)
     return manifest
+
+
+def _encode(
+    plan: LatentPlan,
+    there: dict[str, ShardResult],
+    missing: tuple[Shard, ...],
+    workers: WorkerResources | None,
+    stream: TextIO,
+) -> dict[str, ShardResult]:
+    """Encode the shards that are missing; the results by name."""
+    plan.folder.remove_leftovers()
+    _announce(plan, there, stream)
+    stored = plan.folder.sizes()
+    job = EncodeJob(
+        source=plan.source,
+        folder=plan.folder,
+        encoding=plan.encoding,
+        # Shuffled: a second process at work on the same cache then seldom makes the same shard.
+        shards=tuple(random.sample(missing, len(missing))),
+        model=dataclasses.replace(plan.config, hub_token=None),
+        replaced=frozenset(shard.name for shard in missing if shard.name in stored),
+        batch_size=plan.config.latents_batch_size,
+        token=plan.token,
+    )
+    results = {}
+    done = plan.num_rows - sum(len(shard.rows) for shard in missing)
+    counter = Counter("latents", "images", plan.num_rows, done, stream)
+    with explained("Encoding", partial(_how_to_go_on, plan)), closing(counter):
+        encoded = encode_on_ray(job, workers) if workers else encode_here(job, use_gpu=_gpu_here(plan.config))
+        for result in encoded:
+            results[result.stored.name] = result
+            counter.advance(result.stored.num_rows + len(result.bad_samples))
+    return results
+
+
+def _gpu_here(cluster: ClusterConfig) -> bool:
+    import torch
+
+    return check_device(cluster.use_gpu, has_gpu=torch.cuda.is_available(), work="encode")
 
 
 def _manifest(plan: LatentPlan, results: list[ShardResult]) -> Manifest:
@@ -273,19 +224,6 @@ def _report(plan: LatentPlan, manifest: Manifest, stream: TextIO) -> None:
             f"latents: {len(stale):,} files of earlier data are there still ({file_size(sum(stale.values()))}) and may "
             f"be deleted: {names}\n"
         )
-
-
-def prepare_command(config: TrainConfig, **others: Any) -> str:
-    """The command that makes the cache for `config`."""
-    names = {*names_that_decide("latents"), *names_with("in_prepare")}
-    settings = {name: value for name, value in changed_settings(config).items() if name in names} | others
-    if "max_train_samples" in settings:  # the rows are drawn together with the held-out ones
-        settings["seed"] = config.seed
-        if config.validation_split is not None:
-            settings["validation_split"] = config.validation_split
-    return "raycontrolnet prepare " + " ".join(
-        f"--{name} {shlex.quote(str(value))}" for name, value in settings.items()
-    )
 
 
 def _file_for(plan: LatentPlan, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""The latent cache as it should be, beside what is there."""
+"""The latent cache that a run needs, compared with what is there."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import dataclasses
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+import shlex
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.config.train_config import TrainConfig, changed_settings, names_that_decide, names_with
 from raycontrolnet.data.order import SampleOrder
 from raycontrolnet.data.sources import Source
 from raycontrolnet.data.transforms import prepare_images
@@ -25,7 +27,7 @@ from raycontrolnet.storage.folder import CacheFolder, cache_folder
 
 @dataclass(frozen=True)
 class LatentPlan:
-    """Which shards a run needs, and where."""
+    """The shards that a run needs, and their folder."""
 
     config: TrainConfig
     source: Source
@@ -33,13 +35,14 @@ class LatentPlan:
     encoding: Encoding
     shards: tuple[Shard, ...]
     manifest: Manifest | None
-    """Of the complete cache that is there, whether it fits or not."""
+    """Manifest of the complete cache that is there, whether it fits or not."""
     posterior_bytes: int
-    """Of one sample's latents."""
+    """Size of one sample's latents."""
+    token: str | None = dataclasses.field(repr=False)
 
     @staticmethod
     def of(config: TrainConfig, source: Source, token: str | None) -> LatentPlan:
-        """Looks at the folder, the VAE's files and the size of every image; reads no image.
+        """Plan the cache of a run, from the folder, the VAE's files and the size of every image; reads no image.
 
         Raises:
             UserError: if folder or VAE cannot be used.
@@ -62,26 +65,30 @@ class LatentPlan:
         shards = tuple(plan_shards(source, rows, encoding))
         side = config.resolution // vae.factor
         posterior_bytes = 2 * vae.latent_channels * side * side * int(config.latents_dtype.removeprefix("float")) // 8
-        return LatentPlan(config, source, folder, encoding, shards, manifest, posterior_bytes)
+        return LatentPlan(config, source, folder, encoding, shards, manifest, posterior_bytes, token)
 
     @property
     def num_rows(self) -> int:
         return sum(len(shard.rows) for shard in self.shards)
 
-    def check_encoding(self, command: Callable[..., str]) -> None:
-        """Raise a ConfigError if the folder holds a cache of another kind; `command` makes the one that fits."""
+    def check_encoding(self) -> None:
+        """Check that the folder holds no cache of another encoding.
+
+        Raises:
+            ConfigError: if it does, with the command that makes one that fits.
+        """
         if self.manifest is None or self.manifest.encoding == self.encoding:
             return
         differences = "; ".join(self.manifest.encoding.differences(self.encoding))
         other = f"{self.folder.name}-{self.encoding.resolution}px"
         problem = (
             f"--latents_cache_dir={self.folder.uri}: the cache there does not fit this run ({differences}). Make one "
-            f"that does in another folder:\n  {command(self.config, latents_cache_dir=other)}"
+            f"that does in another folder:\n  {prepare_command(self.config, latents_cache_dir=other)}"
         )
         raise ConfigError([problem])
 
     def changes(self) -> str | None:
-        """What changed in the data since the cache was made, in words."""
+        """Return what changed in the data since the cache was made, in words; None if nothing has."""
         if self.manifest is None:
             return None
         return data_changes(
@@ -92,10 +99,9 @@ class LatentPlan:
         )
 
     def survey(self) -> tuple[dict[str, ShardResult], tuple[Shard, ...]]:
-        """(what is there, by name; the shards that are missing).
+        """Return the shards that are there, by name, and those that are missing.
 
-        A file of another size than the manifest says is missing, and so is a shard with a bad sample that is one no
-        longer.
+        A shard counts as missing if its size is not the manifest's, or if one of its bad samples can be read now.
         """
         sizes = self.folder.sizes()
         known = {} if self.manifest is None else {shard.name: shard for shard in self.manifest.shards}
@@ -117,7 +123,7 @@ class LatentPlan:
         return there, tuple(missing)
 
     def _is_bad(self, sample: BadSample) -> bool:
-        """Whether a bad sample still is one: it may have been mended, or a disk have been away."""
+        """Check whether a bad sample is still unreadable."""
         try:
             prepare_images(self.source.read(sample.row), self.config.resolution)
         except DataError:
@@ -125,14 +131,14 @@ class LatentPlan:
         return False
 
     def stale(self) -> dict[str, int]:
-        """Name -> bytes of shards that are there and not needed: of earlier data."""
+        """Return name -> bytes of the shards of earlier data, which are no longer needed."""
         needed = {shard.name for shard in self.shards}
         sizes = self.folder.sizes()
         return {name: size for name, size in sizes.items() if name.endswith(".arrow") and name not in needed}
 
 
 def _folder(config: TrainConfig, encoding: Encoding) -> CacheFolder:
-    """Where the cache is or will be; without a setting, a complete one of all rows is preferred to one of a subset."""
+    """Return the cache's folder; without a setting, a complete cache of all rows is preferred to one of a subset."""
     if config.latents_cache_dir is not None:
         return cache_folder(config.latents_cache_dir)
     whole = CacheFolder(str(_default_folder(config, dataclasses.replace(encoding, subset=None))))
@@ -142,19 +148,32 @@ def _folder(config: TrainConfig, encoding: Encoding) -> CacheFolder:
 
 
 def _default_folder(config: TrainConfig, encoding: Encoding) -> Path:
-    """One for each data set, model and size, named after the data."""
+    """Return a folder of its own for each data set, model and size, named after the data."""
     data = config.train_data_dir or config.dataset_name or ""
     key = hashlib.blake2b(repr((data, config.dataset_config_name, encoding)).encode(), digest_size=4).hexdigest()
     root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return root / "raycontrolnet" / "latents" / f"{Path(data).name}-{encoding.resolution}px-{key}"
 
 
+def prepare_command(config: TrainConfig, **others: Any) -> str:
+    """Return the command that makes the cache for `config`."""
+    names = {*names_that_decide("latents"), *names_with("in_prepare")}
+    settings = {name: value for name, value in changed_settings(config).items() if name in names} | others
+    if "max_train_samples" in settings:  # the rows are drawn together with the held-out ones
+        settings["seed"] = config.seed
+        if config.validation_split is not None:
+            settings["validation_split"] = config.validation_split
+    return "raycontrolnet prepare " + " ".join(
+        f"--{name} {shlex.quote(str(value))}" for name, value in settings.items()
+    )
+
+
 def data_changes(manifest: Manifest, shards: Sequence[Shard], stored: Iterator[str], now: Iterator[str]) -> str | None:
-    """What changed in the data since `manifest` was written, in words; None if nothing has.
+    """Return what changed in the data since `manifest` was written, in words; None if nothing has.
 
     Args:
         shards: those of the data as it is.
-        stored: the identity of every row in the cache, in the order of the shards (read only if something changed).
+        stored: the identity of every row in the cache, in the shards' order; read only if something changed.
         now: the same for the data as it is.
     """
     names = [shard.name for shard in shards]

@@ -1,11 +1,7 @@
-"""The driver of the latent cache: `prepare(config) -> PrepareResult`, and what `fit` does of it by itself.
-
-Plans which shards the cache should have, encodes those that are missing, and writes the manifest that makes it whole.
-"""
+"""`raycontrolnet prepare`: the latent cache of a data set, made or completed by itself."""
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import dataclass
 from typing import TextIO
@@ -17,32 +13,30 @@ from raycontrolnet.config.checks import collected, find_token, local_model_probl
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.sources import Source, open_source
 from raycontrolnet.errors import ConfigError, Interrupted
-from raycontrolnet.latents.ensure import SEVERAL_MACHINES, _file_for, complete, here, on_ray, prepare_command
+from raycontrolnet.latents.ensure import SEVERAL_MACHINES, _file_for, complete
 from raycontrolnet.latents.manifest import BadSample
 from raycontrolnet.latents.plan import LatentPlan
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """What `prepare` left."""
+    """The cache that `prepare` made or completed."""
 
     folder: str
     num_samples: int
-    """In the cache."""
+    """Samples in the cache."""
     num_bytes: int
     bad_samples: tuple[BadSample, ...]
-    """Those that were skipped."""
+    """Samples that were skipped."""
     num_encoded: int
     """Samples that were encoded now; the others were there."""
     seconds: float
 
 
 def prepare(config: TrainConfig, *, stream: TextIO | None = None) -> PrepareResult:
-    """Encode every image of the data into the latent cache, or those that are missing there.
+    """Encode the images of a data set into its latent cache; those that are there already are not encoded again.
 
-    Uses Ray as `fit` does. Killed at any moment, it goes on where it stopped when it is run again.
+    Uses Ray as `fit` does. If it is killed, running it again continues where it stopped.
 
     Args:
         config: the settings of the run that will use the cache.
@@ -50,7 +44,7 @@ def prepare(config: TrainConfig, *, stream: TextIO | None = None) -> PrepareResu
 
     Raises:
         UserError: bad settings, data or models (exit code 2 on the command line).
-        RunError: it failed, as on a full disk; what was written stands (exit code 1).
+        RunError: the encoding failed, for instance on a full disk; what was written stands (exit code 1).
         Interrupted: Ctrl-C (exit code 130).
     """
     with shown_on(stream) as shown:
@@ -65,21 +59,19 @@ def _prepare(config: TrainConfig, stream: TextIO) -> PrepareResult:
     config = with_absolute_paths(config)
     source, token = check_inputs(config)
     plan = LatentPlan.of(config, source, token)
-    plan.check_encoding(prepare_command)
+    plan.check_encoding()
     if changes := plan.changes():
         stream.write(f"latents: the data changed since ({changes}); what is new will be encoded\n")
     there, missing = plan.survey()
     with logging_to(_file_for(plan, "prepare.log")):
-        if not missing:
-            manifest = complete(plan, there, (), None, token, stream)
-        elif config.worker_range == (0, 0):
-            manifest = complete(plan, there, missing, here(config), token, stream)
+        if not missing or config.worker_range == (0, 0):
+            manifest = complete(plan, there, missing, None, stream)
         else:
             with ray_session(config.address):
                 resources = worker_resources(config)
                 if not resources.one_machine and config.latents_cache_dir is None:
                     raise ConfigError([f"--latents_cache_dir: {SEVERAL_MACHINES}"])
-                manifest = complete(plan, there, missing, on_ray(resources), token, stream)
+                manifest = complete(plan, there, missing, resources, stream)
     return PrepareResult(
         folder=plan.folder.uri,
         num_samples=manifest.num_rows,
@@ -91,7 +83,7 @@ def _prepare(config: TrainConfig, stream: TextIO) -> PrepareResult:
 
 
 def check_inputs(config: TrainConfig) -> tuple[Source, str | None]:
-    """What the encoding of latents needs: the data, and the Hub token.
+    """Return the data to encode, and the Hub token.
 
     Raises:
         ConfigError: with the problems of model folders and data together.

@@ -21,8 +21,7 @@ from raycontrolnet.config.checks import check_device, versions, with_absolute_pa
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.errors import RunError, UserError, explained
 from raycontrolnet.hub import push
-from raycontrolnet.latents.ensure import WantedLatents, here, on_ray, planned_latents, with_latents
-from raycontrolnet.launch.preflight import CheckedRun, check
+from raycontrolnet.launch.preflight import CheckedRun, check, choose_latents, ensure_latents
 from raycontrolnet.launch.workers import train_here, train_on_ray
 from raycontrolnet.report.live_report import report_kept
 from raycontrolnet.text import duration
@@ -87,30 +86,29 @@ def _fit(config: TrainConfig, stream: TextIO) -> RunResult:
     started = time.time()
     output_dir = Path(config.output_dir).expanduser().resolve()
     config = with_absolute_paths(config)
-    run = check(config, output_dir)
-    latents = planned_latents(run, stream)
+    run = choose_latents(check(config, output_dir), stream)
 
     def train(status: RunStatus) -> Summary:
         if config.worker_range == (0, 0):
-            return _train_here(run, latents, status, stream)
+            return _train_here(run, status, stream)
         with ray_session(config.address):
-            return _train_on_ray(run, latents, status, stream)
+            return _train_on_ray(run, status, stream)
 
     return run_and_record(run, train, stream, started)
 
 
-def _train_here(run: CheckedRun, latents: WantedLatents | None, status: RunStatus, stream: TextIO) -> Summary:
+def _train_here(run: CheckedRun, status: RunStatus, stream: TextIO) -> Summary:
     import torch
 
     use_gpu = check_device(run.config.use_gpu, run.config, has_gpu=torch.cuda.is_available())
-    run = with_latents(run, latents, here(run.config), stream)
+    run = ensure_latents(run, None, stream)
     return train_here(run, status, stream, use_gpu=use_gpu)
 
 
-def _train_on_ray(run: CheckedRun, latents: WantedLatents | None, status: RunStatus, stream: TextIO) -> Summary:
+def _train_on_ray(run: CheckedRun, status: RunStatus, stream: TextIO) -> Summary:
     resources = worker_resources(run.config)
     check_device(resources.use_gpu, run.config, has_gpu=resources.use_gpu)
-    run = with_latents(run, latents, on_ray(resources), stream, shared=not resources.one_machine)
+    run = ensure_latents(run, resources, stream)
     return train_on_ray(run, resources, status, stream)
 
 

@@ -9,8 +9,10 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from raycontrolnet.cluster.resources import WorkerResources
+from raycontrolnet.cluster.session import on_a_cluster
 from raycontrolnet.config.checks import (
     collected,
     find_token,
@@ -26,6 +28,8 @@ from raycontrolnet.data.stream import BatchLoader, PixelRows
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.hub import push
 from raycontrolnet.latents.cache import LatentCache
+from raycontrolnet.latents.ensure import choose, ensure, wants_cache
+from raycontrolnet.latents.plan import LatentPlan
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.training import trackers, validation
 from raycontrolnet.training.job import Job, RunCallback
@@ -44,13 +48,20 @@ class CheckedRun:
     source: Source
     start: checkpoints.Checkpoint | None
     token: str | None = dataclasses.field(repr=False)
-    cache: LatentCache | None = None
-    """Where samples come from, if not from the source's pixels."""
-    bad_rows: tuple[int, ...] = ()
-    """Those that the cache left out."""
     random_subset: bool = False
-    """Whether max_train_samples takes other rows in every run, because no seed was given."""
+    """True if max_train_samples takes other rows in every run, because no seed was given."""
+    cached: bool = False
+    """True if the run trains from cached latents, provided that there is a folder for them."""
+    latents: LatentPlan | None = None
+    """The cache to train from, not yet encoded; None also if the cluster must be seen before it can be chosen."""
+    cache: LatentCache | None = None
+    """The cache to train from; None for pixels."""
     run_id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def bad_rows(self) -> tuple[int, ...]:
+        """Rows that the cache left out."""
+        return self.cache.bad_rows if self.cache else ()
 
     @property
     def loader(self) -> BatchLoader:
@@ -154,6 +165,8 @@ def check(config: TrainConfig, output_dir: Path) -> CheckedRun:
         raise ConfigError(problems)
     config = _with_held_out_rows(config, len(source), start)
     random_subset = config.seed is None and start is None and (config.max_train_samples or len(source)) < len(source)
+    if random_subset and config.cache_latents == "on":
+        raise ConfigError([f"--max_train_samples={config.max_train_samples}: needs --seed, to cache these rows"])
     if config.seed is None:
         config = dataclasses.replace(config, seed=start.seed if start else secrets.randbelow(2**31))
     if start is not None:
@@ -166,6 +179,49 @@ def check(config: TrainConfig, output_dir: Path) -> CheckedRun:
                 start.path,
             )
     return CheckedRun(config, output_dir, source, start, token, random_subset=random_subset)
+
+
+def choose_latents(run: CheckedRun, stream: TextIO, *, reused: bool = False) -> CheckedRun:
+    """Return the run with the cache that it will train from, as far as it can be chosen before Ray starts.
+
+    Args:
+        reused: whether other runs will use the cache as well.
+
+    Raises:
+        ConfigError: if there is a cache that does not fit.
+    """
+    config = run.config
+    plan = run.plan(max(1, config.worker_range[1]), None)
+    reuses_rows = reused or plan.total_updates * plan.samples_per_update > plan.num_samples
+    if not wants_cache(config, reuses_rows=reuses_rows):
+        return run
+    if run.random_subset:
+        stream.write("latents: not cached, because --max_train_samples draws other rows without --seed\n")
+        return run
+    if config.latents_cache_dir is None and config.worker_range != (0, 0) and on_a_cluster(config.address):
+        return dataclasses.replace(run, cached=True)  # only the cluster shows whether it is a single machine
+    return dataclasses.replace(run, cached=True, latents=choose(config, run.source, run.token, stream))
+
+
+def ensure_latents(run: CheckedRun, workers: WorkerResources | None, stream: TextIO) -> CheckedRun:
+    """Return the run with its cache complete, or as it is if it trains from pixels.
+
+    Args:
+        workers: of the connected Ray; None to encode in this process.
+
+    Raises:
+        ConfigError: if the run needs a cache, and there is no place for it that all machines see.
+        UserError, RunError: as `prepare`.
+    """
+    latents = run.latents
+    if run.cached and latents is None:
+        latents = choose(run.config, run.source, run.token, stream, one_machine=workers is None or workers.one_machine)
+    if latents is None:
+        return run
+    run = dataclasses.replace(run, cache=ensure(latents, workers, stream), latents=None)
+    if run.start is not None and run.start.manifest.get("left_out", []) != list(run.bad_rows):
+        logger.warning("%s was made with other bad samples left out: the order of samples changes", run.start.path)
+    return run
 
 
 def _with_held_out_rows(config: TrainConfig, num_rows: int, start: checkpoints.Checkpoint | None) -> TrainConfig:

@@ -17,8 +17,7 @@ from raycontrolnet.config.sweep_config import OBJECTIVES, SweepConfig
 from raycontrolnet.config.sweepable import cache_settings
 from raycontrolnet.config.train_config import TrainConfig, names_that_decide, names_with, public_settings
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.latents.ensure import WantedLatents, on_ray, planned_latents, with_latents
-from raycontrolnet.launch.preflight import CheckedRun, check
+from raycontrolnet.launch.preflight import CheckedRun, check, choose_latents, ensure_latents
 from raycontrolnet.tune.checks import _differences, _objective_problem, _problems, _variants, _warnings
 from raycontrolnet.tune.concurrency import TrialSlots
 from raycontrolnet.tune.recorder import mark_interrupted
@@ -35,7 +34,7 @@ class SweepPlan:
     sweep_dir: Path
     space: Space
     num_trials: int
-    runs: Mapping[str, tuple[CheckedRun, WantedLatents | None]]
+    runs: Mapping[str, CheckedRun]
     """The sweep's run for each latent cache (see `cache_key`); trials differ from it in the settings they try."""
     records: Sequence[TrialRecord]
     """Trials from before the sweep was resumed."""
@@ -46,7 +45,7 @@ class SweepPlan:
     @property
     def run(self) -> CheckedRun:
         """The run of the first cache."""
-        return next(iter(self.runs.values()))[0]
+        return next(iter(self.runs.values()))
 
     @property
     def train(self) -> TrainConfig:
@@ -111,12 +110,11 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
     runs = {}
     for settings in _cache_variants(space):
         run = check(dataclasses.replace(train, **settings), sweep_dir)
-        runs[cache_key(settings)] = run, planned_latents(run, stream, reused=True)
-    checked = [run for run, _ in runs.values()]
-    for run in checked:
+        runs[cache_key(settings)] = choose_latents(run, stream, reused=True)
+    for run in runs.values():
         if problem := _objective_problem(config.objective, run):
             raise ConfigError([problem])
-    total_updates = max(total for run in checked for total in _totals(run, space))
+    total_updates = max(total for run in runs.values() for total in _totals(run, space))
     stream.writelines(f"sweep: {warning}\n" for warning in dict.fromkeys(_warnings(train, space, total_updates)))
     return SweepPlan(
         config=config,
@@ -191,8 +189,8 @@ def shared_of(
         UserError, RunError: as `prepare`.
     """
     runs = {}
-    for key, (run, latents) in plan.runs.items():
-        complete = with_latents(run, latents, on_ray(resources), stream, shared=not resources.one_machine)
+    for key, run in plan.runs.items():
+        complete = ensure_latents(run, resources, stream)
         own: dict[str, Any] = {
             "cpus_per_worker": places.cpus_per_worker,
             "push_to_hub": False,
