@@ -5,8 +5,8 @@
         training_state.pt      optimizer, schedule and loss scaler
         manifest.json          written last: what the run was, and every file with its size
 
-A checkpoint is written beside its place and renamed into it, so a folder `checkpoint-N` with a manifest whose files
-have their sizes is complete. The folder on disk is the only truth: no other record of checkpoints is kept.
+A checkpoint is written beside its place and renamed into it: a folder `checkpoint-N` with a manifest whose files have
+their sizes is complete. The folders on disk are the only record of checkpoints.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.storage.files import synced
+from raycontrolnet.storage.files import OLD, PARTIAL, remove_folder, replacing_folder, synced
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -45,7 +45,7 @@ class Checkpoint:
 
     @staticmethod
     def open(path: Path) -> Checkpoint:
-        """The checkpoint at `path`.
+        """Return the checkpoint at `path`.
 
         Raises:
             ValueError: if it is not complete, saying what is missing.
@@ -76,27 +76,27 @@ def name_of(step: int) -> str:
 
 
 def all_checkpoints(output_dir: Path) -> list[Checkpoint]:
-    """The complete checkpoints of a run's folder, by step."""
+    """Return the complete checkpoints of a run's folder, by step."""
     found = []
     for path in output_dir.glob("checkpoint-*"):
         if re.fullmatch(r"checkpoint-\d+", path.name):
-            with suppress(ValueError):  # not finished, or damaged: `latest` must not choose it
+            with suppress(ValueError):  # unfinished or damaged
                 found.append(Checkpoint.open(path))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
 def latest(output_dir: Path, run_id: str | None = None) -> Checkpoint | None:
-    """The complete checkpoint with most updates; with `run_id`, among those that run wrote."""
+    """Return the complete checkpoint with most updates; with `run_id`, of those that the run wrote."""
     wanted = [c for c in all_checkpoints(output_dir) if run_id is None or c.run_id == run_id]
     return wanted[-1] if wanted else None
 
 
 def resolve(resume_from_checkpoint: str | None, output_dir: Path) -> Checkpoint | None:
-    """The checkpoint that `--resume_from_checkpoint` names: `latest`, a name under `output_dir`, or a path.
+    """Return the checkpoint that `--resume_from_checkpoint` names: `latest`, a name under `output_dir`, or a path.
 
     Raises:
-        ConfigError: if there is no such complete checkpoint; or if `output_dir` holds checkpoints and the setting is
-            not given, because a fresh run would mix with them.
+        ConfigError: if it is not there or not complete; or if the setting is not given and `output_dir` holds
+            checkpoints, which a new run would mix with.
     """
     present = all_checkpoints(output_dir)
     if resume_from_checkpoint is None:
@@ -106,7 +106,7 @@ def resolve(resume_from_checkpoint: str | None, output_dir: Path) -> Checkpoint 
                 "--resume_from_checkpoint latest. Start anew: name another --output_dir, or delete that folder"
             )
             raise ConfigError([problem])
-        # Of another program, such as diffusers' script, or damaged: not to be written over either.
+        # Of another program, such as diffusers' script, or damaged: not to be overwritten either.
         others = [*output_dir.glob("checkpoint-[0-9]*"), *output_dir.glob("diffusion_pytorch_model.safetensors")]
         if others:
             problem = (
@@ -148,65 +148,46 @@ def write(
 
     Args:
         save: writes the files into the folder it is given.
-        facts: what else the manifest should say of the run (settings, data, versions); no secrets.
+        facts: added to the manifest: settings, data, versions; no secrets.
     """
-    partial = output_dir / f".{name_of(step)}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        save(partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
-        raise
-    files = sorted(file for file in partial.rglob("*") if file.is_file())
-    for file in files:
-        synced(file)
-    manifest = {
-        "format": FORMAT,
-        "step": step,
-        "samples": samples,
-        "seed": seed,
-        "run_id": run_id,
-        "written_at": max([time.time(), *(_written_at(former) + 1e-3 for former in all_checkpoints(output_dir))]),
-        "files": {file.relative_to(partial).as_posix(): file.stat().st_size for file in files},
-        **facts,
-    }
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    synced(partial / MANIFEST)
     final = output_dir / name_of(step)
-    if final.exists():  # of an earlier run that went further, or damaged
-        old = output_dir / f".{name_of(step)}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-        partial.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        partial.rename(final)
-    synced(output_dir)
+    with replacing_folder(final) as partial:  # replaces one of an earlier run that went further, or a damaged one
+        save(partial)
+        files = sorted(file for file in partial.rglob("*") if file.is_file())
+        for file in files:
+            synced(file)
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "samples": samples,
+            "seed": seed,
+            "run_id": run_id,
+            "written_at": max([time.time(), *(_written_at(former) + 1e-3 for former in all_checkpoints(output_dir))]),
+            "files": {file.relative_to(partial).as_posix(): file.stat().st_size for file in files},
+            **facts,
+        }
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        synced(partial / MANIFEST)
     return Checkpoint.open(final)
 
 
 def prune(output_dir: Path, limit: int | None) -> None:
-    """Delete all but the `limit` checkpoints written last. Call it only when the newest is in its place."""
+    """Delete all but the `limit` checkpoints written last. Call it only when the newest is complete."""
     if limit is None:
         return
     by_age = sorted(all_checkpoints(output_dir), key=_written_at)
     for checkpoint in by_age[:-limit]:
-        # Renamed first: a deletion that is cut short must not leave half a checkpoint under its name.
-        doomed = output_dir / f".{checkpoint.path.name}.old"
-        shutil.rmtree(doomed, ignore_errors=True)
-        checkpoint.path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        remove_folder(checkpoint.path)
 
 
 def _written_at(checkpoint: Checkpoint) -> float:
-    """Unix seconds; later than those written before it, also if the clock was put back."""
+    """Return Unix seconds; later than those of earlier checkpoints even if the clock was put back."""
     return float(checkpoint.manifest["written_at"])
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Delete what interrupted writes and deletions left behind, but put back what is complete and in no other place."""
-    for suffix in (".partial", ".old"):
+    """Delete what interrupted writes and deletions left; a complete checkpoint that is missing is put back."""
+    for suffix in (PARTIAL, OLD):
         for path in output_dir.glob(f".checkpoint-*{suffix}"):
             final = output_dir / path.name[1:].removesuffix(suffix)
             with suppress(ValueError):

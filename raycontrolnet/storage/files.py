@@ -1,24 +1,32 @@
-"""Files that others read while they are written: whole, or as they were."""
+"""Files and folders that others read while they are written: whole, or as they were before."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+PARTIAL = ".partial"
+"""End of the name of what is being written."""
+OLD = ".old"
+"""End of the name of a folder that is being deleted."""
+
 
 @contextmanager
-def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
-    """Gives a path to write to, beside `path`; what was written there takes the place of `path` at the end.
+def replacing(path: Path, *, sync: bool = False, many_writers: bool = False) -> Iterator[Path]:
+    """Give a path to write to, beside `path`; at the end the file written there replaces `path`.
 
-    If writing fails, as on a full disk, what was there before stays, and nothing is left of the new one. A file is to
-    have one writer at a time.
+    If writing fails, as on a full disk, `path` stays as it was and nothing is left of the new file.
 
     Args:
         sync: see `synced`.
+        many_writers: whether several processes may write the file at a time.
     """
-    partial = path.with_name(f".{path.name.lstrip('.')}.partial")
+    writer = f".{uuid.uuid4().hex}" if many_writers else ""
+    partial = path.with_name(f".{path.name.lstrip('.')}{writer}{PARTIAL}")
     try:
         yield partial
         if sync:
@@ -30,8 +38,35 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder to write to, beside `path`; at the end it replaces `path`. Fails as `replacing`."""
+    partial, old = path.with_name(f".{path.name}{PARTIAL}"), path.with_name(f".{path.name}{OLD}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+    synced(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder. It is renamed first: a deletion that is cut short leaves no half of it under its name."""
+    old = path.with_name(f".{path.name}{OLD}")
+    shutil.rmtree(old, ignore_errors=True)
+    path.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def synced(path: Path) -> None:
-    """Flush a file or folder to the disk, so that a power cut cannot leave what was written later without it."""
+    """Flush a file or folder to the disk, so that a power cut cannot keep later writes and lose this one."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

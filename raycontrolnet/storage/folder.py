@@ -1,10 +1,8 @@
-"""A folder of whole files, on a local disk or in an object store: what the latent cache is written to."""
+"""A folder of whole files, on a local disk or in an object store, for the latent cache."""
 
 from __future__ import annotations
 
-import os
 import time
-import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,19 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raycontrolnet.errors import UserError
+from raycontrolnet.storage.files import PARTIAL, replacing
 from raycontrolnet.text import error_message
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from pyarrow import fs
 
-PARTIAL = ".partial"
 LEFTOVER_AGE_S = 3600.0
 
 
 @dataclass(frozen=True)
 class CacheFolder:
-    """Files that are there whole or not at all, whoever else writes. Pickles as its name."""
+    """Files that are whole or absent, whoever else writes. Pickled as its name alone."""
 
     uri: str
     """An absolute path, or a URI that pyarrow's file systems know, such as s3://bucket/folder."""
@@ -35,15 +33,15 @@ class CacheFolder:
 
     @property
     def name(self) -> str:
-        """How messages call the folder."""
+        """The folder's name in messages."""
         return self.uri.partition("?")[0].rstrip("/")
 
     def path(self, name: str) -> str:
-        """How messages call the file `name`."""
+        """Return the name of the file `name` in messages."""
         return f"{self.name}/{name}"
 
     def sizes(self) -> dict[str, int]:
-        """Name -> bytes of every file that is there; empty if the folder does not exist.
+        """Return name -> bytes of every file; empty if the folder does not exist.
 
         Raises:
             UserError: if the folder cannot be reached.
@@ -59,7 +57,7 @@ class CacheFolder:
         return {info.base_name: info.size for info in files if not info.base_name.endswith(PARTIAL)}
 
     def size(self, name: str) -> int | None:
-        """Bytes of the file `name`; None if there is none."""
+        """Return the bytes of the file `name`; None if there is none."""
         from pyarrow import fs
 
         system, folder = _open(self.uri)
@@ -67,7 +65,7 @@ class CacheFolder:
         return info.size if info.type == fs.FileType.File else None
 
     def read(self, name: str) -> bytes:
-        """The file `name`.
+        """Return the content of the file `name`.
 
         Raises:
             FileNotFoundError: if there is none.
@@ -76,7 +74,7 @@ class CacheFolder:
             return file.read()
 
     def open(self, name: str) -> pa.NativeFile:
-        """The file `name` for random access: mapped into memory from a local disk, by ranges from an object store."""
+        """Open the file `name` for random access: mapped into memory on a local disk, else read by ranges."""
         import pyarrow as pa
 
         system, folder = _open(self.uri)
@@ -84,7 +82,7 @@ class CacheFolder:
         return pa.memory_map(path) if self.is_local else system.open_input_file(path)
 
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
-        """Put the file `name` in its place. What was there before, or a reader of it, stays unharmed.
+        """Write the file `name`. An open reader of the file that it replaces is not disturbed.
 
         Raises:
             OSError: if it cannot be written, as on a full disk; nothing is left of it then.
@@ -96,20 +94,11 @@ class CacheFolder:
                 stream.write(data)
             return
         Path(folder).mkdir(parents=True, exist_ok=True)
-        partial = Path(folder, f".{name}.{uuid.uuid4().hex}{PARTIAL}")
-        try:
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, Path(folder, name))
-        except BaseException:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise
+        with replacing(Path(folder, name), sync=True, many_writers=True) as partial:
+            partial.write_bytes(data)
 
     def remove_leftovers(self) -> None:
-        """Take away what killed processes left unfinished; what is young may belong to one that is at work."""
+        """Delete what killed processes left unfinished; young files may belong to a process at work."""
         if self.is_local:
             for path in Path(self.uri).glob(f".*{PARTIAL}"):
                 with suppress(OSError):
@@ -117,7 +106,7 @@ class CacheFolder:
                         path.unlink()
 
     def free_bytes(self) -> int | None:
-        """Bytes that can still be written; None if that cannot be known."""
+        """Return how many bytes can still be written; None if that cannot be known."""
         import shutil
 
         if not self.is_local:
@@ -127,7 +116,7 @@ class CacheFolder:
 
 
 def cache_folder(name: str) -> CacheFolder:
-    """The folder that a path or URI names, checked to be one that can be used.
+    """Return the folder that a path or URI names, made if need be.
 
     Raises:
         UserError: if it is a file, or of a kind of store that pyarrow does not know.
@@ -160,7 +149,7 @@ def _open(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def unreachable(uri: str, error: Exception) -> UserError:
-    """What the user is told of a folder that cannot be used."""
+    """Return the error for a folder that cannot be used."""
     return UserError(
         f"--latents_cache_dir={uri.partition('?')[0]}: cannot be used ({error_message(error, 200)}); name a folder, "
         "or a URI such as s3://bucket/folder that this machine may read and write"

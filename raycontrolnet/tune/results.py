@@ -14,6 +14,7 @@ from raycontrolnet.config.train_config import TrainConfig, public_settings
 from raycontrolnet.hub import model_card, push
 from raycontrolnet.sampling.find_controlnet import CONFIG
 from raycontrolnet.storage import checkpoint as checkpoints
+from raycontrolnet.storage.files import replacing_folder
 from raycontrolnet.training import validation
 from raycontrolnet.tune.hparams import write_hparams
 from raycontrolnet.tune.leaderboard import write_leaderboard
@@ -100,27 +101,19 @@ def write_best(
     weights = weights_of(trial)
     if weights is None:
         return None
-    new, best = sweep_dir / f".{BEST}.partial", sweep_dir / BEST
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    for name in push.WEIGHTS:
-        shutil.copyfile(weights / name, new / name)
-    settings = {name: value for name, value in public_settings(config).items() if name not in OF_THE_TRIAL}
-    head = (
-        f"# Settings of trial {trial.record.name}, the best of a sweep. To train anew with them:\n"
-        f"#   raycontrolnet train --config {best / CONFIG} --output_dir FOLDER\n"
-    )
-    (new / CONFIG).write_text(head + yaml.safe_dump(settings, sort_keys=False))
-    figures = worth(trial)
+    best, figures = sweep_dir / BEST, worth(trial)
     step = int(figures.get("step", 0))
-    if drawn := validation.finished_folders(trial.folder, step):
-        shutil.copytree(drawn[-1], validation.step_folder(new, validation.results(drawn[-1])[0].step))
-    old = sweep_dir / f".{BEST}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if best.exists():
-        best.rename(old)
-    new.rename(best)
-    shutil.rmtree(old, ignore_errors=True)
+    with replacing_folder(best) as new:
+        for name in push.WEIGHTS:
+            shutil.copyfile(weights / name, new / name)
+        settings = {name: value for name, value in public_settings(config).items() if name not in OF_THE_TRIAL}
+        head = (
+            f"# Settings of trial {trial.record.name}, the best of a sweep. To train anew with them:\n"
+            f"#   raycontrolnet train --config {best / CONFIG} --output_dir FOLDER\n"
+        )
+        (new / CONFIG).write_text(head + yaml.safe_dump(settings, sort_keys=False))
+        if drawn := validation.finished_folders(trial.folder, step):
+            shutil.copytree(drawn[-1], validation.step_folder(new, validation.results(drawn[-1])[0].step))
     facts: dict[str, Any] = {**figures, "versions": versions}
     until = [report for report in trial.reports if report["step"] <= step]
     facts |= {"control_appeared_at_step": control_appeared(until) if "control_gap" in facts else None}
