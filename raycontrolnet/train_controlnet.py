@@ -1,7 +1,7 @@
-"""The worker loop: what each Ray Train worker runs, and the one place that speaks to ray.train inside a worker.
+"""The worker loop, which each Ray Train worker runs.
 
-Reads from top to bottom: the stream of batches, the training state, then for every update: batches, steps, metrics,
-and when due a checkpoint or validation images; at the end the final weights.
+From top to bottom: the stream of batches, the training state, then for every update: batches, steps, metrics, and when
+due a checkpoint or validation images; at the end the final weights.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.training.failures import hopeless_failures_recorded, read_failure, worth_another_try
 from raycontrolnet.training.job import Job, check_folder_is_shared, logging_to_run_log, read_timings, write_timings
 from raycontrolnet.training.metrics import MetricsLog, PendingMetrics, PhaseClock, UpdateMetrics
-from raycontrolnet.training.schedule import RunPlan
+from raycontrolnet.training.schedule import Schedule
 from raycontrolnet.training.state import accelerator_for, build_state, save_final_weights, save_state
 from raycontrolnet.training.trackers import Trackers, open_trackers
 from raycontrolnet.training.validator import Validator
@@ -39,40 +39,40 @@ GPU_METRICS_INTERVAL_S = 1.0
 
 
 def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
-    """The function that Ray Train runs on every worker; `loop_config` is {"job": Job}.
+    """Run the job on this worker; `loop_config` is {"job": Job}.
 
     Returns:
-        Step, samples, loss and seconds by phase; None if the job has failed in a way that trying again cannot mend.
+        Step, samples, loss and seconds by phase; None if the job has failed in a way that another try cannot mend.
     """
     job = loop_config["job"]
     check_folder_is_shared(job)
     if read_failure(job.output_dir):
-        return None  # Ray restarted the workers after a hopeless failure: the driver tells the user
+        return None  # Ray restarted the workers after a hopeless failure, which the driver reports
     context = ray.train.get_context()
-    clock = PhaseClock(read_timings(job.output_dir))  # of the workers before a restart
+    clock = PhaseClock(read_timings(job.output_dir))  # continued after a restart
     if not clock.seconds:
         clock.seconds["start"] = time.time() - job.submitted
     with logging_to_run_log(job, f"worker {context.get_world_rank()}"), hopeless_failures_recorded(job.output_dir):
         checkpoint = job.current_checkpoint()
-        plan = RunPlan.of(job.config, job.num_samples, context.get_world_size(), checkpoint)
-        batches = _read_ahead(_batches(job, plan, checkpoint))  # begins now, while the models are read
-        with accelerator_for(job.config, use_gpu=job.use_gpu, world_size=plan.world_size) as accelerator:
+        schedule = Schedule.of(job.config, job.num_samples, context.get_world_size(), checkpoint)
+        batches = _read_ahead(_batches(job, schedule, checkpoint))  # begins now, while the models are read
+        with accelerator_for(job.config, use_gpu=job.use_gpu, world_size=schedule.world_size) as accelerator:
             if job.threads is not None:
                 torch.set_num_threads(job.threads)
             torch.backends.cuda.matmul.allow_tf32 = job.config.allow_tf32
             with clock("model"), worth_another_try(continued=checkpoint is not job.start):
-                state = build_state(job.config, plan, accelerator, checkpoint, job.token, encodes=not job.cached)
-            return Worker(job, plan, state, clock, context.get_world_rank()).run(batches)
+                state = build_state(job.config, schedule, accelerator, checkpoint, job.token, encodes=not job.cached)
+            return Worker(job, schedule, state, clock, context.get_world_rank()).run(batches)
 
 
 class Worker:
-    """One worker's part of a run. Everything but the step itself: timing, records, checkpoints, validation."""
+    """One worker's part of a run: everything but the step itself."""
 
-    def __init__(self, job: Job, plan: RunPlan, state: TrainState, clock: PhaseClock, rank: int):
-        self.job, self.plan, self.state, self.clock, self.rank = job, plan, state, clock, rank
+    def __init__(self, job: Job, schedule: Schedule, state: TrainState, clock: PhaseClock, rank: int):
+        self.job, self.schedule, self.state, self.clock, self.rank = job, schedule, state, clock, rank
         self.first_sample, self.first_step = state.samples, state.step
         interval_s = 0.0 if state.accelerator.device.type == "cpu" else GPU_METRICS_INTERVAL_S
-        self.pending = PendingMetrics(interval_s, plan.samples_per_update)
+        self.pending = PendingMetrics(interval_s, schedule.samples_per_update)
         self.last: UpdateMetrics | None = None
         self.metrics_log: MetricsLog | None = None
         self.trackers: Trackers | None = None
@@ -87,26 +87,26 @@ class Worker:
                 done_steps=state.step,
                 group=job.config.tracker_group,
             )
-        self.validator = Validator(job, plan, state, rank, clock, self.trackers)
+        self.validator = Validator(job, schedule, state, rank, clock, self.trackers)
 
     def run(self, batches: Iterator[list[PreparedRow]]) -> dict[str, Any]:
         """Train to the end."""
-        state, plan = self.state, self.plan
+        state, schedule = self.state, self.schedule
         inputs = _read_ahead(self.inputs(batches))
         try:
-            while state.step < plan.total_updates:
+            while state.step < schedule.total_updates:
                 self.update(inputs)
-                validates = plan.validation_due(state.step)
+                validates = schedule.validation_due(state.step)
                 if validates:
                     self.record(force=True)
                     self.validator.measure()  # before the checkpoint, which is reported with what it is worth
-                if plan.checkpoint_due(state.step):
+                if schedule.checkpoint_due(state.step):
                     self.checkpoint()
-                if validates and state.step < plan.total_updates:
+                if validates and state.step < schedule.total_updates:
                     self.validator.draw()
-                if validates or plan.checkpoint_due(state.step):
+                if validates or schedule.checkpoint_due(state.step):
                     self.rest_from_training()
-                if validates and state.step < plan.total_updates and self.job.follower:
+                if validates and state.step < schedule.total_updates and self.job.follower:
                     self.job.follower.validated()
                     self.pending.restart_clock()
             self.finish()
@@ -118,15 +118,15 @@ class Worker:
         return {"step": state.step, "samples": state.samples, "loss": loss, "timings": self.clock.rounded()}
 
     def inputs(self, batches: Iterator[list[PreparedRow]]) -> Iterator[tuple[Batch, Draws]]:
-        """Each micro-step's batch and draws on the device; runs in a thread, one ahead of the step."""
+        """Yield each micro-step's batch and draws on the device; runs in a thread, one ahead of the step."""
         components, device, seed = self.state.components, self.state.accelerator.device, self.job.config.seed
         assert seed is not None
-        # A copy: padding and truncation are states of a tokenizer, and validation uses it in another thread.
+        # A copy: padding and truncation are states of a tokenizer, which validation uses in another thread.
         tokenizer = copy.deepcopy(components.tokenizer)
         num_timesteps = components.noise_scheduler.config["num_train_timesteps"]
         shape = latent_shape(components, self.job.config.resolution)
         for micro_step, rows in enumerate(batches):
-            expected = self.plan.first_sample(self.first_sample, micro_step, self.rank)
+            expected = self.schedule.first_sample(self.first_sample, micro_step, self.rank)
             if rows[0].sample_index != expected:
                 raise RunError(
                     f"Worker {self.rank} got sample {rows[0].sample_index} instead of {expected}: the data stream is "
@@ -138,11 +138,11 @@ class Worker:
             yield make_batch(rows, tokenizer, device), draw(seed, indices, shape, num_timesteps, device)
 
     def update(self, inputs: Iterator[tuple[Batch, Draws]]) -> None:
-        """One optimizer update."""
-        state, plan = self.state, self.plan
+        """Do one optimizer update."""
+        state, schedule = self.state, self.schedule
         start = time.perf_counter()
         losses = []
-        for _ in range(plan.accumulation_steps):
+        for _ in range(schedule.accumulation_steps):
             with self.clock("first_batch" if state.samples == self.first_sample else "data_wait"):
                 batch, draws = self.next_input(inputs)
             with self.clock("step"):
@@ -151,7 +151,7 @@ class Worker:
         with self.clock("step"):
             loss = state.accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
             assert metrics.grad_norm is not None
-            rate = plan.samples_per_update / (time.perf_counter() - start)
+            rate = schedule.samples_per_update / (time.perf_counter() - start)
             self.pending.add(
                 UpdateMetrics(state.step, loss, metrics.lr, metrics.grad_norm, state.samples, rate, time.time())
             )
@@ -160,17 +160,18 @@ class Worker:
             self.job.follower.updated()
 
     def next_input(self, inputs: Iterator[tuple[Batch, Draws]]) -> tuple[Batch, Draws]:
+        """Return the next micro-step's batch and draws."""
         try:
             return next(inputs)
         except StopIteration:
             raise RunError(f"The data stream ended at update {self.state.step}, before the run did") from None
         except UserError:
-            if self.plan.world_size == 1 and self.state.step > self.first_step:
+            if self.schedule.world_size == 1 and self.state.step > self.first_step:
                 self.checkpoint()  # a bad row must not cost the updates since the last checkpoint
             raise
 
     def record(self, *, force: bool = False) -> None:
-        """Write the figures of finished updates, if it is time."""
+        """Write the figures of finished updates, if it is time or `force`."""
         for update in self.pending.ready(force=force):
             self.last = update
             if self.metrics_log and self.trackers:
@@ -191,7 +192,7 @@ class Worker:
                     job.output_dir,
                     step=state.step,
                     # Not state.samples: an accumulation that a bad row cut short is done again.
-                    samples=self.first_sample + (state.step - self.first_step) * self.plan.samples_per_update,
+                    samples=self.first_sample + (state.step - self.first_step) * self.schedule.samples_per_update,
                     seed=job.config.seed,
                     run_id=job.run_id,
                     save=lambda folder: save_state(state, folder),
@@ -205,13 +206,13 @@ class Worker:
             report_checkpoint(figures, name, saved)
 
     def rest_from_training(self) -> None:
-        """What came since the last update is no part of the next one; its time is on record."""
+        """Leave out of the next update's time what came since the last; write the seconds by phase."""
         self.pending.restart_clock()
         if self.rank == 0:
             write_timings(self.job.output_dir, self.clock.rounded())
 
     def finish(self) -> None:
-        """Final weights at the root of output_dir, and the last validation, made from them."""
+        """Write the final weights to the root of output_dir, and validate them."""
         self.record(force=True)
         with self.clock("checkpoint"):
             if self.rank == 0:
@@ -219,15 +220,15 @@ class Worker:
         self.validator.finish()
 
 
-def _batches(job: Job, plan: RunPlan, checkpoint: Checkpoint | None) -> Iterator[list[PreparedRow]]:
+def _batches(job: Job, schedule: Schedule, checkpoint: Checkpoint | None) -> Iterator[list[PreparedRow]]:
     if not job.local:
         return ray_batches(ray.train.get_dataset_shard("train"))
     step, samples = (checkpoint.step, checkpoint.samples) if checkpoint else (0, 0)
-    return local_batches(job.loader, samples, plan.batches_per_worker(step))
+    return local_batches(job.loader, samples, schedule.batches_per_worker(step))
 
 
 def _read_ahead(items: Iterator[T]) -> Iterator[T]:
-    """`items`, one ahead of the consumer, in a thread that begins at once."""
+    """Yield `items`, one ahead of the consumer, in a thread that starts at once."""
     end = object()
     pool = ThreadPoolExecutor(1, thread_name_prefix="read_ahead")
     pending = pool.submit(next, items, end)

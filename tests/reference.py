@@ -15,7 +15,7 @@ from torch import Tensor
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.model.step import Draws, TrainState, draw, make_batch, train_step
-from raycontrolnet.training.schedule import RunPlan
+from raycontrolnet.training.schedule import Schedule
 from raycontrolnet.training.state import accelerator_for, build_state
 
 CPU = torch.device("cpu")
@@ -100,7 +100,7 @@ def training(settings: dict[str, Any], num_samples: int = 13) -> Iterator[TrainS
     """The state at the start of a run in this process."""
     config = TrainConfig(**settings)
     with accelerator_for(config, use_gpu=False) as accelerator:
-        yield build_state(config, RunPlan.of(config, num_samples, 1), accelerator, None, None)
+        yield build_state(config, Schedule.of(config, num_samples, 1), accelerator, None, None)
 
 
 def fake_rows(*sample_indices: int) -> list[PreparedRow]:

@@ -20,7 +20,7 @@ from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.errors import ConfigError, UserError
 from raycontrolnet.launch.fit import fit
 from raycontrolnet.model.optim import build_lr_scheduler, build_optimizer
-from raycontrolnet.training.schedule import RunPlan
+from raycontrolnet.training.schedule import Schedule
 from raycontrolnet.training.state import accelerator_for, build_state
 
 ACCUMULATIONS = (1, 3)
@@ -114,7 +114,7 @@ def worker(rank: int, folder: str, settings: dict[str, Any]) -> None:
     for scheduler in LR_SCHEDULERS:
         for accumulation in ACCUMULATIONS:
             config = TrainConfig(**settings | {"lr_scheduler": scheduler, "gradient_accumulation_steps": accumulation})
-            plan = RunPlan.of(config, 13, 2)
+            plan = Schedule.of(config, 13, 2)
             with accelerator_for(config, use_gpu=False, world_size=2) as accelerator:
                 assert accelerator.num_processes == 2
                 state = build_state(config, plan, accelerator, None, None)

@@ -19,7 +19,7 @@ from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.optim import build_optimizer
 from raycontrolnet.model.performance import enable_memory_savers
 from raycontrolnet.model.step import TrainState, controlnet_loss, draw, latent_shape, make_batch
-from raycontrolnet.training.schedule import RunPlan
+from raycontrolnet.training.schedule import Schedule
 from raycontrolnet.training.state import accelerator_for
 
 
@@ -411,7 +411,7 @@ def test_no_two_samples_share_noise() -> None:
 def test_two_workers_never_share_noise(tiny_settings: dict[str, Any]) -> None:
     from raycontrolnet.config.train_config import TrainConfig
 
-    plan = RunPlan.of(TrainConfig(**tiny_settings | {"train_batch_size": 2}), 13, 2)
+    plan = Schedule.of(TrainConfig(**tiny_settings | {"train_batch_size": 2}), 13, 2)
     of_rank: dict[int, list[int]] = {0: [], 1: []}
     for micro_step in range(20):
         for rank, indices in of_rank.items():

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from raycontrolnet.cluster.cpus import LOADING_CPUS, MIN_CPU_SHARE, threads_for
 from raycontrolnet.cluster.nodes import Node, autoscaler_node_types, has_type, nodes_that_are_up, total
@@ -29,6 +30,21 @@ class WorkerResources:
     """True if all of the cluster is, and stays, a single machine."""
     spare: bool = False
     """True if there is room that nobody uses for one worker more, and for loading data still."""
+
+    @property
+    def per_worker(self) -> dict[str, float]:
+        """Ray's resources of a worker."""
+        return {"CPU": self.cpus_per_worker} | ({"GPU": 1} if self.use_gpu else {})
+
+    @property
+    def actor_options(self) -> dict[str, Any]:
+        """Ray's options for an actor with the resources of a worker."""
+        options: dict[str, Any] = {"num_cpus": self.cpus_per_worker}
+        if self.use_gpu:
+            options["num_gpus"] = 1
+        if self.accelerator_type:
+            options["accelerator_type"] = self.accelerator_type
+        return options
 
     @property
     def threads(self) -> int:

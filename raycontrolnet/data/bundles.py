@@ -16,6 +16,11 @@ BUNDLE_BYTES = 16 * 2**20
 MOST_IN_BUNDLE = 8
 
 
+def batch_bytes(batch_size: int, resolution: int) -> int:
+    """Return the size of a batch's images, two per sample."""
+    return batch_size * 2 * 3 * resolution**2
+
+
 @dataclass(frozen=True)
 class StreamPlan:
     """The batches of a stream, and how they come to the workers."""

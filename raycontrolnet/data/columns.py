@@ -1,4 +1,4 @@
-"""What the sources share: which columns hold what, and whether the files that they name exist."""
+"""Columns of a data set, and checks of the files that they name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _KIND_NAMES = {
     type(None): "null",
 }
 
-# setting -> the names that go without saying: the image-folder convention, then the original ControlNet layout's
+# setting -> names tried by default: the image-folder convention, then the original ControlNet layout
 _CUSTOMARY_NAMES = {
     "image_column": ("file_name", "target"),
     "conditioning_image_column": ("conditioning_image_file_name", "source"),
@@ -31,7 +31,7 @@ _CUSTOMARY_NAMES = {
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a data set hold what."""
+    """Names of a data set's columns."""
 
     image: str
     conditioning_image: str
@@ -39,7 +39,7 @@ class Columns:
 
 
 def find_columns(data: DataConfig, available: Sequence[str], where: str) -> tuple[Columns | None, list[str]]:
-    """The columns of `where` (a file or data set, for messages) that `data` asks for, or the problems.
+    """Return the columns of `where` (a file or data set, for messages) that `data` asks for, or the problems.
 
     A column may also be called `<name>_file_name`, as image folders do. If a setting has its default, the customary
     names of the known layouts are tried as well; a column that the user named must exist.
@@ -56,10 +56,10 @@ def find_columns(data: DataConfig, available: Sequence[str], where: str) -> tupl
 
 
 def find_column(setting: str, asked: str, available: Sequence[str], where: str) -> str:
-    """The column of `where` that `setting`, with the value `asked`, means; see `find_columns`.
+    """Return the column of `where` that `setting`, with the value `asked`, means; see `find_columns`.
 
     Raises:
-        ValueError: if there is none; names those that there are.
+        ValueError: if there is none; names the columns that exist.
     """
     candidates = [asked] if setting == "caption_column" else [asked, f"{asked}_file_name"]
     if asked == getattr(DataConfig, setting):
@@ -74,7 +74,7 @@ def find_column(setting: str, asked: str, available: Sequence[str], where: str) 
 
 
 def read_captions(value: Any) -> tuple[str, ...]:
-    """The captions of one row, at least one.
+    """Return the captions of one row, at least one.
 
     Raises:
         ValueError: if `value` is not a text or a list of them; says what it is.
@@ -92,12 +92,12 @@ def read_captions(value: Any) -> tuple[str, ...]:
 
 
 def kind_name(value: Any) -> str:
-    """What JSON calls the type of `value`, with an article."""
+    """Return JSON's word for the type of `value`, with an article."""
     return _KIND_NAMES.get(type(value), type(value).__name__)
 
 
 def missing_files(root: str, paths: Iterable[str]) -> Iterator[tuple[int, str]]:
-    """(index, path) of those `paths`, relative to `root` or absolute, that do not exist; "" is no path and passes.
+    """Yield (index, path) of the `paths`, relative to `root` or absolute, that do not exist; "" is no path and passes.
 
     Lists each folder once: a system call per file takes minutes for a million files on a network disk.
     """
@@ -117,7 +117,7 @@ def missing_files(root: str, paths: Iterable[str]) -> Iterator[tuple[int, str]]:
 
 
 def file_bytes(root: str, path: str) -> int | None:
-    """Size of the file `path`, relative to `root` or absolute; None if it cannot be seen."""
+    """Return the size of the file `path`, relative to `root` or absolute; None if it cannot be seen."""
     try:
         return Path(root, path).stat().st_size
     except (OSError, ValueError):

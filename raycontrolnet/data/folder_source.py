@@ -1,7 +1,7 @@
 """A folder of images and a metadata file with a row for each: metadata.jsonl, the original prompt.json and others.
 
-Image folders are read here rather than by `datasets`, whose errors name no line, and which takes `file_name` for the
-first image column of the file, whichever that is (seen in 5.2).
+Not read by `datasets`: its errors name no line, and it takes `file_name` for the first image column of the file,
+whichever that is (seen in 5.2).
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "prompt.json", "train.jsonl")
-"""Looked for in this order: image folders; the original ControlNet layout; the fill50k data set's repository."""
+"""Names in the order of the search: image folders; the original ControlNet layout; the fill50k repository."""
 
 _ROWS_PER_TABLE = 65_536
 
 
 @dataclass(frozen=True)
 class FolderSource:
-    """Rows of a metadata file, kept in one Arrow table: small for millions of rows, and pickled without a copy.
+    """Rows of a metadata file in one Arrow table: small for millions of rows, and pickled without a copy.
 
-    The paths are resolved where they are read, so the folder must have one name on all machines.
+    Paths are resolved where they are read: the folder must have the same name on all machines.
     """
 
     folder: str
-    """Absolute path of the metadata file's folder, where its paths begin."""
+    """Absolute path of the metadata file's folder, in which its paths begin."""
     metadata_file: str
     """Path of the metadata file as the user knows it, for messages."""
     table: pa.Table
     """image, conditioning_image: large_string paths, relative to the folder or absolute; captions: large_list of
     large_string; line: int64, of the metadata file, from 1 (of parquet: the row)."""
     content_hash: str
-    """Of the metadata file and the columns read from it."""
+    """Hash of the metadata file and the columns read from it."""
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
     def read(self, row: int) -> ImageRow:
-        """Row 0 <= `row` < len; constant time, no file is opened."""
+        """Return row 0 <= `row` < len, in constant time; opens no file."""
         table = self.table
         return ImageRow(
             image=str(Path(self.folder, table["image"][row].as_py())),
@@ -60,7 +60,7 @@ class FolderSource:
         )
 
     def problems(self) -> Iterator[str]:
-        """What keeps rows from being read on this machine: no rows at all, or files that do not exist."""
+        """Yield what keeps rows from being read on this machine: no rows, or missing files."""
         if not len(self):
             yield f"{self.metadata_file}: has no rows"
         missing = []
@@ -72,7 +72,7 @@ class FolderSource:
         yield from shorten([problem for _, problem in sorted(missing)], "files are missing")
 
     def fingerprint(self) -> str:
-        """Identity of the data: the metadata file's content and the columns read. A folder may be moved."""
+        """Return a hash of the metadata file's content and the columns read. A folder may be moved."""
         return self.content_hash
 
     def identities(self, rows: Sequence[int]) -> Iterator[str]:
@@ -91,16 +91,16 @@ class FolderSource:
 
 
 def has_metadata(folder: str) -> bool:
-    """Whether `open_folder` has something to read in `folder`."""
+    """Check whether `open_folder` finds a metadata file in `folder`."""
     return _metadata_file(folder) is not None
 
 
 def open_folder(folder: str, data: DataConfig) -> FolderSource:
-    """Reads the metadata file of `folder`; no image is opened.
+    """Read the metadata file of `folder`; opens no image.
 
     Raises:
         DataError: with all problems of the file: columns that do not exist, and lines (`file:line`) that are no JSON
-            objects, lack a column or hold a wrong type. Files that do not exist are for `FolderSource.problems`.
+            objects, lack a column or hold a wrong type. `FolderSource.problems` names files that do not exist.
     """
     path = _metadata_file(folder)
     if path is None:
@@ -115,13 +115,13 @@ def open_folder(folder: str, data: DataConfig) -> FolderSource:
 
 
 def _metadata_file(folder: str) -> Path | None:
-    # `train` is where image folders with several splits keep this one
+    # Image folders with several splits keep this one in `train`.
     paths = (Path(folder, split, name) for split in (".", "train") for name in METADATA_FILES)
     return next((path for path in paths if path.is_file()), None)
 
 
 def _columns(path: Path, data: DataConfig) -> Columns | None:
-    """The columns, going by the first row; None for a file without rows."""
+    """Find the columns by the first row; None for a file without rows."""
     for number, first in metadata_rows(path):
         if isinstance(first, ValueError):
             raise DataError(f"{path}:{number}: {first}")
@@ -133,7 +133,7 @@ def _columns(path: Path, data: DataConfig) -> Columns | None:
 
 
 def _read_table(path: Path, columns: Columns) -> pa.Table:
-    """The rows as `FolderSource.table`."""
+    """Read the rows as `FolderSource.table`."""
     import pyarrow as pa
 
     tables, problems = [_empty_table()], []
@@ -164,7 +164,7 @@ def _read_table(path: Path, columns: Columns) -> pa.Table:
 
 
 def metadata_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    """Line number, from 1, and content of every row of a metadata file; a ValueError for one that cannot be parsed."""
+    """Yield line number, from 1, and content of every row; a ValueError for one that cannot be parsed."""
     if path.suffix == ".csv":
         return _csv_rows(path)
     if path.suffix == ".parquet":
@@ -173,7 +173,7 @@ def metadata_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    """Plain json per line: a million take seconds, and what is wrong with one is known for that line."""
+    """Parse line by line: a million take seconds, and an error belongs to its line."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.isspace():
@@ -189,7 +189,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
         try:
             for row in reader:
                 yield reader.line_num, row
-        except UnicodeDecodeError:  # of a block of lines: there is no going on
+        except UnicodeDecodeError:  # of a block of lines: the next ones are lost
             yield reader.line_num + 1, ValueError("or a line soon after it is not UTF-8 text")
         except csv.Error as error:
             yield reader.line_num, ValueError(f"is not valid CSV ({error})")
@@ -230,10 +230,10 @@ def _read_row(row: dict[str, Any], columns: Columns) -> tuple[str, str, tuple[st
 
 
 def read_path(row: dict[str, Any], column: str) -> str:
-    """The path of an image in a row of a metadata file.
+    """Return the path of an image in a row of a metadata file.
 
     Raises:
-        ValueError: if there is none; says what there is.
+        ValueError: if there is none; says what there is instead.
     """
     path = row.get(column)
     if isinstance(path, str) and path:

@@ -1,4 +1,4 @@
-"""Data sets that the `datasets` library reads: a Hub id, a local folder or file, or a folder made by `save_to_disk`."""
+"""Sources that the `datasets` library reads: a Hub id, a local folder or file, or a folder of `save_to_disk`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FINGERPRINT_ROWS = 16
 
 @dataclass(frozen=True)
 class Location:
-    """What to open: the arguments of `datasets.load_dataset`."""
+    """Arguments of `datasets.load_dataset`."""
 
     name: str
     """A Hub id, or an absolute path: workers have another working directory."""
@@ -44,13 +44,13 @@ class Location:
 
     @property
     def folder(self) -> str:
-        """Where a local data set's relative paths begin."""
+        """Folder in which a local data set's relative paths begin."""
         return self.name if Path(self.name).is_dir() else str(Path(self.name).parent)
 
 
 @dataclass(frozen=True)
 class HubSource:
-    """Rows of a `datasets.Dataset`. Pickles as the arguments that open it; each process opens it once, to read."""
+    """Rows of a `datasets.Dataset`. Pickled as the arguments that open it; each process opens it once."""
 
     location: Location
     columns: Columns
@@ -60,7 +60,7 @@ class HubSource:
         return self.num_rows
 
     def read(self, row: int) -> ImageRow:
-        """Row 0 <= `row` < len; reads this row's part of the Arrow file only.
+        """Return row 0 <= `row` < len; reads only its part of the Arrow file.
 
         Raises:
             DataError: if the row lacks an image or a caption, or if the data set cannot be opened on this machine.
@@ -81,7 +81,7 @@ class HubSource:
         )
 
     def problems(self) -> Iterator[str]:
-        """What keeps rows from being read on this machine: no rows, empty cells, or files that do not exist."""
+        """Yield what keeps rows from being read on this machine: no rows, empty cells, missing files."""
         dataset = self._dataset()
         if not len(dataset):
             yield f"{self.location.shown}: has no rows"
@@ -98,7 +98,7 @@ class HubSource:
         yield from shorten([problem for _, problem in sorted(missing)], "files are missing")
 
     def fingerprint(self) -> str:
-        """Identity of the data: its name (of Hub data sets; a local one may move), size and columns, and a few rows."""
+        """Return a hash of the name (of a Hub data set; a local one may move), size and columns, and of a few rows."""
         dataset = self._dataset()
         name = None if self.location.is_local else (self.location.name, self.location.config_name)
         columns = [self.columns.image, self.columns.conditioning_image, self.columns.caption]
@@ -110,13 +110,13 @@ class HubSource:
             except DataError as error:  # a bad sample, which may be skipped
                 digest.update(str(error).encode())
                 continue
-            for value in (values.image, values.conditioning_image):  # the cache's paths differ between machines
+            for value in (values.image, values.conditioning_image):  # paths in a cache differ between machines
                 digest.update(value if isinstance(value, bytes) else Path(value).name.encode())
             digest.update(repr(values.captions).encode())
         return digest.hexdigest()[:16]
 
     def identities(self, rows: Sequence[int]) -> Iterator[str]:
-        """See `Source.identities`. Of embedded images, Arrow's table of lengths is read, not their bytes."""
+        """See `Source.identities`. Embedded images are not read, only Arrow's table of their lengths."""
         dataset = self._dataset()
         indices = getattr(dataset, "_indices", None)  # of a saved selection: the table below has other rows as well
         places = rows if indices is None else [indices.column(0)[row].as_py() for row in rows]
@@ -148,7 +148,7 @@ class HubSource:
 
 
 def open_dataset(shown: str, name: str, data: DataConfig, cache_dir: str | None, token: str | None) -> HubSource:
-    """Opens, and if need be downloads, the split `train` of the data set `name`; `shown` is what messages call it.
+    """Open the split `train` of the data set `name`, and download it if need be; `shown` is its name in messages.
 
     Raises:
         DataError: if it cannot be opened, or with all problems of its columns.
@@ -175,7 +175,7 @@ def open_dataset(shown: str, name: str, data: DataConfig, cache_dir: str | None,
 
 @lru_cache(maxsize=8)
 def _open(location: Location, columns: Columns) -> datasets.Dataset:
-    """The three columns that are read, with images left encoded: decoding is for the transforms."""
+    """Open the three columns that are read, with images left encoded for the transforms."""
     import datasets
 
     names = [columns.image, columns.conditioning_image, columns.caption]
@@ -215,7 +215,7 @@ def _load(location: Location) -> datasets.Dataset:
 
 
 def _reason(error: Exception, location: Location) -> str:
-    """One line that says what is wrong and what to do."""
+    """Return one line that says what is wrong and what to do."""
     import datasets
 
     cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
@@ -261,14 +261,14 @@ def _value_type(feature: Any) -> str:
 
 
 def _holds_images(feature: Any) -> bool:
-    """Also true for an image's fields in a parquet file that does not say that it holds images."""
+    """Check for images; true also for their fields in a parquet file that does not say that it holds images."""
     import datasets
 
     return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and {"bytes", "path"} <= set(feature))
 
 
 def _image_identity(cell: pa.Scalar, folder: str) -> tuple[str | None, int | None]:
-    """(name, bytes) of an image in an Arrow column of images or texts."""
+    """Return (name, bytes) of an image in an Arrow column of images or texts."""
     import pyarrow as pa
 
     path = cell.get("path").as_py() if isinstance(cell, pa.StructScalar) else None
@@ -280,7 +280,7 @@ def _image_identity(cell: pa.Scalar, folder: str) -> tuple[str | None, int | Non
 
 
 def _paths(column: Any) -> Iterator[str]:
-    """The paths in an Arrow column of images or texts; "" for images that are embedded."""
+    """Yield the paths in an Arrow column of images or texts; "" for embedded images."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

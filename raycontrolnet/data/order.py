@@ -1,6 +1,6 @@
-"""Which row the k-th sample of a run is, and the random numbers that belong to it.
+"""The row of the k-th sample of a run, and the random numbers that belong to it.
 
-Everything here is a function of (seed, k): no sampler state exists, so resuming is starting at k, and the number of
+Everything here is a function of (seed, k). There is no sampler state: a resumed run starts at k, and the number of
 workers, restarts or loading tasks cannot change what is learned.
 """
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 
 class Purpose(IntEnum):
-    """What a random stream is for: streams of one seed but different purposes are independent."""
+    """Use of a random stream: streams of one seed and different purposes are independent."""
 
     SUBSET = 0
     ORDER = 1
@@ -27,22 +27,22 @@ class Purpose(IntEnum):
 
 
 def keyed_rng(seed: int, purpose: Purpose, key: int) -> np.random.Generator:
-    """The generator of `(seed, purpose, key)`; cheap (tens of microseconds), made anew for every sample."""
+    """Return the generator of `(seed, purpose, key)`; it costs tens of microseconds, and every sample has its own."""
     return np.random.default_rng((seed, purpose, key))
 
 
 def keyed_seed(seed: int, purpose: Purpose, key: int) -> int:
-    """A 63-bit seed for `torch.Generator.manual_seed`, from `(seed, purpose, key)`."""
+    """Return a 63-bit seed for `torch.Generator.manual_seed`, from `(seed, purpose, key)`."""
     return int(np.random.SeedSequence((seed, purpose, key)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class SampleOrder:
-    """k -> row: a fresh permutation of the rows for every epoch, from (seed, epoch) alone.
+    """k -> row: a permutation of the rows for every epoch, from (seed, epoch) alone.
 
     Args:
         num_rows: rows of the source, at least 1.
         seed: the run's seed.
-        max_samples: only a seeded random subset of this size is used, if there are more rows.
+        max_samples: size of the random subset that is used, if there are more rows.
         without: rows that cannot be used; the others keep their order in the subset.
         num_held_out: rows, drawn by the seed, that are never trained on.
     """
@@ -58,9 +58,9 @@ class SampleOrder:
         self.seed = seed
         end = num_rows if max_samples is None else min(num_rows, num_held_out + max_samples)
         self.held_out: NDArray[np.int64] = np.empty(0, np.int64)
-        """The rows that are held out."""
+        """Rows that are held out."""
         self.rows: NDArray[np.int64] | None = None
-        """The rows that are trained on, in the order that permutations count; None for all of them."""
+        """Rows that are trained on, in the order that permutations count; None for all of them."""
         if num_held_out or end < num_rows:
             drawn = _permutation(seed, Purpose.SUBSET, 0, num_rows)
             self.held_out, self.rows = drawn[:num_held_out], drawn[num_held_out:end]
@@ -72,7 +72,7 @@ class SampleOrder:
         """N, samples per epoch."""
 
     def row(self, sample_index: int) -> int:
-        """The source row of sample k = `sample_index`."""
+        """Return the source's row for sample k = `sample_index`."""
         epoch, position = divmod(sample_index, self.num_samples)
         place = int(_permutation(self.seed, Purpose.ORDER, epoch, self.num_samples)[position])
         return place if self.rows is None else int(self.rows[place])

@@ -1,4 +1,4 @@
-"""The records of the data path, from a row on disk to a batch in the worker: dtype, shape and range of each.
+"""Records of the data path, from a row on disk to a batch in the worker, with dtype, shape and range.
 
 from pixels:    ImageRow -> DecodedRow -> PreparedRow -> (bundles, through Ray Data) -> model.step.Batch, on the device
 from the cache: ImageRow -> EncodedRow, once, on disk -> DecodedRow -> PreparedRow -> ...
@@ -17,7 +17,7 @@ Posterior = NDArray[np.float16] | NDArray[np.float32]
 
 @dataclass(frozen=True)
 class ImageRow:
-    """One row as its source holds it, not decoded."""
+    """One row of a source, not decoded."""
 
     image: bytes | str
     """Encoded image file (png, jpeg, ...) as bytes, or the path of one."""
@@ -26,12 +26,12 @@ class ImageRow:
     captions: tuple[str, ...]
     """At least one; one of them is drawn for every use."""
     place: str
-    """Where the row comes from, for messages: a file and line, or a data set and row."""
+    """File and line, or data set and row, for messages."""
 
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """One row of the latent cache: what every use of the row shares."""
+    """One row of the latent cache."""
 
     row: int
     """Index in the source."""
@@ -62,7 +62,7 @@ class PreparedRow:
     """One sample, ready to be stacked. Images are still uint8: a quarter of the bytes of float32."""
 
     sample_index: int
-    """k: this is the k-th sample that the run consumes, counted from 0 over all epochs."""
+    """k: number of the sample in the run, from 0 over all epochs."""
     image: UInt8Image | None
     """[resolution, resolution, 3] RGB; None if the sample comes from the latent cache."""
     conditioning_image: UInt8Image
@@ -74,7 +74,7 @@ class PreparedRow:
 
     @staticmethod
     def fake(sample_index: int = 0, resolution: int = 16) -> PreparedRow:
-        """A valid record with made-up content, for tests."""
+        """Return a valid record with made-up content, for tests."""
         rng = np.random.default_rng(sample_index)
         image, conditioning_image = rng.integers(0, 256, (2, resolution, resolution, 3), dtype=np.uint8)
         return PreparedRow(sample_index, image, conditioning_image, f"prompt {sample_index}")

@@ -1,4 +1,4 @@
-"""Where rows come from. A source is opened once, checked, and travels to the loading tasks, which read single rows."""
+"""Sources of rows. A source is opened once, checked, and sent to the loading tasks, which read single rows."""
 
 from __future__ import annotations
 
@@ -13,45 +13,46 @@ from raycontrolnet.data.records import ImageRow
 from raycontrolnet.errors import DataError
 
 _DATASETS_FILES = ("*.parquet", "*/*.parquet", "*.arrow", "state.json", "dataset_dict.json")
-"""What a folder holds that `datasets` reads, other than a metadata file."""
+"""Files of a folder that `datasets` reads, other than a metadata file."""
 _SHOWN_ENTRIES = 5
 
 
 class Source(Protocol):
-    """Rows that can be read in any order. Pickles small, or without a copy, and can be read on any machine that sees
-    the same files."""
+    """Rows that can be read in any order, on any machine that sees the same files. Pickles small, or without a copy."""
 
     def __len__(self) -> int:
-        """Rows; does not open anything."""
+        """Return the number of rows; opens nothing."""
 
     def read(self, row: int) -> ImageRow:
-        """Row 0 <= `row` < len, with images still encoded. The same on every call and machine.
+        """Return row 0 <= `row` < len, its images still encoded; the same on every call and machine.
 
         Raises:
             DataError: naming the row, if it cannot be used.
         """
 
     def problems(self) -> Iterator[str]:
-        """What keeps rows from being read on this machine, as far as can be seen without opening images."""
+        """Yield what keeps rows from being read on this machine, as far as can be seen without opening images."""
 
     def fingerprint(self) -> str:
-        """Short hash of what the data is (not where), for the checkpoints' manifests."""
+        """Return a short hash of the data, not of its place, for the checkpoints' manifests."""
 
     def identities(self, rows: Sequence[int]) -> Iterator[str]:
-        """What tells a row from what it was before, for the latent cache: file names, sizes in bytes and captions.
+        """Yield a line of text per row by which the latent cache notices changes: file names, bytes and captions.
 
-        One line of text per row; reads no images. An image that was replaced by one of exactly its size is not noticed.
+        Reads no images: an image that was replaced by one of exactly its size is not noticed.
         """
 
 
 def open_source(
     data: DataConfig, *, cache_dir: str | None = None, token: str | None = None, skip_bad: bool = False
 ) -> Source:
-    """The source that `data` asks for, checked with `Source.problems`.
+    """Open the source that `data` asks for, and check it with `Source.problems`.
 
-    A local folder with a metadata file is read in the same way whichever flag names it; all else is for `datasets`.
-    `token` is for private data sets on the Hub, if this machine is not logged in. With `skip_bad`, rows that cannot be
-    read are no reason to stop.
+    A local folder with a metadata file is read in the same way whichever flag names it; `datasets` reads the rest.
+
+    Args:
+        token: for private data sets on the Hub, if this machine is not logged in.
+        skip_bad: whether rows that cannot be read are allowed.
 
     Raises:
         DataError: with all problems that can be seen without opening images, one per line.

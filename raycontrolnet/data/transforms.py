@@ -1,4 +1,4 @@
-"""From an image file's bytes to arrays that can be stacked: pure functions, in the order in which a row meets them.
+"""From an image file's bytes to arrays that can be stacked: pure functions, in the order of their use.
 
     ImageRow -> decode_rgb -> resize_and_crop -> DecodedRow -> choose_prompt -> PreparedRow
 
@@ -19,23 +19,22 @@ from raycontrolnet.data.records import ImageRow, UInt8Image
 from raycontrolnet.errors import DataError
 from raycontrolnet.text import error_message
 
-# Pillow warns of odd metadata and of sizes that are fine here. Once and for all, because `catch_warnings` around every
-# decoding would not be safe in threads.
+# Pillow warns of odd metadata and of sizes that are fine here. `catch_warnings` would not be safe in threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 TRANSFORMS_VERSION = 1
-"""Goes up when the pixels that come out change: latents that were cached before then no longer fit."""
+"""Raised when the resulting pixels change: latents cached before then no longer fit."""
 
 Colour = tuple[int, int, int]
 
 IMAGE_BACKGROUND: Colour = (255, 255, 255)
-"""Behind transparent target images: paper is white, and so are most pages that such pictures were made for."""
+"""Shown through transparent target images: most were made for white pages."""
 CONDITIONING_BACKGROUND: Colour = (0, 0, 0)
-"""Behind transparent conditioning images: in edge, depth and pose maps black says `nothing here`."""
+"""Shown through transparent conditioning images: in edge, depth and pose maps black means nothing is there."""
 
 MAX_ASPECT_RATIO = 100
-"""Beyond it, a picture whose short side is resized would fill gigabytes; it is a broken file, not a picture."""
+"""Limit of long side to short side: a longer picture is a broken file, and would fill gigabytes when resized."""
 
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {
@@ -52,13 +51,13 @@ _UNMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 
 
 def decode_rgb(image: bytes | str, *, background: Colour, place: str = "") -> Image.Image:
-    """The first frame of an encoded image (bytes, or the path of a file) as 8-bit RGB, upright as its EXIF data says.
+    """Decode the first frame of an image (bytes, or the path of a file) as 8-bit RGB, upright as its EXIF data says.
 
     Transparent pixels show `background`. Modes deeper than 8 bits are scaled, not clipped; see `to_8_bit`. Colour
-    profiles are not applied, as in the scripts that users come from.
+    profiles are not applied, as in diffusers' scripts.
 
     Raises:
-        DataError: `place: reason`, one line, if there is no such file or no picture can be made from it.
+        DataError: `place: reason`, one line, if there is no such file or it cannot be decoded.
     """
     prefix = f"{place}: " if place else ""
     data = _read_file(image, prefix) if isinstance(image, str) else image
@@ -83,7 +82,7 @@ def decode_rgb(image: bytes | str, *, background: Colour, place: str = "") -> Im
 
 
 def to_rgb(image: Image.Image, background: Colour) -> Image.Image:
-    """An opened image of any Pillow mode as 8-bit RGB; its transparent pixels show `background`."""
+    """Convert an opened image of any Pillow mode to 8-bit RGB; its transparent pixels show `background`."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode == "F" or image.mode.startswith("I"):
@@ -99,9 +98,9 @@ def to_rgb(image: Image.Image, background: Colour) -> Image.Image:
 
 
 def to_8_bit(values: NDArray[np.generic]) -> UInt8Image:
-    """Grey values of modes I;16, I and F as uint8 of the same shape, rounded.
+    """Convert grey values of modes I;16, I and F to uint8 of the same shape, rounded.
 
-    Full white is what the file's depth says, as far as it can be known, so that images of one data set agree:
+    Full white follows from the file's depth, as far as it can be known, so that images of one data set agree:
 
     - 16-bit integers: 65535 (divided by 257), however dark the picture is.
     - 32-bit integers: 65535 (16-bit data stored or opened deeper); if a value is above, the picture's own maximum.
@@ -118,11 +117,11 @@ def to_8_bit(values: NDArray[np.generic]) -> UInt8Image:
 
 
 def resize_and_crop(image: Image.Image, resolution: int) -> UInt8Image:
-    """The middle of an RGB image as uint8 [resolution, resolution, 3]: short side to `resolution`, bilinear with
-    antialiasing, then a centre crop.
+    """Return the middle of an RGB image as uint8 [resolution, resolution, 3].
 
-    The rounding is torchvision's `Resize(resolution)` and `CenterCrop(resolution)` on PIL images: the long side is cut
-    off to whole pixels, the crop's offset is rounded half to even.
+    Its short side is resized to `resolution`, bilinear with antialiasing, then the centre is cropped. The rounding is
+    that of torchvision's `Resize(resolution)` and `CenterCrop(resolution)` on PIL images: the long side is cut off to
+    whole pixels, the crop's offset is rounded half to even.
     """
     image = resize_short_side(image, resolution)
     left, top = (round((side - resolution) / 2) for side in image.size)
@@ -130,7 +129,7 @@ def resize_and_crop(image: Image.Image, resolution: int) -> UInt8Image:
 
 
 def resize_short_side(image: Image.Image, resolution: int) -> Image.Image:
-    """The first half of `resize_and_crop`: an RGB image whose short side is `resolution`, nothing cut off."""
+    """Resize an RGB image so that its short side is `resolution`, the first half of `resize_and_crop`."""
     width, height = image.size
     short, long = min(width, height), max(width, height)
     new_long = int(resolution * long / short)
@@ -139,10 +138,10 @@ def resize_short_side(image: Image.Image, resolution: int) -> Image.Image:
 
 
 def choose_prompt(captions: tuple[str, ...], rng: np.random.Generator, proportion_empty_prompts: float) -> str:
-    """The empty prompt with probability `proportion_empty_prompts`, else one of `captions`, each equally likely.
+    """Draw the empty prompt with probability `proportion_empty_prompts`, else one of `captions`, equally likely.
 
-    The draw for the empty prompt comes first and is always made, so that changing the proportion leaves the captions of
-    the remaining samples as they were.
+    The draw for the empty prompt is always made, and comes first: another proportion then leaves the captions of the
+    remaining samples as they are.
     """
     empty = rng.random() < proportion_empty_prompts
     caption = captions[rng.integers(len(captions))] if len(captions) > 1 else captions[0]
@@ -150,7 +149,7 @@ def choose_prompt(captions: tuple[str, ...], rng: np.random.Generator, proportio
 
 
 def prepare_images(row: ImageRow, resolution: int) -> tuple[UInt8Image, UInt8Image]:
-    """Image and conditioning image of a row, uint8 [resolution, resolution, 3]: what every use of the row shares.
+    """Return image and conditioning image of a row, uint8 [resolution, resolution, 3].
 
     Raises:
         DataError: naming the row's place, if one of its images cannot be decoded.
@@ -174,14 +173,14 @@ def _read_file(path: str, prefix: str) -> bytes:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
-    except Exception:  # noqa: BLE001 - of many kinds; damaged EXIF data says nothing about the pixels
+    except Exception:  # noqa: BLE001 - of many kinds; the pixels may be good
         return image
     method = _TRANSPOSE.get(orientation) if isinstance(orientation, int) else None
     return image if method is None else image.transpose(method)
 
 
 def _scale_transparent_colour(image: ImageFile.ImageFile) -> None:
-    """Brings a PNG's transparent colour to the 8 bits of its pixels; Pillow leaves it in the depth of the file."""
+    """Bring a PNG's transparent colour to the 8 bits of its pixels; Pillow leaves it in the file's depth."""
     key = image.info.get("transparency")
     raw_mode = image.tile[0][3] if image.format == "PNG" and image.tile else None
     if isinstance(key, int) and raw_mode in _GREY_LEVEL:
@@ -199,7 +198,7 @@ def _deep_grey_to_rgb(image: Image.Image, background: Colour) -> Image.Image:
 
 
 def encode_conditioning(image: UInt8Image) -> bytes:
-    """An RGB image [H, W, 3] as PNG: without loss, and grey if all of it is, as most edge and depth maps are."""
+    """Encode an RGB image [H, W, 3] as PNG, in grey if all of it is grey, as most edge and depth maps are."""
     grey = bool((image[..., :1] == image).all())
     stream = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image[..., 0]) if grey else image).save(stream, "PNG")
@@ -207,5 +206,5 @@ def encode_conditioning(image: UInt8Image) -> bytes:
 
 
 def decode_conditioning(png: bytes) -> UInt8Image:
-    """The inverse of `encode_conditioning`."""
+    """Decode what `encode_conditioning` made."""
     return np.array(Image.open(io.BytesIO(png)).convert("RGB"))

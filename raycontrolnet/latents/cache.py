@@ -1,7 +1,7 @@
 """The latent cache on disk: shards of encoded rows, read row by row in any order.
 
-A shard is an Arrow file with one record batch per row, so that a row costs one read of its own bytes: memory stays
-flat however large the cache is, and a full shuffle needs no buffer. Every row carries a checksum, verified when read.
+A shard is an Arrow file with one record batch per row: reading a row reads its own bytes alone, memory stays flat
+however large the cache is, and a full shuffle needs no buffer. Every row has a checksum, verified when read.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from raycontrolnet.storage.folder import CacheFolder
 from raycontrolnet.text import error_message
 
 ROW_OVERHEAD_BYTES = 1000
-"""What Arrow adds to a row, about."""
+"""Bytes that Arrow adds to a row, about."""
 OPEN_SHARDS = 64
-"""Shards that a process keeps open; each costs its index of a few kilobytes."""
+"""Shards that a process keeps open; each index takes a few kilobytes."""
 
 _SCHEMA = pa.schema(
     {
@@ -52,7 +52,7 @@ class LatentCache:
     folder: CacheFolder
     shard_names: tuple[str, ...]
     first_positions: NDArray[np.int64]
-    """Of each shard, among all rows of the cache."""
+    """Position of each shard's first row among all rows of the cache."""
     rows: NDArray[np.int64]
     """The source's row at each position, ascending."""
     bad_rows: tuple[int, ...] = ()
@@ -101,7 +101,7 @@ class LatentCache:
 
 
 def shard_bytes(rows: Sequence[EncodedRow], bad_samples: Sequence[BadSample]) -> pa.Buffer:
-    """The file of a shard."""
+    """Return the content of a shard's file."""
     bad = json.dumps([[sample.row, sample.reason] for sample in bad_samples])
     schema = _SCHEMA.with_metadata({_BAD_SAMPLES: bad})
     sink = pa.BufferOutputStream()
@@ -122,7 +122,7 @@ def shard_bytes(rows: Sequence[EncodedRow], bad_samples: Sequence[BadSample]) ->
 
 
 def _checksum(values: dict[str, object]) -> int:
-    """CRC-32 of everything else in a row."""
+    """Return the CRC-32 of everything else in a row."""
     total = 0
     for name in _SCHEMA.names:
         if name != "checksum":
@@ -132,7 +132,7 @@ def _checksum(values: dict[str, object]) -> int:
 
 
 def read_row(folder: CacheFolder, shard: str, slot: int, row: int) -> EncodedRow:
-    """The row at place `slot` of a shard, which must be the source's row `row`.
+    """Return the row at place `slot` of a shard, which must be the source's row `row`.
 
     Raises:
         DataError: if the shard is damaged or gone.
@@ -141,7 +141,7 @@ def read_row(folder: CacheFolder, shard: str, slot: int, row: int) -> EncodedRow
         try:
             values = _verified(_reader(folder, shard), slot, row)
         except (pa.ArrowException, OSError, ValueError, IndexError):
-            _reader.cache_clear()  # the file may have been made anew since it was opened
+            _reader.cache_clear()  # the file may have been replaced since it was opened
             values = _verified(_reader(folder, shard), slot, row)
     return EncodedRow(
         row=row,
@@ -162,7 +162,7 @@ def _verified(reader: pa.RecordBatchFileReader, slot: int, row: int) -> dict[str
 
 
 def read_contents(folder: CacheFolder, shard: str, num_bytes: int) -> tuple[StoredShard, list[BadSample]]:
-    """What a shard that is there holds, from its index alone.
+    """Return the contents of a shard, from its index alone.
 
     Raises:
         DataError: if the shard is damaged or gone.
@@ -174,7 +174,7 @@ def read_contents(folder: CacheFolder, shard: str, num_bytes: int) -> tuple[Stor
 
 
 def read_identities(folder: CacheFolder, shards: Sequence[StoredShard]) -> Iterator[str]:
-    """The identity of every row in `shards`; what is damaged or gone is passed over."""
+    """Yield the identity of every row in `shards`; ? for rows that are damaged or gone."""
     for shard in shards:
         try:
             reader = pa.ipc.open_file(folder.open(shard.name))
@@ -186,7 +186,7 @@ def read_identities(folder: CacheFolder, shards: Sequence[StoredShard]) -> Itera
 
 @contextmanager
 def _naming(folder: CacheFolder, shard: str) -> Iterator[None]:
-    """Turns what goes wrong while a shard is read into an error that names it."""
+    """Turn an error from reading a shard into one that names it."""
     try:
         yield
     except (pa.ArrowException, OSError, KeyError, ValueError, IndexError) as error:

@@ -1,4 +1,4 @@
-"""The encoding pass: shards in, files of the latent cache out; by Ray Data, or in this process.
+"""Encoding: shards in, files of the latent cache out; by Ray Data, or in this process.
 
 load (tasks on CPUs)  ->  encode (a pool of actors, on GPUs or CPUs)  ->  store (tasks)
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -43,20 +43,21 @@ MIN_STORE_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """What is to be encoded, and how. Plain data for tasks and actors."""
+    """The shards to encode, and how. Plain data for tasks and actors."""
 
     source: Source
     folder: CacheFolder
     encoding: Encoding
     shards: tuple[Shard, ...]
-    """Those that are missing."""
+    """Shards that are missing."""
     replaced: frozenset[str]
-    """Those of them that are there and are to be made anew."""
+    """Names of shards that are there and are made anew."""
     model: ModelConfig
     batch_size: int
     token: str | None = field(default=None, repr=False)
 
     def encoder(self, *, use_gpu: bool) -> LatentEncoder:
+        """Load the VAE."""
         import torch
 
         from raycontrolnet.latents.encoder import LatentEncoder
@@ -65,7 +66,7 @@ class EncodeJob:
         return LatentEncoder(self.model, device=device, batch_size=self.batch_size, token=self.token)
 
     def load(self, shard: Shard) -> LoadedShard | ShardResult:
-        """The shard's rows; or what is stored, if another process was faster."""
+        """Load the shard's rows, or what is stored if another process was faster."""
         if shard.name not in self.replaced and (size := self.folder.size(shard.name)) is not None:
             with suppress(DataError):
                 return ShardResult(*read_contents(self.folder, shard.name, size))
@@ -87,24 +88,19 @@ class EncodeJob:
 
 
 def encode_here(job: EncodeJob, *, use_gpu: bool) -> Iterator[ShardResult]:
-    """All shards of the job, one by one in this process."""
+    """Encode the shards one by one in this process."""
     encoder = job.encoder(use_gpu=use_gpu)
     for shard in job.shards:
         yield job.store(job.encode(job.load(shard), encoder))
 
 
 def encode_on_ray(job: EncodeJob, resources: WorkerResources) -> Iterator[ShardResult]:
-    """All shards of the job on the connected Ray cluster, in the order in which they are done."""
+    """Encode the shards on the connected Ray; yield each when it is done."""
     import ray
 
     shards_ref = ray.put(job.shards)
     job_ref = ray.put(replace(job, shards=()))  # every task unpickles it
     fewest, most = (min(workers, len(job.shards)) for workers in resources.num_workers)
-    actors: dict[str, Any] = {"num_cpus": resources.cpus_per_worker}
-    if resources.use_gpu:
-        actors["num_gpus"] = 1
-    if resources.accelerator_type:
-        actors["accelerator_type"] = resources.accelerator_type
     with_job = {"fn_kwargs": {"job_ref": job_ref}} | WHOLE_BLOCKS
     dataset = (
         generate(_shards, shards_ref)
@@ -113,7 +109,7 @@ def encode_on_ray(job: EncodeJob, resources: WorkerResources) -> Iterator[ShardR
             _Encoder,
             compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most),
             fn_constructor_args=(job_ref, resources),
-            **actors,
+            **resources.actor_options,
             **WHOLE_BLOCKS,
         )
         .map_batches(_store, num_cpus=COUNT_CPUS, **with_job)
@@ -138,7 +134,7 @@ def _load(table: pa.Table, job_ref: ray.ObjectRef[EncodeJob]) -> pa.Table:
 
 
 class _Encoder:
-    """An actor with the VAE, which it loads with its first shard: what fails then is told as any other error."""
+    """An actor with the VAE. It loads it with its first shard, so that a failure is reported as any other."""
 
     def __init__(self, job_ref: ray.ObjectRef[EncodeJob], resources: WorkerResources):
         import ray

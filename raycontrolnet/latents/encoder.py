@@ -1,4 +1,4 @@
-"""Images to the VAE's posterior, in batches: what the latent cache is filled with."""
+"""Images to the VAE's posterior, in batches, for the latent cache."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from raycontrolnet.model.diffusion import MAX_LOGVAR, MIN_LOGVAR
 class LatentEncoder:
     """The VAE's encoder on a device.
 
-    It runs in fp32 whatever precision training will have: an image is encoded once, and half precision overflows in
-    some VAEs.
+    It runs in fp32 whatever the precision of training: half precision overflows in some VAEs.
     """
 
     def __init__(self, model: ModelConfig, *, device: torch.device, batch_size: int, token: str | None = None):
@@ -28,7 +27,7 @@ class LatentEncoder:
         del self.vae.decoder  # half of the memory
 
     def encode(self, images: Sequence[UInt8Image]) -> list[NDArray[np.float32]]:
-        """Mean and log-variance (clamped as by diffusers, not scaled), fp32 [2, C, h, w], of each image [H, W, 3]."""
+        """Return mean and log-variance (clamped as by diffusers, not scaled), fp32 [2, C, h, w], of each [H, W, 3]."""
         posteriors: list[NDArray[np.float32]] = []
         with torch.no_grad():
             for start in range(0, len(images), self.batch_size):

@@ -107,7 +107,7 @@ def _encode(
     workers: WorkerResources | None,
     stream: TextIO,
 ) -> dict[str, ShardResult]:
-    """Encode the shards that are missing; the results by name."""
+    """Encode the shards that are missing; return the results by name."""
     plan.folder.remove_leftovers()
     _announce(plan, there, stream)
     stored = plan.folder.sizes()
@@ -140,7 +140,7 @@ def _gpu_here(cluster: ClusterConfig) -> bool:
 
 
 def _manifest(plan: LatentPlan, results: list[ShardResult]) -> Manifest:
-    """The table of contents.
+    """Return the manifest.
 
     Raises:
         DataError: with the list of bad samples, if there are more than the settings allow.
@@ -167,7 +167,11 @@ def _manifest(plan: LatentPlan, results: list[ShardResult]) -> Manifest:
 
 
 def _check_all_is_there(plan: LatentPlan, manifest: Manifest) -> None:
-    """Raise a UserError if what other machines say they wrote is not in the folder that this one sees."""
+    """Check that this machine sees the files that others have written.
+
+    Raises:
+        UserError: if it does not.
+    """
     sizes = plan.folder.sizes()
     absent = [shard.name for shard in manifest.shards if sizes.get(shard.name) != shard.num_bytes]
     if absent:
@@ -187,7 +191,7 @@ def _how_to_go_on(plan: LatentPlan) -> str:
 
 
 def _announce(plan: LatentPlan, there: dict[str, ShardResult], stream: TextIO) -> None:
-    """Say how much will be written.
+    """Announce how much will be written.
 
     Raises:
         ConfigError: if the disk has no room for it.
@@ -221,13 +225,13 @@ def _report(plan: LatentPlan, manifest: Manifest, stream: TextIO) -> None:
     if stale := plan.stale():
         names = ", ".join(sorted(stale)[:SHOWN_STALE]) + (", ..." if len(stale) > SHOWN_STALE else "")
         stream.write(
-            f"latents: {len(stale):,} files of earlier data are there still ({file_size(sum(stale.values()))}) and may "
+            f"latents: {len(stale):,} files of earlier data are still there ({file_size(sum(stale.values()))}) and may "
             f"be deleted: {names}\n"
         )
 
 
 def _file_for(plan: LatentPlan, name: str) -> Path:
-    """A file for people: in the cache's folder, or where that cannot be written with the temporary ones."""
+    """Return the path of a file for people: in the cache's folder, or else in a temporary one."""
     if plan.folder.is_local and os.access(plan.folder.uri, os.W_OK):
         return Path(plan.folder.uri) / name
     return Path(tempfile.mkdtemp(prefix="raycontrolnet-")) / name

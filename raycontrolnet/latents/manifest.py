@@ -1,8 +1,8 @@
-"""What a latent cache holds and for what: how its shards are named, its manifest, and what keeps it from fitting a run.
+"""The table of contents of a latent cache: its encoding, its shards and their names, its manifest.
 
-A shard is a file with `SHARD_ROWS` rows of the source. Its name carries a key of all that decides its content: how
-images are encoded and, for each of its rows, file names, sizes and captions. So a shard that is there need not be made
-again, whoever made it; when the data changes, only the shards that it touches are new.
+A shard is a file with `SHARD_ROWS` rows of the source. Its name holds a hash of everything that decides its content:
+the encoding and, for each row, file names, sizes and captions. So a shard is never made twice, whoever made it, and
+when the data changes, only the shards with changed rows are new.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ SHARD_ROWS = 32
 
 @dataclass(frozen=True)
 class Encoding:
-    """What decides how an image becomes latents."""
+    """Everything that decides how an image becomes latents."""
 
     vae: str
     """Hash of the VAE's weights and configuration."""
     resolution: int
     dtype: str
-    """float16 or float32: how latents are stored."""
+    """float16 or float32, for the stored latents."""
     subset: tuple[int, int] | None = None
     """(seed, number of rows) if only a random subset of the data is encoded."""
     transforms: int = TRANSFORMS_VERSION
     format: int = FORMAT
 
     def differences(self, other: Encoding) -> list[str]:
-        """What `other` has instead, in words."""
+        """Return in words what `other` has instead."""
         names = {field.name: getattr(other, field.name) for field in dataclasses.fields(self)}
         return [f"{name}: {getattr(self, name)}, not {theirs}" for name, theirs in names.items()
                 if getattr(self, name) != theirs]  # fmt: skip
@@ -46,15 +46,15 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of the cache that should be there."""
+    """A file of the cache, as planned."""
 
     name: str
     rows: tuple[int, ...]
-    """Of the source."""
+    """Rows of the source."""
 
 
 def plan_shards(source: Source, rows: Sequence[int], encoding: Encoding) -> Iterator[Shard]:
-    """The shards of `rows`. Looks at the size of every image file; opens none."""
+    """Yield the shards of `rows`. Looks at the size of every image file, and opens none."""
     prefix = repr(encoding).encode()
     for index, start in enumerate(range(0, len(rows), SHARD_ROWS)):
         own = tuple(int(row) for row in rows[start : start + SHARD_ROWS])
@@ -75,7 +75,7 @@ class BadSample:
 
 @dataclass(frozen=True)
 class StoredShard:
-    """A file of the cache that is there."""
+    """A file of the cache on disk."""
 
     name: str
     num_rows: int
@@ -85,7 +85,7 @@ class StoredShard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The table of contents of a complete cache; written last."""
+    """The table of contents of a complete cache, written last."""
 
     encoding: Encoding
     shards: tuple[StoredShard, ...]
@@ -102,11 +102,12 @@ class Manifest:
         return sum(shard.num_bytes for shard in self.shards)
 
     def write(self, folder: CacheFolder) -> None:
+        """Write the manifest to its folder."""
         folder.write(MANIFEST, json.dumps(dataclasses.asdict(self), indent=1).encode())
 
     @staticmethod
     def read(folder: CacheFolder) -> Manifest | None:
-        """The manifest of a complete cache; None if there is none that this version can read.
+        """Return the manifest of a complete cache; None if there is none that this version can read.
 
         Raises:
             UserError: if the folder cannot be reached.

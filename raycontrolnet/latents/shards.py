@@ -1,4 +1,4 @@
-"""A shard on its way into the latent cache: load its rows, (encode them: the model's part), store them."""
+"""A shard on its way into the latent cache: load its rows, encode them (`encoder`), store them."""
 
 from __future__ import annotations
 
@@ -28,11 +28,13 @@ class LoadedRow:
     captions: tuple[str, ...]
     identity: str
     place: str
-    """For messages."""
+    """Place of the row in its source, for messages."""
 
 
 @dataclass(frozen=True)
 class LoadedShard:
+    """A shard before its images are encoded."""
+
     shard: Shard
     rows: list[LoadedRow]
     bad_samples: list[BadSample]
@@ -40,6 +42,8 @@ class LoadedShard:
 
 @dataclass(frozen=True)
 class EncodedShard:
+    """A shard ready to be stored."""
+
     shard: Shard
     rows: list[EncodedRow]
     bad_samples: list[BadSample]
@@ -47,14 +51,14 @@ class EncodedShard:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What has become of a shard."""
+    """A shard that is stored."""
 
     stored: StoredShard
     bad_samples: list[BadSample]
 
 
 def load_shard(source: Source, shard: Shard, resolution: int) -> LoadedShard:
-    """Decode and transform the images of a shard; what cannot be used is put down with its reason."""
+    """Decode and transform the images of a shard; rows that cannot be used become bad samples."""
     rows, bad_samples = [], []
     for row, identity in zip(shard.rows, source.identities(shard.rows), strict=True):
         try:
@@ -69,7 +73,7 @@ def load_shard(source: Source, shard: Shard, resolution: int) -> LoadedShard:
 
 
 def with_posteriors(loaded: LoadedShard, posteriors: Iterable[NDArray[np.float32]], dtype: str) -> EncodedShard:
-    """The shard with each row's posterior, stored as `dtype`; rows whose posterior is not finite are bad samples."""
+    """Return the shard with each row's posterior as `dtype`; rows whose posterior is not finite are bad samples."""
     rows, bad_samples = [], list(loaded.bad_samples)
     for row, exact in zip(loaded.rows, posteriors, strict=True):
         with np.errstate(over="ignore"):

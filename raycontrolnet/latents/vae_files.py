@@ -1,4 +1,4 @@
-"""The files of a base model's VAE: what they are, without reading the model. No torch, so that it answers at once."""
+"""The files of a base model's VAE, looked at without torch or reading the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BLOCK_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class VaeFiles:
-    """What the cache must know of a VAE."""
+    """Facts of a VAE for the latent cache."""
 
     fingerprint: str
     """Hash of configuration and weights."""
@@ -28,7 +28,7 @@ class VaeFiles:
 
     @staticmethod
     def find(model: ModelConfig, token: str | None) -> VaeFiles:
-        """The VAE of the base model, from a local folder, or downloaded from the Hub: its files alone.
+        """Find the VAE of the base model in a local folder, or download its files from the Hub.
 
         Raises:
             UserError: if they are not there.
@@ -54,7 +54,7 @@ class VaeFiles:
 
 
 def _weight_names(model: ModelConfig) -> list[str]:
-    """As diffusers looks for them, in this order."""
+    """Return the file names in the order in which diffusers looks for them."""
     variant = f".{model.variant}" if model.variant else ""
     return [f"diffusion_pytorch_model{variant}.{kind}" for kind in ("safetensors", "bin")]
 

@@ -1,7 +1,6 @@
-"""The driver of one training run: `fit(config) -> RunResult`.
+"""One training run: `fit(config) -> RunResult`.
 
-Checks everything that can be checked before anything is loaded, hands a `Job` to the workers of a Ray Train
-`TorchTrainer`, shows the progress, and finishes what they left: model card, run.json, the Hub.
+check -> choose latents -> Ray -> encode latents -> workers (`train_controlnet`) -> run.json, model card, the Hub
 """
 
 from __future__ import annotations
@@ -32,35 +31,35 @@ from raycontrolnet.training.status import RunStatus, status_kept
 logger = logging.getLogger(__name__)
 
 Summary = dict[str, Any]
-"""What the worker loop returns: step, samples, loss and seconds by phase."""
+"""Result of the worker loop: step, samples, loss and seconds by phase."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run left."""
+    """Result of a finished run."""
 
     output_dir: Path
     step: int
-    """Optimizer updates done, those of earlier parts of the run included."""
+    """Optimizer updates done, including earlier parts of the run."""
     samples: int
     """Samples consumed."""
     loss: float | None
-    """Of the last update: mean over workers and accumulation; None if there was nothing left to do."""
+    """Loss of the last update, the mean over workers and accumulation; None if there was nothing left to do."""
     checkpoint: Path | None
     """The last checkpoint."""
     seconds: float
     timings: dict[str, float]
     """Seconds by phase in the worker of rank 0."""
     hub_url: str | None = None
-    """Where the weights were pushed to."""
+    """Address of the pushed weights."""
     val_loss: float | None = None
-    """Of the rows that are held out, at the last measurement; None if there are none."""
+    """Loss of the held-out rows at the last measurement; None if there are none."""
     control_gap: float | None = None
-    """By how much val_loss grows when the control images are shuffled."""
+    """Growth of val_loss when the control images are shuffled."""
     control_appeared_at_step: int | None = None
-    """Since when the model obeys the control image, as far as the held-out rows show."""
+    """Update since which the model obeys the control image, as far as the held-out rows show."""
     control_fidelity: float | None = None
-    """How well the last validation images obey their control images, in [0, 1]; None if it was not measured."""
+    """Agreement of the last validation images with their control images, in [0, 1]; None if it was not measured."""
 
 
 def fit(config: TrainConfig, *, stream: TextIO | None = None) -> RunResult:
@@ -113,11 +112,11 @@ def _train_on_ray(run: CheckedRun, status: RunStatus, stream: TextIO) -> Summary
 
 
 def run_and_record(run: CheckedRun, train: Callable[[RunStatus], Summary], stream: TextIO, started: float) -> RunResult:
-    """Train, and leave beside the weights what a run leaves: log, report, run.json, model card.
+    """Train, and write what belongs beside the weights: log, report, run.json, model card.
 
     Args:
-        train: starts the worker loop, and returns what it returns.
-        started: unix seconds.
+        train: runs the worker loop.
+        started: Unix seconds.
 
     Raises:
         UserError, RunError, Interrupted: as `fit`.
@@ -135,7 +134,7 @@ def run_and_record(run: CheckedRun, train: Callable[[RunStatus], Summary], strea
         measured = held_out.summary(output_dir) | validation.summary(run.config, output_dir, summary["step"])
         status |= {**summary, **measured, "checkpoint": last.path.name if last else None}
         licence = push.find_licence(run.config, run.token)
-        # Fit to be pushed, also by hand: if the Hub does not even say who the owner is, there is no better name.
+        # Named for a push, also one by hand.
         name = push.repo_name(output_dir, run.config.hub_model_id) if run.config.push_to_hub else None
         with _finished_all_the_same(output_dir, status):
             push.write_model_card(output_dir, run.config, status, repo_id=name, licence=licence)
@@ -157,7 +156,7 @@ def run_and_record(run: CheckedRun, train: Callable[[RunStatus], Summary], strea
 
 @contextmanager
 def _finished_all_the_same(output_dir: Path, status: RunStatus) -> Iterator[None]:
-    """The weights are there: what comes after them may fail, and the run is finished."""
+    """Mark the run as finished: its weights stand, even if the model card cannot be written."""
     status["status"] = "finished"
     try:
         yield
@@ -168,7 +167,7 @@ def _finished_all_the_same(output_dir: Path, status: RunStatus) -> Iterator[None
 
 
 def _push(run: CheckedRun, status: dict[str, Any], licence: push.Licence, stream: TextIO) -> str:
-    """Push what the run left; a push that fails is no failed run, and `status` says so."""
+    """Push the results; if that fails, the run is finished all the same, and `status` says so."""
     try:
         repo_id = push.resolve_repo_id(run.output_dir, run.config.hub_model_id, run.token)
         push.write_model_card(run.output_dir, run.config, status, repo_id=repo_id, licence=licence)

@@ -1,4 +1,4 @@
-"""Before a run: everything that can be checked before Ray starts and models are read, all problems at once."""
+"""Checks before Ray starts and models are read, all problems at once; and the run that has passed them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from raycontrolnet.latents.plan import LatentPlan
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.training import trackers, validation
 from raycontrolnet.training.job import Job, RunCallback
-from raycontrolnet.training.schedule import RunPlan
+from raycontrolnet.training.schedule import Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ class CheckedRun:
 
     @property
     def loader(self) -> BatchLoader:
+        """The run's samples and batches."""
         assert self.config.seed is not None
         config = self.config
         return BatchLoader(
@@ -80,8 +81,9 @@ class CheckedRun:
             proportion_empty_prompts=config.proportion_empty_prompts,
         )
 
-    def plan(self, world_size: int, checkpoint: checkpoints.Checkpoint | None) -> RunPlan:
-        return RunPlan.of(self.config, self.loader.order.num_samples, world_size, checkpoint)
+    def schedule(self, world_size: int, checkpoint: checkpoints.Checkpoint | None) -> Schedule:
+        """Return the schedule on `world_size` workers, from `checkpoint` on."""
+        return Schedule.of(self.config, self.loader.order.num_samples, world_size, checkpoint)
 
     def last_checkpoint(self) -> checkpoints.Checkpoint | None:
         """Return the last checkpoint of this run, or the one it started from."""
@@ -110,7 +112,7 @@ class CheckedRun:
         spare: Mapping[str, Any] | None = None,
         follower: RunCallback | None = None,
     ) -> Job:
-        """What the workers get; see there. `loader` is that of the run, or a reference to it."""
+        """Return the job for the workers; `loader` is the run's, or a reference to it."""
         config, order = self.config, self.loader.order
         assert config.seed is not None
         return Job(
@@ -140,7 +142,7 @@ class CheckedRun:
 
 
 def check(config: TrainConfig, output_dir: Path) -> CheckedRun:
-    """Everything that can be checked before Ray starts and models are read.
+    """Check everything that can be checked before Ray starts and models are read.
 
     Raises:
         ConfigError: with the problems of settings, model folders, output folder, validation images and data together.
@@ -191,8 +193,8 @@ def choose_latents(run: CheckedRun, stream: TextIO, *, reused: bool = False) -> 
         ConfigError: if there is a cache that does not fit.
     """
     config = run.config
-    plan = run.plan(max(1, config.worker_range[1]), None)
-    reuses_rows = reused or plan.total_updates * plan.samples_per_update > plan.num_samples
+    schedule = run.schedule(max(1, config.worker_range[1]), None)
+    reuses_rows = reused or schedule.total_updates * schedule.samples_per_update > schedule.num_samples
     if not wants_cache(config, reuses_rows=reuses_rows):
         return run
     if run.random_subset:
@@ -225,7 +227,7 @@ def ensure_latents(run: CheckedRun, workers: WorkerResources | None, stream: Tex
 
 
 def _with_held_out_rows(config: TrainConfig, num_rows: int, start: checkpoints.Checkpoint | None) -> TrainConfig:
-    """The settings, with as many held-out rows as the run had that goes on, unless they say how many.
+    """Return the settings with as many held-out rows as the run that is continued had, unless they give a number.
 
     Raises:
         ConfigError: if no row would be left to train on.

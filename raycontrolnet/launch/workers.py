@@ -1,4 +1,4 @@
-"""The worker loop, started for one run: in this process, or by a Ray Train `TorchTrainer` on the connected Ray."""
+"""Start of the worker loop for one run: in this process, or by a Ray Train `TorchTrainer` on the connected Ray."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TextIO
 
 from raycontrolnet.cluster.resources import WorkerResources
-from raycontrolnet.config.train_config import TrainConfig, changed_settings, public_settings
-from raycontrolnet.data.bundles import StreamPlan
+from raycontrolnet.config.train_config import changed_settings, public_settings
+from raycontrolnet.data.bundles import StreamPlan, batch_bytes
 from raycontrolnet.data.stream import execution_options, ray_dataset
 from raycontrolnet.errors import explained
 from raycontrolnet.launch.preflight import CheckedRun
@@ -42,10 +42,10 @@ def train_here(
     threads: int | None = None,
     follower: RunCallback | None = None,
 ) -> dict[str, Any]:
-    """The worker loop in this process, by Ray Train's local mode: for debugging, quick tests, and trials of a sweep.
+    """Run the worker loop in this process, by Ray Train's local mode: for debugging, tests, and trials of a sweep.
 
     Args:
-        threads: of the CPU; None leaves them.
+        threads: CPU threads; None leaves them.
 
     Returns:
         What the worker loop returns.
@@ -76,7 +76,7 @@ def train_on_ray(
     *,
     follower: RunCallback | None = None,
 ) -> dict[str, Any]:
-    """The worker loop on workers of the connected Ray.
+    """Run the worker loop on workers of the connected Ray.
 
     Returns:
         What the worker loop of rank 0 returns.
@@ -92,12 +92,13 @@ def train_on_ray(
     threads = None if resources.use_gpu else resources.threads
     # A sweep's trials share the cluster: what looks spare to one may be another's.
     has_spare = resources.spare and follower is None
-    spare = _options_for(resources) if has_spare and run.config.validation_pairs else None
+    spare = resources.actor_options if has_spare and run.config.validation_pairs else None
     job = run.job(use_gpu=resources.use_gpu, threads=threads, loader=loader_ref, spare=spare)
     _announce(run, most, status, stream, use_gpu=resources.use_gpu)
     if resources.waits_for:
         stream.write(f"waiting for {resources.waits_for}\n")
     begin(job)
+    options = execution_options(batch_bytes(run.config.train_batch_size, run.config.resolution), most)
     with _failures_explained(run):
         trainer = InterruptibleTrainer(
             train_controlnet,
@@ -105,7 +106,7 @@ def train_on_ray(
             scaling_config=ScalingConfig(
                 num_workers=most if fewest == most else (fewest, most),
                 use_gpu=resources.use_gpu,
-                resources_per_worker=_resources_per_worker(resources),
+                resources_per_worker=resources.per_worker,
                 accelerator_type=resources.accelerator_type,
             ),
             run_config=RunConfig(
@@ -114,9 +115,7 @@ def train_on_ray(
                 failure_config=FailureConfig(max_failures=run.config.max_failures),
             ),
             datasets={"train": _dataset_factory(run, job)},
-            dataset_config=DataConfig(
-                execution_options=execution_options(_batch_bytes(run.config), most), enable_shard_locality=False
-            ),
+            dataset_config=DataConfig(execution_options=options, enable_shard_locality=False),
         )
         with _progress(run, most, stream, follower), _followed(run, most, trainer, follower):
             summary = trainer.fit_or_abort().return_value
@@ -141,7 +140,7 @@ def _failures_explained(run: CheckedRun) -> Iterator[None]:
 
 @contextmanager
 def _followed(run: CheckedRun, world_size: int, trainer: Any, follower: RunCallback | None) -> Iterator[None]:
-    """Tell `follower` what the workers' files tell; if it ends the run, stop the workers and raise `RunStopped`."""
+    """Report to `follower` what the workers' files say; when it ends the run, stop the workers, raise `RunStopped`."""
     if follower is None:
         yield
         return
@@ -178,9 +177,9 @@ def _followed(run: CheckedRun, world_size: int, trainer: Any, follower: RunCallb
 
 
 def _validated(run: CheckedRun, world_size: int) -> set[int]:
-    """The updates after which a validation is done, the last update left out."""
+    """Return the updates whose validation is complete, without the last update."""
     updates = metrics.read(run.output_dir / metrics.METRICS_FILE)
-    total_updates = run.plan(world_size, run.start).total_updates
+    total_updates = run.schedule(world_size, run.start).total_updates
     done = min(updates[-1]["step"] if updates else 0, total_updates - 1)
     steps = set(due_steps(run.config.validation_steps, done, total_updates))
     if run.config.num_held_out(len(run.source)):
@@ -190,31 +189,19 @@ def _validated(run: CheckedRun, world_size: int) -> set[int]:
     return steps
 
 
-def _options_for(resources: WorkerResources) -> dict[str, Any]:
-    """Ray's options for an actor with the resources of a worker."""
-    of_gpu = {"num_gpus": 1, "accelerator_type": resources.accelerator_type} if resources.use_gpu else {}
-    return {"num_cpus": resources.cpus_per_worker, **of_gpu}
-
-
-def _resources_per_worker(resources: WorkerResources) -> dict[str, float]:
-    return {"CPU": resources.cpus_per_worker} | ({"GPU": 1} if resources.use_gpu else {})
-
-
-def _batch_bytes(config: TrainConfig) -> int:
-    return config.train_batch_size * 2 * 3 * config.resolution**2
-
-
 def _dataset_factory(run: CheckedRun, job: Job) -> Callable[[], ray.data.Dataset]:
-    """What Ray Train calls at every start of the workers: the stream from the last committed checkpoint on."""
-    batch_size, bundle = run.config.train_batch_size, StreamPlan.bundle_for(_batch_bytes(run.config))
-    max_tasks = run.config.dataloader_num_workers * run.config.worker_range[1] or None
-    fewest, most = run.config.worker_range
+    """Return what Ray Train calls at every start of the workers: the stream from the last checkpoint on."""
+    batch_size, (fewest, most) = run.config.train_batch_size, run.config.worker_range
+    bundle = StreamPlan.bundle_for(batch_bytes(batch_size, run.config.resolution))
+    max_tasks = run.config.dataloader_num_workers * most or None
 
     def dataset() -> ray.data.Dataset:
         checkpoint = job.current_checkpoint()
         step, samples = (checkpoint.step, checkpoint.samples) if checkpoint else (0, 0)
         if fewest == most:
-            plan = StreamPlan(samples, run.plan(most, checkpoint).batches_per_worker(step), batch_size, most, bundle)
+            plan = StreamPlan(
+                samples, run.schedule(most, checkpoint).batches_per_worker(step), batch_size, most, bundle
+            )
         else:  # how many workers an elastic run got is not known here: they stop by themselves
             plan = StreamPlan(samples, ENDLESS, batch_size)
         return ray_dataset(job.loader, plan, max_tasks)
@@ -223,23 +210,24 @@ def _dataset_factory(run: CheckedRun, job: Job) -> Callable[[], ray.data.Dataset
 
 
 def _announce(run: CheckedRun, world_size: int, status: RunStatus, stream: TextIO, *, use_gpu: bool) -> None:
-    """Say what will be done, and write config.yaml."""
+    """Announce the run, and write config.yaml."""
     import yaml
 
     settings = public_settings(run.config)
-    del settings["resume_from_checkpoint"]  # the file is for doing the same again, elsewhere
+    del settings["resume_from_checkpoint"]  # the file is for another run with the same settings
     (run.output_dir / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False))
-    plan = run.plan(world_size, run.start)
-    status |= {"total_updates": plan.total_updates, "held_out": len(run.loader.order.held_out)}
+    schedule = run.schedule(world_size, run.start)
+    status |= {"total_updates": schedule.total_updates, "held_out": len(run.loader.order.held_out)}
     status.write()
     step = run.start.step if run.start else 0
     source = "" if run.cache is None else " from cached latents"
     workers = f"{counted(world_size, 'worker')} on {'GPUs' if use_gpu else 'CPUs'}"
     stream.write(
-        f"raycontrolnet {__version__}: {plan.num_samples} samples{source}, {workers} x batch {plan.batch_size} x "
-        f"accumulation {plan.accumulation_steps}, updates {step} to {plan.total_updates}, seed {run.config.seed}\n"
+        f"raycontrolnet {__version__}: {schedule.num_samples} samples{source}, {workers} x batch "
+        f"{schedule.batch_size} x accumulation {schedule.accumulation_steps}, updates {step} to "
+        f"{schedule.total_updates}, seed {run.config.seed}\n"
     )
-    if warning := warmup_warning(run.config, plan.total_updates):
+    if warning := warmup_warning(run.config, schedule.total_updates):
         stream.write(f"{warning}\n")
     changed = ", ".join(f"{name}={value}" for name, value in changed_settings(run.config).items())
     logger.info("settings: %s", changed)
@@ -248,9 +236,9 @@ def _announce(run: CheckedRun, world_size: int, status: RunStatus, stream: TextI
 def _progress(
     run: CheckedRun, world_size: int, stream: TextIO, follower: RunCallback | None
 ) -> AbstractContextManager[object]:
-    """The progress line; who follows a run shows it in another way."""
+    """Return the progress line, which a run with a follower does not show."""
     if follower is not None:
         return nullcontext()
-    total_updates = run.plan(world_size, run.start).total_updates
+    total_updates = run.schedule(world_size, run.start).total_updates
     scored = run.config.control_fidelity is not None
     return Progress(run.output_dir, total_updates, run.start.step if run.start else 0, stream, scored=scored)

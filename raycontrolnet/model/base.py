@@ -1,4 +1,4 @@
-"""The base model, a Stable Diffusion 1.x or 2.x: read from its files as they are, and checked."""
+"""The base model, a Stable Diffusion 1.x or 2.x: read from its files, and checked."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Loaded = TypeVar("Loaded")
 
 @dataclass
 class Base:
-    """What training does not change."""
+    """The models that training does not change."""
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
@@ -31,11 +31,12 @@ class Base:
     noise_scheduler: DDPMScheduler
 
     def frozen(self) -> tuple[torch.nn.Module, ...]:
+        """Return the modules, all of them frozen."""
         return self.text_encoder, self.vae, self.unet
 
 
 def read_base(model: ModelConfig, *, dtype: torch.dtype, token: str | None = None) -> Base:
-    """The base model on the CPU, in `dtype` but for the UNet: that is fp32, for a ControlNet to be copied from.
+    """Read the base model on the CPU, in `dtype` but for the UNet, which is fp32 for a ControlNet to be copied from.
 
     Raises:
         UserError: if a part is missing or unreadable, or the model is of a kind that cannot be trained.
@@ -69,7 +70,7 @@ def read_base(model: ModelConfig, *, dtype: torch.dtype, token: str | None = Non
 
 
 def load_vae(model: ModelConfig, *, dtype: torch.dtype, token: str | None = None) -> AutoencoderKL:
-    """The base model's VAE, on the CPU.
+    """Read the base model's VAE on the CPU.
 
     Raises:
         UserError: if it is missing or unreadable.
@@ -90,7 +91,7 @@ def load_vae(model: ModelConfig, *, dtype: torch.dtype, token: str | None = None
 
 
 def loaded(flag: str, name: str, load: Callable[..., Loaded], **options: Any) -> Loaded:
-    """`load(name, **options)`, with the libraries' many errors turned into one that names the flag."""
+    """Call `load(name, **options)`; turn the libraries' many errors into one that names the flag."""
     try:
         return load(name, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
@@ -118,7 +119,7 @@ def _check_trainable(base: str, unet: UNet2DConditionModel, noise_scheduler: DDP
 
 
 def _check_tokenizer(model: ModelConfig, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
-    """Transformers makes an empty tokenizer, of endless length, of a folder without one."""
+    # Of a folder without a tokenizer, Transformers makes an empty one, of endless length.
     most = text_encoder.config.max_position_embeddings
     if tokenizer.model_max_length > most:
         flag = "tokenizer_name" if model.tokenizer_name else "pretrained_model_name_or_path"

@@ -1,4 +1,4 @@
-"""The models of Stable Diffusion 1.x and 2.x with a ControlNet: loading, copying, freezing."""
+"""The base model with a ControlNet: loaded, copied, frozen."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Components(Base):
-    """Everything that a training step and a validation image need; all but `controlnet` frozen."""
+    """All models of a training step or a validation image; all but `controlnet` are frozen."""
 
     controlnet: ControlNetModel
     """fp32, trained."""
@@ -38,12 +38,12 @@ def load_components(
     """Load the base model, and make or load the ControlNet.
 
     Args:
-        vae_device: where the VAE waits, if not on `device`.
-        dtype: of the frozen models. The ControlNet is fp32 whatever its files hold.
-        seed: of the ControlNet's conditioning embedding, the one part without weights to copy.
+        dtype: precision of the frozen models. The ControlNet is fp32 whatever its files hold.
+        seed: decides the ControlNet's conditioning embedding, the one part without weights to copy.
         token: for private models on the Hub.
         controlnet_path: a checkpoint's ControlNet, instead of the settings'.
-        controlnet_flag: where the user named the settings' ControlNet.
+        controlnet_flag: the flag that names the settings' ControlNet, for messages.
+        vae_device: where the VAE is kept, if not on `device`.
 
     Raises:
         UserError: if a part is missing or unreadable, or the model is of a kind that cannot be trained.
@@ -61,29 +61,29 @@ def load_components(
 
 
 def _make_ready(base: Base, *, device: torch.device, dtype: torch.dtype, vae_device: torch.device) -> None:
-    """Freeze the base model and put it where and as it is used."""
+    """Freeze the base model; bring it to its devices, precision and memory layout."""
     for module in base.frozen():
         module.requires_grad_(False).eval().to(vae_device if module is base.vae else device)
     if dtype != torch.float32:
         base.unet.to(dtype)
-    # The layout that convolutions want: 11% off a step on a CPU (tests/benchmarks/RESULTS.md). The ControlNet's
-    # activations follow, its weights stay as they are saved.
+    # Convolutions are faster in this layout: 11% of a step on a CPU (tests/benchmarks/RESULTS.md). The ControlNet's
+    # activations follow it; its weights stay as they are saved.
     base.unet.to(memory_format=torch.channels_last)
 
 
 def encode_images(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance of the VAE's posterior, [B, C, h, w] in its dtype, of images uint8 [B, H, W, 3] RGB."""
+    """Encode images uint8 [B, H, W, 3] RGB: mean and log-variance of the VAE's posterior, [B, C, h, w] in its dtype."""
     posterior = vae.encode((images.permute(0, 3, 1, 2).float() / 127.5 - 1.0).to(vae.dtype)).latent_dist
     return posterior.mean, posterior.logvar
 
 
 def load_controlnet(name_or_path: str, flag: str = "controlnet_model_name_or_path", **options: Any) -> ControlNetModel:
-    """A ControlNet from a folder or the Hub, its weights raised to fp32."""
+    """Load a ControlNet from a folder or the Hub, in fp32."""
     from diffusers import ControlNetModel
 
     controlnet = loaded(flag, name_or_path, ControlNetModel.from_pretrained, torch_dtype=torch.float32, **options)
-    # Off the mapped file, where they lie at odd addresses: MKL rounds differently there, and a run that goes on must
-    # compute what it would have computed.
+    # Copied, because MKL rounds differently at the odd addresses of a mapped file, and a resumed run must compute what
+    # it would have computed.
     for weight in controlnet.parameters():
         weight.data = weight.data.clone()
     return controlnet
@@ -112,10 +112,10 @@ def _copied_controlnet(unet: UNet2DConditionModel, seed: int) -> ControlNetModel
 
 
 def _listed(value: Any) -> Any:
-    """Tuples as lists, which they become in files."""
+    """Return a tuple as a list, which it becomes in a file."""
     return list(value) if isinstance(value, tuple) else value
 
 
 def with_controlnet(components: Components, controlnet: ControlNetModel) -> Components:
-    """The same frozen models with another ControlNet."""
+    """Return the same frozen models with another ControlNet."""
     return replace(components, controlnet=controlnet)

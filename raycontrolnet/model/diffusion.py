@@ -1,6 +1,6 @@
-"""The mathematics of the training objective: what is added, what is predicted, what is minimised.
+"""The mathematics of the training objective: noise, target and loss.
 
-Torch alone: no models, no configuration, no randomness of its own. Notation of DDPM (Ho et al. 2020,
+Torch alone: no models, no configuration, no randomness of its own. The notation is that of DDPM (Ho et al. 2020,
 arXiv:2006.11239) and progressive distillation (Salimans & Ho 2022, arXiv:2202.00512): x_t = a_t x + s_t noise with
 a_t = sqrt(alphas_cumprod[t]) and s_t = sqrt(1 - alphas_cumprod[t]).
 """
@@ -12,28 +12,25 @@ from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0
-"""diffusers' DiagonalGaussianDistribution clamps to them."""
+"""Bounds of the log-variance, as in diffusers' DiagonalGaussianDistribution."""
 
 
 def sample_posterior(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-    """A sample of the VAE's diagonal Gaussian posterior, in the dtype of `noise`; all [B, C, h, w].
-
-    `logvar` is clamped, as diffusers' DiagonalGaussianDistribution does.
-    """
+    """Return a sample of the VAE's diagonal Gaussian posterior, in the dtype of `noise`; all [B, C, h, w]."""
     return mean.to(noise) + torch.exp(0.5 * logvar.to(noise).clamp(MIN_LOGVAR, MAX_LOGVAR)) * noise
 
 
 def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """x_t (DDPM, eq. 4) for latents and noise fp32 [B, C, h, w] and `alphas_cumprod` [B], those of each timestep."""
+    """Return x_t (DDPM, eq. 4) for latents and noise fp32 [B, C, h, w], and `alphas_cumprod` [B] at each timestep."""
     signal, sigma = _levels(alphas_cumprod, latents)
     return signal * latents + sigma * noise
 
 
 def prediction_target(prediction_type: str, latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """What the UNet should say: the noise, or the velocity v = a_t noise - s_t x (Salimans & Ho 2022, section 4).
+    """Return the UNet's target: the noise, or the velocity v = a_t noise - s_t x (Salimans & Ho 2022, section 4).
 
     Raises:
-        ValueError: for another `prediction_type`.
+        ValueError: for any other `prediction_type`.
     """
     if prediction_type == "epsilon":
         return noise
@@ -44,7 +41,7 @@ def prediction_target(prediction_type: str, latents: Tensor, noise: Tensor, alph
 
 
 def per_sample_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each sample in fp32, [B] from [B, C, h, w]."""
+    """Return the mean squared error of each sample in fp32, [B] from [B, C, h, w]."""
     return (prediction.float() - target.float()).pow(2).flatten(1).mean(1)
 
 

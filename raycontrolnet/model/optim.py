@@ -15,12 +15,12 @@ from raycontrolnet.errors import UserError
 def build_optimizer(
     parameters: Iterable[torch.nn.Parameter], optim: OptimConfig, learning_rate: float, *, fused: bool = True
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101), or bitsandbytes' AdamW8bit.
+    """Build AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101), or bitsandbytes' AdamW8bit.
 
     Args:
         learning_rate: after `scale_lr`.
-        fused: one kernel for all parameters; not with fp16's loss scaler, whose skipped updates a fused AdamW hides
-            from accelerate.
+        fused: whether one kernel updates all parameters; not with fp16's loss scaler: a fused AdamW hides its skipped
+            updates from accelerate.
 
     Raises:
         UserError: if bitsandbytes is asked for and missing.
@@ -45,7 +45,7 @@ def build_optimizer(
 def build_lr_scheduler(
     optim: OptimConfig, optimizer: torch.optim.Optimizer, total_updates: int, updates_done: int = 0
 ) -> LRScheduler:
-    """One of diffusers' six schedules, to be stepped once per optimizer update; goes on after `updates_done`."""
+    """Build one of diffusers' six schedules, stepped once per optimizer update; it continues after `updates_done`."""
     from diffusers.optimization import get_scheduler
 
     for group in optimizer.param_groups:

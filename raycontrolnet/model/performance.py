@@ -1,4 +1,4 @@
-"""Precision and memory: the working dtype, gradient checkpointing, xformers, and where the VAE waits."""
+"""Precision and memory: the working dtype, gradient checkpointing, xformers, and the VAE's place."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from raycontrolnet.text import error_message
 
 
 def working_precision(mixed_precision: str | None) -> torch.dtype:
-    """The dtype of the frozen models."""
+    """Return the dtype of the frozen models."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision or "no", torch.float32)
 
 
 def enable_memory_savers(components: Components, *, gradient_checkpointing: bool, xformers: bool) -> None:
-    """Gradient checkpointing and xformers attention, in the ControlNet and the UNet it is trained through.
+    """Enable gradient checkpointing and xformers attention, in the ControlNet and the UNet it is trained through.
 
     Raises:
         UserError: if xformers cannot run here.
@@ -38,7 +38,7 @@ def enable_memory_savers(components: Components, *, gradient_checkpointing: bool
 
 @contextmanager
 def vae_on(components: Components, device: torch.device) -> Iterator[None]:
-    """The VAE on `device` for as long as it is needed, then where it was."""
+    """Keep the VAE on `device` for a while, then bring it back."""
     before = components.vae.device
     components.vae.to(device)
     try:

@@ -1,4 +1,4 @@
-"""Long prompts are cut to the tokenizer's maximum length, as in every script; here the user is told."""
+"""Warnings of prompts that are longer than the tokenizer's maximum, and are cut."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _warned: set[str] = set()
 
 
 def warn_if_cut(tokenizer: CLIPTokenizer, prompt: str) -> None:
-    """Log that `prompt` has more tokens than the text encoder reads; once a prompt, and for ten prompts at most."""
+    """Log if `prompt` has more tokens than the text encoder reads; once a prompt, for ten prompts at most."""
     if prompt in _warned or len(_warned) >= MOST_WARNINGS:
         return
     if problem := cut(tokenizer, prompt):
@@ -24,9 +24,9 @@ def warn_if_cut(tokenizer: CLIPTokenizer, prompt: str) -> None:
 
 
 def cut(tokenizer: CLIPTokenizer, prompt: str) -> str | None:
-    """That `prompt` has more tokens than the text encoder reads, if so."""
+    """Return a warning if `prompt` has more tokens than the text encoder reads."""
     limit = tokenizer.model_max_length
-    if len(prompt) + 2 <= limit:  # a token is at least a character: most prompts need no second look
+    if len(prompt) + 2 <= limit:  # a token is at least a character: most prompts need no tokenizing
         return None
     tokens = len(tokenizer(prompt, verbose=False).input_ids)
     return (

@@ -37,19 +37,19 @@ class Batch(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """The randomness of B samples, on the device."""
+    """The random draws of B samples, on the device."""
 
     posterior_noise: Tensor
-    """fp32 [B, 4, H/8, W/8], standard normal: which latents of the VAE's posterior."""
+    """fp32 [B, 4, H/8, W/8], standard normal: picks the latents from the VAE's posterior."""
     noise: Tensor
-    """fp32 [B, 4, H/8, W/8], standard normal: the noise that is added."""
+    """fp32 [B, 4, H/8, W/8], standard normal: the noise added to the latents."""
     timesteps: Tensor
     """int64 [B], uniform over the scheduler's training timesteps."""
 
 
 @dataclass
 class TrainState:
-    """What training changes, and the accelerator that drives it."""
+    """The state that training changes, and the accelerator that drives it."""
 
     components: Components
     controlnet: torch.nn.Module
@@ -66,6 +66,8 @@ class TrainState:
 
 
 class StepMetrics(NamedTuple):
+    """Figures of one training step."""
+
     loss: Tensor
     """fp32 scalar on the device, detached: this worker's mean over the batch."""
     grad_norm: Tensor | None
@@ -92,13 +94,13 @@ def make_batch(rows: Sequence[PreparedRow], tokenizer: CLIPTokenizer, device: to
 
 
 def _stacked(arrays: Sequence[NDArray[Any] | None], device: torch.device) -> Tensor | None:
-    """On the device; None if the rows do not have it."""
+    """Stack the arrays on the device; None if the rows have none."""
     there = [array for array in arrays if array is not None]
     return _to_device(torch.from_numpy(np.stack(there)), device) if there else None
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy to a GPU that waits for nothing: only pinned memory allows it."""
+    """Copy to the device, without waiting if it is a GPU, which pinned memory allows."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -110,9 +112,9 @@ def draw(
     device: torch.device,
     purpose: Purpose = Purpose.DIFFUSION,
 ) -> Draws:
-    """The draws of samples k, from (seed, purpose, k) alone.
+    """Return the draws of samples k, from (seed, purpose, k) alone.
 
-    Made on the CPU, so that they are the same on every kind of device.
+    They are made on the CPU, so that they are the same on every kind of device.
 
     Args:
         latent_shape: (C, h, w) of one sample's latents.
@@ -120,7 +122,7 @@ def draw(
     """
     noises, timesteps = [], []
     for index in sample_indices:
-        # Not a torch.Generator: of its seed the CPU's takes 32 bits, so that among 100,000 samples two would be alike.
+        # Not a torch.Generator: on a CPU it uses 32 bits of its seed, and among 100,000 samples two would be alike.
         rng = keyed_rng(seed, purpose, index)
         noises.append(rng.standard_normal((2, *latent_shape), dtype=np.float32))
         timesteps.append(int(rng.integers(num_timesteps)))
@@ -129,13 +131,13 @@ def draw(
 
 
 def latent_shape(components: Components, resolution: int) -> tuple[int, int, int]:
-    """(C, h, w) of one image's latents."""
+    """Return (C, h, w) of one image's latents."""
     factor = 2 ** (len(components.vae.config["block_out_channels"]) - 1)
     return components.vae.config["latent_channels"], resolution // factor, resolution // factor
 
 
 def controlnet_loss(components: Components, controlnet: torch.nn.Module, batch: Batch, draws: Draws) -> Tensor:
-    """The loss of every sample, fp32 [B]: how well the base model, steered by the ControlNet, removes the noise.
+    """Return the loss of every sample, fp32 [B]: of the base model's prediction, steered by the ControlNet.
 
     ControlNet (Zhang et al. 2023, arXiv:2302.05543), eq. 5.
     """
@@ -169,14 +171,14 @@ def controlnet_loss(components: Components, controlnet: torch.nn.Module, batch: 
 
 
 def with_posterior(components: Components, batch: Batch) -> Batch:
-    """The batch with its images encoded, to be used more than once."""
+    """Return the batch with its images encoded, to be used more than once."""
     with torch.no_grad():
         mean, logvar = _posterior(components, batch)
     return batch._replace(images=None, posterior=torch.stack([mean, logvar], dim=1))
 
 
 def _posterior(components: Components, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance of the images' latents, [B, C, h, w]: from the cache, or encoded now."""
+    """Return mean and log-variance of the images' latents, [B, C, h, w]: from the cache, or encoded now."""
     if batch.posterior is not None:
         mean, logvar = batch.posterior.unbind(1)
         return mean, logvar
@@ -185,7 +187,7 @@ def _posterior(components: Components, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def train_step(state: TrainState, batch: Batch, draws: Draws) -> StepMetrics:
-    """One forward and backward pass; with the last one of an accumulation, an optimizer update."""
+    """Do a forward and a backward pass, and with the last of an accumulation an optimizer update."""
     accelerator = state.accelerator
     with accelerator.accumulate(state.controlnet):
         loss = controlnet_loss(state.components, state.controlnet, batch, draws).mean()
@@ -196,7 +198,7 @@ def train_step(state: TrainState, batch: Batch, draws: Draws) -> StepMetrics:
             grad_norm = accelerator.clip_grad_norm_(state.controlnet.parameters(), state.max_grad_norm)
         state.optimizer.step()
         if accelerator.sync_gradients:
-            # fp16's loss scaler skips an update whose gradients overflowed: the schedule then waits.
+            # fp16's loss scaler skips an update whose gradients overflowed; the schedule then waits.
             if accelerator.optimizer_step_was_skipped:
                 grad_norm = torch.zeros_like(loss)
             else:

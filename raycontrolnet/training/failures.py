@@ -1,4 +1,4 @@
-"""Failures that end a run: what a worker leaves of them for the driver and for Ray's next try."""
+"""Failures that end a run, recorded by a worker for the driver and for Ray's next try."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FAILURE = ".failure.json"
 
 
 def record_failure(output_dir: Path, error: UserError | RunError) -> None:
-    """Leave a note of a failure that would come again, for the driver and for Ray's next try; the first one stands."""
+    """Record a failure that would come again, for the driver and for Ray's next try; the first one stands."""
     record = {"kind": "user" if isinstance(error, UserError) else "run", "message": str(error)}
     partial = output_dir / f"{FAILURE}.{uuid.uuid4().hex}"
     partial.write_text(json.dumps(record))
@@ -27,7 +27,7 @@ def record_failure(output_dir: Path, error: UserError | RunError) -> None:
 
 
 def read_failure(output_dir: Path) -> UserError | RunError | None:
-    """The failure a worker recorded, if any."""
+    """Return the failure that a worker recorded, if any."""
     try:
         record = json.loads((output_dir / FAILURE).read_text())
     except FileNotFoundError:
@@ -52,7 +52,7 @@ def hopeless_failures_recorded(output_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def worth_another_try(*, continued: bool) -> Iterator[None]:
-    """Models that could be read when the run began are there: failing to read them now is a passing fault."""
+    """Take a model that cannot be read for a passing fault, if the run has read it before."""
     try:
         yield
     except UserError as error:

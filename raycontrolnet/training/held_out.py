@@ -1,14 +1,14 @@
-"""The held-out measure: does the model learn, and does it obey the control image?
+"""The held-out measure: the learning of a model, and its obedience to control images, on rows that are held out.
 
-Training loss says neither: it is dominated by which timesteps came, and stays flat when control appears suddenly
-(Zhang et al. 2023, arXiv:2302.05543, section 4). Here rows that are never trained on are measured with noise pinned per
-sample and timesteps spread evenly, once with their own control images and once with those of others:
+The training loss shows neither: it depends mostly on the timesteps drawn, and stays flat when control appears suddenly
+(Zhang et al. 2023, arXiv:2302.05543, section 4). Here rows that are never trained on are measured with fixed noise and
+timesteps spread evenly, once with their own control images and once with those of others:
 
     val_loss                          how well noise is removed from held-out images
     control_gap = shuffled - val_loss how much the right control image helps: zero until control appears
 
-Nothing here draws from, or changes, the training's randomness, and what is measured depends on (config, data, seed,
-weights) alone: not on the number of workers.
+Nothing here touches the training's randomness. The figures depend on (config, data, seed, weights), not on the number
+of workers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 HELD_OUT_FILE = "validation.jsonl"
 MIN_GAP_ERRORS = 2.0
 MIN_GAP_SHARE = 0.01
-"""Control is there if the gap is this many of its standard errors, and this share of the held-out loss."""
+"""Control has appeared when the gap exceeds this many of its standard errors, and this share of the held-out loss."""
 
 
 class HeldOutMetrics(NamedTuple):
@@ -55,7 +55,7 @@ class HeldOutMetrics(NamedTuple):
     control_gap_error: float
     """Standard error of control_gap, from its spread over the samples."""
     seconds: float
-    """What the measurement took."""
+    """Duration of the measurement."""
     time: float
     """Unix seconds."""
 
@@ -65,7 +65,7 @@ def measure(
 ) -> HeldOutMetrics | None:
     """Measure the held-out rows of `loader`, every worker its share; all workers must call it together.
 
-    A row that cannot be read is left out, and logged: no measurement is worth a training run.
+    A row that cannot be read is left out, and logged.
 
     Returns:
         The same on every worker; None if there is nothing to measure.
@@ -103,7 +103,7 @@ def measure(
 
 
 def _metrics(step: int, sums: Sequence[float], seconds: float) -> HeldOutMetrics | None:
-    """From the number of samples and the sums of their losses, gaps and squared gaps."""
+    """Return the figures, from the number of samples and the sums of their losses, gaps and squared gaps."""
     count, right, gap, squares = sums
     if count < 2:
         return None
@@ -113,14 +113,14 @@ def _metrics(step: int, sums: Sequence[float], seconds: float) -> HeldOutMetrics
 
 
 def _timesteps(state: TrainState, loader: BatchLoader, indices: Sequence[int]) -> torch.Tensor:
-    """int64 [B]: those of all held-out samples together are spread evenly over the training timesteps."""
+    """Return the timesteps, int64 [B]; those of all held-out samples are spread evenly over the training timesteps."""
     num_timesteps = state.components.noise_scheduler.config["num_train_timesteps"]
     spread = [int((index + 0.5) / len(loader.order.held_out) * num_timesteps) for index in indices]
     return torch.tensor(spread, device=state.accelerator.device)
 
 
 def _with_others(loader: BatchLoader, share: Sequence[int]) -> Iterator[tuple[PreparedRow, UInt8Image]]:
-    """The samples of a share, each with the conditioning image of the sample after it, round the whole circle."""
+    """Yield the samples of a share, each with the conditioning image of the next; the first follows the last."""
     count = len(loader.order.held_out)
     after_last = [index + 1 for index in share[-1:]]
     rows = (_read(loader, index % count) for index in [*share, *after_last])
@@ -149,12 +149,12 @@ def _batches(samples: Iterator[Any], size: int) -> Iterator[list[Any]]:
 
 
 def read(output_dir: Path) -> list[dict[str, Any]]:
-    """The measurements of a run so far, oldest first."""
+    """Return the measurements of a run so far, oldest first."""
     return metrics.read(output_dir / HELD_OUT_FILE)
 
 
 def control_appeared(records: Sequence[Mapping[str, Any]]) -> int | None:
-    """The step since which every measurement shows that the model obeys the control image; None if the last does not.
+    """Return the step since which every measurement shows control; None if the last one does not.
 
     Args:
         records: lines of validation.jsonl, oldest first.
@@ -173,7 +173,7 @@ def _shows_control(record: Mapping[str, Any]) -> bool:
 
 
 def summary(output_dir: Path) -> dict[str, Any]:
-    """val_loss, control_gap and control_appeared_at_step, as run.json and the model card have them; maybe empty."""
+    """Return val_loss, control_gap and control_appeared_at_step for run.json and the model card; empty without any."""
     records = read(output_dir)
     if not records:
         return {}
@@ -182,7 +182,7 @@ def summary(output_dir: Path) -> dict[str, Any]:
 
 
 def in_words(records: Sequence[Mapping[str, Any]]) -> str:
-    """What the last measurement shows, for a log."""
+    """Return the last measurement in words, for a log."""
     last = records[-1]
     gap = f"control gap {last['control_gap']:.2g} ± {last['control_gap_error']:.1g}"
     step = control_appeared(records)

@@ -1,4 +1,4 @@
-"""The job: what the driver hands to the workers, and the files by which they know of each other."""
+"""The job that the driver hands to the workers, and the files by which they know of each other."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ LOG = "run.log"
 RUN_ID = ".run_id"
 TIMINGS = ".timings.json"
 SHARED_WITHIN_S = 15.0
-"""How long a network file system may take to show a worker what the driver wrote."""
+"""Time that a network file system may take to show a worker what the driver wrote."""
 MARK_INTERVAL_S = 0.5
-"""How often it looks."""
+"""Time between two looks."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the driver hands to every worker: plain data, without secrets but for the token, which repr leaves out."""
+    """Plain data for every worker, without secrets but for the token, which repr leaves out."""
 
     config: TrainConfig
     """With absolute paths, a seed, and no hub_token."""
@@ -44,30 +44,30 @@ class Job:
     """N, samples per epoch."""
     num_held_out: int
     start: Checkpoint | None
-    """Where the run begins; after a failure it continues from its own last checkpoint."""
+    """Start of the run; after a failure it continues from its own last checkpoint."""
     use_gpu: bool
     cached: bool
-    """Whether samples come from the latent cache."""
+    """True if samples come from the latent cache."""
     threads: int | None
     """CPU threads of a worker; None leaves them."""
     trackers: tuple[str, ...]
     tracker_settings: Mapping[str, Any]
     validation_items: tuple[ImageItem, ...]
     facts: Mapping[str, Any]
-    """For the checkpoints' manifests."""
+    """Settings, data and versions for the checkpoints' manifests."""
     token: str | None = field(default=None, repr=False)
     submitted: float = field(default_factory=time.time)
     """Unix seconds."""
     loader: BatchLoader | Any = None
-    """Or, for workers on Ray, a reference to it in Ray's object store."""
+    """For workers on Ray a reference to it in Ray's object store."""
     spare: Mapping[str, Any] | None = None
-    """Ray's options for an actor that draws validation images beside the training, if there is room for one."""
+    """Ray's options for an actor that draws validation images beside the training; None if there is no room."""
     follower: RunCallback | None = None
-    """Of a run in the caller's process."""
+    """Callback of a run in the caller's process."""
 
     @property
     def local(self) -> bool:
-        """Whether this is a run in the caller's process: there is no Ray Data then."""
+        """True for a run in the caller's process, without Ray Data."""
         return isinstance(self.loader, BatchLoader)
 
     @property
@@ -75,13 +75,13 @@ class Job:
         return Path(self.config.output_dir)
 
     def current_checkpoint(self) -> Checkpoint | None:
-        """Where to continue: this run's last complete checkpoint, or its start."""
+        """Return this run's last complete checkpoint, or its start."""
         return checkpoints.latest(self.output_dir, self.run_id) or self.start
 
 
 def begin(job: Job) -> None:
-    """On the driver, before the workers start: mark the folder as this run's."""
-    # What an earlier run that left no checkpoint had measured and drawn is not this one's.
+    """Mark the folder as this run's; on the driver, before the workers start."""
+    # An earlier run that left no checkpoint may have measured and drawn.
     if job.start is None:
         shutil.rmtree(job.output_dir / validation.FOLDER, ignore_errors=True)
     if job.start is None or job.start.manifest.get("held_out", 0) != job.num_held_out:
@@ -91,14 +91,14 @@ def begin(job: Job) -> None:
 
 
 def end(output_dir: Path) -> None:
-    """On the driver, when the workers have gone: take away what was for them alone, and Ray Train's own records."""
+    """Remove what was for the workers alone, and Ray Train's own records; on the driver, at the end."""
     for name in (FAILURE, RUN_ID):
         (output_dir / name).unlink(missing_ok=True)
     remove_ray_records(output_dir)
 
 
 def check_folder_is_shared(job: Job) -> None:
-    """On a worker: the folder must be the one that the driver sees, or the results would stay on this machine's disk.
+    """Check, on a worker, that the folder is the one that the driver sees: else results would stay on this machine.
 
     Raises:
         UserError: if it is another folder of the same name.
@@ -108,10 +108,10 @@ def check_folder_is_shared(job: Job) -> None:
 
 
 def wait_for_driver(output_dir: Path, marked: Callable[[], bool], driver: str) -> None:
-    """Wait until `output_dir` is seen to be `marked` by `driver`.
+    """Wait until `output_dir` is `marked` by `driver`.
 
     Raises:
-        UserError: if that takes longer than storage that nodes share takes.
+        UserError: if that takes longer than on storage that nodes share.
     """
     end = time.monotonic() + SHARED_WITHIN_S
     while not marked():
@@ -124,13 +124,13 @@ def wait_for_driver(output_dir: Path, marked: Callable[[], bool], driver: str) -
 
 
 def write_timings(output_dir: Path, timings: Mapping[str, float]) -> None:
-    """On rank 0, now and then: the seconds by phase so far, for the report and for run.json if the run fails."""
+    """Write the seconds by phase so far, for the report, and for run.json if the run fails."""
     with replacing(output_dir / TIMINGS) as partial:
         partial.write_text(json.dumps(timings))
 
 
 def read_timings(output_dir: Path) -> dict[str, float]:
-    """What `write_timings` wrote last; empty if it did not."""
+    """Return what `write_timings` wrote last; empty if there is nothing."""
     with suppress(FileNotFoundError):
         return dict(json.loads((output_dir / TIMINGS).read_text()))
     return {}
@@ -138,7 +138,7 @@ def read_timings(output_dir: Path) -> dict[str, float]:
 
 @contextmanager
 def logging_to_run_log(job: Job, who: str) -> Iterator[None]:
-    """What this package logs in a worker, and the libraries' progress bars, must not be lost in Ray's files."""
+    """Log what this package logs in a worker to run.log, without the libraries' progress bars."""
     import diffusers.utils.logging  # here: the driver, which imports this module too, need not wait for them
     import transformers.utils.logging
 
@@ -158,14 +158,14 @@ def logging_to_run_log(job: Job, who: str) -> Iterator[None]:
 
 
 class RunStopped(BaseException):
-    """The run was ended from outside; what it has written stands. Like Ctrl-C, no failure that anybody should mend."""
+    """The run was ended from outside, which is no failure; what it has written stands."""
 
 
 class RunCallback(Protocol):
-    """Receives a run's progress, in the training thread or one beside it; raises `RunStopped` to end the run."""
+    """Receiver of a run's progress, in the training thread or one beside it; raises `RunStopped` to end the run."""
 
     def updated(self) -> None:
-        """After every update, or every second."""
+        """Do what is due after every update, or every second."""
 
     def validated(self) -> None:
-        """After every validation but the last: its figures are in the run's folder, and a checkpoint if one was due."""
+        """Do what is due after a validation, except the last: its figures, and a checkpoint if due, are written."""

@@ -37,16 +37,17 @@ class UpdateMetrics(NamedTuple):
     """Unix seconds at the update's end."""
 
     def on_host(self) -> UpdateMetrics:
+        """Return the figures as numbers; waits for the device."""
         return self._replace(loss=float(self.loss), grad_norm=float(self.grad_norm))
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a last line that was cut short is left out."""
+    """Return the records of a metrics file, without a last line that was cut short."""
     return read_from(path, 0)[0] if path.is_file() else []
 
 
 def read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines from byte `offset` on, and the offset after them."""
+    """Return the whole lines from byte `offset` on, and the offset after them."""
     with path.open("rb") as file:
         file.seek(offset)
         whole = file.read().rpartition(b"\n")[0]
@@ -54,9 +55,9 @@ def read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl, or another file of its kind.
+    """A metrics file open for appending.
 
-    Opening it drops the lines after `step`: those of the updates that a restart does again.
+    Opening it drops the lines after `step`: a restart does those updates again.
     """
 
     def __init__(self, output_dir: Path, step: int, name: str = METRICS_FILE):
@@ -75,14 +76,14 @@ class MetricsLog:
 
 
 class Tail:
-    """The lines that are added to a metrics file; those that are there at first are left out."""
+    """The lines that are added to a metrics file from now on."""
 
     def __init__(self, path: Path):
         self.path = path
         self._file, self._offset = self._stat()
 
     def read(self) -> tuple[list[dict[str, Any]], bool]:
-        """(lines that came since, whether they are all that count: a restarted run goes back to its checkpoint)."""
+        """Return the lines since the last call, and whether the run restarted, so that earlier ones no longer count."""
         file, size = self._stat()
         if file is None:
             return [], False
@@ -93,7 +94,7 @@ class Tail:
         return records, restarted
 
     def _stat(self) -> tuple[int | None, int]:
-        """(identity, bytes) of the file; a restarted run puts a new one, with fewer lines, in its place."""
+        """Return identity and bytes of the file, which a restarted run replaces by one with fewer lines."""
         try:
             found = self.path.stat()
         except FileNotFoundError:
@@ -116,11 +117,11 @@ class PendingMetrics:
         self._pending.append(update)
 
     def restart_clock(self) -> None:
-        """What came since the last update, such as a checkpoint, is no part of the next one."""
+        """Leave out of the next update's time what came since the last, such as a checkpoint."""
         self._flushed_at = time.monotonic()
 
     def ready(self, *, force: bool = False) -> list[UpdateMetrics]:
-        """The updates so far, if it is time or `force`.
+        """Return the updates so far, if it is time or `force`.
 
         Raises:
             RunError: if a loss, or a gradient that the weights were changed by, is not finite.
@@ -130,7 +131,7 @@ class PendingMetrics:
         updates, self._pending = [update.on_host() for update in self._pending], []
         elapsed, self._flushed_at = time.monotonic() - self._flushed_at, time.monotonic()
         if self.interval_s and updates:
-            # A GPU's updates end long after they are launched: only together can they be timed.
+            # A GPU's updates end long after their launch: they can only be timed together.
             mean_rate = len(updates) * self.samples_per_update / elapsed
             updates = [update._replace(images_per_second=mean_rate) for update in updates]
         for update in updates:
@@ -146,10 +147,10 @@ class PendingMetrics:
 
 
 class PhaseClock:
-    """Seconds spent by phase (model, data wait, step, checkpoint, ...), for run.json."""
+    """Seconds by phase (model, data wait, step, checkpoint, ...), for run.json."""
 
     def __init__(self, before: Mapping[str, float] | None = None) -> None:
-        """Counts on from `before`, which `rounded` gave."""
+        """Continue from `before`, which `rounded` gave."""
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.seconds.update({name.removesuffix("_s"): seconds for name, seconds in (before or {}).items()})
 

@@ -1,17 +1,18 @@
-"""How many updates a run does, of how many samples each, and when something is due: the one place that decides."""
+"""The schedule of a run: how many updates, of how many samples each, and when something is due."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+from raycontrolnet.config.settings import OptimConfig
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.storage.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
-class RunPlan:
-    """The arithmetic of a run on `world_size` workers.
+class Schedule:
+    """Numbers of updates and samples of a run on `world_size` workers.
 
     Updates per epoch = ceil(ceil(N / (workers x batch)) / accumulation).
     """
@@ -24,17 +25,17 @@ class RunPlan:
     accumulation_steps: int
     total_updates: int
     learning_rate: float
-    """After scale_lr."""
+    """Learning rate after scale_lr."""
     checkpointing_steps: int
     validation_steps: int
 
     @staticmethod
-    def of(config: TrainConfig, num_samples: int, world_size: int, start: Checkpoint | None = None) -> RunPlan:
-        """The plan for N = `num_samples`; `world_size` counts workers (1 for a run in the caller's process).
+    def of(config: TrainConfig, num_samples: int, world_size: int, start: Checkpoint | None = None) -> Schedule:
+        """Return the schedule for N = `num_samples`; `world_size` counts workers (1 in the caller's process).
 
         Args:
-            start: where the run goes on. If its samples were consumed by another number of workers, or in batches of
-                another size, the epochs that are left are counted from its samples.
+            start: where the run continues. If another number of workers, or batches of another size, consumed its
+                samples, the epochs that are left are counted from its samples.
         """
         batch_size, accumulation_steps = config.train_batch_size, config.gradient_accumulation_steps
         micro_steps = math.ceil(num_samples / (world_size * batch_size))
@@ -45,7 +46,7 @@ class RunPlan:
             left = max(0, config.num_train_epochs * num_samples - start.samples)
             total_updates = start.step + math.ceil(left / samples_per_update)
         scale = samples_per_update if config.scale_lr else 1
-        return RunPlan(
+        return Schedule(
             num_samples=num_samples,
             world_size=world_size,
             batch_size=batch_size,
@@ -61,11 +62,11 @@ class RunPlan:
         return self.world_size * self.accumulation_steps * self.batch_size
 
     def batches_per_worker(self, step: int) -> int:
-        """Micro-steps from `step` updates to the end."""
+        """Return the micro-steps from `step` updates to the end."""
         return max(0, self.total_updates - step) * self.accumulation_steps
 
     def first_sample(self, samples: int, micro_step: int, rank: int) -> int:
-        """k of the first sample that worker `rank` gets at `micro_step`, in a stream that begins at k = `samples`."""
+        """Return k of the first sample of worker `rank` at `micro_step`, in a stream that begins at k = `samples`."""
         return samples + (micro_step * self.world_size + rank) * self.batch_size
 
     def checkpoint_due(self, step: int) -> bool:
@@ -76,7 +77,7 @@ class RunPlan:
 
 
 def is_due(every: int, step: int, total_updates: int | None) -> bool:
-    """Whether something is done after update `step`: every so many, and after the last.
+    """Check whether something is due after update `step`: `every` so many, and after the last.
 
     Args:
         total_updates: None if it is not known.
@@ -85,16 +86,16 @@ def is_due(every: int, step: int, total_updates: int | None) -> bool:
 
 
 def due_steps(every: int, until: int, total_updates: int | None) -> list[int]:
-    """The updates up to `until`, which is at most the last, after which it is due."""
+    """Return the updates up to `until`, at most the last, after which something is due."""
     due = list(range(every, until + 1, every))
     return [*due, until] if until % every and is_due(every, until, total_updates) else due
 
 
-def warmup_warning(config: TrainConfig, total_updates: int) -> str | None:
-    """What to say of a run in which the learning rate only rises; None if there is nothing to say."""
-    if config.lr_scheduler == "constant" or config.lr_warmup_steps < total_updates:
+def warmup_warning(optim: OptimConfig, total_updates: int) -> str | None:
+    """Return a warning if the warm-up takes the whole run."""
+    if optim.lr_scheduler == "constant" or optim.lr_warmup_steps < total_updates:
         return None
     return (
-        f"with --lr_scheduler={config.lr_scheduler} the learning rate rises for --lr_warmup_steps="
-        f"{config.lr_warmup_steps} updates, and there are {total_updates}: it never comes to --learning_rate"
+        f"with --lr_scheduler={optim.lr_scheduler} the learning rate rises for --lr_warmup_steps="
+        f"{optim.lr_warmup_steps} updates, and there are {total_updates}: it never comes to --learning_rate"
     )

@@ -1,4 +1,4 @@
-"""The training state's life around the step: build it, save it, load it."""
+"""The training state: built, saved and loaded."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from raycontrolnet.config.settings import StepConfig
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.order import Purpose, keyed_seed
 from raycontrolnet.errors import UserError
@@ -19,7 +20,7 @@ from raycontrolnet.model.optim import build_lr_scheduler, build_optimizer
 from raycontrolnet.model.performance import enable_memory_savers, working_precision
 from raycontrolnet.model.step import TrainState
 from raycontrolnet.storage.checkpoint import CONTROLNET, TRAINING_STATE, Checkpoint
-from raycontrolnet.training.schedule import RunPlan
+from raycontrolnet.training.schedule import Schedule
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -30,10 +31,10 @@ PROCESS_GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE
 
 
 @contextmanager
-def accelerator_for(config: TrainConfig, *, use_gpu: bool, world_size: int = 1) -> Iterator[Accelerator]:
-    """Accelerate for mixed precision, accumulation and DDP: inside a Ray Train worker, or alone in a process.
+def accelerator_for(step: StepConfig, *, use_gpu: bool, world_size: int = 1) -> Iterator[Accelerator]:
+    """Give an `Accelerator` for mixed precision, accumulation and DDP, in a Ray Train worker or alone in a process.
 
-    Its state is process-wide and keeps the first settings it saw, so it is cleared afterwards for the next run.
+    Accelerate's state is process-wide and keeps the first settings it saw: it is cleared for the next run.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
@@ -43,10 +44,10 @@ def accelerator_for(config: TrainConfig, *, use_gpu: bool, world_size: int = 1) 
         with _no_process_group() if world_size == 1 else nullcontext():
             accelerator = Accelerator(
                 cpu=not use_gpu,
-                mixed_precision=config.mixed_precision or "no",
+                mixed_precision=step.mixed_precision or "no",
                 step_scheduler_with_optimizer=False,
                 gradient_accumulation_plugin=GradientAccumulationPlugin(
-                    num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+                    num_steps=step.gradient_accumulation_steps, sync_with_dataloader=False
                 ),
             )
         yield accelerator
@@ -57,8 +58,10 @@ def accelerator_for(config: TrainConfig, *, use_gpu: bool, world_size: int = 1) 
 
 @contextmanager
 def _no_process_group() -> Iterator[None]:
-    """Hide the process group that Ray Train makes also for a single worker: accelerate would wrap the model in DDP,
-    which copies every gradient twice (a tenth of the step on a CPU)."""
+    """Hide the process group that Ray Train makes even for a single worker.
+
+    Accelerate would wrap the model in DDP, which copies every gradient twice (a tenth of the step on a CPU).
+    """
     hidden = {name: os.environ.pop(name) for name in PROCESS_GROUP_VARIABLES if name in os.environ}
     try:
         yield
@@ -68,14 +71,14 @@ def _no_process_group() -> Iterator[None]:
 
 def build_state(
     config: TrainConfig,
-    plan: RunPlan,
+    schedule: Schedule,
     accelerator: Accelerator,
     checkpoint: Checkpoint | None,
     token: str | None,
     *,
     encodes: bool = True,
 ) -> TrainState:
-    """The state at the start of a run, or as `checkpoint` left it.
+    """Return the state at the start of a run, or as `checkpoint` left it.
 
     Args:
         encodes: whether the step encodes images; without it the VAE waits on the CPU, for validation.
@@ -99,26 +102,10 @@ def build_state(
         xformers=config.enable_xformers_memory_efficient_attention,
     )
     optimizer = build_optimizer(
-        components.controlnet.parameters(), config, plan.learning_rate, fused=accelerator.scaler is None
+        components.controlnet.parameters(), config, schedule.learning_rate, fused=accelerator.scaler is None
     )
-    updates_done = 0
-    if checkpoint:
-        saved = torch.load(checkpoint.path / TRAINING_STATE, map_location="cpu", weights_only=True)
-        try:
-            if saved["optimizer_class"] != type(optimizer).__name__:
-                raise ValueError(f"it holds the state of {saved['optimizer_class']}, not of {type(optimizer).__name__}")
-            # The moments alone: learning rate, betas and weight decay are those of the settings, which may be new.
-            settings = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({**saved["optimizer"], "param_groups": settings})
-            updates_done = saved["lr_scheduler"]["last_epoch"]
-            if accelerator.scaler is not None and saved["scaler"] is not None:
-                accelerator.scaler.load_state_dict(saved["scaler"])
-        except (KeyError, ValueError, RuntimeError, AttributeError) as error:
-            raise UserError(
-                f"--resume_from_checkpoint: {checkpoint.path} does not fit these settings ({error}); continue with the "
-                "optimizer settings it was written with (see its manifest.json)"
-            ) from error
-    lr_scheduler = build_lr_scheduler(config, optimizer, plan.total_updates, updates_done)
+    updates_done = _load_optimizer(optimizer, accelerator, checkpoint) if checkpoint else 0
+    lr_scheduler = build_lr_scheduler(config, optimizer, schedule.total_updates, updates_done)
     controlnet, prepared_optimizer = accelerator.prepare(components.controlnet, optimizer)
     return TrainState(
         components=components,
@@ -133,8 +120,32 @@ def build_state(
     )
 
 
+def _load_optimizer(optimizer: torch.optim.Optimizer, accelerator: Accelerator, checkpoint: Checkpoint) -> int:
+    """Load the optimizer and the loss scaler as they were saved; return the updates that the schedule counted.
+
+    Only the moments are loaded: learning rate, betas and weight decay are those of the settings, which may be new.
+
+    Raises:
+        UserError: if they do not fit the settings.
+    """
+    saved = torch.load(checkpoint.path / TRAINING_STATE, map_location="cpu", weights_only=True)
+    try:
+        if saved["optimizer_class"] != type(optimizer).__name__:
+            raise ValueError(f"it holds the state of {saved['optimizer_class']}, not of {type(optimizer).__name__}")
+        settings = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({**saved["optimizer"], "param_groups": settings})
+        if accelerator.scaler is not None and saved["scaler"] is not None:
+            accelerator.scaler.load_state_dict(saved["scaler"])
+        return int(saved["lr_scheduler"]["last_epoch"])
+    except (KeyError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(
+            f"--resume_from_checkpoint: {checkpoint.path} does not fit these settings ({error}); continue with the "
+            "optimizer settings it was written with (see its manifest.json)"
+        ) from error
+
+
 def save_state(state: TrainState, folder: Path) -> None:
-    """Write what `build_state` reads back, into a checkpoint's folder."""
+    """Write into a checkpoint's folder what `build_state` reads back."""
     unwrap_controlnet(state).save_pretrained(folder / CONTROLNET)
     scaler: Any = state.accelerator.scaler
     torch.save(
@@ -149,7 +160,7 @@ def save_state(state: TrainState, folder: Path) -> None:
 
 
 def save_final_weights(state: TrainState, output_dir: Path) -> None:
-    """The ControlNet in diffusers' form at the root of `output_dir`, each file whole or not at all."""
+    """Write the ControlNet in diffusers' form to the root of `output_dir`, each file whole or not at all."""
     partial = output_dir / ".final.partial"
     shutil.rmtree(partial, ignore_errors=True)
     unwrap_controlnet(state).save_pretrained(partial)
@@ -159,11 +170,12 @@ def save_final_weights(state: TrainState, output_dir: Path) -> None:
 
 
 def unwrap_controlnet(state: TrainState) -> ControlNetModel:
+    """Return the ControlNet itself, without accelerate's wrapping."""
     # Without keep_fp32_wrapper, accelerate would take the autocast off the model that goes on training.
     return cast("ControlNetModel", state.accelerator.unwrap_model(state.controlnet, keep_fp32_wrapper=True))
 
 
 def saved_controlnet(folder: Path, like: TrainState) -> ControlNetModel:
-    """The ControlNet that lies in `folder`, on the device of `like`, not to be trained."""
+    """Return the ControlNet of `folder`, frozen, on the device of `like`."""
     controlnet = load_controlnet(str(folder), flag="output_dir")
     return controlnet.requires_grad_(False).eval().to(like.accelerator.device)

@@ -1,4 +1,4 @@
-"""run.json: what became of a run."""
+"""run.json: the status and the result of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STATUS = "run.json"
 
 
 class RunStatus(dict[str, Any]):
-    """What run.json says: status, steps, samples, seconds by phase, versions."""
+    """Content of run.json: status, steps, samples, seconds by phase, versions."""
 
     def __init__(self, output_dir: Path, started: float, versions: dict[str, str]):
         super().__init__(status="running", started=started, versions=versions)
@@ -32,7 +32,7 @@ class RunStatus(dict[str, Any]):
 
 @contextmanager
 def status_kept(output_dir: Path, started: float, versions: dict[str, str]) -> Iterator[RunStatus]:
-    """run.json, written at the start and, whatever the end is, at the end."""
+    """Write run.json at the start and, however the run ends, at the end."""
     status = RunStatus(output_dir, started, versions)
     (output_dir / TIMINGS).unlink(missing_ok=True)  # of a driver that was killed
     status.write()

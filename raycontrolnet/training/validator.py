@@ -25,7 +25,7 @@ from raycontrolnet.sampling.pipeline import Sampling
 from raycontrolnet.training import held_out, validation
 from raycontrolnet.training.job import Job
 from raycontrolnet.training.metrics import MetricsLog, PhaseClock
-from raycontrolnet.training.schedule import RunPlan
+from raycontrolnet.training.schedule import Schedule
 from raycontrolnet.training.state import saved_controlnet, unwrap_controlnet
 from raycontrolnet.training.trackers import Trackers
 from raycontrolnet.training.validation_actor import AsyncValidation, Drawn
@@ -44,7 +44,7 @@ class Validator:
     """
 
     def __init__(
-        self, job: Job, plan: RunPlan, state: TrainState, rank: int, clock: PhaseClock, trackers: Trackers | None
+        self, job: Job, plan: Schedule, state: TrainState, rank: int, clock: PhaseClock, trackers: Trackers | None
     ):
         self.job, self.plan, self.state, self.rank, self.clock = job, plan, state, rank, clock
         self.trackers = trackers

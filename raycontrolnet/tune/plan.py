@@ -163,7 +163,7 @@ def _cache_variants(space: Space) -> Iterator[dict[str, Any]]:
 def _totals(run: CheckedRun, space: Space) -> Iterator[int]:
     """Yield numbers of updates that trials may do, the smallest and the largest among them."""
     for config in _variants(run.config, space, names_that_decide("length")):
-        yield dataclasses.replace(run, config=config).plan(run.config.worker_range[1], None).total_updates
+        yield dataclasses.replace(run, config=config).schedule(run.config.worker_range[1], None).total_updates
 
 
 def _grace_period(config: SweepConfig, every: int, total_updates: int, stream: TextIO) -> int | None:

@@ -9,12 +9,12 @@ import pytest
 
 from raycontrolnet import TrainConfig
 from raycontrolnet.storage.checkpoint import Checkpoint
-from raycontrolnet.training.schedule import RunPlan
+from raycontrolnet.training.schedule import Schedule
 
 
-def plan(settings: dict[str, Any], world_size: int, start: Checkpoint | None = None, **changes: Any) -> RunPlan:
+def plan(settings: dict[str, Any], world_size: int, start: Checkpoint | None = None, **changes: Any) -> Schedule:
     config = TrainConfig(**settings | {"max_train_steps": None, "train_batch_size": 2} | changes)
-    return RunPlan.of(config, 13, world_size, start)
+    return Schedule.of(config, 13, world_size, start)
 
 
 def checkpoint(step: int, samples: int) -> Checkpoint:
@@ -47,7 +47,7 @@ def test_another_number_of_workers_does_what_is_left(
 ) -> None:
     """Half of 1,000 samples were consumed by 500 updates of one: what is left is counted in samples."""
     config = TrainConfig(**tiny_settings | {"max_train_steps": None, "train_batch_size": 2})
-    assert RunPlan.of(config, 1000, world_size, checkpoint(500, 500)).total_updates == updates
+    assert Schedule.of(config, 1000, world_size, checkpoint(500, 500)).total_updates == updates
 
 
 def test_scale_lr(tiny_settings: dict[str, Any]) -> None:
@@ -63,6 +63,6 @@ def test_samples_of_workers_follow_each_other(tiny_settings: dict[str, Any]) -> 
 
 def test_when_something_is_due(tiny_settings: dict[str, Any]) -> None:
     config = TrainConfig(**tiny_settings | {"max_train_steps": 5, "checkpointing_steps": 2, "validation_steps": 3})
-    due = RunPlan.of(config, 13, 1)
+    due = Schedule.of(config, 13, 1)
     assert [step for step in range(1, 6) if due.checkpoint_due(step)] == [2, 4, 5]
     assert [step for step in range(1, 6) if due.validation_due(step)] == [3, 5]
