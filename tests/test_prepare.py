@@ -262,7 +262,7 @@ def test_changed_data_is_told_and_only_what_is_new_is_encoded(
     result = run()
     assert result.num_encoded == SHARD_ROWS
     assert f"the data changed since (1 of 3 parts of 32 rows are others; row {SHARD_ROWS} is [" in shown.getvalue()
-    assert "1 files of earlier data are there still" in shown.getvalue()
+    assert "1 files of earlier data are still there" in shown.getvalue()
     assert set(before) < set(shards_in(folder))
     assert cache_of(settings).read(SHARD_ROWS).captions == ("another caption",)
 

@@ -56,7 +56,7 @@ class LatentPlan:
                 raise ConfigError([problem])
             subset = (config.seed, num_used)
         encoding = Encoding(vae.fingerprint, config.resolution, config.latents_dtype, subset)
-        folder = _folder(config, encoding)
+        folder = _folder(config.latents_cache_dir, config, encoding)
         manifest = Manifest.read(folder)
         if manifest is not None and manifest.encoding == dataclasses.replace(encoding, subset=None):
             encoding = manifest.encoding  # a cache of all rows serves a subset as well
@@ -137,22 +137,22 @@ class LatentPlan:
         return {name: size for name, size in sizes.items() if name.endswith(".arrow") and name not in needed}
 
 
-def _folder(config: TrainConfig, encoding: Encoding) -> CacheFolder:
+def _folder(asked: str | None, data: DataConfig, encoding: Encoding) -> CacheFolder:
     """Return the cache's folder; without a setting, a complete cache of all rows is preferred to one of a subset."""
-    if config.latents_cache_dir is not None:
-        return cache_folder(config.latents_cache_dir)
-    whole = CacheFolder(str(_default_folder(config, dataclasses.replace(encoding, subset=None))))
+    if asked is not None:
+        return cache_folder(asked)
+    whole = CacheFolder(str(_default_folder(data, dataclasses.replace(encoding, subset=None))))
     if encoding.subset is None or Manifest.read(whole) is None:
-        return cache_folder(str(_default_folder(config, encoding)))
+        return cache_folder(str(_default_folder(data, encoding)))
     return whole
 
 
-def _default_folder(config: TrainConfig, encoding: Encoding) -> Path:
+def _default_folder(data: DataConfig, encoding: Encoding) -> Path:
     """Return a folder of its own for each data set, model and size, named after the data."""
-    data = config.train_data_dir or config.dataset_name or ""
-    key = hashlib.blake2b(repr((data, config.dataset_config_name, encoding)).encode(), digest_size=4).hexdigest()
+    name = data.train_data_dir or data.dataset_name or ""
+    key = hashlib.blake2b(repr((name, data.dataset_config_name, encoding)).encode(), digest_size=4).hexdigest()
     root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return root / "raycontrolnet" / "latents" / f"{Path(data).name}-{encoding.resolution}px-{key}"
+    return root / "raycontrolnet" / "latents" / f"{Path(name).name}-{encoding.resolution}px-{key}"
 
 
 def prepare_command(config: TrainConfig, **others: Any) -> str:
