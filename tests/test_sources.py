@@ -75,7 +75,7 @@ def check_rows(source: Source, captions: list[tuple[str, ...]] = CAPTIONS) -> No
     assert len({source.read(row).place for row in range(COUNT)}) == COUNT
 
 
-def check_travels(source: Source, monkeypatch: pytest.MonkeyPatch, elsewhere: Path, **expected: Any) -> Source:
+def check_travels(source: Source, monkeypatch: pytest.MonkeyPatch, elsewhere: Path) -> None:
     """It reads the same after a pickle, in another working directory, in a process that has opened nothing."""
     from raycontrolnet.data import hub_source
 
@@ -83,51 +83,38 @@ def check_travels(source: Source, monkeypatch: pytest.MonkeyPatch, elsewhere: Pa
     hub_source._open.cache_clear()
     monkeypatch.chdir(elsewhere)
     copy: Source = pickle.loads(data)
-    check_rows(copy, **expected)
+    check_rows(copy)
     assert copy.fingerprint() == source.fingerprint()
     assert len(source.fingerprint()) == 16
-    return copy
 
 
 # --- folders with a metadata file ---
 
 
+LAYOUTS: dict[str, tuple[str, tuple[str, str, str], dict[str, str]]] = {
+    "named columns": ("metadata.jsonl", ("image", "conditioning_image", "text"), {}),
+    "image folder": ("metadata.jsonl", ("file_name", "conditioning_image_file_name", "text"), {}),
+    "suffixes": ("metadata.jsonl", ("image_file_name", "conditioning_image_file_name", "text"), {}),
+    "own names": (
+        "metadata.jsonl",
+        ("a", "b_file_name", "c"),
+        {"image_column": "a", "conditioning_image_column": "b", "caption_column": "c"},
+    ),
+    "original ControlNet": ("prompt.json", ("target", "source", "prompt"), {}),
+    "fill50k repository": ("train.jsonl", ("image", "conditioning_image", "text"), {}),
+    "split": ("train/metadata.jsonl", ("file_name", "conditioning_image_file_name", "text"), {}),
+}
+
+
 @pytest.mark.parametrize("flag", ["train_data_dir", "dataset_name"])
-@pytest.mark.parametrize(
-    ("name", "columns", "flags"),
-    [
-        ("metadata.jsonl", ("image", "conditioning_image", "text"), {}),
-        ("metadata.jsonl", ("file_name", "conditioning_image_file_name", "text"), {}),
-        ("metadata.jsonl", ("image_file_name", "conditioning_image_file_name", "text"), {}),
-        ("metadata.jsonl", ("a", "b_file_name", "c"), {"image": "a", "conditioning_image": "b", "caption": "c"}),
-        ("prompt.json", ("target", "source", "prompt"), {}),
-        ("train.jsonl", ("image", "conditioning_image", "text"), {}),
-        ("train/metadata.jsonl", ("file_name", "conditioning_image_file_name", "text"), {}),
-    ],
-    ids=[
-        "named columns",
-        "image folder",
-        "suffixes",
-        "own names",
-        "original ControlNet",
-        "fill50k repository",
-        "split",
-    ],
-)
-def test_folders(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    flag: str,
-    name: str,
-    columns: tuple[str, str, str],
-    flags: dict[str, str],
-) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str, layout: str) -> None:
+    name, columns, flags = LAYOUTS[layout]
     folder = tmp_path / "data"
     write_images((folder / name).parent)
     write_lines(folder / name, rows_with(*columns))
     monkeypatch.chdir(tmp_path)
-    settings: dict[str, Any] = {flag: "data", **{f"{key}_column": value for key, value in flags.items()}}
-    source = open_source(DataConfig(**settings))
+    source = open_source(DataConfig(**{flag: "data"} | flags))
     assert isinstance(source, FolderSource)
     check_rows(source)
     assert source.read(1).place == str(Path("data", name)) + ":2"
@@ -153,23 +140,6 @@ def test_metadata_in_other_forms(tmp_path: Path, kind: str, folder: str) -> None
     source = open_source(DataConfig(train_data_dir=str(tmp_path)))
     check_rows(source, FIRST_OF_EACH if kind == "csv" else CAPTIONS)
     assert source.read(1).place == f"{path}:{3 if kind == 'csv' else 2}"
-
-
-def test_bad_metadata_in_other_forms(tmp_path: Path) -> None:
-    path = tmp_path / "metadata.csv"
-    path.write_text("image,conditioning_image,text\na.png,b.png\n,b.png,x\na.png,b.png,x,y\n")
-    assert problems_of(train_data_dir=str(tmp_path)) == [
-        f"{path}:2: text must be a text or a list of texts, is null",
-        f"{path}:3: image must be the path of an image, is empty",
-    ]
-    path.write_bytes(b"image,conditioning_image,text\na.png,b.png,\xff\n")
-    (problem,) = problems_of(train_data_dir=str(tmp_path))
-    assert problem.endswith("is not UTF-8 text")
-    path.write_text("image,text\n")
-    assert problems_of(train_data_dir=str(tmp_path)) == [f"{path}: has no rows"]
-    path.rename(tmp_path / "metadata.parquet")
-    (problem,) = problems_of(train_data_dir=str(tmp_path))
-    assert problem.startswith(f"{tmp_path}/metadata.parquet: is not valid parquet (Parquet")
 
 
 def test_absolute_paths_blank_lines_and_a_byte_order_mark(tmp_path: Path) -> None:
@@ -220,22 +190,70 @@ def problems_of(**settings: Any) -> list[str]:
     return str(caught.value).split("\n")
 
 
-def test_missing_columns_are_named_with_those_that_exist(tmp_path: Path) -> None:
-    path = tmp_path / "metadata.jsonl"
-    write_lines(path, [{"img": "a.png", "text": "x", "depth": "b.png"}])
-    has = f"no such column in {path}, which has: img, text, depth"
-    assert problems_of(train_data_dir=str(tmp_path), caption_column="texts") == [
-        f"--image_column=image: {has}; perhaps you meant img",
-        f"--conditioning_image_column=conditioning_image: {has}; name one of them with --conditioning_image_column",
-        f"--caption_column=texts: {has}; perhaps you meant text",
-    ]
+HAS = "no such column in {file}, which has: img, text, depth"
+BAD_FILES: dict[str, tuple[str, str | bytes, dict[str, str], list[str]]] = {
+    "missing columns": (
+        "metadata.jsonl",
+        '{"img": "a.png", "text": "x", "depth": "b.png"}\n',
+        {"caption_column": "texts"},
+        [
+            f"--image_column=image: {HAS}; perhaps you meant img",
+            f"--conditioning_image_column=conditioning_image: {HAS}; name one of them with --conditioning_image_column",
+            f"--caption_column=texts: {HAS}; perhaps you meant text",
+        ],
+    ),
+    "a column of the user's is not replaced by a customary one": (
+        "prompt.json",
+        '{"target": "a.png", "source": "b.png", "prompt": "x"}\n',
+        {"image_column": "targt"},
+        ["--image_column=targt: no such column in {file}, which has: target, source, prompt; perhaps you meant target"],
+    ),
+    "half a surrogate pair": (
+        "metadata.jsonl",
+        "".join(
+            f'{{"image": "a.png", "conditioning_image": "b.png", "text": "{text}"}}\n' for text in ("x", "\\ud83d", "y")
+        ),
+        {},
+        ["{file}: a text in lines 1 to 3 is not valid Unicode"],
+    ),
+    "a bad first line": (
+        "metadata.jsonl",
+        "image,text\n",
+        {},
+        ["{file}:1: is not valid JSON (Expecting value, column 1)"],
+    ),
+    "bad lines of CSV": (
+        "metadata.csv",
+        "image,conditioning_image,text\na.png,b.png\n,b.png,x\na.png,b.png,x,y\n",
+        {},
+        [
+            "{file}:2: text must be a text or a list of texts, is null",
+            "{file}:3: image must be the path of an image, is empty",
+        ],
+    ),
+    "CSV that is no text": (
+        "metadata.csv",
+        b"image,conditioning_image,text\na.png,b.png,\xff\n",
+        {},
+        ["{file}:1: or a line soon after it is not UTF-8 text"],
+    ),
+    "CSV without rows": ("metadata.csv", "image,text\n", {}, ["{file}: has no rows"]),
+}
 
 
-def test_a_column_that_the_user_named_is_not_replaced_by_a_customary_one(tmp_path: Path) -> None:
-    write_lines(tmp_path / "prompt.json", [{"target": "a.png", "source": "b.png", "prompt": "x"}])
-    (problem,) = problems_of(train_data_dir=str(tmp_path), image_column="targt")
-    assert problem.startswith("--image_column=targt: no such column")
-    assert problem.endswith("perhaps you meant target")
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_files(tmp_path: Path, case: str) -> None:
+    name, content, settings, problems = BAD_FILES[case]
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    expected = [problem.format(file=file) for problem in problems]
+    assert problems_of(train_data_dir=str(tmp_path), **settings) == expected
+
+
+def test_parquet_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "metadata.parquet").write_text("image,text\n")
+    (problem,) = problems_of(train_data_dir=str(tmp_path))
+    assert problem.startswith(f"{tmp_path}/metadata.parquet: is not valid parquet (Parquet")
 
 
 BAD_LINES = [
@@ -271,20 +289,6 @@ def test_all_bad_lines_are_named(tmp_path: Path) -> None:
     expected = [f"{path}:{COUNT + 1 + index}: {reason}" for index, (_, reason) in enumerate(BAD_LINES)]
     assert len(expected) == 11
     assert problems_of(train_data_dir=str(tmp_path)) == [*expected[:10], "... 11 lines cannot be used in all"]
-
-
-def test_half_a_surrogate_pair(tmp_path: Path) -> None:
-    rows = rows_with("image", "conditioning_image", "text", ["x", "\ud83d", "y"])
-    write_lines(tmp_path / "metadata.jsonl", rows)
-    assert problems_of(train_data_dir=str(tmp_path)) == [
-        f"{tmp_path}/metadata.jsonl: a text in lines 1 to 3 is not valid Unicode"
-    ]
-
-
-def test_a_bad_first_line(tmp_path: Path) -> None:
-    (tmp_path / "metadata.jsonl").write_text("image,text\n")
-    (problem,) = problems_of(train_data_dir=str(tmp_path))
-    assert problem == f"{tmp_path}/metadata.jsonl:1: is not valid JSON (Expecting value, column 1)"
 
 
 def test_missing_files_are_listed_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,14 +410,6 @@ def write_saved_splits(folder: Path) -> Path:
     return folder
 
 
-def write_saved_selection(folder: Path) -> Path:
-    import datasets
-
-    both = datasets.concatenate_datasets([image_dataset(LISTS), image_dataset(LISTS)])
-    both.select([5, 1, 3, 2]).select([2, 1, 3]).save_to_disk(folder)
-    return folder
-
-
 def write_json_lines(folder: Path) -> Path:
     write_images(folder)
     captions: list[Any] = LISTS
@@ -421,40 +417,36 @@ def write_json_lines(folder: Path) -> Path:
     return folder / "rows.jsonl"
 
 
-WRITERS: list[tuple[Callable[[Path], Path], str, list[tuple[str, ...]]]] = [
-    (write_parquet, "dataset_name", CAPTIONS),
-    (write_parquet, "train_data_dir", CAPTIONS),
-    (write_bare_parquet_file, "dataset_name", CAPTIONS),
-    (write_saved, "dataset_name", CAPTIONS),
-    (write_saved, "train_data_dir", CAPTIONS),
-    (write_saved_splits, "dataset_name", CAPTIONS),
-    (write_json_lines, "dataset_name", CAPTIONS),
+WRITERS: list[tuple[Callable[[Path], Path], str]] = [
+    (write_parquet, "dataset_name"),
+    (write_parquet, "train_data_dir"),
+    (write_bare_parquet_file, "dataset_name"),
+    (write_saved, "dataset_name"),
+    (write_saved, "train_data_dir"),
+    (write_saved_splits, "dataset_name"),
+    (write_json_lines, "dataset_name"),
 ]
 
 
-@pytest.mark.parametrize(("write", "flag", "captions"), WRITERS, ids=lambda value: getattr(value, "__name__", None))
-def test_data_sets(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    write: Callable[[Path], Path],
-    flag: str,
-    captions: list[tuple[str, ...]],
-) -> None:
+@pytest.mark.parametrize(("write", "flag"), WRITERS, ids=lambda value: getattr(value, "__name__", None))
+def test_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], Path], flag: str) -> None:
     path = write(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     shown = str(path.relative_to(tmp_path))
-    settings: dict[str, Any] = {flag: shown}
-    source = open_source(DataConfig(**settings), cache_dir="cache", token="hf_secret")
-    check_rows(source, captions)
+    source = open_source(DataConfig(**{flag: shown}), cache_dir="cache", token="hf_secret")
+    check_rows(source)
     assert source.read(1).place == f"--{flag}={shown}, row 1"
     assert len(pickle.dumps(source)) < 1_000  # its arguments, not its rows
     assert b"hf_secret" not in pickle.dumps(source)
-    check_travels(source, monkeypatch, tmp_path.parent, captions=captions)
+    check_travels(source, monkeypatch, tmp_path.parent)
 
 
 def test_a_saved_selection_keeps_its_order(tmp_path: Path) -> None:
-    path = write_saved_selection(tmp_path / "data")
-    source = open_source(DataConfig(dataset_name=str(path)))
+    import datasets
+
+    both = datasets.concatenate_datasets([image_dataset(LISTS), image_dataset(LISTS)])
+    both.select([5, 1, 3, 2]).select([2, 1, 3]).save_to_disk(tmp_path / "data")
+    source = open_source(DataConfig(dataset_name=str(tmp_path / "data")))
     assert [source.read(row).captions for row in range(3)] == [CAPTIONS[0], CAPTIONS[1], CAPTIONS[2]]
 
 
