@@ -120,7 +120,7 @@ def test_the_batch_size_does_not_matter(settings: Settings, batch_size: int) -> 
 
 
 def test_the_shares_of_two_workers_are_the_whole(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the workers would sum up, summed here; test_fit_ray.py does it with two."""
+    """The sums of the workers, added here; test_fit_ray.py has two workers."""
     parts: list[torch.Tensor] = []
     loader = loader_of(settings)
     with training(settings) as state:
@@ -167,7 +167,7 @@ def test_a_row_that_cannot_be_read_is_left_out(settings: Settings, caplog: pytes
 
 
 def losses_of_samples(loader: BatchLoader, settings: Settings) -> list[float]:
-    """The loss of every held-out sample with its own control image: a worker for each."""
+    """Return the loss of every held-out sample with its own control image: a worker for each."""
     found: list[float] = []
     with training(settings) as state, pytest.MonkeyPatch.context() as patch:
         shake(state)

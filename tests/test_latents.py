@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> CacheFolder:
 
 
 def cache_of(folder: CacheFolder, *shards: list[int], bad: tuple[BadSample, ...] = ()) -> LatentCache:
-    """A cache of shards with these rows; bad samples are in none of them."""
+    """Write a cache of shards with these rows; bad samples are in none of them."""
     stored, planned = [], []
     for index, rows in enumerate(shards):
         data = shard_bytes([encoded_row(row) for row in rows], ())
@@ -158,7 +158,7 @@ def test_unfinished_files_of_another_process_are_not_seen(folder: CacheFolder) -
 
 
 def test_an_object_store_is_a_folder_like_any_other() -> None:
-    """pyarrow's store in memory takes the way of S3 and GCS: streams, not files that are renamed."""
+    """Pyarrow's store in memory takes the way of S3 and GCS: streams, not files that are renamed."""
     folder = cache_folder("mock:///bucket/cache")
     assert not folder.is_local
     assert folder.sizes() == {}

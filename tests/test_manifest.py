@@ -1,4 +1,4 @@
-"""How the cache knows what it holds: shards named by what decides their content, and changes told in words."""
+"""The manifest: shards are named by what decides their content, and changes are told in words."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ CURVE: dict[str, Any] = {
 
 
 def expected_curve(scheduler: str, learning_rate: float, updates: int = UPDATES) -> list[float]:
-    """The learning rate of each update."""
+    """Return the learning rate of each update."""
     from diffusers.optimization import get_scheduler
 
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=learning_rate)
@@ -107,7 +107,7 @@ def test_a_curve_goes_on_after_any_update(scheduler: str) -> None:
 
 
 def worker(rank: int, folder: str, settings: dict[str, Any]) -> None:
-    """What Ray Train sets up for a worker of two, then updates with every scheduler."""
+    """Set up what Ray Train does for a worker of two, then update with every scheduler."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     found: dict[str, Any] = {}

@@ -110,7 +110,7 @@ def test_a_cache_that_cannot_be_written_fails_with_the_reason(settings: Settings
 
 
 def test_killed_in_the_middle_it_goes_on(settings: Settings, many: Path) -> None:
-    """kill -9 of the driver and of its Ray; then the same command to the end."""
+    """Kill -9 of the driver and of its Ray; then the same command to the end."""
     settings |= {"train_data_dir": str(many), "resolution": 16}
     flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "raycontrolnet", "prepare", *flags]

@@ -1,4 +1,4 @@
-"""How many updates a run does."""
+"""The schedule of a run: updates, samples, and what is due."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def check_rows(source: Source, captions: list[tuple[str, ...]] = CAPTIONS) -> No
 
 
 def check_travels(source: Source, monkeypatch: pytest.MonkeyPatch, elsewhere: Path) -> None:
-    """It reads the same after a pickle, in another working directory, in a process that has opened nothing."""
+    """Check that it reads the same after a pickle, in another folder, in a process that has opened nothing."""
     from raycontrolnet.data import hub_source
 
     data = pickle.dumps(source, protocol=5)
@@ -585,7 +585,7 @@ def test_data_sets_that_cannot_be_opened(tmp_path: Path) -> None:
 
 
 class FakeHub:
-    """What `datasets.load_dataset` of a Hub id would do."""
+    """Stand-in for `datasets.load_dataset` of a Hub id."""
 
     def __init__(self, result: Any):
         self.result = result

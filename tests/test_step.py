@@ -30,7 +30,7 @@ def controlnet_folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def settings(tiny_settings: dict[str, Any], controlnet_folder: Path) -> dict[str, Any]:
-    """Of a run that goes on from a ControlNet that was trained a bit."""
+    """Return the settings of a run that continues from a ControlNet that was trained a bit."""
     return tiny_settings | {"controlnet_model_name_or_path": str(controlnet_folder)}
 
 
@@ -99,7 +99,7 @@ def test_the_gradients_are_the_references(
 
 
 def test_every_input_has_a_say(components: Components) -> None:
-    """What agreement with the reference is worth: each part of batch, draws and ControlNet moves the loss."""
+    """Agreement with the reference is worth something: each part of batch, draws and ControlNet moves the loss."""
     batch = make_batch(fake_rows(0, 1), components.tokenizer, CPU)
     draws = draw(0, [0, 1], LATENT_SHAPE, 1000, CPU)
     other_batch = make_batch(fake_rows(2, 3), components.tokenizer, CPU)
@@ -159,7 +159,7 @@ def test_a_batch_is_the_mean_of_its_samples(components: Components) -> None:
 
 
 def forward_calls(module: torch.nn.Module) -> Counter[str]:
-    """Counts the forward passes of `module`'s residual blocks, recomputed ones included."""
+    """Count the forward passes of `module`'s residual blocks, recomputed ones included."""
     calls: Counter[str] = Counter()
 
     def counter(name: str) -> Callable[..., None]:

@@ -54,7 +54,7 @@ def palette_image(*colours: tuple[int, int, int]) -> Image.Image:
 
 
 def png(width: int, depth: int, colour_type: int, row: bytes, transparent: bytes = b"") -> bytes:
-    """A PNG of one row in a form that Pillow does not write."""
+    """Return a PNG of one row in a form that Pillow does not write."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
