@@ -148,7 +148,7 @@ def _manifest(plan: LatentPlan, results: list[ShardResult]) -> Manifest:
     bad = tuple(sample for result in results for sample in result.bad_samples)
     allowed = int(plan.config.max_bad_fraction * plan.num_rows) if plan.config.on_bad_sample == "skip" else 0
     if len(bad) > allowed or len(bad) == plan.num_rows:
-        file = _file_for(plan, BAD_SAMPLES_FILE)
+        file = report_path(plan, BAD_SAMPLES_FILE)
         file.write_text("".join(f"{sample.reason}\n" for sample in bad), encoding="utf-8")
         lines = shorten([sample.reason for sample in bad], f"bad samples (the whole list: {file})")
         limit = (
@@ -230,7 +230,7 @@ def _report(plan: LatentPlan, manifest: Manifest, stream: TextIO) -> None:
         )
 
 
-def _file_for(plan: LatentPlan, name: str) -> Path:
+def report_path(plan: LatentPlan, name: str) -> Path:
     """Return the path of a file for people: in the cache's folder, or else in a temporary one."""
     if plan.folder.is_local and os.access(plan.folder.uri, os.W_OK):
         return Path(plan.folder.uri) / name

@@ -13,7 +13,7 @@ from raycontrolnet.config.checks import collected, find_token, local_model_probl
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.sources import Source, open_source
 from raycontrolnet.errors import ConfigError, Interrupted
-from raycontrolnet.latents.ensure import SEVERAL_MACHINES, _file_for, complete
+from raycontrolnet.latents.ensure import SEVERAL_MACHINES, complete, report_path
 from raycontrolnet.latents.manifest import BadSample
 from raycontrolnet.latents.plan import LatentPlan
 
@@ -63,7 +63,7 @@ def _prepare(config: TrainConfig, stream: TextIO) -> PrepareResult:
     if changes := plan.changes():
         stream.write(f"latents: the data changed since ({changes}); what is new will be encoded\n")
     there, missing = plan.survey()
-    with logging_to(_file_for(plan, "prepare.log")):
+    with logging_to(report_path(plan, "prepare.log")):
         if not missing or config.worker_range == (0, 0):
             manifest = complete(plan, there, missing, None, stream)
         else:
