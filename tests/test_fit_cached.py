@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 from raycontrolnet import RunResult, TrainConfig, fit, prepare
 from raycontrolnet.data import transforms
 from raycontrolnet.errors import ConfigError, UserError
-from raycontrolnet.latents.manifest import Manifest
+from raycontrolnet.latents.cache import read_row
+from raycontrolnet.launch.preflight import check, choose_latents
 from raycontrolnet.model.components import load_components
 from raycontrolnet.model.performance import vae_on
+from raycontrolnet.storage.folder import cache_folder
 
 Settings = dict[str, Any]
 
@@ -42,18 +44,19 @@ def weights(output_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(output_dir / "diffusion_pytorch_model.safetensors")
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("float32", 1e-5)])
-def test_the_losses_are_those_from_pixels(settings: Settings, tmp_path: Path, dtype: str, tolerance: float) -> None:
+def test_the_losses_are_those_from_pixels(settings: Settings, tmp_path: Path) -> None:
     changed = {"max_train_steps": 50, "checkpointing_steps": 100, "proportion_empty_prompts": 0.3}
-    pixels = run(settings, tmp_path / "pixels", **changed, cache_latents="off")
-    cached = run(settings, tmp_path / "cached", **changed, latents_dtype=dtype)
-    assert len(set(losses(cached))) == 50
-    assert losses(cached) == pytest.approx(losses(pixels), rel=tolerance)
-    assert (losses(cached) == losses(pixels)) is False, "from the cache?"
+    pixels = losses(run(settings, tmp_path / "pixels", **changed, cache_latents="off"))
+    for dtype, tolerance in (("float16", 1e-3), ("float32", 1e-5)):
+        dtyped = {"latents_dtype": dtype, "latents_cache_dir": str(tmp_path / dtype)}
+        cached = losses(run(settings, tmp_path / f"from {dtype}", **changed, **dtyped))
+        assert len(set(cached)) == 50
+        assert cached == pytest.approx(pixels, rel=tolerance)
+        assert cached != pixels, "from the cache?"
 
 
 def test_resume_is_exact(settings: Settings, tmp_path: Path) -> None:
-    """RunStopped after 2 of 8 updates, in the middle of an epoch."""
+    """The run stops after 2 of 8 updates, in the middle of an epoch."""
     changed = {"train_batch_size": 2, "max_train_steps": 8, "checkpointing_steps": 2}
     whole = run(settings, tmp_path / "whole", **changed)
     parts = run(settings, tmp_path / "parts", **changed | {"max_train_steps": 2})
@@ -92,8 +95,8 @@ def test_neither_vae_nor_images_are_needed_once_the_cache_is_there(
 def test_auto_caches_what_is_used_more_than_once(
     settings: Settings, tmp_path: Path, changed: Settings, cached: bool
 ) -> None:
-    run({**settings, "cache_latents": "auto"}, tmp_path / "out", **changed)
-    assert (tmp_path / "cache" / "manifest.json").exists() == cached
+    checked = check(TrainConfig(**settings | {"cache_latents": "auto"} | changed), tmp_path / "out")
+    assert (choose_latents(checked, io.StringIO()).latents is not None) == cached
 
 
 def test_a_longer_run_that_is_resumed_may_begin_to_cache(settings: Settings, tmp_path: Path) -> None:
@@ -136,26 +139,11 @@ def test_a_damaged_cache_ends_the_run_before_it_is_trained_on(settings: Settings
     run(settings, tmp_path / "out")
     (shard,) = (tmp_path / "cache").glob("*.arrow")
     content = bytearray(shard.read_bytes())
-    manifest = Manifest.read(prepare_folder := _folder(tmp_path))
-    assert manifest is not None
-    posterior = load_posterior(prepare_folder, shard.name)
-    place = bytes(content).index(posterior)
-    content[place] ^= 1
+    posterior = read_row(cache_folder(str(shard.parent)), shard.name, 0, 0).posterior.tobytes()
+    content[bytes(content).index(posterior)] ^= 1
     shard.write_bytes(bytes(content))
     with pytest.raises(UserError, match=rf"{shard}: this part of the latent cache is damaged \(the checksum of row 0"):
         run(settings, tmp_path / "again", max_train_steps=13, train_batch_size=1)
-
-
-def _folder(tmp_path: Path) -> Any:
-    from raycontrolnet.storage.folder import cache_folder
-
-    return cache_folder(str(tmp_path / "cache"))
-
-
-def load_posterior(folder: Any, shard: str) -> bytes:
-    from raycontrolnet.latents.cache import read_row
-
-    return read_row(folder, shard, 0, 0).posterior.tobytes()
 
 
 def test_skipped_samples_are_never_trained_on(settings: Settings, tmp_path: Path) -> None:
