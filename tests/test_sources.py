@@ -114,7 +114,8 @@ def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str, lay
     write_images((folder / name).parent)
     write_lines(folder / name, rows_with(*columns))
     monkeypatch.chdir(tmp_path)
-    source = open_source(DataConfig(**{flag: "data"} | flags))
+    settings: dict[str, Any] = {flag: "data", **flags}
+    source = open_source(DataConfig(**settings))
     assert isinstance(source, FolderSource)
     check_rows(source)
     assert source.read(1).place == str(Path("data", name)) + ":2"
@@ -433,7 +434,8 @@ def test_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Calla
     path = write(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     shown = str(path.relative_to(tmp_path))
-    source = open_source(DataConfig(**{flag: shown}), cache_dir="cache", token="hf_secret")
+    settings: dict[str, Any] = {flag: shown}
+    source = open_source(DataConfig(**settings), cache_dir="cache", token="hf_secret")
     check_rows(source)
     assert source.read(1).place == f"--{flag}={shown}, row 1"
     assert len(pickle.dumps(source)) < 1_000  # its arguments, not its rows
