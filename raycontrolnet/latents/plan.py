@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.config.train_config import TrainConfig, changed_settings, names_that_decide, names_with
 from raycontrolnet.data.order import SampleOrder
 from raycontrolnet.data.sources import Source
