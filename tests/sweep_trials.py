@@ -1,4 +1,4 @@
-"""Folders of trials as a sweep leaves them, without any training."""
+"""Folders of trials as a sweep leaves them, written without training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_trial(
     every: int = 100,
     **facts: Any,
 ) -> Trial:
-    """A trial that was measured `every` so many steps with these val_losses, its last control gap `gap`."""
+    """Write a trial with these val_losses, one per `every` steps, and `gap` as its last control gap."""
     record = TrialRecord(index, dict(settings), state, **({"seconds": 65.0 * (index + 1), "started": STARTED} | facts))
     records.write_record(sweep_dir, record)
     folder = records.folder_of(sweep_dir, record)
@@ -44,7 +44,7 @@ def write_trial(
 
 
 def write_updates(folder: Path, last: int, loss: float = 0.5) -> None:
-    """metrics.jsonl as a start of the run leaves it: a new file in the place of the old."""
+    """Write metrics.jsonl as a start of the run does: a new file in the place of the old."""
     partial = folder / "metrics.partial"
     partial.write_text("".join(update(step, loss) for step in range(1, last + 1)))
     partial.replace(folder / "metrics.jsonl")

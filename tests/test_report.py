@@ -1,4 +1,4 @@
-"""The report of a run: what it says in every state of the run, what it weighs, and how a real browser shows it."""
+"""The report of a run: its words in every state of the run, its size, and its look in a real browser."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def write_config(folder: Path, **settings: Any) -> None:
 
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
-    """A finished run of 200 updates."""
+    """Write a finished run of 200 updates."""
     folder = tmp_path / "circles-run"
     folder.mkdir()
     write_updates(folder, 200)

@@ -1,4 +1,4 @@
-"""The report of a sweep: what it says in every state of the sweep and of its trials, and how a browser shows it."""
+"""The report of a sweep: its words in every state of the sweep and of its trials, and its look in a browser."""
 
 from __future__ import annotations
 
@@ -101,20 +101,20 @@ def write_sweep(sweep_dir: Path, trials: int, **more: Any) -> Path:
 
 
 def alter(sweep_dir: Path, index: int, **changes: Any) -> None:
-    """Change what a trial's trial.json says."""
+    """Change entries of a trial's trial.json."""
     file = sweep_dir / "trials" / f"{index:04d}" / "trial.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def alter_sweep(sweep_dir: Path, **changes: Any) -> None:
-    """Change what sweep.json says; None takes an entry away."""
+    """Change entries of sweep.json; None removes one."""
     facts = json.loads((sweep_dir / "sweep.json").read_text()) | changes
     (sweep_dir / "sweep.json").write_text(json.dumps({name: fact for name, fact in facts.items() if fact is not None}))
 
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    """Five trials: two finished, two stopped, one failed."""
+    """Write five trials: two finished, two stopped, one failed."""
     folder = write_sweep(tmp_path / "sweep", 0, num_trials=5, machine_seconds=None, seconds=3000.0)
     write_five(folder)
     return folder
@@ -211,7 +211,7 @@ def test_what_links_lead_to_is_there(sweep: Path) -> None:
 
 
 def test_marks_of_the_trials(sweep: Path) -> None:
-    """In each chart, all trials can be pointed at, and the best is drawn last."""
+    """Each chart links all trials and draws the best last."""
     page = Page(write_report(sweep))
     charts = page.html.split("<svg ")[1:]
     assert len(charts) == 6
@@ -318,15 +318,8 @@ def test_half_written(sweep: Path) -> None:
     for index, wrong in enumerate(({"index": 77, "settings": {}}, {"index": True}, {"index": 7}, []), 5):
         (trials / f"{index:04d}").mkdir()
         (trials / f"{index:04d}" / "trial.json").write_text(json.dumps(wrong))
-    later: dict[str, Any] = {
-        "settings": {"seed": 1},
-        "seconds": "x",
-        "started": math.nan,
-        "stopped_at": "y",
-        "state": "?",
-        "more": 1,
-    }
-    write_trial(sweep, 9, **later)
+    damaged: dict[str, Any] = {"seconds": "x", "started": math.nan, "stopped_at": "y", "state": "?", "more": 1}
+    write_trial(sweep, 9, settings={"seed": 1}, **damaged)
     page = Page(write_report(sweep))
     table = rows(page)
     assert [row[1].split()[0] for row in table[1:]] == ["0002", "0009", "0003", "0000", "0004"]
@@ -357,7 +350,7 @@ def test_any_entry_may_be_anything(value: Any, sweep: Path) -> None:
 
 
 def test_what_differs_little_is_seen(sweep: Path) -> None:
-    """Two trials a hair apart are no reason to leave a third, which is hardly worse, out of the charts."""
+    """Two nearly equal trials do not make a third, which is hardly worse, an outlier."""
     values = {0: 0.218674, 1: 0.218736, 2: 0.218676, 3: 0.222363, 4: 0.21868}
     for index, value in values.items():
         losses = {"val_loss": value, "val_loss_shuffled": value, "control_gap": 0.0, "control_gap_error": 1.0}
@@ -367,7 +360,7 @@ def test_what_differs_little_is_seen(sweep: Path) -> None:
 
 
 def test_values_that_are_no_numbers(sweep: Path) -> None:
-    """A trial that diverged, and one whose objective was never measured."""
+    """One trial diverged, and the objective of another was never measured."""
     (sweep / "trials" / "0002" / "validation.jsonl").unlink()
     broken = [{"step": 125, "val_loss": math.nan}, {"step": 250, "val_loss": math.inf, "loss": -math.inf}]
     write_lines(sweep / "trials" / "0003" / "validation.jsonl", broken)
@@ -403,7 +396,7 @@ def test_the_named_best_counts(sweep: Path) -> None:
 
 
 def test_another_space_than_before(sweep: Path) -> None:
-    """A sweep that was continued with a changed space: what trials have that the space has not is shown too."""
+    """After a sweep was continued with a changed space, values that only trials have are shown too."""
     space = {"lr_scheduler": {"choice": ["polynomial"]}, "learning_rate": {"loguniform": [1e-5, 3e-5]}}
     alter_sweep(sweep, space=space)
     page = Page(write_report(sweep))
@@ -445,7 +438,7 @@ def test_written_again(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_rewriting(sweep_report, sweep, monkeypatch)
 
 
-# What the order is worth ----------------------------------------------------------------------------------------------
+# Worth of the order ---------------------------------------------------------------------------------------------------
 
 
 def test_rungs() -> None:

@@ -11,16 +11,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
+
+from rich.cells import cell_len
+from rich.text import Text
 
 from raycontrolnet.text import Screen, duration, printable
 from raycontrolnet.training import metrics
 from raycontrolnet.tune.events import event_of
 from raycontrolnet.tune.records import STATES, Trial, TrialRecord, measured, ranked
-from raycontrolnet.tune.table import LiveState, clip, columns_of, figure, lay_out, text_width
-
-if TYPE_CHECKING:
-    from rich.text import Text
+from raycontrolnet.tune.table import LiveState, clip, columns_of, figure, lay_out
 
 logger = logging.getLogger(__name__)
 
@@ -177,8 +177,6 @@ class LiveTable:
 
     def _lines(self, trials: Sequence[Trial] | None, wanted: bool) -> list[Text]:
         """Return the lines on the terminal, or the whole table for the log if it is `wanted`."""
-        from rich.text import Text
-
         now = self._follow(trials or [])
         if trials is None or not (self.live or wanted):
             return []
@@ -215,15 +213,13 @@ class LiveTable:
         choices = [" | ".join(some) for some in (parts, parts[:-1], shorter, shorter[:1])]
         if width is None:
             return choices[0]
-        return next((line for line in choices if text_width(line) <= width), clip(choices[-1], width))
+        return next((line for line in choices if cell_len(line) <= width), clip(choices[-1], width))
 
     def _best(self, trials: Sequence[Trial]) -> Trial | None:
         return next(iter(measured(trials, self.objective)), None)
 
     def _table(self, trials: Sequence[Trial], now: Mapping[int, LiveState], width: int | None) -> list[Text]:
         """Return the names of the columns and a row per trial, in their styles."""
-        from rich.text import Text
-
         columns, rows = columns_of(trials, self.objective, self.total_steps), self._order(trials)
         cells = [[column.cell(t, now.get(t.record.index, LiveState())) for column in columns] for t in rows]
         if not cells:
@@ -240,8 +236,6 @@ class LiveTable:
         self, trials: Sequence[Trial], now: Mapping[int, LiveState], width: int, height: int
     ) -> list[Text]:
         """Return the lines that fit a terminal of this size."""
-        from rich.text import Text
-
         header = Text(self.header(trials, width))
         rows = height - 2
         if not trials or rows < min(2, len(trials)):

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from rich.cells import cell_len, set_cell_size
+
 from raycontrolnet.text import duration, printable
 from raycontrolnet.tune.records import Trial, settings_of
 
@@ -137,29 +139,20 @@ def _levels(column: Column, cells: Sequence[str]) -> list[list[str]]:
 
 
 def _width(texts: Sequence[str]) -> int:
-    return max(map(text_width, texts))
+    return max(map(cell_len, texts))
 
 
 def _joined(columns: Sequence[Column], shown: Sequence[Sequence[str]]) -> list[str]:
     padded = []
     for column, texts in zip(columns, shown, strict=True):
-        spaces = [" " * (_width(texts) - text_width(text)) for text in texts]
+        spaces = [" " * (_width(texts) - cell_len(text)) for text in texts]
         padded.append([t + s if column.text else s + t for t, s in zip(texts, spaces, strict=True)])
     return [GAP.join(row).rstrip() for row in zip(*padded, strict=True)]
 
 
-def text_width(text: str) -> int:
-    """Return the columns of a terminal that `text` takes."""
-    from rich.cells import cell_len
-
-    return cell_len(text)
-
-
 def clip(text: str, width: int) -> str:
     """Return `text`, cut off if it is wider than `width`."""
-    from rich.cells import set_cell_size
-
-    if text_width(text) <= width:
+    if cell_len(text) <= width:
         return text
     return (set_cell_size(text, max(width - len(CUT), 0)).rstrip() + CUT)[: max(width, 0)]
 

@@ -38,7 +38,7 @@ def write_report(sweep_dir: Path) -> Path:
 
 
 def _page(folder: Path, swept: SweepHistory) -> str:
-    sweep, best = swept.sweep, swept.best
+    sweep = swept.sweep
     return page.render(
         TEMPLATE,
         name=str(sweep.get("name") or folder.name),
@@ -49,21 +49,16 @@ def _page(folder: Path, swept: SweepHistory) -> str:
         cause=sweep.get("cause"),
         warning=history.too_early(swept.trials, swept.scheduler, swept.objective),
         figures=list(_figures(swept)),
+        swept=swept,
         objective=swept.objective,
         best_first="smallest" if swept.smallest_is_best else "largest",
-        columns=COLUMNS,
-        best=best,
-        best_report=best and trial_table.report_of(best),
-        best_value=best and measured(best, swept.objective),
+        best=swept.best,
+        table=trial_table,
         weights=BEST if (folder / BEST).is_dir() else None,
         shades=charts.SHADES,
-        rungs=swept.rungs,
         learning=list(_learning(swept)),
         **_settings_tried(swept),
         timeline=timeline(swept),
-        headings=trial_table.figures(swept),
-        settings=swept.settings,
-        rows=trial_table.rows(swept),
         facts={name: sweep[name] for name in _FACTS if sweep.get(name) is not None},
         space=_mapping(sweep.get("space")),
         shared=page.settings(_mapping(sweep.get("settings"))),
