@@ -5,34 +5,37 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from raycontrolnet.config.checks import model_problem, package_problem
+from raycontrolnet.config.output_settings import OutputConfig
+from raycontrolnet.config.settings import OptimConfig
 from raycontrolnet.config.space import Space, num_trials, place_of, to_grammar
 from raycontrolnet.config.sweep_config import SweepConfig
-from raycontrolnet.config.train_config import TrainConfig, names_that_decide, names_with, public_settings
+from raycontrolnet.config.train_config import TrainConfig, names_with
 from raycontrolnet.launch.preflight import CheckedRun
 from raycontrolnet.training.schedule import warmup_warning
 
 
-def _warnings(train: TrainConfig, space: Space, total_updates: int) -> Iterator[str]:
-    """Yield warnings about trials of `total_updates`."""
-    if (every := train.checkpointing_steps) >= total_updates:
+def _warnings(output: OutputConfig, variants: Iterable[OptimConfig], total_updates: int) -> Iterator[str]:
+    """Yield warnings about trials of `total_updates`, with every warm-up that `variants` have."""
+    if (every := output.checkpointing_steps) >= total_updates:
         yield (
             f"trials write a checkpoint only at their end (--checkpointing_steps={every}, {total_updates} updates): "
             "a trial that is interrupted starts again from the beginning"
         )
-    for config in _variants(train, space, names_that_decide("warm-up")):
-        if warning := warmup_warning(config, total_updates):
+    for variant in variants:
+        if warning := warmup_warning(variant, total_updates):
             yield warning
 
 
-def _problems(config: SweepConfig, train: TrainConfig, space: Space) -> Iterator[str]:
+def _problems(config: SweepConfig, space: Space) -> Iterator[str]:
     """Yield missing packages and models, and settings that make no sense in a sweep."""
     if config.searcher == "optuna" and importlib.util.find_spec("optuna") is None:
         yield "--searcher=optuna: optuna is not installed; run pip install 'raycontrolnet[optuna]'"
     yield from _value_problems(space, place_of(config.space))
+    train = config.train
     if "num_train_epochs" in space and train.max_train_steps is not None:
         problem = f"has no effect with --max_train_steps={train.max_train_steps}; leave one of them out"
         yield f"--space: num_train_epochs: {problem}"
@@ -41,8 +44,17 @@ def _problems(config: SweepConfig, train: TrainConfig, space: Space) -> Iterator
         yield f"--resume_from_checkpoint={train.resume_from_checkpoint}: is for single runs; {instead}"
 
 
-def _differences(before: Mapping[str, Any], config: SweepConfig, train: TrainConfig, space: Space) -> Iterator[str]:
-    """Yield what differs from the sweep that is to be resumed, and must not."""
+def _differences(
+    before: Mapping[str, Any], config: SweepConfig, settings: Mapping[str, Any], space: Space
+) -> Iterator[str]:
+    """Yield what must not differ from the sweep that is to be resumed, but does.
+
+    Args:
+        before: the content of its sweep.json.
+        config: as given now.
+        settings: the public settings that trials share now.
+        space: the settings to try now.
+    """
     if not before:
         return
     advice = "a sweep is resumed with the same settings; leave the flag as it was, or name another --output_dir"
@@ -58,7 +70,7 @@ def _differences(before: Mapping[str, Any], config: SweepConfig, train: TrainCon
             "the number can only grow"
         )
     free = {*names_with("changes_on_resume"), *space}
-    for name, now in public_settings(train).items():
+    for name, now in settings.items():
         then = before["settings"].get(name, now)
         if name not in free and now != then:
             yield f"--{name}={now}: was {then}; {advice}"

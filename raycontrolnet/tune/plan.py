@@ -104,7 +104,7 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
         stream.write(f"sweep: there is nothing to resume in {sweep_dir}: a new sweep starts\n")
     train = _shared_settings(config.train, sweep_dir, before)
     space = {name: _with_absolute_paths(name, dimension) for name, dimension in space.items()}
-    problems = [*_differences(before, config, train, space), *_problems(config, train, space)]
+    problems = [*_differences(before, config, public_settings(train), space), *_problems(config, space)]
     if problems:
         raise ConfigError(problems)
     runs = {}
@@ -115,7 +115,8 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
         if problem := _objective_problem(config.objective, run):
             raise ConfigError([problem])
     total_updates = max(total for run in runs.values() for total in _totals(run, space))
-    stream.writelines(f"sweep: {warning}\n" for warning in dict.fromkeys(_warnings(train, space, total_updates)))
+    variants = _variants(train, space, names_that_decide("warm-up"))
+    stream.writelines(f"sweep: {warning}\n" for warning in dict.fromkeys(_warnings(train, variants, total_updates)))
     return SweepPlan(
         config=config,
         sweep_dir=sweep_dir,
