@@ -23,83 +23,53 @@ from raycontrolnet.errors import ConfigError, UserError
 from raycontrolnet.launch.fit import fit
 
 # Copied by hand from the existing scripts: names, types and defaults are a contract.
-FLAGS: dict[str, tuple[str, Any]] = {
-    "pretrained_model_name_or_path": ("STR", ""),  # required: the empty default is refused
-    "controlnet_model_name_or_path": ("STR", None),
-    "revision": ("STR", None),
-    "variant": ("STR", None),
-    "tokenizer_name": ("STR", None),
-    "output_dir": ("STR", "controlnet-model"),
-    "cache_dir": ("STR", None),
-    "seed": ("INT", None),
-    "resolution": ("INT", 512),
-    "train_batch_size": ("INT", 4),
-    "num_train_epochs": ("INT", 1),
-    "max_train_steps": ("INT", None),
-    "checkpointing_steps": ("INT", 500),
-    "checkpoints_total_limit": ("INT", None),
-    "resume_from_checkpoint": ("STR", None),
-    "gradient_accumulation_steps": ("INT", 1),
-    "gradient_checkpointing": ("FLAG", False),
-    "learning_rate": ("FLOAT", 5e-6),
-    "scale_lr": ("FLAG", False),
-    "lr_scheduler": ("STR", "constant"),
-    "lr_warmup_steps": ("INT", 500),
-    "lr_num_cycles": ("INT", 1),
-    "lr_power": ("FLOAT", 1.0),
-    "use_8bit_adam": ("FLAG", False),
-    "dataloader_num_workers": ("INT", 0),
-    "adam_beta1": ("FLOAT", 0.9),
-    "adam_beta2": ("FLOAT", 0.999),
-    "adam_weight_decay": ("FLOAT", 1e-2),
-    "adam_epsilon": ("FLOAT", 1e-8),
-    "max_grad_norm": ("FLOAT", 1.0),
-    "push_to_hub": ("FLAG", False),
-    "hub_token": ("STR", None),
-    "hub_model_id": ("STR", None),
-    "logging_dir": ("STR", "logs"),
-    "allow_tf32": ("FLAG", False),
-    "report_to": ("STR", "tensorboard"),
-    "mixed_precision": ("STR", None),
-    "enable_xformers_memory_efficient_attention": ("FLAG", False),
-    "set_grads_to_none": ("FLAG", False),
-    "dataset_name": ("STR", None),
-    "dataset_config_name": ("STR", None),
-    "train_data_dir": ("STR", None),
-    "image_column": ("STR", "image"),
-    "conditioning_image_column": ("STR", "conditioning_image"),
-    "caption_column": ("STR", "text"),
-    "max_train_samples": ("INT", None),
-    "proportion_empty_prompts": ("FLOAT", 0.0),
-    "validation_prompt": ("STRS", None),
-    "validation_image": ("STRS", None),
-    "num_validation_images": ("INT", 4),
-    "validation_steps": ("INT", 100),
-    "tracker_project_name": ("STR", "train_controlnet"),
-}
-
-OWN_FLAGS: dict[str, tuple[str, Any]] = {
-    "num_workers": ("STR", "1"),
-    "use_gpu": ("BOOL", None),
-    "cpus_per_worker": ("FLOAT", None),
-    "accelerator_type": ("STR", None),
-    "validation_split": ("FLOAT", None),
-    "max_failures": ("INT", 3),
-    "address": ("STR", None),
-    "cache_latents": ("STR", "auto"),
-    "latents_cache_dir": ("STR", None),
-    "latents_dtype": ("STR", "float16"),
-    "latents_batch_size": ("INT", 4),
-    "on_bad_sample": ("STR", "fail"),
-    "max_bad_fraction": ("FLOAT", 0.01),
-    "license": ("STR", None),
-    "control_fidelity": ("STR", None),
-    "guidance_scale": ("FLOAT", 7.5),
-    "tracker_group": ("STR", None),
-}
+FLAGS: dict[str, dict[str, Any]] = {
+    "STR": {
+        "pretrained_model_name_or_path": "", "controlnet_model_name_or_path": None, "revision": None, "variant": None,
+        "tokenizer_name": None, "output_dir": "controlnet-model", "cache_dir": None, "resume_from_checkpoint": None,
+        "lr_scheduler": "constant", "hub_token": None, "hub_model_id": None, "logging_dir": "logs",
+        "report_to": "tensorboard", "mixed_precision": None, "dataset_name": None, "dataset_config_name": None,
+        "train_data_dir": None, "image_column": "image", "conditioning_image_column": "conditioning_image",
+        "caption_column": "text", "tracker_project_name": "train_controlnet",
+    },
+    "INT": {
+        "seed": None, "resolution": 512, "train_batch_size": 4, "num_train_epochs": 1, "max_train_steps": None,
+        "checkpointing_steps": 500, "checkpoints_total_limit": None, "gradient_accumulation_steps": 1,
+        "lr_warmup_steps": 500, "lr_num_cycles": 1, "dataloader_num_workers": 0, "max_train_samples": None,
+        "num_validation_images": 4, "validation_steps": 100,
+    },
+    "FLAG": {
+        "gradient_checkpointing": False, "scale_lr": False, "use_8bit_adam": False, "push_to_hub": False,
+        "allow_tf32": False, "enable_xformers_memory_efficient_attention": False, "set_grads_to_none": False,
+    },
+    "FLOAT": {
+        "learning_rate": 5e-06, "lr_power": 1.0, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 0.01,
+        "adam_epsilon": 1e-08, "max_grad_norm": 1.0, "proportion_empty_prompts": 0.0,
+    },
+    "STRS": {
+        "validation_prompt": None, "validation_image": None,
+    },
+}  # fmt: skip
+"""Type -> name -> default."""
+OWN_FLAGS: dict[str, dict[str, Any]] = {
+    "STR": {
+        "num_workers": "1", "accelerator_type": None, "address": None, "cache_latents": "auto",
+        "latents_cache_dir": None, "latents_dtype": "float16", "on_bad_sample": "fail", "license": None,
+        "control_fidelity": None, "tracker_group": None,
+    },
+    "BOOL": {
+        "use_gpu": None,
+    },
+    "FLOAT": {
+        "cpus_per_worker": None, "validation_split": None, "max_bad_fraction": 0.01, "guidance_scale": 7.5,
+    },
+    "INT": {
+        "max_failures": 3, "latents_batch_size": 4,
+    },
+}  # fmt: skip
+KINDS = {name: kind for flags in (FLAGS, OWN_FLAGS) for kind, names in flags.items() for name in names}
 
 Settings = dict[str, Any]
-ALL = FLAGS | OWN_FLAGS
 MINIMAL: Settings = {"pretrained_model_name_or_path": "base", "train_data_dir": "data"}
 DEFAULTS = {setting.name: setting.default for setting in dataclasses.fields(TrainConfig)}
 
@@ -141,14 +111,15 @@ def parsed(*flags: str) -> TrainConfig:
 
 
 def test_there_are_52_flags_and_our_own() -> None:
-    assert len(FLAGS) == 52
-    assert set(ALL) == set(DEFAULTS)
+    assert sum(map(len, FLAGS.values())) == 52
+    assert KINDS.keys() == DEFAULTS.keys()
 
 
 def test_defaults() -> None:
-    assert {name: default for name, (_, default) in ALL.items()} == DEFAULTS
     types = {"STR": str, "INT": int, "FLOAT": float, "FLAG": bool}
-    assert all(type(default) is types[ALL[name][0]] for name, default in DEFAULTS.items() if default is not None)
+    for kind, names in [*FLAGS.items(), *OWN_FLAGS.items()]:
+        assert {name: DEFAULTS[name] for name in names} == names
+        assert {type(DEFAULTS[name]) for name in names} <= {types.get(kind), type(None)}
 
 
 def test_help(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,8 +130,9 @@ def test_help(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stop.value.code == 0
     text = " ".join(re.sub(r"[│╭╮╰╯─]|-{5,}", " ", shown.getvalue()).split())
     docstrings = field_docstrings()
-    assert docstrings.keys() == ALL.keys()
-    for name, (kind, default) in ALL.items():
+    assert docstrings.keys() == KINDS.keys()
+    for name, kind in KINDS.items():
+        default = DEFAULTS[name]
         type_text = {"STRS": "{None}|{[STR [STR ...]]}", "FLAG": f", --no_{name}", "BOOL": "{None,True,False}"}.get(
             kind, kind if default is not None else f"{{None}}|{kind}"
         )
@@ -202,7 +174,7 @@ def other_values(image: str) -> Settings:
         "cache_latents": "on", "latents_dtype": "float32", "on_bad_sample": "skip", "license": "openrail++",
         "control_fidelity": "shape", "validation_image": (image, image), "resolution": 256,
     }  # fmt: skip
-    values = {name: own.get(name, kinds[kind](index)) for index, (name, (kind, _)) in enumerate(ALL.items())}
+    values = {name: own.get(name, kinds[kind](index)) for index, (name, kind) in enumerate(KINDS.items())}
     assert all(value != DEFAULTS[name] for name, value in values.items())
     return values
 
@@ -220,7 +192,7 @@ def test_settings_arrive(form: str, without: tuple[str, ...], image: str, file: 
     else:
         argv = []
         for name, value in values.items():
-            words = [] if ALL[name][0] == "FLAG" else [str(v) for v in (value if isinstance(value, tuple) else [value])]
+            words = [] if KINDS[name] == "FLAG" else [str(v) for v in (value if isinstance(value, tuple) else [value])]
             joined = form == "equals" and len(words) == 1
             argv += [f"--{name}={words[0]}"] if joined else [f"--{name}", *words]
         found = parsed(*argv)
@@ -229,7 +201,7 @@ def test_settings_arrive(form: str, without: tuple[str, ...], image: str, file: 
         assert type(getattr(found, name)) is type(value)
 
 
-@pytest.mark.parametrize("name", [name for name, (kind, _) in ALL.items() if kind == "FLAG"])
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind == "FLAG"])
 def test_a_switch_turns_itself_alone(name: str) -> None:
     assert changed_settings(parsed(*flags(MINIMAL), f"--{name}")) == MINIMAL | {name: True}
 
@@ -237,28 +209,57 @@ def test_a_switch_turns_itself_alone(name: str) -> None:
 # --- the rules ---
 
 LICENCES = "https://hf.co/docs/hub/repositories-licenses"
-LIMITS: list[tuple[Settings, str]] = [
+RULES: dict[str, list[tuple[str, Any]]] = {
+    "needs --dataset_name": [("dataset_config_name", "c")],
+    "must be in [0, 1]": [
+        ("proportion_empty_prompts", 1.5), ("proportion_empty_prompts", -0.1), ("max_bad_fraction", 2),
+    ],
+    "must be one of auto, on, off": [("cache_latents", "yes")],
+    "must be one of float16, float32": [("latents_dtype", "half")],
+    "must be one of fail, skip": [("on_bad_sample", "drop")],
+    "must be a fraction below 1, a count of at least 2, or 0 for none": [
+        ("validation_split", -0.1), ("validation_split", 1), ("validation_split", 2.5),
+    ],
+    "must be at least 1": [
+        ("latents_batch_size", 0), ("max_train_samples", 0), ("train_batch_size", 0), ("num_train_epochs", 0),
+        ("max_train_steps", 0), ("gradient_accumulation_steps", 0), ("lr_num_cycles", 0), ("checkpointing_steps", 0),
+        ("checkpoints_total_limit", 0), ("num_validation_images", 0), ("validation_steps", 0),
+    ],
+    "must be divisible by 8; use 496 or 504": [("resolution", 500)],
+    "must be divisible by 8; use 8": [("resolution", 7), ("resolution", 0), ("resolution", -8)],
+    "must be one of linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup; perhaps"
+    " you meant cosine": [
+        ("lr_scheduler", "cosin"),
+    ],
+    "must be one of no, fp16, bf16": [("mixed_precision", "int4")],
+    "must be one of no, fp16, bf16; perhaps you meant fp16": [("mixed_precision", "fp61")],
+    "must be one of tensorboard, wandb, comet_ml, all, none, or several with commas": [
+        ("report_to", "wandb,tensorbord"),
+    ],
+    "must be in [0, 1)": [("adam_beta1", 1.0), ("adam_beta2", -0.5)],
+    "must be above 0": [("max_grad_norm", 0.0), ("cpus_per_worker", 0)],
+    "must be in [0, 2**63)": [("seed", -1), ("seed", 2**63)],
+    "must be a local or mounted folder; URIs are not supported yet": [("output_dir", "s3://bucket/out")],
+    f"must be one of the Hub's short names, such as apache-2.0 ({LICENCES})": [
+        ("license", ""), ("license", "MIT Licence"), ("license", "LICENSE.md"),
+    ],
+    "must be a number, or MIN:MAX": [("num_workers", "two"), ("num_workers", "1:x")],
+    "must be 0 or more, or MIN:MAX with 1 <= MIN <= MAX": [
+        ("num_workers", "-1"), ("num_workers", "4:2"), ("num_workers", "0:2"),
+    ],
+    "must be at least 0": [
+        ("lr_warmup_steps", -1), ("max_failures", -1), ("dataloader_num_workers", -1), ("learning_rate", -1),
+        ("adam_weight_decay", -1), ("adam_epsilon", -1),
+    ],
+}  # fmt: skip
+"""Rule -> (setting, value) that breaks it."""
+OTHER_RULES: list[tuple[Settings, str]] = [
     ({"train_data_dir": None}, "--train_data_dir, --dataset_name: give one of them (neither is given)"),
     ({"dataset_name": "d"}, "--train_data_dir, --dataset_name: give one of them (both are given)"),
-    ({"dataset_config_name": "c"}, "--dataset_config_name=c: needs --dataset_name"),
     (
         {"pretrained_model_name_or_path": ""},
         "--pretrained_model_name_or_path: required; a local folder or a Hub id of a Stable Diffusion model",
     ),
-    ({"proportion_empty_prompts": 1.5}, "--proportion_empty_prompts=1.5: must be in [0, 1]"),
-    ({"proportion_empty_prompts": -0.1}, "--proportion_empty_prompts=-0.1: must be in [0, 1]"),
-    ({"cache_latents": "yes"}, "--cache_latents=yes: must be one of auto, on, off"),
-    ({"latents_dtype": "half"}, "--latents_dtype=half: must be one of float16, float32"),
-    ({"on_bad_sample": "drop"}, "--on_bad_sample=drop: must be one of fail, skip"),
-    *(
-        (
-            {"validation_split": split},
-            f"--validation_split={float(split)}: must be a fraction below 1, a count of at least 2, or 0 for none",
-        )
-        for split in (-0.1, 1, 2.5)
-    ),
-    ({"max_bad_fraction": 2}, "--max_bad_fraction=2.0: must be in [0, 1]"),
-    ({"latents_batch_size": 0}, "--latents_batch_size=0: must be at least 1"),
     ({"latents_cache_dir": ""}, "--latents_cache_dir: must name a folder; leave it out for the default one"),
     (
         {"latents_cache_dir": "s3://id:key@bucket/x"},
@@ -272,69 +273,21 @@ LIMITS: list[tuple[Settings, str]] = [
         {"cache_latents": "off", "on_bad_sample": "skip"},
         "--on_bad_sample=skip: bad samples are found when latents are cached; leave out --cache_latents=off",
     ),
-    ({"resolution": 500}, "--resolution=500: must be divisible by 8; use 496 or 504"),
-    ({"resolution": 7}, "--resolution=7: must be divisible by 8; use 8"),
-    ({"resolution": 0}, "--resolution=0: must be divisible by 8; use 8"),
-    ({"resolution": -8}, "--resolution=-8: must be divisible by 8; use 8"),
-    (
-        {"validation_prompt": "red"},
-        "--validation_image: required with --validation_prompt",
-    ),
-    (
-        {"lr_scheduler": "cosin"},
-        (
-            "--lr_scheduler=cosin: must be one of linear, cosine, cosine_with_restarts, polynomial, constant, "
-            "constant_with_warmup; perhaps you meant cosine"
-        ),
-    ),
-    ({"mixed_precision": "int4"}, "--mixed_precision=int4: must be one of no, fp16, bf16"),
-    ({"mixed_precision": "fp61"}, "--mixed_precision=fp61: must be one of no, fp16, bf16; perhaps you meant fp16"),
-    (
-        {"report_to": "wandb,tensorbord"},
-        "--report_to=wandb,tensorbord: must be one of tensorboard, wandb, comet_ml, all, none, or several with commas",
-    ),
-    ({"adam_beta1": 1.0}, "--adam_beta1=1.0: must be in [0, 1)"),
-    ({"adam_beta2": -0.5}, "--adam_beta2=-0.5: must be in [0, 1)"),
-    ({"max_grad_norm": 0.0}, "--max_grad_norm=0.0: must be above 0"),
-    ({"seed": -1}, "--seed=-1: must be in [0, 2**63)"),
-    ({"seed": 2**63}, f"--seed={2**63}: must be in [0, 2**63)"),
+    ({"validation_prompt": "red"}, "--validation_image: required with --validation_prompt"),
     ({"output_dir": ""}, "--output_dir: must name a folder"),
-    (
-        {"output_dir": "s3://bucket/out"},
-        "--output_dir=s3://bucket/out: must be a local or mounted folder; URIs are not supported yet",
-    ),
-    *(
-        ({"license": name}, f"--license={name}: must be one of the Hub's short names, such as apache-2.0 ({LICENCES})")
-        for name in ("", "MIT Licence", "LICENSE.md")
-    ),
-    ({"cpus_per_worker": 0}, "--cpus_per_worker=0.0: must be above 0"),
-    ({"num_workers": "two"}, "--num_workers=two: must be a number, or MIN:MAX"),
-    ({"num_workers": "1:x"}, "--num_workers=1:x: must be a number, or MIN:MAX"),
-    *(
-        ({"num_workers": workers}, f"--num_workers={workers}: must be 0 or more, or MIN:MAX with 1 <= MIN <= MAX")
-        for workers in ("-1", "4:2", "0:2")
-    ),
-    *(
-        ({name: 0}, f"--{name}=0: must be at least 1")
-        for name in (
-            "max_train_samples", "train_batch_size", "num_train_epochs", "max_train_steps",
-            "gradient_accumulation_steps", "lr_num_cycles", "checkpointing_steps", "checkpoints_total_limit",
-            "num_validation_images", "validation_steps",
-        )
-    ),
-    *(
-        ({name: -1}, f"--{name}=-1: must be at least 0")
-        for name in ("lr_warmup_steps", "max_failures", "dataloader_num_workers")
-    ),
-    *(
-        ({name: -1}, f"--{name}=-1.0: must be at least 0")
-        for name in ("learning_rate", "adam_weight_decay", "adam_epsilon")
-    ),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(("settings", "message"), LIMITS, ids=[message.split(":")[0] for _, message in LIMITS])
-def test_a_rule(settings: Settings, message: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "rule"), [(*broken, rule) for rule, examples in RULES.items() for broken in examples]
+)
+def test_a_rule(name: str, value: Any, rule: str) -> None:
+    shown = float(value) if KINDS[name] == "FLOAT" else value
+    assert problems(**{name: value}) == (f"--{name}={shown}: {rule}",)
+
+
+@pytest.mark.parametrize(("settings", "message"), OTHER_RULES)
+def test_other_rules(settings: Settings, message: str) -> None:
     assert problems(**settings) == (message,)
 
 
@@ -550,5 +503,5 @@ def test_a_token_of_the_wrong_type_is_not_shown_either() -> None:
 
 def test_public_and_changed_settings() -> None:
     given = config(seed=3)
-    assert public_settings(given).keys() == ALL.keys() - {"hub_token"}
+    assert public_settings(given).keys() == KINDS.keys() - {"hub_token"}
     assert changed_settings(given) == MINIMAL | {"seed": 3}
