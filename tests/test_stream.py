@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
-from raycontrolnet.data.bundles import StreamPlan, pack, unpack
+from raycontrolnet.data.bundles import StreamLayout, pack, unpack
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.stream import MIN_READ_AHEAD_BYTES, execution_options, local_batches, ray_batches, ray_dataset
 from raycontrolnet.errors import DataError
@@ -53,8 +53,8 @@ def shares(loader: FakeLoader, num_workers: int, first_sample: int, micro_steps:
     """Return the workers' shares, as Ray Train splits them."""
     import ray
 
-    plan = StreamPlan(first_sample, micro_steps, BATCH, num_workers, bundle)
-    dataset = ray_dataset(ray.put(loader), plan, None)
+    layout = StreamLayout(first_sample, micro_steps, BATCH, num_workers, bundle)
+    dataset = ray_dataset(ray.put(loader), layout, None)
     dataset.context.execution_options = execution_options(BATCH_BYTES, num_workers)
     return dataset.streaming_split(num_workers, equal=True)
 
@@ -84,9 +84,9 @@ def test_a_bad_batch_is_raised_in_its_turn() -> None:
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
 @pytest.mark.parametrize("bundle", [1, 2, 5, 100])
 def test_bundles_hold_every_batch_once(num_workers: int, bundle: int) -> None:
-    plan = StreamPlan(first_sample=20, micro_steps=7, batch_size=4, num_workers=num_workers, bundle=bundle)
+    layout = StreamLayout(first_sample=20, micro_steps=7, batch_size=4, num_workers=num_workers, bundle=bundle)
     received: list[list[int]] = [[] for _ in range(num_workers)]
-    for index, first_samples in enumerate(plan.bundles()):
+    for index, first_samples in enumerate(layout.bundles()):
         assert len(first_samples) <= bundle
         received[index % num_workers] += first_samples
     for rank, firsts in enumerate(received):
@@ -95,8 +95,8 @@ def test_bundles_hold_every_batch_once(num_workers: int, bundle: int) -> None:
 
 def test_how_many_batches_travel_together() -> None:
     sizes = [BATCH * 2 * 3 * resolution**2 for resolution in (64, 256, 512, 1024)]
-    assert [StreamPlan.bundle_for(size) for size in sizes] == [8, 8, 2, 1]
-    assert StreamPlan.bundle_for(10**9) == 1
+    assert [StreamLayout.bundle_for(size) for size in sizes] == [8, 8, 2, 1]
+    assert StreamLayout.bundle_for(10**9) == 1
 
 
 def test_local_batches_count_on_from_any_sample(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_the_images_are_those_of_the_workers(
     options = {"num_workers": workers, "train_batch_size": 4 // int(workers), "cpus_per_worker": cpus}
     beside = run(settings, tmp_path / "beside", **options)
     monkeypatch.setattr(
-        "raycontrolnet.train.worker_resources", lambda config: replace(worker_resources(config), spare=False)
+        "raycontrolnet.launch.fit.worker_resources", lambda config: replace(worker_resources(config), spare=False)
     )
     alone = run(settings, tmp_path / "alone", **options)
     timings = [json.loads((folder / "run.json").read_text())["timings"] for folder in (beside, alone)]

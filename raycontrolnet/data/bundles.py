@@ -22,7 +22,7 @@ def batch_bytes(batch_size: int, resolution: int) -> int:
 
 
 @dataclass(frozen=True)
-class StreamPlan:
+class StreamLayout:
     """The batches of a stream, and how they come to the workers."""
 
     first_sample: int

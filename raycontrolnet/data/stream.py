@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from raycontrolnet.cluster.blocks import WHOLE_BLOCKS, from_block, generate
 from raycontrolnet.cluster.cpus import TASK_CPUS, let_training_go_first
-from raycontrolnet.data.bundles import StreamPlan, pack, unpack
+from raycontrolnet.data.bundles import StreamLayout, pack, unpack
 from raycontrolnet.data.order import Purpose, SampleOrder, keyed_rng
 from raycontrolnet.data.records import DecodedRow, PreparedRow
 from raycontrolnet.data.sources import Source
@@ -133,22 +133,25 @@ class Ticket(NamedTuple):
     ballast: bytes
 
 
-def ray_dataset(loader_ref: ray.ObjectRef[BatchLoader], plan: StreamPlan, max_tasks: int | None) -> ray.data.Dataset:
+def ray_dataset(
+    loader_ref: ray.ObjectRef[BatchLoader], layout: StreamLayout, max_tasks: int | None
+) -> ray.data.Dataset:
     """Return the stream as a lazy Ray data set, a row for every bundle.
 
     Args:
         loader_ref: a `BatchLoader` in Ray's object store: rows of millions of paths travel once to each node.
         max_tasks: loading tasks at a time; None leaves it to Ray Data.
     """
-    return generate(_tickets, plan).map_batches(
+    return generate(_tickets, layout).map_batches(
         _load, fn_kwargs={"loader_ref": loader_ref}, num_cpus=TASK_CPUS, concurrency=max_tasks, **WHOLE_BLOCKS
     )
 
 
-def _tickets(plan: StreamPlan) -> Iterator[Ticket]:
+def _tickets(layout: StreamLayout) -> Iterator[Ticket]:
     """Yield a ticket for every bundle."""
     ballast = bytes(TICKET_BYTES)
-    return (Ticket(first_samples, ballast) for first_samples in plan.bundles())
+    for first_samples in layout.bundles():
+        yield Ticket(first_samples, ballast)
 
 
 def _load(ticket: pa.Table, loader_ref: ray.ObjectRef[BatchLoader]) -> pa.Table:
@@ -184,7 +187,7 @@ def execution_options(batch_bytes: int, num_workers: int) -> ray.data.ExecutionO
     from ray.data import ExecutionOptions, ExecutionResources
 
     # Enough to hide the loading behind the step, and flat memory however slow the step is.
-    batches = max(READ_AHEAD_BATCHES, READ_AHEAD_BUNDLES * StreamPlan.bundle_for(batch_bytes))
+    batches = max(READ_AHEAD_BATCHES, READ_AHEAD_BUNDLES * StreamLayout.bundle_for(batch_bytes))
     ahead = max(MIN_READ_AHEAD_BYTES, batches * batch_bytes * num_workers)
     limits = ExecutionResources(object_store_memory=ahead)
     return ExecutionOptions(preserve_order=True, resource_limits=limits)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from raycontrolnet.cluster.resources import WorkerResources
 from raycontrolnet.config.train_config import changed_settings, public_settings
-from raycontrolnet.data.bundles import StreamPlan, batch_bytes
+from raycontrolnet.data.bundles import StreamLayout, batch_bytes
 from raycontrolnet.data.stream import execution_options, ray_dataset
 from raycontrolnet.errors import explained
 from raycontrolnet.launch.preflight import CheckedRun
@@ -192,19 +192,19 @@ def _validated(run: CheckedRun, world_size: int) -> set[int]:
 def _dataset_factory(run: CheckedRun, job: Job) -> Callable[[], ray.data.Dataset]:
     """Return what Ray Train calls at every start of the workers: the stream from the last checkpoint on."""
     batch_size, (fewest, most) = run.config.train_batch_size, run.config.worker_range
-    bundle = StreamPlan.bundle_for(batch_bytes(batch_size, run.config.resolution))
+    bundle = StreamLayout.bundle_for(batch_bytes(batch_size, run.config.resolution))
     max_tasks = run.config.dataloader_num_workers * most or None
 
     def dataset() -> ray.data.Dataset:
         checkpoint = job.current_checkpoint()
         step, samples = (checkpoint.step, checkpoint.samples) if checkpoint else (0, 0)
         if fewest == most:
-            plan = StreamPlan(
+            layout = StreamLayout(
                 samples, run.schedule(most, checkpoint).batches_per_worker(step), batch_size, most, bundle
             )
         else:  # how many workers an elastic run got is not known here: they stop by themselves
-            plan = StreamPlan(samples, ENDLESS, batch_size)
-        return ray_dataset(job.loader, plan, max_tasks)
+            layout = StreamLayout(samples, ENDLESS, batch_size)
+        return ray_dataset(job.loader, layout, max_tasks)
 
     return dataset
 
