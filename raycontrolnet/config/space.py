@@ -127,7 +127,7 @@ _EXAMPLE = "learning_rate: {loguniform: [2e-6, 1e-4]}"
 
 
 def _dimension(name: str, entry: Any) -> Dimension:
-    """Return the values to try of a setting, or raise a ConfigError without the place."""
+    """Return the values to try of the setting `name`, or raise a ConfigError without the place."""
     if isinstance(entry, (list, tuple)):
         raise ConfigError([f"{_shown(entry)}: is a list; perhaps you meant {{choice: {_shown(entry)}}}"])
     if entry is None:
@@ -146,7 +146,7 @@ def _dimension(name: str, entry: Any) -> Dimension:
 
 
 def _uniform(name: str, kind: str, values: Any) -> Uniform:
-    """Return the values to try of a setting, or raise a ConfigError without the place."""
+    """Return the range to try, or raise a ConfigError without the place."""
     number = _type_without_none(name)
     if number not in (int, float):
         raise ConfigError([f"{kind}: is for numbers, which {name} is not; list its values with {{choice: [...]}}"])
@@ -176,7 +176,7 @@ def _uniform(name: str, kind: str, values: Any) -> Uniform:
 
 
 def _choice(name: str, kind: str, given: Any) -> Choice:
-    """Return the values to try of a setting, or raise a ConfigError without the place."""
+    """Return the listed values to try, or raise a ConfigError without the place."""
     if not isinstance(given, (list, tuple)):
         hint = "" if isinstance(given, Mapping) or given is None else f", such as [{given}]"
         raise ConfigError([f"{kind}: {given}: must be a list{hint}"])
