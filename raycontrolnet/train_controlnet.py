@@ -42,7 +42,7 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
     """Run the job on this worker; `loop_config` is {"job": Job}.
 
     Returns:
-        Step, samples, loss and seconds by phase; None if the job has failed in a way that another try cannot mend.
+        Step, samples, loss and seconds by phase; None if the job failed and another try would fail again.
     """
     job = loop_config["job"]
     check_folder_is_shared(job)
@@ -99,7 +99,7 @@ class Worker:
                 validates = schedule.validation_due(state.step)
                 if validates:
                     self.record(force=True)
-                    self.validator.measure()  # before the checkpoint, which is reported with what it is worth
+                    self.validator.measure()  # before the checkpoint, which is reported with the figures
                 if schedule.checkpoint_due(state.step):
                     self.checkpoint()
                 if validates and state.step < schedule.total_updates:

@@ -278,7 +278,7 @@ def test_bad_samples_fail_at_the_end_with_the_whole_list(
     assert f"metadata.jsonl:2, image: {broken} is not an image" in lines[0]
     assert f"metadata.jsonl:{NUM_ROWS}, image: {empty} is empty" in lines[1]
     assert lines[2] == (
-        f"2 of {NUM_ROWS} samples cannot be used: mend them, or leave them out with --on_bad_sample skip. "
+        f"2 of {NUM_ROWS} samples cannot be used: fix them, or skip them with --on_bad_sample skip. "
         "The others are cached"
     )
     assert Manifest.read(CacheFolder(settings["latents_cache_dir"])) is None

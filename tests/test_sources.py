@@ -300,7 +300,7 @@ def test_missing_files_are_listed_and_counted(tmp_path: Path, monkeypatch: pytes
     assert problems_of(train_data_dir=str(tmp_path)) == [
         f"{path}:2: conditioning_image nowhere/0.png: no such file",
         f"{path}:2: image images/9.png: no such file",
-        "mend the data, or leave such rows out with --on_bad_sample skip",
+        "fix the data, or skip such rows with --on_bad_sample skip",
     ]
     write_lines(path, [good] + [good | {"image": f"nowhere/{row}.png"} for row in range(5000)])
     listed = []
@@ -505,7 +505,7 @@ def test_empty_cells_and_missing_files(tmp_path: Path) -> None:
     name = str(tmp_path / "null")
     assert problems_of(dataset_name=name) == [
         f"--dataset_name={name}: text is null in 2 of 3 rows",
-        "mend the data, or leave such rows out with --on_bad_sample skip",
+        "fix the data, or skip such rows with --on_bad_sample skip",
     ]
     dataset.select([]).to_parquet(tmp_path / "none.parquet")
     assert problems_of(dataset_name=f"{tmp_path}/none.parquet") == [
@@ -515,7 +515,7 @@ def test_empty_cells_and_missing_files(tmp_path: Path) -> None:
     (lines.parent / "edges" / "2.png").unlink()
     assert problems_of(dataset_name=str(lines)) == [
         f"--dataset_name={lines}, row 2: conditioning_image edges/2.png: no such file",
-        "mend the data, or leave such rows out with --on_bad_sample skip",
+        "fix the data, or skip such rows with --on_bad_sample skip",
     ]
 
 

@@ -60,7 +60,7 @@ def open_source(
     source = _open(data, cache_dir, token)
     if not (skip_bad and len(source)) and (problems := list(source.problems())):
         if len(source):
-            problems.append("mend the data, or leave such rows out with --on_bad_sample skip")
+            problems.append("fix the data, or skip such rows with --on_bad_sample skip")
         raise DataError("\n".join(problems))
     return source
 

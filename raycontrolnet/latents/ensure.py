@@ -152,9 +152,9 @@ def _manifest(plan: LatentPlan, results: list[ShardResult]) -> Manifest:
         file.write_text("".join(f"{sample.reason}\n" for sample in bad), encoding="utf-8")
         lines = shorten([sample.reason for sample in bad], f"bad samples (the whole list: {file})")
         limit = (
-            f"more than --max_bad_fraction={plan.config.max_bad_fraction:g} allows; mend the data"
+            f"more than --max_bad_fraction={plan.config.max_bad_fraction:g} allows; fix the data"
             if plan.config.on_bad_sample == "skip"
-            else "mend them, or leave them out with --on_bad_sample skip"
+            else "fix them, or skip them with --on_bad_sample skip"
         )
         raise DataError(
             "\n".join(

@@ -90,7 +90,7 @@ def train_on_ray(
     fewest, most = resources.num_workers
     loader_ref = ray.put(run.loader)
     threads = None if resources.use_gpu else resources.threads
-    # A sweep's trials share the cluster: what looks spare to one may be another's.
+    # A sweep's trials share the cluster: what looks spare may be another trial's.
     has_spare = resources.spare and follower is None
     spare = resources.actor_options if has_spare and run.config.validation_pairs else None
     job = run.job(use_gpu=resources.use_gpu, threads=threads, loader=loader_ref, spare=spare)

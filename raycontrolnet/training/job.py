@@ -81,12 +81,12 @@ class Job:
 
 def begin(job: Job) -> None:
     """Mark the folder as this run's; on the driver, before the workers start."""
-    # An earlier run that left no checkpoint may have measured and drawn.
+    # Of an earlier run that left no checkpoint.
     if job.start is None:
         shutil.rmtree(job.output_dir / validation.FOLDER, ignore_errors=True)
     if job.start is None or job.start.manifest.get("held_out", 0) != job.num_held_out:
         (job.output_dir / held_out.HELD_OUT_FILE).unlink(missing_ok=True)
-    end(job.output_dir)  # Ray's record of an earlier run must not speak up: the checkpoints on disk are the only truth
+    end(job.output_dir)  # Ray must not find its records of an earlier run: only the checkpoints on disk count
     (job.output_dir / RUN_ID).write_text(job.run_id)
 
 

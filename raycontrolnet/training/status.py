@@ -46,7 +46,7 @@ def status_kept(output_dir: Path, started: float, versions: dict[str, str]) -> I
                 status["cause"] = str(error)
         raise
     finally:
-        if "timings" not in status:  # of a run that did not come to its end
+        if "timings" not in status:  # the run ended early
             status["timings"] = read_timings(output_dir)
         status.write()
         (output_dir / TIMINGS).unlink(missing_ok=True)
