@@ -55,7 +55,7 @@ class HubStandIn:
 
     @property
     def calls(self) -> list[Request]:
-        """The requests, but for one that the client library makes once a day for itself, without a token."""
+        """Requests but for one that the client library makes once a day for itself, without a token."""
         return [request for request in self.requests if request.path != "/api/agent-harnesses"]
 
     def __enter__(self) -> HubStandIn:
@@ -67,13 +67,13 @@ class HubStandIn:
         self._thread.join()
 
     def stop(self) -> None:
-        """From now on nobody listens."""
+        """Stop listening."""
         self.stopped = True
         self._server.shutdown()
         self._server.server_close()
 
     def answer(self, request: Request) -> tuple[int, dict[str, Any] | None]:
-        """Status and JSON for a request."""
+        """Return status and JSON for a request."""
         path = request.path.partition("?")[0]
         if path.startswith("/storage/"):  # the place that LFS names needs no token, and must not be shown it
             return self._store(path.removeprefix("/storage/"), request.body)

@@ -1,5 +1,4 @@
-"""`raycontrolnet condition`: the conditions themselves, the data set that comes of a folder of pictures, what is made
-again, and what is never overwritten."""
+"""`raycontrolnet condition`: the conditions, the data set that it makes, what it makes again and never overwrites."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +52,7 @@ def test_every_condition_has_its_settings_and_keeps_the_shape() -> None:
     for name in CONDITIONS:
         options = ConditionConfig(images=".", condition=name, resolution=64).options
         made = conditions.CONDITIONS[name](image.copy(), **dict(options))
-        assert made.dtype == np.uint8
-        assert made.shape == image.shape
+        assert (made.dtype, made.shape) == (image.dtype, image.shape)
 
 
 def test_canny_draws_the_outline_of_a_square() -> None:
@@ -115,17 +113,16 @@ def photos(tmp_path: Path) -> Path:
     """Four pictures of different kinds, each with a text file."""
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
-    pictures = [draw_row(index, 64, 0)[0] for index in range(4)]
     wide = Image.new("RGB", (96, 64), "navy")
-    wide.paste(pictures[0], (20, 0))
+    wide.paste(draw_row(0, 64, 0).image, (20, 0))
     wide.save(folder / "wide.JPG", quality=95)
-    clear = pictures[1].convert("RGBA")
+    clear = draw_row(1, 64, 0).image.convert("RGBA")
     clear.putalpha(Image.fromarray(np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1))))
     clear.save(folder / "clear.png")
     exif = Image.Exif()
     exif[0x0112] = 6
     wide.resize((72, 48)).save(folder / "more" / "turned.jpeg", exif=exif)
-    deep = np.asarray(pictures[3].convert("L")).astype(np.uint16) * 257
+    deep = np.asarray(draw_row(3, 64, 0).image.convert("L")).astype(np.uint16) * 257
     Image.fromarray(deep).save(folder / "more" / "deep.png")
     for name in ("wide", "clear", "more/turned", "more/deep"):
         (folder / f"{name}.txt").write_text(f"a picture, {name}\n", encoding="utf-8")
@@ -151,7 +148,7 @@ def run(photos: Path, shown: io.StringIO) -> Make:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pass in this process, where what is tested is not Ray's part."""
+    """Make the images in this process, where Ray's part is not tested."""
 
     def make_here(job: MakeJob) -> Iterator[list[Outcome]]:
         for chunk in job.chunks():
@@ -184,7 +181,7 @@ def source_of(folder: Path) -> FolderSource:
 
 
 def files_of(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Every file but the log: its bytes, and when it was written."""
+    """Read every file but the log: its bytes, and when it was written."""
     return {
         str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
         for path in sorted(folder.rglob("*"))
@@ -208,7 +205,7 @@ def test_the_command_makes_a_data_set_that_trains(
     assert main(["condition", *flags(images=photos, condition="grey", resolution=RESOLUTION)]) == 0
     out = photos.with_name("photos-grey")
     said = capsys.readouterr().err
-    assert f"grey of 4 pictures in {photos}, short side 32 px; 0 are there" in said
+    assert f"grey of 4 pictures in {photos}, short side 32 px; 0 exist already" in said
     assert "grey: 4/4 images | " in said
     assert f"4 rows in {out / 'metadata.jsonl'}, 4 conditioning images made now" in said
     assert f"raycontrolnet train --train_data_dir {out} --resolution 32 ..." in said
@@ -275,8 +272,8 @@ def test_pictures_that_cannot_be_used_fail_at_the_end_or_are_left_out(
     assert f"error: {photos / 'more' / 'deep.png'} is empty\n" in message
     assert f"{photos / 'wide.JPG'} is not an image in a format that Pillow reads\n" in message
     assert message.endswith(
-        "2 of 4 pictures cannot be used: mend or remove them, or leave them out with --on_bad_sample skip. "
-        "The others' conditioning images are made\n"
+        "2 of 4 pictures cannot be used: repair or remove them, or leave them out with --on_bad_sample skip. "
+        "The conditioning images of the others are made\n"
     )
     assert "Traceback" not in message
     bad_pictures = out / "condition.bad_pictures.txt"
@@ -373,8 +370,8 @@ def test_missing_captions_are_listed_with_the_ways_out(photos: Path, capsys: pyt
         f"{photos / 'more' / 'deep.png'}: has no caption\n"
         f"--caption_column=text: no such column in {photos / 'metadata.csv'}, which has: file_name, label; name one of "
         "them with --caption_column\n"
-        f"write each a text file (clear.txt for clear.png) or a row in {photos / 'metadata.csv'}, or give one text for "
-        'all that have none: --caption "a photo"\n'
+        f"write a text file for each (clear.txt for clear.png) or a row in {photos / 'metadata.csv'}, or give one "
+        'caption for all that have none: --caption "a photo"\n'
     )
     assert not photos.with_name("photos-canny").exists()
 
@@ -471,7 +468,7 @@ def test_files_of_others_are_not_overwritten(run: Make, photos: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         run(out=str(photos))
     assert str(caught.value) == (
-        f"{metadata} is there\n--out={photos}: what is there was not written by `raycontrolnet condition`, or was "
+        f"{metadata} exists\n--out={photos}: these files were not written by `raycontrolnet condition`, or were "
         "changed since, and would be overwritten; name another folder"
     )
     assert files_of(photos) == before
@@ -481,12 +478,12 @@ def test_files_of_others_are_not_overwritten(run: Make, photos: Path) -> None:
     assert [row["text"] for row in rows_of(run().folder)] == ["new"] * 4
 
     (out / "metadata.jsonl").write_text((out / "metadata.jsonl").read_text().replace("new", "edited"))
-    with pytest.raises(ConfigError, match=rf"{out / 'metadata.jsonl'} is there\n.*was changed since"):
+    with pytest.raises(ConfigError, match=rf"{out / 'metadata.jsonl'} exists\n.*were changed since"):
         run()
     own = photos.with_name("photos-grey") / "conditioning" / "wide.JPG.png"
     own.parent.mkdir(parents=True)
     own.write_text("drawn by hand")
-    with pytest.raises(ConfigError, match=f"{own} is there"):
+    with pytest.raises(ConfigError, match=f"{own} exists"):
         run(condition="grey")
     assert own.read_text() == "drawn by hand"
 
@@ -495,7 +492,7 @@ def test_files_of_others_are_not_overwritten(run: Make, photos: Path) -> None:
 def test_an_edited_conditioning_image_stays(run: Make, photos: Path, nothing_made: Callable[[], None]) -> None:
     edited = run().folder / "conditioning" / "wide.JPG.png"
     edited.write_bytes(b"retouched")
-    with pytest.raises(ConfigError, match=rf"{edited} is there\n.* or was changed since, and would be overwritten"):
+    with pytest.raises(ConfigError, match=rf"{edited} exists\n.* or were changed since, and would be overwritten"):
         run(canny_low_threshold=50)
     nothing_made()
     assert run().num_made == 0
@@ -528,16 +525,22 @@ def test_half_a_line_of_the_journal_does_no_harm(run: Make) -> None:
     assert run().num_made == 0
 
 
+@contextmanager
+def ends_after_one_image(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def make_one(job: MakeJob) -> Iterator[list[Outcome]]:
+        yield [make(job.items[0], job.recipe, job.folder)]
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(condition_images, "make_on_ray", make_one)
+        yield
+
+
 @pytest.mark.usefixtures("_local_ray")
 def test_an_interruption_says_what_stands(
     run: Make, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(job: MakeJob) -> Iterator[list[Outcome]]:
-        yield [make(job.items[0], job.recipe, job.folder)]
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(condition_images, "make_on_ray", interrupted)
+    with ends_after_one_image(KeyboardInterrupt(), monkeypatch):
         command = ["condition", *flags(images=photos, condition="canny", resolution=RESOLUTION)]
         assert main(command) == Interrupted.exit_code
     out = photos.with_name("photos-canny")
@@ -553,36 +556,30 @@ def test_an_interruption_says_what_stands(
 def test_no_data_set_is_half_of_one_kind_and_half_of_another(
     run: Make, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other settings, and ended half way: what is there is no data set until the command has been run again."""
+    """Other settings, ended half way: the folder is no data set until the command is run again."""
     out = run().folder
     before = rows_of(out)
-
-    def fails(job: MakeJob) -> Iterator[list[Outcome]]:
-        yield [make(job.items[0], job.recipe, job.folder)]
-        raise RuntimeError("the machine is on fire")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(condition_images, "make_on_ray", fails)
-        with pytest.raises(RunError, match="the machine is on fire"):
-            run(canny_low_threshold=10, canny_high_threshold=20)
+    fire = RuntimeError("the machine is on fire")
+    with ends_after_one_image(fire, monkeypatch), pytest.raises(RunError, match="the machine is on fire"):
+        run(canny_low_threshold=10, canny_high_threshold=20)
     assert not (out / "metadata.jsonl").exists()
     assert run(canny_low_threshold=10, canny_high_threshold=20).num_made == 3
     assert rows_of(out) == before
 
 
-def num_put_down(out: Path) -> int:
-    """Conditioning images that the journal knows to be whole."""
+def num_recorded(out: Path) -> int:
+    """Count the images that the journal knows to be complete."""
     return sum(made.key != "" for made in ConditionFolder(out).made.values())
 
 
 @pytest.mark.usefixtures("_local_ray")
 def test_killed_in_the_middle_it_goes_on(tmp_path: Path) -> None:
-    """kill -9 of the driver and of its Ray; then the same to the end, as if nothing had been."""
-    photos, num_photos = tmp_path / "many", 640
+    """Kill -9 the driver and its Ray, and run it again: the result is that of a run that was not killed."""
+    photos, num_photos = tmp_path / "many", 320
     photos.mkdir()
     for index in range(num_photos):
         draw_row(index, 16, 0)[0].save(photos / f"{index:03}.png")
-    settings = {"images": str(photos), "condition": "canny", "caption": "a circle", "resolution": 64}
+    settings: dict[str, Any] = {"images": str(photos), "condition": "canny", "caption": "a circle", "resolution": 64}
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     command = [sys.executable, "-m", "raycontrolnet", "condition", *flags(**settings)]
     out = tmp_path / "many-canny"
@@ -590,7 +587,7 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path) -> None:
         command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, start_new_session=True
     ) as first:
         try:
-            while num_put_down(out) < num_photos // 10:
+            while num_recorded(out) < num_photos // 10:
                 assert first.poll() is None
                 time.sleep(0.01)
             children = psutil.Process(first.pid).children(recursive=True)
@@ -600,16 +597,17 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path) -> None:
         with suppress(psutil.NoSuchProcess):
             child.kill()
     psutil.wait_procs(children, timeout=30)
-    before = num_put_down(out)
+    before = num_recorded(out)
     assert 0 < before < num_photos
     assert not (out / "metadata.jsonl").exists()
     for path in out.glob("conditioning/*.png"):  # what is there is whole
         with Image.open(path) as image:
             image.load()
-    result = condition(ConditionConfig(**settings), stream=io.StringIO())  # type: ignore[arg-type]
-    assert result.num_rows == num_photos
-    assert result.num_made == num_photos - before
-    fresh = condition(ConditionConfig(**settings, out=str(tmp_path / "fresh")), stream=io.StringIO())  # type: ignore[arg-type]
+    result, fresh = (
+        condition(ConditionConfig(**settings, out=str(folder)), stream=io.StringIO())
+        for folder in (out, tmp_path / "fresh")
+    )
+    assert (result.num_rows, result.num_made) == (num_photos, num_photos - before)
     visible = {name: content for name, content in pngs_of(out).items() if not Path(name).name.startswith(".")}
     assert visible == pngs_of(fresh.folder)
     assert rows_of(out) == rows_of(fresh.folder)
@@ -658,7 +656,7 @@ def test_the_flags_are_the_settings_of_python(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_conditioning_image_of_another_shape_than_square_fits_its_picture(tmp_path: Path) -> None:
-    """Training at the resolution of the command cuts both alike, to the pixel; of any proportions."""
+    """Training at the resolution of the command crops both alike, to the pixel, whatever the proportions."""
     rng = np.random.default_rng(0)
     for width, height in ((75, 50), (50, 75), (33, 97), (64, 64), (20, 31)):
         path = tmp_path / f"{width}.png"

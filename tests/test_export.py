@@ -26,7 +26,7 @@ TOKEN = "hf_TheRightToken"
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
-    """A finished run: what is uploaded, and much that must stay here."""
+    """Write a finished run: files to upload, and many that must not be."""
     folder = tmp_path / "circles-run"
     uploaded = {
         "config.json": b'{"_class_name": "ControlNetModel"}',

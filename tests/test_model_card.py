@@ -19,6 +19,8 @@ from raycontrolnet.config.output_settings import ValidationConfig
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.hub.licence import Licence
 from raycontrolnet.hub.model_card import write_model_card
+from raycontrolnet.sampling import images
+from raycontrolnet.sampling.images import DrawOptions
 from raycontrolnet.training import validation
 
 TOKEN = "hf_TheRightToken"
@@ -27,7 +29,7 @@ EVIL = 'red `circle` | <script>alert(1)</script> ![x](y)\n---\nlicense: mit\n```
 
 @pytest.fixture
 def run_folder(tmp_path: Path, tiny_base: Path) -> Path:
-    """A finished run's folder with its weights."""
+    """Write a finished run's folder with its weights."""
     folder = tmp_path / "circles-run"
     unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
     ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 4, 8, 8)).save_pretrained(folder)
@@ -52,13 +54,12 @@ def finish_validation(tmp_path: Path) -> Callable[..., None]:
         config = ValidationConfig(
             validation_prompt=prompts, validation_image=(str(tmp_path / "control.png"),), num_validation_images=2
         )
-        items = validation.plan(config, seed=0)
-        validation.step_folder(folder, step).mkdir(parents=True)
+        items = images.plan(config.validation_pairs, config.num_validation_images, 0, "--validation_image")
+        place = validation.step_folder(folder, step)
+        place.mkdir(parents=True)
         for item in items:
-            Image.new("RGB", (32, 32), (step, item.image, item.pair)).save(
-                validation.step_folder(folder, step) / item.file_name
-            )
-        assert len(validation.finish(folder, step, items, resolution=32)) == len(prompts)
+            Image.new("RGB", (32, 32), (step, item.image, item.pair)).save(place / item.file_name)
+        assert len(images.finish(place, items, DrawOptions(32), step=step)) == len(prompts)
 
     return finish
 
@@ -71,13 +72,9 @@ def parts(card: Path) -> tuple[dict[str, Any], str]:
 def test_card(run_folder: Path, tiny_base: Path, finish_validation: Callable[..., None]) -> None:
     finish_validation(run_folder, 1, "an older one")
     finish_validation(run_folder, 2, "red circle", EVIL, " ")
-    config = config_of(
-        run_folder,
-        tiny_base,
-        learning_rate=1e-4,
-        validation_prompt=(EVIL,),
-        validation_image=(str(tiny_base / "model_index.json"),),
-    )
+    image = str(tiny_base / "model_index.json")
+    changed = {"learning_rate": 1e-4, "validation_prompt": (EVIL,), "validation_image": (image,)}
+    config = config_of(run_folder, tiny_base, **changed)
     facts: dict[str, Any] = {
         "step": 1234,
         "loss": 0.123456,
@@ -93,15 +90,11 @@ def test_card(run_folder: Path, tiny_base: Path, finish_validation: Callable[...
         "license": "creativeml-openrail-m",
         "library_name": "diffusers",
         "tags": [
-            "stable-diffusion",
-            "stable-diffusion-diffusers",
-            "text-to-image",
-            "diffusers",
-            "controlnet",
+            "stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "controlnet",
             "diffusers-training",
         ],
         "inference": True,
-    }
+    }  # fmt: skip
     assert text.startswith(
         "\n# circles-run\n\nA ControlNet for `tiny_base0`, trained with raycontrolnet on `circles`.\n"
     )
@@ -184,14 +177,8 @@ def test_user_text_is_not_markup(run_folder: Path, tiny_base: Path, finish_valid
     assert metadata["license"] == "creativeml-openrail-m"
     inline = [part for token in MarkdownIt().parse(text) for part in token.children or []]
     assert {part.type for part in inline} <= {
-        "text",
-        "text_special",
-        "softbreak",
-        "code_inline",
-        "image",
-        "link_open",
-        "link_close",
-    }
+        "text", "text_special", "softbreak", "code_inline", "image", "link_open", "link_close"
+    }  # fmt: skip
     assert [part.attrs["src"] for part in inline if part.type == "image"] == ["images/pair-00-grid.png"]
     shown = " ".join(EVIL.split())
     assert shown in [part.content for part in inline if part.type == "code_inline"]

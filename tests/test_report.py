@@ -21,7 +21,7 @@ from raycontrolnet.config.train_config import TrainConfig, public_settings
 from raycontrolnet.demo.shapes import draw_row
 from raycontrolnet.report import run_report
 from raycontrolnet.report.run_report import write_report
-from raycontrolnet.sampling.images import ImageItem
+from raycontrolnet.sampling.images import DrawOptions, ImageItem, finish
 from raycontrolnet.training import validation
 
 CHROMIUM = shutil.which("chromium")
@@ -98,7 +98,7 @@ def write_images(folder: Path, steps: range, prompts: list[str], *, images: int 
                 noise = Image.effect_noise(picture.size, 90).convert("RGB")
                 Image.blend(noise, picture, step / steps[-1]).save(place / items[-1].file_name)
         (folder / "control.png").unlink()
-        assert len(validation.finish(folder, step, items, resolution=resolution)) == len(prompts)
+        assert len(finish(place, items, DrawOptions(resolution), step=step)) == len(prompts)
 
 
 def write_status(folder: Path, status: str, **more: Any) -> None:

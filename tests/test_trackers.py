@@ -51,7 +51,7 @@ def pictures(tmp_path: Path) -> list[Path]:
 
 
 def run_script(folder: Path, name: str, done_steps: int = 0, **environment: str) -> None:
-    """In a process of its own: the tools keep threads, patch modules and read the environment once."""
+    """Run it in its own process: the tools keep threads, patch modules and read the environment once."""
     environment = {"HF_TOKEN": "hf_in_environment", "PYTHONPATH": str(Path(trackers.__file__).parents[2])} | environment
     arguments = [sys.executable, "-c", SCRIPT, str(folder), name, str(done_steps), "--hub_token=hf_in_arguments"]
     done = subprocess.run(
@@ -59,12 +59,9 @@ def run_script(folder: Path, name: str, done_steps: int = 0, **environment: str)
     )
     assert done.returncode == 0, done.stderr
     everything = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
-    everything += [
-        archive.read(member)
-        for path in folder.rglob("*.zip")
-        for archive in [zipfile.ZipFile(path)]
-        for member in archive.namelist()
-    ]
+    for path in folder.rglob("*.zip"):
+        with zipfile.ZipFile(path) as archive:
+            everything += map(archive.read, archive.namelist())
     assert any(b"red circle" in content for content in everything)
     for secret in SECRETS:
         assert secret not in done.stdout + done.stderr
@@ -120,10 +117,8 @@ def test_tensorboard(tmp_path: Path, pictures: list[Path]) -> None:
     read = events(tmp_path / "logs/circles")
     assert sorted(read.Tags()["scalars"]) == ["loss", "lr"]
     assert [(event.step, event.value) for event in read.Scalars("loss")] == [
-        (1, 0.5),
-        (2, 0.25),
-        (3, pytest.approx(1 / 6)),
-    ]
+        (1, 0.5), (2, 0.25), (3, pytest.approx(1 / 6))
+    ]  # fmt: skip
     keys = ["several/00", "several/01", "validation/pair-00", "validation/pair-01"]
     assert sorted(read.Tags()["images"]) == keys
     for key in keys:
@@ -140,7 +135,7 @@ def test_tensorboard(tmp_path: Path, pictures: list[Path]) -> None:
 
 
 def test_tensorboard_of_a_continued_run(tmp_path: Path) -> None:
-    """Killed after step 5, continued from the checkpoint of step 2: one curve without a fold."""
+    """Killed after step 5, resumed from the checkpoint of step 2: one curve without a fold."""
     for done_steps, last, loss in ((0, 5, 1.0), (2, 4, 2.0)):
         opened = open_trackers(
             ["tensorboard"], logging_dir=tmp_path, project="p", run_name="r", settings={}, done_steps=done_steps
@@ -179,7 +174,7 @@ def test_wandb_offline(tmp_path: Path, pictures: list[Path]) -> None:
 
 
 def read_wandb(path: Path) -> dict[str, Any]:
-    """What a run's offline file tells, as protocol buffers of W&B's own definition."""
+    """Read a run's offline file, in protocol buffers of W&B's own definition."""
     import wandb.proto.wandb_internal_pb2
 
     messages: Any = wandb.proto.wandb_internal_pb2
@@ -199,7 +194,7 @@ def read_wandb(path: Path) -> dict[str, Any]:
 
 
 def leveldb_records(content: bytes, start: int, block: int = 32768) -> Iterator[bytes]:
-    """The records of a file in the format of LevelDB's log, with `start` bytes of another header in the first block."""
+    """Yield the records of a file in LevelDB's log format, with `start` bytes of another header in its first block."""
     position, parts = start, b""
     while position + 7 <= len(content):
         if block - position % block < 7:  # too little room for a header: padding

@@ -69,8 +69,8 @@ def test_the_images_are_those_of_the_workers(
 
 
 @pytest.mark.usefixtures("_local_ray")
-def test_a_lost_painter_is_replaced_by_the_workers(settings: Settings, tmp_path: Path) -> None:
-    """Killed as soon as it is there. The images that it was sent first are lost, the later ones are not."""
+def test_a_lost_actor_is_replaced_by_the_workers(settings: Settings, tmp_path: Path) -> None:
+    """Kill it as soon as it runs: the images that it was sent first are lost, the later ones are not."""
     out = tmp_path / "out"
     with when(
         lambda: bool(workers_called("ray::ValidationActor")), lambda: workers_called("ray::ValidationActor")[0].kill()
@@ -83,7 +83,7 @@ def test_a_lost_painter_is_replaced_by_the_workers(settings: Settings, tmp_path:
 
 @pytest.mark.usefixtures("_local_ray")
 def test_a_lost_worker_finds_its_place_again(settings: Settings, tmp_path: Path) -> None:
-    """The painter goes with the worker that owns it, so that it cannot sit in the place that the next one needs."""
+    """The actor ends with the worker that owns it, so it does not hold the resources that the next worker needs."""
     settings |= {"max_train_steps": 12, "checkpointing_steps": 2, "num_workers": "1", "cpus_per_worker": 1.0}
     whole = run(settings, tmp_path / "whole")
     with when(lambda: last_step(tmp_path / "out") >= 5, kill_a_train_worker) as killed:

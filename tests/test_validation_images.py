@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,16 @@ from raycontrolnet.config.output_settings import ValidationConfig
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.errors import DataError
 from raycontrolnet.model.components import Components, load_components, with_controlnet
-from raycontrolnet.sampling import images
-from raycontrolnet.sampling import pipeline as drawing
+from raycontrolnet.quiet import only_errors
+from raycontrolnet.sampling import images, pipeline
+from raycontrolnet.sampling.images import DrawOptions, ImageItem
 from raycontrolnet.sampling.pipeline import Sampling
 from raycontrolnet.training import validation
+from raycontrolnet.training.validation import FLAG, StepImages
 
 RESOLUTION = 32
 CPU = torch.device("cpu")
-FEW = Sampling(num_inference_steps=4)
+FEW = DrawOptions(RESOLUTION, Sampling(num_inference_steps=4))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -76,44 +78,55 @@ def config(tmp_path: Path) -> ValidationConfig:
     )
 
 
+def plan(config: ValidationConfig, seed: int = 7) -> list[ImageItem]:
+    return images.plan(config.validation_pairs, config.num_validation_images, seed, FLAG)
+
+
 def pixels(image: Image.Image | Path) -> np.ndarray[Any, Any]:
     return np.asarray(image if isinstance(image, Image.Image) else Image.open(image))
 
 
+def drawn(components: Components, items: list[ImageItem], options: DrawOptions = FEW) -> list[Any]:
+    """Pixels of `items`, as integers that can be subtracted."""
+    found = list(images.draw_items(components, items, options))
+    assert [item for item, _ in found] == items
+    return [pixels(image).astype(int) for _, image in found]
+
+
 def test_plan(config: ValidationConfig) -> None:
-    items = validation.plan(config, seed=7)
+    items = plan(config)
     assert [(item.pair, item.image) for item in items] == [(p, i) for p in range(2) for i in range(3)]
     assert {item.prompt for item in items} == {"red circle"}
     assert [item.control_image for item in items[::3]] == list(config.validation_image or ())
     assert len({item.seed for item in items}) == 6
-    assert items == validation.plan(config, seed=7)
-    assert {item.seed for item in items}.isdisjoint(item.seed for item in validation.plan(config, seed=8))
-    assert validation.plan(ValidationConfig(), seed=7) == []
+    assert items == plan(config)
+    assert {item.seed for item in items}.isdisjoint(item.seed for item in plan(config, seed=8))
+    assert plan(ValidationConfig()) == []
 
 
 def test_items_do_not_need_the_files_any_more(config: ValidationConfig) -> None:
-    (item, *_) = validation.plan(config, seed=7)
+    (item, *_) = plan(config)
     Path(item.control_image).unlink()
     assert item.control(RESOLUTION).size == (RESOLUTION, RESOLUTION)
 
 
 def test_check_names_every_bad_image(config: ValidationConfig, tmp_path: Path) -> None:
-    validation.check(config)
-    validation.check(ValidationConfig())
+    images.check(config.validation_pairs, FLAG)
+    images.check((), FLAG)
     (tmp_path / "empty.png").touch()
     whole = (tmp_path / "grey.png").read_bytes()
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
     names = ("grey.png", "empty.png", "half.png", "missing.png")
-    bad = ValidationConfig(validation_prompt=("a",), validation_image=tuple(str(tmp_path / name) for name in names))
+    pairs = [("a", str(tmp_path / name)) for name in names]
     with pytest.raises(DataError) as error:
-        validation.check(bad)
+        images.check(pairs, FLAG)
     lines = str(error.value).splitlines()
     assert len(lines) == 3
     for line, name in zip(lines, names[1:], strict=True):
         assert line.startswith("--validation_image: ")
         assert str(tmp_path / name) in line
-    with pytest.raises(DataError, match=r"missing.png: cannot be read \(No such file or directory\)"):
-        validation.plan(bad, seed=0)
+    with pytest.raises(DataError, match=r"--validation_image: .*missing.png: cannot be read \(No such file or direct"):
+        images.plan(pairs, 1, 0, FLAG)
 
 
 @pytest.mark.parametrize("base", ["tiny_base", "tiny_base_v"])
@@ -123,14 +136,14 @@ def test_images_are_those_of_the_pipeline(base: str, config: ValidationConfig, r
 
     folder = request.getfixturevalue(base)
     components = components_of(folder)
-    item = validation.plan(config, seed=7)[4]
-    ((drawn, image),) = images.draw_items(components, [item], resolution=RESOLUTION, device=CPU)
-    assert drawn is item
-    with drawing._quiet():
-        pipeline = StableDiffusionControlNetPipeline.from_pretrained(folder, controlnet=components.controlnet)
-        pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
-        pipeline.set_progress_bar_config(disable=True)
-        (expected,) = pipeline(
+    item = plan(config)[4]
+    ((drawn_item, image),) = images.draw_items(components, [item], DrawOptions(RESOLUTION))
+    assert drawn_item is item
+    with only_errors():
+        reference = StableDiffusionControlNetPipeline.from_pretrained(folder, controlnet=components.controlnet)
+        reference.scheduler = UniPCMultistepScheduler.from_config(reference.scheduler.config)
+        reference.set_progress_bar_config(disable=True)
+        (expected,) = reference(
             "red circle",
             image=item.control(RESOLUTION),
             num_inference_steps=20,
@@ -142,21 +155,12 @@ def test_images_are_those_of_the_pipeline(base: str, config: ValidationConfig, r
 
 
 def test_control_image_and_seed_matter(components: Components, config: ValidationConfig) -> None:
-    items = validation.plan(config, seed=7)
-    first, other_control = items[0], dataclasses.replace(items[3], seed=items[0].seed)
-    drawn = [
-        pixels(image)
-        for _, image in images.draw_items(
-            components,
-            [first, items[1], other_control, first],
-            resolution=RESOLUTION,
-            device=CPU,
-            sampling=FEW,
-        )
-    ]
-    for other in (1, 2):
-        assert np.abs(drawn[0].astype(int) - drawn[other]).mean() > 0.5
-    np.testing.assert_array_equal(drawn[0], drawn[3])
+    items = plan(config)
+    other_control = replace(items[3], seed=items[0].seed)
+    first, *others, again = drawn(components, [items[0], items[1], other_control, items[0]])
+    for other in others:
+        assert np.abs(first - other).mean() > 0.5
+    np.testing.assert_array_equal(first, again)
 
 
 @pytest.mark.parametrize("batch_size", [2, 4, 100])
@@ -164,35 +168,22 @@ def test_batches_draw_the_same_but_for_rounding(
     components: Components, config: ValidationConfig, batch_size: int
 ) -> None:
     """Each with its own prompt, control image and seed, also where a batch holds images of several pairs."""
-    items = [
-        dataclasses.replace(item, prompt=f"{item.prompt} {item.image}") for item in validation.plan(config, seed=7)
-    ]
-    drawn: dict[int, list[Any]] = {}
-    for size in (1, batch_size):
-        options: dict[str, Any] = {"resolution": RESOLUTION, "device": CPU, "sampling": FEW, "batch_size": size}
-        found = list(images.draw_items(components, items, **options))
-        assert [item for item, _ in found] == items
-        drawn[size] = [pixels(image).astype(int) for _, image in found]
-    for one, other in zip(drawn[1], drawn[batch_size], strict=True):
+    items = [replace(item, prompt=f"{item.prompt} {item.image}") for item in plan(config)]
+    singly, together = drawn(components, items), drawn(components, items, replace(FEW, batch_size=batch_size))
+    for one, other in zip(singly, together, strict=True):
         assert np.abs(one - other).max() <= 2
-    assert min(np.abs(one - other).mean() for one, other in combinations(drawn[1], 2)) > 0.5
+    assert min(np.abs(one - other).mean() for one, other in combinations(singly, 2)) > 0.5
 
 
 def test_the_files_of_many_pairs_sort(config: ValidationConfig) -> None:
     path = (config.validation_image or ())[0]
-    for count, first, last in (
-        (100, "pair-00", "pair-99"),
-        (101, "pair-000", "pair-100"),
-        (1001, "pair-0000", "pair-1000"),
-    ):
+    for count, first, last in ((100, "00", "99"), (101, "000", "100"), (1001, "0000", "1000")):
         items = images.plan([("a", path)] * count, 1, 0, "--image")
-        for names in (
-            [i.file_name for i in items],
-            [i.control_file_name for i in items],
-            [i.grid_file_name for i in items],
-        ):
+        for kind in ("file_name", "control_file_name", "grid_file_name"):
+            names = [getattr(item, kind) for item in items]
             assert names == sorted(names)
-            assert (names[0][: len(first)], names[-1][: len(last)]) == (first, last)
+            assert names[0].startswith(f"pair-{first}-")
+            assert names[-1].startswith(f"pair-{last}-")
 
 
 def test_models_and_random_state_stay_as_they_were(components: Components, config: ValidationConfig) -> None:
@@ -213,10 +204,8 @@ def test_models_and_random_state_stay_as_they_were(components: Components, confi
             [logging.getLogger(name).level for name in ("diffusers", "transformers")],
         ]
 
-    items = validation.plan(config, seed=7)[:2]
     before, during = state(), []
-    drawn = images.draw_items(components, items, resolution=RESOLUTION, device=CPU, sampling=FEW)
-    for _ in drawn:
+    for _ in images.draw_items(components, plan(config)[:2], FEW):
         during.append(state())  # also between two images
     assert during == [before, before]
     components.unet.eval()
@@ -225,23 +214,21 @@ def test_models_and_random_state_stay_as_they_were(components: Components, confi
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mixed_precision(dtype: torch.dtype, tiny_base: Path, components: Components, config: ValidationConfig) -> None:
     """Half-precision frozen models and an fp32 ControlNet work together under autocast, and draw about the same."""
-    items = validation.plan(config, seed=7)[:1]
-    options: dict[str, Any] = {"resolution": RESOLUTION, "device": CPU, "sampling": FEW}
-    ((_, exact),) = images.draw_items(components, items, **options)
-    ((_, rounded),) = images.draw_items(components_of(tiny_base, dtype), items, autocast=dtype, **options)
-    assert np.abs(pixels(exact).astype(int) - pixels(rounded)).mean() < 8
+    (exact,) = drawn(components, plan(config)[:1])
+    (rounded,) = drawn(components_of(tiny_base, dtype), plan(config)[:1], replace(FEW, precision=dtype))
+    assert np.abs(exact - rounded).mean() < 8
     assert not torch.is_autocast_enabled("cpu")
 
 
 def test_folder(components: Components, config: ValidationConfig, tmp_path: Path) -> None:
-    items = validation.plan(config, seed=7)
-    options: dict[str, Any] = {"resolution": RESOLUTION, "sampling": FEW}
+    items = plan(config)
+    one, two = (StepImages(tmp_path / name, 12, items, FEW) for name in ("one", "two"))
     for rank in (0, 1):
-        validation.write(tmp_path / "two", 12, items, components, device=CPU, shard=(rank, 2), **options)
+        two.draw(components, rank, world_size=2)
         written = sorted(path.name for path in (tmp_path / "two/validation/step-000012").iterdir())
         assert written == sorted(item.file_name for item in (items[::2] if rank == 0 else items))
-    validation.write(tmp_path / "one", 12, items, components, device=CPU, **options)
-    results = validation.finish(tmp_path / "two", 12, items, **options)
+    one.draw(components)
+    results = two.finish()
 
     folder = tmp_path / "two/validation/step-000012"
     others = {f"pair-{pair:02d}-{kind}.png" for pair in range(2) for kind in ("control", "grid")}
@@ -265,7 +252,7 @@ def test_folder(components: Components, config: ValidationConfig, tmp_path: Path
         "num_inference_steps": 4,
         "guidance_scale": 7.5,
     }
-    assert [result.key for result in results] == ["validation/pair-00", "validation/pair-01"]
+    assert [(result.name, result.step) for result in results] == [("pair-00", 12), ("pair-01", 12)]
     assert results == validation.latest(tmp_path / "two")
     for result, item in zip(results, items[::3], strict=True):
         np.testing.assert_array_equal(pixels(result.control), pixels(item.control(RESOLUTION)))
@@ -283,11 +270,11 @@ def test_a_failure_is_logged_and_leaves_what_there_is(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    items = validation.plan(config, seed=7)
-    options: dict[str, Any] = {"resolution": RESOLUTION, "sampling": FEW}
-    validation.write(tmp_path, 5, items, components, device=CPU, **options)  # an earlier run, which then went back
-    validation.finish(tmp_path, 5, items, resolution=RESOLUTION)
-    real: Callable[..., list[Image.Image]] = drawing.draw
+    items = plan(config)
+    step_5 = StepImages(tmp_path, 5, items, FEW)
+    step_5.draw(components)  # an earlier run, which then went back
+    step_5.finish()
+    real: Callable[..., list[Image.Image]] = pipeline.draw
 
     def out_of_memory(*arguments: Any, **named: Any) -> list[Image.Image]:
         if arguments[3] == [items[1].seed]:
@@ -295,26 +282,26 @@ def test_a_failure_is_logged_and_leaves_what_there_is(
         return real(*arguments, **named)
 
     monkeypatch.setattr(images, "draw", out_of_memory)
-    validation.write(tmp_path, 5, items, components, device=CPU, **options)
+    step_5.draw(components)
     assert validation.latest(tmp_path) == []  # metadata.jsonl of before is gone
-    assert validation.finish(tmp_path, 6, items, resolution=RESOLUTION) == []
+    assert replace(step_5, step=6).finish() == []
     assert not validation.step_folder(tmp_path, 6).exists()
-    (result,) = validation.finish(tmp_path, 5, items, resolution=RESOLUTION)
+    (result,) = step_5.finish()
     assert [path.name for path in result.images] == ["pair-00-image-00.png"]
     assert "step 5: no validation images (OutOfMemoryError: no memory left); training goes on" in caplog.text
 
     caplog.clear()
     (tmp_path / "file").touch()
-    validation.write(tmp_path / "file", 5, items, components, device=CPU, **options)
-    assert validation.finish(tmp_path / "file", 5, items, resolution=RESOLUTION) == []
+    no_folder = replace(step_5, output_dir=tmp_path / "file")
+    no_folder.draw(components)
+    assert no_folder.finish() == []
     assert caplog.text.count("training goes on") == 1
 
 
 def test_long_prompts_are_said_once(
     components: Components, config: ValidationConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    items = [dataclasses.replace(item, prompt="red circle " * 50) for item in validation.plan(config, seed=7)[:2]]
-    assert len(list(images.draw_items(components, items, resolution=32, device=CPU, sampling=FEW))) == 2
+    drawn(components, [replace(item, prompt="red circle " * 50) for item in plan(config)[:2]])
     assert [record.name for record in caplog.records] == ["raycontrolnet.model.prompts"]
     assert "102 tokens; those after the first 77 do nothing" in caplog.text
 
@@ -322,7 +309,7 @@ def test_long_prompts_are_said_once(
 def test_nothing_is_printed(
     components: Components, config: ValidationConfig, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    list(images.draw_items(components, validation.plan(config, seed=7)[:1], resolution=RESOLUTION, device=CPU))
+    drawn(components, plan(config)[:1])
     assert capfd.readouterr() == ("", "")
 
 

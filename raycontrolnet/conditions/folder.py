@@ -1,11 +1,11 @@
-"""The folder that `raycontrolnet condition` writes: what is there of which picture, so that no work is done twice.
+"""The folder that `raycontrolnet condition` writes, and its journal, so that no image is made twice.
 
     conditioning/a.jpg.png   of the picture a.jpg: the name tells a.jpg from a.png
     metadata.jsonl           the data set, written last
-    .condition.jsonl         the journal: what was made, of what, and what of the rest is this command's own
+    .condition.jsonl         the journal: the images that were made, with their keys, and hashes of metadata.jsonl
 
-A name is in the journal before its file is made, and with its key once the file is whole. So a file that the journal
-does not know is somebody else's, and one without key is made again.
+A name enters the journal before its file is made, and gets its key once the file is complete. So a file that the
+journal does not name is foreign, and one without a key is made again.
 """
 
 from __future__ import annotations
@@ -13,24 +13,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from raycontrolnet.errors import RunError
 from raycontrolnet.storage.folder import CacheFolder
 
 CONDITIONING = "conditioning"
 METADATA = "metadata.jsonl"
 JOURNAL = ".condition.jsonl"
+BAD_PICTURES_FILE = "condition.bad_pictures.txt"
 ELSEWHERE = "elsewhere"
-"""Where the conditioning images of pictures outside their folder go."""
+"""Folder for the conditioning images of pictures outside the pictures' folder."""
 
 
 class Made(NamedTuple):
-    """A conditioning image that is there."""
+    """The journal's entry of a conditioning image."""
 
     key: str
-    """Of the recipe and the picture's state; empty if it was begun and may not be whole."""
+    """Key of the recipe and the picture's state; empty if the image was begun and may not be complete."""
     num_bytes: int
 
 
@@ -52,16 +55,16 @@ class ConditionFolder:
         return self.path / METADATA
 
     def is_there(self, name: str, key: str) -> bool:
-        """Whether the conditioning image `name` is there and was made with `key`; edited since, it stays as it is."""
+        """Check that the conditioning image `name` exists and was made with `key`. It may have been edited since."""
         made = self.made.get(name)
         return made is not None and made.key == key and _num_bytes(self.conditioning / name) is not None
 
     def holds(self, name: str, made: Made) -> bool:
-        """Whether the file is there, with the size that it should have."""
+        """Check that the file exists and has the size in `made`."""
         return _num_bytes(self.conditioning / name) == made.num_bytes
 
     def foreign_files(self, keys: Mapping[str, str]) -> Iterator[Path]:
-        """Files that would be overwritten and are not this command's, or not any more.
+        """Yield files that would be overwritten and that this command did not write, or that were edited since.
 
         Args:
             keys: name -> key of the conditioning images that are wanted.
@@ -76,55 +79,81 @@ class ConditionFolder:
                     yield self.conditioning / name
 
     def wrote(self, metadata: Path) -> bool:
-        """Whether a metadata file of this folder is as this command wrote it."""
+        """Check that a metadata file of this folder is as this command wrote it."""
         try:
             return metadata.name == METADATA and _digest(metadata.read_bytes()) in self._metadata_hashes
         except OSError:
             return False
 
-    def begin(self, names: Iterable[str]) -> None:
-        """Put down that these are to be made.
+    def begin(self, names: Sequence[str]) -> None:
+        """Enter images that will be made now, and remove a metadata file that names images which they replace.
 
         Raises:
-            OSError: if it cannot be written.
+            RunError: if the folder cannot be written to.
         """
         self.made |= dict.fromkeys(names, Made("", 0))
         lines = [_line(metadata=digest) for digest in sorted(self._metadata_hashes)]
         lines += [_line(name=name, key=made.key, num_bytes=made.num_bytes) for name, made in self.made.items()]
-        CacheFolder(str(self.path)).write(JOURNAL, "".join(lines).encode())
+        with self._writing():
+            CacheFolder(str(self.path)).write(JOURNAL, "".join(lines).encode())
+            if any((self.conditioning / name).exists() for name in names):
+                self.metadata.unlink(missing_ok=True)
 
     def add(self, made: Mapping[str, Made]) -> None:
-        """Put down that these are there, whole.
+        """Enter images that are complete.
 
         Raises:
-            OSError: if it cannot be written.
+            RunError: if the folder cannot be written to.
         """
         self.made |= made
-        self._append("".join(_line(name=name, **done._asdict()) for name, done in made.items()))
+        with self._writing():
+            self._append("".join(_line(name=name, **done._asdict()) for name, done in made.items()))
 
     def write_metadata(self, rows: Iterable[Mapping[str, object]]) -> bool:
-        """Put the metadata file in its place, whole; False if it is there as it should be.
+        """Replace the metadata file; False if it has this content already.
 
         Raises:
-            OSError: if it cannot be written.
+            RunError: if the folder cannot be written to.
         """
         content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         digest = _digest(content)
         if self.metadata.is_file() and self.metadata.read_bytes() == content:
             return False
-        self._append(_line(metadata=digest))  # first: a file that is not known to be ours could not be replaced again
-        self._metadata_hashes.add(digest)
-        CacheFolder(str(self.path)).write(METADATA, content)
+        with self._writing():
+            self._append(_line(metadata=digest))  # first: a file that the journal does not know could not be replaced
+            self._metadata_hashes.add(digest)
+            CacheFolder(str(self.path)).write(METADATA, content)
         return True
 
+    def write_bad_pictures(self, reasons: Sequence[str]) -> Path:
+        """Write the list of pictures that cannot be used, a reason per line; remove it if there are none.
+
+        Raises:
+            RunError: if the folder cannot be written to.
+        """
+        file = self.path / BAD_PICTURES_FILE
+        with self._writing():
+            file.unlink(missing_ok=True)
+            if reasons:
+                text = "".join(f"{reason}\n" for reason in reasons)
+                file.write_text(text, encoding="utf-8", errors="backslashreplace")
+        return file
+
     def remove_leftovers(self) -> None:
-        """Take away what killed processes left unfinished."""
+        """Remove the partial files of killed processes."""
         for folder in {self.path, *((self.conditioning / name).parent for name in self.made)}:
             CacheFolder(str(folder)).remove_leftovers()
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be written to: {error.strerror or error}") from error
+
     def _append(self, lines: str) -> None:
         with (self.path / JOURNAL).open("a", encoding="utf-8") as file:
-            file.write("\n" + lines)  # what is there may end in half a line
+            file.write("\n" + lines)  # the journal may end in half a line
 
     def _read(self) -> None:
         try:
@@ -138,12 +167,12 @@ class ConditionFolder:
                     self._metadata_hashes.add(entry["metadata"])
                 else:
                     self.made[entry["name"]] = Made(entry["key"], entry["num_bytes"])
-            except (ValueError, KeyError, TypeError):  # none, or half a line: the process was killed
+            except (ValueError, KeyError, TypeError):  # empty, or half a line of a killed process
                 continue
 
 
 def png_name(picture: str, folder: Path) -> str:
-    """The name, below `conditioning`, for a picture at an absolute path: its own, so that no two share one."""
+    """Return the name, below `conditioning`, for a picture at an absolute path; no two pictures share one."""
     own = Path(os.path.relpath(picture, folder)).as_posix()
     if own.startswith("../"):
         own = f"{ELSEWHERE}/{hashlib.sha256(os.fsencode(picture)).hexdigest()[:8]}-{Path(picture).name}"

@@ -1,4 +1,4 @@
-"""The pass over the pictures on Ray: names of pictures in, files of conditioning images out.
+"""The pass over the pictures on Ray: paths of pictures in, files of conditioning images out.
 
 name chunks of pictures (a task)  ->  decode, make, store (tasks on CPUs)
 """
@@ -23,33 +23,33 @@ if TYPE_CHECKING:
     import ray
 
 MAKING_CPUS = 1 - COUNT_CPUS
-"""Of a task, which has one thread: all but what the naming needs, so that a single CPU is enough for both."""
+"""CPUs of a task, which has one thread: a single CPU must suffice for it and the task that names the pictures."""
 MOST_PICTURES = 32
-"""That one task makes: a second or a few."""
+"""Most pictures of one task, which takes a few seconds then."""
 CHUNKS = 64
-"""At least so many, if there are enough pictures: for many CPUs, and for a count that moves."""
+"""Fewest tasks, given enough pictures: for many CPUs, and for a counter that moves."""
 
 
 class ToMake(NamedTuple):
     picture: str
     """Absolute path."""
     name: str
-    """Of the conditioning image, below the folder."""
+    """Name of the conditioning image, below the folder."""
 
 
 class Outcome(NamedTuple):
-    """What has become of a picture."""
+    """Result for one picture."""
 
     name: str
     num_bytes: int
-    """Of its conditioning image; 0 if there is none."""
+    """Size of its conditioning image; 0 if there is none."""
     problem: str | None = None
-    """Why it cannot be used."""
+    """Reason why the picture cannot be used."""
 
 
 @dataclass(frozen=True)
 class MakeJob:
-    """Which conditioning images are to be made, and how. Plain data for tasks."""
+    """Conditioning images to make, and their recipe. Plain data for tasks."""
 
     recipe: Recipe
     folder: str
@@ -62,7 +62,7 @@ class MakeJob:
 
 
 def make_on_ray(job: MakeJob) -> Iterator[list[Outcome]]:
-    """All conditioning images of the job on the connected Ray cluster, in the order in which they are done.
+    """Make all conditioning images of the job on the connected Ray cluster; yield results as tasks finish.
 
     Raises:
         RunError: if one cannot be written.
@@ -89,7 +89,7 @@ def _make(table: pa.Table, recipe: Recipe, folder: str) -> pa.Table:
 
 
 def make(item: ToMake, recipe: Recipe, folder: str) -> Outcome:
-    """Make a conditioning image and write it, whole or not at all.
+    """Make a conditioning image and write it atomically.
 
     Raises:
         RunError: if it cannot be written, as on a full disk.

@@ -1,4 +1,4 @@
-"""Pictures that have no conditioning images yet: which a folder holds, and their captions."""
+"""The pictures in a folder, and their captions."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ SUFFIXES = frozenset(
         ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp",
     }
 )  # fmt: skip
-"""What counts as a picture, with letters of either case. Those that Pillow cannot read (HEIC as it comes) are told of
-as pictures that cannot be used, rather than not seen."""
+"""Endings of pictures, in either case. Formats that Pillow cannot read by itself (HEIC) are here too, so that such
+pictures are reported instead of ignored."""
 
 Text = str | list[str]
 
 
 @dataclass(frozen=True)
 class PictureRow:
-    """A row of the data set to be."""
+    """A row of the new data set."""
 
     path: str
-    """Of the picture, absolute."""
+    """Absolute path of the picture."""
     text: Text
-    """Its caption, or the list of them, as it was found."""
+    """Its caption, or a list of captions, as found."""
 
 
 @dataclass
 class _Metadata:
-    """What a metadata file says of the pictures."""
+    """Content of a metadata file."""
 
     path: Path
     rows: list[tuple[str, Text | None]] = field(default_factory=list)
     """(absolute path, caption) in the file's order."""
     conditioning: set[str] = field(default_factory=set)
-    """Absolute paths of conditioning images, which are no pictures."""
+    """Absolute paths of conditioning images, which do not count as pictures."""
     no_captions: str | None = None
-    """Why it has none."""
+    """Reason why it has no captions."""
 
 
 def find_rows(
@@ -57,20 +57,20 @@ def find_rows(
     caption: str | None,
     out: Path,
 ) -> list[PictureRow]:
-    """The pictures below `folder` with their captions: those that its metadata file names, then the others by name.
+    """Find the pictures below `folder` and their captions: those in its metadata file first, then the others by name.
 
-    A caption is that of the metadata file, or else of a text file beside the picture (`a.txt` for `a.jpg`; every line
-    is one), or else `caption`.
+    A caption comes from the metadata file, or else from a text file beside the picture (`a.txt` for `a.jpg`; one
+    caption per line), or else it is `caption`.
 
     Args:
         folder: absolute.
         image_column, caption_column: of the metadata file, as in `DataConfig`.
         caption: for all pictures that have no other.
-        out: a folder whose conditioning images are no pictures. Those of other folders that `raycontrolnet condition`
-            wrote to are none either, and the metadata files that it wrote are not read.
+        out: folder whose conditioning images do not count as pictures. Neither do those in other folders that
+            `raycontrolnet condition` wrote; metadata files that it wrote are not read.
 
     Raises:
-        DataError: with all problems of the metadata file; or with the pictures that have no caption; or if there are no
+        DataError: with all problems of the metadata file, or the pictures without a caption, or if there are no
             pictures.
     """
     try:
@@ -91,14 +91,14 @@ def find_rows(
 
 
 def _search(folder: Path, left_out: Path) -> Iterator[str]:
-    """Absolute paths of the pictures below `folder`, also behind links; hidden files and folders are none."""
+    """Yield absolute paths of the pictures below `folder`, also behind links; skip hidden files and folders."""
 
     def stop(error: OSError) -> None:
         raise DataError(f"--images={folder}: {error.filename} cannot be read ({error.strerror})")
 
     been = set()
     for place, folders, files in os.walk(folder, onerror=stop, followlinks=True):
-        if (real := os.path.realpath(place)) in been:  # links can go round in circles
+        if (real := os.path.realpath(place)) in been:  # a circle of links
             folders.clear()
             continue
         been.add(real)
@@ -115,7 +115,7 @@ def _search(folder: Path, left_out: Path) -> Iterator[str]:
 
 
 def _read_metadata(path: Path, image_column: str, caption_column: str) -> _Metadata:
-    """A metadata file, of which the conditioning column may be missing, and the captions as well."""
+    """Read a metadata file, which may lack the conditioning column and the captions."""
     found, problems, columns = _Metadata(path), list[str](), dict[str, str]()
     try:
         for number, row in metadata_rows(path):
@@ -156,10 +156,10 @@ def _absolute(metadata: Path, path: str) -> str:
 
 
 def _text(value: Any) -> Text | None:
-    """The caption or captions of a metadata row; None if it has none.
+    """Return the caption or captions of a metadata row; None if it has none.
 
     Raises:
-        ValueError: if it is something else.
+        ValueError: if `value` is something else.
     """
     if value is None or value == [] or (isinstance(value, str) and not value.strip()):
         return None
@@ -192,15 +192,15 @@ def _with_captions(
             problems.append(metadata.no_captions)
         where = metadata.path if metadata else folder / METADATA_FILES[0]
         problems.append(
-            f"write each a text file ({first.with_suffix('.txt')} for {first}) or a row in {where}, or give one text "
-            'for all that have none: --caption "a photo"'
+            f"write a text file for each ({first.with_suffix('.txt')} for {first}) or a row in {where}, or give one "
+            'caption for all that have none: --caption "a photo"'
         )
     if problems:
         raise DataError("\n".join(problems))
 
 
 def _text_beside(path: str) -> Text | None:
-    """The captions in the text file of the picture's name, one a line; None if there is none."""
+    """Read the captions, one a line, in the text file of the picture's name; None if there is no such file."""
     file = Path(path).with_suffix(".txt")
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]

@@ -1,10 +1,12 @@
-"""From a picture to its conditioning image: pure functions of uint8 RGB [H, W, 3] that give the same.
+"""The conditions: pure functions from uint8 RGB [H, W, 3] to the same.
 
-A new condition is a function here, its name and settings in condition_settings.py, and a line in `CONDITIONS`.
+A new condition needs a function here, a line in `CONDITIONS`, and its name and settings in config/condition_config.py.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,27 +18,26 @@ from raycontrolnet.data.records import UInt8Image
 from raycontrolnet.data.transforms import IMAGE_BACKGROUND, TRANSFORMS_VERSION, decode_rgb, resize_short_side
 
 CONDITIONS_VERSION = 1
-"""Goes up when the pixels that come out change: what was made before then is made again."""
+"""Version of the pixels; raise it when they change, and older images are made again."""
 
 
 def canny(image: UInt8Image, *, low_threshold: float, high_threshold: float) -> UInt8Image:
-    """Canny's edges (1986): 255 on edges, one pixel wide, and 0 elsewhere.
+    """Find Canny's edges (1986): 255 on edges, one pixel wide, and 0 elsewhere.
 
-    As ControlNet's authors and the diffusers documentation make them: OpenCV with its Sobel filters of 3 x 3 pixels, on
-    the colours, not on their grey: of each pixel's three gradients the largest counts, so that an edge between colours
-    of the same lightness is one. Above `high_threshold` a gradient (0 to 2040) is an edge, above `low_threshold` if it
-    goes on from one.
+    As ControlNet's authors and the diffusers documentation make them: OpenCV with Sobel filters of 3 x 3 pixels, on the
+    colours. The largest of a pixel's three gradients counts, so an edge between colours of the same lightness is found.
+    A gradient (0 to 2040) above `high_threshold` is an edge, one above `low_threshold` if it continues an edge.
     """
     return _rgb(cv2.Canny(image, low_threshold, high_threshold))
 
 
 def blur(image: UInt8Image, *, radius: float) -> UInt8Image:
-    """A Gaussian blur whose standard deviation is `radius` pixels. Mirrored at the borders, it keeps the mean."""
+    """Blur by a Gaussian with a standard deviation of `radius` pixels. Mirrored at the borders, it keeps the mean."""
     return _uint8(cv2.GaussianBlur(image, (0, 0), radius, borderType=cv2.BORDER_REFLECT))
 
 
 def grey(image: UInt8Image) -> UInt8Image:
-    """The luma of ITU-R BT.601 (0.299 red, 0.587 green, 0.114 blue), three times."""
+    """Repeat the luma of ITU-R BT.601 (0.299 red, 0.587 green, 0.114 blue) three times."""
     return _rgb(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))
 
 
@@ -45,28 +46,37 @@ CONDITIONS: Mapping[str, Callable[..., UInt8Image]] = {"canny": canny, "blur": b
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the conditioning images of a data set are made. Equal recipes make equal images."""
+    """Settings that decide conditioning images. Equal recipes make equal images."""
 
     condition: str
     """A name in `CONDITIONS`."""
     resolution: int
-    """Short side of the conditioning images in pixels. They are whole: training cuts them as it does the pictures."""
+    """Short side of the conditioning images in pixels. They are not cropped: training crops both images alike."""
     options: tuple[tuple[str, float], ...]
-    """What the condition's function takes besides the image."""
+    """Arguments of the condition's function besides the image."""
     versions: tuple[int, int] = (TRANSFORMS_VERSION, CONDITIONS_VERSION)
 
     def make(self, picture: bytes | str) -> UInt8Image:
-        """The conditioning image of an encoded picture, or of the file at a path.
+        """Make the conditioning image of an encoded picture, or of the file at a path.
 
         Raises:
-            DataError: if it cannot be decoded; names it.
+            DataError: naming the picture, if it cannot be decoded.
         """
         image = resize_short_side(decode_rgb(picture, background=IMAGE_BACKGROUND), self.resolution)
         return CONDITIONS[self.condition](np.array(image), **dict(self.options))
 
+    def key(self, path: str) -> str:
+        """Return a key that changes with the recipe and with the picture's size and time."""
+        try:
+            state = os.stat(path)  # noqa: PTH116 (of every picture, each time)
+        except (OSError, ValueError):  # ValueError: a name that no file can have
+            return "unseen"  # matches no key in the journal
+        identity = repr((self, state.st_size, state.st_mtime_ns))
+        return hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+
 
 def _rgb(image: Any) -> UInt8Image:
-    """One channel, uint8 [H, W], three times."""
+    """Repeat one channel, uint8 [H, W], three times."""
     return np.repeat(_uint8(image)[..., None], 3, axis=-1)
 
 

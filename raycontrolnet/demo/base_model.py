@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,9 +14,9 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, PNDMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 from raycontrolnet.demo.shapes import COLOURS, SHAPES
+from raycontrolnet.quiet import no_progress_bars
 from raycontrolnet.storage.files import replacing
 
 Size = Literal["tiny", "small", "quarter"]
@@ -39,9 +38,10 @@ class _Size:
     resolution: int
     """Pixels of the images that the model is for."""
     unet_channels: tuple[int, ...]
-    unet_heads: int
+    unet_heads: int | tuple[int, ...]
+    """Attention heads, of each level if several are given."""
     unet_groups: int
-    """Group norm's groups; 32 (as in Stable Diffusion) does not divide a quarter of its channels."""
+    """Groups of the group norm; Stable Diffusion's 32 do not divide a quarter of its channels."""
     layers_per_block: int
     vae_channels: tuple[int, int, int, int]
     vae_layers_per_block: int
@@ -53,18 +53,20 @@ class _Size:
 
 
 _SIZES: dict[Size, _Size] = {
-    # As fast as it can be with two resolutions, cross attention and a middle block: for tests.
+    # For tests: the fastest with two resolutions, cross attention and a middle block.
     "tiny": _Size(32, (8, 16), 2, 4, 1, (4, 4, 8, 8), 1, 4, 16, 1, 2, (4, 4, 8, 8)),
     # For the demo: learns shapes on a CPU.
     "small": _Size(64, (64, 128), 4, 8, 1, (8, 16, 32, 64), 1, 1, 64, 2, 4, (8, 16, 48, 128)),
-    # A quarter of SD 1.5's channels everywhere, and so its proportions of work: for benchmarks.
-    "quarter": _Size(256, (80, 160, 320, 320), 8, 16, 2, (32, 64, 128, 128), 2, 32, 192, 12, 3, (4, 8, 24, 64)),
+    # For benchmarks: a quarter of SD 1.5's channels, and so its proportions of work; heads of 40 columns.
+    "quarter": _Size(
+        256, (80, 160, 320, 320), (2, 4, 8, 8), 16, 2, (32, 64, 128, 128), 2, 32, 192, 12, 3, (4, 8, 24, 64)
+    ),
 }
 
 CONDITIONING_EMBEDDING_CHANNELS: dict[Size, tuple[int, int, int, int]] = {
     size: shape.conditioning_embedding_channels for size, shape in _SIZES.items()
 }
-"""`conditioning_embedding_out_channels` for a ControlNet in proportion to the base; diffusers' default is SD 1.5's."""
+"""`conditioning_embedding_out_channels` of a ControlNet in proportion to the base; diffusers' default fits SD 1.5."""
 
 
 def write_random_base(
@@ -76,8 +78,8 @@ def write_random_base(
 ) -> Path:
     """Write a Stable Diffusion of `size` with random weights (fp32 safetensors) to `folder`, and return `folder`.
 
-    The same seed gives the same weights; torch's own random state is left as it was. `model_index.json` is written
-    last, so a folder that has it is whole.
+    The same seed gives the same weights; torch's random state is not changed. `model_index.json` is written last, so a
+    folder that has it is complete.
     """
     folder = Path(folder)
     tokenizer = write_tokenizer(folder / "tokenizer")
@@ -88,7 +90,7 @@ def write_random_base(
 
 
 def build_parts(size: Size, tokenizer: CLIPTokenizer, prediction_type: PredictionType = "epsilon") -> dict[str, Any]:
-    """text_encoder, vae, unet and scheduler, the weights drawn from torch's random state."""
+    """Build text_encoder, vae, unet and scheduler, with weights drawn from torch's random state."""
     shape = _SIZES[size]
     return {
         "text_encoder": _text_encoder(shape, tokenizer),
@@ -99,11 +101,11 @@ def build_parts(size: Size, tokenizer: CLIPTokenizer, prediction_type: Predictio
 
 
 def write_parts(folder: Path, parts: Mapping[str, Any]) -> Path:
-    """Write the parts of `build_parts` to `folder`, which has the tokenizer, and return `folder`."""
-    with _without_progress_bars():
+    """Write the parts of `build_parts` to `folder`, which holds the tokenizer, and return `folder`."""
+    with no_progress_bars("transformers"):
         for name, part in parts.items():
             part.save_pretrained(folder / name)
-    # Written here, because StableDiffusionPipeline, which could do it, takes seconds to import.
+    # Not by StableDiffusionPipeline, which takes seconds to import.
     index = {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": diffusers.__version__,
@@ -120,28 +122,16 @@ def write_parts(folder: Path, parts: Mapping[str, Any]) -> Path:
 def write_untrained_controlnet(folder: Path, base: Path, seed: int = 0, size: Size = "small") -> Path:
     """Write a ControlNet copied from the UNet of `base`, as training makes it, but in proportion to the base.
 
-    Its conditioning embedding, which diffusers makes as wide as for SD 1.5, would take most of a small model's time.
+    diffusers makes the conditioning embedding as wide as for SD 1.5, which would take most of a small model's time.
     """
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         channels = CONDITIONING_EMBEDDING_CHANNELS[size]
         controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=channels)
-    with _without_progress_bars():
+    with no_progress_bars("transformers"):
         controlnet.save_pretrained(folder)
     return folder
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Saving takes no time here, so that transformers' bars would be noise."""
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()
 
 
 def _unet(shape: _Size) -> UNet2DConditionModel:
@@ -182,7 +172,7 @@ def _vae(shape: _Size) -> AutoencoderKL:
 def _normalize_latents(vae: AutoencoderKL) -> None:
     """Scale the encoder's last layer so that latents x scaling factor have mean 0 and variance 1, as a trained VAE's.
 
-    The log variance of the posterior comes out around 0: sampling from it shows, and does not drown the image.
+    The log variance of the posterior is near 0, so that sampling from it is visible and does not drown the image.
     """
     patches = torch.rand(8, 3, 8, 8) * 2 - 1  # patches of plain colour and their edges
     images = torch.nn.functional.interpolate(patches, size=(64, 64), mode="nearest")
@@ -215,7 +205,7 @@ def _text_encoder(shape: _Size, tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def _scheduler(prediction_type: str) -> PNDMScheduler | DDIMScheduler:
-    """The scheduler of SD 1.5 (epsilon) or SD 2.1 (v_prediction)."""
+    """Build the scheduler of SD 1.5 (epsilon) or SD 2.1 (v_prediction)."""
     settings = {
         "num_train_timesteps": 1000,
         "beta_start": 0.00085,
@@ -227,7 +217,7 @@ def _scheduler(prediction_type: str) -> PNDMScheduler | DDIMScheduler:
     }
     if prediction_type == "v_prediction":
         return DDIMScheduler(**settings, clip_sample=False)
-    # PNDM does not clip; the entry is there for DDPM and DDIM, which read this config and would clip without it.
+    # PNDM does not clip; DDPM and DDIM, which read this config, would without this entry.
     scheduler = PNDMScheduler(**settings, skip_prk_steps=True)
     scheduler.register_to_config(clip_sample=False)
     return scheduler
@@ -236,7 +226,7 @@ def _scheduler(prediction_type: str) -> PNDMScheduler | DDIMScheduler:
 def write_tokenizer(folder: Path) -> CLIPTokenizer:
     """Write CLIP's byte-level BPE with a small vocabulary, and return it loaded.
 
-    Any text can be encoded; the words of the captions of the shapes are one token each.
+    Any text can be encoded; each word of the shapes' captions is one token.
     """
     folder.mkdir(parents=True, exist_ok=True)
     merges = _learn_merges((*COLOURS, *SHAPES, "with", "background"))
@@ -263,14 +253,14 @@ def write_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def _byte_letters() -> Iterable[str]:
-    """One printable letter for each of the 256 bytes, in the order of CLIP's vocabulary."""
+    """Return one printable letter for each of the 256 bytes, in the order of CLIP's vocabulary."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = 256 - len(printable)
     return map(chr, [*printable, *range(256, 256 + others)])
 
 
 def _learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:
-    """Byte pair encoding: merge the commonest pair of neighbours until each of `words` is one token."""
+    """Learn byte pair encoding: merge the commonest pair of neighbours until each of `words` is one token."""
     splits = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges = []
     while pairs := Counter(pair for split in splits for pair in pairwise(split)):

@@ -1,6 +1,6 @@
 """`raycontrolnet demo`: a ControlNet learns to fill outlines, trained by the ordinary `fit` on a small base model.
 
-The base model is in the package (`train_base.py` made it), the data is drawn on the spot.
+The package contains the base model (made by `train_base.py`); the data is drawn here.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from raycontrolnet.launch.fit import RunResult
 
 BASE = Path(__file__).parent / "base"
-"""In the package."""
+"""The base model in the package."""
 FOLDER = Path("raycontrolnet-demo")
 DATA, UNSEEN, UNTRAINED = (FOLDER / name for name in ("shapes", "unseen", "untrained"))
 NUM_ROWS, NUM_UNSEEN = 2048, 100
 SEED, UNSEEN_SEED = 0, 1000
-"""The base model's own rows have seed 1 (`train_base.py`)."""
+"""The base model was trained on rows of seed 1 (`train_base.py`)."""
 VALIDATED = 2
-"""Unseen rows that are drawn while training goes on."""
+"""Unseen rows that validation draws."""
 PICTURE, FIGURES = "demo.png", "demo.json"
 
 demo_settings: dict[str, Any] = {
@@ -45,17 +45,17 @@ demo_settings: dict[str, Any] = {
     "guidance_scale": 3.0,
     "seed": 0,
 }
-"""What the demo sets; less than five minutes on 2 CPU cores. Flags override it."""
+"""Settings of the demo: less than five minutes on 2 CPU cores. Flags override them."""
 
 
 def run_demo(config: TrainConfig) -> RunResult:
-    """Write the data, where it is wanted and not there yet, train, measure, and say what came of it.
+    """Write the data unless it is there, train, evaluate, and print the results.
 
     Raises:
         ConfigError: if nothing can be written here; else as `fit`.
     """
     started = time.monotonic()
-    # With another base model, other data or another ControlNet to begin with, nothing is compared.
+    # With another base model, other data or another initial ControlNet, nothing is compared.
     given = (config.pretrained_model_name_or_path, config.train_data_dir, config.controlnet_model_name_or_path)
     own = given == (str(BASE), str(DATA), None)
     try:
@@ -95,7 +95,7 @@ def _write_inputs(config: TrainConfig, own: bool) -> None:
 
 
 def _with_own_settings(config: TrainConfig) -> TrainConfig:
-    """With the untrained ControlNet to begin with, and unseen rows to be drawn."""
+    """Start from the untrained ControlNet, and validate on unseen rows."""
     from raycontrolnet.demo.shapes import read_rows
 
     changes: dict[str, Any] = {"controlnet_model_name_or_path": str(UNTRAINED)}
@@ -108,7 +108,7 @@ def _with_own_settings(config: TrainConfig) -> TrainConfig:
 
 
 def _fresh_folder(output_dir: Path) -> str:
-    """`output_dir` or, where an earlier demo left checkpoints, the first of `output_dir`-2, -3 and so on without."""
+    """Return `output_dir`, or the first of `output_dir`-2, -3, ... without checkpoints of an earlier demo."""
     from raycontrolnet.storage.checkpoint import latest
 
     folder, number, before = output_dir, 1, ""
@@ -122,26 +122,31 @@ def _fresh_folder(output_dir: Path) -> str:
 
 
 def _comparison(config: TrainConfig, folder: Path) -> str:
-    """What training changed: in words, as figures in `folder`, and as a picture.
+    """Evaluate the ControlNet before and after training; write the figures and a picture to `folder`.
+
+    Returns:
+        The comparison in words.
 
     Raises:
-        RunError: if that cannot be written, as on a full disk; the ControlNet stands.
+        RunError: if a file cannot be written, as on a full disk; the ControlNet is complete.
     """
-    from raycontrolnet.demo.evaluation import draw_picture, measure
+    from raycontrolnet.demo.evaluation import draw_picture, evaluate
 
     found = {}
     for name, controlnet in (("before", UNTRAINED), ("after", folder)):
         _say(f"drawing for {NUM_UNSEEN} unseen outlines {name} training")
         drawn = folder / "obedience" / name
-        found[name] = measure(
+        found[name] = evaluate(
             controlnet, BASE, UNSEEN, drawn, guidance_scale=config.guidance_scale, use_gpu=config.use_gpu
         )
     try:
         (folder / FIGURES).write_text(json.dumps({name: one.figures for name, one in found.items()}) + "\n")
         draw_picture(folder / PICTURE, found["before"], found["after"], folder)
     except OSError as error:
-        raise RunError(f"{folder}: cannot be written ({error.strerror or error}); the ControlNet stands") from error
-    lines = [f"How well it obeys {NUM_UNSEEN} outlines that it has never seen (overlap of shapes asked for and drawn):"]
+        raise RunError(
+            f"{folder}: cannot be written ({error.strerror or error}); the ControlNet is complete"
+        ) from error
+    lines = [f"Results on {NUM_UNSEEN} outlines that it has never seen (fidelity: overlap of asked and drawn shape):"]
     for name, one in found.items():
         lines.append(
             f"  {name:8} control fidelity {one.fidelity.mean:.2f} ± {one.fidelity.error:.1g}, "
@@ -152,10 +157,10 @@ def _comparison(config: TrainConfig, folder: Path) -> str:
 
 
 def _report(result: RunResult, folder: Path, seconds: float) -> str:
-    """What lies where, and what to do next."""
-    from raycontrolnet.report import page  # which import torch
+    """Describe the results, and what to do next."""
+    from raycontrolnet.report import page
     from raycontrolnet.text import duration
-    from raycontrolnet.training import held_out  # which import torch
+    from raycontrolnet.training import held_out
 
     lines = []
     if result.val_loss is not None:

@@ -1,4 +1,4 @@
-"""How well a ControlNet of the demo obeys: images for control images that it has never seen, measured and shown."""
+"""Evaluation of the demo's ControlNet: images for control images that it has never seen, measured and shown."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from raycontrolnet.training import held_out
 
 BATCH_SIZE = 25
 SHOWN = 8
-"""Control images in the picture."""
+"""Number of control images in the picture."""
 
 
 class Evaluation(NamedTuple):
-    """What a ControlNet draws for unseen control images."""
+    """A ControlNet's images for unseen control images, and their scores."""
 
     pairs: Sequence[PairImages]
     fidelity: Fidelity
@@ -35,7 +35,7 @@ class Evaluation(NamedTuple):
 
     @property
     def figures(self) -> dict[str, float]:
-        """As JSON has them."""
+        """Figures for demo.json."""
         return {
             "control_fidelity": self.fidelity.mean,
             "control_fidelity_error": self.fidelity.error,
@@ -44,10 +44,10 @@ class Evaluation(NamedTuple):
         }
 
 
-def measure(
+def evaluate(
     controlnet: Path, base: Path, unseen: Path, out: Path, *, guidance_scale: float, use_gpu: bool | None = None
 ) -> Evaluation:
-    """Draw one image for every row of the data set `unseen`, and measure them.
+    """Draw one image for every row of the data set `unseen`, and score them.
 
     Args:
         controlnet: folder of the ControlNet.
@@ -76,9 +76,9 @@ def measure(
 
 
 def colours_are_right(image: UInt8Image, prompt: str) -> bool:
-    """Whether the shape in an image has the colour that `prompt` names first, and the background the second.
+    """Check that the shape in an image has the first colour in `prompt`, and the background the second.
 
-    The medians of the shape's pixels and of the others are compared with all named colours; the nearest one counts.
+    The nearest named colour to the median of the pixels counts.
 
     Args:
         image: uint8 [H, W, 3], RGB.
@@ -97,7 +97,7 @@ def _nearest(pixels: npt.NDArray[np.uint8]) -> str:
 
 
 def draw_picture(path: Path, before: Evaluation, after: Evaluation, run: Path) -> None:
-    """Some control images, what was drawn for them before and after training, and when control appeared, as a PNG."""
+    """Save a PNG of some control images, their images before and after training, and the control gap's curve."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.2), layout="constrained")

@@ -1,4 +1,4 @@
-"""A data set to try a ControlNet on: the outline of a shape -> the filled shape, in the colours of the caption."""
+"""A data set for trying a ControlNet: the outline of a shape -> the filled shape, in the caption's colours."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "olive": (125, 125, 20),
     "teal": (15, 115, 120),
 }
-"""Name -> RGB, 0 to 255; far enough apart to be told apart in a small image."""
+"""Name -> RGB, 0 to 255; distinguishable in a small image."""
 
 OVERSAMPLING = 4
-"""Images are drawn this many times larger and reduced, for smooth edges."""
+"""Factor by which images are drawn larger and then reduced, for smooth edges."""
 
 Point = tuple[float, float]
 
@@ -48,19 +48,19 @@ class Row(NamedTuple):
 
 
 def _circle(size: float) -> list[Point]:
-    """A circle of radius `size`, as a polygon too fine to be told from it."""
+    """Return a circle of radius `size`, as a fine polygon."""
     angles = np.linspace(0, 2 * math.pi, 180, endpoint=False)
     return [(size * math.cos(angle), size * math.sin(angle)) for angle in angles]
 
 
 def _square(size: float) -> list[Point]:
-    """As large as the circle."""
+    """Return a square with the area of the circle."""
     half = size * math.sqrt(math.pi) / 2
     return [(-half, -half), (half, -half), (half, half), (-half, half)]
 
 
 def _triangle(size: float) -> list[Point]:
-    """Equilateral, one corner up; of four fifths of the circle's area, so that it has room to move."""
+    """Return an equilateral triangle, one corner up, with four fifths of the circle's area: it needs room to move."""
     radius = 1.4 * size
     return [
         (radius * math.cos(angle), radius * math.sin(angle)) for angle in (math.pi / 6, math.pi * 5 / 6, -math.pi / 2)
@@ -77,8 +77,7 @@ def write_shapes(
     """Write `images/NNNNN.png`, `conditioning/NNNNN.png` and `metadata.jsonl` below `folder`, and return `folder`.
 
     Row i depends on (seed, i, resolution, shapes) alone: a larger data set begins with the rows of a smaller one. The
-    images are RGB, `resolution` pixels square. `metadata.jsonl` comes last and at once, so a folder that has it is
-    whole.
+    images are RGB, `resolution` pixels square. `metadata.jsonl` is written last, so a folder that has it is complete.
     """
     folder = Path(folder)
     for column in ("images", "conditioning"):
@@ -96,13 +95,13 @@ def write_shapes(
 
 
 def read_rows(folder: Path) -> list[tuple[Path, str]]:
-    """Conditioning image and caption of every row that `write_shapes` wrote."""
+    """Read conditioning image and caption of every row that `write_shapes` wrote."""
     lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     return [(folder / row["conditioning_image"], row["text"]) for row in map(json.loads, lines)]
 
 
 def draw_row(index: int, resolution: int, seed: int, shapes: Sequence[str] = tuple(SHAPES)) -> Row:
-    """Row `index`: a shape in one colour at a random place on a background of another, whole inside the image."""
+    """Draw row `index`: a shape of one colour at a random place on a background of another, inside the image."""
     rng = np.random.default_rng((seed, index))
     colour, background = (list(COLOURS)[i] for i in rng.choice(len(COLOURS), 2, replace=False))
     shape = shapes[int(rng.integers(len(shapes)))]
@@ -112,7 +111,7 @@ def draw_row(index: int, resolution: int, seed: int, shapes: Sequence[str] = tup
 
 
 def place(shape: str, resolution: int, rng: np.random.Generator) -> list[Point]:
-    """Corners, in pixels, of `shape` at a random place and of a random size, whole inside the image."""
+    """Return the corners, in pixels, of `shape` at a random place and size, inside the image."""
     corners = np.array(SHAPES[shape](rng.uniform(0.16, 0.34) * resolution))
     lowest, highest = -corners.min(axis=0), resolution - corners.max(axis=0)
     return [(float(x), float(y)) for x, y in corners + rng.uniform(lowest, highest)]
@@ -121,14 +120,14 @@ def place(shape: str, resolution: int, rng: np.random.Generator) -> list[Point]:
 def render(
     corners: Sequence[Point], resolution: int, colour: tuple[int, int, int], background: tuple[int, int, int]
 ) -> Image.Image:
-    """The filled shape."""
+    """Draw the filled shape."""
     image = Image.new("RGB", (resolution * OVERSAMPLING,) * 2, background)
     ImageDraw.Draw(image).polygon(_enlarged(corners), fill=colour)
     return image.reduce(OVERSAMPLING)
 
 
 def outline(corners: Sequence[Point], resolution: int) -> Image.Image:
-    """The shape's edge inside of it, white on black, a pixel wide for every 64 of the image."""
+    """Draw the inner edge of the shape, white on black, a pixel wide for every 64 of the image."""
     image = Image.new("RGB", (resolution * OVERSAMPLING,) * 2, "black")
     width = OVERSAMPLING * max(1, round(resolution / 64))
     ImageDraw.Draw(image).polygon(_enlarged(corners), outline="white", width=width)

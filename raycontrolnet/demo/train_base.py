@@ -2,8 +2,8 @@
 
     python -m raycontrolnet.demo.train_base FOLDER
 
-First the VAE, then, on its latents, text encoder and UNet together. What came of it, how long it took and the checksums
-of the weights go to quality.json beside them.
+First it trains the VAE, then, on its latents, text encoder and UNet together. Quality, duration and the checksums of
+the weights go to quality.json beside them.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from raycontrolnet.model.diffusion import add_noise, prediction_target, sample_p
 
 RESOLUTION = 64
 KL_WEIGHT = 1e-3
-"""Of the divergence per latent against the squared error per value: leaves a posterior with a deviation of about 3% of
-the latents'."""
+"""Weight of the divergence per latent against the squared error per value: the posterior's deviation becomes about 3%
+of the latents'."""
 POOL_ROWS = 16384
-"""Rows that the UNet is trained on: enough to have every pair of colours with every shape 22 times."""
+"""Rows that the UNet is trained on: every pair of colours with every shape about 22 times."""
 EMA_DECAY = 0.998
 PROPORTION_EMPTY_PROMPTS = 0.1
 LOG_EVERY = 100
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def train(folder: Path, seed: int, vae_steps: int, unet_steps: int) -> None:
-    """Train and write all of the base model, in half precision."""
+    """Train the whole base model and write it in half precision."""
     started = time.monotonic()
     tokenizer = write_tokenizer(folder / "tokenizer")
     vae_folder = folder / "vae-fp32"
@@ -80,7 +80,7 @@ def train(folder: Path, seed: int, vae_steps: int, unet_steps: int) -> None:
 
 
 def _record(folder: Path, values: dict[str, Any]) -> None:
-    """Add to what is written of the base model."""
+    """Add `values` to the record of the base model."""
     file = folder / RECORD
     known = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps(known | values, indent=2) + "\n")
@@ -88,7 +88,7 @@ def _record(folder: Path, values: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def quality(folder: Path, num_images: int = 200, guidance_scales: Sequence[float] = (1.0, 3.0, 7.5)) -> dict[str, Any]:
-    """How well the base model in `folder` reconstructs and draws, and the checksums of its weights."""
+    """Measure how well the base model in `folder` reconstructs and draws; add the checksums of its weights."""
     rng = np.random.default_rng(MEASURED_SEED)
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
     images = _images(rng, num_images)
@@ -113,10 +113,10 @@ def quality(folder: Path, num_images: int = 200, guidance_scales: Sequence[float
 
 
 def train_vae(vae: Any, steps: int, seed: int, *, batch_size: int = 16, learning_rate: float = 2e-3) -> Any:
-    """Minimise the squared error of the reconstruction and a little of the posterior's divergence (Kingma & Welling
-    2013, arXiv:1312.6114); then set the scaling factor so that latents have variance 1.
+    """Train the VAE, and set its scaling factor so that latents have variance 1.
 
-    Half of the images are in the named colours, half in any: so the VAE can show those between.
+    The loss is the squared error of the reconstruction and a little of the posterior's divergence (Kingma & Welling
+    2013, arXiv:1312.6114). Half of the images are in the named colours, half in any, so that the VAE can show others.
     """
     vae.train().to(memory_format=torch.channels_last)
     rng = np.random.default_rng((seed, 1))
@@ -140,12 +140,12 @@ def train_vae(vae: Any, steps: int, seed: int, *, batch_size: int = 16, learning
 
 
 def _psnr(error: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB for a squared error of values in [-1, 1]."""
+    """Return the peak signal-to-noise ratio in dB for a squared error of values in [-1, 1]."""
     return 10 * math.log10(4 / error.item())
 
 
 def _images(rng: np.random.Generator, number: int) -> Tensor:
-    """fp32 [number, 3, H, W] in [-1, 1]."""
+    """Draw images: fp32 [number, 3, H, W] in [-1, 1]."""
     return torch.from_numpy(np.stack([_image(rng) for _ in range(number)])).permute(0, 3, 1, 2) / 127.5 - 1
 
 
@@ -160,7 +160,7 @@ def _image(rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.uint8]]:
 def train_unet(
     parts: dict[str, Any], tokenizer: Any, steps: int, seed: int, *, batch_size: int = 64, learning_rate: float = 1e-3
 ) -> None:
-    """Train text encoder and UNet on the VAE's latents, and leave the moving average of their weights."""
+    """Train text encoder and UNet on the VAE's latents, and keep the moving average of their weights."""
     vae, unet, text_encoder, scheduler = (parts[name] for name in ("vae", "unet", "text_encoder", "scheduler"))
     mean, logvar, input_ids = _pool(vae, tokenizer, seed)
     empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids[0]
@@ -191,7 +191,7 @@ def train_unet(
 
 @torch.no_grad()
 def _pool(vae: Any, tokenizer: Any, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and log-variance, fp32 [N, 4, h, w], and input_ids, int64 [N, 77], of the rows to train on."""
+    """Encode the rows to train on: mean and log-variance, fp32 [N, 4, h, w], and input_ids, int64 [N, 77]."""
     posteriors, texts = [], []
     for first in range(0, POOL_ROWS, 256):
         rows = [shapes.draw_row(index, RESOLUTION, seed + 1) for index in range(first, first + 256)]
@@ -204,7 +204,7 @@ def _pool(vae: Any, tokenizer: Any, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _updates(weights: Iterable[torch.nn.Parameter], steps: int, learning_rate: float) -> Iterator[tuple[int, Any]]:
-    """Steps from 1 on, each with a function that minimises a loss by AdamW, warmed up and then annealed to 0."""
+    """Yield steps from 1 on, each with a function that minimises a loss by AdamW, warmed up and annealed to 0."""
     weights = list(weights)
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

@@ -1,4 +1,4 @@
-"""The licence that a model card names: the one that the settings give, or else the base model's own."""
+"""The licence in the model card: the one in the settings, or else the base model's own."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from raycontrolnet.version import __version__
 logger = logging.getLogger(__name__)
 
 DEFAULT_LICENCE = "creativeml-openrail-m"
-"""Of Stable Diffusion 1.x, and what the scripts that users know write."""
+"""Licence of Stable Diffusion 1.x; diffusers' training scripts write it too."""
 
 ANSWER_TIMEOUT_S = 5.0
-"""How long a finished run waits for the Hub to name a licence."""
+"""Wait of a finished run for the Hub to name a licence."""
 
 CARD = "README.md"
 
@@ -31,61 +31,61 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 @dataclass(frozen=True)
 class Licence:
-    """What the card says under `license`, and why."""
+    """The licence in a card's metadata, and its source."""
 
     ids: tuple[str, ...] = (DEFAULT_LICENCE,)
-    """By the Hub's short names; nearly always one."""
+    """The Hub's short names; nearly always one."""
     source: Literal["settings", "base", "default"] = "default"
-    """Who says so; `default` is a guess, because nobody does."""
+    """`default` is a guess, because neither the settings nor the base model name one."""
     name: str | None = None
-    """Of a licence that has no short name: `other`."""
+    """Name of a licence without a short name (`other`)."""
     link: str | None = None
-    """To its text."""
+    """Address of its text."""
 
     def metadata(self) -> dict[str, Any]:
-        """For the head of a card."""
+        """Return the entries for a card's metadata."""
         ids = self.ids[0] if len(self.ids) == 1 else list(self.ids)
         return {"license": ids, "license_name": self.name, "license_link": self.link}
 
 
 def find_licence(config: TrainConfig, token: str | None) -> Licence:
-    """The licence for the card of a finished run. Never raises, and waits for the Hub for a few seconds at most.
+    """Find the licence for the card of a finished run. Never raise, and wait for the Hub a few seconds at most.
 
     Args:
-        token: for a base model on the Hub that is private.
+        token: for a private base model on the Hub.
     """
     if config.license is not None:
         return Licence((config.license,), "settings")
     base = config.pretrained_model_name_or_path
     if not is_hub_id(base):
-        return _in_head(_head(Path(base) / CARD)) or Licence()
+        return _from_metadata(_local_metadata(Path(base) / CARD)) or Licence()
     files = f"https://huggingface.co/{base}/blob/{config.revision or 'main'}/"
-    return _in_head(_head_on_hub(config, token) or _head_in_cache(config), files) or Licence()
+    return _from_metadata(_hub_metadata(config, token) or _cached_metadata(config), files) or Licence()
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` is an id on the Hub, not a local folder."""
+    """Check that `name` is an id on the Hub, not a local folder."""
     return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
-def _in_head(head: Mapping[str, Any], files: str | None = None) -> Licence | None:
-    """The licence that a card's head names, if it does.
+def _from_metadata(metadata: Mapping[str, Any], files: str | None = None) -> Licence | None:
+    """Return the licence that a card's metadata names, if any.
 
     Args:
-        files: address of the folder that the card lies in, to which its links are relative.
+        files: address of the card's folder, to which its links are relative.
     """
-    given = head.get("license")
+    given = metadata.get("license")
     ids = tuple(str(one) for one in (given if isinstance(given, list) else [given]) if one)
     if not ids:
         return None
-    name, link = (str(head[key]) if head.get(key) else None for key in ("license_name", "license_link"))
+    name, link = (str(metadata[key]) if metadata.get(key) else None for key in ("license_name", "license_link"))
     if link is not None and not _URL.fullmatch(link):
         link = files + link if files and _FILE.fullmatch(link) else None
     return Licence(ids, "base", name, link)
 
 
-def _head(card: Path) -> Mapping[str, Any]:
-    """What a model card's YAML head says; nothing if there is no such file or it cannot be understood."""
+def _local_metadata(card: Path) -> Mapping[str, Any]:
+    """Read a model card's metadata; empty if there is no such file or it cannot be read."""
     import yaml
     from huggingface_hub import metadata_load
 
@@ -98,34 +98,34 @@ def _head(card: Path) -> Mapping[str, Any]:
         return {}
 
 
-def _head_in_cache(model: ModelConfig) -> Mapping[str, Any]:
-    """Of a base model that was downloaded whole."""
+def _cached_metadata(model: ModelConfig) -> Mapping[str, Any]:
+    """Read the card in the Hub's cache, where a base model that was downloaded whole has it."""
     from huggingface_hub import try_to_load_from_cache
 
     base = model.pretrained_model_name_or_path
     found = try_to_load_from_cache(base, CARD, cache_dir=model.cache_dir, revision=model.revision)
-    return _head(Path(found)) if isinstance(found, str) else {}
+    return _local_metadata(Path(found)) if isinstance(found, str) else {}
 
 
-def _head_on_hub(model: ModelConfig, token: str | None) -> Mapping[str, Any]:
-    """As the Hub has it now; nothing if it is not reached."""
+def _hub_metadata(model: ModelConfig, token: str | None) -> Mapping[str, Any]:
+    """Ask the Hub for the card's metadata; empty if it does not answer in time."""
     from huggingface_hub import HfApi
 
     base = model.pretrained_model_name_or_path
-    heads: list[Mapping[str, Any]] = []
+    found: dict[str, Any] = {}
 
     def ask() -> None:
         try:
             info = HfApi(token=token, library_name="raycontrolnet", library_version=__version__).model_info(
                 base, revision=model.revision, timeout=ANSWER_TIMEOUT_S, expand=["cardData"]
             )
-            heads.append(info.card_data.to_dict() if info.card_data else {})
-        except Exception as error:  # noqa: BLE001 (no licence is worth a finished run)
-            # Its kind alone: nothing of the request, which holds the token.
+            found.update(info.card_data.to_dict() if info.card_data else {})
+        except Exception as error:  # noqa: BLE001 (a finished run is worth more than its licence)
+            # Only the error's type: its text may hold the request, and with it the token.
             logger.warning("the Hub does not tell the licence of %s (%s)", base, type(error).__name__)
 
-    # In a thread that is left behind: the library's limit is for every single read, and none for finding the address.
+    # In a thread, which is left behind: the library's timeout is per read, and there is none for the name look-up.
     asking = threading.Thread(target=ask, name="licence", daemon=True)
     asking.start()
     asking.join(ANSWER_TIMEOUT_S)
-    return heads[0] if heads else {}
+    return dict(found)

@@ -1,13 +1,11 @@
-"""What leaves the house: the final weights, their model card and example images, to the Hugging Face Hub."""
+"""The push to the Hugging Face Hub: the final weights, their model card and example images."""
 
 from __future__ import annotations
 
 import logging
 import re
 import shlex
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.errors import RunError
 from raycontrolnet.hub.licence import Licence, find_licence
 from raycontrolnet.hub.model_card import write_model_card
+from raycontrolnet.quiet import no_progress_bars, only_errors
 from raycontrolnet.version import __version__
 
 __all__ = [
@@ -34,14 +33,14 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 UPLOADED = ("config.json", "diffusion_pytorch_model.safetensors", "README.md", "images/*.png")
-"""All that is ever uploaded, relative to output_dir: no checkpoints, no logs, no settings file."""
+"""Files that are uploaded, relative to output_dir: no checkpoints, no logs, no settings file."""
 
 WEIGHTS = UPLOADED[:2]
-"""What diffusers needs to load them."""
+"""Files that diffusers needs to load the ControlNet."""
 
 
 def check_push(config: TrainConfig) -> list[str]:
-    """What stands against pushing at the end, as far as can be known without asking the Hub."""
+    """List the problems that would keep the run from being pushed, as far as they show without asking the Hub."""
     import huggingface_hub.utils
 
     utils: Any = huggingface_hub.utils
@@ -59,10 +58,10 @@ def check_push(config: TrainConfig) -> list[str]:
 def resolve_repo_id(
     output_dir: str | Path, hub_model_id: str | None, token: str | None, *, endpoint: str | None = None
 ) -> str:
-    """`owner/name`: as given, or under the token's user; by default the name is that of the folder.
+    """Return `owner/name`: as given, or under the token's user; by default the name is the folder's.
 
     Raises:
-        RunError: if the Hub has to be asked who the token's user is, and does not say.
+        RunError: if the Hub has to be asked for the token's user and does not answer.
     """
     name = repo_name(output_dir, hub_model_id)
     if "/" in name:
@@ -75,7 +74,7 @@ def resolve_repo_id(
 
 
 def repo_name(output_dir: str | Path, hub_model_id: str | None) -> str:
-    """As far as it is known without the Hub: as given, or the name of the folder, without an owner."""
+    """Return the name as it is known without the Hub: as given, or the name of the folder, without an owner."""
     folder = Path(output_dir).resolve().name
     return hub_model_id or re.sub(r"[^\w.-]+|-{2,}|\.{2,}", "-", folder).strip("-.") or "controlnet-model"
 
@@ -90,9 +89,11 @@ def push_to_hub(
 ) -> str:
     """Create the repository if there is none, and upload `UPLOADED` in one commit.
 
+    `HfApi.upload_folder` may split a push into several commits, and its patterns match in subfolders too.
+
     Args:
         repo_id: `owner/name`, see `resolve_repo_id`.
-        token: see `find_token`; used for every call, and shown nowhere.
+        token: of `find_token`; used for every call, and shown nowhere.
         endpoint: of the Hub, if not HF_ENDPOINT or huggingface.co.
 
     Returns:
@@ -111,7 +112,7 @@ def push_to_hub(
         url = api.create_repo(repo_id, token=token, exist_ok=True)
         logger.info("uploading %d files, %.0f MB", len(paths), sum(path.stat().st_size for path in paths) / 1e6)
         additions = [CommitOperationAdd(path.relative_to(output_dir).as_posix(), path) for path in paths]
-        with _quiet_uploads():
+        with no_progress_bars("huggingface_hub"), only_errors():
             api.create_commit(repo_id, additions, commit_message=commit_message, token=token)
         return str(url)
 
@@ -119,7 +120,7 @@ def push_to_hub(
 
 
 def push_command(output_dir: str | Path, repo_id: str) -> str:
-    """The shell command that does the same push; it finds its token in HF_TOKEN or the login."""
+    """Return the shell command that does the same push, with the token from HF_TOKEN or the login."""
     includes = [part for pattern in UPLOADED for part in ("--include", pattern)]
     return shlex.join(["hf", "upload", repo_id, str(output_dir), ".", *includes])
 
@@ -144,13 +145,12 @@ def _need(token: str | None) -> str:
 
 
 def _attempt(action: Callable[[], str], output_dir: Path, repo_id: str, token: str | None) -> str:
-    """`action()`, or a RunError that tells what went wrong, what stands and what to do."""
+    """Return `action()`; if it fails, raise a RunError with the reason and the command to push again."""
     try:
         return action()
     except Exception as error:  # noqa: BLE001 (network, files, the library's own)
         reason = _reason(error, token)
-    # Out here, so that it has no cause: a request among the causes would hold the token, and errors are pickled and
-    # logged.
+    # Raised outside the handler, so without a cause: a request there would hold the token, and errors are logged.
     raise RunError(
         f"The push to {repo_id} failed: {reason}. The finished run in {output_dir} is intact. "
         f"Push again, with HF_TOKEN set or after `hf auth login`: {push_command(output_dir, repo_id)}"
@@ -178,23 +178,3 @@ def _status(error: BaseException) -> int | None:
 
 def _one_line(text: str, token: str | None) -> str:
     return " ".join((text.replace(token, "***") if token else text).split()).rstrip(".")
-
-
-@contextmanager
-def _quiet_uploads() -> Iterator[None]:
-    """Without progress bars, which would tear the run's own lines apart; a setting of the user's for them stands."""
-    import huggingface_hub.utils
-    from huggingface_hub import constants
-
-    utils: Any = huggingface_hub.utils
-    ours = constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not utils.are_progress_bars_disabled()
-    if ours:
-        utils.disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            # huggingface_hub 2.4 uploads files by an argument that its HTTP library calls by another name now
-            warnings.filterwarnings("ignore", message="Use 'content=", category=DeprecationWarning)
-            yield
-    finally:
-        if ours:
-            utils.enable_progress_bars()

@@ -30,6 +30,7 @@ from raycontrolnet.hub import push
 from raycontrolnet.latents.cache import LatentCache
 from raycontrolnet.latents.ensure import choose, ensure, wants_cache
 from raycontrolnet.latents.plan import LatentPlan
+from raycontrolnet.sampling import images
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.training import trackers, validation
 from raycontrolnet.training.job import Job, RunCallback
@@ -126,7 +127,9 @@ class CheckedRun:
             threads=threads,
             trackers=trackers.resolve(config.report_to),
             tracker_settings=public_settings(config),
-            validation_items=tuple(validation.plan(config, config.seed)),
+            validation_items=tuple(
+                images.plan(config.validation_pairs, config.num_validation_images, config.seed, validation.FLAG)
+            ),
             facts={
                 "settings": public_settings(config),
                 "data": self.source.fingerprint(),
@@ -160,7 +163,7 @@ def check(config: TrainConfig, output_dir: Path) -> CheckedRun:
     with collected(problems):
         start = checkpoints.resolve(config.resume_from_checkpoint, output_dir)
     with collected(problems):
-        validation.check(config)
+        images.check(config.validation_pairs, validation.FLAG)
     with collected(problems):
         source = open_source(config, cache_dir=config.cache_dir, token=token, skip_bad=config.on_bad_sample == "skip")
     if problems or source is None:

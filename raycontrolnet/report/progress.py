@@ -120,7 +120,7 @@ class Progress:
         found = self._finished()
         for folder in [folder for folder, written in found.items() if self._seen.get(folder) != written]:
             with suppress(OSError, ValueError, KeyError, TypeError):  # it is being written anew, or is not ours
-                pairs = validation.results(folder)
+                pairs = images.results(folder)
                 if fidelity := images.fidelity_of(pairs):
                     self._status.say(f"step {pairs[0].step}: {scores.in_words(fidelity)}")
                 self._seen[folder] = found[folder]

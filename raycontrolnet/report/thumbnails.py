@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from raycontrolnet.sampling.images import PairImages
 from raycontrolnet.training import validation
-from raycontrolnet.training.validation import PairResult
 
 MOST_STEPS = 8
 MOST_PAIRS = 8
@@ -40,7 +40,7 @@ def pair_histories(output_dir: Path, last_step: int | None) -> list[PairHistory]
     Args:
         last_step: leave out later steps, which are from an earlier run; None for all.
     """
-    pairs: dict[tuple[int, str], list[PairResult]] = {}
+    pairs: dict[tuple[int, str], list[PairImages]] = {}
     for result in validation.all_results(output_dir, last_step):
         pairs.setdefault((result.pair, result.prompt), []).append(result)
     histories = []
@@ -51,7 +51,7 @@ def pair_histories(output_dir: Path, last_step: int | None) -> list[PairHistory]
     return histories
 
 
-def _spread(results: Sequence[PairResult]) -> list[PairResult]:
+def _spread(results: Sequence[PairImages]) -> list[PairImages]:
     chosen = np.linspace(0, len(results) - 1, min(len(results), MOST_STEPS)).round().astype(int)
     return [results[i] for i in chosen]
 

@@ -1,9 +1,9 @@
-"""Control fidelity: how well a picture obeys its control image, by the condition that is found in it again.
+"""Control fidelity: how well a picture obeys its control image, measured by finding the condition in the picture.
 
     shape   the control image is an outline, the picture a filled shape: intersection over union of the two regions
     canny   the control image is edges: F-measure between them and the picture's own edges
 
-A picture of something else does not get exactly 0: regions overlap, and edges lie near each other, by chance as well.
+A picture of something else does not score exactly 0: regions overlap, and edges lie near each other, by chance too.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ UInt8Image = npt.NDArray[np.uint8]
 Measure = Literal["shape", "canny"]
 
 BORDER_SHARE = 1 / 32
-"""Of the shorter side: how wide the frame is that shows the background's colour."""
+"""Width of the frame that shows the background's colour, as a share of the shorter side."""
 PLAIN_DISTANCE = 24.0
-"""What differs less from the background, in RGB (0 to 255 each), is no shape."""
+"""Smallest distance of a shape's colour from the background's, in RGB (0 to 255 each)."""
 CANNY_THRESHOLDS = (100, 200)
 TOLERANCE_SHARE = 0.0075
-"""Of the diagonal: how far from each other edges still are the same, as in the Berkeley benchmark."""
+"""Largest distance of matching edges, as a share of the diagonal, as in the Berkeley benchmark."""
 
 
 def control_fidelity(control_image: UInt8Image, image: UInt8Image, measure: Measure) -> float:
-    """How well `image` obeys `control_image`, in [0, 1].
+    """Measure how well `image` obeys `control_image`, in [0, 1].
 
     Args:
         control_image: uint8 [H, W, 3], RGB: white lines on black.
@@ -56,10 +56,10 @@ def control_fidelity(control_image: UInt8Image, image: UInt8Image, measure: Meas
 
 
 def asked_shape(control_image: UInt8Image) -> Mask:
-    """The region that the outline in a control image encloses, the outline included: bool [H, W].
+    """Return the region that the outline in a control image encloses, the outline included: bool [H, W].
 
-    The lines may be smooth: they are followed where they are a quarter white, so that thin ones have no gaps, and end
-    outwards where they are half white. An outline that the picture's edge cuts off is closed by it.
+    Lines may be smooth: they are followed where they are a quarter white, so that thin ones have no gaps, and their
+    outer edge is where they are half white. The picture's edge closes an outline that it cuts off.
 
     Args:
         control_image: uint8 [H, W, 3], RGB: white lines, or a white region, on black.
@@ -77,7 +77,7 @@ def asked_shape(control_image: UInt8Image) -> Mask:
 
 
 def _cut_off(free: Mask) -> Mask:
-    """Of the regions into which lines divide a picture, all but the background, which has most of the border."""
+    """Return all regions between lines but the background, which is the one with most of the border."""
     count, labels = cv2.connectedComponents(free.astype(np.uint8), connectivity=4)
     border = np.concatenate((labels[0], labels[-1], labels[1:-1, 0], labels[1:-1, -1]))
     background = np.bincount(border[border > 0], minlength=count).argmax()
@@ -85,12 +85,12 @@ def _cut_off(free: Mask) -> Mask:
 
 
 def found_shape(image: UInt8Image) -> Mask:
-    """The largest connected region of another colour than the background: bool [H, W].
+    """Return the largest connected region of another colour than the background: bool [H, W].
 
-    All False where there is none: in a plain picture, and in noise. The background's colour is the median of the
-    picture's frame, so a shape may touch the border. A pixel belongs to a shape if it is further from it, in RGB, than
-    half as far as the shape's own colour: there smooth edges have their middle. What has the background's colour within
-    a shape is no part of it: a ring is no disc.
+    It is empty in a plain picture, and in noise. The background's colour is the median of the picture's frame, so a
+    shape may touch the border. A pixel belongs to a shape if its distance from the background, in RGB, is more than
+    half that of the shape's own colour, which is the middle of a smooth edge. A hole in the background's colour is not
+    part of the shape.
 
     Args:
         image: uint8 [H, W, 3], RGB.
@@ -103,7 +103,7 @@ def found_shape(image: UInt8Image) -> Mask:
     if 2 * half < PLAIN_DISTANCE or np.median(distance[~is_far]) > half:  # plain; or noise, which has no background
         return np.zeros(distance.shape, np.bool_)
     different = (distance > half - 1).astype(np.uint8)  # rounding of smooth edges is less
-    # Thinner than 3 pixels is no region, and corners do not connect: else noise would be one large shape.
+    # Drop what is thinner than 3 pixels, and do not connect by corners: noise would be one large shape.
     different = cv2.morphologyEx(different, cv2.MORPH_OPEN, _CROSS)
     count, labels, stats, _ = cv2.connectedComponentsWithStats(different, connectivity=4)
     largest = 1 + stats[1:, cv2.CC_STAT_AREA].argmax() if count > 1 else count  # label 0 is the rest
@@ -119,18 +119,17 @@ def _background(image: UInt8Image) -> npt.NDArray[np.float32]:
 
 
 def iou(asked: Mask, found: Mask) -> float:
-    """Intersection over union of two regions; 1 if both are empty."""
+    """Return the intersection over union of two regions; 1 if both are empty."""
     union = np.count_nonzero(asked | found)
     return float(np.count_nonzero(asked & found) / union) if union else 1.0
 
 
 def edge_f_measure(asked: Mask, found: Mask) -> float:
-    """Harmonic mean of precision and recall of edges, in [0, 1]; 1 if there are none in either, 0 if in one alone.
+    """Return the harmonic mean of precision and recall of edges, in [0, 1]; 1 if both are empty, 0 if one is.
 
-    Precision is the share of found edge pixels that have an asked one within 0.0075 of the diagonal (at least a
-    pixel), recall the share of asked ones that have a found one. The tolerance is that of the Berkeley benchmark
-    (Martin, Fowlkes & Malik 2004, doi:10.1109/TPAMI.2004.1273918). Its one-to-one matching is left out: two edges side
-    by side may both be matched by one.
+    Precision is the share of found edge pixels with an asked one within 0.0075 of the diagonal (at least a pixel),
+    recall the share of asked ones with a found one. The tolerance is that of the Berkeley benchmark (Martin, Fowlkes &
+    Malik 2004, doi:10.1109/TPAMI.2004.1273918). Its one-to-one matching is left out: one edge may match two beside it.
 
     Args:
         asked: bool [H, W].
@@ -145,13 +144,13 @@ def edge_f_measure(asked: Mask, found: Mask) -> float:
 
 
 def _distance_to(edges: Mask) -> npt.NDArray[np.float32]:
-    """Pixels from each place to the nearest of `edges`: float32 [H, W]."""
+    """Measure the distance in pixels from each place to the nearest of `edges`: float32 [H, W]."""
     distance: Any = cv2.distanceTransform((~edges).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     return distance
 
 
 def _grey(image: UInt8Image) -> UInt8Image:
-    """uint8 [H, W]"""
+    """Convert to grey: uint8 [H, W]."""
     grey: Any = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     return grey
 

@@ -1,4 +1,4 @@
-"""A trained ControlNet on disk or on the Hub, to draw with: its weights, and what its run's config.yaml says.
+"""A trained ControlNet on disk or on the Hub: its weights, and the settings in its run's config.yaml.
 
     my-controlnet/                    config.yaml, and after the run's end the weights
         checkpoint-500/
@@ -26,7 +26,7 @@ CONFIG = "config.yaml"
 
 OF_THE_BASE = ("pretrained_model_name_or_path", "revision", "variant", "tokenizer_name", "cache_dir")
 OF_THE_RUN = ("resolution", "mixed_precision", "allow_tf32", "guidance_scale")
-"""With `OF_THE_BASE` the settings that a run's images depend on."""
+"""Together with `OF_THE_BASE` the settings that a run's images depend on."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,19 @@ class FoundControlNet:
     name_or_path: str
     """The folder with config.json and weights, or a Hub id."""
     settings: Mapping[str, Any]
-    """Those of `OF_THE_BASE` and `OF_THE_RUN` that its run's config.yaml gives."""
+    """Settings of its run's config.yaml, as far as `OF_THE_BASE` and `OF_THE_RUN` name them."""
     config_file: Path | None
-    """That config.yaml."""
+    """The run's config.yaml."""
 
     def settings_with(self, base: str | None) -> dict[str, Any]:
-        """The settings to draw with, if `base` takes the place of the run's base model; None leaves that."""
+        """Return the settings to draw with, without those of the run's base model if `base` is another one."""
         if base in (None, self.settings.get("pretrained_model_name_or_path")):
             return dict(self.settings)
         return {name: value for name, value in self.settings.items() if name in OF_THE_RUN}
 
 
 def find(name: str) -> FoundControlNet:
-    """The ControlNet that a user names: a run's output_dir, a checkpoint-N, a ControlNet's folder, or a Hub id.
+    """Find the ControlNet that a user names: a run's output_dir, a checkpoint-N, a ControlNet's folder, or a Hub id.
 
     Raises:
         ConfigError: if there is none at that path, or its run's config.yaml cannot be used.
@@ -78,7 +78,7 @@ def _weights_folder(path: Path, name: str) -> Path:
 
 
 def _class_name(file: Path) -> str | None:
-    """What a config.json says that it is of, if it can be read: else loading it tells what is wrong."""
+    """Read the class in a config.json; None if it cannot be read, which loading the model then reports."""
     with suppress(OSError, ValueError):
         config = json.loads(file.read_text(encoding="utf-8"))
         return config.get("_class_name") if isinstance(config, dict) else None
@@ -86,14 +86,14 @@ def _class_name(file: Path) -> str | None:
 
 
 def _config_file(folder: Path) -> Path | None:
-    """The config.yaml of the run that wrote `folder`: its output_dir, a checkpoint-N, or the controlnet in that."""
+    """Find the config.yaml of the run that wrote `folder`: its output_dir, a checkpoint-N, or its controlnet/."""
     run = folder.parent if folder.name == checkpoints.CONTROLNET else folder
     places = [folder, run.parent] if re.fullmatch(r"checkpoint-\d+", run.name) else [folder]
     return next((place / CONFIG for place in places if (place / CONFIG).is_file()), None)
 
 
 def _read(file: Path, name: str) -> dict[str, Any]:
-    """What matters of a config.yaml. It may be of another version, with settings that this one does not know."""
+    """Read the settings that images depend on. The file may be of a version with settings unknown to this one."""
     settings, problems = {}, []
     for key, value in read_yaml(file, f"--controlnet={name}: {file}").items():
         if key in OF_THE_BASE + OF_THE_RUN:

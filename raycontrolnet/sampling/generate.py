@@ -1,6 +1,6 @@
-"""`raycontrolnet generate`: images from a trained ControlNet, on the code path of the training's validation.
+"""`raycontrolnet generate`: images from a trained ControlNet, drawn by the code that draws validation images.
 
-All in the calling process, without Ray: check everything, load the models once, draw one batch after the other.
+It runs in the calling process, without Ray: check everything, load the models once, draw batch by batch.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from raycontrolnet.errors import ConfigError, explained, out_of_memory
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.performance import working_precision
 from raycontrolnet.model.prompts import cut
+from raycontrolnet.quiet import MODEL_LIBRARIES, no_progress_bars
 from raycontrolnet.sampling import find_controlnet, images, scores
-from raycontrolnet.sampling.images import METADATA, ImageItem, PairImages
+from raycontrolnet.sampling.images import METADATA, DrawOptions, ImageItem, PairImages
 from raycontrolnet.sampling.pipeline import DEFAULT_SAMPLING, Sampling
 from raycontrolnet.text import counted, duration
 from raycontrolnet.version import __version__
@@ -38,40 +39,25 @@ DEFAULT_RESOLUTION = 512
 
 @dataclass(frozen=True)
 class _Task:
-    """What to draw, its input checked."""
+    """Checked input: what to draw, and where to."""
 
     config: GenerateConfig
-    """With the run's settings for those that were not given."""
+    """Missing settings are filled in from the run's."""
     model: ModelConfig
     items: Sequence[ImageItem]
+    options: DrawOptions
     out: Path
     device: torch.device
     allow_tf32: bool
     token: str | None = field(repr=False)
-
-    @property
-    def resolution(self) -> int:
-        return self.config.resolution or DEFAULT_RESOLUTION
-
-    @property
-    def guidance_scale(self) -> float:
-        return DEFAULT_SAMPLING.guidance_scale if self.config.guidance_scale is None else self.config.guidance_scale
-
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(self.config.num_inference_steps, self.guidance_scale)
-
-    @property
-    def precision(self) -> torch.dtype:
-        return working_precision(self.config.mixed_precision)
 
 
 def generate(config: GenerateConfig, *, stream: TextIO | None = None) -> list[PairImages]:
     """Draw images with a trained ControlNet, one file each, into `config.out`.
 
     It works in the calling process, without Ray. An image depends on its place among the pairs, the seed, the other
-    settings and the weights: with the settings of a run's validation it is that of the run's last validation, on the
-    CPU to the bit.
+    settings and the weights: with the settings of a run's validation it equals that of the run's last validation, on
+    the CPU bit for bit.
 
     Args:
         config: what to draw, with which ControlNet, and how.
@@ -82,8 +68,8 @@ def generate(config: GenerateConfig, *, stream: TextIO | None = None) -> list[Pa
 
     Raises:
         UserError: bad settings, images or models (exit code 2 on the command line).
-        RunError: it failed, as on a full disk; what was drawn stands (exit code 1).
-        Interrupted: Ctrl-C; what was drawn stands (exit code 130).
+        RunError: it failed, as on a full disk; finished images stay (exit code 1).
+        Interrupted: Ctrl-C; finished images stay (exit code 130).
     """
     with shown_on(stream) as shown:
         return _generate(config, shown)
@@ -99,11 +85,11 @@ def _generate(config: GenerateConfig, stream: TextIO) -> list[PairImages]:
         _memory_advice(task.config),
     ):
         _announce(task, stream)
-        with _no_progress_bars(), _tf32(allowed=task.allow_tf32):
+        with no_progress_bars(*MODEL_LIBRARIES), _tf32(allowed=task.allow_tf32):
             components = load_components(
                 task.model,
                 device=task.device,
-                dtype=task.precision,
+                dtype=task.options.precision,
                 seed=0,
                 token=task.token,
                 controlnet_flag="controlnet",
@@ -121,7 +107,7 @@ def _generate(config: GenerateConfig, stream: TextIO) -> list[PairImages]:
 
 
 def _fidelity(task: _Task, results: Sequence[PairImages]) -> str:
-    """The end of the last line: what the images' scores are on the average."""
+    """Return the end of the last line: the average score of the images."""
     measure, found = task.config.control_fidelity, images.fidelity_of(results)
     if measure is None:
         return ""
@@ -129,7 +115,7 @@ def _fidelity(task: _Task, results: Sequence[PairImages]) -> str:
 
 
 def _check(config: GenerateConfig) -> _Task:
-    """Everything that can be checked before models are read.
+    """Check everything that can be checked before models are loaded.
 
     Raises:
         ConfigError: with the problems of images, models, folder and device together.
@@ -138,7 +124,7 @@ def _check(config: GenerateConfig) -> _Task:
     items: list[ImageItem] = []
     out = Path(config.out).expanduser().resolve()
     with collected(problems):
-        images.check(config.image or (), "--image")
+        images.check(config.pairs, "--image")
         items = images.plan(config.pairs, config.num_images, config.seed, "--image")
     with collected(problems):
         found = find_controlnet.find(config.controlnet)
@@ -158,13 +144,24 @@ def _check(config: GenerateConfig) -> _Task:
     if problems or model is None:
         raise ConfigError(problems)
     device = torch.device("cuda" if use_gpu else "cpu")
-    return _Task(config, model, items, out, device, allow_tf32, find_token(config.hub_token))
+    return _Task(config, model, items, _options(config), out, device, allow_tf32, find_token(config.hub_token))
+
+
+def _options(config: GenerateConfig) -> DrawOptions:
+    guidance_scale = DEFAULT_SAMPLING.guidance_scale if config.guidance_scale is None else config.guidance_scale
+    return DrawOptions(
+        config.resolution or DEFAULT_RESOLUTION,
+        Sampling(config.num_inference_steps, guidance_scale),
+        working_precision(config.mixed_precision),
+        config.batch_size,
+        config.control_fidelity,
+    )
 
 
 def _model(
     config: GenerateConfig, given: GenerateConfig, found: find_controlnet.FoundControlNet, tokenizer_name: str | None
 ) -> ModelConfig:
-    """Base model and ControlNet.
+    """Return base model and ControlNet.
 
     Raises:
         ConfigError: if one is not known, or not in the folder that is named.
@@ -173,7 +170,7 @@ def _model(
     problems = [not_a_model(found.name_or_path, "controlnet", ())]
     if base is None:
         problems.append(
-            "--pretrained_model_name_or_path: required, as there is no config.yaml of a run that says which base model "
+            "--pretrained_model_name_or_path: required, because no config.yaml of a run says which base model "
             f"{given.controlnet} was trained for"
         )
     else:
@@ -194,7 +191,7 @@ def _model(
 
 
 def _overwritten(out: Path, items: Sequence[ImageItem], config: GenerateConfig) -> Iterator[str]:
-    """Files in `out` that must not be replaced: all but those of an earlier time, which left its log as well."""
+    """Yield the problem of files in `out` that would be replaced. An earlier `generate`, which left its log, may be."""
     written = {METADATA}
     for item in items:
         written |= {item.file_name, item.control_file_name, item.grid_file_name}
@@ -211,42 +208,28 @@ def _overwritten(out: Path, items: Sequence[ImageItem], config: GenerateConfig) 
 
 
 def _announce(task: _Task, stream: TextIO) -> None:
-    config = task.config
+    config, options = task.config, task.options
     device = "GPU" if task.device.type == "cuda" else "CPU"
-    precision = "" if task.precision == torch.float32 else f" in {config.mixed_precision}"
+    precision = "" if options.precision == torch.float32 else f" in {config.mixed_precision}"
     what = (
         f"{config.controlnet} on {task.model.pretrained_model_name_or_path}, {counted(len(config.pairs), 'pair')} x "
-        f"{counted(config.num_images, 'image')} of {task.resolution} px, {counted(config.num_inference_steps, 'step')}"
-        f", guidance {task.guidance_scale:g}, seed {config.seed}, on the {device}{precision}"
+        f"{counted(config.num_images, 'image')} of {options.resolution} px, "
+        f"{counted(config.num_inference_steps, 'step')}, guidance {options.sampling.guidance_scale:g}, "
+        f"seed {config.seed}, on the {device}{precision}"
     )
     logger.info(what)
     stream.write(f"raycontrolnet {__version__}: {what}\n")
 
 
 def _draw(task: _Task, components: Components, drawn: list[ImageItem], stream: TextIO) -> list[PairImages]:
-    """Draw all, and make whole what is drawn: all of it, or what there is when something ends it early."""
+    """Draw all items, and finish the folder for those in `drawn`, also when something ends the drawing early."""
     try:
-        for item in images.write(
-            task.out,
-            task.items,
-            components,
-            resolution=task.resolution,
-            device=task.device,
-            autocast=None if task.precision == torch.float32 else task.precision,
-            sampling=task.sampling,
-            batch_size=task.config.batch_size,
-        ):
+        for item in images.write(task.out, task.items, components, task.options):
             drawn.append(item)
             stream.write(f"{task.out / item.file_name}\n")
             stream.flush()
     finally:
-        results = images.finish(
-            task.out,
-            drawn,
-            resolution=task.resolution,
-            sampling=task.sampling,
-            measure=task.config.control_fidelity,
-        )
+        results = images.finish(task.out, drawn, task.options)
     return results
 
 
@@ -265,25 +248,8 @@ def _memory_advice(config: GenerateConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Without the libraries' bars for every file that is read."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    libraries = (diffusers.utils.logging, transformers.utils.logging)
-    shown = [library for library in libraries if library.is_progress_bar_enabled()]
-    for library in shown:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in shown:
-            library.enable_progress_bar()
-
-
-@contextmanager
 def _tf32(*, allowed: bool) -> Iterator[None]:
-    """Matrix products on GPUs as the run had them."""
+    """Allow TF32 matrix products on GPUs as the run did."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = allowed
     try:

@@ -1,9 +1,9 @@
-"""Images as files: what a ControlNet draws for pairs of prompts and control images, with fixed seeds.
+"""Pictures that a ControlNet draws for pairs of prompts and control images, with fixed seeds, and their files.
 
-    plan -> an item per image -> write (draws and saves) -> finish (grids, metadata, scores)
+    plan -> an item per image -> write (draws and saves) -> finish (grids, scores, metadata) -> results (reads them)
 
-`run/validation.py` does so while a ControlNet is trained, `generate_images.py` afterwards. An image depends on its
-item, the sampling and the weights alone: not on who draws it, nor on what was drawn before. The folder gets
+Validation draws with it during training, `raycontrolnet generate` afterwards. An image depends on its item, the draw
+options and the weights alone: not on who draws it, nor on what was drawn before. The folder gets
 
     pair-00-image-00.png ...   the images
     pair-00-control.png        the control image as it was used: RGB, resized and cropped
@@ -19,7 +19,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,21 @@ CONTROL_ENDING, GRID_ENDING = "-control.png", "-grid.png"
 
 
 @dataclass(frozen=True)
+class DrawOptions:
+    """Everything but its item and the weights that an image depends on."""
+
+    resolution: int
+    """Width and height of the images in pixels."""
+    sampling: Sampling = DEFAULT_SAMPLING
+    precision: torch.dtype = torch.float32
+    """Dtype of the frozen models; float16 and bfloat16 are drawn with autocast."""
+    batch_size: int = 1
+    """Images drawn at a time. It changes them by rounding only."""
+    measure: str | None = None
+    """Measure of `control_fidelity`; None for no scores."""
+
+
+@dataclass(frozen=True)
 class ImageItem:
     """One image to draw. Pickles small: the items of a pair share `control_bytes`."""
 
@@ -57,7 +72,7 @@ class ImageItem:
     control_bytes: bytes = field(repr=False)
     """The control image's file."""
     digits: int = 2
-    """Of the pair's index in file names, so that they sort."""
+    """Digits of the pair's index in file names, so that they sort."""
 
     @property
     def pair_name(self) -> str:
@@ -76,10 +91,9 @@ class ImageItem:
         return self.pair_name + GRID_ENDING
 
     def control(self, resolution: int) -> Image.Image:
-        """The control image as the model gets it: RGB, `resolution` x `resolution`."""
-        return Image.fromarray(
-            resize_and_crop(decode_rgb(self.control_bytes, background=CONDITIONING_BACKGROUND), resolution)
-        )
+        """Return the control image as the model gets it: RGB, `resolution` x `resolution`."""
+        image = decode_rgb(self.control_bytes, background=CONDITIONING_BACKGROUND)
+        return Image.fromarray(resize_and_crop(image, resolution))
 
 
 @dataclass(frozen=True)
@@ -95,22 +109,24 @@ class PairImages:
     grid: Path
     """Control image and images side by side."""
     control_fidelity: tuple[float, ...] | None = field(default=None, kw_only=True)
-    """How well each image obeys the control image, in [0, 1]; None where it was not measured."""
+    """Control fidelity of each image, in [0, 1]; None where it was not measured."""
+    step: int = field(default=0, kw_only=True)
+    """Updates of the ControlNet, for images of a validation; else 0."""
 
     @property
     def name(self) -> str:
-        """What the names of the pair's files begin with."""
+        """Beginning of the names of the pair's files."""
         return self.control.name.removesuffix(CONTROL_ENDING)
 
 
-def check(paths: Iterable[str], flag: str) -> None:
-    """Open every control image, before anything is loaded.
+def check(pairs: Iterable[tuple[str, str]], flag: str) -> None:
+    """Open the control image of every (prompt, path), before models are loaded.
 
     Raises:
         DataError: naming `flag` and each image that cannot be used, and why.
     """
     problems = []
-    for path in dict.fromkeys(paths):
+    for path in dict.fromkeys(path for _, path in pairs):
         try:
             decode_rgb(path, background=CONDITIONING_BACKGROUND, place=flag)
         except DataError as error:
@@ -120,7 +136,7 @@ def check(paths: Iterable[str], flag: str) -> None:
 
 
 def plan(pairs: Sequence[tuple[str, str]], num_images: int, seed: int, flag: str) -> list[ImageItem]:
-    """Every image of `pairs` (prompt, control image path), in their order; each has its own seed, by its place.
+    """Return every image to draw for `pairs` (prompt, control image path), each with a seed that depends on its place.
 
     Raises:
         DataError: naming `flag`, if a control image is not there any more.
@@ -143,73 +159,49 @@ def _read(path: str, flag: str) -> bytes:
 
 
 def draw_items(
-    components: Components,
-    items: Iterable[ImageItem],
-    *,
-    resolution: int,
-    device: torch.device,
-    autocast: torch.dtype | None = None,
-    sampling: Sampling = DEFAULT_SAMPLING,
-    batch_size: int = 1,
+    components: Components, items: Iterable[ImageItem], options: DrawOptions
 ) -> Iterator[tuple[ImageItem, Image.Image]]:
-    """Draw `items` with the models in memory, which stay as they are (mode, gradients, random state).
+    """Draw `items` with the models in memory, which keep their mode, gradients and random state.
 
     Args:
         components: the models themselves, not wrapped in DistributedDataParallel.
-        resolution: of the images, in pixels.
-        device: where the models are.
-        autocast: fp16 or bf16 with mixed precision, None without.
-        batch_size: how many are drawn at a time. The images are the same but for rounding.
 
     Yields:
         (item, RGB image of resolution x resolution)
     """
     pipeline, waiting = build_pipeline(components), iter(items)
-    while batch := list(islice(waiting, batch_size)):
+    autocast = None if options.precision == torch.float32 else options.precision
+    while batch := list(islice(waiting, options.batch_size)):
         images = draw(
             pipeline,
             [item.prompt for item in batch],
-            [item.control(resolution) for item in batch],
+            [item.control(options.resolution) for item in batch],
             [item.seed for item in batch],
-            device=device,
             autocast=autocast,
-            sampling=sampling,
+            sampling=options.sampling,
         )
         yield from zip(batch, images, strict=True)
 
 
-def write(folder: Path, items: Iterable[ImageItem], components: Components, **options: Any) -> Iterator[ImageItem]:
-    """Draw `items` and save each, in the place of an earlier one, as soon as it is drawn.
-
-    Args:
-        folder: exists.
-        **options: as `draw_items`.
-
-    Yields:
-        Each item once its image is there.
-    """
-    for item, image in draw_items(components, items, **options):
-        (folder / METADATA).unlink(missing_ok=True)  # which tells of the image that is replaced
+def write(
+    folder: Path, items: Iterable[ImageItem], components: Components, options: DrawOptions
+) -> Iterator[ImageItem]:
+    """Draw `items` and save each as soon as it is drawn, in place of an earlier image; yield it once it is saved."""
+    for item, image in draw_items(components, items, options):
+        (folder / METADATA).unlink(missing_ok=True)  # it describes the image that is replaced
         _save(image, folder / item.file_name)
         yield item
 
 
 def finish(
-    folder: Path,
-    items: Iterable[ImageItem],
-    *,
-    resolution: int,
-    sampling: Sampling = DEFAULT_SAMPLING,
-    step: int | None = None,
-    measure: str | None = None,
+    folder: Path, items: Iterable[ImageItem], options: DrawOptions, *, step: int | None = None
 ) -> list[PairImages]:
-    """Control images, grids, scores and metadata.jsonl, once images are written.
+    """Write control images, grids, scores and metadata.jsonl for the images that are there.
 
-    Those of `items` whose images are missing are left out; without any, nothing is written.
+    Items without an image are left out; without any image nothing is written.
 
     Args:
-        step: of a validation.
-        measure: of `control_fidelity`; None for no scores.
+        step: updates of the ControlNet, for a validation.
 
     Returns:
         One result per pair that has images.
@@ -220,12 +212,12 @@ def finish(
     lines = []
     for pair in dict.fromkeys(item.pair for item in there):
         of_pair = [item for item in there if item.pair == pair]
-        control = of_pair[0].control(resolution)
+        control = of_pair[0].control(options.resolution)
         pictures = [_open(folder / item.file_name) for item in of_pair]
         _save(control, folder / of_pair[0].control_file_name)
         _save(_grid([control, *pictures]), folder / of_pair[0].grid_file_name)
-        for item, score in zip(of_pair, scores.scored(control, pictures, measure), strict=True):
-            lines.append(json.dumps(_metadata(item, step, sampling, score), ensure_ascii=False) + "\n")
+        for item, score in zip(of_pair, scores.score(control, pictures, options.measure), strict=True):
+            lines.append(json.dumps(_metadata(item, step, options.sampling, score), ensure_ascii=False) + "\n")
     with replacing(folder / METADATA) as partial:
         partial.write_text("".join(lines), encoding="utf-8")
     return results(folder)
@@ -249,22 +241,33 @@ def _metadata(item: ImageItem, step: int | None, sampling: Sampling, score: floa
 
 
 def results(folder: Path) -> list[PairImages]:
-    """What metadata.jsonl of a finished folder tells, pair by pair."""
+    """Read metadata.jsonl of a finished folder: one result per pair."""
     lines = [json.loads(line) for line in (folder / METADATA).read_text(encoding="utf-8").splitlines()]
-    found = []
-    for pair in dict.fromkeys(line["pair"] for line in lines):
-        of_pair = [line for line in lines if line["pair"] == pair]
-        first, images = of_pair[0], tuple(folder / line["file_name"] for line in of_pair)
-        control = folder / first["conditioning_image_file_name"]
-        grid = folder / (control.name.removesuffix(CONTROL_ENDING) + GRID_ENDING)
-        measured = tuple(line.get("control_fidelity") for line in of_pair)
-        fidelity = measured if all(isinstance(score, float) for score in measured) else None
-        found.append(PairImages(pair, first["prompt"], control, images, grid, control_fidelity=fidelity))
-    return found
+    return [_pair_images(folder, list(of_pair)) for _, of_pair in groupby(lines, key=lambda line: line["pair"])]
+
+
+def _pair_images(folder: Path, lines: Sequence[dict[str, Any]]) -> PairImages:
+    first = lines[0]
+    control = folder / first["conditioning_image_file_name"]
+    measured: tuple[Any, ...] = tuple(line.get("control_fidelity") for line in lines)
+    return PairImages(
+        first["pair"],
+        first["prompt"],
+        control,
+        tuple(folder / line["file_name"] for line in lines),
+        folder / (control.name.removesuffix(CONTROL_ENDING) + GRID_ENDING),
+        control_fidelity=measured if all(isinstance(score, float) for score in measured) else None,
+        step=first.get("step", 0),
+    )
+
+
+def fidelity_of(pairs: Sequence[PairImages]) -> Fidelity | None:
+    """Return the average control fidelity of all images of `pairs`; None if it was not measured."""
+    return scores.average(score for pair in pairs for score in pair.control_fidelity or ())
 
 
 def _grid(images: Sequence[Image.Image], most_columns: int = 5) -> Image.Image:
-    """Images of one size, row by row."""
+    """Lay out images of one size row by row."""
     width, height = images[0].size
     columns = min(len(images), most_columns)
     grid = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
@@ -278,11 +281,5 @@ def _open(path: Path) -> Image.Image:
 
 
 def _save(image: Image.Image, path: Path) -> None:
-    """As PNG, whole or not at all."""
     with replacing(path) as partial:
         image.save(partial, format="PNG")
-
-
-def fidelity_of(pairs: Sequence[PairImages]) -> Fidelity | None:
-    """The control fidelity of all images of `pairs`, if it was measured."""
-    return scores.average(score for pair in pairs for score in pair.control_fidelity or ())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ import torch
 from PIL import Image
 
 from raycontrolnet.model.prompts import warn_if_cut
+from raycontrolnet.quiet import only_errors
 
 if TYPE_CHECKING:
     from raycontrolnet.model.components import Components
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are drawn, other than by the weights."""
+    """Settings of the sampler."""
 
     scheduler: ClassVar[str] = "UniPCMultistepScheduler"
     num_inference_steps: int = 20
@@ -31,12 +30,12 @@ DEFAULT_SAMPLING = Sampling()
 
 
 def build_pipeline(components: Components) -> Any:
-    """The models in memory as a StableDiffusionControlNetPipeline with UniPC; loads and copies nothing.
+    """Build a StableDiffusionControlNetPipeline with UniPC on the models in memory; load and copy nothing.
 
     Args:
         components: the models themselves, not wrapped in DistributedDataParallel.
     """
-    with _quiet():  # importing the pipelines makes transformers talk about torchvision
+    with only_errors():  # importing the pipelines makes transformers log about torchvision
         from diffusers import StableDiffusionControlNetPipeline, UniPCMultistepScheduler
 
         pipeline = StableDiffusionControlNetPipeline(
@@ -61,31 +60,29 @@ def draw(
     controls: Sequence[Image.Image],
     seeds: Sequence[int],
     *,
-    device: torch.device,
     autocast: torch.dtype | None = None,
     sampling: Sampling = DEFAULT_SAMPLING,
 ) -> list[Image.Image]:
-    """RGB images of the size of `controls`, each a function of its own arguments and the weights alone.
+    """Draw RGB images of the size of `controls`, each a function of its own arguments and the weights alone.
 
-    They are drawn together: with others beside it, an image is the same but for rounding. The initial noise comes from
-    a CPU generator of each image's own, so that it is the same on every device and torch's own random state is not
-    touched. Modules keep their mode (training or evaluation) and their gradients.
+    They are drawn in one batch, whose size changes an image by rounding only. The initial noise of each image comes
+    from its own CPU generator, so it is the same on every device and torch's random state is not touched. Modules keep
+    their mode (training or evaluation) and their gradients.
 
     Args:
         pipeline: of `build_pipeline`.
-        controls: RGB, of one size, width and height divisible by 8; one for every prompt, as of `seeds`.
-        device: where the models are.
-        autocast: fp16 or bf16 with mixed precision, None without.
+        controls: RGB, of one size, width and height divisible by 8; as many as prompts and seeds.
+        autocast: float16 or bfloat16 with mixed precision, None without.
     """
     modules = (pipeline.text_encoder, pipeline.vae, pipeline.unet, pipeline.controlnet)
     for prompt in prompts:
         warn_if_cut(pipeline.tokenizer, prompt)
     with ExitStack() as drawing:
-        drawing.enter_context(_quiet())
+        drawing.enter_context(only_errors())
         drawing.enter_context(evaluating(modules))
         drawing.enter_context(torch.no_grad())
         if autocast is not None:
-            drawing.enter_context(torch.autocast(device.type, dtype=autocast))
+            drawing.enter_context(torch.autocast(pipeline.unet.device.type, dtype=autocast))
         images: list[Image.Image] = pipeline(
             list(prompts),
             image=list(controls),
@@ -98,7 +95,7 @@ def draw(
 
 @contextmanager
 def evaluating(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Evaluation mode; afterwards every submodule has the mode it had, also where they differed."""
+    """Put `modules` into evaluation mode, and afterwards give every submodule the mode that it had."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
     try:
         for part, _ in modes:
@@ -107,20 +104,3 @@ def evaluating(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without diffusers' and transformers' advice, which is for people who call them."""
-    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
-    levels = [library.level for library in loggers]
-    try:
-        for library in loggers:
-            library.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            # diffusers 0.42's UniPC hands numpy >= 2 a torch tensor, which does not know `copy=` yet
-            warnings.filterwarnings("ignore", message="__array__ implementation", category=DeprecationWarning)
-            yield
-    finally:
-        for library, level in zip(loggers, levels, strict=True):
-            library.setLevel(level)

@@ -1,4 +1,4 @@
-"""The control fidelity of drawn images: one by one, on the average, and in words. The measure is `fidelity.py`'s."""
+"""The control fidelity of drawn images: of each, on average, and in words. `fidelity.py` measures it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Fidelity(NamedTuple):
     """Standard error of the mean, from the spread of the images; nan with a single one."""
 
 
-def scored(control: Image.Image, pictures: Sequence[Image.Image], measure: str | None) -> list[float | None]:
-    """The control fidelity of each of `pictures`; None without a measure.
+def score(control: Image.Image, pictures: Sequence[Image.Image], measure: str | None) -> list[float | None]:
+    """Measure the control fidelity of each of `pictures`; None without a measure.
 
-    No score is worth a picture: what goes wrong is logged, and gives None as well.
+    A failure is logged and gives None: the pictures are worth more than their scores.
 
     Args:
         control: RGB.
@@ -39,9 +39,7 @@ def scored(control: Image.Image, pictures: Sequence[Image.Image], measure: str |
     if measure is None:
         return [None] * len(pictures)
     try:
-        from raycontrolnet.sampling.fidelity import (
-            control_fidelity,  # and with it OpenCV, which others need not wait for
-        )
+        from raycontrolnet.sampling.fidelity import control_fidelity  # imports OpenCV, which others do not need
 
         asked = np.asarray(control)
         return [control_fidelity(asked, np.asarray(picture), cast("Measure", measure)) for picture in pictures]
@@ -52,7 +50,7 @@ def scored(control: Image.Image, pictures: Sequence[Image.Image], measure: str |
 
 
 def average(scores: Iterable[float]) -> Fidelity | None:
-    """The mean of `scores` and its standard error; None of nothing."""
+    """Return the mean of `scores` and its standard error; None if there are none."""
     values = np.array(list(scores), dtype=np.float64)
     if not values.size:
         return None
@@ -61,6 +59,6 @@ def average(scores: Iterable[float]) -> Fidelity | None:
 
 
 def in_words(fidelity: Fidelity) -> str:
-    """For a log."""
+    """Describe `fidelity` for a log."""
     error = "" if math.isnan(fidelity.error) else f" ± {fidelity.error:.1g}"
     return f"control fidelity {fidelity.mean:.3f}{error}"

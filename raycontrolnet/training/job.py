@@ -17,7 +17,10 @@ from raycontrolnet.cluster.worker import remove_ray_records
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.errors import UserError
-from raycontrolnet.sampling.images import ImageItem
+from raycontrolnet.model.performance import working_precision
+from raycontrolnet.quiet import MODEL_LIBRARIES, no_progress_bars
+from raycontrolnet.sampling.images import DrawOptions, ImageItem
+from raycontrolnet.sampling.pipeline import Sampling
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.storage.files import replacing
@@ -73,6 +76,16 @@ class Job:
     @property
     def output_dir(self) -> Path:
         return Path(self.config.output_dir)
+
+    def images_of(self, step: int) -> validation.StepImages:
+        """Return the validation images of `step`, to be drawn."""
+        options = DrawOptions(
+            self.config.resolution,
+            Sampling(guidance_scale=self.config.guidance_scale),
+            working_precision(self.config.mixed_precision),
+            measure=self.config.control_fidelity,
+        )
+        return validation.StepImages(self.output_dir, step, self.validation_items, options)
 
     def current_checkpoint(self) -> Checkpoint | None:
         """Return this run's last complete checkpoint, or its start."""
@@ -139,11 +152,6 @@ def read_timings(output_dir: Path) -> dict[str, float]:
 @contextmanager
 def logging_to_run_log(job: Job, who: str) -> Iterator[None]:
     """Log what this package logs in a worker to run.log, without the libraries' progress bars."""
-    import diffusers.utils.logging  # here: the driver, which imports this module too, need not wait for them
-    import transformers.utils.logging
-
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
     package = logging.getLogger("raycontrolnet")
     handler = logging.FileHandler(job.output_dir / LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {who}: %(message)s"))
@@ -151,7 +159,8 @@ def logging_to_run_log(job: Job, who: str) -> Iterator[None]:
         package.addHandler(handler)
         package.setLevel(logging.INFO)
     try:
-        yield
+        with no_progress_bars(*MODEL_LIBRARIES):
+            yield
     finally:
         package.removeHandler(handler)
         handler.close()

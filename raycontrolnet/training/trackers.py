@@ -1,7 +1,7 @@
 """TensorBoard, Weights & Biases and Comet behind one interface. A tracker that fails is dropped; the run goes on.
 
-The offline modes are the tools' own: `WANDB_MODE=offline`, `COMET_START_ONLINE=0`. Neither the settings nor the command
-line, where a token may stand, reach a tracker.
+The offline modes are the tools' own: `WANDB_MODE=offline`, `COMET_START_ONLINE=0`. Secret settings, and the command
+line, which may hold a token, do not reach a tracker.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _PACKAGES = {
 
 
 def resolve(report_to: str) -> tuple[str, ...]:
-    """The trackers that `--report_to` asks for, each once. `all` means those that are installed."""
+    """List the trackers that `--report_to` asks for, each once. `all` means those that are installed."""
     names = tuple(dict.fromkeys(OutputConfig(report_to=report_to).trackers))
     return tuple(name for name in names if _installed(name)) if report_to == "all" else names
 
 
 def check_trackers(names: Sequence[str]) -> list[str]:
-    """What stands against using these trackers: a line for each whose package is missing."""
+    """List the trackers whose package is missing, with the command that installs it."""
     return [
         f"--report_to={name}: the package {_PACKAGES[name][0]} is not installed: {_PACKAGES[name][1]}"
         for name in names
@@ -60,18 +60,18 @@ def _installed(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Run:
-    """What every tracker is told about the run."""
+    """Facts about the run for every tracker."""
 
     logging_dir: Path
     project: str
     name: str
     settings: Mapping[str, Any]
     done_steps: int
-    """Updates of the run before this start; above 0 the trackers' earlier curves are continued."""
+    """Updates of the run before this start; if above 0, the trackers continue their earlier curves."""
     group: str | None = None
 
     def kept_id(self, tracker: str) -> str:
-        """The run's id at `tracker` (32 hex digits), kept in a file so that a continued run finds its own curves."""
+        """Return the run's id at `tracker` (32 hex digits), kept in a file so that a resumed run finds its curves."""
         path = self.logging_dir / f"{tracker}_id.txt"
         if self.done_steps == 0 or not path.is_file():
             path.write_text(uuid.uuid4().hex, encoding="utf-8")
@@ -79,7 +79,7 @@ class Run:
 
 
 class Tracker(ABC):
-    """One tool; made from a `Run`, whose settings it stores. Every method may raise: `Trackers` deals with it."""
+    """One tool, made from a `Run`, whose settings it stores. Every method may raise; `Trackers` handles it."""
 
     @abstractmethod
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
@@ -95,7 +95,7 @@ class TensorBoard(Tracker):
     def __init__(self, run: Run):
         from torch.utils.tensorboard import SummaryWriter
 
-        # Steps after the checkpoint that the run continues from are done again: what was written of them is hidden.
+        # Steps after the checkpoint that the run resumes from are done again: hide what was written for them.
         purge_step = run.done_steps + 1 if run.done_steps else None
         self._writer: Any = SummaryWriter(str(run.logging_dir / run.project), purge_step=purge_step)
         self._writer.add_hparams({name: _plain(value) for name, value in run.settings.items()}, {}, run_name=".")
@@ -131,10 +131,10 @@ class Wandb(Tracker):
                 id=run.kept_id("wandb"),
                 resume="allow",
                 reinit="create_new",  # several runs in one process do not end each other
-                # No copy of the terminal, which has a progress line; no git, in whose remote a token may stand.
+                # No copy of the terminal, which has a progress line; no git, whose remote may hold a token.
                 settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
             )
-        # Validation may come in later than the steps that followed it: the step is a value, not the order of arrival.
+        # Validation may arrive after later steps: the step is a value, not the order of arrival.
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
         if self._run.url:
@@ -153,7 +153,7 @@ class Wandb(Tracker):
 
 class Comet(Tracker):
     def __init__(self, run: Run):
-        # It would patch torch and TensorBoard to log their numbers a second time, and talk in the terminal.
+        # It would patch torch and TensorBoard to log their numbers twice, and print to the terminal.
         os.environ.setdefault("COMET_DISABLE_AUTO_LOGGING", "1")
         os.environ.setdefault("COMET_LOGGING_CONSOLE", "ERROR")
         import comet_ml
@@ -198,14 +198,14 @@ _KINDS: dict[str, Callable[[Run], Tracker]] = {"tensorboard": TensorBoard, "wand
 
 
 class Trackers:
-    """The open trackers. No method raises: a tracker that does is reported once to the log, and dropped."""
+    """The open trackers. No method raises: a tracker that fails is logged once and dropped."""
 
     def __init__(self, opened: dict[str, Tracker]):
         self._open = opened
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Those still in use."""
+        """Names of the trackers still in use."""
         return tuple(self._open)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -217,11 +217,11 @@ class Trackers:
         self._each("scalars", step, values)
 
     def images(self, step: int, key: str, paths: Sequence[Path], caption: str) -> None:
-        """Log image files under `key`, which tells them from those of other pairs, with their prompt as the caption."""
+        """Log image files under `key`, which is unique per pair, with their prompt as the caption."""
         self._each("images", step, key, paths, caption)
 
     def close(self) -> None:
-        """Write out everything. Calling it again does nothing."""
+        """Write out everything. A second call does nothing."""
         self._each("close")
         self._open.clear()
 
@@ -244,10 +244,10 @@ def open_trackers(
     """Open the trackers called `names` (see `resolve`), on rank 0 only.
 
     Args:
-        logging_dir: of the run; TensorBoard's files go to its folder `project`, as in the scripts that users know.
-        settings: the hyperparameters to store. Secrets among them are left out.
-        done_steps: updates done before this start, if the run continues.
-        group: of runs that belong together, where a tracker knows such.
+        logging_dir: of the run; TensorBoard's files go to its folder `project`, as in diffusers' scripts.
+        settings: the hyperparameters to store, without the secrets among them.
+        done_steps: updates done before this start, if the run resumes.
+        group: of runs that belong together, for trackers with groups.
     """
     secrets = names_with("secret")
     public = {name: value for name, value in settings.items() if name not in secrets}
@@ -276,7 +276,7 @@ def _works(name: str, use: Callable[..., object], *arguments: Any) -> bool:
 
 @contextmanager
 def _without_arguments() -> Iterator[None]:
-    """The tools store the command line, in which --hub_token may stand."""
+    """Hide the command line from tools that store it: it may hold --hub_token."""
     arguments = sys.argv
     sys.argv = arguments[:1]
     try:
@@ -286,5 +286,5 @@ def _without_arguments() -> Iterator[None]:
 
 
 def _plain(value: Any) -> str | int | float | bool:
-    """A value that TensorBoard takes for a hyperparameter."""
+    """Convert a setting to a value that TensorBoard takes as a hyperparameter."""
     return value if isinstance(value, (str, int, float, bool)) else json.dumps(value, default=str)

@@ -1,27 +1,24 @@
-"""Validation in the worker: the held-out measure, and images, with as little of the training's time as can be.
+"""Validation in the worker: the held-out measure, and images, with as little of the training's time as possible.
 
-Nothing here changes the training: not its weights, nor its randomness.
+Nothing here changes the training: neither its weights nor its randomness.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import ray
 import ray.train
-import torch
 
 from raycontrolnet.cluster.worker import from_rank_zero, wait_for_all
 from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.model.components import with_controlnet
-from raycontrolnet.model.performance import vae_on, working_precision
+from raycontrolnet.model.performance import vae_on
 from raycontrolnet.model.step import TrainState
 from raycontrolnet.sampling import scores
 from raycontrolnet.sampling.images import fidelity_of
-from raycontrolnet.sampling.pipeline import Sampling
 from raycontrolnet.training import held_out, validation
 from raycontrolnet.training.job import Job
 from raycontrolnet.training.metrics import MetricsLog, PhaseClock
@@ -60,7 +57,7 @@ class Validator:
             self.beside = AsyncValidation(job)
 
     def measure(self) -> None:
-        """Measure the held-out samples, every worker its share."""
+        """Measure this worker's share of the held-out samples; rank 0 logs the result of all."""
         if self.loader is None:
             return
         with self.clock("validation"):
@@ -78,14 +75,14 @@ class Validator:
             logger.info("step %d: %s", self.last.step, held_out.in_words(held_out.read(self.job.output_dir)))
 
     def draw(self) -> None:
-        """Images of the weights as they are: beside the training if there is room, else by all workers."""
+        """Draw images of the current weights: in the actor if it is free, else all workers draw."""
         if self.job.validation_items:
             with self.clock("validation_images"):
-                if not self._draw_beside():
+                if not self._sent_to_actor():
                     self._draw_together(lambda: unwrap_controlnet(self.state))
 
     def finish(self) -> None:
-        """Images of the final weights as they were saved."""
+        """Draw images of the final weights as they were saved."""
         if self.job.validation_items:
             with self.clock("validation_images"):
                 _barrier()  # until they are saved
@@ -97,8 +94,8 @@ class Validator:
         if self.log:
             self.log.close()
 
-    def _draw_beside(self) -> bool:
-        """Send the weights to the spare worker, if there is one and it is free; the same answer on every worker."""
+    def _sent_to_actor(self) -> bool:
+        """Send the weights to the actor if it is free; the same answer on every worker."""
         if self.job.spare is None:
             return False
         free = False
@@ -108,34 +105,18 @@ class Validator:
         if self.plan.world_size > 1:
             free = from_rank_zero(free)
         if free and self.beside:
-            with _no_picture_is_worth_a_run(self.state.step):
+            with validation.failures_logged(self.state.step):
                 self.beside.draw(self.state.step, unwrap_controlnet(self.state))
         return free
 
     def _draw_together(self, controlnet: Callable[[], ControlNetModel]) -> None:
-        """Every worker draws its share."""
-        job, state = self.job, self.state
-        precision = working_precision(job.config.mixed_precision)
-        options: dict[str, Any] = {
-            "resolution": job.config.resolution,
-            "sampling": Sampling(guidance_scale=job.config.guidance_scale),
-        }
-        with _no_picture_is_worth_a_run(state.step), vae_on(state.components, state.accelerator.device):
-            validation.write(
-                job.output_dir,
-                state.step,
-                job.validation_items,
-                with_controlnet(state.components, controlnet()),
-                device=state.accelerator.device,
-                autocast=None if precision == torch.float32 else precision,
-                shard=(self.rank, self.plan.world_size),
-                **options,
-            )
+        """Draw this worker's share; rank 0 finishes and publishes the images of all."""
+        state, images = self.state, self.job.images_of(self.state.step)
+        with validation.failures_logged(state.step), vae_on(state.components, state.accelerator.device):
+            images.draw(with_controlnet(state.components, controlnet()), self.rank, self.plan.world_size)
         _barrier()  # Ray's, not the process group's: a slow worker cannot time a collective out
         if self.rank == 0:
-            items, measure = job.validation_items, job.config.control_fidelity
-            pairs = validation.finish(job.output_dir, state.step, items, measure=measure, **options)
-            self._publish(Drawn(state.step, pairs))
+            self._publish(Drawn(state.step, images.finish()))
 
     def _publish(self, drawn: Drawn | None) -> None:
         """Give the trackers what was drawn."""
@@ -144,19 +125,11 @@ class Validator:
         if drawn.seconds:
             self.clock.seconds["validation_beside"] += drawn.seconds
         for pair in drawn.pairs:
-            self.trackers.images(drawn.step, pair.key, [pair.control, *pair.images], pair.prompt)
+            key = f"{validation.FOLDER}/{pair.name}"  # not the prompt: equal ones would collide
+            self.trackers.images(drawn.step, key, [pair.control, *pair.images], pair.prompt)
         if fidelity := fidelity_of(drawn.pairs):
             self.trackers.scalars(drawn.step, {"control_fidelity": fidelity.mean})
             logger.info("step %d: %s", drawn.step, scores.in_words(fidelity))
-
-
-@contextmanager
-def _no_picture_is_worth_a_run(step: int) -> Iterator[None]:
-    """What goes wrong, such as memory that is full, is logged: other workers wait for this one, not for pictures."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001 (whatever it was)
-        validation.log_failure(step, error)
 
 
 def _barrier() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from raycontrolnet.config.checks import find_token
 from raycontrolnet.config.train_config import TrainConfig, public_settings
 from raycontrolnet.hub import model_card, push
+from raycontrolnet.sampling import images
 from raycontrolnet.sampling.find_controlnet import CONFIG
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.files import replacing_folder
@@ -113,7 +114,7 @@ def write_best(
         )
         (new / CONFIG).write_text(head + yaml.safe_dump(settings, sort_keys=False))
         if drawn := validation.finished_folders(trial.folder, step):
-            shutil.copytree(drawn[-1], validation.step_folder(new, validation.results(drawn[-1])[0].step))
+            shutil.copytree(drawn[-1], validation.step_folder(new, images.results(drawn[-1])[0].step))
     facts: dict[str, Any] = {**figures, "versions": versions}
     until = [report for report in trial.reports if report["step"] <= step]
     facts |= {"control_appeared_at_step": control_appeared(until) if "control_gap" in facts else None}

@@ -1,4 +1,4 @@
-"""Speed of the latent cache: making it, reading it, and ten epochs with all that belongs to them.
+"""Speed of the latent cache: writing it, reading it, and ten epochs with it from start to end.
 
     python tests/benchmarks/cache_speed.py encode    # images/s of `prepare` against a bare loop of VAE encodes
     python tests/benchmarks/cache_speed.py load      # samples/s with one CPU, from the cache and from pixels
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def encode(folder: Path, images: int, repeats: int) -> None:
-    """One actor, after its first shard, against the loop that does nothing but read, encode and forget."""
+    """Compare one actor, after its first shard, with a loop that only reads and encodes."""
     ours, bare = [], []
     for repeat in range(repeats):
         this = [sys.executable, __file__, "bare", "--folder", str(folder)]
@@ -61,7 +61,7 @@ def encode(folder: Path, images: int, repeats: int) -> None:
 
 
 def bare_encoding(folder: Path) -> float:
-    """Images/s of PIL, VAE and nothing else."""
+    """Measure images/s of PIL and VAE alone."""
     import torch
     from diffusers import AutoencoderKL
     from transformers import CLIPTokenizer
@@ -73,7 +73,7 @@ def bare_encoding(folder: Path) -> float:
     first = time.perf_counter()
     with torch.no_grad():
         for start in range(0, len(images), BATCH_SIZE):
-            if start == 32:  # as of `prepare`, the first 32 images are not counted
+            if start == 32:  # as for `prepare`, the first 32 images are not counted
                 first = time.perf_counter()
             batch = [images[index]["pixel_values"] for index in range(start, min(len(images), start + BATCH_SIZE))]
             vae.encode(torch.stack(batch)).latent_dist.sample()
@@ -81,7 +81,7 @@ def bare_encoding(folder: Path) -> float:
 
 
 def load(folder: Path, images: int, repeats: int) -> None:
-    """Samples/s of one process with one thread, in the order of training."""
+    """Measure samples/s of one process with one thread, in the order of training."""
     import torch
 
     from raycontrolnet import TrainConfig, prepare
@@ -119,7 +119,7 @@ def load(folder: Path, images: int, repeats: int) -> None:
 
 
 def epochs(folder: Path, images: int, repeats: int) -> None:
-    """Ten epochs: Ray's start, the cache and the final save on our side; the models' loading on both."""
+    """Time ten epochs: with Ray's start, the cache and the final save on our side; with model loading on both."""
     steps = 10 * images // BATCH_SIZE
     reference = [sys.executable, str(Path(__file__).with_name("reference_loop.py")), "--base", str(folder / "base")]
     reference += ["--controlnet", str(folder / "controlnet"), "--data", str(folder / "data"), "--steps", str(steps)]
@@ -141,7 +141,7 @@ def epochs(folder: Path, images: int, repeats: int) -> None:
 
 
 def shown(values: list[float]) -> str:
-    """Median, and the single runs in brackets."""
+    """Format the median, and the single runs in brackets."""
     return f"{statistics.median(values):.3g} ({', '.join(f'{value:.3g}' for value in values)})"
 
 

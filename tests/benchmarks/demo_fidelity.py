@@ -1,4 +1,4 @@
-"""How fast and how well the demo's ControlNet learns to obey: a run for each seed, measured at its checkpoints.
+"""Speed and result of the demo: a run for each seed, evaluated at its checkpoints.
 
     python tests/benchmarks/demo_fidelity.py              # three seeds, about a quarter of an hour
 
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from raycontrolnet.demo.demo import BASE, FOLDER, UNSEEN, UNTRAINED, demo_settings
-from raycontrolnet.demo.evaluation import Evaluation, measure
+from raycontrolnet.demo.evaluation import Evaluation, evaluate
 
 
 def main() -> None:
@@ -28,16 +28,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="raycontrolnet-demo-") as folder:
             os.chdir(folder)
             started = time.monotonic()
-            command = [
-                sys.executable,
-                "-m",
-                "raycontrolnet",
-                "demo",
-                "--seed",
-                str(seed),
-                "--checkpointing_steps",
-                "100",
-            ]
+            command = [sys.executable, "-m", "raycontrolnet", "demo", "--seed", str(seed)]
+            command += ["--checkpointing_steps", "100"]
             subprocess.run(command, check=True, capture_output=True, env=os.environ | {"XDG_CACHE_HOME": folder})
             print(f"# seed {seed}: {time.monotonic() - started:.0f} s", flush=True)
             measured[seed] = by_step(Path(demo_settings["output_dir"]))
@@ -50,12 +42,13 @@ def main() -> None:
 
 
 def by_step(run: Path) -> dict[int, Evaluation]:
-    """Of the untrained ControlNet and every checkpoint of a run in the current folder."""
+    """Evaluate the untrained ControlNet and every checkpoint of a run in the current folder."""
     checkpoints = {int(path.name.removeprefix("checkpoint-")): path for path in run.glob("checkpoint-*")}
     controlnets = {0: UNTRAINED} | dict(sorted(checkpoints.items()))
     drawn, scale = FOLDER / "measured", demo_settings["guidance_scale"]
     return {
-        step: measure(path, BASE, UNSEEN, drawn / str(step), guidance_scale=scale) for step, path in controlnets.items()
+        step: evaluate(path, BASE, UNSEEN, drawn / str(step), guidance_scale=scale)
+        for step, path in controlnets.items()
     }
 
 

@@ -1,4 +1,4 @@
-r"""What raycontrolnet is measured against: a bare PyTorch and Accelerate loop that trains a ControlNet.
+r"""The reference for speed: a bare PyTorch and Accelerate loop that trains a ControlNet.
 
 It does the work of the common training scripts and nothing else: PIL transforms in a DataLoader, the VAE and the text
 encoder in every step, AdamW, gradient clipping; no checkpoints, validation or trackers. It prints one line of JSON.
@@ -52,7 +52,7 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
         }
 
     def pixels(self, name: str) -> Tensor:
-        """[3, resolution, resolution] in [0, 1]: the short side resized to the resolution, the centre cropped."""
+        """Return [3, resolution, resolution] in [0, 1]: the short side resized, the centre cropped."""
         with Image.open(self.folder / name) as file:
             image = file.convert("RGB")
         scale = self.resolution / min(image.size)
@@ -64,7 +64,7 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
 
 
 def images_per_second(update_times: list[float], batch_size: int) -> float:
-    """Over the updates after the warm-up; `update_times`: seconds at which each update ended, from any zero."""
+    """Return images/s after the warm-up; `update_times`: seconds at which each update ended, from any zero."""
     measured = update_times[WARM_UP_UPDATES - 1 :]
     return batch_size * (len(measured) - 1) / (measured[-1] - measured[0])
 

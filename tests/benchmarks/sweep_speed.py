@@ -1,12 +1,11 @@
-"""What a sweep costs, against as many separate runs of the reference loop: same model, data and number of updates.
+"""Cost of a sweep against as many separate runs of the reference loop: same model, data and number of updates.
 
     python tests/benchmarks/sweep_speed.py all          # 16 trials without early stopping, with ASHA, and the reference
     python tests/benchmarks/sweep_speed.py overhead     # Tune's and Ray's part of the time of trials of five minutes
 
-The model and the images are those of train_speed.py. Start-up, the latent cache and the measurements on held-out rows
-are part of a sweep's time; the reference loop has none of the last two. Of the reference a few runs are timed, for all
-are alike: `--references` of them stand for all. Machine time is the time that the machine is taken, from the command to
-its end.
+The model and the images are those of train_speed.py. A sweep's time includes start-up, the latent cache and the
+measurements on held-out rows; the reference loop has neither of the last two. Only `--references` runs of the reference
+are timed, because all are alike. Machine time is from the command to its end.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ def against_reference(folder: Path, trials: int, updates: int, references: int) 
 
 
 def overhead(folder: Path, trials: int, updates: int) -> None:
-    """What is no update of a trial, as a share of the places' time."""
+    """Measure the time besides the updates, as a share of the trial slots' time."""
     output = folder / "sweep"
     seconds = seconds_of(sweep_command(folder, output, trials, updates, ["--scheduler", "none"]), folder)
     sweep = json.loads((output / "sweep.json").read_text())
@@ -74,7 +73,7 @@ def overhead(folder: Path, trials: int, updates: int) -> None:
     print(f"| {trials} trials of {updates} updates, {sweep['concurrency']} at a time | |\n|---|---|")
     print(f"| from the command to its end | {seconds:.0f} s |\n| a trial | {trial_s:.0f} s |")
     print(f"| of its time besides the steps | {1 - steps / sweep['machine_seconds']:.1%} |")
-    print(f"| of the places' time besides the steps (start and cache too) | "
+    print(f"| of the slots' time besides the steps (start and cache too) | "
           f"{1 - steps / (seconds * sweep['concurrency']):.1%} |")  # fmt: skip
     print(f"# {summary(output)}", file=sys.stderr, flush=True)
 
@@ -99,7 +98,7 @@ def seconds_of(command: list[str], folder: Path) -> float:
 
 
 def summary(output: Path) -> str:
-    """States of the trials, and the phases of the first few."""
+    """Format the trials' states, and the phases of the first few."""
     states = [json.loads(file.read_text())["state"] for file in sorted(output.glob("trials/*/trial.json"))]
     timings = [json.loads(file.read_text())["timings"] for file in sorted(output.glob("trials/*/run.json"))[:3]]
     return f"{ {state: states.count(state) for state in set(states)} } {timings}"

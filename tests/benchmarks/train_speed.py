@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Those before and those after `--`."""
+    """Return the arguments before and after `--`."""
     place = arguments.index("--") if "--" in arguments else len(arguments)
     return list(arguments[:place]), list(arguments[place + 1 :])
 
@@ -90,7 +90,7 @@ def write_inputs(folder: Path, num_images: int = 64) -> None:
 
     write_random_base(folder / "base", "quarter")
     unet = UNet2DConditionModel.from_pretrained(folder / "base", subfolder="unet")
-    # diffusers' conditioning embedding is SD 1.5's whatever the UNet's width: a quarter of it, too
+    # diffusers' conditioning embedding has SD 1.5's width whatever the UNet's: a quarter of it here
     channels = CONDITIONING_EMBEDDING_CHANNELS["quarter"]
     controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=channels)
     controlnet.save_pretrained(folder / "controlnet")
@@ -119,13 +119,13 @@ def run_raycontrolnet(folder: Path, name: str, args: argparse.Namespace, train_f
 
 
 def raycontrolnet(command: str, folder: Path, flags: Sequence[str]) -> list[str]:
-    """The command line on the benchmark's base and data."""
+    """Return the command line on the benchmark's base and data."""
     line = [sys.executable, "-m", "raycontrolnet", command, "--pretrained_model_name_or_path", str(folder / "base")]
     return [*line, "--train_data_dir", str(folder / "data"), "--resolution", str(RESOLUTION), *flags]
 
 
 def timed(command: Sequence[str], log: Path) -> tuple[float, float]:
-    """Run `command` without GPU, its output into `log`; unix seconds of its start and end."""
+    """Run `command` without GPU, its output into `log`; return unix seconds of its start and end."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     start = time.time()
     with log.open("w") as file:
@@ -148,7 +148,7 @@ def speed_of(update_times: list[float], start: float, end: float, args: argparse
 
 
 def table(speeds: dict[str, list[Speed]], args: argparse.Namespace, train_flags: Sequence[str]) -> str:
-    """Markdown for RESULTS.md: medians, with the single runs in brackets."""
+    """Format Markdown for RESULTS.md: medians, with the single runs in brackets."""
     lines = [
         f"{platform.machine()}, {os.cpu_count()} CPUs, {args.threads} threads; "
         + ", ".join(f"{package} {version(package)}" for package in ("torch", "diffusers", "ray"))
