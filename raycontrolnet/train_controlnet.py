@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import ray.train
 import torch
 
-from raycontrolnet.cluster.worker import report_checkpoint
+from raycontrolnet.cluster.worker import place_among_workers, report_checkpoint
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.stream import local_batches, ray_batches
 from raycontrolnet.errors import RunError, UserError
@@ -48,13 +48,13 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
     check_folder_is_shared(job)
     if read_failure(job.output_dir):
         return None  # Ray restarted the workers after a hopeless failure, which the driver reports
-    context = ray.train.get_context()
+    rank, world_size = (0, 1) if job.local else place_among_workers()
     clock = PhaseClock(read_timings(job.output_dir))  # continued after a restart
     if not clock.seconds:
         clock.seconds["start"] = time.time() - job.submitted
-    with logging_to_run_log(job, f"worker {context.get_world_rank()}"), hopeless_failures_recorded(job.output_dir):
+    with logging_to_run_log(job, f"worker {rank}"), hopeless_failures_recorded(job.output_dir):
         checkpoint = job.current_checkpoint()
-        schedule = Schedule.of(job.config, job.num_samples, context.get_world_size(), checkpoint)
+        schedule = Schedule.of(job.config, job.num_samples, world_size, checkpoint)
         batches = _read_ahead(_batches(job, schedule, checkpoint))  # begins now, while the models are read
         with accelerator_for(job.config, use_gpu=job.use_gpu, world_size=schedule.world_size) as accelerator:
             if job.threads is not None:
@@ -62,7 +62,7 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
             torch.backends.cuda.matmul.allow_tf32 = job.config.allow_tf32
             with clock("model"), worth_another_try(continued=checkpoint is not job.start):
                 state = build_state(job.config, schedule, accelerator, checkpoint, job.token, encodes=not job.cached)
-            return Worker(job, schedule, state, clock, context.get_world_rank()).run(batches)
+            return Worker(job, schedule, state, clock, rank).run(batches)
 
 
 class Worker:
@@ -200,6 +200,8 @@ class Worker:
                 )
                 checkpoints.prune(job.output_dir, job.config.checkpoints_total_limit)
                 saved = written.path
+            if job.local:
+                return
             figures = self.last._asdict() if self.last else {"step": state.step}
             if (measured := self.validator.last) and measured.step == state.step:
                 figures = measured._asdict() | figures

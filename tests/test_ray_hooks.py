@@ -27,12 +27,14 @@ import ray.tune
 from ray._common import constants
 from ray._private import ray_constants
 from ray.experimental import internal_kv
+from ray.train._internal.session import _TrainSession
 from ray.train.v2._internal import constants as train_constants
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.tune.execution import cluster_info
 from ray.tune.experiment import Trial
 from ray.tune.experimental.output import get_air_verbosity
+from ray.tune.trainable.function_trainable import FunctionTrainable, wrap_function
 
 import raycontrolnet
 from raycontrolnet.cluster import nodes, session, tuning
@@ -44,7 +46,7 @@ from raycontrolnet.cluster.trainer import (
     _waits_for_dashboard,
     has_dashboard,
 )
-from raycontrolnet.cluster.tuning import TUNE_ENVIRONMENT, trial_error, tune_environment
+from raycontrolnet.cluster.tuning import TUNE_ENVIRONMENT, OrderlyEnd, ends_orderly, trial_error, tune_environment
 from raycontrolnet.cluster.worker import (
     RAY_RECORDS,
     from_rank_zero,
@@ -135,6 +137,17 @@ def test_why_a_trial_was_given_up(tmp_path: Path) -> None:
     file.write_bytes(b"no pickle")
     assert trial_error(SimpleNamespace(pickled_error_file=file)) is None
     assert trial_error(SimpleNamespace(pickled_error_file=None)) is None
+
+
+def test_tune_mixes_in_our_end_of_a_trial() -> None:
+    def trial(config: dict[str, Any]) -> None:
+        pass
+
+    wrapped = wrap_function(ends_orderly(trial))
+    assert wrapped.__mro__[1:3] == (OrderlyEnd, FunctionTrainable)
+    assert {"step", "reset_config", "cleanup"} <= vars(FunctionTrainable).keys() & vars(OrderlyEnd).keys()
+    assert "TUNE_FUNCTION_THREAD_TIMEOUT_S" in inspect.getsource(FunctionTrainable.reset_config)
+    assert "self.training_thread = " in inspect.getsource(_TrainSession.reset)
 
 
 @pytest.mark.usefixtures("_local_ray")

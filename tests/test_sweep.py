@@ -25,7 +25,7 @@ from raycontrolnet.cluster.nodes import HEAD, cluster_nodes
 from raycontrolnet.config.settings import ClusterConfig
 from raycontrolnet.errors import ConfigError, RunError
 from raycontrolnet.training import metrics
-from raycontrolnet.tune import records
+from raycontrolnet.tune import checkpoint_folder, records
 from raycontrolnet.tune.plan import plan_sweep
 from raycontrolnet.tune.records import SweepLease
 
@@ -44,7 +44,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(tiny_settings: Settings, rows: Path, tmp_path: Path) -> Settings:
-    """Of a trial of 8 updates, with a measurement, and a checkpoint, every 2."""
+    """Return the settings of a trial of 8 updates, with a measurement and a checkpoint every 2."""
     return tiny_settings | {
         "train_data_dir": str(rows),
         "output_dir": str(tmp_path / "sweep"),
@@ -76,11 +76,10 @@ def test_the_planted_learning_rate_wins(settings: Settings) -> None:
     check_leaderboard(result)
 
 
-def test_a_trial_is_a_run_of_fit(settings: Settings, tmp_path: Path) -> None:
+def test_a_trial_is_a_run_of_fit(eight: SweepResult, tmp_path: Path) -> None:
     """The same losses and measurements, bit for bit, as `fit` in this process and on Ray, from the trial's own file."""
-    space = {"learning_rate": {"choice": [1e-3]}, "proportion_empty_prompts": {"uniform": [0.1, 0.5]}}
-    result = swept(SweepConfig(train=TrainConfig(**settings), space=space, num_samples=2, scheduler="none"))
-    trial = result.trials[-1]
+    trial = eight.trials[0]
+    assert trial.record.state == "finished"
     own = yaml.safe_load((trial.folder / "config.yaml").read_text())
     assert own["proportion_empty_prompts"] == trial.record.settings["proportion_empty_prompts"]
     for num_workers in ("0", "1"):
@@ -186,7 +185,7 @@ def test_more_trials_than_cpus_of_two_workers_each(settings: Settings) -> None:
 
 @pytest.fixture(scope="module")
 def eight(tiny_base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> SweepResult:
-    """A sweep of eight trials with all that belongs to it; do not change its folder."""
+    """Return the result of a sweep of eight trials, with all that it leaves; do not change its folder."""
     folder = tmp_path_factory.mktemp("eight")
     train = TrainConfig(
         pretrained_model_name_or_path=str(tiny_base), train_data_dir=str(rows), output_dir=str(folder / "sweep"),
@@ -209,6 +208,25 @@ def test_eight_trials_on_two_cpus(eight: SweepResult) -> None:
     for trial in eight.trials:
         expected = "finished" if trial.record.state == "finished" else "stopped"
         assert json.loads((trial.folder / "run.json").read_text())["status"] == expected
+
+
+def test_tunes_results_lead_to_the_weights(eight: SweepResult) -> None:
+    assert eight.grid is not None
+    assert len(eight.grid) == 8
+    trials = {str(trial.folder): trial for trial in eight.trials}
+    for result in eight.grid:
+        trial = trials.pop(result.path)
+        assert result.error is None
+        assert result.config["learning_rate"] == trial.record.settings["learning_rate"]
+        assert result.metrics["val_loss"] == trial.last["val_loss"]
+        last = (trial.step or 0) // 4 * 4
+        if last == 0:  # stopped before its first checkpoint
+            assert result.checkpoint is None
+            continue
+        assert checkpoint_folder(result.checkpoint) == trial.folder / f"checkpoint-{last}"
+        assert len(list(trial.folder.glob("checkpoint_*"))) == 1
+    assert eight.best is not None
+    assert eight.grid.get_best_result().metrics["val_loss"] == eight.best.value("val_loss")
 
 
 def test_a_trial_is_killed(settings: Settings) -> None:
@@ -238,25 +256,21 @@ def test_a_trial_whose_process_is_lost_too_often(settings: Settings) -> None:
     assert result.trials[1].record.cause == cause
 
 
-def test_a_trial_that_diverges_is_marked_and_the_sweep_goes_on(settings: Settings) -> None:
-    space = {"learning_rate": {"grid": [1e38, 1e-3]}}
-    config = SweepConfig(train=TrainConfig(**settings), space=space, num_samples=1, scheduler="none", trial_retries=1)
-    result = swept(config)
-    assert [trial.record.state for trial in result.trials] == ["finished", "failed"]
-    failed = result.trials[1].record
+def test_median_with_a_trial_that_diverges(settings: Settings) -> None:
+    """It is tried again, marked, and the sweep goes on."""
+    space = {"learning_rate": {"grid": [1e38, 1e-3, 2e-3, 4e-3, 0.2]}}
+    train = TrainConfig(**settings)
+    result = swept(SweepConfig(train=train, space=space, num_samples=1, scheduler="median", trial_retries=1))
+    found = {trial.record.settings["learning_rate"]: trial.record for trial in result.trials}
+    states = {rate: record.state for rate, record in found.items()}
+    assert states == {1e38: "failed", 1e-3: "finished", 2e-3: "finished", 4e-3: "finished", 0.2: "stopped"}
+    failed = found[1e38]
     assert failed.attempts == 2
     assert failed.cause is not None
     assert "training has diverged" in failed.cause
-    assert leaderboard(result)[1]["cause"] == failed.cause
+    assert result.trials[-1].record == failed
+    assert leaderboard(result)[-1]["cause"] == failed.cause
     assert result.best == result.trials[0]
-
-
-def test_median_with_a_trial_that_fails(settings: Settings) -> None:
-    space = {"learning_rate": {"grid": [1e38, 1e-3, 2e-3, 4e-3, 0.2]}}
-    config = SweepConfig(train=TrainConfig(**settings), space=space, num_samples=1, scheduler="median")
-    result = swept(config)
-    found = {trial.record.settings["learning_rate"]: trial.record.state for trial in result.trials}
-    assert found == {1e38: "failed", 1e-3: "finished", 2e-3: "finished", 4e-3: "finished", 0.2: "stopped"}
 
 
 def test_a_trial_that_goes_on_is_not_judged_again_for_what_it_was(settings: Settings) -> None:
@@ -465,11 +479,11 @@ def kill_the_trial() -> None:
 
 
 def trial_processes() -> list[psutil.Process]:
-    return [*workers_called("ray::SweepTrial"), *workers_called("ray::ResourceTrainable")]  # so Tune wraps it
+    return workers_called("ray::ImplicitFunc")  # Tune's name for a function's process
 
 
 def cut_off(folder: Path, step: int) -> None:
-    """As if the run had been killed after its checkpoint of `step`."""
+    """Leave the folder as a run that was killed after its checkpoint of `step`."""
     for path in folder.glob("checkpoint-*"):
         if int(path.name.partition("-")[2]) > step:
             shutil.rmtree(path)
@@ -491,7 +505,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def figures(trial: records.Trial) -> list[dict[str, float]]:
-    """What a trial reported, and its settings, without times."""
+    """Return a trial's reports, with its settings and without times."""
     found = [{name: value for name, value in report.items() if name != "images_per_second"} for report in trial.reports]
     assert found
     return [{**report, **trial.record.settings} for report in found]
@@ -503,7 +517,7 @@ def leaderboard(result: SweepResult) -> list[dict[str, str]]:
 
 
 def check_leaderboard(result: SweepResult) -> None:
-    """It agrees with the trials' own files."""
+    """Check that the leaderboard agrees with the trials' own files."""
     lines = leaderboard(result)
     assert [line["trial"] for line in lines] == [trial.record.name for trial in result.trials]
     for line in lines:

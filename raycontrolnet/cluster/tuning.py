@@ -10,7 +10,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from ray.train._internal.session import get_session
+from ray.tune.trainable.function_trainable import FunctionTrainable
 
 TUNE_ENVIRONMENT = {
     # Undocumented. Without it Tune prints a table of its own, which `verbose=0` does not silence.
@@ -28,6 +31,11 @@ TUNE_ENVIRONMENT = {
 }
 QUIET_LOGGER = "ray.tune.analysis"
 """Warns that Tune's own result files, which are switched off above, are missing."""
+
+
+END_WITHIN_S = 60
+"""Seconds that a stopped trial gets to end."""
+T = TypeVar("T")
 
 
 @contextmanager
@@ -58,3 +66,41 @@ def trial_error(trial: Any) -> Exception | None:
         return cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
     except Exception:  # noqa: BLE001 (the file may be missing, or its class unknown here)
         return None
+
+
+class OrderlyEnd(FunctionTrainable):
+    """A mixin for Tune's wrapper of a trial function: gives a stopped trial time to end.
+
+    `FunctionTrainable` is a developer interface; `__mixins__`, the attribute of a function that names this class, and
+    the session are private. Without it Tune ends the process while the trial writes run.json and ends its workers, and
+    counts a trial as failed if the one before in the process takes more than 2 s to end.
+    """
+
+    _occupied = False
+
+    def step(self) -> Any:
+        """Run the trial to its next report."""
+        if self._occupied:
+            raise RuntimeError("The previous trial did not shut down; restarting in a new process.")
+        return super().step()
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """End the trial so far and take the next; returns True, for Tune gives up the next trial otherwise."""
+        os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(END_WITHIN_S)
+        self._occupied = not super().reset_config(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        """End the trial before Tune ends its process."""
+        thread = get_session().training_thread
+        try:
+            super().cleanup()
+        finally:
+            if thread.is_alive():
+                thread.join(END_WITHIN_S)
+
+
+def ends_orderly(function: T) -> T:
+    """Let Tune mix `OrderlyEnd` into its wrapper of a trial's function."""
+    function.__mixins__ = (OrderlyEnd,)  # type: ignore[attr-defined]
+    return function

@@ -20,6 +20,14 @@ def remove_ray_records(output_dir: Path) -> None:
         (output_dir / name).unlink(missing_ok=True)
 
 
+def place_among_workers() -> tuple[int, int]:
+    """Return this worker's rank, and how many workers there are."""
+    import ray.train
+
+    context = ray.train.get_context()
+    return context.get_world_rank(), context.get_world_size()
+
+
 def report_checkpoint(figures: Mapping[str, Any], name: str, folder: Path | None) -> None:
     """Report `figures` and the checkpoint `name` to Ray Train; all workers must call it.
 

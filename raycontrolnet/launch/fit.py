@@ -25,7 +25,7 @@ from raycontrolnet.launch.workers import train_here, train_on_ray
 from raycontrolnet.report.live_report import report_kept
 from raycontrolnet.text import duration
 from raycontrolnet.training import held_out, validation
-from raycontrolnet.training.job import LOG
+from raycontrolnet.training.job import LOG, RunCallback
 from raycontrolnet.training.status import RunStatus, status_kept
 
 logger = logging.getLogger(__name__)
@@ -78,10 +78,11 @@ def fit(config: TrainConfig, *, stream: TextIO | None = None) -> RunResult:
         Interrupted: Ctrl-C; the last checkpoint stands (exit code 130).
     """
     with shown_on(stream) as shown:
-        return _fit(config, shown)
+        return run_fit(config, shown)
 
 
-def _fit(config: TrainConfig, stream: TextIO) -> RunResult:
+def run_fit(config: TrainConfig, stream: TextIO, follower: RunCallback | None = None) -> RunResult:
+    """Train as `fit`, and tell `follower`, which may end the run, of its progress."""
     started = time.time()
     output_dir = Path(config.output_dir).expanduser().resolve()
     config = with_absolute_paths(config)
@@ -89,26 +90,26 @@ def _fit(config: TrainConfig, stream: TextIO) -> RunResult:
 
     def train(status: RunStatus) -> Summary:
         if config.worker_range == (0, 0):
-            return _train_here(run, status, stream)
+            return _train_here(run, status, stream, follower)
         with ray_session(config.address):
-            return _train_on_ray(run, status, stream)
+            return _train_on_ray(run, status, stream, follower)
 
     return run_and_record(run, train, stream, started)
 
 
-def _train_here(run: CheckedRun, status: RunStatus, stream: TextIO) -> Summary:
+def _train_here(run: CheckedRun, status: RunStatus, stream: TextIO, follower: RunCallback | None) -> Summary:
     import torch
 
     use_gpu = check_device(run.config.use_gpu, run.config, has_gpu=torch.cuda.is_available())
     run = ensure_latents(run, None, stream)
-    return train_here(run, status, stream, use_gpu=use_gpu)
+    return train_here(run, status, stream, use_gpu=use_gpu, follower=follower)
 
 
-def _train_on_ray(run: CheckedRun, status: RunStatus, stream: TextIO) -> Summary:
+def _train_on_ray(run: CheckedRun, status: RunStatus, stream: TextIO, follower: RunCallback | None) -> Summary:
     resources = worker_resources(run.config)
     check_device(resources.use_gpu, run.config, has_gpu=resources.use_gpu)
     run = ensure_latents(run, resources, stream)
-    return train_on_ray(run, resources, status, stream)
+    return train_on_ray(run, resources, status, stream, follower=follower)
 
 
 def run_and_record(run: CheckedRun, train: Callable[[RunStatus], Summary], stream: TextIO, started: float) -> RunResult:

@@ -42,7 +42,7 @@ def train_here(
     threads: int | None = None,
     follower: RunCallback | None = None,
 ) -> dict[str, Any]:
-    """Run the worker loop in this process, by Ray Train's local mode: for debugging, tests, and trials of a sweep.
+    """Run the worker loop in this process, without Ray Train: for debugging, tests, and trials of one worker.
 
     Args:
         threads: CPU threads; None leaves them.
@@ -50,22 +50,15 @@ def train_here(
     Returns:
         What the worker loop returns.
     """
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
     from raycontrolnet.train_controlnet import train_controlnet
 
     job = run.job(use_gpu=use_gpu, threads=threads, loader=run.loader, follower=follower)
     _announce(run, 1, status, stream, use_gpu=use_gpu)
     begin(job)
-    trainer = TorchTrainer(
-        train_controlnet,
-        train_loop_config={"job": job},
-        scaling_config=ScalingConfig(num_workers=0),
-        run_config=RunConfig(storage_path=str(run.output_dir.parent), name=run.output_dir.name),
-    )
     with _failures_explained(run), _progress(run, 1, stream, follower):
-        return dict(trainer.fit().return_value)
+        summary = train_controlnet({"job": job})
+    assert summary is not None
+    return summary
 
 
 def train_on_ray(

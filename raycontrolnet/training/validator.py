@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import ray
-import ray.train
 
 from raycontrolnet.cluster.worker import from_rank_zero, wait_for_all
 from raycontrolnet.data.stream import BatchLoader
@@ -85,7 +84,7 @@ class Validator:
         """Draw images of the final weights as they were saved."""
         if self.job.validation_items:
             with self.clock("validation_images"):
-                _barrier()  # until they are saved
+                _barrier(self.plan.world_size)  # until they are saved
                 self._draw_together(lambda: saved_controlnet(self.job.output_dir, self.state))
                 if self.beside:
                     self._publish(self.beside.collect(wait=True))
@@ -114,7 +113,7 @@ class Validator:
         state, images = self.state, self.job.images_of(self.state.step)
         with validation.failures_logged(state.step), vae_on(state.components, state.accelerator.device):
             images.draw(with_controlnet(state.components, controlnet()), self.rank, self.plan.world_size)
-        _barrier()  # Ray's, not the process group's: a slow worker cannot time a collective out
+        _barrier(self.plan.world_size)  # Ray's, not the process group's: a slow worker cannot time a collective out
         if self.rank == 0:
             self._publish(Drawn(state.step, images.finish()))
 
@@ -132,6 +131,6 @@ class Validator:
             logger.info("step %d: %s", drawn.step, scores.in_words(fidelity))
 
 
-def _barrier() -> None:
-    if ray.train.get_context().get_world_size() > 1:
+def _barrier(world_size: int) -> None:
+    if world_size > 1:
         wait_for_all()

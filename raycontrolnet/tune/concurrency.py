@@ -1,4 +1,4 @@
-"""How many trials run at a time, and what each gets: from what the cluster has, so that none waits for another."""
+"""Number of trials that run at a time, and the resources of each, so that no trial waits for another's."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from raycontrolnet.errors import ConfigError
 from raycontrolnet.text import counted
 
 DRIVER_MEMORY = 2.0**20
-"""Bytes, of a trial whose workers are processes of their own: a part of a CPU would keep a whole one from a worker."""
+"""Bytes for a trial's process if its workers are others: it needs something, and a share of a CPU may cost a worker."""
 MOST_CPUS_BESIDE_GPU = 2.0
-"""One that launches the GPU's work and one that reads the next samples."""
+"""CPUs of a worker with a GPU: one launches the GPU's work, one reads the next samples."""
 
 Node = Mapping[str, float]
 """Ray's resources of a node."""
@@ -27,12 +27,12 @@ class TrialSlots:
 
     at_a_time: int
     num_workers: int
-    """Of a trial; 1 is the trial's own process."""
+    """Workers of a trial; 1 is the trial's own process."""
     cpus_per_worker: float
     gpus_per_worker: float
     accelerator_type: str | None
     reason: str
-    """Why so many at a time."""
+    """The reason for `at_a_time`, in words."""
 
     @property
     def in_process(self) -> bool:
@@ -48,7 +48,7 @@ class TrialSlots:
         return threads_for(self.cpus_per_worker)
 
     def resources(self) -> dict[str, float]:
-        """Ray's resources of the process that Tune starts for a trial."""
+        """Return Ray's resources of the process that Tune starts for a trial."""
         if not self.in_process:
             return {"memory": DRIVER_MEMORY}
         resources = {"CPU": self.cpus_per_worker}
@@ -69,17 +69,17 @@ def places(
     most: int | None,
     own: bool = False,
 ) -> TrialSlots:
-    """The places for `num_trials` trials.
+    """Return the slots for `num_trials` trials.
 
     Args:
-        nodes: those that are up.
-        may_come: those that an autoscaler can start beside them; None if it can start some, but not known which.
-        gpus_per_trial: of a trial with one worker, if GPUs are used.
+        nodes: nodes that are up.
+        may_come: nodes that an autoscaler can add; None if it can add some, but not known which.
+        gpus_per_trial: GPUs of a trial with one worker, if GPUs are used.
         most: trials at a time that the user allows.
-        own: whether this is a Ray of our own, which counts a CPU for loading beside those of the machine.
+        own: True for a Ray of our own, which counts one CPU for loading beside those of the machine.
 
     Raises:
-        ConfigError: if no trial fits, or trials would be elastic.
+        ConfigError: no trial fits, or trials would be elastic.
     """
     fewest, workers = cluster.worker_range
     if fewest != workers:
@@ -115,9 +115,9 @@ def places(
 
 
 def _cpus_per_worker(nodes: Sequence[Node], workers: int, gpus: float, wanted: int) -> float:
-    """A worker's share of a node's CPUs.
+    """Return a worker's share of a node's CPUs.
 
-    On CPUs one each: two trials of one thread do more than one trial of two, unless there are too few trials.
+    Without GPUs it is one CPU: two trials of one thread do more than one of two. Few trials get more each.
     """
     if gpus:
         shares = [node.get("CPU", 0.0) / _fit(node["GPU"], gpus) for node in nodes if _fit(node.get("GPU", 0.0), gpus)]
@@ -132,7 +132,7 @@ def _rounded(cpus: float) -> float:
 
 
 def _room(nodes: Sequence[Node], workers: int, cpus: float, gpus: float) -> tuple[int, str]:
-    """How many trials fit, and what limits them; CPUs are left to Ray Data."""
+    """Return the number of trials that fit beside Ray Data, and what limits it."""
     total = sum(node.get("CPU", 0.0) for node in nodes)
     if workers == 1:
         spare = total - (0 if gpus else LOADING_CPUS)
@@ -153,7 +153,7 @@ def _room(nodes: Sequence[Node], workers: int, cpus: float, gpus: float) -> tupl
 
 
 def _fit(gpus_of_node: float, gpus: float) -> int:
-    """How many workers share a node's GPUs; none has parts of two."""
+    """Return the number of workers that share a node's GPUs; none has parts of two."""
     return int(gpus_of_node) * int(1 / gpus + 1e-9)
 
 

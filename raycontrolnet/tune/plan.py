@@ -182,7 +182,7 @@ def _grace_period(config: SweepConfig, every: int, total_updates: int, stream: T
 
 
 def shared_of(
-    plan: SweepPlan, places: TrialSlots, marker: SweepLease, resources: WorkerResources, stream: TextIO
+    plan: SweepPlan, places: TrialSlots, lease: SweepLease, resources: WorkerResources, stream: TextIO
 ) -> Shared:
     """Return what the trials share; missing latents are made now, with the `resources` that a run would have.
 
@@ -200,7 +200,7 @@ def shared_of(
         runs[key] = dataclasses.replace(complete, config=dataclasses.replace(complete.config, **own))
     return Shared(
         sweep_dir=plan.sweep_dir,
-        marker=marker,
+        lease=lease,
         runs=runs,
         in_process=places.in_process,
         use_gpu=places.use_gpu,

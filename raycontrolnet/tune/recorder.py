@@ -1,4 +1,4 @@
-"""Keeps the trials' records while a sweep goes on: what Ray Tune tells the driver becomes trial.json."""
+"""The recorder of a running sweep: writes what Ray Tune tells the driver to trial.json."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from raycontrolnet.text import one_line
 from raycontrolnet.training.status import STATUS
 from raycontrolnet.tune.live import LiveTable
 from raycontrolnet.tune.records import SweepLease, Trial, TrialRecord, folder_of, read_trial, write_record
+from raycontrolnet.tune.trial import TRIAL
 
 logger = logging.getLogger(__name__)
 
 
 class NotPickled:
-    """Holds the terminal, locks and open files; a pickle of it is None."""
+    """A base for objects that hold the terminal, locks and open files: Tune pickles them, and None is restored."""
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()
 
 
 class TrialRecorder(NotPickled, tune.Callback):
-    """The records of all trials; the one writer of trial.json, for as long as the sweep is this driver's."""
+    """The records of all trials, and the only writer of trial.json while the sweep is this driver's."""
 
-    def __init__(self, marker: SweepLease, records: Sequence[TrialRecord], validation_steps: int, table: LiveTable):
-        self._marker, self._validation_steps, self._table = marker, validation_steps, table
-        self._sweep_dir = marker.sweep_dir
+    def __init__(self, lease: SweepLease, records: Sequence[TrialRecord], validation_steps: int, table: LiveTable):
+        self._lease, self._validation_steps, self._table = lease, validation_steps, table
+        self._sweep_dir = lease.sweep_dir
         self.trials: dict[int, Trial] = {}
         self._since: dict[int, float] = {}
         for record in records:
@@ -43,7 +44,7 @@ class TrialRecorder(NotPickled, tune.Callback):
         self._show()
 
     def propose(self, record: TrialRecord) -> None:
-        """A trial that is about to begin, or to go on."""
+        """Record a trial that will start or continue."""
         if not record.ended:
             self._write(dataclasses.replace(record, state="waiting"))
 
@@ -67,7 +68,7 @@ class TrialRecorder(NotPickled, tune.Callback):
             return
         if state := last.get("state"):
             changes = {"state": state, "cause": last.get("cause"), "attempts": last.get("attempts", 0)}
-        else:  # it had more to say: the scheduler ended it
+        else:  # the scheduler stopped it before its last report
             changes = (
                 {"state": "stopped", "stopped_at": int(last["step"])} if "step" in last else {"state": "interrupted"}
             )
@@ -77,17 +78,17 @@ class TrialRecorder(NotPickled, tune.Callback):
         self._write(dataclasses.replace(self._timed(self._of(trial)), state="failed", cause=_cause(trial)))
 
     def _of(self, trial: Any) -> TrialRecord:
-        return self.trials[trial.config["index"]].record
+        return self.trials[trial.config[TRIAL]["index"]].record
 
     def _timed(self, record: TrialRecord) -> TrialRecord:
-        """With the time since it was looked at last."""
+        """Add the time since the last call to `record`."""
         now = time.time()
         before = self._since.get(record.index, now)
         self._since[record.index] = now
         return dataclasses.replace(record, seconds=record.seconds + now - before)
 
     def _write(self, record: TrialRecord) -> None:
-        if self._marker.stands():
+        if self._lease.stands():
             write_record(self._sweep_dir, record)
         self._read(record)
         self._show()
@@ -100,7 +101,7 @@ class TrialRecorder(NotPickled, tune.Callback):
 
 
 def _cause(trial: Any) -> str:
-    """Why Tune gives a trial up."""
+    """Return the reason why Tune gave a trial up."""
     error = trial_error(trial)
     if error is None:
         return f"its process failed {trial.num_failures} times"
@@ -113,7 +114,7 @@ def _cause(trial: Any) -> str:
 
 
 def mark_interrupted(sweep_dir: Path, record: TrialRecord) -> TrialRecord:
-    """The record of a trial as a killed sweep left it: one that was running has been interrupted, if not finished."""
+    """Return the record of a trial that a killed sweep left: finished if its run is, else interrupted."""
     if record.ended:
         return record
     finished = read_json(folder_of(sweep_dir, record) / STATUS).get("status") == "finished"

@@ -1,9 +1,9 @@
-"""What a sweep knows of its trials, read from their folders: the one truth, also after a kill.
+"""A sweep's trials, read from their folders: the one record of them, also after a kill.
 
 my-sweep/
     sweep.json          what the sweep is: space, objective, seed, state
     trials/0003/        all that a run leaves, and
-        trial.json      which settings it tries and what became of it; the driver alone writes it
+        trial.json      its settings and its state; only the driver writes it
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ TRIAL = "trial.json"
 
 STATES = ("waiting", "running", "finished", "stopped", "failed", "interrupted")
 ENDED = ("finished", "stopped", "failed")
-"""Those that are never trained again."""
+"""States in which a trial is never trained again."""
 
 Report = Mapping[str, float]
-"""What a trial is worth after `step` updates: step, loss (mean since the report before), images_per_second (median
-since then) and, where measured, val_loss, val_loss_shuffled, control_gap, control_gap_error, control_fidelity."""
+"""A trial's figures after `step` updates: step, loss (mean since the report before), images_per_second (median since
+then) and, where measured, val_loss, val_loss_shuffled, control_gap, control_gap_error, control_fidelity."""
 
 
 MARKER = ".sweep_id"
@@ -49,23 +49,23 @@ class TrialRecord:
     index: int
     """From 0, in the order of proposal."""
     settings: Mapping[str, Any]
-    """Those that the space names."""
+    """The settings that the space names."""
     state: str = "waiting"
     """One of `STATES`."""
     cause: str | None = None
-    """Why it failed, or was stopped."""
+    """The reason why it failed."""
     stopped_at: int | None = None
     """The update at which it was stopped."""
     seconds: float = 0.0
-    """From its start to its end, pauses of the sweep left out."""
+    """Time from its start to its end, without pauses of the sweep."""
     started: float | None = None
     """Unix seconds."""
     attempts: int = 0
-    """How often its training has failed."""
+    """Number of times that its training has failed."""
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return f"{self.index:04d}"
 
     @property
@@ -75,7 +75,7 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial with what it has reported."""
+    """A trial with its reports."""
 
     record: TrialRecord
     folder: Path
@@ -89,7 +89,7 @@ class Trial:
 
     @property
     def step(self) -> int | None:
-        """Updates that are known to be done."""
+        """Updates done, as far as known."""
         if self.record.stopped_at is not None:
             return self.record.stopped_at
         return int(self.last["step"]) if self.last else None
@@ -100,7 +100,7 @@ class Trial:
         return control_appeared(self.reports)
 
     def value(self, objective: str) -> float:
-        """The objective at the last report; nan if it was not measured."""
+        """Return the objective at the last report; nan if it was not measured."""
         return self.last.get(objective, math.nan)
 
 
@@ -116,7 +116,7 @@ def write_record(sweep_dir: Path, record: TrialRecord) -> None:
 
 
 def read_records(sweep_dir: Path) -> list[TrialRecord]:
-    """All trials that were ever proposed, by index."""
+    """Return all trials that were ever proposed, by index."""
     files = sorted((sweep_dir / TRIALS).glob(f"*/{TRIAL}"))
     return sorted((_read_record(file) for file in files), key=lambda record: record.index)
 
@@ -130,7 +130,7 @@ def _read_record(file: Path) -> TrialRecord:
 
 
 def read_trials(sweep_dir: Path, validation_steps: int) -> list[Trial]:
-    """All trials with their reports, by index."""
+    """Return all trials with their reports, by index."""
     return [read_trial(sweep_dir, record, validation_steps) for record in read_records(sweep_dir)]
 
 
@@ -143,10 +143,10 @@ def read_trial(sweep_dir: Path, record: TrialRecord, validation_steps: int) -> T
 
 
 def read_reports(folder: Path, validation_steps: int) -> list[Report]:
-    """What the run in `folder` is worth at each of its validations so far, from its own files.
+    """Return the figures of the run in `folder` at each validation so far, from its own files.
 
     Args:
-        validation_steps: of the run, for one without held-out rows.
+        validation_steps: updates between validations, for a run without held-out rows.
     """
     run = run_history.read(folder)
     steps = [int(record["step"]) for record in run.held_out]
@@ -169,7 +169,7 @@ def read_reports(folder: Path, validation_steps: int) -> list[Report]:
 
 
 def _since(run: RunHistory, before: int, step: int) -> dict[str, float]:
-    """Figures of the updates in (before, step]; those that are not known are left out."""
+    """Return figures of the updates in (before, step], without those that are not known."""
     among = (run.updates["step"] > before) & (run.updates["step"] <= step)
     found = {}
     for name, summary in (("loss", np.mean), ("images_per_second", np.median)):
@@ -180,30 +180,30 @@ def _since(run: RunHistory, before: int, step: int) -> dict[str, float]:
 
 
 def settings_of(trials: Sequence[Trial]) -> list[str]:
-    """The names of all swept settings, as they come first."""
+    """Return the names of all swept settings, in order of appearance."""
     return list(dict.fromkeys(name for trial in trials for name in trial.record.settings))
 
 
 def control_appeared(reports: Sequence[Report]) -> int | None:
-    """As `held_out.control_appeared`, of the reports with its measure."""
+    """Return the step since which every measurement shows control; None if the last does not."""
     return held_out.control_appeared(with_control_gap(reports))
 
 
 def with_control_gap(reports: Sequence[Report]) -> list[Report]:
-    """Those with the held-out measure."""
+    """Return the reports that have the held-out measures."""
     return [report for report in reports if all(name in report for name in run_history.MEASUREMENT)]
 
 
 def measured(trials: Sequence[Trial], objective: str) -> list[Trial]:
-    """Those that did not fail and whose objective is known, the best first."""
+    """Return the trials that did not fail and whose objective is known, the best first."""
     known = [trial for trial in trials if math.isfinite(trial.value(objective)) and trial.record.state != "failed"]
     return ranked(known, objective)
 
 
 def ranked(trials: Sequence[Trial], objective: str) -> list[Trial]:
-    """The best first: finished trials, then those that were stopped (they were behind), then the others.
+    """Return the best first: finished trials, then those that were stopped (they were behind), then the others.
 
-    Among equals in that, the objective at the last report decides; one without comes last.
+    Among trials of the same group the objective at the last report decides; trials without one come last.
     """
     sign = 1.0 if OBJECTIVES[objective] == "min" else -1.0
     order = {"finished": 0, "stopped": 1, "running": 1, "interrupted": 1, "waiting": 2, "failed": 3}
@@ -221,7 +221,7 @@ def write_sweep(sweep_dir: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_sweep(sweep_dir: Path) -> dict[str, Any]:
-    """sweep.json; empty if there is none."""
+    """Return the content of sweep.json; empty if there is none."""
     file = sweep_dir / SWEEP
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
@@ -233,18 +233,22 @@ def _replace(path: Path, content: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class SweepLease:
+    """A driver's claim to a sweep: the file that holds its id. Another driver that resumes the sweep replaces it."""
+
     sweep_dir: Path
     sweep_id: str
 
     def set(self) -> None:
+        """Take the sweep over."""
         (self.sweep_dir / MARKER).write_text(self.sweep_id)
 
     def remove(self) -> None:
-        """Trials end when they see it."""
+        """Give the sweep up; its trials end when they see that."""
         if self.stands():
             (self.sweep_dir / MARKER).unlink(missing_ok=True)
 
     def stands(self) -> bool:
+        """Check that the sweep is still this driver's."""
         try:
             return (self.sweep_dir / MARKER).read_text() == self.sweep_id
         except FileNotFoundError:
@@ -253,9 +257,9 @@ class SweepLease:
             return True
 
     def check(self) -> None:
-        """In a trial: the folder must be the one that the driver sees.
+        """Check, in a trial, that the folder is the one that the driver sees.
 
         Raises:
-            UserError: if it is another of the same name.
+            UserError: it is another folder of the same name.
         """
         wait_for_driver(self.sweep_dir, self.stands, "the sweep's driver")

@@ -1,4 +1,4 @@
-"""What a sweep leaves of its trials together: leaderboard.csv, best/, TensorBoard's hparams, the push of the best."""
+"""Results of a whole sweep: leaderboard.csv, best/, TensorBoard's hparams, the push of the best."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ logger = logging.getLogger(__name__)
 
 BEST = "best"
 OF_THE_TRIAL = ("output_dir", "resume_from_checkpoint", "tracker_group")
-"""Settings that the next run is not to have."""
+"""Settings that config.yaml in best/ leaves out, for the next run has its own."""
 
 
 def ranked_trials(plan: SweepPlan) -> list[Trial]:
-    """All trials so far, the best first."""
+    """Return all trials so far, the best first."""
     return ranked(read_trials(plan.sweep_dir, plan.train.validation_steps), plan.config.objective)
 
 
 def write_results(plan: SweepPlan, trials: Sequence[Trial], facts: dict[str, Any]) -> None:
-    """leaderboard.csv, best/ and TensorBoard's hparams.
+    """Write leaderboard.csv, best/ and TensorBoard's hparams.
 
     Args:
         trials: the best first.
-        facts: for sweep.json; gets the name of the best trial.
+        facts: content of sweep.json; gets the name of the best trial.
     """
     objective, train = plan.config.objective, plan.train
     write_leaderboard(plan.sweep_dir, trials, objective)
@@ -52,15 +52,15 @@ def write_results(plan: SweepPlan, trials: Sequence[Trial], facts: dict[str, Any
         try:
             for trial in trials:
                 write_hparams(plan.sweep_dir / train.logging_dir, trial, objective)
-        except OSError:  # nothing of it is lost: the trials' files have all
+        except OSError:  # the trials' own files have all of it
             logger.warning("TensorBoard's files could not be written", exc_info=True)
 
 
 def push_best(plan: SweepPlan, best: Trial, facts: Mapping[str, Any]) -> str:
-    """Push best/, whose card then names the repository.
+    """Push best/, whose model card then names the repository.
 
     Raises:
-        RunError: if that fails; the sweep is finished all the same.
+        RunError: the push failed; the sweep is finished all the same.
     """
     train, token = plan.train, plan.run.token
     repo_id = push.resolve_repo_id(plan.sweep_dir, train.hub_model_id, token)
@@ -70,7 +70,7 @@ def push_best(plan: SweepPlan, best: Trial, facts: Mapping[str, Any]) -> str:
 
 
 def weights_of(trial: Trial) -> Path | None:
-    """The folder with what a trial has learned: its final weights, or those of its last checkpoint."""
+    """Return the folder with a trial's weights, final or of its last checkpoint; None if there are none yet."""
     places = [trial.folder] if trial.record.state == "finished" else []
     if last := checkpoints.latest(trial.folder):
         places.append(last.path / checkpoints.CONTROLNET)
@@ -78,7 +78,7 @@ def weights_of(trial: Trial) -> Path | None:
 
 
 def worth(trial: Trial) -> Report:
-    """What the weights of `weights_of` were worth: those of a checkpoint may be older than the last report."""
+    """Return the report that belongs to the weights of `weights_of`: a checkpoint may be older than the last one."""
     if trial.record.state == "finished":
         return trial.last
     last = checkpoints.latest(trial.folder)
@@ -88,14 +88,14 @@ def worth(trial: Trial) -> Report:
 def write_best(
     sweep_dir: Path, trial: Trial, config: TrainConfig, versions: dict[str, str], repo_id: str | None = None
 ) -> Path | None:
-    """Replace best/ by what `trial` has learned.
+    """Replace best/ by the weights, settings and model card of `trial`.
 
     Args:
-        config: the trial's.
-        repo_id: where it will be pushed.
+        config: the trial's settings.
+        repo_id: the repository to which best/ will be pushed.
 
     Returns:
-        The folder; None if the trial has no weights yet.
+        The folder best/; None if the trial has no weights yet.
     """
     import yaml
 

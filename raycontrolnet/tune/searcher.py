@@ -1,14 +1,13 @@
-"""Which settings the next trial tries: Ray Tune's searcher of a sweep.
+"""Ray Tune's searcher of a sweep: proposes the settings of the next trial.
 
-First come the trials that an earlier part of the sweep has begun, with the settings on record, those that have ended
-before the others: they tell again what they found, and nothing of theirs is trained again. Then come new ones: the
-settings of trial k are a function of (space, seed, k) alone, or Optuna's proposal.
+First it proposes the trials of an earlier part of the sweep with their recorded settings, ended ones before the others:
+these report again what they found. Then come new trials: the settings of trial k are a function of (space, seed, k)
+alone, or Optuna's proposal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ray.tune.search import Searcher
@@ -18,17 +17,18 @@ from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.config.values import coerce, setting_types
 from raycontrolnet.tune.recorder import NotPickled
 from raycontrolnet.tune.records import TrialRecord
+from raycontrolnet.tune.trial import trial_config
 
 if TYPE_CHECKING:
     from ray.tune.search.optuna import OptunaSearch
 
 
 class TrialSearcher(NotPickled, Searcher):
-    """Proposes trials: their records as mappings, after `propose` was given them.
+    """Proposes trials as configs for Tune, after it has called `propose` with their records.
 
     Args:
-        begun: trials of an earlier part of the sweep, in the order in which they are to go on.
-        indices: of the new trials.
+        begun: trials of an earlier part of the sweep, in the order in which they continue.
+        indices: indices of the new trials.
     """
 
     def __init__(
@@ -47,13 +47,13 @@ class TrialSearcher(NotPickled, Searcher):
         if self._begun:
             record = self._begun.pop(0)
             if self._optuna:
-                self._optuna.suggest(trial_id)  # the same settings, which it was given to begin with
+                self._optuna.suggest(trial_id)  # the same settings, from its points_to_evaluate
         elif (index := next(self._indices, None)) is not None:
             record = TrialRecord(index, self._settings_of(index, trial_id))
         else:
             return Searcher.FINISHED
         self._propose(record)
-        return asdict(record)
+        return trial_config(record)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         if self._optuna and self._optuna.metric in result:
@@ -64,10 +64,10 @@ class TrialSearcher(NotPickled, Searcher):
             self._optuna.on_trial_complete(trial_id, result, error)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the trials' folders are the record."""
+        """Write nothing: the trials' folders are the record."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """As `save`."""
+        """Read nothing: see `save`."""
 
 
 def proposals(
@@ -81,7 +81,11 @@ def proposals(
     objective: str,
     mode: str,
 ) -> TrialSearcher:
-    """The searcher `searcher`: random or optuna."""
+    """Return the searcher of a sweep.
+
+    Args:
+        searcher: random or optuna.
+    """
     if searcher == "random":
         return TrialSearcher(begun, indices, lambda index, _: draw(space, seed, index), propose)
     from ray.tune.search.optuna import OptunaSearch
@@ -90,7 +94,7 @@ def proposals(
         optuna_distributions(space),
         metric=objective,
         mode=mode,
-        seed=(seed + len(begun)) % 2**32,  # the trials that have begun draw nothing: it would propose the same again
+        seed=(seed + len(begun)) % 2**32,  # else it would draw the same again: begun trials draw nothing
         points_to_evaluate=[dict(record.settings) for record in begun],
     )
 

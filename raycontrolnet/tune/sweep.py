@@ -1,9 +1,9 @@
 """The driver of a sweep: `sweep(config) -> SweepResult`, many runs of `fit` on Ray Tune.
 
-    check everything -> one latent cache -> Tune (proposals -> trials -> scheduler) -> leaderboard, best/, report
+    check everything -> one latent cache -> Tune (searcher -> trials -> scheduler) -> leaderboard, best/, report
 
-The trials' folders are the one truth: a sweep that goes on proposes the same trials again, which tell what they have
-found and train what is left.
+The trials' folders are the only record: a sweep that is resumed proposes the same trials again, which report what they
+have found and train what is left.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from raycontrolnet.tune.concurrency import places
 from raycontrolnet.tune.leaderboard import leaderboard_lines
 from raycontrolnet.tune.live import LiveTable
 from raycontrolnet.tune.plan import SweepPlan, plan_sweep, shared_of
-from raycontrolnet.tune.recorder import NotPickled, TrialRecorder, mark_interrupted
+from raycontrolnet.tune.recorder import TrialRecorder, mark_interrupted
 from raycontrolnet.tune.records import (
     TRIAL,
     TRIALS,
@@ -60,17 +60,20 @@ LOG = "sweep.log"
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a finished sweep left."""
+    """The results of a finished sweep."""
 
     output_dir: Path
     trials: Sequence[Trial]
     """The best first."""
     best: Trial | None
-    """None if no trial has learned anything."""
+    """None if no trial has weights."""
     best_dir: Path | None
-    """Its weights, as diffusers loads them, its settings and model card."""
+    """The weights of the best, as diffusers loads them, its settings and its model card."""
     objective: str
     seconds: float
+    grid: tune.ResultGrid | None = None
+    """Ray Tune's results of the trials, ended ones included; None if nothing was left to run. `checkpoint_folder` of
+    `raycontrolnet.tune` leads from a result's checkpoint to the weights."""
 
     @property
     def value(self) -> float | None:
@@ -89,8 +92,8 @@ def sweep(config: SweepConfig, *, stream: TextIO | None = None) -> SweepResult:
 
     Raises:
         UserError: bad settings, data, models or space, before any trial starts (exit code 2 on the command line).
-        RunError: no trial has learned anything (exit code 1).
-        Interrupted: Ctrl-C; trials go on from their last checkpoints with `resume` (exit code 130).
+        RunError: no trial came to a validation (exit code 1).
+        Interrupted: Ctrl-C; trials continue from their last checkpoints with `resume` (exit code 130).
     """
     with shown_on(stream) as shown:
         return _sweep(config, shown)
@@ -99,22 +102,21 @@ def sweep(config: SweepConfig, *, stream: TextIO | None = None) -> SweepResult:
 def _sweep(config: SweepConfig, stream: TextIO) -> SweepResult:
     started = time.time()
     plan = plan_sweep(config, stream)
-    marker = SweepLease(plan.sweep_dir, uuid.uuid4().hex)
+    lease = SweepLease(plan.sweep_dir, uuid.uuid4().hex)
     with logging_to(plan.sweep_dir / LOG):
-        marker.set()
-        with _recorded(plan, marker, started) as facts:
-            _settle(plan)  # what was going on when an earlier part of the sweep was killed
-            if plan.num_left:
-                _run(plan, marker, facts, stream)
+        lease.set()
+        with _recorded(plan, lease, started) as facts:
+            _settle(plan)  # trials of a part that was killed
+            grid = _run(plan, lease, facts, stream) if plan.num_left else None
             trials = ranked_trials(plan)
             if not any(trial.reports for trial in trials):
                 cause = next((trial.record.cause for trial in trials if trial.record.cause), "none is known")
                 raise RunError(f"No trial has come to a validation. The first cause: {cause}")
             write_results(plan, trials, facts)
-    return _finish(plan, trials, facts, stream)
+    return _finish(plan, trials, facts, grid, stream)
 
 
-def _run(plan: SweepPlan, marker: SweepLease, facts: dict[str, Any], stream: TextIO) -> None:
+def _run(plan: SweepPlan, lease: SweepLease, facts: dict[str, Any], stream: TextIO) -> tune.ResultGrid:
     train = plan.train
     own = not on_a_cluster(train.address)
     with ray_session(train.address):
@@ -132,59 +134,47 @@ def _run(plan: SweepPlan, marker: SweepLease, facts: dict[str, Any], stream: Tex
             check_device(where.use_gpu, tried, has_gpu=where.use_gpu)
         trials = plan.num_left
         stream.write(f"sweep: {counted(trials, 'trial')}, {where.reason}\n")
-        shared = shared_of(plan, where, marker, worker_resources(train), stream)
+        shared = shared_of(plan, where, lease, worker_resources(train), stream)
         facts |= {"concurrency": where.at_a_time, "reason": where.reason}
         name, objective = plan.sweep_dir.name, plan.config.objective
         shown = LiveTable(name, objective, stream, total_trials=plan.num_trials, total_steps=plan.total_updates)
-        with shown as table, _stopped_by_ctrl_c(marker) as stopper:
-            keeper = TrialRecorder(marker, plan.records, train.validation_steps, table)
-            run_trials(plan, where, shared, keeper, stopper)
-        if stopper.event.is_set():
+        with shown as table, _ended_by_ctrl_c(lease) as pressed:
+            recorder = TrialRecorder(lease, plan.records, train.validation_steps, table)
+            grid = run_trials(plan, where, shared, recorder)
+        if pressed.is_set():
             raise KeyboardInterrupt
-        if not marker.stands():
+        if not lease.stands():
             raise Replaced(f"Another driver goes on with the sweep in {plan.sweep_dir}; this one has ended.")
+    return grid
 
 
 class Replaced(RunError):
-    """Another driver has taken the sweep over: its files are no longer this one's to write."""
-
-
-class _Stopper(NotPickled, tune.Stopper):
-    """Ends all trials once it is told to, or another driver has taken the sweep over."""
-
-    def __init__(self, marker: SweepLease) -> None:
-        self.event, self._marker = threading.Event(), marker
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False
-
-    def stop_all(self) -> bool:
-        return self.event.is_set() or not self._marker.stands()
+    """Another driver has taken the sweep over and writes its files now."""
 
 
 @contextmanager
-def _stopped_by_ctrl_c(marker: SweepLease) -> Iterator[_Stopper]:
-    """The first Ctrl-C ends the trials, which their marker tells as well; a second one ends the waiting for them."""
-    stopper = _Stopper(marker)
+def _ended_by_ctrl_c(lease: SweepLease) -> Iterator[threading.Event]:
+    """Let the first Ctrl-C end the sweep's lease, and so its trials, and a second one end the wait for them."""
+    pressed = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield stopper  # only the main thread gets signals
+        yield pressed  # only the main thread gets signals
         return
 
     def stop(*_: object) -> None:
         signal.signal(signal.SIGINT, before)
-        stopper.event.set()
-        marker.remove()
+        pressed.set()
+        lease.remove()
 
     before = signal.signal(signal.SIGINT, stop)
     try:
-        yield stopper
+        yield pressed
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
-def _recorded(plan: SweepPlan, marker: SweepLease, started: float) -> Iterator[dict[str, Any]]:
-    """sweep.json and the report, written at the start and, whatever the end is, at the end."""
+def _recorded(plan: SweepPlan, lease: SweepLease, started: float) -> Iterator[dict[str, Any]]:
+    """Write sweep.json and the report at the start, now and then, and at the end, whatever that is."""
     ours = True
     before = read_sweep(plan.sweep_dir)
     facts = {**plan.facts(), "status": "running", "started": before.get("started", started), "cause": None}
@@ -197,7 +187,7 @@ def _recorded(plan: SweepPlan, marker: SweepLease, started: float) -> Iterator[d
         write_sweep(plan.sweep_dir, facts)
         write_report(plan.sweep_dir)
 
-    write_sweep(plan.sweep_dir, facts)  # from then on, the keeper of the report does
+    write_sweep(plan.sweep_dir, facts)  # later with the report
     with report_kept(plan.sweep_dir, write, f"{TRIALS}/*/{TRIAL}"):
         try:
             with (
@@ -214,7 +204,7 @@ def _recorded(plan: SweepPlan, marker: SweepLease, started: float) -> Iterator[d
             ours = False
             raise
         finally:
-            marker.remove()
+            lease.remove()
 
 
 @contextmanager
@@ -247,16 +237,18 @@ def _how_to_go_on(plan: SweepPlan) -> str:
 
 
 def _settle(plan: SweepPlan) -> None:
-    """Trials that were running when the sweep ended have been interrupted."""
+    """Mark trials that were running when the sweep ended as interrupted."""
     for record in read_records(plan.sweep_dir):
         if (known := mark_interrupted(plan.sweep_dir, record)) != record:
             write_record(plan.sweep_dir, known)
 
 
-def _finish(plan: SweepPlan, trials: Sequence[Trial], facts: Mapping[str, Any], stream: TextIO) -> SweepResult:
-    """Tell what came out."""
+def _finish(
+    plan: SweepPlan, trials: Sequence[Trial], facts: Mapping[str, Any], grid: tune.ResultGrid | None, stream: TextIO
+) -> SweepResult:
+    """Show the results, push the best if that is wanted, and return them."""
     best = next((trial for trial in trials if trial.record.name == facts["best"]), None)
-    if not plan.num_left:  # else the table stands there already
+    if not plan.num_left:  # else the live table shows them
         for line in leaderboard_lines(trials, plan.config.objective, width=shutil.get_terminal_size().columns):
             stream.write(f"{line}\n")
     if doubt := too_early(trials, plan.config.scheduler, plan.config.objective):
@@ -268,6 +260,7 @@ def _finish(plan: SweepPlan, trials: Sequence[Trial], facts: Mapping[str, Any], 
         best_dir=plan.sweep_dir / BEST if best else None,
         objective=plan.config.objective,
         seconds=facts["seconds"],
+        grid=grid,
     )
     if plan.train.push_to_hub and best:
         stream.write(f"pushed to {push_best(plan, best, facts)}\n")

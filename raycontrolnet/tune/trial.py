@@ -1,11 +1,9 @@
-"""A trial: one run of `fit` in a process of Ray Tune's, which goes on to the next trial when it has ended.
+"""A sweep's trial: one run of `fit` in a process of Ray Tune, which continues with the next trial.
 
-    Tune: setup -> step, step, ... -> reset_config -> step, ... -> cleanup
-                   |  a report each: what the trial is worth so far
-    thread:        train -> validate -> wait for the answer -> train -> ... -> finished, or RunStopped
+    replay what the folder already has -> train -> validate and report -> ... -> report how it ended
 
-Whatever was trained before, by this process or by one that was killed, is reported again from the trial's folder before
-anything is trained: Tune's schedulers and searchers learn all that is known, and a trial that has ended only does that.
+What was trained before, by this process or by one that was killed, is reported again from the trial's folder before
+anything is trained. So Tune's scheduler and searcher learn all that is known; a trial that has ended only replays.
 """
 
 from __future__ import annotations
@@ -13,15 +11,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
-
-from ray import tune
 
 from raycontrolnet.cluster.resources import worker_resources
 from raycontrolnet.config.sweepable import cache_settings
@@ -33,34 +27,39 @@ from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.training.job import RunStopped
 from raycontrolnet.training.status import RunStatus
 from raycontrolnet.tune.records import Report, SweepLease, TrialRecord, folder_of, read_reports
+from raycontrolnet.tune.trial_function import TuneCallback
 
 logger = logging.getLogger(__name__)
 
 REPLAYED = "replayed"
-"""Marks a report of what was known before: it is for the record, and not judged again."""
+"""Marks a report of an earlier part of the sweep, which the scheduler has judged before."""
+TRIAL = "trial"
+"""Key of Tune's config, beside the settings, with the rest of the trial's record."""
 LOOK_INTERVAL_S = 0.5
-"""How often a trial that has nothing to report looks whether its sweep goes on."""
-END_WITHIN_S = 60.0
+"""Seconds between two looks at the sweep's lease."""
+
+_failed_on_gpu = False
+"""True once a training on a GPU has failed in this process: its memory and context may be unusable."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """What all trials of a sweep have in common."""
+    """The part that all trials of a sweep have in common."""
 
     sweep_dir: Path
-    marker: SweepLease
+    lease: SweepLease
     runs: Mapping[str, CheckedRun]
     """The sweep's own run, from which a trial differs by its settings, for each latent cache; see `cache_key`."""
     in_process: bool
-    """Whether a trial has a single worker, which is then the trial's own process."""
+    """True if a trial has a single worker, which is then the trial's own process."""
     use_gpu: bool
     threads: int | None
-    """Of the trial's process on a CPU."""
+    """CPU threads of the trial's process; None leaves them."""
     retries: int
-    """How often a training that fails is tried again."""
+    """Number of new attempts after a training has failed."""
 
     def run_of(self, record: TrialRecord) -> CheckedRun:
-        """The run that the trial is, from its last checkpoint on."""
+        """Return the run of a trial, which starts at its last checkpoint."""
         base, folder = self.runs[cache_key(record.settings)], folder_of(self.sweep_dir, record)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints.remove_leftovers(folder)
@@ -70,12 +69,45 @@ class Shared:
 
 
 def cache_key(settings: Mapping[str, Any]) -> str:
-    """Equal for trials that train from the same latents."""
+    """Return a key that is equal for trials which train from the same latents."""
     return repr([(name, settings[name]) for name in cache_settings(settings)])
 
 
+def trial_config(record: TrialRecord) -> dict[str, Any]:
+    """Return the trial as Tune's config: its settings, and the rest of its record."""
+    rest = {name: value for name, value in dataclasses.asdict(record).items() if name != "settings"}
+    return {**record.settings, TRIAL: rest}
+
+
+def record_from(config: Mapping[str, Any]) -> TrialRecord:
+    """Return the record that `trial_config` made a config of."""
+    settings = {name: value for name, value in config.items() if name != TRIAL}
+    return TrialRecord(settings=settings, **config[TRIAL])
+
+
+class SweepCallback(TuneCallback):
+    """Ends the run as well when another driver has taken the sweep over, or its own has ended."""
+
+    def __init__(self, folder: Path, validation_steps: int, lease: SweepLease):
+        super().__init__(folder, validation_steps)
+        self._lease, self._looked_at = lease, 0.0
+
+    def updated(self) -> None:
+        """Look at the lease, now and then.
+
+        Raises:
+            RunStopped: the sweep is no longer this driver's.
+        """
+        now = time.monotonic()
+        if now - self._looked_at < LOOK_INTERVAL_S:
+            return
+        self._looked_at = now
+        if not self._lease.stands():
+            raise RunStopped
+
+
 class Outcome(NamedTuple):
-    """How a training ended."""
+    """The end of a training."""
 
     state: str
     """finished, failed or interrupted."""
@@ -83,144 +115,71 @@ class Outcome(NamedTuple):
     attempts: int = 0
 
 
-class SweepTrial(tune.Trainable):
-    """Ray Tune's side: every `step` returns the next report of the trial."""
+def run_trial(config: Mapping[str, Any], shared: Shared) -> None:
+    """Run a trial of the sweep: Tune's function, after `trial_function`.
 
-    def setup(self, config: dict[str, Any], shared: Shared | None = None) -> None:
-        assert shared is not None
-        self._shared = shared
-        self._begin(config)
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        fit = self._training.end() and not (self._shared.use_gpu and self._training.failed)
-        self._begin(new_config, fit=fit)
-        return True  # of False, Tune would lose count of the trials that run
-
-    def cleanup(self) -> None:
-        self._training.end()
-
-    def step(self) -> dict[str, Any]:
-        if not self._fit:
-            raise RuntimeError("the trial before has left this process in no state to go on; a new one takes over")
-        return next(self._results)
-
-    def _begin(self, config: Mapping[str, Any], *, fit: bool = True) -> None:
-        self._fit = fit
-        record = TrialRecord(**config)
-        self._training = Training(self._shared, record)
-        self._results = self._report(record)
-
-    def _report(self, record: TrialRecord) -> Iterator[dict[str, Any]]:
-        """What Tune gets, step by step; the last has `done`, and the state in which the trial ended."""
-        run = self._shared.run_of(record)
-        known = read_reports(run.output_dir, run.config.validation_steps)
-        trained = run.start.step if run.start else 0
-        until = record.stopped_at if record.ended else trained
-        known = [report for report in known if until is None or report["step"] <= until]
-        if record.ended:
-            yield from ({**report, REPLAYED: True} for report in known[:-1])
-            yield {**(known[-1] if known else {}), REPLAYED: True, "done": True, "state": record.state}
-            return
-        yield from ({**report, REPLAYED: True} for report in known)
-        self._training.start(run)
-        for outcome in self._training.events():
-            last = self._last_report(run)
-            if outcome is None:
-                yield dict(last)
-            else:
-                worth = last if outcome.state == "finished" else {}
-                yield {**worth, **outcome._asdict(), "done": True}
-
-    def _last_report(self, run: CheckedRun) -> Report:
-        reports = read_reports(run.output_dir, run.config.validation_steps)
-        return reports[-1] if reports else {}
+    Raises:
+        RunStopped: the last report has been answered, or Tune stopped the trial.
+    """
+    if _failed_on_gpu:
+        raise RuntimeError("The previous trial failed on this GPU; restarting in a new process.")
+    record = record_from(config)
+    shared.lease.check()
+    run = shared.run_of(record)
+    callback = SweepCallback(run.output_dir, run.config.validation_steps, shared.lease)
+    known = _known(run, record)
+    for report in known[:-1] if record.ended else known:
+        callback.report({**report, REPLAYED: True}, with_checkpoint=False)
+    if record.ended:
+        last: Mapping[str, Any] = {**(known[-1] if known else {}), REPLAYED: True, "state": record.state}
+    else:
+        outcome = _train(run, record, shared, callback)
+        last = {**(callback.last_report() if outcome.state == "finished" else {}), **outcome._asdict()}
+    callback.report({**last, "done": True})
 
 
-class Training:
-    """The thread that trains, and its follower."""
+def _known(run: CheckedRun, record: TrialRecord) -> list[Report]:
+    """Return the reports of an earlier part of the sweep that still count."""
+    trained = run.start.step if run.start else 0
+    until = record.stopped_at if record.ended else trained
+    reports = read_reports(run.output_dir, run.config.validation_steps)
+    return [report for report in reports if until is None or report["step"] <= until]
 
-    def __init__(self, shared: Shared, record: TrialRecord):
-        self._shared, self._record = shared, record
-        self._events: SimpleQueue[Outcome | None] = SimpleQueue()
-        self._answered = threading.Semaphore(0)
-        self._begun = threading.Event()
-        self.failed = False
-        self._over = False
-        self._looked_at = 0.0
-        self._thread: threading.Thread | None = None
 
-    def start(self, run: CheckedRun) -> None:
-        self._thread = threading.Thread(target=self._train, args=(run,), name=f"trial {self._record.name}", daemon=True)
-        self._thread.start()
+def _train(run: CheckedRun, record: TrialRecord, shared: Shared, callback: SweepCallback) -> Outcome:
+    """Train, with retries.
 
-    def events(self) -> Iterator[Outcome | None]:
-        """None for every validation, which is answered by asking for the next event; at last the outcome."""
-        while True:
-            try:
-                event = self._events.get(timeout=LOOK_INTERVAL_S)
-            except Empty:
-                if self._begun.is_set() and not self._shared.marker.stands():
-                    self.end()
-                    self._events.put(Outcome("interrupted"))  # unless it has come to an end meanwhile
+    Raises:
+        RunStopped: Tune stopped the trial.
+    """
+    global _failed_on_gpu
+    for attempt in range(shared.retries + 1):
+        try:
+            _train_once(run, shared, callback)
+            return Outcome("finished", attempts=attempt)
+        except RunStopped:
+            if callback.stopped:
+                raise
+            return Outcome("interrupted")
+        except (UserError, RunError) as error:
+            cause = str(error).splitlines()[0]
+            if isinstance(error, RunError) and attempt < shared.retries:
+                logger.warning("trial %s failed (%s); trying it again", record.name, cause)
+                run = shared.run_of(record)
                 continue
-            yield event
-            if event is not None:
-                return
-            self._answered.release()
+        except Exception as error:
+            logger.exception("trial %s failed", record.name)
+            cause = f"{type(error).__name__}: {error}"
+        break
+    _failed_on_gpu = shared.use_gpu
+    return Outcome("failed", cause, attempt + 1)
 
-    def end(self) -> bool:
-        """End the training, if it is not at its end; returns whether it has ended in time."""
-        self._over = True
-        self._answered.release()
-        if self._thread is not None:
-            self._thread.join(END_WITHIN_S)
-            return not self._thread.is_alive()
-        return True
 
-    def updated(self) -> None:
-        now = time.monotonic()
-        if now - self._looked_at > LOOK_INTERVAL_S:
-            self._looked_at = now
-            # Another driver may go on with the sweep before this process knows that its own is dead.
-            self._over = self._over or not self._shared.marker.stands()
-        if self._over:
-            raise RunStopped
+def _train_once(run: CheckedRun, shared: Shared, callback: SweepCallback) -> None:
+    def train(status: RunStatus) -> Summary:
+        if shared.in_process:
+            return train_here(run, status, nowhere, use_gpu=shared.use_gpu, threads=shared.threads, follower=callback)
+        return train_on_ray(run, worker_resources(run.config), status, nowhere, follower=callback)
 
-    def validated(self) -> None:
-        self.updated()
-        self._events.put(None)
-        self._answered.acquire()
-        self.updated()
-
-    def _train(self, run: CheckedRun) -> None:
-        for attempt in range(self._shared.retries + 1):
-            try:
-                self._train_once(run)
-                self._events.put(Outcome("finished", attempts=attempt))
-            except RunStopped:
-                self._events.put(Outcome("interrupted"))
-            except (UserError, RunError) as error:
-                cause = str(error).splitlines()[0]
-                if isinstance(error, RunError) and attempt < self._shared.retries:
-                    logger.warning("trial %s failed (%s); it is tried again", self._record.name, cause)
-                    run = self._shared.run_of(self._record)
-                    continue
-                self.failed = True
-                self._events.put(Outcome("failed", cause, attempt + 1))
-            except BaseException as error:  # noqa: BLE001 (a thread that ends without a word would be waited for forever)
-                self.failed = True
-                self._events.put(Outcome("failed", f"{type(error).__name__}: {error}", attempt + 1))
-            return
-
-    def _train_once(self, run: CheckedRun) -> None:
-        shared = self._shared
-        shared.marker.check()
-        self._begun.set()
-
-        def train(status: RunStatus) -> Summary:
-            if shared.in_process:
-                return train_here(run, status, nowhere, use_gpu=shared.use_gpu, threads=shared.threads, follower=self)
-            return train_on_ray(run, worker_resources(run.config), status, nowhere, follower=self)
-
-        with Path(os.devnull).open("w") as nowhere:
-            run_and_record(run, train, nowhere, time.time())
+    with Path(os.devnull).open("w") as nowhere:
+        run_and_record(run, train, nowhere, time.time())

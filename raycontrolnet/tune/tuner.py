@@ -1,4 +1,4 @@
-"""Ray Tune, set up for a sweep: the searcher, the scheduler and the process of a trial are given to it."""
+"""Ray Tune, set up for a sweep: searcher, scheduler and trials."""
 
 from __future__ import annotations
 
@@ -11,20 +11,36 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from raycontrolnet.cluster.tuning import tune_environment
 from raycontrolnet.tune.concurrency import TrialSlots
 from raycontrolnet.tune.plan import SweepPlan
-from raycontrolnet.tune.recorder import TrialRecorder
+from raycontrolnet.tune.recorder import NotPickled, TrialRecorder
+from raycontrolnet.tune.records import TRIALS, SweepLease
 from raycontrolnet.tune.searcher import proposals
-from raycontrolnet.tune.trial import REPLAYED, Shared, SweepTrial
+from raycontrolnet.tune.trial import REPLAYED, Shared, record_from, run_trial
+from raycontrolnet.tune.trial_function import trial_function
 
 STEP = "step"
-"""By which Tune's schedulers count, as every report has it."""
-TUNE_FILES = ".tune"
-"""Tune's own records, which are nobody's: the trials' folders are."""
+"""The figure by which Tune's schedulers count; every report has it."""
+TUNE_CHECKPOINT = "checkpoint_[0-9]*"
+"""Names of Tune's checkpoints; ours are `checkpoint-N`."""
 
 
-def run_trials(
-    plan: SweepPlan, places: TrialSlots, shared: Shared, keeper: TrialRecorder, stopper: tune.Stopper
-) -> None:
-    """Run the trials that are left; returns when all have ended, or `stopper` ends them."""
+class _EndsWithLease(NotPickled, tune.Stopper):
+    """Ends all trials once the sweep is no longer this driver's."""
+
+    def __init__(self, lease: SweepLease):
+        self._lease = lease
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return not self._lease.stands()
+
+
+def run_trials(plan: SweepPlan, places: TrialSlots, shared: Shared, recorder: TrialRecorder) -> tune.ResultGrid:
+    """Run the trials that are left, until all have ended or the sweep is no longer this driver's.
+
+    Tune stores its checkpoints, which name ours, in the trials' own folders: there its results lead to.
+    """
     config = plan.config
     begun = [record for record in plan.records if record.state != "failed"]
     begun.sort(key=lambda record: (not record.ended, record.index))
@@ -34,21 +50,21 @@ def run_trials(
     searcher = proposals(
         plan.space,
         begun,
-        keeper.propose,
+        recorder.propose,
         indices=new,
         searcher=config.searcher,
         seed=plan.train.seed,
         objective=config.objective,
         mode=plan.mode,
     )
-    for leftover in plan.sweep_dir.glob(f"{TUNE_FILES}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    own = f"{TUNE_FILES}-{shared.marker.sweep_id[:8]}"
+    for checkpoint in (plan.sweep_dir / TRIALS).glob(f"*/{TUNE_CHECKPOINT}"):
+        shutil.rmtree(checkpoint, ignore_errors=True)  # of an earlier part, with the same names
     trainable = tune.with_resources(
-        tune.with_parameters(SweepTrial, shared=shared), tune.PlacementGroupFactory([places.resources()])
+        tune.with_parameters(trial_function(run_trial), shared=shared),
+        tune.PlacementGroupFactory([places.resources()]),
     )
     with tune_environment():
-        tune.Tuner(
+        grid = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
                 metric=config.objective,
@@ -58,22 +74,25 @@ def run_trials(
                 num_samples=len(begun) + len(new),
                 max_concurrent_trials=places.at_a_time,
                 reuse_actors=True,
-                trial_dirname_creator=lambda trial: trial.trial_id,
+                trial_dirname_creator=lambda trial: record_from(trial.config).name,
             ),
             run_config=tune.RunConfig(
-                name=own,
+                name=TRIALS,
                 storage_path=str(plan.sweep_dir),
                 failure_config=tune.FailureConfig(max_failures=plan.train.max_failures),
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                callbacks=[keeper],
-                stop=stopper,
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
+                callbacks=[recorder],
+                stop=_EndsWithLease(shared.lease),
                 verbose=0,
             ),
         ).fit()
-    shutil.rmtree(plan.sweep_dir / own, ignore_errors=True)
+    for record in (plan.sweep_dir / TRIALS).glob("[!.]*"):  # a driver that took over needs Tune's hidden file
+        if record.is_file():
+            record.unlink()
+    return grid
 
 
-# Both take replayed reports for the record and end nothing for them: that was decided before.
+# Both record replayed reports, and stop no trial for them: they were judged before.
 
 
 class _Asha(ASHAScheduler):
@@ -85,10 +104,10 @@ class _Asha(ASHAScheduler):
 class _Median(MedianStoppingRule):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if result.get(REPLAYED):
-            self.on_trial_complete(tune_controller, trial, result)  # takes it for the record, and judges nothing
+            self.on_trial_complete(tune_controller, trial, result)  # which only records
             return TrialScheduler.CONTINUE
         decision = super().on_trial_result(tune_controller, trial, result)
-        # With too few trials to compare with it would pause, for which Tune wants a checkpoint of its own.
+        # It pauses while there are too few trials to compare with: the trial would start anew in another process.
         return TrialScheduler.CONTINUE if decision == TrialScheduler.PAUSE else decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
@@ -97,7 +116,7 @@ class _Median(MedianStoppingRule):
 
 
 def _scheduler(plan: SweepPlan) -> TrialScheduler:
-    """What stops weak trials; a trial's last report, at its end, is not judged any more."""
+    """Return the scheduler that stops weak trials; it does not judge the report with which a trial ends."""
     grace_period = plan.grace_period
     if grace_period is None or grace_period >= plan.total_updates:
         return FIFOScheduler()

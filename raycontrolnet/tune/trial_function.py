@@ -1,0 +1,210 @@
+"""A trial of Ray Tune: one run of `fit` that reports its validations to Tune.
+
+    tuner = tune.Tuner(
+        trainable(TrainConfig(...)),
+        param_space={"learning_rate": tune.loguniform(1e-6, 1e-4)},
+        tune_config=tune.TuneConfig(metric="val_loss", mode="min", num_samples=8, scheduler=..., search_alg=...),
+    )
+    best = tuner.fit().get_best_result()
+    ControlNetModel.from_pretrained(checkpoint_folder(best.checkpoint) / "controlnet")
+
+`sweep` builds its trials from the same `TuneCallback` and `trial_function`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import secrets
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from raycontrolnet.cluster.nodes import cluster_nodes
+from raycontrolnet.cluster.tuning import ends_orderly
+from raycontrolnet.config.checks import with_absolute_paths
+from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.config.values import setting_types, unknown_names
+from raycontrolnet.errors import ConfigError, UserError
+from raycontrolnet.launch.fit import run_fit
+from raycontrolnet.storage import checkpoint as checkpoints
+from raycontrolnet.training.job import RunStopped
+from raycontrolnet.tune.concurrency import TrialSlots
+from raycontrolnet.tune.records import Report, read_reports
+
+CHECKPOINT_FILE = "raycontrolnet.json"
+"""The one file of a Tune checkpoint: names the checkpoint folder of the run."""
+OF_THE_TRIAL = {
+    "output_dir": "every trial has a folder of its own in that of the TrainConfig",
+    "resume_from_checkpoint": "a trial that Tune restores continues from its own checkpoint",
+    "hub_token": "Tune would write it to its files; set HF_TOKEN where Ray runs",
+    "push_to_hub": "trials would overwrite each other; push the best by hand",
+}
+"""Settings that a trial does not take, and why."""
+
+
+def trainable(train_config: TrainConfig) -> Callable[[dict[str, Any]], None]:
+    """Return a trial for `ray.tune.Tuner`, with any scheduler and search algorithm.
+
+    `param_space` may name any setting of `TrainConfig` but those that give each trial its place. Every validation is
+    reported with the measures of `validation.jsonl`, `loss` and `step`, and with a checkpoint for `checkpoint_folder`
+    once the run has written one. A trial trains as `fit` does, in `<output_dir>/<Tune's trial id>`: with one worker in
+    the trial's own process, with several on Ray Train (then set `max_concurrent_trials`, so that trials do not wait
+    for each other's workers). Trials get CPUs and a GPU as `fit` would; `tune.with_resources` sets others.
+
+    A trial that Tune restores (after a failure, or for population based training) continues from the checkpoint that
+    it is given. With `checkpointing_steps` equal to `validation_steps` nothing is trained twice.
+
+    Args:
+        train_config: settings that all trials share. Without a seed they share a random one.
+
+    Raises:
+        ConfigError: the settings are not for trials.
+    """
+    if problems := [f"--{name}: {OF_THE_TRIAL[name]}" for name in _given(train_config)]:
+        raise ConfigError(problems)
+    shared = with_absolute_paths(train_config)
+    if shared.seed is None:
+        shared = dataclasses.replace(shared, seed=secrets.randbelow(2**31))
+
+    def trial(config: dict[str, Any]) -> None:
+        folder = Path(shared.output_dir) / tune.get_context().get_trial_id()
+        train = _with_settings(shared, config, folder)
+        callback = TuneCallback(folder, train.validation_steps)
+        with Path(os.devnull).open("w") as nowhere:
+            run_fit(train, nowhere, callback)
+        callback.report(callback.last_report())
+
+    return tune.with_resources(trial_function(trial), _resources(shared))
+
+
+def checkpoint_folder(checkpoint: tune.Checkpoint) -> Path:
+    """Return the folder `checkpoint-N` that a trial's Tune checkpoint names; the weights are in its `controlnet/`.
+
+    Raises:
+        UserError: another trainable wrote the checkpoint.
+    """
+    with checkpoint.as_directory() as directory:
+        file = Path(directory) / CHECKPOINT_FILE
+        if not file.is_file():
+            raise UserError(f"{checkpoint.path}: has no {file.name}, so no trial of raycontrolnet wrote it")
+        return Path(json.loads(file.read_text())["folder"])
+
+
+class TuneCallback:
+    """Reports a run's validations to Tune, and ends the run when Tune stops the trial."""
+
+    def __init__(self, folder: Path, validation_steps: int):
+        self._folder, self._validation_steps = folder, validation_steps
+        self.stopped = False
+        """True once Tune has stopped the trial; it takes no report after that."""
+
+    def updated(self) -> None:
+        """Do nothing: Tune stops a trial at a report."""
+
+    def validated(self) -> None:
+        self.updated()
+        self.report(self.last_report())
+        self.updated()
+
+    def last_report(self) -> Report:
+        """Return the measures of the last validation; empty before the first."""
+        reports = read_reports(self._folder, self._validation_steps)
+        return reports[-1] if reports else {}
+
+    def report(self, figures: Mapping[str, Any], *, with_checkpoint: bool = True) -> None:
+        """Report to Tune, and wait for its decision.
+
+        Raises:
+            RunStopped: Tune stops the trial.
+        """
+        last = self._checkpoint(figures.get("step")) if with_checkpoint else None
+        try:
+            if last is None:
+                tune.report(dict(figures))
+                return
+            with tempfile.TemporaryDirectory() as directory:
+                content = {"folder": str(last.path), "step": last.step}
+                (Path(directory) / CHECKPOINT_FILE).write_text(json.dumps(content) + "\n")
+                tune.report(dict(figures), checkpoint=tune.Checkpoint.from_directory(directory))
+        except SystemExit:  # Tune's way to end the thread that reports, which may not be the one that trains
+            self.stopped = True
+            raise RunStopped from None
+
+    def _checkpoint(self, step: int | None) -> checkpoints.Checkpoint | None:
+        """Return the last checkpoint up to `step`: population based training may have gone back before later ones."""
+        found = checkpoints.all_checkpoints(self._folder)
+        return next((each for each in reversed(found) if step is None or each.step <= step), None)
+
+
+def trial_function(run: Callable[..., None]) -> Callable[..., None]:
+    """Return `run` as a function trainable that Tune can stop at a report.
+
+    Args:
+        run: takes Tune's `config` and what `tune.with_parameters` adds; raises `RunStopped` once it is stopped.
+    """
+
+    def trial(config: dict[str, Any], **parameters: Any) -> None:
+        try:
+            run(config, **parameters)
+        except RunStopped:
+            sys.exit(0)  # a return would report once more
+
+    return ends_orderly(trial)
+
+
+def _given(train: TrainConfig) -> list[str]:
+    """Return the names of `OF_THE_TRIAL` that `train` sets; output_dir is the folder of all trials."""
+    return [name for name in OF_THE_TRIAL if name != "output_dir" and getattr(train, name)]
+
+
+def _with_settings(train: TrainConfig, config: Mapping[str, Any], folder: Path) -> TrainConfig:
+    """Return `train` with the settings of a trial.
+
+    Raises:
+        ConfigError: unknown settings, or values that do not fit.
+    """
+    problems = unknown_names(config, setting_types(TrainConfig), "param_space")
+    problems += [f"param_space: {name}: {why}" for name, why in OF_THE_TRIAL.items() if name in config]
+    if problems:
+        raise ConfigError(problems)
+    # Some of Tune's domains draw numbers of numpy.
+    plain = {name: value.item() if hasattr(value, "item") else value for name, value in config.items()}
+    train = dataclasses.replace(train, **plain, output_dir=str(folder), resume_from_checkpoint=_start(folder))
+    if not _in_process(train):
+        return train
+    use_gpu = bool(ray.get_gpu_ids()) if train.use_gpu is None else train.use_gpu
+    return dataclasses.replace(train, num_workers="0", use_gpu=use_gpu)
+
+
+def _start(folder: Path) -> str | None:
+    """Return the checkpoint to continue from: the one that Tune restores, or the last that the trial wrote."""
+    if restored := tune.get_checkpoint():
+        return str(checkpoint_folder(restored))
+    return "latest" if checkpoints.latest(folder) else None
+
+
+def _in_process(train: TrainConfig) -> bool:
+    return train.worker_range in ((0, 0), (1, 1))
+
+
+def _resources(train: TrainConfig) -> Callable[[dict[str, Any]], tune.PlacementGroupFactory]:
+    """Return the resources of a trial's process, which Tune asks for once Ray is connected."""
+
+    def resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        use_gpu = train.use_gpu
+        if use_gpu is None:
+            nodes = cluster_nodes(train)
+            use_gpu = any(node.get("GPU", 0.0) > 0 for node in (*nodes.nodes, *(nodes.may_come or ())))
+        workers = 1 if _in_process(train) else train.worker_range[1]
+        gpus = 1.0 if use_gpu else 0.0
+        slot = TrialSlots(1, workers, train.cpus_per_worker or 1.0, gpus, train.accelerator_type, reason="")
+        return tune.PlacementGroupFactory([slot.resources()])
+
+    return resources
