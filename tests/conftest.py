@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import tempfile
 
 # A shell ignores Ctrl-C for what it starts with `&`, and so would all that the tests start.
@@ -41,16 +42,22 @@ def _network_only_if_marked(request: pytest.FixtureRequest, monkeypatch: pytest.
 
 
 @pytest.fixture(scope="module")
-def _local_ray() -> Iterator[None]:
-    """One Ray for a module: two CPUs for workers and one for loading."""
+def _local_ray() -> None:
+    """Start one Ray for the whole session, at the first test that needs it: two CPUs for workers, one for loading."""
     import ray
 
     from raycontrolnet.cluster.session import set_up_environment
 
-    set_up_environment()
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+    if not ray.is_initialized():
+        set_up_environment()
+        ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ray_ends_with_the_session() -> Iterator[None]:
     yield
-    ray.shutdown()
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,7 @@ class FakeLoader:
 def _local_ray() -> Iterator[None]:
     import ray
 
+    ray.shutdown()  # that of other tests, which has more CPUs
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # tests are not installed where tasks run
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     yield
