@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import raycontrolnet
@@ -27,7 +28,7 @@ def docstrings(path: Path) -> Iterator[tuple[int, str, bool]]:
             )
             yield getattr(node, "lineno", 1), text, is_function and not is_property
         body = getattr(node, "body", [])
-        for above, below in zip(body, body[1:], strict=False) if isinstance(body, list) else ():
+        for above, below in pairwise(body) if isinstance(body, list) else ():
             match above, below:
                 case ast.AnnAssign() | ast.Assign(), ast.Expr(value=ast.Constant(value=str(text))):
                     yield below.lineno, text, False
