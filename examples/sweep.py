@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def small_settings(folder: Path) -> dict[str, Any]:
-    """For a data set of shapes and the small base model of the package."""
+    """Return the settings for a data set of shapes and the small base model of the package."""
     from raycontrolnet.demo.demo import BASE
     from raycontrolnet.demo.shapes import write_shapes
 

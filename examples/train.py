@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def small_settings(folder: Path) -> dict[str, Any]:
-    """For a data set of shapes and a base model with random weights, written to `folder`."""
+    """Return the settings for a data set of shapes and a base model with random weights, written to `folder`."""
     from raycontrolnet.demo.base_model import write_random_base
     from raycontrolnet.demo.shapes import write_shapes
 

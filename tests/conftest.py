@@ -1,4 +1,4 @@
-"""What tests share: tiny base models and a tiny data set, written once per session, and no network unless asked for."""
+"""Fixtures of all tests: tiny base models and data, written once a session; no network unless asked for."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _ray_ends_with_the_session() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Stable Diffusion of a few thousand random weights that predicts the noise."""
+    """Write a Stable Diffusion of a few thousand random weights that predicts the noise."""
     from raycontrolnet.demo.base_model import write_random_base
 
     return write_random_base(tmp_path_factory.mktemp("tiny_base"), "tiny")
@@ -70,7 +70,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_base_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with prediction_type v_prediction."""
+    """Write the same with prediction_type v_prediction."""
     from raycontrolnet.demo.base_model import write_random_base
 
     return write_random_base(tmp_path_factory.mktemp("tiny_base_v"), "tiny", prediction_type="v_prediction")
@@ -84,7 +84,7 @@ def circles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_settings(tiny_base: Path, circles: Path, tmp_path: Path) -> dict[str, Any]:
-    """Settings of a run of four updates in this process: `TrainConfig(**tiny_settings)`."""
+    """Return the settings of a run of four updates in this process: `TrainConfig(**tiny_settings)`."""
     return {
         "pretrained_model_name_or_path": str(tiny_base),
         "train_data_dir": str(circles),

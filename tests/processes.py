@@ -17,7 +17,7 @@ from raycontrolnet.training import metrics
 
 
 def processes_of_session(leader: int) -> list[psutil.Process]:
-    """Those that live in the session that process `leader` began: Ray's end a moment after their driver."""
+    """Return the processes of the session of `leader`; Ray's end a moment after their driver."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -83,7 +83,7 @@ def kill_a_train_worker() -> None:
 
 
 def workers_called(name: str) -> list[psutil.Process]:
-    """This process's Ray workers that do what `name` tells."""
+    """Return this process's Ray workers whose title is `name`."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):  # gone meanwhile

@@ -1,4 +1,4 @@
-"""What the tests compare with: the arithmetic of the diffusers example, written out with diffusers' own models."""
+"""Reference for tests: the arithmetic of the diffusers example, written out with diffusers' own models."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from raycontrolnet.training.state import accelerator_for, build_state
 
 CPU = torch.device("cpu")
 LATENT_SHAPE = (4, 4, 4)
-"""Of the tiny base at 32 pixels."""
+"""The tiny base's, at 32 pixels."""
 
 
 def write_trained_controlnet(base: Path, folder: Path, seed: int = 0) -> Path:
-    """A ControlNet as training leaves it: its zero convolutions are not zero any more, so that it has a say."""
+    """Make a ControlNet as training leaves it: its zero convolutions are no longer zero, and it has an effect."""
     from diffusers import ControlNetModel, UNet2DConditionModel
 
     with torch.random.fork_rng(devices=[]):
@@ -40,17 +40,17 @@ def write_trained_controlnet(base: Path, folder: Path, seed: int = 0) -> Path:
 
 
 def to_tensor(images: NDArray[np.uint8]) -> Tensor:
-    """torchvision's ToTensor: uint8 [..., H, W, 3] -> float32 [..., 3, H, W] in [0, 1]."""
+    """Do torchvision's ToTensor: uint8 [..., H, W, 3] -> float32 [..., 3, H, W] in [0, 1]."""
     return torch.from_numpy(np.moveaxis(images, -1, -3).astype(np.float32)) / 255
 
 
 def normalize(pixels: Tensor) -> Tensor:
-    """torchvision's Normalize([0.5], [0.5])."""
+    """Do torchvision's Normalize([0.5], [0.5])."""
     return (pixels - 0.5) / 0.5
 
 
 def reference_loss(base: Path, controlnet_folder: Path, rows: list[PreparedRow], draws: Draws) -> Tensor:
-    """The loss of a batch in fp32, with everything that carries gradients to the ControlNet left attached."""
+    """Return the loss of a batch in fp32, with everything that carries gradients to the ControlNet left attached."""
     from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -97,7 +97,7 @@ def reference_loss(base: Path, controlnet_folder: Path, rows: list[PreparedRow],
 
 @contextmanager
 def training(settings: dict[str, Any], num_samples: int = 13) -> Iterator[TrainState]:
-    """The state at the start of a run in this process."""
+    """Build the state at the start of a run in this process."""
     config = TrainConfig(**settings)
     with accelerator_for(config, use_gpu=False) as accelerator:
         yield build_state(config, Schedule.of(config, num_samples, 1), accelerator, None, None)
@@ -108,7 +108,7 @@ def fake_rows(*sample_indices: int) -> list[PreparedRow]:
 
 
 def steps(state: TrainState, *batches: list[PreparedRow], seed: int = 0) -> list[Any]:
-    """A `train_step` for each of `batches`; returns what they return."""
+    """Do a `train_step` for each of `batches`; returns what they return."""
     return [
         train_step(
             state,

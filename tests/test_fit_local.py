@@ -62,7 +62,7 @@ def out(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def captions(circles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The circles with three captions a row."""
+    """Write the circles with three captions a row."""
     folder = tmp_path_factory.mktemp("captions") / "data"
     shutil.copytree(circles, folder)
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
@@ -74,7 +74,7 @@ def captions(circles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[PreparedRow]]:
-    """The batches that the step gets, in order."""
+    """Record the batches that the step gets, in order."""
     batches: list[list[PreparedRow]] = []
     make_batch = step.make_batch
 
@@ -255,7 +255,7 @@ def test_going_back_replaces_the_metrics(tiny_settings: Settings, out: Path) -> 
 
 
 def test_resume_with_other_optimizer_settings(tiny_settings: Settings, out: Path) -> None:
-    """What a diverged run is told to do: go on with a lower learning rate."""
+    """A diverged run is told to go on with a lower learning rate."""
     run(tiny_settings, out, max_train_steps=2)
     changed = {"learning_rate": 1e-4, "adam_beta1": 0.5, "adam_weight_decay": 0.5, "resume_from_checkpoint": "latest"}
     run(tiny_settings, out, **changed)
@@ -483,7 +483,7 @@ def test_tokenizer_name(tiny_settings: Settings, tiny_base: Path, out: Path, tmp
 
 @pytest.fixture
 def hub_cache(tiny_base: Path, tiny_base_v: Path, tmp_path: Path) -> Path:
-    """What downloads leave: main and the revision v2 (which predicts the velocity, and has files in half precision)."""
+    """Write what downloads leave: main, and the revision v2 (predicts the velocity, files in half precision)."""
     model = tmp_path / "hub" / "models--someone--tiny"
     (model / "refs").mkdir(parents=True)
     for revision, commit, base in (("main", "a" * 40, tiny_base), ("v2", "b" * 40, tiny_base_v)):

@@ -102,7 +102,7 @@ def test_resume_is_exact_on_ray_and_off_it(settings: Settings, tmp_path: Path) -
 
 
 def test_a_killed_worker_costs_nothing(settings: Settings, tmp_path: Path) -> None:
-    """kill -9 between two checkpoints: Ray starts a new worker, which ends with the weights of an undisturbed run."""
+    """Kill -9 between two checkpoints: Ray starts a new worker, which ends with the weights of an undisturbed run."""
     changes = {"max_train_steps": 30, "checkpointing_steps": 10}
     undisturbed = run(settings, tmp_path / "undisturbed", **changes)
     disturbed = tmp_path / "disturbed"

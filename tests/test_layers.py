@@ -60,7 +60,7 @@ HEAVY = {"accelerate", "cv2", "datasets", "diffusers", "ray", "torch", "transfor
 @dataclass(frozen=True)
 class Import:
     importer: str
-    """Module name without the leading `raycontrolnet.`; empty for the package itself."""
+    """Return module name without the leading `raycontrolnet.`; empty for the package itself."""
     target: str
     """Imported module: as `importer` if `own`, else the name of another top-level package."""
     own: bool
@@ -73,7 +73,7 @@ class Import:
 
 @cache
 def modules() -> dict[str, Path]:
-    """Module name without the leading `raycontrolnet.` -> its file; folders by their `__init__`."""
+    """Return module name without the leading `raycontrolnet.` -> its file; folders by their `__init__`."""
     spec = find_spec("raycontrolnet")
     assert spec is not None
     assert spec.origin is not None
@@ -103,7 +103,7 @@ def imports_of(module: str, path: Path) -> Iterator[Import]:
 
 
 def import_statements(node: ast.AST, when: When) -> Iterator[tuple[ast.Import | ast.ImportFrom, When]]:
-    """Those below `node`, which itself runs at `when`."""
+    """Yield the imports below `node`, which itself runs at `when`."""
     match node:
         case ast.Import() | ast.ImportFrom():
             yield node, when
@@ -122,7 +122,7 @@ def import_statements(node: ast.AST, when: When) -> Iterator[tuple[ast.Import | 
 
 
 def room(module: str) -> str:
-    """The folder or the file at the top that a module belongs to."""
+    """Return the folder or the file at the top that a module belongs to."""
     return module.partition(".")[0]
 
 
@@ -214,7 +214,7 @@ def test_torch_is_not_imported_with_config_data_and_cli() -> None:
 
 @pytest.mark.parametrize("module", ["", "config.sweep_config", "config.train_config", "cli"])
 def test_importing_loads_nothing_heavy(module: str) -> None:
-    """What is really loaded, through everything that a module imports: `--help` waits for it."""
+    """Nothing heavy is loaded through all that a module imports: `--help` waits for it."""
     assert module in modules()
     name = f"raycontrolnet.{module}".rstrip(".")
     code = f"import sys, {name}; print(*sorted({HEAVY} & set(sys.modules)))"

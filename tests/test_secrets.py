@@ -193,7 +193,7 @@ def token(prefix: str) -> str:
 
 @pytest.fixture
 def box() -> Iterator[Path]:
-    """All that the run may write to. Its name is short, for Ray makes sockets below it."""
+    """Make the folder that the run may write to. Its name is short, for Ray makes sockets below it."""
     box = Path(tempfile.mkdtemp(prefix="rcs", dir="/tmp"))
     yield box
     end_processes_of(box)
@@ -201,7 +201,7 @@ def box() -> Iterator[Path]:
 
 
 def end_processes_of(box: Path) -> None:
-    """Those that a run has left, if the test failed: their environment names the folder."""
+    """Kill the processes that a failed test left: their environment names the folder."""
     for process in psutil.process_iter():
         try:
             if process.environ().get("HOME") == str(box / "home"):
@@ -211,7 +211,7 @@ def end_processes_of(box: Path) -> None:
 
 
 def environment(box: Path, hub: HubStandIn) -> dict[str, str]:
-    """Of a user who has nothing but what is in `box`."""
+    """Return the environment of a user who has nothing but what is in `box`."""
     ours = ("HF_", "HUGGING", "RAY_", "WANDB_", "COMET_", "XDG_", "TMPDIR", "PYTEST")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     folders = {"HOME": "home", "TMPDIR": "tmp", "RAY_TMPDIR": "."}
@@ -256,7 +256,7 @@ def test_no_secret_is_left_anywhere(given: str, box: Path, tiny_settings: dict[s
 
 
 def settings(tiny_settings: dict[str, Any], canary: str) -> dict[str, Any]:
-    """Of a run on Ray that does everything that leaves the house."""
+    """Return the settings of a run on Ray that does everything that leaves the house."""
     return tiny_settings | {
         "output_dir": "out",
         "max_train_steps": 2,
@@ -301,7 +301,7 @@ def train(given: str, settings: dict[str, Any], hub_token: str, box: Path, env: 
 
 
 def assert_searched(things: Mapping[str, list[bytes]], holding_canary: list[str]) -> None:
-    """The search saw what it is about: the prompt is found where it is to be found, and Ray's files are there."""
+    """Check that the search saw something: the prompt is found where it belongs, and Ray's files are there."""
     out = ("config.yaml", "README.md", "run.log", "validation/step-000002/metadata.jsonl", "checkpoint-2/manifest.json")
     assert {f"out/{name}" for name in out} <= set(holding_canary)
     tools = {"tensorboard": "events.out.tfevents", "wandb": ".wandb", "comet_ml": ".zip: messages.json"}
