@@ -45,8 +45,13 @@ def config(base: str | Path = "someone/base", **settings: Any) -> TrainConfig:
     return TrainConfig(pretrained_model_name_or_path=str(base), train_data_dir="data", **settings)
 
 
+def licence_of(settings: TrainConfig) -> Licence:
+    """Find the licence for the card of a run with these settings."""
+    return find_licence(settings.license, settings, TOKEN)
+
+
 def test_of_the_settings(hub: HubStandIn) -> None:
-    assert find_licence(config(license="mit"), TOKEN) == Licence(("mit",), "settings")
+    assert licence_of(config(license="mit")) == Licence(("mit",), "settings")
     assert not hub.calls
 
 
@@ -75,7 +80,7 @@ def test_of_a_folder(
 ) -> None:
     if card is not None:
         (tmp_path / "README.md").write_bytes(card.encode())
-    assert find_licence(config(tmp_path), TOKEN) == expected
+    assert licence_of(config(tmp_path)) == expected
     assert not hub.calls
     assert not caplog.records
 
@@ -89,21 +94,21 @@ def test_of_a_folder_whose_card_cannot_be_read(
         path.mkdir()
     else:
         path.write_bytes(card)
-    assert find_licence(config(tmp_path), TOKEN) == GUESS
+    assert licence_of(config(tmp_path)) == GUESS
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith(f"{path}: no licence can be read from it (")
 
 
 def test_of_the_hub(hub: HubStandIn) -> None:
-    assert find_licence(config(), TOKEN) == Licence(("openrail++",), "base")
+    assert licence_of(config()) == Licence(("openrail++",), "base")
     hub.cards["someone/base"] = {"license": "other", "license_name": "mine", "license_link": "texts/LICENSE.md"}
     files = "https://huggingface.co/someone/base/blob"
-    assert find_licence(config(), TOKEN) == Licence(("other",), "base", "mine", f"{files}/main/texts/LICENSE.md")
-    assert find_licence(config(revision="v2"), TOKEN).link == f"{files}/v2/texts/LICENSE.md"
+    assert licence_of(config()) == Licence(("other",), "base", "mine", f"{files}/main/texts/LICENSE.md")
+    assert licence_of(config(revision="v2")).link == f"{files}/v2/texts/LICENSE.md"
     hub.cards["someone/base"] = {"license": "other", "license_link": "../../../elsewhere"}
-    assert find_licence(config(), TOKEN) == Licence(("other",), "base")
+    assert licence_of(config()) == Licence(("other",), "base")
     hub.cards["someone/base"] = {}
-    assert find_licence(config(), TOKEN) == GUESS
+    assert licence_of(config()) == GUESS
     paths = [request.path.partition("?")[0] for request in hub.calls]
     assert paths == [f"/api/models/someone/base{end}" for end in ("", "", "/revision/v2", "", "")]
     assert {request.headers["authorization"] for request in hub.calls} == {f"Bearer {TOKEN}"}
@@ -112,7 +117,7 @@ def test_of_the_hub(hub: HubStandIn) -> None:
 @pytest.mark.parametrize("failure", [401, 403, 404, 500, "cut"])
 def test_of_a_hub_that_does_not_tell(failure: Any, hub: HubStandIn, caplog: pytest.LogCaptureFixture) -> None:
     hub.failures["/api/models/"] = failure
-    assert find_licence(config(), TOKEN) == GUESS
+    assert licence_of(config()) == GUESS
     assert len(hub.calls) == 1
     (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("raycontrolnet")]
     assert message.startswith("the Hub does not tell the licence of someone/base (")
@@ -141,7 +146,7 @@ def test_of_a_hub_that_takes_its_time(
         serving.start()
         try:
             start = time.monotonic()
-            assert find_licence(config(), TOKEN) == GUESS
+            assert licence_of(config()) == GUESS
             assert 0.4 < time.monotonic() - start < 5
         finally:
             over.set()
@@ -159,11 +164,11 @@ def test_of_the_cache(tmp_path: Path, hub: HubStandIn, monkeypatch: pytest.Monke
     (model / "snapshots" / commit).mkdir(parents=True)
     (model / "snapshots" / commit / "README.md").write_text("---\nlicense: mit\n---\n")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert find_licence(config(cache_dir=str(tmp_path)), TOKEN) == Licence(("mit",), "base")
-    assert find_licence(config(cache_dir=str(tmp_path), revision="v2"), TOKEN) == GUESS
-    assert find_licence(config(cache_dir=str(tmp_path / "gone")), TOKEN) == GUESS
+    assert licence_of(config(cache_dir=str(tmp_path))) == Licence(("mit",), "base")
+    assert licence_of(config(cache_dir=str(tmp_path), revision="v2")) == GUESS
+    assert licence_of(config(cache_dir=str(tmp_path / "gone"))) == GUESS
     assert not hub.calls
 
 
 def test_of_a_model_that_is_gone(tmp_path: Path) -> None:
-    assert find_licence(config(tmp_path / "gone"), TOKEN) == GUESS
+    assert licence_of(config(tmp_path / "gone")) == GUESS

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raycontrolnet.config.settings import ModelConfig
-from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -48,19 +47,21 @@ class Licence:
         return {"license": ids, "license_name": self.name, "license_link": self.link}
 
 
-def find_licence(config: TrainConfig, token: str | None) -> Licence:
+def find_licence(license_id: str | None, model: ModelConfig, token: str | None) -> Licence:
     """Find the licence for the card of a finished run. Never raise, and wait for the Hub a few seconds at most.
 
     Args:
+        license_id: `--license`.
+        model: the base model, whose licence is taken where none is given.
         token: for a private base model on the Hub.
     """
-    if config.license is not None:
-        return Licence((config.license,), "settings")
-    base = config.pretrained_model_name_or_path
+    if license_id is not None:
+        return Licence((license_id,), "settings")
+    base = model.pretrained_model_name_or_path
     if not is_hub_id(base):
         return _from_metadata(_local_metadata(Path(base) / CARD)) or Licence()
-    files = f"https://huggingface.co/{base}/blob/{config.revision or 'main'}/"
-    return _from_metadata(_hub_metadata(config, token) or _cached_metadata(config), files) or Licence()
+    files = f"https://huggingface.co/{base}/blob/{model.revision or 'main'}/"
+    return _from_metadata(_hub_metadata(model, token) or _cached_metadata(model), files) or Licence()
 
 
 def is_hub_id(name: str) -> bool:

@@ -10,25 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from raycontrolnet.config.checks import find_token
-from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.config.output_settings import HubConfig
 from raycontrolnet.errors import RunError
-from raycontrolnet.hub.licence import Licence, find_licence
-from raycontrolnet.hub.model_card import write_model_card
 from raycontrolnet.quiet import no_progress_bars, only_errors
 from raycontrolnet.version import __version__
-
-__all__ = [
-    "UPLOADED",
-    "WEIGHTS",
-    "Licence",
-    "check_push",
-    "find_licence",
-    "push_command",
-    "push_to_hub",
-    "repo_name",
-    "resolve_repo_id",
-    "write_model_card",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -39,19 +24,19 @@ WEIGHTS = UPLOADED[:2]
 """Files that diffusers needs to load the ControlNet."""
 
 
-def check_push(config: TrainConfig) -> list[str]:
+def check_push(hub: HubConfig) -> list[str]:
     """List the problems that would keep the run from being pushed, as far as they show without asking the Hub."""
     import huggingface_hub.utils
 
     utils: Any = huggingface_hub.utils
     problems = []
-    if config.push_to_hub and find_token(config.hub_token) is None:
+    if hub.push_to_hub and find_token(hub.hub_token) is None:
         problems.append("--push_to_hub: needs a token: give --hub_token, set HF_TOKEN, or run `hf auth login`")
-    if config.hub_model_id is not None:
+    if hub.hub_model_id is not None:
         try:
-            utils.validate_repo_id(config.hub_model_id)
+            utils.validate_repo_id(hub.hub_model_id)
         except utils.HFValidationError as error:
-            problems.append(f"--hub_model_id={config.hub_model_id}: {_one_line(str(error), None)}")
+            problems.append(f"--hub_model_id={hub.hub_model_id}: {_one_line(str(error), None)}")
     return problems
 
 

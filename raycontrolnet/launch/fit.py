@@ -20,6 +20,8 @@ from raycontrolnet.config.checks import check_device, versions, with_absolute_pa
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.errors import RunError, UserError, explained
 from raycontrolnet.hub import push
+from raycontrolnet.hub.licence import Licence, find_licence
+from raycontrolnet.hub.model_card import write_model_card
 from raycontrolnet.launch.preflight import CheckedRun, check, choose_latents, ensure_latents
 from raycontrolnet.launch.workers import train_here, train_on_ray
 from raycontrolnet.report.live_report import report_kept
@@ -134,11 +136,11 @@ def run_and_record(run: CheckedRun, train: Callable[[RunStatus], Summary], strea
         last = run.last_checkpoint()
         measured = held_out.summary(output_dir) | validation.summary(run.config, output_dir, summary["step"])
         status |= {**summary, **measured, "checkpoint": last.path.name if last else None}
-        licence = push.find_licence(run.config, run.token)
+        licence = find_licence(run.config.license, run.config, run.token)
         # Named for a push, also one by hand.
         name = push.repo_name(output_dir, run.config.hub_model_id) if run.config.push_to_hub else None
         with _finished_all_the_same(output_dir, status):
-            push.write_model_card(output_dir, run.config, status, repo_id=name, licence=licence)
+            write_model_card(output_dir, run.config, status, repo_id=name, licence=licence)
         hub_url = _push(run, status, licence, stream) if run.config.push_to_hub else None
     seconds = time.time() - started
     stream.write(f"done in {duration(seconds)}: {summary['step']} updates; weights in {output_dir}\n")
@@ -167,11 +169,11 @@ def _finished_all_the_same(output_dir: Path, status: RunStatus) -> Iterator[None
         raise RunError(f"{status['cause']}: {output_dir / 'README.md'}. The weights stand.") from error
 
 
-def _push(run: CheckedRun, status: dict[str, Any], licence: push.Licence, stream: TextIO) -> str:
+def _push(run: CheckedRun, status: dict[str, Any], licence: Licence, stream: TextIO) -> str:
     """Push the results; if that fails, the run is finished all the same, and `status` says so."""
     try:
         repo_id = push.resolve_repo_id(run.output_dir, run.config.hub_model_id, run.token)
-        push.write_model_card(run.output_dir, run.config, status, repo_id=repo_id, licence=licence)
+        write_model_card(run.output_dir, run.config, status, repo_id=repo_id, licence=licence)
         url = push.push_to_hub(run.output_dir, repo_id=repo_id, token=run.token)
     except RunError as error:
         status["push_failure"] = str(error)

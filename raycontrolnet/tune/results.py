@@ -12,6 +12,7 @@ from typing import Any
 from raycontrolnet.config.checks import find_token
 from raycontrolnet.config.train_config import TrainConfig, public_settings
 from raycontrolnet.hub import model_card, push
+from raycontrolnet.hub.licence import find_licence
 from raycontrolnet.sampling import images
 from raycontrolnet.sampling.find_controlnet import CONFIG
 from raycontrolnet.storage import checkpoint as checkpoints
@@ -118,7 +119,7 @@ def write_best(
     facts: dict[str, Any] = {**figures, "versions": versions}
     until = [report for report in trial.reports if report["step"] <= step]
     facts |= {"control_appeared_at_step": control_appeared(until) if "control_gap" in facts else None}
-    licence = push.find_licence(config, find_token(config.hub_token))
+    licence = find_licence(config.license, config, find_token(config.hub_token))
     config = dataclasses.replace(config, output_dir=str(best))
     model_card.write_model_card(best, config, facts, repo_id=repo_id, title=sweep_dir.name, licence=licence)
     return best
