@@ -575,7 +575,7 @@ def num_recorded(out: Path) -> int:
 @pytest.mark.usefixtures("_local_ray")
 def test_killed_in_the_middle_it_goes_on(tmp_path: Path) -> None:
     """Kill -9 the driver and its Ray, and run it again: the result is that of a run that was not killed."""
-    photos, num_photos = tmp_path / "many", 320
+    photos, num_photos = tmp_path / "many", 640
     photos.mkdir()
     for index in range(num_photos):
         draw_row(index, 16, 0)[0].save(photos / f"{index:03}.png")
