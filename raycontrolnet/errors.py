@@ -86,17 +86,19 @@ def explained(
     except Interrupted:
         raise
     except Exception as error:
-        if isinstance(error, unchanged):
-            raise
+        if isinstance(error, unchanged) and RunError in unchanged:
+            raise  # an inner one has logged it
         logger.exception("%s failed", what)
         cause = root_cause(error)
         if isinstance(cause, unchanged):
+            if cause is error:
+                raise
             raise cause from error
         own = isinstance(cause, (UserError, RunError))
-        reason = str(cause) if own else f"{what} failed: {one_line(cause)}"
+        reason = str(cause) if own else f"{what} failed: {one_line(cause).rstrip('.')}."
         details = f" Details: {log}" if log else ""
         kind = UserError if isinstance(cause, UserError) else RunError
-        raise kind(f"{reason.rstrip('.')}.\n{stands()}{details}") from error
+        raise kind(f"{reason}\n{stands()}{details}") from error
 
 
 def out_of_memory(error: Exception, advice: str) -> RunError:

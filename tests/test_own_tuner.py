@@ -17,8 +17,10 @@ from ray.tune.schedulers import PopulationBasedTraining
 from raycontrolnet import TrainConfig, fit
 from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.errors import ConfigError, UserError
+from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.training import metrics
 from raycontrolnet.tune import checkpoint_folder, trainable
+from raycontrolnet.tune.trial_function import TuneCallback, _start
 
 ROOT = Path(__file__).parent.parent
 
@@ -135,6 +137,41 @@ def test_a_space_that_is_none(train: TrainConfig, tmp_path: Path, name: str, wor
 def test_a_checkpoint_of_another_trainable(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no raycontrolnet\.json, so no trial of raycontrolnet wrote it"):
         checkpoint_folder(tune.Checkpoint.from_directory(tmp_path))
+
+
+def written(folder: Path, step: int, run_id: str) -> checkpoints.Checkpoint:
+    """Write a checkpoint without weights."""
+    return checkpoints.write(
+        folder, step=step, samples=step, seed=0, run_id=run_id, save=lambda to: (to / "x").touch(), facts={}
+    )
+
+
+def test_the_checkpoint_that_a_report_names(tmp_path: Path) -> None:
+    """It is the run's own, or the one it started from: not one that population based training has left behind."""
+    own, donor = tmp_path / "own", tmp_path / "donor"
+    own.mkdir()
+    donor.mkdir()
+    abandoned, start = written(own, 2, "before"), written(donor, 4, "donor")
+    assert TuneCallback(own, 2)._checkpoint(4) == abandoned  # continues from it
+    callback = TuneCallback(own, 2, str(start.path))
+    assert callback._checkpoint(5) == start
+    new = written(own, 6, "now")
+    assert callback._checkpoint(5) == start
+    assert callback._checkpoint(6) == new
+    assert TuneCallback(tmp_path / "empty", 2)._checkpoint(6) is None
+
+
+def test_a_restored_checkpoint_that_is_gone(tmp_path: Path) -> None:
+    """The trial continues from its own last one; without another's it cannot."""
+    own, gone = tmp_path / "own", tmp_path / "donor" / "checkpoint-4"
+    own.mkdir()
+    assert _start(own, None) is None
+    assert _start(own, own / "checkpoint-2") is None
+    kept = written(own, 6, "before")
+    assert _start(own, own / "checkpoint-2") == "latest"
+    assert _start(own, kept.path) == str(kept.path)
+    with pytest.raises(UserError, match="of another trial, and it is gone; keep more with a higher --checkpoints_"):
+        _start(own, gone)
 
 
 def test_the_example(tmp_path: Path) -> None:

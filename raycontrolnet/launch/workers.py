@@ -16,6 +16,7 @@ from raycontrolnet.errors import explained
 from raycontrolnet.launch.preflight import CheckedRun
 from raycontrolnet.report.progress import Progress
 from raycontrolnet.sampling.find_controlnet import CONFIG
+from raycontrolnet.storage.files import replacing
 from raycontrolnet.text import counted
 from raycontrolnet.training import held_out, metrics, validation
 from raycontrolnet.training.failures import read_failure
@@ -208,7 +209,8 @@ def _announce(run: CheckedRun, world_size: int, status: RunStatus, stream: TextI
 
     settings = public_settings(run.config)
     del settings["resume_from_checkpoint"]  # the file is for another run with the same settings
-    (run.output_dir / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False))
+    with replacing(run.output_dir / CONFIG) as partial:
+        partial.write_text(yaml.safe_dump(settings, sort_keys=False))
     schedule = run.schedule(world_size, run.start)
     status |= {"total_updates": schedule.total_updates, "held_out": len(run.loader.order.held_out)}
     status.write()

@@ -100,7 +100,8 @@ def begin(job: Job) -> None:
     if job.start is None or job.start.manifest.get("held_out", 0) != job.num_held_out:
         (job.output_dir / held_out.HELD_OUT_FILE).unlink(missing_ok=True)
     end(job.output_dir)  # Ray must not find its records of an earlier run: only the checkpoints on disk count
-    (job.output_dir / RUN_ID).write_text(job.run_id)
+    with replacing(job.output_dir / RUN_ID) as partial:
+        partial.write_text(job.run_id)
 
 
 def end(output_dir: Path) -> None:

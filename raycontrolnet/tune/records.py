@@ -240,7 +240,8 @@ class SweepLease:
 
     def set(self) -> None:
         """Take the sweep over."""
-        (self.sweep_dir / MARKER).write_text(self.sweep_id)
+        with replacing(self.sweep_dir / MARKER) as partial:  # trials read it all the time
+            partial.write_text(self.sweep_id)
 
     def remove(self) -> None:
         """Give the sweep up; its trials end when they see that."""
@@ -255,6 +256,10 @@ class SweepLease:
             return False
         except OSError:  # storage that fails for a moment
             return True
+
+    def taken_over(self) -> bool:
+        """Check that the sweep is another driver's now."""
+        return (self.sweep_dir / MARKER).exists() and not self.stands()
 
     def check(self) -> None:
         """Check, in a trial, that the folder is the one that the driver sees.

@@ -203,6 +203,8 @@ def _recorded(plan: SweepPlan, lease: SweepLease, started: float) -> Iterator[di
         except Replaced:
             ours = False
             raise
+        except Interrupted:  # perhaps of the latents, whose command would begin the sweep anew
+            raise Interrupted(f"Interrupted. {_how_to_go_on(plan)}") from None
         finally:
             lease.remove()
 

@@ -167,7 +167,7 @@ def _train(run: CheckedRun, record: TrialRecord, shared: Shared, callback: Sweep
                 logger.warning("trial %s failed (%s); trying it again", record.name, cause)
                 run = shared.run_of(record)
                 continue
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a library's exit would end the thread without a word
             logger.exception("trial %s failed", record.name)
             cause = f"{type(error).__name__}: {error}"
         break

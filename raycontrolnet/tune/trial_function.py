@@ -76,7 +76,8 @@ def trainable(train_config: TrainConfig) -> Callable[[dict[str, Any]], None]:
     def trial(config: dict[str, Any]) -> None:
         folder = Path(shared.output_dir) / tune.get_context().get_trial_id()
         train = _with_settings(shared, config, folder)
-        callback = TuneCallback(folder, train.validation_steps)
+        start = train.resume_from_checkpoint
+        callback = TuneCallback(folder, train.validation_steps, None if start == "latest" else start)
         with Path(os.devnull).open("w") as nowhere:
             run_fit(train, nowhere, callback)
         callback.report(callback.last_report())
@@ -100,8 +101,15 @@ def checkpoint_folder(checkpoint: tune.Checkpoint) -> Path:
 class TuneCallback:
     """Reports a run's validations to Tune, and ends the run when Tune stops the trial."""
 
-    def __init__(self, folder: Path, validation_steps: int):
+    def __init__(self, folder: Path, validation_steps: int, start: str | None = None):
+        """Begin with the run.
+
+        Args:
+            start: checkpoint that the run starts from, if it is not the last one in `folder`.
+        """
         self._folder, self._validation_steps = folder, validation_steps
+        self._start = checkpoints.Checkpoint.open(Path(start)) if start else None
+        self._earlier = {checkpoint.run_id for checkpoint in checkpoints.all_checkpoints(folder)}
         self.stopped = False
         """True once Tune has stopped the trial; it takes no report after that."""
 
@@ -138,9 +146,14 @@ class TuneCallback:
             raise RunStopped from None
 
     def _checkpoint(self, step: int | None) -> checkpoints.Checkpoint | None:
-        """Return the last checkpoint up to `step`: population based training may have gone back before later ones."""
-        found = checkpoints.all_checkpoints(self._folder)
-        return next((each for each in reversed(found) if step is None or each.step <= step), None)
+        """Return the checkpoint with the weights nearest to `step`: this run's last, or else the one it started from.
+
+        Population based training may have gone back, or to another trial's checkpoint: others in the folder are void.
+        """
+        found = [each for each in checkpoints.all_checkpoints(self._folder) if step is None or each.step <= step]
+        own = [each for each in found if each.run_id not in self._earlier]
+        candidates = own or ([self._start] if self._start else found)
+        return candidates[-1] if candidates else None
 
 
 def trial_function(run: Callable[..., None]) -> Callable[..., None]:
@@ -176,17 +189,28 @@ def _with_settings(train: TrainConfig, config: Mapping[str, Any], folder: Path) 
         raise ConfigError(problems)
     # Some of Tune's domains draw numbers of numpy.
     plain = {name: value.item() if hasattr(value, "item") else value for name, value in config.items()}
-    train = dataclasses.replace(train, **plain, output_dir=str(folder), resume_from_checkpoint=_start(folder))
+    restored = tune.get_checkpoint()
+    start = _start(folder, checkpoint_folder(restored) if restored else None)
+    train = dataclasses.replace(train, **plain, output_dir=str(folder), resume_from_checkpoint=start)
     if not _in_process(train):
         return train
     use_gpu = bool(ray.get_gpu_ids()) if train.use_gpu is None else train.use_gpu
     return dataclasses.replace(train, num_workers="0", use_gpu=use_gpu)
 
 
-def _start(folder: Path) -> str | None:
-    """Return the checkpoint to continue from: the one that Tune restores, or the last that the trial wrote."""
-    if restored := tune.get_checkpoint():
-        return str(checkpoint_folder(restored))
+def _start(folder: Path, restored: Path | None) -> str | None:
+    """Return the checkpoint to continue from: `restored` by Tune, or the last that the trial wrote in `folder`.
+
+    Raises:
+        UserError: `restored` is another trial's, and gone.
+    """
+    if restored and restored.is_dir():
+        return str(restored)
+    if restored and restored.parent != folder:
+        raise UserError(
+            f"{restored}: Tune continues from this checkpoint of another trial, and it is gone; keep more with "
+            "a higher --checkpoints_total_limit, or leave that out"
+        )
     return "latest" if checkpoints.latest(folder) else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -63,33 +64,41 @@ def run_trials(plan: SweepPlan, places: TrialSlots, shared: Shared, recorder: Tr
         tune.with_parameters(trial_function(run_trial), shared=shared),
         tune.PlacementGroupFactory([places.resources()]),
     )
-    with tune_environment():
-        grid = tune.Tuner(
-            trainable,
-            tune_config=tune.TuneConfig(
-                metric=config.objective,
-                mode=plan.mode,
-                search_alg=searcher,
-                scheduler=_scheduler(plan),
-                num_samples=len(begun) + len(new),
-                max_concurrent_trials=places.at_a_time,
-                reuse_actors=True,
-                trial_dirname_creator=lambda trial: record_from(trial.config).name,
-            ),
-            run_config=tune.RunConfig(
-                name=TRIALS,
-                storage_path=str(plan.sweep_dir),
-                failure_config=tune.FailureConfig(max_failures=plan.train.max_failures),
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
-                callbacks=[recorder],
-                stop=_EndsWithLease(shared.lease),
-                verbose=0,
-            ),
-        ).fit()
-    for record in (plan.sweep_dir / TRIALS).glob("[!.]*"):  # a driver that took over needs Tune's hidden file
-        if record.is_file():
-            record.unlink()
-    return grid
+    try:
+        with tune_environment():
+            return tune.Tuner(
+                trainable,
+                tune_config=tune.TuneConfig(
+                    metric=config.objective,
+                    mode=plan.mode,
+                    search_alg=searcher,
+                    scheduler=_scheduler(plan),
+                    num_samples=len(begun) + len(new),
+                    max_concurrent_trials=places.at_a_time,
+                    reuse_actors=True,
+                    trial_dirname_creator=lambda trial: record_from(trial.config).name,
+                ),
+                run_config=tune.RunConfig(
+                    name=TRIALS,
+                    storage_path=str(plan.sweep_dir),
+                    # A process whose GPU has failed hands its next trial to a new one, which Tune counts as a failure.
+                    failure_config=tune.FailureConfig(max_failures=max(plan.train.max_failures, int(shared.use_gpu))),
+                    checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
+                    callbacks=[recorder],
+                    stop=_EndsWithLease(shared.lease),
+                    verbose=0,
+                ),
+            ).fit()
+    finally:
+        if not shared.lease.taken_over():
+            _remove_tunes_files(plan.sweep_dir / TRIALS)
+
+
+def _remove_tunes_files(trials: Path) -> None:
+    """Remove Tune's own records, which the trials' folders replace."""
+    for file in (*trials.glob("[!.]*"), *trials.glob("*/error.*")):
+        if file.is_file():
+            file.unlink()
 
 
 # Both record replayed reports, and stop no trial for them: they were judged before.
