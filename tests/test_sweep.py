@@ -231,9 +231,9 @@ def test_tunes_results_lead_to_the_weights(eight: SweepResult) -> None:
 
 def test_a_trial_is_killed(settings: Settings) -> None:
     """Its process, by the kernel's memory killer say: it goes on from its checkpoint, in another."""
-    train = TrainConfig(**settings | {"max_train_steps": 60, "cpus_per_worker": 1})
+    train = TrainConfig(**settings | {"max_train_steps": 40, "cpus_per_worker": 1})
     folder = Path(settings["output_dir"]) / "trials" / "0000"
-    half_way = when(lambda: last_checkpoint(folder) >= 20, kill_the_trial)
+    half_way = when(lambda: last_checkpoint(folder) >= 10, kill_the_trial)
     with half_way as done:
         result = swept(SweepConfig(train=train, space={"learning_rate": {"choice": [1e-3]}}, num_samples=1))
     assert done
@@ -245,7 +245,7 @@ def test_a_trial_is_killed(settings: Settings) -> None:
 
 
 def test_a_trial_whose_process_is_lost_too_often(settings: Settings) -> None:
-    train = TrainConfig(**settings | {"max_train_steps": 100, "max_failures": 0})
+    train = TrainConfig(**settings | {"max_train_steps": 30, "max_failures": 0})
     config = SweepConfig(train=train, num_samples=2, max_concurrent_trials=1, scheduler="none", resume=True)
     folder = Path(settings["output_dir"]) / "trials" / "0000"
     with when(lambda: last_checkpoint(folder) >= 2, kill_the_trial) as done:
