@@ -1,9 +1,9 @@
-"""From pictures and captions to a ControlNet on the Hub, cell by cell: open it as a notebook, or run it as a script.
+"""From pictures and captions to a ControlNet on the Hub, cell by cell: a notebook or a script. Takes 4 minutes.
 
     python examples/from_pictures_to_hub.py
 
-As it is, it draws its pictures, takes the small base model of the package, and pushes nothing. For your own: put them
-into PICTURES, each with its caption in a .txt file of its name, name a base model and its resolution, and a repository.
+As it is, it draws its pictures, uses the small base model of the package, and pushes nothing. For your own data, put
+the pictures into PICTURES, each with its caption in a .txt file of the same name, and change the constants below.
 """
 
 # %% What to train, and where

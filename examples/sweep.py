@@ -1,4 +1,4 @@
-"""Find a learning rate from Python.
+"""Find a learning rate from Python. Takes a minute on the small base model and data that it writes.
 
     python examples/sweep.py                                  # writes a small base model and data, and sweeps on them
     python examples/sweep.py my-images BASE_MODEL             # your own data, on a base model from a folder or the Hub

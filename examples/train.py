@@ -1,4 +1,4 @@
-"""Train a ControlNet from Python.
+"""Train a ControlNet from Python. Takes a minute on the small base model and data that it writes.
 
     python examples/train.py                                  # writes a small base model and data, trains on them
     python examples/train.py my-images BASE_MODEL             # your own data, on a base model from a folder or the Hub

@@ -1,8 +1,9 @@
-"""The demo's base models and data are what diffusers and the data path expect."""
+"""The demo's base models and data are what diffusers and the data path expect; the demo compares, and loses nothing."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from raycontrolnet import cli
 from raycontrolnet.demo.base_model import CONTEXT_LENGTH, SCALING_FACTOR, write_random_base
-from raycontrolnet.demo.demo import BASE, SEED, UNSEEN_SEED
+from raycontrolnet.demo.demo import BASE, FOLDER, SEED, UNSEEN_SEED, run_demo
 from raycontrolnet.demo.evaluation import colours_are_right
 from raycontrolnet.demo.shapes import COLOURS, SHAPES, draw_row, render, write_shapes
 from raycontrolnet.demo.train_base import quality
@@ -172,3 +174,75 @@ def test_the_unseen_rows_are_nobodys_training_rows() -> None:
     record = json.loads((BASE / "quality.json").read_text())
     assert len({SEED, UNSEEN_SEED, record["seed"] + 1}) == 3
     assert draw_row(0, 8, SEED).text != draw_row(0, 8, UNSEEN_SEED).text
+
+
+@pytest.fixture
+def demo_flags(tiny_base: Path, circles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A demo of two updates in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return [
+        *("--pretrained_model_name_or_path", str(tiny_base), "--train_data_dir", str(circles), "--resolution", "32"),
+        *("--num_workers", "0", "--max_train_steps", "2", "--checkpointing_steps", "1", "--report_to", "none"),
+    ]
+
+
+def test_a_second_demo_takes_a_new_folder(demo_flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", *demo_flags]) == 0
+    first = capsys.readouterr()
+    assert "The ControlNet is in raycontrolnet-demo/controlnet," in first.out
+    assert "raycontrolnet train --pretrained_model_name_or_path" in first.out
+    assert "control fidelity" not in first.out, "it is measured on the demo's own base model"
+    assert "writing" not in first.err, "the demo's base and data were not asked for"
+    kept = {path: path.stat().st_mtime_ns for path in (FOLDER / "controlnet").rglob("*")}
+    assert len(kept) > 8
+
+    assert cli.main(["demo", *demo_flags]) == 0
+    second = capsys.readouterr()
+    assert (
+        "raycontrolnet-demo/controlnet holds an earlier demo (up to update 2); this one goes to "
+        "raycontrolnet-demo/controlnet-2" in second.err
+    )
+    assert "The ControlNet is in raycontrolnet-demo/controlnet-2," in second.out
+    assert {path: path.stat().st_mtime_ns for path in (FOLDER / "controlnet").rglob("*")} == kept
+
+    assert cli.main(["demo", *demo_flags, "--resume_from_checkpoint", "checkpoint-1"]) == 0
+    assert "updates 1 to 2" in capsys.readouterr().err
+    assert not (FOLDER / "controlnet-3").exists()
+
+    named = ["--output_dir", str(FOLDER / "controlnet-2")]
+    assert cli.main(["demo", *demo_flags, *named]) == 2
+    assert "holds checkpoint-2 of an earlier run" in capsys.readouterr().err
+
+
+def test_demo_writes_what_it_needs_and_compares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("raycontrolnet.demo.demo.NUM_UNSEEN", 4)
+    monkeypatch.setattr("raycontrolnet.demo.demo.NUM_ROWS", 40)
+    flags = ["--num_workers", "0", "--max_train_steps", "2", "--validation_steps", "2", "--report_to", "none"]
+    result = run_demo(cli.parse("demo", flags))
+    output = capsys.readouterr()
+    found = re.findall(r"^  (before|after) +control fidelity (\S+) ± \S+, colours right in (\d+)%$", output.out, re.M)
+    assert [name for name, _, _ in found] == ["before", "after"]
+    assert all(0 < float(fidelity) < 0.9 for _, fidelity, _ in found)
+    assert all(int(right) >= 75 for _, _, right in found), "the base model draws the colours of the prompt"
+    (picture,) = re.findall(r"^  picture  (\S+)$", output.out, re.M)
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+        assert image.width > 1000
+    assert len((FOLDER / "shapes" / "metadata.jsonl").read_text().splitlines()) == 40
+    assert "in a folder like raycontrolnet-demo/shapes" in output.out
+    assert result.control_fidelity is not None
+    figures = json.loads((FOLDER / "controlnet" / "demo.json").read_text())
+    assert [f"{figures[name]['control_fidelity']:.2f}" for name, _, _ in found] == [shown for _, shown, _ in found]
+
+
+def test_demo_says_that_it_cannot_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    FOLDER.write_text("a file is in the way")
+    assert cli.main(["demo"]) == 2
+    message = capsys.readouterr().err
+    assert f"error: {tmp_path / FOLDER}: cannot be written (File exists); run the demo in another folder" in message

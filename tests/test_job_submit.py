@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from test_documentation import block, environment, run, write_workspace
+from documents import block, environment, run, write_workspace
 
 from raycontrolnet.training import metrics
 
@@ -157,7 +157,7 @@ def test_workers_that_leave_nothing_for_loading_are_refused(head: Head) -> None:
 
 
 def test_a_head_that_asks_for_a_token(tmp_path: Path, tiny_base: Path) -> None:
-    """As after a run of the user's own: README's note on RAY_AUTH_MODE."""
+    """As after a run of the user's own: the note on RAY_AUTH_MODE in clusters.md."""
     workspace = write_workspace(tmp_path / "reader", tiny_base)
     token = workspace / "home" / ".ray" / "auth_token"
     token.parent.mkdir(parents=True)
