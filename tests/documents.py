@@ -41,7 +41,7 @@ class Block:
     """A block of code."""
 
     kind: str
-    """What tests do with it, or the file that it is the content of."""
+    """Use that tests make of it, or the file that it is the content of."""
     language: str
     text: str
 

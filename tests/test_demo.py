@@ -178,7 +178,7 @@ def test_the_unseen_rows_are_nobodys_training_rows() -> None:
 
 @pytest.fixture
 def demo_flags(tiny_base: Path, circles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A demo of two updates in this process, in an empty folder."""
+    """Return the flags of a demo of two updates in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return [
         *("--pretrained_model_name_or_path", str(tiny_base), "--train_data_dir", str(circles), "--resolution", "32"),

@@ -1,4 +1,4 @@
-"""What README, the guides and the examples say is so: their commands run as they stand, their names and files exist.
+"""README, the guides and the examples are right: their commands run as they stand, their names and files exist.
 
 The blocks of `run` share one Ray and what README's first command made; see documents.py for the kinds of blocks.
 """
@@ -35,7 +35,7 @@ Call = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterator[Path]:
-    """The reader's folder, in which all tests of this module run."""
+    """Enter the reader's folder, in which all tests of this module run."""
     folder = write_workspace(tmp_path_factory.mktemp("reader"), tiny_base)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -53,9 +53,14 @@ def trained(workspace: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def _ray(workspace: Path, request: pytest.FixtureRequest) -> None:
-    """The Ray of all blocks of `run`; its workers start in `workspace`, as relative paths need it."""
+def _ray(workspace: Path, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Start the Ray of all blocks of `run`; its workers start in `workspace`, as relative paths need it."""
+    import ray
+
+    ray.shutdown()  # that of other tests, which was started elsewhere
     request.getfixturevalue("_local_ray")
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture
