@@ -95,7 +95,9 @@ def explained(
                 raise
             raise cause from error
         own = isinstance(cause, (UserError, RunError))
-        reason = str(cause) if own else f"{what} failed: {one_line(cause).rstrip('.')}."
+        reason = str(cause) if own else f"{what} failed: {one_line(cause)}"
+        if not (isinstance(cause, UserError) or "\n" in reason):  # which may end with a command
+            reason = f"{reason.rstrip('.')}."
         details = f" Details: {log}" if log else ""
         kind = UserError if isinstance(cause, UserError) else RunError
         raise kind(f"{reason}\n{stands()}{details}") from error
