@@ -78,7 +78,8 @@ def test_the_controller_is_made_as_we_make_it() -> None:
     assert "callbacks" in parameters(TrainController)
     for name, is_async in {"run": True, "abort": True, "get_result": False}.items():
         method = getattr(TrainController, name)
-        assert parameters(method) == ["self"]
+        # An earlier test may have made it an actor's class, to whose methods Ray adds its tracing.
+        assert [name for name in parameters(method) if name != "_ray_trace_ctx"] == ["self"]
         assert inspect.iscoroutinefunction(method) == is_async
     assert ray._raylet.RAY_NODE_ID_KEY == "ray.io/node-id"
     assert list(CONTROLLER_ENVIRONMENT) == [constants.RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR]
