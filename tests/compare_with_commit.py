@@ -5,7 +5,7 @@
 
 Compared are losses, learning rates, gradient norms, held-out figures, weights, validation images, and a sweep's
 leaderboard; never times. Both sides train on the models and data that COMMIT wrote: a change of these shows in the row
-`inputs` alone. Takes three minutes on two idle cores. Uses only public names and output files, to fit any layout.
+`inputs` alone. Takes seven minutes on two cores. Uses only public names and output files, to fit any layout.
 """
 
 from __future__ import annotations
