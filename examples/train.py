@@ -1,6 +1,6 @@
-"""Train a ControlNet from Python. Takes a minute on the small base model and data that it writes.
+"""Train a ControlNet from Python. Takes a minute on the demo's base model and data that it writes.
 
-    python examples/train.py                                  # writes a small base model and data, trains on them
+    python examples/train.py                                  # writes a small data set, trains on it
     python examples/train.py my-images BASE_MODEL             # your own data, on a base model from a folder or the Hub
     RAY_ADDRESS=auto python examples/train.py my-images BASE_MODEL --num_workers 4    # on a machine of a Ray cluster
 
@@ -41,13 +41,13 @@ def main() -> None:
 
 
 def small_settings(folder: Path) -> dict[str, Any]:
-    """Return the settings for a data set of shapes and a base model with random weights, written to `folder`."""
-    from raycontrolnet.demo.base_model import write_random_base
+    """Return the settings for a data set of shapes, written to `folder`, and the demo's base model."""
+    from raycontrolnet.demo.demo import BASE
     from raycontrolnet.demo.shapes import write_shapes
 
     return {
         "train_data_dir": str(write_shapes(folder / "shapes")),
-        "pretrained_model_name_or_path": str(write_random_base(folder / "base")),
+        "pretrained_model_name_or_path": str(BASE),
         "resolution": 64,
         "learning_rate": 1e-3,
     }

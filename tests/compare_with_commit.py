@@ -28,11 +28,11 @@ from typing import Any
 
 import ray
 import torch
+from base_model import write_random_base
 from diffusers import UNet2DConditionModel
 
 import raycontrolnet
 from raycontrolnet import SweepConfig, TrainConfig, fit, sweep
-from raycontrolnet.demo.base_model import write_random_base
 from raycontrolnet.demo.shapes import write_shapes
 
 ROOT = Path(__file__).resolve().parents[1]

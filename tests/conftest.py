@@ -19,11 +19,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from raycontrolnet.demo.shapes import write_shapes
+
+if TYPE_CHECKING:
+    from runs import Run
 
 TINY_RESOLUTION = 32
 """Pixels; 4 x 4 latents, 2 x 2 in the middle of the tiny UNet."""
@@ -63,7 +66,7 @@ def _ray_ends_with_the_session() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a Stable Diffusion of a few thousand random weights that predicts the noise."""
-    from raycontrolnet.demo.base_model import write_random_base
+    from base_model import write_random_base
 
     return write_random_base(tmp_path_factory.mktemp("tiny_base"), "tiny")
 
@@ -71,7 +74,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_base_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write the same with prediction_type v_prediction."""
-    from raycontrolnet.demo.base_model import write_random_base
+    from base_model import write_random_base
 
     return write_random_base(tmp_path_factory.mktemp("tiny_base_v"), "tiny", prediction_type="v_prediction")
 
@@ -82,13 +85,12 @@ def circles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shapes(tmp_path_factory.mktemp("circles"), 13, resolution=TINY_RESOLUTION)
 
 
-@pytest.fixture
-def tiny_settings(tiny_base: Path, circles: Path, tmp_path: Path) -> dict[str, Any]:
-    """Return the settings of a run of four updates in this process: `TrainConfig(**tiny_settings)`."""
+@pytest.fixture(scope="session")
+def run_settings(tiny_base: Path, circles: Path) -> dict[str, Any]:
+    """Return the settings of a run of four updates in this process, without its output_dir."""
     return {
         "pretrained_model_name_or_path": str(tiny_base),
         "train_data_dir": str(circles),
-        "output_dir": str(tmp_path / "out"),
         "resolution": TINY_RESOLUTION,
         "train_batch_size": 4,
         "max_train_steps": 4,
@@ -100,3 +102,32 @@ def tiny_settings(tiny_base: Path, circles: Path, tmp_path: Path) -> dict[str, A
         "num_workers": "0",
         "use_gpu": False,
     }
+
+
+@pytest.fixture
+def tiny_settings(run_settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """Return the settings of a run of four updates in this process: `TrainConfig(**tiny_settings)`."""
+    return run_settings | {"output_dir": str(tmp_path / "out")}
+
+
+@pytest.fixture(scope="session")
+def validated_settings(run_settings: dict[str, Any], circles: Path) -> dict[str, Any]:
+    """Return `run_settings` with two pairs of prompt and control image, validated and scored every second update."""
+    return run_settings | {
+        "lr_warmup_steps": 0,
+        "seed": 7,
+        "validation_prompt": ("red circle", "blue circle"),
+        "validation_image": tuple(str(circles / "conditioning" / f"0000{index}.png") for index in range(2)),
+        "num_validation_images": 2,
+        "validation_steps": 2,
+        "control_fidelity": "shape",
+        "report_to": "tensorboard",
+    }
+
+
+@pytest.fixture(scope="session")
+def validated_run(validated_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Train with `validated_settings`. Do not write into its folder."""
+    from runs import train
+
+    return train(validated_settings | {"output_dir": str(tmp_path_factory.mktemp("validated") / "run")})

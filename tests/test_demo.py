@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from base_model import CONTEXT_LENGTH, SCALING_FACTOR, write_random_base
 from PIL import Image
+from train_base import quality
 
 from raycontrolnet import cli
-from raycontrolnet.demo.base_model import CONTEXT_LENGTH, SCALING_FACTOR, write_random_base
 from raycontrolnet.demo.demo import BASE, FOLDER, SEED, UNSEEN_SEED, run_demo
 from raycontrolnet.demo.evaluation import colours_are_right
 from raycontrolnet.demo.shapes import COLOURS, SHAPES, draw_row, render, write_shapes
-from raycontrolnet.demo.train_base import quality
 from raycontrolnet.sampling.fidelity import asked_shape, found_shape, iou
 
 

@@ -217,7 +217,7 @@ def test_torch_is_not_imported_with_config_data_and_cli() -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("module", ["", "config.sweep_config", "config.train_config", "cli"])
+@pytest.mark.parametrize("module", ["", "config.sweep_config", "config.train_config", "cli", "demo.demo"])
 def test_importing_loads_nothing_heavy(module: str) -> None:
     """Nothing heavy is loaded through all that a module imports: `--help` waits for it."""
     assert module in modules()

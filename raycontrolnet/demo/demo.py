@@ -1,6 +1,6 @@
 """`raycontrolnet demo`: a ControlNet learns to fill outlines, trained by the ordinary `fit` on a small base model.
 
-The package contains the base model (made by `train_base.py`); the data is drawn here.
+The package contains the base model (made by tests/train_base.py); the data is drawn here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from raycontrolnet.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
+    from raycontrolnet.config.output_settings import ValidationConfig
     from raycontrolnet.config.train_config import TrainConfig
     from raycontrolnet.launch.fit import RunResult
 
@@ -24,7 +25,7 @@ FOLDER = Path("raycontrolnet-demo")
 DATA, UNSEEN, UNTRAINED = (FOLDER / name for name in ("shapes", "unseen", "untrained"))
 NUM_ROWS, NUM_UNSEEN = 2048, 100
 SEED, UNSEEN_SEED = 0, 1000
-"""The base model was trained on rows of seed 1 (`train_base.py`)."""
+"""The base model was trained on rows of seed 1."""
 VALIDATED = 2
 """Unseen rows that validation draws."""
 PICTURE, FIGURES = "demo.png", "demo.json"
@@ -60,12 +61,12 @@ def run_demo(config: TrainConfig) -> RunResult:
     own = given == (str(BASE), str(DATA), None)
     try:
         FOLDER.mkdir(exist_ok=True)
-        _write_inputs(config, own)
+        _write_inputs(own or config.train_data_dir == str(DATA), own, config.seed or 0)
     except OSError as error:
         problem = f"{FOLDER.absolute()}: cannot be written ({error.strerror}); run the demo in another folder"
         raise ConfigError([problem]) from None
     if own:
-        config = _with_own_settings(config)
+        config = dataclasses.replace(config, **_own_settings(config))
     if config.output_dir == demo_settings["output_dir"] and config.resume_from_checkpoint is None:
         config = dataclasses.replace(config, output_dir=_fresh_folder(Path(config.output_dir)))
 
@@ -75,36 +76,50 @@ def run_demo(config: TrainConfig) -> RunResult:
     folder = _as_seen_from_here(result.output_dir)
     print(f"\nThe ControlNet is in {folder}, which diffusers' ControlNetModel.from_pretrained reads.", flush=True)
     if own:
-        print(_comparison(config, folder))
+        print(_comparison(folder, guidance_scale=config.guidance_scale, use_gpu=config.use_gpu))
     print(_report(result, folder, time.monotonic() - started))
     return result
 
 
-def _write_inputs(config: TrainConfig, own: bool) -> None:
+def _write_inputs(train: bool, compare: bool, seed: int) -> None:
+    """Write what is not there: the data to `train` on, the unseen rows and the ControlNet of `seed` to `compare`."""
     from raycontrolnet.demo.shapes import write_shapes
 
-    data = ((DATA, NUM_ROWS, SEED, config.train_data_dir == str(DATA)), (UNSEEN, NUM_UNSEEN, UNSEEN_SEED, own))
-    for folder, num_rows, seed, wanted in data:
+    data = ((DATA, NUM_ROWS, SEED, train), (UNSEEN, NUM_UNSEEN, UNSEEN_SEED, compare))
+    for folder, num_rows, data_seed, wanted in data:
         if wanted and not (folder / "metadata.jsonl").exists():
             _say(f"writing {num_rows:,} pictures of shapes and their outlines to {folder}")
-            write_shapes(folder, num_rows, resolution=64, seed=seed)
-    if own:
-        from raycontrolnet.demo.base_model import write_untrained_controlnet
-
-        write_untrained_controlnet(UNTRAINED, BASE, config.seed or 0)
+            write_shapes(folder, num_rows, resolution=64, seed=data_seed)
+    if compare:
+        _write_untrained_controlnet(seed)
 
 
-def _with_own_settings(config: TrainConfig) -> TrainConfig:
-    """Start from the untrained ControlNet, and validate on unseen rows."""
+def _write_untrained_controlnet(seed: int) -> None:
+    """Write a ControlNet copied from the base model's UNet, as training makes it, but in proportion to the base.
+
+    diffusers makes the conditioning embedding as wide as for SD 1.5, which would take most of a small model's time.
+    """
+    import torch
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(BASE, subfolder="unet")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
+        controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16, 48, 128))
+    controlnet.save_pretrained(UNTRAINED)
+
+
+def _own_settings(given: ValidationConfig) -> dict[str, Any]:
+    """Return the settings to start from the untrained ControlNet, and to validate on unseen rows by default."""
     from raycontrolnet.demo.shapes import read_rows
 
-    changes: dict[str, Any] = {"controlnet_model_name_or_path": str(UNTRAINED)}
-    if config.validation_prompt is None and config.validation_image is None:
+    settings: dict[str, Any] = {"controlnet_model_name_or_path": str(UNTRAINED)}
+    if given.validation_prompt is None and given.validation_image is None:
         rows = read_rows(UNSEEN)[:VALIDATED]
-        changes["validation_prompt"] = tuple(text for _, text in rows)
-        changes["validation_image"] = tuple(str(path) for path, _ in rows)
-        changes["control_fidelity"] = "shape"
-    return dataclasses.replace(config, **changes)
+        settings["validation_prompt"] = tuple(text for _, text in rows)
+        settings["validation_image"] = tuple(str(path) for path, _ in rows)
+        settings["control_fidelity"] = "shape"
+    return settings
 
 
 def _fresh_folder(output_dir: Path) -> str:
@@ -121,7 +136,7 @@ def _fresh_folder(output_dir: Path) -> str:
     return str(folder)
 
 
-def _comparison(config: TrainConfig, folder: Path) -> str:
+def _comparison(folder: Path, *, guidance_scale: float, use_gpu: bool | None) -> str:
     """Evaluate the ControlNet before and after training; write the figures and a picture to `folder`.
 
     Returns:
@@ -136,9 +151,7 @@ def _comparison(config: TrainConfig, folder: Path) -> str:
     for name, controlnet in (("before", UNTRAINED), ("after", folder)):
         _say(f"drawing for {NUM_UNSEEN} unseen outlines {name} training")
         drawn = folder / "obedience" / name
-        found[name] = evaluate(
-            controlnet, BASE, UNSEEN, drawn, guidance_scale=config.guidance_scale, use_gpu=config.use_gpu
-        )
+        found[name] = evaluate(controlnet, BASE, UNSEEN, drawn, guidance_scale=guidance_scale, use_gpu=use_gpu)
     try:
         (folder / FIGURES).write_text(json.dumps({name: one.figures for name, one in found.items()}) + "\n")
         draw_picture(folder / PICTURE, found["before"], found["after"], folder)

@@ -12,11 +12,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from raycontrolnet.config.generate_config import GenerateConfig
+from raycontrolnet.data.records import UInt8Image
 from raycontrolnet.demo.shapes import COLOURS, read_rows
-from raycontrolnet.sampling.fidelity import UInt8Image, found_shape
+from raycontrolnet.sampling.fidelity import found_shape
 from raycontrolnet.sampling.generate import generate
-from raycontrolnet.sampling.images import PairImages
-from raycontrolnet.sampling.scores import Fidelity, average
+from raycontrolnet.sampling.images import PairImages, fidelity_of
+from raycontrolnet.sampling.scores import Fidelity
 from raycontrolnet.training import held_out
 
 BATCH_SIZE = 25
@@ -69,7 +70,7 @@ def evaluate(
         out=str(out),
     )
     pairs = generate(config, stream=StringIO())
-    fidelity = average(score for pair in pairs for score in pair.control_fidelity or ())
+    fidelity = fidelity_of(pairs)
     assert fidelity is not None, "scores were asked for"
     right = [colours_are_right(_read(pair.images[0]), pair.prompt) for pair in pairs]
     return Evaluation(pairs, fidelity, float(np.mean(right)))

@@ -85,8 +85,10 @@ def write_inputs(folder: Path, num_images: int = 64) -> None:
     """Write `base`, `controlnet` and `data` below `folder`."""
     from diffusers import ControlNetModel, UNet2DConditionModel
 
-    from raycontrolnet.demo.base_model import CONDITIONING_EMBEDDING_CHANNELS, write_random_base
     from raycontrolnet.demo.shapes import write_shapes
+
+    sys.path.append(str(Path(__file__).parents[1]))
+    from base_model import CONDITIONING_EMBEDDING_CHANNELS, write_random_base
 
     write_random_base(folder / "base", "quarter")
     unet = UNet2DConditionModel.from_pretrained(folder / "base", subfolder="unet")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, PNDMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from raycontrolnet.demo.shapes import COLOURS, SHAPES
@@ -55,7 +55,7 @@ class _Size:
 _SIZES: dict[Size, _Size] = {
     # For tests: the fastest with two resolutions, cross attention and a middle block.
     "tiny": _Size(32, (8, 16), 2, 4, 1, (4, 4, 8, 8), 1, 4, 16, 1, 2, (4, 4, 8, 8)),
-    # For the demo: learns shapes on a CPU.
+    # The demo's: learns shapes on a CPU.
     "small": _Size(64, (64, 128), 4, 8, 1, (8, 16, 32, 64), 1, 1, 64, 2, 4, (8, 16, 48, 128)),
     # For benchmarks: a quarter of SD 1.5's channels, and so its proportions of work; heads of 40 columns.
     "quarter": _Size(
@@ -116,21 +116,6 @@ def write_parts(folder: Path, parts: Mapping[str, Any]) -> Path:
     }
     with replacing(folder / "model_index.json") as partial:
         partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return folder
-
-
-def write_untrained_controlnet(folder: Path, base: Path, seed: int = 0, size: Size = "small") -> Path:
-    """Write a ControlNet copied from the UNet of `base`, as training makes it, but in proportion to the base.
-
-    diffusers makes the conditioning embedding as wide as for SD 1.5, which would take most of a small model's time.
-    """
-    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        channels = CONDITIONING_EMBEDDING_CHANNELS[size]
-        controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=channels)
-    with no_progress_bars("transformers"):
-        controlnet.save_pretrained(folder)
     return folder
 
 

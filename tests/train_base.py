@@ -1,6 +1,6 @@
 """The script that made the demo's base model: a small Stable Diffusion of coloured shapes.
 
-    python -m raycontrolnet.demo.train_base FOLDER
+    python tests/train_base.py FOLDER
 
 First it trains the VAE, then, on its latents, text encoder and UNet together. Quality, duration and the checksums of
 the weights go to quality.json beside them.
@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from base_model import build_parts, write_parts, write_tokenizer
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UniPCMultistepScheduler
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from raycontrolnet.demo import shapes
-from raycontrolnet.demo.base_model import build_parts, write_parts, write_tokenizer
 from raycontrolnet.demo.evaluation import colours_are_right
 from raycontrolnet.model.components import encode_images
 from raycontrolnet.model.diffusion import add_noise, prediction_target, sample_posterior

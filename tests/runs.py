@@ -1,0 +1,47 @@
+"""Runs for tests, and the files that runs and commands leave."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from raycontrolnet import RunResult, TrainConfig, fit
+
+
+class Run(NamedTuple):
+    """A finished run."""
+
+    folder: Path
+    result: RunResult
+    shown: str
+    """Its progress."""
+
+
+def train(settings: dict[str, Any]) -> Run:
+    """Run `fit` on `TrainConfig(**settings)`."""
+    stream = io.StringIO()
+    result = fit(TrainConfig(**settings), stream=stream)
+    return Run(result.output_dir, result, stream.getvalue())
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    """Return `settings` as the arguments of a command: a flag with its value, or values, for each."""
+    values = {name: value if isinstance(value, (list, tuple)) else [value] for name, value in settings.items()}
+    return [part for name, parts in values.items() for part in (f"--{name}", *map(str, parts))]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Read every file below `folder`: name -> bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def states(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Read every file below `folder`: name -> bytes, and when it was written."""
+    return {name: (content, (folder / name).stat().st_mtime_ns) for name, content in contents(folder).items()}
+
+
+def metadata(folder: Path) -> list[dict[str, Any]]:
+    """Read the rows of metadata.jsonl in `folder`."""
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
