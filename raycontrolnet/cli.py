@@ -15,8 +15,8 @@ from raycontrolnet.config.condition_config import CONDITION_GROUPS, ConditionCon
 from raycontrolnet.config.declare import title
 from raycontrolnet.config.generate_config import GENERATE_GROUPS, GenerateConfig
 from raycontrolnet.config.sweep_config import SweepConfig, SweepSettings
-from raycontrolnet.config.train_config import FACTS, GROUPS, TrainConfig
-from raycontrolnet.config.values import coerce, read_yaml, setting_types, unknown_names
+from raycontrolnet.config.train_config import GROUPS, TrainConfig, typed_settings
+from raycontrolnet.config.values import read_yaml, setting_types, unknown_names
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
 from raycontrolnet.version import __version__
 
@@ -125,7 +125,10 @@ def parse(command: str, argv: Sequence[str]) -> Any:
     given = read_yaml(path, place) if path else {}
     # In a file, a sweep's space may be the mapping itself, which a flag cannot be.
     space = given.pop("space") if "space" in known and isinstance(given.get("space"), dict) else None
-    defaults = {**(_load(found.defaults) if found.defaults else {}), **_coerced(given, known, place)}
+    from_file, problems = typed_settings(given, known, place)
+    if problems := unknown_names(given, known, place) + problems:
+        raise ConfigError(problems)
+    defaults = {**(_load(found.defaults) if found.defaults else {}), **from_file}
     settings = _parsed(flags, found.groups, defaults, f"raycontrolnet {command}", found.description)
     if space is not None and settings["space"] is None:
         settings["space"] = space
@@ -138,24 +141,6 @@ def _config_flag(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     parser.add_argument("--config")
     found, flags = parser.parse_known_args(argv)
     return found.config or None, flags
-
-
-def _coerced(given: Mapping[str, Any], known: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """Return the settings of a file as their types.
-
-    Raises:
-        ConfigError: names `place`.
-    """
-    settings, problems = {}, unknown_names(given, known, place)
-    for name in [name for name in given if name in known]:
-        try:
-            settings[name] = coerce(given[name], known[name])
-        except ValueError as error:
-            shown = "" if "secret" in FACTS.get(name, {}) else f"{given[name]!r} "
-            problems.append(f"{place}: {name}: {shown}{error}")
-    if problems:
-        raise ConfigError(problems)
-    return settings
 
 
 def _parsed(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -75,6 +76,12 @@ def shorten(problems: Sequence[str], what: str) -> list[str]:
     if len(problems) <= SHOWN_PROBLEMS:
         return list(problems)
     return [*problems[:SHOWN_PROBLEMS], f"... {len(problems):,} {what} in all"]
+
+
+def perhaps(word: str, known: Iterable[str]) -> str:
+    """Return a hint at the name in `known` that is nearest to `word`: `; perhaps you meant ...`; empty without one."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; perhaps you meant {near[0]}" if near else ""
 
 
 def printable(text: str) -> str:

@@ -1,7 +1,8 @@
 """A stand-in for the Hub: the calls that a push makes, over real HTTP on 127.0.0.1, and what it received.
 
     with HubStandIn(token="hf_right") as hub:
-        push_to_hub(..., token="hf_right", endpoint=hub.url)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        push_to_hub(..., token="hf_right")
         hub.files["someone/model"]["README.md"]
 
 Clients need HF_HUB_DISABLE_XET=1 (or `huggingface_hub.constants.HF_HUB_DISABLE_XET`): it speaks git-LFS, not Xet.

@@ -274,6 +274,13 @@ OTHER_RULES: list[tuple[Settings, str]] = [
         "--on_bad_sample=skip: bad samples are found when latents are cached; leave out --cache_latents=off",
     ),
     ({"validation_prompt": "red"}, "--validation_image: required with --validation_prompt"),
+    (
+        {"control_fidelity": "canny"},
+        (
+            "--control_fidelity=canny: there are no validation images to score; "
+            "add --validation_prompt and --validation_image"
+        ),
+    ),
     ({"output_dir": ""}, "--output_dir: must name a folder"),
 ]
 
@@ -295,6 +302,9 @@ def test_validation_prompts_and_images(image: str, tmp_path: Path) -> None:
     assert problems(validation_image=image) == ("--validation_prompt: required with --validation_image",)
     assert problems(validation_prompt=["a", "b"], validation_image=[image] * 3) == (
         "--validation_prompt, --validation_image: 2 prompts and 3 images; give equal counts, or a single one of either",
+    )
+    assert problems(validation_prompt="a", validation_image=image, control_fidelity="shapes") == (
+        "--control_fidelity=shapes: must be one of shape, canny; perhaps you meant shape",
     )
     gone = tmp_path / "gone.png"
     assert problems(validation_prompt="a", validation_image=str(gone)) == (f"--validation_image={gone}: no such file",)

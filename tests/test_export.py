@@ -49,6 +49,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     with HubStandIn(TOKEN) as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
         yield hub
 
 
@@ -64,14 +65,14 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 def test_push(hub: HubStandIn, run_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = snapshot(run_folder)
-    repo_id = resolve_repo_id(run_folder, None, TOKEN, endpoint=hub.url)
+    repo_id = resolve_repo_id(run_folder, None, TOKEN)
     assert repo_id == "someone/circles-run"
     for _ in range(2):  # also into a repository that is there
-        url = push_to_hub(run_folder, repo_id=repo_id, token=TOKEN, commit_message="Made by a test", endpoint=hub.url)
+        url = push_to_hub(run_folder, repo_id=repo_id, token=TOKEN)
         assert url == f"{hub.url}/someone/circles-run"
     assert hub.files == {"someone/circles-run": allowed(run_folder)}
     assert len(hub.files[repo_id]) == 5
-    assert hub.commits == ["Made by a test"] * 2
+    assert hub.commits == ["End of training"] * 2
     assert [request.path for request in hub.requests if request.method == "PUT"]  # the weights came by LFS
     for request in hub.requests:
         wanted = None if request.path.startswith("/storage/") else f"Bearer {TOKEN}"
@@ -123,7 +124,7 @@ def test_a_push_that_fails(
     hub.failures[where] = failure
     before = snapshot(run_folder)
     with pytest.raises(RunError, match=reason) as error:
-        push_to_hub(run_folder, repo_id="someone/model", token=TOKEN, endpoint=hub.url)
+        push_to_hub(run_folder, repo_id="someone/model", token=TOKEN)
     message = str(error.value)
     assert "\n" not in message
     assert message.startswith("The push to someone/model failed: ")
@@ -135,7 +136,7 @@ def test_a_push_that_fails(
     assert snapshot(run_folder) == before
     assert not hub.files.get("someone/model")
     hub.failures.clear()
-    push_to_hub(run_folder, repo_id="someone/model", token=TOKEN, endpoint=hub.url)
+    push_to_hub(run_folder, repo_id="someone/model", token=TOKEN)
     assert hub.files["someone/model"] == allowed(run_folder)
 
 
@@ -143,26 +144,27 @@ def test_a_push_without_a_hub_or_files_or_token(
     hub: HubStandIn, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(RunError, match=r"to someone/model failed: the Hub does not accept the token \(401\)"):
-        push_to_hub(run_folder, repo_id="someone/model", token="hf_TheWrongToken", endpoint=hub.url)
+        push_to_hub(run_folder, repo_id="someone/model", token="hf_TheWrongToken")
     with pytest.raises(RunError, match="there is no token: give --hub_token"):
-        push_to_hub(run_folder, repo_id="someone/model", token=None, endpoint=hub.url)
+        push_to_hub(run_folder, repo_id="someone/model", token=None)
     (tmp_path / "empty").mkdir()
     with pytest.raises(RunError, match=r"empty has no config.json and no diffusion_pytorch_model.safetensors"):
-        push_to_hub(tmp_path / "empty", repo_id="someone/model", token=TOKEN, endpoint=hub.url)
+        push_to_hub(tmp_path / "empty", repo_id="someone/model", token=TOKEN)
     with pytest.raises(RunError, match=r"The push to circles-run failed: .*\(401\)"):
-        resolve_repo_id(run_folder, None, "hf_TheWrongToken", endpoint=hub.url)
+        resolve_repo_id(run_folder, None, "hf_TheWrongToken")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(RunError, match=r"ConnectError\)\. The finished run"):
-        push_to_hub(run_folder, repo_id="someone/model", token=TOKEN, endpoint="http://127.0.0.1:9")
+        push_to_hub(run_folder, repo_id="someone/model", token=TOKEN)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(RunError, match=r"offline mode is enabled.*OfflineModeIsEnabled\)"):
-        push_to_hub(run_folder, repo_id="someone/model", token=TOKEN, endpoint=hub.url)
+        push_to_hub(run_folder, repo_id="someone/model", token=TOKEN)
 
 
 def test_repo_ids(hub: HubStandIn, tmp_path: Path) -> None:
     assert resolve_repo_id(tmp_path, "org/name", None) == "org/name"
     assert not hub.requests
-    assert resolve_repo_id(tmp_path, "name", TOKEN, endpoint=hub.url) == "someone/name"
-    assert resolve_repo_id(tmp_path / "my run (2)..", None, TOKEN, endpoint=hub.url) == "someone/my-run-2"
+    assert resolve_repo_id(tmp_path, "name", TOKEN) == "someone/name"
+    assert resolve_repo_id(tmp_path / "my run (2)..", None, TOKEN) == "someone/my-run-2"
 
 
 def test_check_push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

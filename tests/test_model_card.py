@@ -16,11 +16,11 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from PIL import Image
 
 from raycontrolnet.config.output_settings import ValidationConfig
-from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.config.train_config import TrainConfig, changed_settings
 from raycontrolnet.hub.licence import Licence
 from raycontrolnet.hub.model_card import write_model_card
 from raycontrolnet.sampling import images
-from raycontrolnet.sampling.images import DrawOptions
+from raycontrolnet.sampling.pipeline import DrawOptions
 from raycontrolnet.training import validation
 
 TOKEN = "hf_TheRightToken"
@@ -36,13 +36,13 @@ def run_folder(tmp_path: Path, tiny_base: Path) -> Path:
     return folder
 
 
-def config_of(folder: Path, base: Path, **settings: Any) -> TrainConfig:
+def settings_of(folder: Path, base: Path, **settings: Any) -> dict[str, Any]:
     given: dict[str, Any] = {
         "pretrained_model_name_or_path": str(base),
         "train_data_dir": "data/circles",
         "output_dir": str(folder),
     }
-    return TrainConfig(**given | {"resolution": 32, "hub_token": TOKEN, "seed": 3} | settings)
+    return changed_settings(TrainConfig(**given | {"resolution": 32, "hub_token": TOKEN, "seed": 3} | settings))
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_card(run_folder: Path, tiny_base: Path, finish_validation: Callable[...
     finish_validation(run_folder, 2, "red circle", EVIL, " ")
     image = str(tiny_base / "model_index.json")
     changed = {"learning_rate": 1e-4, "validation_prompt": (EVIL,), "validation_image": (image,)}
-    config = config_of(run_folder, tiny_base, **changed)
+    settings = settings_of(run_folder, tiny_base, **changed)
     facts: dict[str, Any] = {
         "step": 1234,
         "loss": 0.123456,
@@ -83,7 +83,7 @@ def test_card(run_folder: Path, tiny_base: Path, finish_validation: Callable[...
         "push_failure": "nobody's business",
         "versions": {"torch": 2, "ray": "3"},
     }
-    card = write_model_card(run_folder, config, facts)
+    card = write_model_card(run_folder, settings, facts)
     assert card == run_folder / "README.md"
     metadata, text = parts(card)
     assert metadata == {
@@ -119,12 +119,12 @@ def test_card(run_folder: Path, tiny_base: Path, finish_validation: Callable[...
 def test_what_the_held_out_rows_say(run_folder: Path, tiny_base: Path) -> None:
     never = "control_appeared_at_step"
     facts = {"val_loss": 0.1234567, "control_gap": 0.000123456, never: 1200}
-    _, text = parts(write_model_card(run_folder, config_of(run_folder, tiny_base), facts))
+    _, text = parts(write_model_card(run_folder, settings_of(run_folder, tiny_base), facts))
     assert "\n- held-out loss: `0.1235`\n- control gap (" in text
     assert "): `0.0001235`\n- control appeared at update `1,200`\n" in text
-    _, text = parts(write_model_card(run_folder, config_of(run_folder, tiny_base), facts | {never: None}))
+    _, text = parts(write_model_card(run_folder, settings_of(run_folder, tiny_base), facts | {never: None}))
     assert "): `0.0001235`\n- no control yet\n" in text
-    _, text = parts(write_model_card(run_folder, config_of(run_folder, tiny_base), dict.fromkeys(facts)))
+    _, text = parts(write_model_card(run_folder, settings_of(run_folder, tiny_base), dict.fromkeys(facts)))
     assert "held-out" not in text
     assert "- control appeared" not in text
     assert "no control yet" not in text
@@ -162,7 +162,7 @@ def test_what_the_held_out_rows_say(run_folder: Path, tiny_base: Path) -> None:
     ],
 )
 def test_licence(licence: Licence, head: dict[str, Any], said: str, run_folder: Path, tiny_base: Path) -> None:
-    metadata, text = parts(write_model_card(run_folder, config_of(run_folder, tiny_base), {}, licence=licence))
+    metadata, text = parts(write_model_card(run_folder, settings_of(run_folder, tiny_base), {}, licence=licence))
     assert {name: value for name, value in metadata.items() if name.startswith("license")} == head
     assert f"\n## Licence\n\n{said}" in text
 
@@ -172,8 +172,8 @@ def test_user_text_is_not_markup(run_folder: Path, tiny_base: Path, finish_valid
 
     finish_validation(run_folder, 2, EVIL)
     folder = run_folder.rename(run_folder.with_name("a <b>*run* [x](y)"))
-    config = config_of(folder, tiny_base, caption_column=EVIL, dataset_name="a/*b*", train_data_dir=None)
-    metadata, text = parts(write_model_card(folder, config, {"versions": EVIL}))
+    settings = settings_of(folder, tiny_base, caption_column=EVIL, dataset_name="a/*b*", train_data_dir=None)
+    metadata, text = parts(write_model_card(folder, settings, {"versions": EVIL}))
     assert metadata["license"] == "creativeml-openrail-m"
     inline = [part for token in MarkdownIt().parse(text) for part in token.children or []]
     assert {part.type for part in inline} <= {
@@ -186,8 +186,8 @@ def test_user_text_is_not_markup(run_folder: Path, tiny_base: Path, finish_valid
 
 
 def test_card_of_models_on_the_hub(run_folder: Path) -> None:
-    config = config_of(run_folder, Path("runwayml/sd"), dataset_name="someone/circles", train_data_dir=None)
-    metadata, text = parts(write_model_card(run_folder, config, {}, repo_id="someone/model"))
+    settings = settings_of(run_folder, Path("runwayml/sd"), dataset_name="someone/circles", train_data_dir=None)
+    metadata, text = parts(write_model_card(run_folder, settings, {}, repo_id="someone/model"))
     assert (metadata["base_model"], metadata["datasets"]) == ("runwayml/sd", ["someone/circles"])
     assert "none was found for the base model, [runwayml/sd](https://huggingface.co/runwayml/sd)." in text
     assert "[someone/circles](https://huggingface.co/datasets/someone/circles)" in text
@@ -201,9 +201,9 @@ def test_card_of_an_earlier_run_is_replaced(
     run_folder: Path, tiny_base: Path, finish_validation: Callable[..., None]
 ) -> None:
     finish_validation(run_folder, 2, "red circle", "blue circle")
-    write_model_card(run_folder, config_of(run_folder, tiny_base), {})
+    write_model_card(run_folder, settings_of(run_folder, tiny_base), {})
     finish_validation(run_folder, 4, "red circle")
-    write_model_card(run_folder, config_of(run_folder, tiny_base), {})
+    write_model_card(run_folder, settings_of(run_folder, tiny_base), {})
     names = sorted(path.name for path in (run_folder / "images").glob("*.png"))
     assert names == ["pair-00-control.png", "pair-00-grid.png"]
     assert "After 4 updates" in (run_folder / "README.md").read_text()
@@ -215,7 +215,7 @@ def test_snippet_runs(
 ) -> None:
     """As it stands in the card, with a prompt full of quotes."""
     finish_validation(run_folder, 2, EVIL)
-    _, text = parts(write_model_card(run_folder, config_of(run_folder, tiny_base), {}))
+    _, text = parts(write_model_card(run_folder, settings_of(run_folder, tiny_base), {}))
     (code,) = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # threads only wait at this size
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, timeout=120, check=False)

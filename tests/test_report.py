@@ -21,7 +21,8 @@ from raycontrolnet.config.train_config import TrainConfig, public_settings
 from raycontrolnet.demo.shapes import draw_row
 from raycontrolnet.report import run_report
 from raycontrolnet.report.run_report import write_report
-from raycontrolnet.sampling.images import DrawOptions, ImageItem, finish
+from raycontrolnet.sampling.images import ImageItem, finish
+from raycontrolnet.sampling.pipeline import DrawOptions
 from raycontrolnet.training import validation
 
 CHROMIUM = shutil.which("chromium")

@@ -22,7 +22,6 @@ from raycontrolnet.config.space import (
     DEFAULT_SPACE,
     Choice,
     Uniform,
-    check_space,
     draw,
     num_trials,
     optuna_distributions,
@@ -30,6 +29,7 @@ from raycontrolnet.config.space import (
     read_space,
     to_grammar,
 )
+from raycontrolnet.config.sweep_config import SweepConfig
 from raycontrolnet.config.sweepable import refusal
 from raycontrolnet.config.train_config import FACTS, TrainConfig, names_that_decide, names_with
 from raycontrolnet.config.values import coerce, setting_types
@@ -80,10 +80,13 @@ def problem(name: str, entry: Any) -> str:
     return found.removeprefix(f"--space: {name}: ")
 
 
-def checked(space: Mapping[str, Any], train: TrainConfig = TRAIN, **others: Any) -> list[str]:
-    """Return the problems of checking `space`."""
-    defaults: dict[str, Any] = {"searcher": "random", "objective": "val_loss", "allow_new_caches": False}
-    return check_space(read_space(space), train, **{"place": "--space"} | defaults | others)
+def checked(space: Mapping[str, Any] | Path, train: TrainConfig = TRAIN, **others: Any) -> list[str]:
+    """Return the problems of a sweep over `space`."""
+    try:
+        SweepConfig(train=train, space=space, **others)
+    except ConfigError as error:
+        return list(error.problems)
+    return []
 
 
 # --- which settings ---
@@ -164,9 +167,7 @@ def test_fixed_settings_are_refused_unseen(name: str, entry: Any) -> None:
     text = problem(name, entry)
     assert text.startswith(f"cannot be swept: it {FACTS[name]['fixed']}; ")
     assert "the-secret" not in text
-    found = check_space({name: Choice(("the-secret",))}, TRAIN, place="P", searcher="random", objective="loss",
-                        allow_new_caches=True)  # fmt: skip
-    assert found == [f"P: {name}: {text}"]
+    assert checked({name: entry}) == [f"--space: {name}: {text}"]
 
 
 @pytest.mark.parametrize(
@@ -348,9 +349,11 @@ def test_the_grammar_comes_back(through: Any) -> None:
          ["dataset_name: other: --train_data_dir, --dataset_name: give one of them (both are given)"]),
     ],
 )  # fmt: skip
-def test_values_that_a_run_would_refuse(space: dict[str, Any], found: list[str]) -> None:
+def test_values_that_a_run_would_refuse(space: dict[str, Any], found: list[str], tmp_path: Path) -> None:
     assert checked(space, allow_new_caches=True) == [f"--space: {line}" for line in found]
-    assert checked(space, allow_new_caches=True, place="--space=f") == [f"--space=f: {line}" for line in found]
+    file = tmp_path / "f.yaml"
+    file.write_text(yaml.safe_dump(space, sort_keys=False))
+    assert checked(file, allow_new_caches=True) == [f"--space={file}: {line}" for line in found]
 
 
 def test_optuna_goes_through_no_grid() -> None:

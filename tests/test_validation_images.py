@@ -23,14 +23,14 @@ from raycontrolnet.errors import DataError
 from raycontrolnet.model.components import Components, load_components, with_controlnet
 from raycontrolnet.quiet import only_errors
 from raycontrolnet.sampling import images, pipeline
-from raycontrolnet.sampling.images import DrawOptions, ImageItem
-from raycontrolnet.sampling.pipeline import Sampling
+from raycontrolnet.sampling.images import ImageItem
+from raycontrolnet.sampling.pipeline import DrawOptions
 from raycontrolnet.training import validation
 from raycontrolnet.training.validation import FLAG, StepImages
 
 RESOLUTION = 32
 CPU = torch.device("cpu")
-FEW = DrawOptions(RESOLUTION, Sampling(num_inference_steps=4))
+FEW = DrawOptions(RESOLUTION, num_inference_steps=4)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -131,16 +131,12 @@ def _check(config: ConditionConfig) -> _Task:
     Raises:
         ConfigError: with the problems of the two folders.
     """
-    if problem := _own_folder_problem(config):
-        raise ConfigError([problem])
-    rows = find_rows(
-        config.folder,
-        image_column=config.image_column,
-        caption_column=config.caption_column,
-        caption=config.caption,
-        out=config.out_folder,
-    )
+    conditioning = config.out_folder / CONDITIONING
+    if conditioning in (config.folder, *config.folder.parents):  # beside the pictures is fine
+        problem = f"its folder {CONDITIONING} holds the pictures; name another folder"
+        raise ConfigError([f"--out={config.out_folder}: {problem}"])
     recipe = Recipe(config.condition, config.resolution, config.options)
+    rows = find_rows(config, config.out_folder)
     task = _Task(config, recipe, rows, ConditionFolder(config.out_folder))
     if lost := shorten([f"{path} exists" for path in task.out.foreign_files(task.keys)], "files exist"):
         lost.append(
@@ -148,17 +144,9 @@ def _check(config: ConditionConfig) -> _Task:
             "and would be overwritten; name another folder"
         )
         raise ConfigError(lost)
-    if problem := unwritable(task.out.path, "out"):
-        raise ConfigError([problem])
+    if no_folder := unwritable(task.out.path, "out"):
+        raise ConfigError([no_folder])
     return task
-
-
-def _own_folder_problem(config: ConditionConfig) -> str | None:
-    """Check that the pictures do not lie among the conditioning images; beside them is fine."""
-    out = config.out_folder / CONDITIONING
-    if out == config.folder or out in config.folder.parents:
-        return f"--out={config.out_folder}: its folder {CONDITIONING} holds the pictures; name another folder"
-    return None
 
 
 def _make(task: _Task, stream: TextIO) -> dict[str, str]:

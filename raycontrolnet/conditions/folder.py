@@ -109,21 +109,20 @@ class ConditionFolder:
         with self._writing():
             self._append("".join(_line(name=name, **done._asdict()) for name, done in made.items()))
 
-    def write_metadata(self, rows: Iterable[Mapping[str, object]]) -> bool:
-        """Replace the metadata file; False if it has this content already.
+    def write_metadata(self, rows: Iterable[Mapping[str, object]]) -> None:
+        """Replace the metadata file, unless it has this content already.
 
         Raises:
             RunError: if the folder cannot be written to.
         """
         content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-        digest = _digest(content)
         if self.metadata.is_file() and self.metadata.read_bytes() == content:
-            return False
+            return
+        digest = _digest(content)
         with self._writing():
             self._append(_line(metadata=digest))  # first: a file that the journal does not know could not be replaced
             self._metadata_hashes.add(digest)
             CacheFolder(str(self.path)).write(METADATA, content)
-        return True
 
     def write_bad_pictures(self, reasons: Sequence[str]) -> Path:
         """Write the list of pictures that cannot be used, a reason per line; remove it if there are none.

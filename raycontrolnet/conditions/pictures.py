@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raycontrolnet.conditions.folder import CONDITIONING, JOURNAL, ConditionFolder
+from raycontrolnet.config.condition_config import PicturesConfig
 from raycontrolnet.data.columns import find_column, read_captions
 from raycontrolnet.data.folder_source import METADATA_FILES, metadata_rows, read_path
 from raycontrolnet.errors import DataError
@@ -38,7 +39,7 @@ class PictureRow:
 
 @dataclass
 class _Metadata:
-    """Content of a metadata file."""
+    """Content of a metadata file, if there is one."""
 
     path: Path
     rows: list[tuple[str, Text | None]] = field(default_factory=list)
@@ -49,23 +50,14 @@ class _Metadata:
     """Reason why it has no captions."""
 
 
-def find_rows(
-    folder: Path,
-    *,
-    image_column: str,
-    caption_column: str,
-    caption: str | None,
-    out: Path,
-) -> list[PictureRow]:
-    """Find the pictures below `folder` and their captions: those in its metadata file first, then the others by name.
+def find_rows(config: PicturesConfig, out: Path) -> list[PictureRow]:
+    """Find the pictures in `config.folder` and their captions: those in its metadata file first, then others by name.
 
     A caption comes from the metadata file, or else from a text file beside the picture (`a.txt` for `a.jpg`; one
-    caption per line), or else it is `caption`.
+    caption per line), or else it is `config.caption`.
 
     Args:
-        folder: absolute.
-        image_column, caption_column: of the metadata file, as in `DataConfig`.
-        caption: for all pictures that have no other.
+        config: its folder and columns, and the caption of pictures that have no other.
         out: folder whose conditioning images do not count as pictures. Neither do those in other folders that
             `raycontrolnet condition` wrote; metadata files that it wrote are not read.
 
@@ -73,21 +65,21 @@ def find_rows(
         DataError: with all problems of the metadata file, or the pictures without a caption, or if there are no
             pictures.
     """
+    folder = config.folder
     try:
-        _check_unicode(caption or "")
+        _check_unicode(config.caption or "")
     except ValueError as error:
         raise DataError(f"--caption: {error}") from None
     paths = (folder / name for name in METADATA_FILES)
     found = next((path for path in paths if path.is_file() and not ConditionFolder(folder).wrote(path)), None)
-    metadata = _read_metadata(found, image_column, caption_column) if found else None
-    rows = metadata.rows if metadata else []
-    seen = {path for path, _ in rows} | (metadata.conditioning if metadata else set())
+    metadata = _read_metadata(found, config) if found else _Metadata(folder / METADATA_FILES[0])
+    seen = {path for path, _ in metadata.rows} | metadata.conditioning
     others = sorted(path for path in _search(folder, out / CONDITIONING) if path not in seen)
-    everything = [*rows, *((path, None) for path in others)]
+    everything = [*metadata.rows, *((path, None) for path in others)]
     if not everything:
         kinds = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
         raise DataError(f"--images={folder}: holds no pictures (files that end in {kinds})")
-    return list(_with_captions(everything, folder, caption, metadata))
+    return list(_with_captions(everything, config, metadata))
 
 
 def _search(folder: Path, left_out: Path) -> Iterator[str]:
@@ -114,7 +106,7 @@ def _search(folder: Path, left_out: Path) -> Iterator[str]:
                 yield os.path.join(place, name)  # noqa: PTH118
 
 
-def _read_metadata(path: Path, image_column: str, caption_column: str) -> _Metadata:
+def _read_metadata(path: Path, config: PicturesConfig) -> _Metadata:
     """Read a metadata file, which may lack the conditioning column and the captions."""
     found, problems, columns = _Metadata(path), list[str](), dict[str, str]()
     try:
@@ -122,16 +114,14 @@ def _read_metadata(path: Path, image_column: str, caption_column: str) -> _Metad
             try:
                 if isinstance(row, ValueError):
                     raise row
-                columns = columns or _columns(found, list(row), image_column, caption_column)
+                columns = columns or _columns(found, list(row), config)
                 caption = row.get(columns["caption"]) if "caption" in columns else None
                 found.rows.append((_absolute(path, read_path(row, columns["image"])), _text(caption)))
                 conditioning = row.get(columns.get("conditioning", ""))
                 if isinstance(conditioning, str) and conditioning:
                     found.conditioning.add(_absolute(path, conditioning))
             except ValueError as error:
-                problems.append(str(error) if not columns else f"{path}:{number}: {error}")
-                if not columns:
-                    break
+                problems.append(f"{path}:{number}: {error}")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     if problems:
@@ -139,10 +129,14 @@ def _read_metadata(path: Path, image_column: str, caption_column: str) -> _Metad
     return found
 
 
-def _columns(found: _Metadata, available: Sequence[str], image_column: str, caption_column: str) -> dict[str, str]:
-    columns = {"image": find_column("image_column", image_column, available, str(found.path))}
+def _columns(found: _Metadata, available: Sequence[str], config: PicturesConfig) -> dict[str, str]:
+    columns, where = {}, str(found.path)
     try:
-        columns["caption"] = find_column("caption_column", caption_column, available, str(found.path))
+        columns["image"] = find_column("image_column", config.image_column, available, where)
+    except ValueError as problem:
+        raise DataError(str(problem)) from None
+    try:
+        columns["caption"] = find_column("caption_column", config.caption_column, available, where)
     except ValueError as problem:
         found.no_captions = str(problem)
     for name in ("conditioning_image", "conditioning_image_file_name", "source"):
@@ -169,18 +163,16 @@ def _text(value: Any) -> Text | None:
 
 
 def _with_captions(
-    rows: Sequence[tuple[str, Text | None]], folder: Path, caption: str | None, metadata: _Metadata | None
+    rows: Sequence[tuple[str, Text | None]], config: PicturesConfig, metadata: _Metadata
 ) -> Iterator[PictureRow]:
-    missing, problems = list[str](), list[str]()
+    folder, missing, problems = config.folder, list[str](), list[str]()
     for path, given in rows:
-        text = given
-        if text is None:
-            try:
-                text = _text_beside(path)
-            except ValueError as error:
-                problems.append(str(error))
-                continue
-        text = caption if text is None else text
+        try:
+            text = _text_beside(path) if given is None else given
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        text = config.caption if text is None else text
         if text is None:
             missing.append(os.path.relpath(path, folder))
         else:
@@ -188,12 +180,11 @@ def _with_captions(
     if missing:
         first = Path(missing[0])
         problems += shorten([f"{folder / name}: has no caption" for name in missing], "pictures have no caption")
-        if metadata and metadata.no_captions:
+        if metadata.no_captions:
             problems.append(metadata.no_captions)
-        where = metadata.path if metadata else folder / METADATA_FILES[0]
         problems.append(
-            f"write a text file for each ({first.with_suffix('.txt')} for {first}) or a row in {where}, or give one "
-            'caption for all that have none: --caption "a photo"'
+            f"write a text file for each ({first.with_suffix('.txt')} for {first}) or a row in {metadata.path}, or "
+            'give one caption for all that have none: --caption "a photo"'
         )
     if problems:
         raise DataError("\n".join(problems))

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from raycontrolnet.config.settings import ModelConfig
+from raycontrolnet.config.declare import facts_of
+from raycontrolnet.config.settings import ModelConfig, OptimConfig, StepConfig
 from raycontrolnet.config.train_config import FACTS, TrainConfig, names_with
 from raycontrolnet.errors import ConfigError, UserError
 from raycontrolnet.version import __version__
@@ -33,9 +34,9 @@ def collected(problems: list[str]) -> Iterator[None]:
         problems.append(str(error))
 
 
-def missing_extras(config: TrainConfig) -> Iterator[str]:
+def missing_extras(config: OptimConfig | StepConfig) -> Iterator[str]:
     """Yield a problem for each setting that needs an optional package that is not installed."""
-    for name in names_with("package"):
+    for name in facts_of(type(config)):
         if problem := package_problem(name, getattr(config, name)):
             yield problem
 

@@ -41,15 +41,19 @@ class PicturesConfig:
     max_bad_fraction: float = 0.01
     """Largest share of pictures that may be skipped, in [0, 1]."""
 
+    @property
+    def folder(self) -> Path:
+        """Absolute path of the pictures' folder."""
+        return Path(self.images).expanduser().resolve()
+
     def problems(self) -> Problems:
         if not self.images:
             yield "--images: required; the folder with the pictures"
-        elif not Path(self.images).expanduser().is_dir():
-            is_file = Path(self.images).expanduser().exists()
-            yield problem_of(
-                self, "images", "is a file; name the folder that it is in" if is_file else "no such folder"
-            )
-        elif self.out is None and not Path(self.images).expanduser().resolve().name:
+        elif self.folder.is_file():
+            yield problem_of(self, "images", "is a file; name the folder that it is in")
+        elif not self.folder.is_dir():
+            yield problem_of(self, "images", "no such folder")
+        elif self.out is None and not self.folder.name:
             yield "--out: required, as the pictures' folder has no name"
         if self.out is not None:
             yield from folder_problems(self, "out")
@@ -103,9 +107,6 @@ class RayConfig:
     address: str | None = None
     """Ray cluster to run on (`auto` for the one on this machine); by default RAY_ADDRESS, or else a local Ray."""
 
-    def problems(self) -> Problems:
-        return iter(())
-
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionConfig(RayConfig, ConditionsConfig, PicturesConfig):
@@ -116,12 +117,7 @@ class ConditionConfig(RayConfig, ConditionsConfig, PicturesConfig):
     """
 
     def __post_init__(self) -> None:
-        check_settings(self, CONDITION_GROUPS)
-
-    @property
-    def folder(self) -> Path:
-        """Absolute path of the pictures' folder."""
-        return Path(self.images).expanduser().resolve()
+        check_settings(self)
 
     @property
     def out_folder(self) -> Path:

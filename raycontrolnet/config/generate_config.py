@@ -106,9 +106,6 @@ class BaseModelConfig:
     hub_token: str | None = setting(None, secret=True)
     """Token for private models; HF_TOKEN and `hf auth login` work as well. It is never shown or stored."""
 
-    def problems(self) -> Problems:
-        return iter(())
-
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(BaseModelConfig, SamplingConfig, PicturesConfig):
@@ -119,7 +116,7 @@ class GenerateConfig(BaseModelConfig, SamplingConfig, PicturesConfig):
     """
 
     def __post_init__(self) -> None:
-        check_settings(self, GENERATE_GROUPS)
+        check_settings(self)
 
     def with_defaults(self, settings: dict[str, Any]) -> GenerateConfig:
         """Return the config with values from `settings` for those that were not given."""

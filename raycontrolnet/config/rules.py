@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from raycontrolnet.text import perhaps
 
 Problems = Iterator[str]
 
@@ -30,9 +31,7 @@ def in_unit_interval(config: Any, name: str) -> Problems:
 def one_of(config: Any, name: str, choices: tuple[str, ...]) -> Problems:
     value = getattr(config, name)
     if value is not None and value not in choices:
-        near = difflib.get_close_matches(value, choices, n=1)
-        hint = f"; perhaps you meant {near[0]}" if near else ""
-        yield problem_of(config, name, f"must be one of {', '.join(choices)}{hint}")
+        yield problem_of(config, name, f"must be one of {', '.join(choices)}{perhaps(value, choices)}")
 
 
 def resolution_problems(config: Any) -> Problems:

@@ -11,7 +11,6 @@ from a list. `grid` gives each value of a list to equally many trials. The names
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 import random
@@ -22,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from raycontrolnet.config.sweepable import cache_problems, refusal, run_problems, takes_values
+from raycontrolnet.config.sweepable import refusal, takes_values
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.config.values import coerce, read_yaml, setting_types, unknown_names
 from raycontrolnet.errors import ConfigError
+from raycontrolnet.text import perhaps
 
 TYPES = setting_types(TrainConfig)
 KINDS = ("uniform", "loguniform", "choice", "grid")
@@ -98,7 +98,7 @@ def place_of(space: str | Path | Mapping[str, Any] | None) -> str:
 def read_space(space: str | Path | Mapping[str, Any] | None) -> dict[str, Dimension]:
     """Return the space of a YAML file or a mapping (see the top of this module); None is the default one.
 
-    `check_space` checks whether its values can be run.
+    `SweepConfig` checks whether its values can be run.
 
     Raises:
         ConfigError: with every problem at once, each starting with its place.
@@ -129,7 +129,7 @@ _EXAMPLE = "learning_rate: {loguniform: [2e-6, 1e-4]}"
 def _dimension(name: str, entry: Any) -> Dimension:
     """Return the values to try of the setting `name`, or raise a ConfigError without the place."""
     if isinstance(entry, (list, tuple)):
-        raise ConfigError([f"{_shown(entry)}: is a list; perhaps you meant {{choice: {_shown(entry)}}}"])
+        raise ConfigError([f"{shown(entry)}: is a list; perhaps you meant {{choice: {shown(entry)}}}"])
     if entry is None:
         raise ConfigError(["no values are given; list them with {choice: [...]}"])
     if not isinstance(entry, Mapping):
@@ -139,9 +139,7 @@ def _dimension(name: str, entry: Any) -> Dimension:
         raise ConfigError([f"{given} of {', '.join(KINDS)}"])
     ((kind, values),) = entry.items()
     if kind not in KINDS:
-        near = difflib.get_close_matches(str(kind), KINDS, n=1)
-        hint = f"; perhaps you meant {near[0]}" if near else ""
-        raise ConfigError([f"{kind}: must be one of {', '.join(KINDS)}{hint}"])
+        raise ConfigError([f"{kind}: must be one of {', '.join(KINDS)}{perhaps(str(kind), KINDS)}"])
     return _choice(name, kind, values) if kind in ("choice", "grid") else _uniform(name, kind, values)
 
 
@@ -150,7 +148,7 @@ def _uniform(name: str, kind: str, values: Any) -> Uniform:
     number = _type_without_none(name)
     if number not in (int, float):
         raise ConfigError([f"{kind}: is for numbers, which {name} is not; list its values with {{choice: [...]}}"])
-    given = f"{kind}: {_shown(values)}"
+    given = f"{kind}: {shown(values)}"
     if not isinstance(values, (list, tuple)) or len(values) != 2:
         raise ConfigError([f"{given}: must be two numbers, [low, high]"])
     problems, ends = [], []
@@ -165,13 +163,11 @@ def _uniform(name: str, kind: str, values: Any) -> Uniform:
         raise ConfigError(problems)
     low, high = ends
     if low == high:
-        problems.append(f"{given}: is a single value; give it as a flag: {_flag(name, low)}")
-    elif kind == "loguniform" and min(low, high) <= 0:
-        problems.append(f"{given}: low must be above 0, as its logarithm is taken; raise it, or use uniform")
-    elif low > high:
-        problems.append(f"{given}: low must be below high; perhaps you meant {_shown([high, low])}")
-    if problems:
-        raise ConfigError(problems)
+        raise ConfigError([f"{given}: is a single value; give it as a flag: {_flag(name, low)}"])
+    if kind == "loguniform" and min(low, high) <= 0:
+        raise ConfigError([f"{given}: low must be above 0, as its logarithm is taken; raise it, or use uniform"])
+    if low > high:
+        raise ConfigError([f"{given}: low must be below high; perhaps you meant {shown([high, low])}"])
     return Uniform(low, high, log=kind == "loguniform", whole=number is int)
 
 
@@ -212,42 +208,9 @@ def _flag(name: str, value: Any) -> str:
     return f"--{name} {shlex.quote(str(value))}"
 
 
-def _shown(value: Any) -> str:
-    return f"[{', '.join(map(_shown, value))}]" if isinstance(value, (list, tuple)) else str(value)
-
-
-def check_space(
-    space: Space, train: TrainConfig, *, place: str, searcher: str, objective: str, allow_new_caches: bool
-) -> list[str]:
-    """Return all problems of sweeping `space`, each starting with `place`.
-
-    Each value is tried in a config of its own; of a range, the ends.
-
-    Args:
-        space: the settings to try.
-        train: the settings that trials share.
-        place: see `place_of`.
-        searcher: random or optuna.
-        objective: metric that trials are ranked by.
-        allow_new_caches: settings may need their own latents.
-    """
-    problems = []
-    for name, dimension in space.items():
-        if (refused := refusal(name, objective)) is not None:
-            problems.append(f"{place}: {name}: {refused}")
-            continue
-        found = cache_problems(name, train, allow_new_caches=allow_new_caches)
-        if searcher == "optuna" and dimension.kind == "grid":
-            instead = f"use {{choice: {_shown(dimension.values)}}}, or --searcher random"
-            found.append(f"grid: optuna chooses values by itself and cannot go through a grid; {instead}")
-        refusals = [problem for value in dimension.values for problem in run_problems(name, value, train)]
-        if not refusals and isinstance(dimension, Uniform) and dimension.whole:  # `resolution` has gaps
-            refusals = [
-                f"{dimension.kind}: {problem}; list the values with {{choice: [...]}}"
-                for problem in run_problems(name, dimension.low + 1, train)
-            ]
-        problems += [f"{place}: {name}: {problem}" for problem in found + refusals]
-    return problems
+def shown(value: Any) -> str:
+    """Return a value or a list of them as YAML has it, but for quotes."""
+    return f"[{', '.join(map(shown, value))}]" if isinstance(value, (list, tuple)) else str(value)
 
 
 def to_grammar(space: Space) -> dict[str, dict[str, list[Any]]]:

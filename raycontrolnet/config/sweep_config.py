@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from raycontrolnet.config.rules import Problems, at_least, one_of, problem_of
-from raycontrolnet.config.space import Space, check_space, place_of, read_space
+from raycontrolnet.config.space import Dimension, Space, Uniform, place_of, read_space, shown
+from raycontrolnet.config.sweepable import cache_problems, refusal, run_problems
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.config.values import coerce_settings, setting_types
 from raycontrolnet.errors import ConfigError
@@ -84,21 +85,31 @@ class SweepConfig(SweepSettings):
         kinds = {name: kind for name, kind in setting_types(SweepSettings).items() if name != "space"}
         problems = coerce_settings(self, kinds) or list(self.problems())
         try:
-            space = self.parsed_space
+            problems += [
+                f"{place_of(self.space)}: {name}: {problem}"
+                for name, dimension in self.parsed_space.items()
+                for problem in self._problems_of(name, dimension)
+            ]
         except ConfigError as error:
             problems += error.problems
-        else:
-            problems += check_space(
-                space,
-                self.train,
-                place=place_of(self.space),
-                searcher=self.searcher,
-                objective=self.objective,
-                allow_new_caches=self.allow_new_caches,
-            )
         if problems:
             raise ConfigError(problems)
 
     @cached_property
     def parsed_space(self) -> Space:
         return read_space(self.space)
+
+    def _problems_of(self, name: str, dimension: Dimension) -> Problems:
+        """Yield the problems of trying the setting `name`. Each value, or end of a range, is tried in a config."""
+        if refused := refusal(name, self.objective):
+            yield refused
+            return
+        yield from cache_problems(name, self.train, allow_new_caches=self.allow_new_caches)
+        if self.searcher == "optuna" and dimension.kind == "grid":
+            instead = f"use {{choice: {shown(dimension.values)}}}, or --searcher random"
+            yield f"grid: optuna chooses values by itself and cannot go through a grid; {instead}"
+        refusals = [problem for value in dimension.values for problem in run_problems(name, value, self.train)]
+        yield from refusals
+        if not refusals and isinstance(dimension, Uniform) and dimension.whole:  # `resolution` has gaps
+            for problem in run_problems(name, dimension.low + 1, self.train):
+                yield f"{dimension.kind}: {problem}; list the values with {{choice: [...]}}"

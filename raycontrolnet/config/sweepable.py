@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -57,11 +58,6 @@ def run_problems(name: str, value: Any, train: TrainConfig) -> list[str]:
     try:
         dataclasses.replace(train, **{name: value})
     except ConfigError as error:
-        flags = (f"--{name}={value}: ", f"--{name}={value!r}: ", f"--{name}: ")
-        return [f"{str(value) or repr(value)}: {_without(flags, problem)}" for problem in error.problems]
+        flag = rf"--{name}(={re.escape(str(value))}|={re.escape(repr(value))})?: "
+        return [f"{str(value) or repr(value)}: {re.sub(f'^{flag}', '', problem)}" for problem in error.problems]
     return []
-
-
-def _without(prefixes: tuple[str, ...], text: str) -> str:
-    found = next((prefix for prefix in prefixes if text.startswith(prefix)), "")
-    return text.removeprefix(found)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from raycontrolnet.config.declare import Facts, facts_of
 from raycontrolnet.config.output_settings import HubConfig, OutputConfig, ValidationConfig
 from raycontrolnet.config.settings import CacheConfig, ClusterConfig, DataConfig, ModelConfig, OptimConfig, StepConfig
-from raycontrolnet.config.values import check_settings
+from raycontrolnet.config.values import check_settings, coerce
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class TrainConfig(
     """
 
     def __post_init__(self) -> None:
-        check_settings(self, GROUPS)
+        check_settings(self)
 
     def num_held_out(self, num_rows: int) -> int:
         """Return the number of rows to hold out of a data set with `num_rows`."""
@@ -52,6 +53,18 @@ def names_with(fact: str) -> tuple[str, ...]:
 def names_that_decide(what: str) -> tuple[str, ...]:
     """Return the names of the settings whose values decide `what`, as `Facts` has it."""
     return tuple(name for name, facts in FACTS.items() if facts.get("decides") == what)
+
+
+def typed_settings(given: Mapping[Any, Any], kinds: Mapping[str, Any], place: str) -> tuple[dict[str, Any], list[str]]:
+    """Return those settings of the file `place` that `kinds` names, as their types, and a problem for each misfit."""
+    settings, problems = {}, []
+    for name in [name for name in given if name in kinds]:
+        try:
+            settings[name] = coerce(given[name], kinds[name])
+        except ValueError as error:
+            shown = "" if "secret" in FACTS.get(name, {}) else f"{given[name]!r} "
+            problems.append(f"{place}: {name}: {shown}{error}")
+    return settings, problems
 
 
 def public_settings(config: TrainConfig) -> dict[str, Any]:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Union
 
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.text import error_message
+from raycontrolnet.text import error_message, perhaps
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
@@ -25,19 +24,16 @@ def setting_types(config: type[Any]) -> Mapping[str, Any]:
     return {setting.name: hints[setting.name] for setting in dataclasses.fields(config)}
 
 
-def check_settings(config: Any, groups: Sequence[Any]) -> None:
-    """Bring the settings of a new config to their types, and check that they can be run.
-
-    Args:
-        config: a frozen dataclass, in its `__post_init__`.
-        groups: its base classes, each with a method `problems`.
+def check_settings(config: Any) -> None:
+    """Bring the settings of a new config to their types, and check that they can be run: a `__post_init__`.
 
     Raises:
         ConfigError: with every problem at once.
     """
     problems = coerce_settings(config, setting_types(config.__class__))
     if not problems:  # the checks of the groups rely on the types
-        problems = [problem for group in groups for problem in group.problems(config)]
+        checks = [vars(group)["problems"] for group in reversed(config.__class__.__mro__) if "problems" in vars(group)]
+        problems = [problem for check in checks for problem in check(config)]
     if problems:
         raise ConfigError(problems)
 
@@ -99,13 +95,9 @@ def unknown_names(settings: Mapping[Any, Any], known: Mapping[str, Any], place: 
         known: names of settings.
         place: the flag or file that `settings` are from.
     """
-    problems = []
-    for name in settings:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"; perhaps you meant {near[0]}" if near else "; raycontrolnet train --help lists the settings"
-            problems.append(f"{place}: unknown setting {name}{hint}")
-    return problems
+    unknown = [name for name in settings if name not in known]
+    advice = "; raycontrolnet train --help lists the settings"
+    return [f"{place}: unknown setting {name}{perhaps(str(name), known) or advice}" for name in unknown]
 
 
 def read_yaml(path: str | Path, place: str) -> dict[Any, Any]:

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raycontrolnet.config.train_config import TrainConfig, changed_settings, names_with
+from raycontrolnet.config.settings import DataConfig
+from raycontrolnet.config.train_config import names_with
 from raycontrolnet.hub.licence import Licence, is_hub_id
 from raycontrolnet.sampling.images import PairImages
 from raycontrolnet.storage.files import replacing
@@ -35,7 +36,7 @@ FIGURES = {
 
 def write_model_card(
     output_dir: str | Path,
-    config: TrainConfig,
+    settings: Mapping[str, Any],
     facts: Mapping[str, Any],
     *,
     repo_id: str | None = None,
@@ -45,6 +46,7 @@ def write_model_card(
     """Write README.md and, from the last validation, `images/`; replace those of an earlier run.
 
     Args:
+        settings: those of the run that differ from their defaults, without secrets; see `changed_settings`.
         facts: entries of run.json; shown are `FIGURES` and control_appeared_at_step, those that are there.
         repo_id: repository of a later push, for the code that loads the model; without it the code loads `output_dir`.
         title: without a repo_id; by default the folder's name.
@@ -56,8 +58,8 @@ def write_model_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     output_dir, licence = Path(output_dir), licence or Licence()
-    base = config.pretrained_model_name_or_path
-    dataset = config.dataset_name if config.dataset_name and is_hub_id(config.dataset_name) else None
+    base, data = settings["pretrained_model_name_or_path"], settings.get("dataset_name", "")
+    dataset = data if is_hub_id(data) else None
     metadata = ModelCardData(
         **licence.metadata(),
         library_name="diffusers",
@@ -66,23 +68,22 @@ def write_model_card(
         tags=list(TAGS),
         inference=True,
     )
-    left_out = names_with("left_out_of_card")
-    settings = {name: value for name, value in changed_settings(config).items() if name not in left_out}
+    shown = {name: value for name, value in settings.items() if name not in names_with("left_out_of_card")}
     card = ModelCard.from_template(
         metadata,
         template_path=str(TEMPLATE),
         name=repo_id or title or output_dir.resolve().name,
         base=_link(base),
-        data=_link(dataset, "datasets/") if dataset else _folder(config.dataset_name or config.train_data_dir or ""),
+        data=_link(dataset, "datasets/") if dataset else _folder(data or settings["train_data_dir"]),
         examples=_copy_examples(output_dir, facts.get("step")),
         controlnet_path=repo_id or str(output_dir),
         base_path=base if repo_id is None else _without_folders(base),
-        load_options={name: value for name in ("revision", "variant") if (value := getattr(config, name)) is not None},
-        resolution=config.resolution,
+        load_options={name: settings[name] for name in ("revision", "variant") if name in settings},
+        resolution=settings.get("resolution", DataConfig.resolution),
         figures={title: facts[name] for name, title in FIGURES.items() if facts.get(name) is not None},
         control_gap=facts.get("control_gap"),
         control_step=facts.get("control_appeared_at_step"),
-        settings={name: json.dumps(_without_folders(value), ensure_ascii=False) for name, value in settings.items()},
+        settings={name: json.dumps(_without_folders(value), ensure_ascii=False) for name, value in shown.items()},
         licence=licence,
         text=_text,
         code=_code,

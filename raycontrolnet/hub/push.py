@@ -13,6 +13,7 @@ from raycontrolnet.config.checks import find_token
 from raycontrolnet.config.output_settings import HubConfig
 from raycontrolnet.errors import RunError
 from raycontrolnet.quiet import no_progress_bars, only_errors
+from raycontrolnet.text import error_message, printable
 from raycontrolnet.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -36,13 +37,11 @@ def check_push(hub: HubConfig) -> list[str]:
         try:
             utils.validate_repo_id(hub.hub_model_id)
         except utils.HFValidationError as error:
-            problems.append(f"--hub_model_id={hub.hub_model_id}: {_one_line(str(error), None)}")
+            problems.append(f"--hub_model_id={hub.hub_model_id}: {error_message(error).rstrip('.')}")
     return problems
 
 
-def resolve_repo_id(
-    output_dir: str | Path, hub_model_id: str | None, token: str | None, *, endpoint: str | None = None
-) -> str:
+def resolve_repo_id(output_dir: str | Path, hub_model_id: str | None, token: str | None) -> str:
     """Return `owner/name`: as given, or under the token's user; by default the name is the folder's.
 
     Raises:
@@ -53,7 +52,7 @@ def resolve_repo_id(
         return name
 
     def ask() -> str:
-        return _api(endpoint, _need(token)).whoami(token=token)["name"]
+        return _api(token).whoami(token=token)["name"]
 
     return f"{_attempt(ask, Path(output_dir), name, token)}/{name}"
 
@@ -64,14 +63,7 @@ def repo_name(output_dir: str | Path, hub_model_id: str | None) -> str:
     return hub_model_id or re.sub(r"[^\w.-]+|-{2,}|\.{2,}", "-", folder).strip("-.") or "controlnet-model"
 
 
-def push_to_hub(
-    output_dir: str | Path,
-    *,
-    repo_id: str,
-    token: str | None,
-    commit_message: str = "End of training",
-    endpoint: str | None = None,
-) -> str:
+def push_to_hub(output_dir: str | Path, *, repo_id: str, token: str | None) -> str:
     """Create the repository if there is none, and upload `UPLOADED` in one commit.
 
     `HfApi.upload_folder` may split a push into several commits, and its patterns match in subfolders too.
@@ -79,7 +71,6 @@ def push_to_hub(
     Args:
         repo_id: `owner/name`, see `resolve_repo_id`.
         token: of `find_token`; used for every call, and shown nowhere.
-        endpoint: of the Hub, if not HF_ENDPOINT or huggingface.co.
 
     Returns:
         The repository's address.
@@ -93,12 +84,12 @@ def push_to_hub(
 
     def push() -> str:
         paths = _files(output_dir)
-        api = _api(endpoint, _need(token))
+        api = _api(token)
         url = api.create_repo(repo_id, token=token, exist_ok=True)
         logger.info("uploading %d files, %.0f MB", len(paths), sum(path.stat().st_size for path in paths) / 1e6)
         additions = [CommitOperationAdd(path.relative_to(output_dir).as_posix(), path) for path in paths]
         with no_progress_bars("huggingface_hub"), only_errors():
-            api.create_commit(repo_id, additions, commit_message=commit_message, token=token)
+            api.create_commit(repo_id, additions, commit_message="End of training", token=token)
         return str(url)
 
     return _attempt(push, output_dir, repo_id, token)
@@ -117,16 +108,12 @@ def _files(output_dir: Path) -> list[Path]:
     return [path for pattern in UPLOADED for path in sorted(output_dir.glob(pattern)) if path.is_file()]
 
 
-def _api(endpoint: str | None, token: str) -> Any:
+def _api(token: str | None) -> Any:
     from huggingface_hub import HfApi
 
-    return HfApi(endpoint=endpoint, token=token, library_name="raycontrolnet", library_version=__version__)
-
-
-def _need(token: str | None) -> str:
     if not token:
         raise PermissionError("there is no token: give --hub_token, set HF_TOKEN, or run `hf auth login`")
-    return token
+    return HfApi(token=token, library_name="raycontrolnet", library_version=__version__)
 
 
 def _attempt(action: Callable[[], str], output_dir: Path, repo_id: str, token: str | None) -> str:
@@ -154,12 +141,9 @@ def _reason(error: BaseException, token: str | None) -> str:
         return "the Hub knows no such repository or owner (404)"
     if status is not None and status >= 500:
         return f"the Hub answers with an error of its own ({status}); try again later"
-    return f"{_one_line(str(error), token)} ({type(error).__name__})"
+    text = str(error).replace(token, "***") if token else str(error)
+    return f"{printable(text).rstrip('.')} ({type(error).__name__})"
 
 
 def _status(error: BaseException) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def _one_line(text: str, token: str | None) -> str:
-    return " ".join((text.replace(token, "***") if token else text).split()).rstrip(".")

@@ -17,7 +17,7 @@ from raycontrolnet.cluster.logs import logging_to, shown_on
 from raycontrolnet.cluster.resources import worker_resources
 from raycontrolnet.cluster.session import ray_session
 from raycontrolnet.config.checks import check_device, versions, with_absolute_paths
-from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.config.train_config import TrainConfig, changed_settings
 from raycontrolnet.errors import RunError, UserError, explained
 from raycontrolnet.hub import push
 from raycontrolnet.hub.licence import Licence, find_licence
@@ -140,7 +140,7 @@ def run_and_record(run: CheckedRun, train: Callable[[RunStatus], Summary], strea
         # Named for a push, also one by hand.
         name = push.repo_name(output_dir, run.config.hub_model_id) if run.config.push_to_hub else None
         with _finished_all_the_same(output_dir, status):
-            write_model_card(output_dir, run.config, status, repo_id=name, licence=licence)
+            write_model_card(output_dir, changed_settings(run.config), status, repo_id=name, licence=licence)
         hub_url = _push(run, status, licence, stream) if run.config.push_to_hub else None
     seconds = time.time() - started
     stream.write(f"done in {duration(seconds)}: {summary['step']} updates; weights in {output_dir}\n")
@@ -173,7 +173,7 @@ def _push(run: CheckedRun, status: dict[str, Any], licence: Licence, stream: Tex
     """Push the results; if that fails, the run is finished all the same, and `status` says so."""
     try:
         repo_id = push.resolve_repo_id(run.output_dir, run.config.hub_model_id, run.token)
-        write_model_card(run.output_dir, run.config, status, repo_id=repo_id, licence=licence)
+        write_model_card(run.output_dir, changed_settings(run.config), status, repo_id=repo_id, licence=licence)
         url = push.push_to_hub(run.output_dir, repo_id=repo_id, token=run.token)
     except RunError as error:
         status["push_failure"] = str(error)

@@ -14,10 +14,10 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from raycontrolnet.data.records import UInt8Image
+
 Mask = npt.NDArray[np.bool_]
 """[H, W]"""
-UInt8Image = npt.NDArray[np.uint8]
-"""RGB, [H, W, 3]"""
 
 Measure = Literal["shape", "canny"]
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raycontrolnet.config.train_config import TrainConfig
-from raycontrolnet.config.values import coerce, read_yaml, setting_types
+from raycontrolnet.config.train_config import TrainConfig, typed_settings
+from raycontrolnet.config.values import read_yaml, setting_types
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.storage import checkpoint as checkpoints
 
@@ -79,9 +79,8 @@ def _weights_folder(path: Path, name: str) -> Path:
 
 def _class_name(file: Path) -> str | None:
     """Read the class in a config.json; None if it cannot be read, which loading the model then reports."""
-    with suppress(OSError, ValueError):
-        config = json.loads(file.read_text(encoding="utf-8"))
-        return config.get("_class_name") if isinstance(config, dict) else None
+    with suppress(OSError, ValueError, AttributeError):
+        return json.loads(file.read_text(encoding="utf-8")).get("_class_name")
     return None
 
 
@@ -94,13 +93,9 @@ def _config_file(folder: Path) -> Path | None:
 
 def _read(file: Path, name: str) -> dict[str, Any]:
     """Read the settings that images depend on. The file may be of a version with settings unknown to this one."""
-    settings, problems = {}, []
-    for key, value in read_yaml(file, f"--controlnet={name}: {file}").items():
-        if key in OF_THE_BASE + OF_THE_RUN:
-            try:
-                settings[key] = coerce(value, setting_types(TrainConfig)[key])
-            except ValueError as error:
-                problems.append(f"--controlnet={name}: {file}: {key}: {value!r} {error}")
+    place = f"--controlnet={name}: {file}"
+    kinds = {name: kind for name, kind in setting_types(TrainConfig).items() if name in OF_THE_BASE + OF_THE_RUN}
+    settings, problems = typed_settings(read_yaml(file, place), kinds, place)
     if problems:
         raise ConfigError(problems)
     if (cache_dir := settings.get("cache_dir")) and not Path(cache_dir).is_dir():

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
@@ -26,8 +26,8 @@ from raycontrolnet.model.performance import working_precision
 from raycontrolnet.model.prompts import cut
 from raycontrolnet.quiet import MODEL_LIBRARIES, no_progress_bars
 from raycontrolnet.sampling import find_controlnet, images, scores
-from raycontrolnet.sampling.images import METADATA, DrawOptions, ImageItem, PairImages
-from raycontrolnet.sampling.pipeline import DEFAULT_SAMPLING, Sampling
+from raycontrolnet.sampling.images import METADATA, ImageItem, PairImages
+from raycontrolnet.sampling.pipeline import DrawOptions
 from raycontrolnet.text import counted, duration
 from raycontrolnet.version import __version__
 
@@ -120,7 +120,8 @@ def _check(config: GenerateConfig) -> _Task:
     Raises:
         ConfigError: with the problems of images, models, folder and device together.
     """
-    given, problems, model, allow_tf32 = config, list[str](), None, False
+    given, problems, model, use_gpu = config, list[str](), None, False
+    settings: dict[str, Any] = {}
     items: list[ImageItem] = []
     out = Path(config.out).expanduser().resolve()
     with collected(problems):
@@ -130,11 +131,9 @@ def _check(config: GenerateConfig) -> _Task:
         found = find_controlnet.find(config.controlnet)
         settings = found.settings_with(config.pretrained_model_name_or_path)
         config = config.with_defaults(settings)
-        allow_tf32 = settings.get("allow_tf32", False)
         model = _model(config, given, found, settings.get("tokenizer_name"))
-    use_gpu = False
     with collected(problems):
-        from_run = {name for name in ("mixed_precision",) if getattr(given, name) is None}
+        from_run = () if given.mixed_precision else ("mixed_precision",)
         has_gpu = torch.cuda.is_available()
         use_gpu = check_device(config.use_gpu, config, has_gpu=has_gpu, work="draw", from_run=from_run)
     if problem := unwritable(out, "out"):
@@ -144,14 +143,16 @@ def _check(config: GenerateConfig) -> _Task:
     if problems or model is None:
         raise ConfigError(problems)
     device = torch.device("cuda" if use_gpu else "cpu")
+    allow_tf32 = settings.get("allow_tf32", False)
     return _Task(config, model, items, _options(config), out, device, allow_tf32, find_token(config.hub_token))
 
 
 def _options(config: GenerateConfig) -> DrawOptions:
-    guidance_scale = DEFAULT_SAMPLING.guidance_scale if config.guidance_scale is None else config.guidance_scale
+    guidance_scale = DrawOptions.guidance_scale if config.guidance_scale is None else config.guidance_scale
     return DrawOptions(
         config.resolution or DEFAULT_RESOLUTION,
-        Sampling(config.num_inference_steps, guidance_scale),
+        config.num_inference_steps,
+        guidance_scale,
         working_precision(config.mixed_precision),
         config.batch_size,
         config.control_fidelity,
@@ -171,7 +172,7 @@ def _model(
     if base is None:
         problems.append(
             "--pretrained_model_name_or_path: required, because no config.yaml of a run says which base model "
-            f"{given.controlnet} was trained for"
+            f"{config.controlnet} was trained for"
         )
     else:
         base = str(Path(base).expanduser()) if Path(base).expanduser().exists() else base
@@ -214,7 +215,7 @@ def _announce(task: _Task, stream: TextIO) -> None:
     what = (
         f"{config.controlnet} on {task.model.pretrained_model_name_or_path}, {counted(len(config.pairs), 'pair')} x "
         f"{counted(config.num_images, 'image')} of {options.resolution} px, "
-        f"{counted(config.num_inference_steps, 'step')}, guidance {options.sampling.guidance_scale:g}, "
+        f"{counted(config.num_inference_steps, 'step')}, guidance {options.guidance_scale:g}, "
         f"seed {config.seed}, on the {device}{precision}"
     )
     logger.info(what)

@@ -24,13 +24,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from raycontrolnet.data.transforms import CONDITIONING_BACKGROUND, decode_rgb, resize_and_crop
 from raycontrolnet.errors import DataError
 from raycontrolnet.sampling import scores
-from raycontrolnet.sampling.pipeline import DEFAULT_SAMPLING, Sampling, build_pipeline, draw
+from raycontrolnet.sampling.pipeline import SCHEDULER, DrawOptions, build_pipeline, draw
 from raycontrolnet.sampling.scores import Fidelity
 from raycontrolnet.storage.files import replacing
 
@@ -39,21 +38,6 @@ if TYPE_CHECKING:
 
 METADATA = "metadata.jsonl"
 CONTROL_ENDING, GRID_ENDING = "-control.png", "-grid.png"
-
-
-@dataclass(frozen=True)
-class DrawOptions:
-    """Everything but its item and the weights that an image depends on."""
-
-    resolution: int
-    """Width and height of the images in pixels."""
-    sampling: Sampling = DEFAULT_SAMPLING
-    precision: torch.dtype = torch.float32
-    """Dtype of the frozen models; float16 and bfloat16 are drawn with autocast."""
-    batch_size: int = 1
-    """Images drawn at a time. It changes them by rounding only."""
-    measure: str | None = None
-    """Measure of `control_fidelity`; None for no scores."""
 
 
 @dataclass(frozen=True)
@@ -170,15 +154,13 @@ def draw_items(
         (item, RGB image of resolution x resolution)
     """
     pipeline, waiting = build_pipeline(components), iter(items)
-    autocast = None if options.precision == torch.float32 else options.precision
     while batch := list(islice(waiting, options.batch_size)):
         images = draw(
             pipeline,
             [item.prompt for item in batch],
             [item.control(options.resolution) for item in batch],
             [item.seed for item in batch],
-            autocast=autocast,
-            sampling=options.sampling,
+            options,
         )
         yield from zip(batch, images, strict=True)
 
@@ -217,13 +199,13 @@ def finish(
         _save(control, folder / of_pair[0].control_file_name)
         _save(_grid([control, *pictures]), folder / of_pair[0].grid_file_name)
         for item, score in zip(of_pair, scores.score(control, pictures, options.measure), strict=True):
-            lines.append(json.dumps(_metadata(item, step, options.sampling, score), ensure_ascii=False) + "\n")
+            lines.append(json.dumps(_metadata(item, step, options, score), ensure_ascii=False) + "\n")
     with replacing(folder / METADATA) as partial:
         partial.write_text("".join(lines), encoding="utf-8")
     return results(folder)
 
 
-def _metadata(item: ImageItem, step: int | None, sampling: Sampling, score: float | None) -> dict[str, Any]:
+def _metadata(item: ImageItem, step: int | None, options: DrawOptions, score: float | None) -> dict[str, Any]:
     return {
         "file_name": item.file_name,
         "conditioning_image_file_name": item.control_file_name,
@@ -233,9 +215,9 @@ def _metadata(item: ImageItem, step: int | None, sampling: Sampling, score: floa
         "image": item.image,
         **({} if step is None else {"step": step}),
         "seed": item.seed,
-        "scheduler": sampling.scheduler,
-        "num_inference_steps": sampling.num_inference_steps,
-        "guidance_scale": sampling.guidance_scale,
+        "scheduler": SCHEDULER,
+        "num_inference_steps": options.num_inference_steps,
+        "guidance_scale": options.guidance_scale,
         **({} if score is None else {"control_fidelity": score}),
     }
 

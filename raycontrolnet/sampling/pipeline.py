@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -17,16 +17,23 @@ if TYPE_CHECKING:
     from raycontrolnet.model.components import Components
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """Settings of the sampler."""
+SCHEDULER = "UniPCMultistepScheduler"
 
-    scheduler: ClassVar[str] = "UniPCMultistepScheduler"
+
+@dataclass(frozen=True)
+class DrawOptions:
+    """Everything but its prompt, control image and seed, and the weights, that an image depends on."""
+
+    resolution: int
+    """Width and height of the images in pixels."""
     num_inference_steps: int = 20
     guidance_scale: float = 7.5
-
-
-DEFAULT_SAMPLING = Sampling()
+    precision: torch.dtype = torch.float32
+    """Dtype of the frozen models; float16 and bfloat16 are drawn with autocast."""
+    batch_size: int = 1
+    """Images drawn at a time. It changes them by rounding only."""
+    measure: str | None = None
+    """Measure of `control_fidelity`; None for no scores."""
 
 
 def build_pipeline(components: Components) -> Any:
@@ -59,9 +66,7 @@ def draw(
     prompts: Sequence[str],
     controls: Sequence[Image.Image],
     seeds: Sequence[int],
-    *,
-    autocast: torch.dtype | None = None,
-    sampling: Sampling = DEFAULT_SAMPLING,
+    options: DrawOptions,
 ) -> list[Image.Image]:
     """Draw RGB images of the size of `controls`, each a function of its own arguments and the weights alone.
 
@@ -72,22 +77,19 @@ def draw(
     Args:
         pipeline: of `build_pipeline`.
         controls: RGB, of one size, width and height divisible by 8; as many as prompts and seeds.
-        autocast: float16 or bfloat16 with mixed precision, None without.
+        options: `resolution`, `batch_size` and `measure` are not used here.
     """
     modules = (pipeline.text_encoder, pipeline.vae, pipeline.unet, pipeline.controlnet)
     for prompt in prompts:
         warn_if_cut(pipeline.tokenizer, prompt)
-    with ExitStack() as drawing:
-        drawing.enter_context(only_errors())
-        drawing.enter_context(evaluating(modules))
-        drawing.enter_context(torch.no_grad())
-        if autocast is not None:
-            drawing.enter_context(torch.autocast(pipeline.unet.device.type, dtype=autocast))
+    is_mixed = options.precision != torch.float32
+    autocast = torch.autocast(pipeline.unet.device.type, dtype=options.precision) if is_mixed else nullcontext()
+    with only_errors(), evaluating(modules), torch.no_grad(), autocast:
         images: list[Image.Image] = pipeline(
             list(prompts),
             image=list(controls),
-            num_inference_steps=sampling.num_inference_steps,
-            guidance_scale=sampling.guidance_scale,
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=options.guidance_scale,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         ).images
         return images

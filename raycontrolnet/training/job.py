@@ -19,8 +19,8 @@ from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.errors import UserError
 from raycontrolnet.model.performance import working_precision
 from raycontrolnet.quiet import MODEL_LIBRARIES, no_progress_bars
-from raycontrolnet.sampling.images import DrawOptions, ImageItem
-from raycontrolnet.sampling.pipeline import Sampling
+from raycontrolnet.sampling.images import ImageItem
+from raycontrolnet.sampling.pipeline import DrawOptions
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.storage.files import replacing
@@ -81,8 +81,8 @@ class Job:
         """Return the validation images of `step`, to be drawn."""
         options = DrawOptions(
             self.config.resolution,
-            Sampling(guidance_scale=self.config.guidance_scale),
-            working_precision(self.config.mixed_precision),
+            guidance_scale=self.config.guidance_scale,
+            precision=working_precision(self.config.mixed_precision),
             measure=self.config.control_fidelity,
         )
         return validation.StepImages(self.output_dir, step, self.validation_items, options)

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from raycontrolnet.config.output_settings import ValidationConfig
 from raycontrolnet.sampling import images
-from raycontrolnet.sampling.images import METADATA, DrawOptions, ImageItem, PairImages, fidelity_of
+from raycontrolnet.sampling.images import METADATA, ImageItem, PairImages, fidelity_of
+from raycontrolnet.sampling.pipeline import DrawOptions
 from raycontrolnet.sampling.scores import Fidelity
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raycontrolnet.config.checks import find_token
-from raycontrolnet.config.train_config import TrainConfig, public_settings
+from raycontrolnet.config.train_config import TrainConfig, changed_settings, public_settings
 from raycontrolnet.hub import model_card, push
 from raycontrolnet.hub.licence import find_licence
 from raycontrolnet.sampling import images
@@ -120,6 +119,6 @@ def write_best(
     until = [report for report in trial.reports if report["step"] <= step]
     facts |= {"control_appeared_at_step": control_appeared(until) if "control_gap" in facts else None}
     licence = find_licence(config.license, config, find_token(config.hub_token))
-    config = dataclasses.replace(config, output_dir=str(best))
-    model_card.write_model_card(best, config, facts, repo_id=repo_id, title=sweep_dir.name, licence=licence)
+    settings = changed_settings(config)
+    model_card.write_model_card(best, settings, facts, repo_id=repo_id, title=sweep_dir.name, licence=licence)
     return best
