@@ -71,6 +71,24 @@ def ctrl_c(
     return process, stderr
 
 
+def kill_9(command: list[str], ready: Callable[[], object]) -> None:
+    """Run `command` until it is `ready`, then kill it and its Ray."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    quiet = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, **quiet, env=environment, start_new_session=True) as process:
+        try:
+            while not ready():
+                assert process.poll() is None
+                time.sleep(0.01)
+            children = psutil.Process(process.pid).children(recursive=True)
+        finally:
+            process.kill()
+    for child in children:  # Ray's agents would go by themselves, after a minute
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(children, timeout=30)
+
+
 def last_step(output_dir: Path) -> int:
     records = metrics.read(output_dir / metrics.METRICS_FILE)
     return int(records[-1]["step"]) if records else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +27,11 @@ def train(settings: dict[str, Any]) -> Run:
     return Run(result.output_dir, result, stream.getvalue())
 
 
-def flags(settings: dict[str, Any]) -> list[str]:
-    """Return `settings` as the arguments of a command: a flag with its value, or values, for each."""
-    values = {name: value if isinstance(value, (list, tuple)) else [value] for name, value in settings.items()}
-    return [part for name, parts in values.items() for part in (f"--{name}", *map(str, parts))]
+def flags(settings: Mapping[str, Any] | None = None, /, **changed: Any) -> list[str]:
+    """Return settings as the arguments of a command: a flag with its value, or values, for each."""
+    values = {**(settings or {}), **changed}.items()
+    lists = {name: value if isinstance(value, (list, tuple)) else [value] for name, value in values}
+    return [part for name, parts in lists.items() for part in (f"--{name}", *map(str, parts))]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

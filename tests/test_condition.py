@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import io
-import json
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
+from processes import kill_9
+from runs import contents, flags, metadata, states
 
 from raycontrolnet import ConditionConfig, ConditionResult, TrainConfig, condition, fit
 from raycontrolnet.cli import main, parse
@@ -170,38 +167,21 @@ def nothing_made(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return forbid
 
 
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
 def source_of(folder: Path) -> FolderSource:
     source = open_source(TrainConfig(pretrained_model_name_or_path="base", train_data_dir=str(folder)))
     assert isinstance(source, FolderSource)
     return source
 
 
-def files_of(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Read every file but the log: its bytes, and when it was written."""
-    return {
-        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.suffix != ".log"
-    }
-
-
-def pngs_of(folder: Path) -> dict[str, bytes]:
-    return {name: content for name, (content, _) in files_of(folder / "conditioning").items()}
-
-
-def flags(**settings: object) -> list[str]:
-    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+def but_the_log(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {name: state for name, state in states(folder).items() if not name.endswith(".log")}
 
 
 @pytest.mark.usefixtures("_local_ray")
 def test_the_command_makes_a_data_set_that_trains(
     photos: Path, tiny_settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = files_of(photos)
+    before = but_the_log(photos)
     assert main(["condition", *flags(images=photos, condition="grey", resolution=RESOLUTION)]) == 0
     out = photos.with_name("photos-grey")
     said = capsys.readouterr().err
@@ -209,8 +189,8 @@ def test_the_command_makes_a_data_set_that_trains(
     assert "grey: 4/4 images | " in said
     assert f"4 rows in {out / 'metadata.jsonl'}, 4 conditioning images made now" in said
     assert f"raycontrolnet train --train_data_dir {out} --resolution 32 ..." in said
-    assert files_of(photos) == before
-    assert rows_of(out) == [
+    assert but_the_log(photos) == before
+    assert metadata(out) == [
         {
             "image": f"../photos/{name}",
             "conditioning_image": f"conditioning/{name}.png",
@@ -237,17 +217,17 @@ def test_a_second_time_does_nothing_and_changes_are_made_again(
     result = run()
     assert (result.num_rows, result.num_made, result.bad_pictures) == (4, 4, ())
     assert result.folder == photos.with_name("photos-canny")
-    before = files_of(result.folder)
+    before = but_the_log(result.folder)
     assert len(before) == 6  # with metadata.jsonl and the journal
     nothing_made()
     assert run().num_made == 0
-    assert files_of(result.folder) == before
+    assert but_the_log(result.folder) == before
     assert run(blur_radius=3).num_made == 0  # canny does not ask for it
     monkeypatch.undo()
 
     Image.new("RGB", (64, 64), "red").save(photos / "clear.png")
     assert run().num_made == 1
-    after = files_of(result.folder)
+    after = but_the_log(result.folder)
     changed = {name for name in before if before[name] != after[name]} - {JOURNAL}
     assert changed == {"conditioning/clear.png.png", "metadata.jsonl"}  # which was away meanwhile
     assert after["metadata.jsonl"][0] == before["metadata.jsonl"][0]
@@ -256,7 +236,8 @@ def test_a_second_time_does_nothing_and_changes_are_made_again(
     assert run(canny_low_threshold=10, canny_high_threshold=20).num_made == 4
     assert run(canny_low_threshold=10, canny_high_threshold=20).num_made == 0
     assert run().num_made == 4  # back again: what is there is of the other thresholds
-    assert all(after[f"conditioning/{name}"][0] == content for name, content in pngs_of(result.folder).items())
+    for name, content in contents(result.folder / "conditioning").items():
+        assert after[f"conditioning/{name}"][0] == content
     assert run(resolution=64).num_made == 4
 
 
@@ -279,7 +260,7 @@ def test_pictures_that_cannot_be_used_fail_at_the_end_or_are_left_out(
     bad_pictures = out / "condition.bad_pictures.txt"
     assert len(bad_pictures.read_text().splitlines()) == 2
     assert not (out / "metadata.jsonl").exists()
-    assert set(pngs_of(out)) == {"clear.png.png", "more/turned.jpeg.png"}
+    assert set(contents(out / "conditioning")) == {"clear.png.png", "more/turned.jpeg.png"}
     with pytest.raises(DataError, match=r"2 of 4 pictures cannot be used: more than --max_bad_fraction=0\.01 allows"):
         run(on_bad_sample="skip")
     result = run(on_bad_sample="skip", max_bad_fraction=0.5)
@@ -289,7 +270,7 @@ def test_pictures_that_cannot_be_used_fail_at_the_end_or_are_left_out(
     ]  # fmt: skip
     assert "2 rows in " in shown.getvalue()
     assert ", 2 bad ones skipped (condition.bad_pictures.txt)\n" in shown.getvalue()
-    assert [row["image"] for row in rows_of(out)] == ["../photos/clear.png", "../photos/more/turned.jpeg"]
+    assert [row["image"] for row in metadata(out)] == ["../photos/clear.png", "../photos/more/turned.jpeg"]
     Image.new("RGB", (64, 64), "red").save(photos / "wide.JPG", "JPEG")
     assert run(on_bad_sample="skip", max_bad_fraction=0.25).num_rows == 3
     assert "deep.png" in bad_pictures.read_text()
@@ -330,7 +311,7 @@ def test_captions_of_a_metadata_file_of_text_files_and_of_the_flag(run: Make, ph
         '{"file_name": "more/turned.jpeg", "text": "  "}\n'
         '{"file_name": "./wide.JPG", "text": "Größe"}\n'
     )
-    rows = rows_of(run(caption="any").folder)
+    rows = metadata(run(caption="any").folder)
     assert [(row["image"].removeprefix("../photos/"), row["text"]) for row in rows] == [
         ("wide.JPG", ["one", "two"]),
         ("more/turned.jpeg", "a picture, more/turned"),
@@ -354,7 +335,7 @@ OTHER_COLUMNS = {"image_column": "photo", "caption_column": "words"}
 )  # fmt: skip
 def test_forms_of_metadata(run: Make, photos: Path, name: str, content: str, settings: dict[str, Any]) -> None:
     (photos / name).write_text(content)
-    rows = rows_of(run(**settings).folder)
+    rows = metadata(run(**settings).folder)
     assert rows[0]["image"] == "../photos/clear.png"
     assert rows[0]["text"] == "from the file"
     assert len(rows) == (3 if name == "prompt.json" else 4)  # a conditioning image is no picture
@@ -377,21 +358,21 @@ def test_missing_captions_are_listed_with_the_ways_out(photos: Path, capsys: pyt
 
 
 def test_lines_that_cannot_be_used_are_listed(run: Make, photos: Path) -> None:
-    metadata = photos / "metadata.jsonl"
-    metadata.write_text('{"file_name": "wide.JPG", "text": 3}\n{"text": "a"}\nnothing\n')
+    file = photos / "metadata.jsonl"
+    file.write_text('nothing\n{"file_name": "wide.JPG", "text": 3}\n{"text": "a"}\n')
     with pytest.raises(DataError) as caught:
         run()
     assert str(caught.value).splitlines() == [
-        f"{metadata}:1: must be a text or a list of texts, is a number",
-        f"{metadata}:2: has no file_name, only: text",
-        f"{metadata}:3: is not valid JSON (Expecting value, column 1)",
+        f"{file}:1: is not valid JSON (Expecting value, column 1)",
+        f"{file}:2: must be a text or a list of texts, is a number",
+        f"{file}:3: has no file_name, only: text",
     ]
-    metadata.write_text('{"photo": "wide.JPG", "text": "a"}\n')
+    file.write_text('{"photo": "wide.JPG", "text": "a"}\n')
     with pytest.raises(
         DataError, match=r"--image_column=image: no such column in .* name one of them with --image_col"
     ):
         run()
-    metadata.unlink()
+    file.unlink()
     (photos / "clear.txt").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(DataError, match=rf"{photos / 'clear.txt'}: is not UTF-8 text"):
         run()
@@ -406,7 +387,7 @@ def test_rows_of_pictures_that_are_not_there_and_elsewhere(run: Make, photos: Pa
     with pytest.raises(DataError, match=rf"{photos / 'gone.png'}: no such file\n1 of 6 pictures cannot be used"):
         run()
     result = run(on_bad_sample="skip", max_bad_fraction=0.2)
-    row = rows_of(result.folder)[0]
+    row = metadata(result.folder)[0]
     assert row["image"] == "../outside.png"
     assert row["conditioning_image"].startswith("conditioning/elsewhere/")
     assert len(source_of(result.folder)) == 5
@@ -419,8 +400,8 @@ def test_rows_of_pictures_that_are_not_there_and_elsewhere(run: Make, photos: Pa
 def test_names_that_differ_in_the_suffix_do_not_meet(run: Make, photos: Path) -> None:
     Image.new("RGB", (64, 64), "red").save(photos / "clear.jpg")
     folder = run(condition="grey").folder
-    assert len(pngs_of(folder)) == 5
-    rows = {row["image"]: folder / row["conditioning_image"] for row in rows_of(folder)}
+    assert len(contents(folder / "conditioning")) == 5
+    rows = {row["image"]: folder / row["conditioning_image"] for row in metadata(folder)}
     red, clear = (np.asarray(Image.open(rows[f"../photos/clear.{kind}"])) for kind in ("jpg", "png"))
     assert np.ptp(red) <= 1
     assert np.ptp(clear) > 50
@@ -433,7 +414,7 @@ def test_hidden_files_and_what_is_no_picture_are_passed_by(run: Make, photos: Pa
     for name in (".hidden.png", ".thumbnails/a.png", "notes.md", "film.mp4"):
         (photos / name).write_bytes(b"x")
     (photos / "circle").symlink_to(photos, target_is_directory=True)
-    assert [row["image"].removeprefix("../photos/") for row in rows_of(run().folder)] == NAMES
+    assert [row["image"].removeprefix("../photos/") for row in metadata(run().folder)] == NAMES
 
 
 def test_a_folder_without_pictures(run: Make, photos: Path) -> None:
@@ -447,11 +428,11 @@ def test_a_folder_without_pictures(run: Make, photos: Path) -> None:
 def test_beside_the_pictures_and_below_them(run: Make, photos: Path, nothing_made: Callable[[], None]) -> None:
     """Conditioning images are no pictures, whichever run made them."""
     assert run(out=str(photos)).num_rows == 4
-    assert [row["image"] for row in rows_of(photos)] == NAMES
+    assert [row["image"] for row in metadata(photos)] == NAMES
     assert len(source_of(photos)) == 4
     below = photos / "blurred"
     assert run(out=str(below), condition="blur").num_rows == 4
-    assert {row["image"] for row in rows_of(below)} == {f"../{name}" for name in NAMES}
+    assert {row["image"] for row in metadata(below)} == {f"../{name}" for name in NAMES}
     assert run(condition="grey").num_rows == 4
     nothing_made()
     for settings in ({"out": str(photos)}, {"out": str(below), "condition": "blur"}, {"condition": "grey"}):
@@ -462,20 +443,20 @@ def test_beside_the_pictures_and_below_them(run: Make, photos: Path, nothing_mad
 
 @pytest.mark.usefixtures("here")
 def test_files_of_others_are_not_overwritten(run: Make, photos: Path) -> None:
-    metadata = photos / "metadata.jsonl"
-    metadata.write_text("".join(f'{{"file_name": "{name}", "text": "own"}}\n' for name in NAMES))
-    before = files_of(photos)
+    file = photos / "metadata.jsonl"
+    file.write_text("".join(f'{{"file_name": "{name}", "text": "own"}}\n' for name in NAMES))
+    before = but_the_log(photos)
     with pytest.raises(ConfigError) as caught:
         run(out=str(photos))
     assert str(caught.value) == (
-        f"{metadata} exists\n--out={photos}: these files were not written by `raycontrolnet condition`, or were "
+        f"{file} exists\n--out={photos}: these files were not written by `raycontrolnet condition`, or were "
         "changed since, and would be overwritten; name another folder"
     )
-    assert files_of(photos) == before
+    assert but_the_log(photos) == before
     out = run().folder  # but beside it there is no harm
-    assert [row["text"] for row in rows_of(out)] == ["own"] * 4
-    metadata.write_text(metadata.read_text().replace("own", "new"))
-    assert [row["text"] for row in rows_of(run().folder)] == ["new"] * 4
+    assert [row["text"] for row in metadata(out)] == ["own"] * 4
+    file.write_text(file.read_text().replace("own", "new"))
+    assert [row["text"] for row in metadata(run().folder)] == ["new"] * 4
 
     (out / "metadata.jsonl").write_text((out / "metadata.jsonl").read_text().replace("new", "edited"))
     with pytest.raises(ConfigError, match=rf"{out / 'metadata.jsonl'} exists\n.*were changed since"):
@@ -504,7 +485,7 @@ def test_an_edited_metadata_file_gives_its_captions_to_another_folder(run: Make,
     run(out=str(photos))
     text = (photos / "metadata.jsonl").read_text()
     (photos / "metadata.jsonl").write_text(text.replace("a picture, wide", "a wide picture"))
-    rows = {row["image"]: row["text"] for row in rows_of(run().folder)}
+    rows = {row["image"]: row["text"] for row in metadata(run().folder)}
     assert len(rows) == 4
     assert rows["../photos/wide.JPG"] == "a wide picture"
 
@@ -558,13 +539,13 @@ def test_no_data_set_is_half_of_one_kind_and_half_of_another(
 ) -> None:
     """Other settings, ended half way: the folder is no data set until the command is run again."""
     out = run().folder
-    before = rows_of(out)
+    before = metadata(out)
     fire = RuntimeError("the machine is on fire")
     with ends_after_one_image(fire, monkeypatch), pytest.raises(RunError, match="the machine is on fire"):
         run(canny_low_threshold=10, canny_high_threshold=20)
     assert not (out / "metadata.jsonl").exists()
     assert run(canny_low_threshold=10, canny_high_threshold=20).num_made == 3
-    assert rows_of(out) == before
+    assert metadata(out) == before
 
 
 def num_recorded(out: Path) -> int:
@@ -580,23 +561,9 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path) -> None:
     for index in range(num_photos):
         draw_row(index, 16, 0)[0].save(photos / f"{index:03}.png")
     settings: dict[str, Any] = {"images": str(photos), "condition": "canny", "caption": "a circle", "resolution": 64}
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    command = [sys.executable, "-m", "raycontrolnet", "condition", *flags(**settings)]
     out = tmp_path / "many-canny"
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, start_new_session=True
-    ) as first:
-        try:
-            while num_recorded(out) < num_photos // 10:
-                assert first.poll() is None
-                time.sleep(0.01)
-            children = psutil.Process(first.pid).children(recursive=True)
-        finally:
-            first.kill()
-    for child in children:  # Ray's agents would go by themselves, after a minute
-        with suppress(psutil.NoSuchProcess):
-            child.kill()
-    psutil.wait_procs(children, timeout=30)
+    command = [sys.executable, "-m", "raycontrolnet", "condition", *flags(settings)]
+    kill_9(command, lambda: num_recorded(out) >= num_photos // 10)
     before = num_recorded(out)
     assert 0 < before < num_photos
     assert not (out / "metadata.jsonl").exists()
@@ -608,9 +575,11 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path) -> None:
         for folder in (out, tmp_path / "fresh")
     )
     assert (result.num_rows, result.num_made) == (num_photos, num_photos - before)
-    visible = {name: content for name, content in pngs_of(out).items() if not Path(name).name.startswith(".")}
-    assert visible == pngs_of(fresh.folder)
-    assert rows_of(out) == rows_of(fresh.folder)
+    visible = {
+        name: content for name, content in contents(out / "conditioning").items() if not Path(name).name.startswith(".")
+    }
+    assert visible == contents(fresh.folder / "conditioning")
+    assert metadata(out) == metadata(fresh.folder)
 
 
 # --- settings ---
@@ -643,16 +612,9 @@ def test_problems_of_the_settings_come_at_once(capsys: pytest.CaptureFixture[str
         ConditionConfig(images=str(tmp_path), condition="canny", out=str(gone))
 
 
-def test_the_flags_are_the_settings_of_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_flags_are_the_settings_of_python(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"images": str(tmp_path), "condition": "blur", "blur_radius": 2.0, "caption": ""}
-    assert parse("condition", flags(**settings)) == ConditionConfig(**settings)
-    with pytest.raises(SystemExit) as left:
-        main(["condition", "--help"])
-    assert left.value.code == 0
-    said = capsys.readouterr().out
-    assert said.startswith("usage: raycontrolnet condition ")
-    for name in ("images", "condition", "out", "caption", "resolution", "canny_low_threshold", "address"):
-        assert f"--{name}" in said
+    assert parse("condition", flags(settings)) == ConditionConfig(**settings)
 
 
 def test_a_conditioning_image_of_another_shape_than_square_fits_its_picture(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from base_model import CONTEXT_LENGTH, SCALING_FACTOR, write_random_base
 from PIL import Image
+from runs import contents, metadata
 from train_base import quality
 
 from raycontrolnet import cli
@@ -20,17 +21,13 @@ from raycontrolnet.demo.shapes import COLOURS, SHAPES, draw_row, render, write_s
 from raycontrolnet.sampling.fidelity import asked_shape, found_shape, iou
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_base_depends_on_the_seed_alone_and_leaves_torchs_randomness(tiny_base: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    again = files(write_random_base(tmp_path / "again", "tiny"))
-    other = files(write_random_base(tmp_path / "other", "tiny", seed=1))
+    again = contents(write_random_base(tmp_path / "again", "tiny"))
+    other = contents(write_random_base(tmp_path / "other", "tiny", seed=1))
     assert torch.equal(torch.get_rng_state(), state)
-    assert again == files(tiny_base)
+    assert again == contents(tiny_base)
     assert len(again) >= 10
     weights = {name for name in again if name.endswith(".safetensors")}
     assert {name for name in again if again[name] != other[name]} == weights
@@ -92,7 +89,7 @@ def test_tokenizer_is_clips(tiny_base: Path) -> None:
 
 def test_circles_are_what_their_captions_say(tmp_path: Path) -> None:
     folder = write_shapes(tmp_path / "circles", 20, resolution=64, seed=3)
-    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    rows = metadata(folder)
     assert len(rows) == 20
     for row in rows:
         assert list(row) == ["image", "conditioning_image", "text"]
@@ -111,13 +108,11 @@ def test_circles_are_what_their_captions_say(tmp_path: Path) -> None:
 
 
 def test_more_circles_begin_with_the_fewer(circles: Path, tmp_path: Path) -> None:
-    fewer, more = files(circles), files(write_shapes(tmp_path, 15, resolution=32))
+    fewer, more = contents(circles), contents(write_shapes(tmp_path, 15, resolution=32))
     assert len(fewer) == 2 * 13 + 1
-    metadata = "metadata.jsonl"
-    assert more[metadata].startswith(fewer[metadata])
-    assert {name: more[name] for name in fewer if name != metadata} == {
-        name: content for name, content in fewer.items() if name != metadata
-    }
+    assert more["metadata.jsonl"].startswith(fewer.pop("metadata.jsonl"))
+    assert {name: more[name] for name in fewer} == fewer
+    del more["metadata.jsonl"]
     assert more.keys() - fewer.keys() == {f"{kind}/{i:05}.png" for kind in ("images", "conditioning") for i in (13, 14)}
 
 

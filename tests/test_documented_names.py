@@ -65,19 +65,13 @@ def test_flags_exist() -> None:
     assert sum(map(len, flags.values())) >= 200
 
 
-def test_commands_and_flags_are_in_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_are_in_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     usage = capsys.readouterr().out
     shell = "\n".join(found.text for found in BLOCKS if found.language == "bash")
     commands = set(re.findall(r"raycontrolnet ([a-z]+)\b", shell))
     assert commands == {"train", "tune", "prepare", "condition", "generate", "demo"}
     assert commands <= set(re.findall(r"raycontrolnet ([a-z]+)\b", usage))
-    for command, settings in {"train": {}, "tune": setting_types(SweepSettings)}.items():
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main([command, "--help"])
-        assert exit_info.value.code == 0
-        help_text = capsys.readouterr().out
-        assert [name for name in [*setting_types(TrainConfig), *settings] if f"--{name}" not in help_text] == []
 
 
 def test_exit_codes() -> None:

@@ -1,4 +1,4 @@
-"""Plain English: docstrings of functions open with a verb, none opens with a question word."""
+"""Plain English: docstrings of functions open with a verb, those of attributes do not, none with a question word."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ NO_VERBS = {
     "The", "These", "This",
     "By", "For", "From", "In", "On", "With",
 }  # fmt: skip
+VERBS = {"Return", "Returns", "Yield", "Yields", "Check", "Checks", "Give", "Gives", "Get", "Gets"}
 DOCSTRINGS_AT_LEAST = 1200
 
 
-def docstrings(path: Path) -> Iterator[tuple[int, str, bool]]:
-    """Yield (line, docstring, True if it is a function's and must open with a verb), attributes' included."""
+def docstrings(path: Path) -> Iterator[tuple[int, str, set[str]]]:
+    """Yield (line, docstring, words that it must not open with), attributes' included."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and (text := ast.get_docstring(node)):
-            is_function = isinstance(node, ast.FunctionDef) and not node.name.startswith("test_")
-            is_property = isinstance(node, ast.FunctionDef) and "property" in "".join(
-                ast.unparse(decorator) for decorator in node.decorator_list
-            )
-            yield getattr(node, "lineno", 1), text, is_function and not is_property
+            forbidden = QUESTION_WORDS
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("test_"):
+                is_property = any("property" in ast.unparse(decorator) for decorator in node.decorator_list)
+                forbidden = QUESTION_WORDS | (VERBS if is_property else NO_VERBS)
+            yield getattr(node, "lineno", 1), text, forbidden
         body = getattr(node, "body", [])
         for above, below in pairwise(body) if isinstance(body, list) else ():
             match above, below:
                 case ast.AnnAssign() | ast.Assign(), ast.Expr(value=ast.Constant(value=str(text))):
-                    yield below.lineno, text, False
+                    yield below.lineno, text, QUESTION_WORDS | VERBS
 
 
 def test_docstrings_open_plainly() -> None:
@@ -39,10 +40,10 @@ def test_docstrings_open_plainly() -> None:
     roots = (Path(raycontrolnet.__path__[0]), tests, tests.parent / "examples")
     seen, wrong = 0, []
     for path in [path for root in roots for path in sorted(root.rglob("*.py"))]:
-        for line, text, needs_verb in docstrings(path):
+        for line, text, forbidden in docstrings(path):
             seen += 1
             first = text.split()[0].rstrip(",.:;") if text.split() else ""
-            if first in QUESTION_WORDS | (NO_VERBS if needs_verb else set()):
+            if first in forbidden:
                 wrong.append(f"{path.parent.name}/{path.name}:{line}: opens with {first!r}")
     assert wrong == []
     assert seen >= DOCSTRINGS_AT_LEAST

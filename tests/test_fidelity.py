@@ -1,4 +1,4 @@
-"""Control fidelity: the measures against known answers, and the scores that runs and `generate` give their images."""
+"""Control fidelity: the measures against known answers, and the scores of a run's validation images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
 from typing import Any, get_args
@@ -15,14 +14,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
+from runs import Run, metadata, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 import raycontrolnet
-from raycontrolnet import GenerateConfig, PairImages, TrainConfig, control_fidelity, fit, generate
+from raycontrolnet import control_fidelity
 from raycontrolnet.conditions import recipes as conditions
 from raycontrolnet.config.output_settings import FIDELITY_MEASURES
+from raycontrolnet.data.records import UInt8Image
 from raycontrolnet.demo.shapes import COLOURS, draw_row
-from raycontrolnet.errors import ConfigError
 from raycontrolnet.report.page import REPORT_FILE
 from raycontrolnet.report.progress import Progress
 from raycontrolnet.sampling import fidelity, scores
@@ -31,11 +31,6 @@ from raycontrolnet.sampling.scores import Fidelity
 from raycontrolnet.training import metrics, validation
 
 Settings = dict[str, Any]
-Run = tuple[Path, Any, str]
-"""Its folder, what `fit` returned, and what was shown."""
-Train = Callable[..., Run]
-Draw = Callable[..., tuple[list[PairImages], str]]
-UInt8Image = npt.NDArray[np.uint8]
 SIZE = 128
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 
@@ -69,16 +64,12 @@ def test_a_shifted_circle_has_the_overlap_of_the_formula(radius: int) -> None:
     control_image = outline(disc(43, 60, radius))
     for shift in (0, 1, 5, 20, 40, 70):
         d, r = min(shift, 2 * radius), radius
-        image = painted(disc(43 + d, 60, radius), COLOURS["red"], COLOURS["teal"])
+        image = painted(disc(43 + shift, 60, radius), COLOURS["red"], COLOURS["teal"])
         lens = 2 * r**2 * math.acos(d / (2 * r)) - d / 2 * math.sqrt(4 * r**2 - d**2)
         measured = control_fidelity(control_image, image, "shape")
         assert measured == pytest.approx(lens / (2 * math.pi * r**2 - lens), abs=0.015)
         assert shift or measured > 0.99
-
-
-def test_shapes_apart_have_none() -> None:
-    image = painted(disc(95, 95, 20), COLOURS["red"], COLOURS["teal"])
-    assert control_fidelity(outline(disc(30, 30, 20)), image, "shape") == 0
+        assert shift <= 2 * radius or measured == 0
 
 
 @pytest.mark.parametrize("place", [(20, 64), (5, 64), (64, 20), (127, 127), (20, 20)])
@@ -172,12 +163,6 @@ def edges_of(image: UInt8Image) -> UInt8Image:
     return conditions.canny(image, low_threshold=100, high_threshold=200)
 
 
-def test_a_picture_has_the_edges_that_are_made_of_it() -> None:
-    for index in range(40):
-        image = np.asarray(draw_row(index, 64, 0).image)
-        assert control_fidelity(edges_of(image), image, "canny") == 1
-
-
 @pytest.fixture
 def scene() -> UInt8Image:
     """Draw a few shapes, some way apart."""
@@ -190,7 +175,8 @@ def scene() -> UInt8Image:
 
 
 def test_a_picture_has_its_own_edges(scene: UInt8Image) -> None:
-    assert control_fidelity(edges_of(scene), scene, "canny") == 1
+    for image in (scene, *(np.asarray(draw_row(index, 64, 0).image) for index in range(40))):
+        assert control_fidelity(edges_of(image), image, "canny") == 1
 
 
 def test_edges_within_the_tolerance_are_the_same(scene: UInt8Image) -> None:
@@ -260,45 +246,9 @@ def test_averages_and_words() -> None:
 # --- in a run ---
 
 
-@pytest.fixture(scope="module")
-def train(tiny_base: Path, circles: Path) -> Train:
-    """Train with `train(folder, name=value, ...)`."""
-
-    def run(folder: Path, **changed: Any) -> Run:
-        controls = sorted((circles / "conditioning").glob("*.png"))[:2]
-        settings: Settings = {
-            "pretrained_model_name_or_path": str(tiny_base),
-            "train_data_dir": str(circles),
-            "output_dir": str(folder),
-            "resolution": 32,
-            "max_train_steps": 4,
-            "checkpointing_steps": 2,
-            "seed": 0,
-            "validation_prompt": ("red circle", "blue circle"),
-            "validation_image": tuple(map(str, controls)),
-            "num_validation_images": 2,
-            "validation_steps": 2,
-            "control_fidelity": "shape",
-            "report_to": "tensorboard",
-            "cache_latents": "off",
-            "num_workers": "0",
-            "use_gpu": False,
-        }
-        stream = io.StringIO()
-        result = fit(TrainConfig(**settings | changed), stream=stream)
-        return folder, result, stream.getvalue()
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def run(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Do not write into it."""
-    return train(tmp_path_factory.mktemp("scored") / "run")
-
-
-def metadata(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+@pytest.fixture
+def settings(validated_settings: Settings, tmp_path: Path) -> Settings:
+    return validated_settings | {"output_dir": str(tmp_path / "run")}
 
 
 def measured_again(folder: Path, measure: Measure) -> list[float]:
@@ -314,8 +264,8 @@ def measured_again(folder: Path, measure: Measure) -> list[float]:
     ]
 
 
-def test_what_a_run_leaves(run: Run) -> None:
-    out, result, shown = run
+def test_what_a_run_leaves(validated_run: Run) -> None:
+    out, result, shown = validated_run
     means = {}
     for step in (2, 4):
         folder = validation.step_folder(out, step)
@@ -338,8 +288,8 @@ def test_what_a_run_leaves(run: Run) -> None:
     assert '- `control_fidelity`: `"shape"`' in card
 
 
-def test_the_report_has_the_curve_and_the_last_value(run: Run) -> None:
-    out, result, _ = run
+def test_the_report_has_the_curve_and_the_last_value(validated_run: Run) -> None:
+    out, result, _ = validated_run
     page = (out / REPORT_FILE).read_text()
     assert "<h3>Control fidelity</h3>" in page
     assert 'aria-label="control fidelity over the steps"' in page
@@ -347,17 +297,18 @@ def test_the_report_has_the_curve_and_the_last_value(run: Run) -> None:
     assert re.search(r"<small>± \S+, at step 4</small>", page)
 
 
-def test_scores_change_nothing_else(run: Run, train: Train, tmp_path: Path) -> None:
-    without, result, shown = train(tmp_path / "without", control_fidelity=None)
-    losses = [[line["loss"] for line in metrics.read(out / metrics.METRICS_FILE)] for out in (run[0], without)]
+def test_scores_change_nothing_else(validated_run: Run, settings: Settings) -> None:
+    with_scores = validated_run.folder
+    without, result, shown = train(settings | {"control_fidelity": None})
+    losses = [[line["loss"] for line in metrics.read(out / metrics.METRICS_FILE)] for out in (with_scores, without)]
     assert losses[0] == losses[1]
     pictures = [
         {path.relative_to(out).as_posix(): path.read_bytes() for path in out.glob("validation/*/*.png")}
-        for out in (run[0], without)
+        for out in (with_scores, without)
     ]
     assert pictures[0] == pictures[1]
     assert len(pictures[0]) == 2 * 2 * (2 + 2)
-    plain = [{k: v for k, v in line.items() if k != "control_fidelity"} for line in metadata_of(run[0])]
+    plain = [{k: v for k, v in line.items() if k != "control_fidelity"} for line in metadata_of(with_scores)]
     assert plain == metadata_of(without)
     assert result.control_fidelity is None
     assert "control_fidelity" not in json.loads((without / "run.json").read_text())
@@ -373,24 +324,20 @@ def out_of_order(*_: Any) -> float:
     raise RuntimeError("OpenCV is out of order")
 
 
-def test_no_score_costs_a_run_or_a_picture(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_score_costs_a_run_or_a_picture(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fidelity, "control_fidelity", out_of_order)
-    out, result, shown = train(tmp_path / "run", max_train_steps=1, report_to="none")
+    out, result, shown = train(settings | {"max_train_steps": 1, "report_to": "none"})
     assert result.control_fidelity is None
     assert len(metadata(validation.step_folder(out, 1))) == 4
     assert "control fidelity" not in shown
     assert "no control fidelity (RuntimeError: OpenCV is out of order)" in (out / "run.log").read_text()
 
 
-def test_one_image_has_no_error(train: Train, tmp_path: Path) -> None:
-    out, _, shown = train(
-        tmp_path / "run",
-        validation_prompt="red circle",
-        num_validation_images=1,
-        validation_image=str(control_of(tmp_path)),
-        control_fidelity="canny",
-        report_to="none",
-    )
+def test_one_image_has_no_error(settings: Settings, tmp_path: Path) -> None:
+    control = tmp_path / "control.png"
+    Image.fromarray(outline(disc(16, 16, 9, size=32))).save(control)
+    one = {"validation_prompt": "red circle", "validation_image": str(control), "num_validation_images": 1}
+    out, _, shown = train(settings | one | {"control_fidelity": "canny", "report_to": "none"})
     (score,) = measured_again(validation.step_folder(out, 4), "canny")
     assert f"step 4: control fidelity {score:.3f}\n" in shown
     page = (out / REPORT_FILE).read_text()
@@ -398,141 +345,21 @@ def test_one_image_has_no_error(train: Train, tmp_path: Path) -> None:
     assert f"<dt>control fidelity</dt><dd><b>{score:.3g}</b><br><small>at step 4</small>" in page
 
 
-def control_of(folder: Path) -> Path:
-    Image.fromarray(outline(disc(16, 16, 9, size=32))).save(folder / "control.png")
-    return folder / "control.png"
-
-
-def test_earlier_scores_are_not_shown_as_new(run: Run) -> None:
+def test_earlier_scores_are_not_shown_as_new(validated_run: Run) -> None:
     stream = io.StringIO()
-    with Progress(run[0], 8, 2, stream, scored=True):
+    with Progress(validated_run.folder, 8, 2, stream, scored=True):
         pass
     assert "control fidelity" not in stream.getvalue()
 
 
 @pytest.mark.usefixtures("_local_ray")
-def test_beside_the_training_scores_are_the_same(run: Run, train: Train, tmp_path: Path) -> None:
-    out, result, shown = train(tmp_path / "run", num_workers="1", cpus_per_worker=1.0)
+def test_beside_the_training_scores_are_the_same(validated_run: Run, settings: Settings) -> None:
+    out, result, shown = train(settings | {"num_workers": "1", "cpus_per_worker": 1.0})
     assert json.loads((out / "run.json").read_text())["timings"]["validation_beside_s"] > 0
     for step in (2, 4):
         folder = validation.step_folder(out, step)
         assert [line["control_fidelity"] for line in metadata(folder)] == measured_again(folder, "shape")
         assert f"step {step}: control fidelity" in shown
-    assert result.control_fidelity == pytest.approx(run[1].control_fidelity, abs=0.05)
+    assert result.control_fidelity == pytest.approx(validated_run.result.control_fidelity, abs=0.05)
     events = EventAccumulator(str(out / "logs" / "train_controlnet")).Reload()
     assert sorted(event.step for event in events.Scalars("control_fidelity")) == [2, 4]
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        (
-            {"control_fidelity": "shapes"},
-            "--control_fidelity=shapes: must be one of shape, canny; perhaps you meant shape",
-        ),
-        (
-            {"control_fidelity": "canny", "validation_prompt": None, "validation_image": None},
-            (
-                "--control_fidelity=canny: there are no validation images to score; "
-                "add --validation_prompt and --validation_image"
-            ),
-        ),
-    ],
-)
-def test_settings_that_mean_nothing(changed: Settings, message: str, train: Train, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as error:
-        train(tmp_path / "run", **changed)
-    assert str(error.value) == message
-
-
-# --- by `raycontrolnet generate` ---
-
-
-@pytest.fixture
-def draw(run: Run, circles: Path, tmp_path: Path) -> Draw:
-    """draw(name=value, ...): (what generate returned, what was shown); two pairs of two images each."""
-    controls = sorted((circles / "conditioning").glob("*.png"))[:2]
-
-    def make(**changed: Any) -> tuple[list[PairImages], str]:
-        settings: Settings = {
-            "controlnet": str(run[0]),
-            "prompt": ("red circle", "blue circle"),
-            "image": tuple(map(str, controls)),
-            "num_images": 2,
-            "num_inference_steps": 2,
-            "out": str(tmp_path / "generated"),
-            "use_gpu": False,
-        }
-        stream = io.StringIO()
-        return generate(GenerateConfig(**settings | changed), stream=stream), stream.getvalue()
-
-    return make
-
-
-@pytest.mark.parametrize("measure", FIDELITY_MEASURES)
-def test_generated_images_get_scores(measure: Measure, draw: Draw, tmp_path: Path) -> None:
-    pairs, shown = draw(control_fidelity=measure)
-    out = tmp_path / "generated"
-    found = [line["control_fidelity"] for line in metadata(out)]
-    assert found == measured_again(out, measure)
-    assert [pair.control_fidelity for pair in pairs] == [tuple(found[:2]), tuple(found[2:])]
-    average = scores.average(found)
-    assert average is not None
-    last = shown.splitlines()[-1]
-    assert last.endswith(f": 4 images, grids and metadata.jsonl in {out}; {scores.in_words(average)} ({measure})")
-    assert " ± " in last
-
-
-def test_scores_do_not_change_the_images(draw: Draw, tmp_path: Path) -> None:
-    draw(control_fidelity="shape", out=str(tmp_path / "scored"))
-    pairs, shown = draw(out=str(tmp_path / "plain"))
-    files = [{path.name: path.read_bytes() for path in (tmp_path / name).glob("*.png")} for name in ("scored", "plain")]
-    assert files[0] == files[1]
-    assert len(files[0]) == 8
-    assert [pair.control_fidelity for pair in pairs] == [None, None], "the run's setting is not for other images"
-    assert "control_fidelity" not in (tmp_path / "plain" / "metadata.jsonl").read_text()
-    assert "control fidelity" not in shown
-
-
-def test_generated_images_without_a_score(draw: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fidelity, "control_fidelity", out_of_order)
-    pairs, shown = draw(control_fidelity="shape")
-    log = tmp_path / "generated" / "generate.log"
-    assert shown.endswith(f"; no control fidelity, {log} says why\n")
-    assert "no control fidelity (RuntimeError: OpenCV is out of order)" in log.read_text()
-    assert [pair.control_fidelity for pair in pairs] == [None, None]
-
-
-def test_a_hundred_pairs(draw: Draw, circles: Path, tmp_path: Path) -> None:
-    """Their files sort as the pairs do."""
-    controls = [str(path) for path in sorted((circles / "conditioning").glob("*.png"))[:10]]
-    prompts = [f"circle {number}" for number in range(101)]
-    pairs, shown = draw(
-        prompt=prompts,
-        image=[controls[number % 10] for number in range(101)],
-        num_images=1,
-        num_inference_steps=1,
-        batch_size=32,
-        control_fidelity="shape",
-    )
-    out = tmp_path / "generated"
-    assert [pair.prompt for pair in pairs] == prompts
-    assert [path.name for path in sorted(out.glob("*-image-00.png"))] == [pair.images[0].name for pair in pairs]
-    assert [path.name for path in sorted(out.glob("*-grid.png"))] == [pair.grid.name for pair in pairs]
-    assert (pairs[7].name, pairs[100].name, pairs[100].grid.name) == ("pair-007", "pair-100", "pair-100-grid.png")
-    assert shown.count(f"\n{out}/pair-") == 101
-    assert "101 images" in shown.splitlines()[-1]
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"control_fidelity": "edge"}, "--control_fidelity=edge: must be one of shape, canny"),
-        ({"batch_size": 0}, "--batch_size=0: must be at least 1"),
-        ({"batch_size": "many"}, "--batch_size='many': must be a whole number"),
-    ],
-)
-def test_bad_flags_of_generate(changed: Settings, message: str, draw: Draw) -> None:
-    with pytest.raises(ConfigError) as error:
-        draw(**changed)
-    assert str(error.value) == message

@@ -81,6 +81,7 @@ def test_of_a_folder(
     if card is not None:
         (tmp_path / "README.md").write_bytes(card.encode())
     assert licence_of(config(tmp_path)) == expected
+    assert licence_of(config(tmp_path / "gone")) == GUESS
     assert not hub.calls
     assert not caplog.records
 
@@ -168,7 +169,3 @@ def test_of_the_cache(tmp_path: Path, hub: HubStandIn, monkeypatch: pytest.Monke
     assert licence_of(config(cache_dir=str(tmp_path), revision="v2")) == GUESS
     assert licence_of(config(cache_dir=str(tmp_path / "gone"))) == GUESS
     assert not hub.calls
-
-
-def test_of_a_model_that_is_gone(tmp_path: Path) -> None:
-    assert licence_of(config(tmp_path / "gone")) == GUESS

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,11 @@ import pytest
 import yaml
 from diffusers import ControlNetModel, UNet2DConditionModel
 from PIL import Image
+from test_report import write_images
 
-from raycontrolnet.config.output_settings import ValidationConfig
 from raycontrolnet.config.train_config import TrainConfig, changed_settings
 from raycontrolnet.hub.licence import Licence
 from raycontrolnet.hub.model_card import write_model_card
-from raycontrolnet.sampling import images
-from raycontrolnet.sampling.pipeline import DrawOptions
 from raycontrolnet.training import validation
 
 TOKEN = "hf_TheRightToken"
@@ -45,23 +42,9 @@ def settings_of(folder: Path, base: Path, **settings: Any) -> dict[str, Any]:
     return changed_settings(TrainConfig(**given | {"resolution": 32, "hub_token": TOKEN, "seed": 3} | settings))
 
 
-@pytest.fixture
-def finish_validation(tmp_path: Path) -> Callable[..., None]:
+def finish_validation(folder: Path, step: int, *prompts: str) -> None:
     """Make a validation as it is left in a run's folder, without drawing."""
-
-    def finish(folder: Path, step: int, *prompts: str) -> None:
-        Image.new("RGB", (32, 32), "red").save(tmp_path / "control.png")
-        config = ValidationConfig(
-            validation_prompt=prompts, validation_image=(str(tmp_path / "control.png"),), num_validation_images=2
-        )
-        items = images.plan(config.validation_pairs, config.num_validation_images, 0, "--validation_image")
-        place = validation.step_folder(folder, step)
-        place.mkdir(parents=True)
-        for item in items:
-            Image.new("RGB", (32, 32), (step, item.image, item.pair)).save(place / item.file_name)
-        assert len(images.finish(place, items, DrawOptions(32), step=step)) == len(prompts)
-
-    return finish
+    write_images(folder, range(step, step + 1), list(prompts), resolution=32)
 
 
 def parts(card: Path) -> tuple[dict[str, Any], str]:
@@ -69,7 +52,7 @@ def parts(card: Path) -> tuple[dict[str, Any], str]:
     return yaml.safe_load(metadata), text
 
 
-def test_card(run_folder: Path, tiny_base: Path, finish_validation: Callable[..., None]) -> None:
+def test_card(run_folder: Path, tiny_base: Path) -> None:
     finish_validation(run_folder, 1, "an older one")
     finish_validation(run_folder, 2, "red circle", EVIL, " ")
     image = str(tiny_base / "model_index.json")
@@ -167,7 +150,7 @@ def test_licence(licence: Licence, head: dict[str, Any], said: str, run_folder: 
     assert f"\n## Licence\n\n{said}" in text
 
 
-def test_user_text_is_not_markup(run_folder: Path, tiny_base: Path, finish_validation: Callable[..., None]) -> None:
+def test_user_text_is_not_markup(run_folder: Path, tiny_base: Path) -> None:
     from markdown_it import MarkdownIt
 
     finish_validation(run_folder, 2, EVIL)
@@ -197,9 +180,7 @@ def test_card_of_models_on_the_hub(run_folder: Path) -> None:
     assert str(run_folder) not in text
 
 
-def test_card_of_an_earlier_run_is_replaced(
-    run_folder: Path, tiny_base: Path, finish_validation: Callable[..., None]
-) -> None:
+def test_card_of_an_earlier_run_is_replaced(run_folder: Path, tiny_base: Path) -> None:
     finish_validation(run_folder, 2, "red circle", "blue circle")
     write_model_card(run_folder, settings_of(run_folder, tiny_base), {})
     finish_validation(run_folder, 4, "red circle")
@@ -210,9 +191,7 @@ def test_card_of_an_earlier_run_is_replaced(
     assert not list(run_folder.glob(".README*"))
 
 
-def test_snippet_runs(
-    run_folder: Path, tiny_base: Path, finish_validation: Callable[..., None], tmp_path: Path
-) -> None:
+def test_snippet_runs(run_folder: Path, tiny_base: Path, tmp_path: Path) -> None:
     """As it stands in the card, with a prompt full of quotes."""
     finish_validation(run_folder, 2, EVIL)
     _, text = parts(write_model_card(run_folder, settings_of(run_folder, tiny_base), {}))

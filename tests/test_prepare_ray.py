@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-import subprocess
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+from processes import kill_9
+from runs import flags
 
 from raycontrolnet import TrainConfig, fit, prepare
 from raycontrolnet.demo.shapes import write_shapes
@@ -112,24 +109,8 @@ def test_a_cache_that_cannot_be_written_fails_with_the_reason(settings: Settings
 def test_killed_in_the_middle_it_goes_on(settings: Settings, many: Path) -> None:
     """Kill -9 of the driver and of its Ray; then the same command to the end."""
     settings |= {"train_data_dir": str(many), "resolution": 16}
-    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "raycontrolnet", "prepare", *flags]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     folder = settings["latents_cache_dir"]
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, start_new_session=True
-    ) as first:
-        try:
-            while not shards_in(folder):
-                assert first.poll() is None
-                time.sleep(0.01)
-            children = psutil.Process(first.pid).children(recursive=True)
-        finally:
-            first.kill()
-    for child in children:  # Ray's agents would go by themselves, after a minute
-        with suppress(psutil.NoSuchProcess):
-            child.kill()
-    psutil.wait_procs(children, timeout=30)
+    kill_9([sys.executable, "-m", "raycontrolnet", "prepare", *flags(settings)], lambda: shards_in(folder))
     before = shards_in(folder)
     assert 0 < len(before) < NUM_SHARDS
     result = prepare(TrainConfig(**settings), stream=io.StringIO())

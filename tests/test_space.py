@@ -226,8 +226,6 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     ("content", "text"),
     [
         (None, "cannot be read (No such file or directory)"),
-        ("a: [1", "is not valid YAML (while parsing a flow sequence"),
-        ("- learning_rate", "must be a list of `setting: value` lines"),
         ("", "names no settings; add some, such as learning_rate: {loguniform: [2e-6, 1e-4]}, or leave out --space"),
         ("learning_rat: {uniform: [0, 1]}", "unknown setting learning_rat; perhaps you meant learning_rate"),
         ("lr_scheduler: {choice: []}", "lr_scheduler: choice: []: is empty; list the values to try"),

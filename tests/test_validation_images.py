@@ -16,6 +16,7 @@ import pytest
 import torch
 from diffusers import ControlNetModel
 from PIL import Image
+from runs import metadata
 
 from raycontrolnet.config.output_settings import ValidationConfig
 from raycontrolnet.config.settings import ModelConfig
@@ -237,7 +238,7 @@ def test_folder(components: Components, config: ValidationConfig, tmp_path: Path
         np.testing.assert_array_equal(
             pixels(folder / item.file_name), pixels(tmp_path / "one/validation/step-000012" / item.file_name)
         )
-    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    lines = metadata(folder)
     assert [line["file_name"] for line in lines] == [item.file_name for item in items]
     assert lines[4] == {
         "file_name": "pair-01-image-01.png",
