@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from raycontrolnet.cli import main, parse
 from raycontrolnet.conditions import condition as condition_images
 from raycontrolnet.conditions import recipes as conditions
 from raycontrolnet.conditions.folder import JOURNAL, ConditionFolder, png_name
-from raycontrolnet.conditions.make import MakeJob, Outcome, make
+from raycontrolnet.conditions.make import Outcome, ToMake, make
+from raycontrolnet.conditions.recipes import Recipe
 from raycontrolnet.config.condition_config import CONDITIONS
 from raycontrolnet.data.folder_source import FolderSource
 from raycontrolnet.data.records import ImageRow, UInt8Image
@@ -147,9 +148,8 @@ def run(photos: Path, shown: io.StringIO) -> Make:
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the images in this process, where Ray's part is not tested."""
 
-    def make_here(job: MakeJob) -> Iterator[list[Outcome]]:
-        for chunk in job.chunks():
-            yield [make(item, job.recipe, job.folder) for item in chunk]
+    def make_here(items: Sequence[ToMake], recipe: Recipe, folder: str) -> Iterator[list[Outcome]]:
+        yield [make(item, recipe, folder) for item in items]
 
     monkeypatch.setattr(condition_images, "make_on_ray", make_here)
     monkeypatch.setattr(condition_images, "ray_session", lambda address: nullcontext())
@@ -508,8 +508,8 @@ def test_half_a_line_of_the_journal_does_no_harm(run: Make) -> None:
 
 @contextmanager
 def ends_after_one_image(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    def make_one(job: MakeJob) -> Iterator[list[Outcome]]:
-        yield [make(job.items[0], job.recipe, job.folder)]
+    def make_one(items: Sequence[ToMake], recipe: Recipe, folder: str) -> Iterator[list[Outcome]]:
+        yield [make(items[0], recipe, folder)]
         raise error
 
     with monkeypatch.context() as patched:

@@ -20,8 +20,7 @@ from raycontrolnet.config.declare import Facts
 from raycontrolnet.config.settings import LR_SCHEDULERS
 from raycontrolnet.config.space import (
     DEFAULT_SPACE,
-    Choice,
-    Uniform,
+    Dimension,
     draw,
     num_trials,
     optuna_distributions,
@@ -195,9 +194,9 @@ def test_the_reason_of_a_refusal(name: str, text: str) -> None:
 
 def test_the_default_space() -> None:
     assert read_space(None) == {
-        "learning_rate": Uniform(2e-6, 1e-4, log=True),
-        "lr_scheduler": Choice(("constant", "cosine")),
-        "proportion_empty_prompts": Uniform(0.0, 0.5),
+        "learning_rate": Dimension("loguniform", (2e-6, 1e-4)),
+        "lr_scheduler": Dimension("choice", ("constant", "cosine")),
+        "proportion_empty_prompts": Dimension("uniform", (0.0, 0.5)),
     }
     assert checked(DEFAULT_SPACE) == checked(DEFAULT_SPACE, searcher="optuna") == []
 
@@ -214,11 +213,11 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     space = read_space(file)
     assert space == read_space(str(file))
     assert space == {
-        "learning_rate": Uniform(2e-6, 1e-4, log=True),
-        "adam_epsilon": Choice((1e-8, 1e-6)),
-        "lr_warmup_steps": Uniform(0, 500, whole=True),
-        "train_batch_size": Choice((4, 8), grid=True),
-        "mixed_precision": Choice((None, "no")),
+        "learning_rate": Dimension("loguniform", (2e-6, 1e-4)),
+        "adam_epsilon": Dimension("choice", (1e-8, 1e-6)),
+        "lr_warmup_steps": Dimension("uniform", (0, 500), whole=True),
+        "train_batch_size": Dimension("grid", (4, 8)),
+        "mixed_precision": Dimension("choice", (None, "no")),
     }
 
 
@@ -390,8 +389,8 @@ def test_draws_are_what_a_run_takes() -> None:
         train = dataclasses.replace(TRAIN, **settings)
         for name, value in settings.items():
             dimension = SPACE[name]
-            if isinstance(dimension, Uniform):
-                assert dimension.low <= value <= dimension.high
+            if dimension.is_range:
+                assert dimension.values[0] <= value <= dimension.values[1]
                 assert type(value) is (int if dimension.whole else float)
             else:
                 assert value in dimension.values
@@ -417,7 +416,7 @@ def test_draws_stay_what_they_are() -> None:
 
 
 def test_another_setting_changes_no_draw() -> None:
-    larger = {"adam_beta1": Uniform(0.5, 0.9), "lr_power": Choice((1.0, 2.0)), **SPACE}
+    larger = {"adam_beta1": Dimension("uniform", (0.5, 0.9)), "lr_power": Dimension("choice", (1.0, 2.0)), **SPACE}
     for index in range(50):
         found = draw(larger, 5, index)
         assert {name: found[name] for name in SPACE} == draw(SPACE, 5, index)
@@ -455,15 +454,15 @@ def test_choices_are_drawn_evenly() -> None:
 
 
 @pytest.mark.parametrize("low", [1e-300, 1e-6, 0.5])
-@pytest.mark.parametrize("log", [False, True])
-def test_the_ends_of_a_range(low: float, log: bool) -> None:
+@pytest.mark.parametrize("kind", ["uniform", "loguniform"])
+def test_the_ends_of_a_range(low: float, kind: str) -> None:
     """Rounding leads nowhere outside."""
-    dimension = Uniform(low, 0.7, log=log)
+    dimension = Dimension(kind, (low, 0.7))
     assert dimension.at(0) == pytest.approx(low, rel=1e-9)
     assert dimension.at(math.nextafter(1, 0)) == pytest.approx(0.7, rel=1e-9)
     assert low <= dimension.at(0) <= dimension.at(math.nextafter(1, 0)) <= 0.7
-    assert Uniform(-1.5e308, 1.5e308).at(0.5) == 0
-    whole = Uniform(3, 7, log=log, whole=True)
+    assert Dimension("uniform", (-1.5e308, 1.5e308)).at(0.5) == 0
+    whole = Dimension(kind, (3, 7), whole=True)
     assert (whole.at(0), whole.at(math.nextafter(1, 0))) == (3, 7)
 
 

@@ -18,7 +18,7 @@ from typing import TextIO
 from raycontrolnet.cluster.logs import logging_to, shown_on
 from raycontrolnet.cluster.session import ray_session
 from raycontrolnet.conditions.folder import BAD_PICTURES_FILE, CONDITIONING, ConditionFolder, Made, png_name
-from raycontrolnet.conditions.make import MakeJob, Outcome, ToMake, make_on_ray
+from raycontrolnet.conditions.make import Outcome, ToMake, make_on_ray
 from raycontrolnet.conditions.pictures import PictureRow, find_rows
 from raycontrolnet.conditions.recipes import Recipe
 from raycontrolnet.config.checks import unwritable
@@ -154,11 +154,10 @@ def _make(task: _Task, stream: TextIO) -> dict[str, str]:
     task.out.remove_leftovers()
     task.out.begin([item.name for item in task.missing])
     problems: dict[str, str] = {}
-    job = MakeJob(task.recipe, str(task.out.conditioning), task.missing)
     with ray_session(task.config.address):
         counter = Counter(task.config.condition, "images", len(task.names), len(task.names) - len(task.missing), stream)
         try:
-            for outcomes in make_on_ray(job):
+            for outcomes in make_on_ray(task.missing, task.recipe, str(task.out.conditioning)):
                 problems |= {done.name: done.problem for done in outcomes if done.problem is not None}
                 _record(task, [done for done in outcomes if done.problem is None])
                 counter.advance(len(outcomes))

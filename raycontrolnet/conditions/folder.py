@@ -41,18 +41,10 @@ class ConditionFolder:
     """The journal of a folder, and where its files lie."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.conditioning, self.metadata = path, path / CONDITIONING, path / METADATA
         self.made: dict[str, Made] = {}
         self._metadata_hashes: set[str] = set()
         self._read()
-
-    @property
-    def conditioning(self) -> Path:
-        return self.path / CONDITIONING
-
-    @property
-    def metadata(self) -> Path:
-        return self.path / METADATA
 
     def is_there(self, name: str, key: str) -> bool:
         """Check that the conditioning image `name` exists and was made with `key`. It may have been edited since."""

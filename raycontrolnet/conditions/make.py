@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
@@ -47,38 +46,29 @@ class Outcome(NamedTuple):
     """Reason why the picture cannot be used."""
 
 
-@dataclass(frozen=True)
-class MakeJob:
-    """Conditioning images to make, and their recipe. Plain data for tasks."""
+def make_on_ray(items: Sequence[ToMake], recipe: Recipe, folder: str) -> Iterator[list[Outcome]]:
+    """Make conditioning images on the connected Ray cluster; yield results as tasks finish.
 
-    recipe: Recipe
-    folder: str
-    """Absolute path of the conditioning images' folder."""
-    items: Sequence[ToMake]
-
-    def chunks(self) -> Iterator[Sequence[ToMake]]:
-        size = min(MOST_PICTURES, max(1, len(self.items) // CHUNKS))
-        return (self.items[start : start + size] for start in range(0, len(self.items), size))
-
-
-def make_on_ray(job: MakeJob) -> Iterator[list[Outcome]]:
-    """Make all conditioning images of the job on the connected Ray cluster; yield results as tasks finish.
+    Args:
+        folder: absolute path of the conditioning images' folder.
 
     Raises:
         RunError: if one cannot be written.
     """
     import ray
 
-    dataset = generate(_chunks, ray.put(job)).map_batches(
-        _make, fn_args=(job.recipe, job.folder), num_cpus=MAKING_CPUS, **WHOLE_BLOCKS
+    dataset = generate(_chunks, ray.put(items)).map_batches(
+        _make, fn_args=(recipe, folder), num_cpus=MAKING_CPUS, **WHOLE_BLOCKS
     )
     yield from results(dataset)
 
 
-def _chunks(job_ref: ray.ObjectRef[MakeJob]) -> Iterator[Sequence[ToMake]]:
+def _chunks(items_ref: ray.ObjectRef[Sequence[ToMake]]) -> Iterator[Sequence[ToMake]]:
     import ray
 
-    return ray.get(job_ref).chunks()
+    items = ray.get(items_ref)
+    size = min(MOST_PICTURES, max(1, len(items) // CHUNKS))
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def _make(table: pa.Table, recipe: Recipe, folder: str) -> pa.Table:

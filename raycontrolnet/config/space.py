@@ -39,53 +39,34 @@ DEFAULT_SPACE: Mapping[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Uniform:
-    """Any number from `low` to `high`, both included, in the setting's unit."""
+class Dimension:
+    """The values to try of one setting."""
 
-    low: float
-    high: float
-    """Above `low`."""
-    log: bool = False
-    """Uniform in the logarithm, so that every factor of 10 is equally likely; `low` is above 0."""
-    whole: bool = False
-    """Whole numbers only; low and high are as likely as those between."""
-
-    @property
-    def kind(self) -> str:
-        return "loguniform" if self.log else "uniform"
-
-    @property
-    def values(self) -> tuple[float, float]:
-        """(low, high), as in the grammar."""
-        return self.low, self.high
-
-    def at(self, share: float) -> float:
-        """Return the number with `share`, in [0, 1), of all draws below it."""
-        margin = 0.5 if self.whole else 0.0  # a whole number covers all numbers that round to it
-        low, high = (math.log(end) if self.log else end for end in (self.low - margin, self.high + margin))
-        value = (1 - share) * low + share * high
-        value = math.exp(value) if self.log else value
-        return min(max(round(value) if self.whole else value, self.low), self.high)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One of `values`; with `grid`, each of them."""
-
+    kind: str
+    """One of `KINDS`."""
     values: tuple[Any, ...]
-    """At least one, all different, of the setting's type."""
-    grid: bool = False
+    """(low, high) of a range, both included; else at least one value, all different. Of the setting's type."""
+    whole: bool = False
+    """True for a range of whole numbers; its ends are as likely as those between."""
 
     @property
-    def kind(self) -> str:
-        return "grid" if self.grid else "choice"
+    def is_range(self) -> bool:
+        """True for uniform and loguniform, which is even in the logarithm: every factor of 10 is equally likely."""
+        return self.kind in ("uniform", "loguniform")
 
     def at(self, share: float) -> Any:
-        """Return the value at `share`, in [0, 1), of the list."""
-        return self.values[int(share * len(self.values))]
+        """Return the value at `share`, in [0, 1), of the list; of a range, the one with that share of draws below."""
+        if not self.is_range:
+            return self.values[int(share * len(self.values))]
+        margin = 0.5 if self.whole else 0.0  # a whole number covers all numbers that round to it
+        is_log = self.kind == "loguniform"
+        lowest, highest = self.values
+        low, high = (math.log(end) if is_log else end for end in (lowest - margin, highest + margin))
+        value = (1 - share) * low + share * high
+        value = math.exp(value) if is_log else value
+        return min(max(round(value) if self.whole else value, lowest), highest)
 
 
-Dimension: TypeAlias = Uniform | Choice
 Space: TypeAlias = Mapping[str, Dimension]
 """Name of a setting -> the values to try."""
 
@@ -143,7 +124,7 @@ def _dimension(name: str, entry: Any) -> Dimension:
     return _choice(name, kind, values) if kind in ("choice", "grid") else _uniform(name, kind, values)
 
 
-def _uniform(name: str, kind: str, values: Any) -> Uniform:
+def _uniform(name: str, kind: str, values: Any) -> Dimension:
     """Return the range to try, or raise a ConfigError without the place."""
     number = _type_without_none(name)
     if number not in (int, float):
@@ -168,10 +149,10 @@ def _uniform(name: str, kind: str, values: Any) -> Uniform:
         raise ConfigError([f"{given}: low must be above 0, as its logarithm is taken; raise it, or use uniform"])
     if low > high:
         raise ConfigError([f"{given}: low must be below high; perhaps you meant {shown([high, low])}"])
-    return Uniform(low, high, log=kind == "loguniform", whole=number is int)
+    return Dimension(kind, (low, high), whole=number is int)
 
 
-def _choice(name: str, kind: str, given: Any) -> Choice:
+def _choice(name: str, kind: str, given: Any) -> Dimension:
     """Return the listed values to try, or raise a ConfigError without the place."""
     if not isinstance(given, (list, tuple)):
         hint = "" if isinstance(given, Mapping) or given is None else f", such as [{given}]"
@@ -193,7 +174,7 @@ def _choice(name: str, kind: str, given: Any) -> Choice:
         values.append(found)
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
-    return Choice(tuple(values), grid=kind == "grid")
+    return Dimension(kind, tuple(values))
 
 
 def _type_without_none(name: str) -> Any:
@@ -223,7 +204,7 @@ def to_grammar(space: Space) -> dict[str, dict[str, list[Any]]]:
 
 def _grids(space: Space) -> dict[str, tuple[Any, ...]]:
     """Return the values of each grid, sorted by name: the order of a file's lines does not matter."""
-    return {name: found.values for name in sorted(space) if isinstance(found := space[name], Choice) and found.grid}
+    return {name: space[name].values for name in sorted(space) if space[name].kind == "grid"}
 
 
 def num_trials(space: Space, num_samples: int) -> int:
@@ -252,10 +233,9 @@ def optuna_distributions(space: Space) -> dict[str, Any]:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     def distribution(dimension: Dimension) -> Any:
-        if isinstance(dimension, Choice):
+        if not dimension.is_range:
             return CategoricalDistribution(dimension.values)
-        if dimension.whole:
-            return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
-        return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+        kind = IntDistribution if dimension.whole else FloatDistribution
+        return kind(*dimension.values, log=dimension.kind == "loguniform")
 
     return {name: distribution(dimension) for name, dimension in space.items()}

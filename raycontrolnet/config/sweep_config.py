@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raycontrolnet.config.rules import Problems, at_least, one_of, problem_of
-from raycontrolnet.config.space import Dimension, Space, Uniform, place_of, read_space, shown
+from raycontrolnet.config.space import Dimension, Space, place_of, read_space, shown
 from raycontrolnet.config.sweepable import cache_problems, refusal, run_problems
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.config.values import coerce_settings, setting_types
@@ -110,6 +110,6 @@ class SweepConfig(SweepSettings):
             yield f"grid: optuna chooses values by itself and cannot go through a grid; {instead}"
         refusals = [problem for value in dimension.values for problem in run_problems(name, value, self.train)]
         yield from refusals
-        if not refusals and isinstance(dimension, Uniform) and dimension.whole:  # `resolution` has gaps
-            for problem in run_problems(name, dimension.low + 1, self.train):
+        if not refusals and dimension.whole:  # `resolution` has gaps
+            for problem in run_problems(name, dimension.values[0] + 1, self.train):
                 yield f"{dimension.kind}: {problem}; list the values with {{choice: [...]}}"

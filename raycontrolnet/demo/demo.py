@@ -73,7 +73,8 @@ def run_demo(config: TrainConfig) -> RunResult:
     from raycontrolnet.launch.fit import fit
 
     result = fit(config)
-    folder = _as_seen_from_here(result.output_dir)
+    here, folder = Path.cwd(), result.output_dir
+    folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
     print(f"\nThe ControlNet is in {folder}, which diffusers' ControlNetModel.from_pretrained reads.", flush=True)
     if own:
         print(_comparison(folder, guidance_scale=config.guidance_scale, use_gpu=config.use_gpu))
@@ -187,11 +188,6 @@ def _report(result: RunResult, folder: Path, seconds: float) -> str:
         "From pictures and captions alone, `raycontrolnet condition --help` says how to make the control images."
     )
     return "\n".join(lines)
-
-
-def _as_seen_from_here(path: Path) -> Path:
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _say(message: str) -> None:

@@ -71,12 +71,10 @@ SHAPES: dict[str, Callable[[float], list[Point]]] = {"circle": _circle, "square"
 """Name -> corners about the origin, y downwards, of a shape of a size."""
 
 
-def write_shapes(
-    folder: Path, num_rows: int = 64, *, resolution: int = 64, seed: int = 0, shapes: Sequence[str] = tuple(SHAPES)
-) -> Path:
+def write_shapes(folder: Path, num_rows: int = 64, *, resolution: int = 64, seed: int = 0) -> Path:
     """Write `images/NNNNN.png`, `conditioning/NNNNN.png` and `metadata.jsonl` below `folder`, and return `folder`.
 
-    Row i depends on (seed, i, resolution, shapes) alone: a larger data set begins with the rows of a smaller one. The
+    Row i depends on (seed, i, resolution) alone: a larger data set begins with the rows of a smaller one. The
     images are RGB, `resolution` pixels square. `metadata.jsonl` is written last, so a folder that has it is complete.
     """
     folder = Path(folder)
@@ -84,7 +82,7 @@ def write_shapes(
         (folder / column).mkdir(parents=True, exist_ok=True)
     lines = []
     for index in range(num_rows):
-        image, conditioning_image, text = draw_row(index, resolution, seed, shapes)
+        image, conditioning_image, text = draw_row(index, resolution, seed)
         row = {"image": f"images/{index:05}.png", "conditioning_image": f"conditioning/{index:05}.png", "text": text}
         image.save(folder / row["image"])
         conditioning_image.save(folder / row["conditioning_image"])

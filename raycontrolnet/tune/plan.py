@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from raycontrolnet.cluster.resources import WorkerResources
 from raycontrolnet.config.checks import absolute, versions, with_absolute_paths
-from raycontrolnet.config.space import Choice, Dimension, Space, num_trials, to_grammar
+from raycontrolnet.config.space import Dimension, Space, num_trials, to_grammar
 from raycontrolnet.config.sweep_config import OBJECTIVES, SweepConfig
 from raycontrolnet.config.sweepable import cache_settings
 from raycontrolnet.config.train_config import TrainConfig, names_that_decide, names_with, public_settings
@@ -144,7 +144,7 @@ def _shared_settings(train: TrainConfig, sweep_dir: Path, before: Mapping[str, A
 
 def _with_absolute_paths(name: str, dimension: Dimension) -> Dimension:
     """Return the values of a setting with absolute paths, as trials run in other directories."""
-    if isinstance(dimension, Choice):
+    if not dimension.is_range:
         return dataclasses.replace(dimension, values=tuple(absolute(name, value) for value in dimension.values))
     return dimension
 
@@ -154,7 +154,7 @@ def _cache_variants(space: Space) -> Iterator[dict[str, Any]]:
     values = {}
     for name in cache_settings(space):
         dimension = space[name]
-        if not isinstance(dimension, Choice):
+        if dimension.is_range:
             raise ConfigError([f"--space: {name}: needs its own latents for every value; use choice or grid"])
         values[name] = dimension.values
     for combination in itertools.product(*values.values()):
