@@ -74,8 +74,9 @@ def ctrl_c(
 def kill_9(command: list[str], ready: Callable[[], object]) -> None:
     """Run `command` until it is `ready`, then kill it and its Ray."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    quiet = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, **quiet, env=environment, start_new_session=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, start_new_session=True
+    ) as process:
         try:
             while not ready():
                 assert process.poll() is None

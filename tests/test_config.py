@@ -427,7 +427,7 @@ def test_config_yaml_can_be_read_again(file: Callable[[str], str], image: str) -
 @pytest.mark.parametrize(
     ("text", "messages"),
     [
-        ("a: [1\n", ["is not valid YAML (while parsing"]),
+        ("a: [1\n", ["is not valid YAML"]),
         ("- learning_rate\n", ["must be a list of `setting: value` lines"]),
         ("learning_rate\n", ["must be a list of `setting: value` lines"]),
         ("learning_rate: fast\n", ["learning_rate: 'fast' must be a number"]),
@@ -450,9 +450,8 @@ def test_a_bad_file(text: str, messages: list[str], file: Callable[[str], str]) 
     path = file(text)
     with pytest.raises(ConfigError) as error:
         parsed("--config", path, *flags(MINIMAL))
-    assert len(error.value.problems) == len(messages)
-    for problem, message in zip(error.value.problems, messages, strict=True):
-        assert problem.startswith(f"--config={path}: {message}")
+    found = [problem.partition(" (while parsing")[0] for problem in error.value.problems]
+    assert found == [f"--config={path}: {message}" for message in messages]
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
