@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -195,6 +196,7 @@ def test_snippet_runs(run_folder: Path, tiny_base: Path, tmp_path: Path) -> None
     """As it stands in the card, with a prompt full of quotes."""
     finish_validation(run_folder, 2, EVIL)
     _, text = parts(write_model_card(run_folder, settings_of(run_folder, tiny_base), {}))
+    shutil.copyfile(run_folder / "images" / "pair-00-control.png", tmp_path / "control.png")
     (code,) = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # threads only wait at this size
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, timeout=120, check=False)
