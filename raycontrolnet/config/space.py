@@ -236,6 +236,7 @@ def optuna_distributions(space: Space) -> dict[str, Any]:
         if not dimension.is_range:
             return CategoricalDistribution(dimension.values)
         kind = IntDistribution if dimension.whole else FloatDistribution
-        return kind(*dimension.values, log=dimension.kind == "loguniform")
+        low, high = dimension.values
+        return kind(low, high, log=dimension.kind == "loguniform")
 
     return {name: distribution(dimension) for name, dimension in space.items()}
