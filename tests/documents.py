@@ -81,7 +81,7 @@ def section(name: str, heading: str) -> str:
 
 def write_workspace(folder: Path, base: Path) -> Path:
     """Write a folder in which the blocks run: base model, my-images, my-photos, examples, job, and the program."""
-    shutil.copytree(base, folder / "stable-diffusion-v1-5" / "stable-diffusion-v1-5")
+    write_base(base, folder / "stable-diffusion-v1-5" / "stable-diffusion-v1-5")
     shutil.copytree(ROOT / "examples", folder / "examples")
     write_data(folder / "my-images", "metadata.jsonl", block("metadata.jsonl").text, ("image", "conditioning_image"))
     (folder / "my-photos").mkdir()
@@ -101,6 +101,17 @@ def write_workspace(folder: Path, base: Path) -> Path:
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m raycontrolnet "$@"\n')
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     return folder
+
+
+def write_base(base: Path, folder: Path) -> None:
+    """Write `base` with another UNet, whose first level has no attention: at 512 px that is 4,096 tokens."""
+    from diffusers import UNet2DConditionModel
+
+    shutil.copytree(base, folder)
+    config = UNet2DConditionModel.load_config(folder / "unet")
+    config |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
+    config |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+    UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
 
 
 def write_data(folder: Path, metadata: str, text: str, columns: tuple[str, str]) -> None:
