@@ -131,3 +131,26 @@ def validated_run(validated_settings: dict[str, Any], tmp_path_factory: pytest.T
     from runs import train
 
     return train(validated_settings | {"output_dir": str(tmp_path_factory.mktemp("validated") / "run")})
+
+
+@pytest.fixture(scope="session")
+def sweep_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write 24 rows: enough to hold some out. Do not write into it."""
+    return write_shapes(tmp_path_factory.mktemp("rows"), 24, resolution=TINY_RESOLUTION)
+
+
+@pytest.fixture
+def sweep_settings(tiny_settings: dict[str, Any], sweep_rows: Path, tmp_path: Path) -> dict[str, Any]:
+    """Return the settings of a trial of 8 updates, with a measurement and a checkpoint every 2."""
+    return tiny_settings | {
+        "train_data_dir": str(sweep_rows),
+        "output_dir": str(tmp_path / "sweep"),
+        "max_train_steps": 8,
+        "validation_steps": 2,
+        "validation_split": 4,
+        "checkpointing_steps": 2,
+        "lr_warmup_steps": 0,
+        "num_workers": "1",
+        "cache_latents": "auto",
+        "latents_cache_dir": str(tmp_path / "latents"),
+    }

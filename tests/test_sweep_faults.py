@@ -1,0 +1,257 @@
+"""Sweeps that are killed, interrupted or taken over, or whose trials fail: nothing is lost or left behind."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from processes import ctrl_c, wait_for, when, workers_called
+from sweeps import check_leaderboard, leaderboard, swept, trial_processes
+
+from raycontrolnet import SweepConfig, TrainConfig, fit, sweep
+from raycontrolnet.errors import RunError
+from raycontrolnet.training import metrics
+from raycontrolnet.tune import records
+from raycontrolnet.tune.records import SweepLease
+
+pytestmark = pytest.mark.usefixtures("_local_ray")
+
+Settings = dict[str, Any]
+
+
+def test_a_sweep_goes_on_with_what_is_left(sweep_settings: Settings) -> None:
+    """More trials, and one that had been cut off: those that had ended are not trained again."""
+    config = SweepConfig(train=TrainConfig(**sweep_settings), num_samples=2, scheduler="none", resume=True)
+    first = swept(config)
+    before = {trial.record.index: (trial.folder / "run.json").read_bytes() for trial in first.trials}
+    cut_off(first.trials[0].folder, step=4)
+    records.write_record(first.output_dir, replace(first.trials[0].record, state="running"))
+    said = io.StringIO()
+    second = sweep(replace(config, num_samples=3), stream=said)
+    assert "sweep: 2 trials" in said.getvalue()
+    assert [trial.record.state for trial in second.trials] == ["finished"] * 3
+    by_index = {trial.record.index: trial for trial in second.trials}
+    kept, mended = first.trials[1].record.index, first.trials[0].record.index
+    assert (by_index[kept].folder / "run.json").read_bytes() == before[kept]
+    assert figures(by_index[mended]) == figures(first.trials[0])
+    third = swept(replace(config, num_samples=3))  # nothing is left
+    assert [figures(trial) for trial in third.trials] == [figures(trial) for trial in second.trials]
+    check_leaderboard(third)
+
+
+def test_the_driver_is_killed(sweep_settings: Settings, tmp_path: Path) -> None:
+    """With -9, in the midst; the sweep that goes on ends with the figures of one that was never disturbed."""
+    flags = {**sweep_settings, "num_samples": 3, "scheduler": "none", "max_train_steps": 12, "cpus_per_worker": 1}
+    own = {name: value for name, value in flags.items() if name not in ("num_samples", "scheduler")}
+    train = TrainConfig(**own | {"output_dir": str(tmp_path / "undisturbed")})
+    swept(SweepConfig(train=train, num_samples=3, scheduler="none"))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    disturbed = Path(sweep_settings["output_dir"])
+    command = tune_command(flags)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment)
+    try:
+        wait_for(lambda: "finished" in states(disturbed) and "running" in states(disturbed), timeout_s=120)
+    finally:
+        for child in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+            with suppress(psutil.Error):
+                child.kill()
+        process.communicate()
+    finished = [record for record in records.read_records(disturbed) if ran_to_its_end(disturbed, record)]
+    before = {record.index: (records.folder_of(disturbed, record) / "run.json").read_bytes() for record in finished}
+    again = subprocess.run([*command, "--resume"], check=True, capture_output=True, text=True, env=environment)
+    assert f"sweep: {3 - len(finished)} trial" in again.stderr
+    for record in finished:
+        assert (records.folder_of(disturbed, record) / "run.json").read_bytes() == before[record.index]
+    one, other = (records.read_trials(path, 2) for path in (disturbed, tmp_path / "undisturbed"))
+    assert [trial.record.state for trial in one] == ["finished"] * 3
+    assert [figures(trial) for trial in one] == [figures(trial) for trial in other]
+    assert losses(one[2].folder) == losses(other[2].folder)
+
+
+@pytest.mark.parametrize(
+    "signal_whole_group",
+    [pytest.param(False, id="to the driver", marks=pytest.mark.slow), pytest.param(True, id="to the terminal")],
+)
+def test_ctrl_c(sweep_settings: Settings, signal_whole_group: bool) -> None:
+    output_dir = Path(sweep_settings["output_dir"])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = tune_command({**sweep_settings, "max_train_steps": 100_000, "num_samples": 4})
+
+    def ready() -> bool:
+        return states(output_dir).count("running") == 2 and bool(checkpoints(output_dir))
+
+    process, said = ctrl_c(command, ready, whole_group=signal_whole_group, env=environment)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert said.splitlines()[-1] == (
+        "Interrupted. 0 of 4 trials have ended and stand; the others go on from their last checkpoints with the same "
+        f"command and --resume (--output_dir {output_dir})."
+    )
+    assert states(output_dir) == ["interrupted"] * 2
+    assert json.loads((output_dir / "sweep.json").read_text())["status"] == "interrupted"
+
+
+@pytest.mark.slow
+def test_more_trials_than_cpus_of_two_workers_each(sweep_settings: Settings) -> None:
+    """Nothing waits forever, and what is stopped leaves no process and holds no resource."""
+    import ray
+
+    changes = {"num_workers": "2", "cpus_per_worker": 0.5, "train_batch_size": 2}
+    changes |= {"max_train_steps": 400, "validation_steps": 20, "checkpointing_steps": 400}
+    train = TrainConfig(**sweep_settings | changes)
+    space = {"learning_rate": {"grid": [1e-3, 1e-9]}}
+    result = swept(SweepConfig(train=train, space=space, num_samples=1))
+    assert {trial.record.state for trial in result.trials} <= {"finished", "stopped"}
+    (stopped,) = (trial for trial in result.trials if trial.record.state == "stopped")
+    assert metrics.read(stopped.folder / metrics.METRICS_FILE)[-1]["step"] < 400, (
+        "it was trained to its end all the same"
+    )
+    wait_for(lambda: ray.available_resources().get("CPU") == 3.0, timeout_s=20)
+    wait_for(lambda: not workers_called("RayTrainWorker"), timeout_s=20)
+    wait_for(lambda: not trial_processes(), timeout_s=20)
+
+
+def test_a_trial_is_killed(sweep_settings: Settings) -> None:
+    """Its process, by the kernel's memory killer say: it goes on from its checkpoint, in another."""
+    train = TrainConfig(**sweep_settings | {"max_train_steps": 20, "cpus_per_worker": 1})
+    folder = Path(sweep_settings["output_dir"]) / "trials" / "0000"
+    half_way = when(lambda: last_checkpoint(folder) >= 6, kill_the_trial)
+    with half_way as done:
+        result = swept(SweepConfig(train=train, space={"learning_rate": {"choice": [1e-3]}}, num_samples=1))
+    assert done
+    assert result.trials[0].record.state == "finished"
+    undisturbed = Path(sweep_settings["output_dir"]).with_name("undisturbed")
+    plain = replace(train, learning_rate=1e-3, output_dir=str(undisturbed), num_workers="0")
+    fit(plain, stream=io.StringIO())
+    assert losses(folder) == losses(undisturbed)
+
+
+def test_a_trial_whose_process_is_lost_too_often(sweep_settings: Settings) -> None:
+    train = TrainConfig(**sweep_settings | {"max_train_steps": 16, "max_failures": 0})
+    config = SweepConfig(train=train, num_samples=2, max_concurrent_trials=1, scheduler="none", resume=True)
+    folder = Path(sweep_settings["output_dir"]) / "trials" / "0000"
+    with when(lambda: last_checkpoint(folder) >= 2, kill_the_trial) as done:
+        result = swept(config)
+    assert done
+    assert [trial.record.state for trial in result.trials] == ["finished", "failed"]
+    cause = "its process was lost 1 times: killed, perhaps for its memory, or with its machine"
+    assert result.trials[1].record.cause == cause
+
+
+def test_a_trial_that_goes_on_is_not_judged_again_for_what_it_was(sweep_settings: Settings) -> None:
+    """The first trial passed the rung alone; of those that came later, all were better."""
+    space = {"learning_rate": {"grid": [1e-9, 4e-3, 0.2]}}
+    config = SweepConfig(
+        train=TrainConfig(**sweep_settings), space=space, num_samples=1, max_concurrent_trials=1, resume=True
+    )
+    first = swept(config)
+    assert {trial.record.state for trial in first.trials} == {"finished", "stopped"}
+    by_index = {trial.record.index: trial for trial in first.trials}
+    assert by_index[0].record.state == by_index[1].record.state == "finished"
+    cut_off(by_index[0].folder, step=6)
+    records.write_record(first.output_dir, replace(by_index[0].record, state="running"))
+    second = swept(config)
+    assert {trial.record.index: trial.record.state for trial in second.trials} == {
+        trial.record.index: trial.record.state for trial in first.trials
+    }
+    assert [figures(trial) for trial in second.trials] == [figures(trial) for trial in first.trials]
+
+
+def test_another_driver_takes_over(sweep_settings: Settings) -> None:
+    """The first one ends, and says why, and does not touch what is the other's now."""
+    output_dir = Path(sweep_settings["output_dir"])
+    train = TrainConfig(**sweep_settings | {"max_train_steps": 100_000})
+    take_over = when(lambda: bool(checkpoints(output_dir)), lambda: SweepLease(output_dir, "another").set())
+    with take_over as done, pytest.raises(RunError, match="Another driver goes on with the sweep in "):
+        swept(SweepConfig(train=train, num_samples=2))
+    assert done
+    assert (output_dir / ".sweep_id").read_text() == "another"
+    assert set(states(output_dir)) == {"running"}
+    assert json.loads((output_dir / "sweep.json").read_text())["status"] == "running"
+    assert not (output_dir / "leaderboard.csv").exists()
+
+
+def test_all_trials_fail(sweep_settings: Settings) -> None:
+    space = {"learning_rate": {"choice": [1e38]}}
+    with pytest.raises(RunError, match=r"No trial has come to a validation\. The first cause: The .* diverged"):
+        swept(SweepConfig(train=TrainConfig(**sweep_settings), space=space, num_samples=2))
+
+
+def test_median_with_a_trial_that_diverges(sweep_settings: Settings) -> None:
+    """It is tried again, marked, and the sweep goes on."""
+    space = {"learning_rate": {"grid": [1e38, 1e-3, 2e-3, 4e-3, 0.2]}}
+    train = TrainConfig(**sweep_settings)
+    result = swept(SweepConfig(train=train, space=space, num_samples=1, scheduler="median", trial_retries=1))
+    found = {trial.record.settings["learning_rate"]: trial.record for trial in result.trials}
+    states = {rate: record.state for rate, record in found.items()}
+    assert states == {1e38: "failed", 1e-3: "finished", 2e-3: "finished", 4e-3: "finished", 0.2: "stopped"}
+    failed = found[1e38]
+    assert failed.attempts == 2
+    assert failed.cause is not None
+    assert "training has diverged" in failed.cause
+    assert result.trials[-1].record == failed
+    assert leaderboard(result)[-1]["cause"] == failed.cause
+    assert result.best == result.trials[0]
+
+
+# Helpers
+
+
+def tune_command(flags: Mapping[str, Any]) -> list[str]:
+    given = {name: value for name, value in flags.items() if value is not None and value is not False}
+    return [sys.executable, "-m", "raycontrolnet", "tune", *(f"--{name}={value}" for name, value in given.items())]
+
+
+def ran_to_its_end(sweep_dir: Path, record: records.TrialRecord) -> bool:
+    file = records.folder_of(sweep_dir, record) / "run.json"
+    return file.is_file() and json.loads(file.read_text())["status"] == "finished"
+
+
+def states(sweep_dir: Path) -> list[str]:
+    return [record.state for record in records.read_records(sweep_dir)]
+
+
+def checkpoints(sweep_dir: Path) -> list[Path]:
+    return list(sweep_dir.glob("trials/*/checkpoint-*/manifest.json"))
+
+
+def last_checkpoint(folder: Path) -> int:
+    found = [int(path.parent.name.partition("-")[2]) for path in folder.glob("checkpoint-*/manifest.json")]
+    return max(found, default=0)
+
+
+def kill_the_trial() -> None:
+    max(trial_processes(), key=lambda process: process.create_time()).kill()  # others may be ending
+
+
+def cut_off(folder: Path, step: int) -> None:
+    """Leave the folder as a run that was killed after its checkpoint of `step`."""
+    for path in folder.glob("checkpoint-*"):
+        if int(path.name.partition("-")[2]) > step:
+            shutil.rmtree(path)
+    status = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(status | {"status": "running"}))
+
+
+def losses(folder: Path) -> list[float]:
+    found = [line["loss"] for line in metrics.read(folder / metrics.METRICS_FILE)]
+    assert found
+    return found
+
+
+def figures(trial: records.Trial) -> list[dict[str, float]]:
+    """Return a trial's reports, with its settings and without times."""
+    found = [{name: value for name, value in report.items() if name != "images_per_second"} for report in trial.reports]
+    assert found
+    return [{**report, **trial.record.settings} for report in found]
