@@ -1,4 +1,4 @@
-"""Folders of trials as a sweep leaves them, written without training."""
+"""Folders of trials: written without training as a sweep leaves them, and read."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from raycontrolnet.training import metrics
 from raycontrolnet.tune import records
 from raycontrolnet.tune.records import Trial, TrialRecord
 
@@ -53,6 +54,13 @@ def write_updates(folder: Path, last: int, loss: float = 0.5) -> None:
 def update(step: int, loss: float) -> str:
     line = {"step": step, "loss": loss, "lr": 1e-5, "images_per_second": 12.5, "time": STARTED + step}
     return json.dumps(line) + "\n"
+
+
+def losses(folder: Path) -> list[float]:
+    """Return the losses of a run, which has some."""
+    found = [line["loss"] for line in metrics.read(folder / metrics.METRICS_FILE)]
+    assert found
+    return found
 
 
 def write_checkpoint(folder: Path, step: int) -> Path:

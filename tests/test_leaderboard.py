@@ -1,4 +1,4 @@
-"""leaderboard.csv, its short table, and TensorBoard's HPARAMS tab as TensorBoard's own code fills it."""
+"""leaderboard.csv, and TensorBoard's HPARAMS tab as TensorBoard's own code fills it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sweep_trials import STARTED, write_checkpoint, write_trial
 
 from raycontrolnet.tune import leaderboard
 from raycontrolnet.tune.hparams import write_hparams
-from raycontrolnet.tune.leaderboard import leaderboard_lines, write_leaderboard
+from raycontrolnet.tune.leaderboard import write_leaderboard
 from raycontrolnet.tune.records import Trial, ranked, read_trials
 
 RATE = 0.1 + 0.2e-17 + 1e-5 / 3
@@ -116,22 +116,6 @@ def test_an_earlier_leaderboard_stays_until_the_new_one_is_whole(
 def test_no_trials(tmp_path: Path) -> None:
     assert read(write_leaderboard(tmp_path, [], "val_loss")) == []
     assert (tmp_path / "leaderboard.csv").read_text().startswith("rank,trial,state,")
-    assert leaderboard_lines([], "val_loss") == ["no trials"]
-
-
-def test_lines(tmp_path: Path) -> None:
-    trials = some_trials(tmp_path)
-    assert leaderboard_lines(trials, "val_loss", most=3) == [
-        "rank  trial  state     learning_rate  seed  step  val_loss    loss  gap (* control)  time",
-        "   1  0001   finished  1e-6           null   200    0.1429  0.5000            0.02*  2:10",
-        "   2  0000   finished  0.1            3      200    0.2000  0.5000               0   1:05",
-        "   3  0002   stopped   0.001          -      100    0.1000  0.5000               0   3:15",
-        "... and 2 more in leaderboard.csv",
-    ]
-    narrow = leaderboard_lines(trials, "val_loss", width=60)
-    assert narrow[0] == "#  trial  state     lr      seed  flip  step     val    gap"
-    assert len(narrow) == 6
-    assert max(map(len, narrow)) <= 60
 
 
 class Tab:

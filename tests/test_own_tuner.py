@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from ray import tune
 from ray.tune.schedulers import PopulationBasedTraining
+from sweep_trials import losses
 
 from raycontrolnet import TrainConfig, fit
 from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.errors import ConfigError, UserError
 from raycontrolnet.storage import checkpoint as checkpoints
-from raycontrolnet.training import metrics
 from raycontrolnet.tune import checkpoint_folder, trainable
 from raycontrolnet.tune.trial_function import TuneCallback, _start
 
@@ -38,13 +38,6 @@ def run(train: TrainConfig, space: dict[str, Any], folder: Path, **options: Any)
     config = tune.TuneConfig(metric="val_loss", mode="min", **options)
     storage = tune.RunConfig(storage_path=str(folder / "tune"), verbose=0)
     return tune.Tuner(trainable(train), param_space=space, tune_config=config, run_config=storage).fit()
-
-
-def losses(folder: Path) -> list[float]:
-    """Return the losses of a run, which has some."""
-    found = [line["loss"] for line in metrics.read(folder / metrics.METRICS_FILE)]
-    assert found
-    return found
 
 
 def folder_of(result: tune.Result) -> Path:

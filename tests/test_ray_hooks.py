@@ -131,7 +131,8 @@ def test_tunes_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 def test_why_a_trial_was_given_up(tmp_path: Path) -> None:
     assert isinstance(Trial.pickled_error_file, property)
-    assert "num_failures" in dir(Trial)
+    assert {"num_failures", "last_result"} <= set(dir(Trial))
+    assert "self.config = " in inspect.getsource(Trial.__init__)
     file = tmp_path / "error.pkl"
     file.write_bytes(ray.cloudpickle.dumps(RunError("out of memory")))
     assert str(trial_error(SimpleNamespace(pickled_error_file=file))) == "out of memory"

@@ -80,6 +80,7 @@ def test_eight_trials_on_two_cpus(eight: SweepResult) -> None:
     wait_for(lambda: not trial_processes(), timeout_s=20)
     left = {path.name for path in eight.output_dir.iterdir()}
     assert left == {"best", "leaderboard.csv", "logs", "report.html", "sweep.json", "sweep.log", "trials"}
+    assert {path.name for path in (eight.output_dir / "trials").iterdir()} == {f"{index:04d}" for index in range(8)}
     for trial in eight.trials:
         expected = "finished" if trial.record.state == "finished" else "stopped"
         assert json.loads((trial.folder / "run.json").read_text())["status"] == expected

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from processes import ctrl_c, wait_for, when, workers_called
+from sweep_trials import losses
 from sweeps import check_leaderboard, leaderboard, swept, trial_processes
 
 from raycontrolnet import SweepConfig, TrainConfig, fit, sweep
@@ -242,12 +243,6 @@ def cut_off(folder: Path, step: int) -> None:
             shutil.rmtree(path)
     status = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(status | {"status": "running"}))
-
-
-def losses(folder: Path) -> list[float]:
-    found = [line["loss"] for line in metrics.read(folder / metrics.METRICS_FILE)]
-    assert found
-    return found
 
 
 def figures(trial: records.Trial) -> list[dict[str, float]]:

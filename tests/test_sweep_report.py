@@ -14,7 +14,7 @@ import pytest
 from test_report import CHROMIUM, EVIL, Page, check_in_browser, check_it_is_closed, check_rewriting, write_lines
 
 from raycontrolnet.tune.records import read_trials
-from raycontrolnet.tune.report import charts, history, sweep_report
+from raycontrolnet.tune.report import history, sweep_report
 from raycontrolnet.tune.report.sweep_report import write_report
 
 STARTED = 1_795_357_408.0
@@ -114,13 +114,24 @@ def alter_sweep(sweep_dir: Path, **changes: Any) -> None:
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
+    return write_five(tmp_path / "sweep")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """Return the page of five trials with best/; one has no report."""
+    folder = write_five(tmp_path_factory.mktemp("finished") / "sweep")
+    (folder / "best").mkdir()
+    (folder / "trials" / "0003" / "report.html").unlink()
+    assert write_report(folder) == folder / "report.html"
+    assert sorted(path.name for path in folder.iterdir()) == ["best", "report.html", "sweep.json", "trials"]
+    return Page(folder / "report.html")
+
+
+def write_five(folder: Path) -> Path:
     """Write five trials: two finished, two stopped, one failed."""
-    folder = write_sweep(tmp_path / "sweep", 0, num_trials=5, machine_seconds=None, seconds=3000.0)
-    write_five(folder)
-    return folder
+    write_sweep(folder, 0, num_trials=5, machine_seconds=None, seconds=3000.0)
 
-
-def write_five(folder: Path) -> None:
     def settings(rate: float, scheduler: str, share: float) -> dict[str, Any]:
         return {"learning_rate": rate, "lr_scheduler": scheduler, "proportion_empty_prompts": share}
 
@@ -130,6 +141,7 @@ def write_five(folder: Path) -> None:
     write_trial(folder, 3, settings=settings(9e-5, "constant", 0.4), state="stopped", stopped_at=1000, steps=1000)
     failed: dict[str, Any] = {"state": "failed", "cause": "The loss is nan at update 613.", "steps": 610}
     write_trial(folder, 4, settings=settings(1e-4, "constant", 0.5), **failed)
+    return folder
 
 
 def rows(page: Page) -> list[list[str]]:
@@ -139,10 +151,7 @@ def rows(page: Page) -> list[list[str]]:
     return [[" ".join(unescape(re.sub(r"<[^>]+>", " ", cell)).split()) for cell in row] for row in found]
 
 
-def test_finished(sweep: Path) -> None:
-    (sweep / "best").mkdir()
-    assert write_report(sweep) == sweep / "report.html"
-    page = Page(sweep / "report.html")
+def test_finished(finished: Page) -> None:
     for words in (
         "circles-sweep finished",
         "5 trials: 2 finished, 2 stopped early, 1 failed; in 50:00. Ranked by their last val_loss , the smallest",
@@ -161,11 +170,9 @@ def test_finished(sweep: Path) -> None:
         "Settings that the trials share Those that differ from their defaults: train_batch_size 8",
         "ray 2.60.0, torch 2.13.0",
     ):
-        assert words in page.text
-    links = [found["href"] for found in page.all("a")]
-    assert {"trials/0001/report.html", "best/", "#trial-0004"} <= set(links)
-    assert page.all("progress") == [{"class": "finished", "value": "5", "max": "5"}]
-    assert [found["aria-label"] for found in page.all("svg")] == [
+        assert words in finished.text
+    assert finished.all("progress") == [{"class": "finished", "value": "5", "max": "5"}]
+    assert [found["aria-label"] for found in finished.all("svg")] == [
         "val_loss of all trials over the steps",
         "control_gap of all trials over the steps",
         "val_loss against learning_rate",
@@ -173,11 +180,10 @@ def test_finished(sweep: Path) -> None:
         "val_loss against proportion_empty_prompts",
         "settings and val_loss of all trials",
     ]
-    assert sorted(path.name for path in sweep.iterdir()) == ["best", "report.html", "sweep.json", "trials"]
 
 
-def test_table(sweep: Path) -> None:
-    heading, *found = rows(Page(write_report(sweep)))
+def test_table(finished: Page) -> None:
+    heading, *found = rows(finished)
     assert heading == [
         "#", "trial", "state", "learning_rate", "lr_scheduler", "proportion_empty_prompts", "held-out loss",
         "control gap", "loss", "images/s", "steps", "time",
@@ -195,28 +201,21 @@ def test_table(sweep: Path) -> None:
     assert found[4][10:] == ["500", "6:06"]
 
 
-def test_what_links_lead_to_is_there(sweep: Path) -> None:
-    (sweep / "trials" / "0001" / "report.html").unlink()
-    page = Page(write_report(sweep))
-    links = [found["href"] for found in page.all("a")]
-    assert len([link for link in links if link.startswith("#")]) > 20
-    ids = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
-    for link in links:
-        assert link[1:] in ids if link.startswith("#") else (sweep / link).exists()
-    assert "trials/0001/report.html" not in links
-    assert "trials/0002/report.html" in links
-    assert "best/" not in links
-    every = re.findall(r'\bid="([^"]+)"', page.html)
+def test_what_links_lead_to_is_there(finished: Page) -> None:
+    links = {found["href"] for found in finished.all("a")}
+    rows = {f"#trial-{index:04d}" for index in range(5)}
+    assert links == {*rows, *(f"trials/{index:04d}/report.html" for index in (0, 1, 2, 4)), "best/"}
+    every = re.findall(r'\bid="([^"]+)"', finished.html)
     assert len(every) == len(set(every)) > 50
+    assert {f"#{name}" for name in every} >= rows
 
 
-def test_marks_of_the_trials(sweep: Path) -> None:
+def test_marks_of_the_trials(finished: Page) -> None:
     """Each chart links all trials and draws the best last."""
-    page = Page(write_report(sweep))
-    charts = page.html.split("<svg ")[1:]
+    charts = [chart.split("</svg>")[0] for chart in finished.html.split("<svg ")[1:]]
     assert len(charts) == 6
     for chart in charts:
-        named = re.findall(r'<a href="#trial-(\d+)"><title>', chart.split("</svg>")[0])
+        named = re.findall(r'<a href="#trial-(\d+)"><title>', chart)
         assert set(named) == {"0000", "0001", "0002", "0003", "0004"}
         assert named[-1] == "0001"
         assert chart.count("var(--best)") >= 1
@@ -224,8 +223,7 @@ def test_marks_of_the_trials(sweep: Path) -> None:
     assert tip in charts[0]
     assert "learning_rate 9e-5; lr_scheduler constant" in charts[0]
     for chart in charts[:5]:  # in the last, trials are lines without marks
-        inside = chart.split("</svg>")[0]
-        marks = re.findall(r'<use [^>]*style="fill: var\(--([\w-]+)\); stroke: var\(--([\w-]+)\)', inside)
+        marks = re.findall(r'<use [^>]*style="fill: var\(--([\w-]+)\); stroke: var\(--([\w-]+)\)', chart)
         assert sorted(marks) == [
             ("bad", "card"),  # failed
             ("best", "card"),
@@ -233,8 +231,7 @@ def test_marks_of_the_trials(sweep: Path) -> None:
             ("card", "rank-3"),
             ("rank-1", "card"),  # finished: filled
         ]
-    dashed = [chart.split("</svg>")[0].count("stroke-dasharray") for chart in charts]
-    assert dashed == [2, 2, 0, 0, 0, 0]
+    assert [chart.count("stroke-dasharray") for chart in charts] == [2, 2, 0, 0, 0, 0]
     assert "2e-6" in charts[2]
     for category in ("constant", "cosine", "linear"):
         assert f">{category}</text>" in charts[3]
@@ -248,6 +245,7 @@ def test_running(sweep: Path) -> None:
     page = Page(write_report(sweep))
     assert "9 trials: 1 finished, 2 stopped early, 1 failed, 1 running, 4 to come; 50:00 so far." in page.text
     assert "★ Best trial so far: 0001" in page.text
+    assert 'href="best/"' not in page.html
     assert page.all("progress") == [{"class": "running", "value": "4", "max": "9"}]
     bars = re.findall(r'<i class="(\w+)" style="left: ([\d.]+)%; width: ([\d.]+)%"', page.html)
     assert [bar[0] for bar in bars] == ["stopped", "finished", "stopped", "failed", "running"]
@@ -258,11 +256,14 @@ def test_running(sweep: Path) -> None:
 def test_interrupted(sweep: Path) -> None:
     alter_sweep(sweep, status="interrupted", cause="Ctrl-C")
     alter(sweep, 2, state="interrupted")
-    page = Page(write_report(sweep))
-    assert "circles-sweep interrupted" in page.text
-    assert "Ctrl-C" in page.text
-    assert "1 finished, 2 stopped early, 1 failed, 1 interrupted; in 50:00." in page.text
-    assert "interrupted at 2,000" in page.text
+    text = Page(write_report(sweep)).text
+    for words in (
+        "circles-sweep interrupted",
+        "Ctrl-C",
+        "1 finished, 2 stopped early, 1 failed, 1 interrupted; in 50:00.",
+        "interrupted at 2,000",
+    ):
+        assert words in text
 
 
 def test_pauses_are_cut_out(sweep: Path) -> None:
@@ -431,7 +432,7 @@ def test_many_trials(tmp_path: Path) -> None:
     page = Page(write_report(folder))
     assert len(rows(page)) == 65
     assert len(page.html) < 1_000_000
-    assert len(set(re.findall(r"var\(--(rank-\d)\)", page.html))) == charts.SHADES
+    assert len(set(re.findall(r"var\(--(rank-\d)\)", page.html))) == history.SHADES
 
 
 def test_written_again(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,16 +442,24 @@ def test_written_again(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # Worth of the order ---------------------------------------------------------------------------------------------------
 
 
-def test_rungs() -> None:
-    assert history.rungs("asha", 250, 4, 5000) == [250, 1000, 4000]
-    assert history.rungs("asha", 250, 4, 4000) == [250, 1000]  # the last is the end
-    assert history.rungs("asha", 250, 1, 4000) == []
-    assert history.rungs("asha", 0, 4, 4000) == []
-    assert history.rungs("median", 250, 4, 4000) == []
+@pytest.mark.parametrize(
+    ("scheduler", "grace_period", "factor", "total_updates", "rungs"),
+    [
+        ("asha", 250, 4, 5000, [250, 1000, 4000]),
+        ("asha", 250, 4, 4000, [250, 1000]),  # the last is the end
+        ("asha", 250, 1, 4000, []),
+        ("asha", 0, 4, 4000, []),
+        ("median", 250, 4, 4000, []),
+    ],
+)
+def test_rungs(scheduler: str, grace_period: int, factor: int, total_updates: int, rungs: list[int]) -> None:
+    facts = {"grace_period": grace_period, "reduction_factor": factor, "total_updates": total_updates}
+    assert history.SweepHistory({"scheduler": scheduler, **facts}, ()).rungs == rungs
 
 
 def test_too_early(sweep: Path) -> None:
     trials = read_trials(sweep, 125)
+    assert [trial.control_since for trial in trials] == [None, 750, 750, 750, None]
     words = history.too_early(trials, "asha", "val_loss")
     assert words is not None
     assert words.startswith("No trial had shown control by step 250, where the first were stopped: ")
@@ -459,13 +468,8 @@ def test_too_early(sweep: Path) -> None:
     assert history.too_early(trials, "none", "val_loss") is None
     assert history.too_early(trials, "asha", "images_per_second") is None
     assert history.too_early(trials[1:3], "asha", "val_loss") is None  # none was stopped
-    later = history.too_early(trials[1:], "asha", "val_loss")
-    assert later is None  # control had appeared by step 1000
-    assert [trial.control_since for trial in trials] == [None, 750, 750, 750, None]
-
-
-def test_not_too_early_where_one_had_control_or_nothing_was_measured(sweep: Path) -> None:
-    write_trial(sweep, 5, appears=200)
+    assert history.too_early(trials[1:], "asha", "val_loss") is None  # control had appeared by step 1000
+    write_trial(sweep, 5, appears=200)  # one had control
     assert history.too_early(read_trials(sweep, 125), "asha", "val_loss") is None
     assert "No trial had shown control" not in Page(write_report(sweep)).text
     for file in sweep.glob("trials/*/validation.jsonl"):

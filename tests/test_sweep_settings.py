@@ -10,11 +10,11 @@ import yaml
 
 from raycontrolnet import SweepConfig, TrainConfig, cli
 from raycontrolnet.cluster import nodes
-from raycontrolnet.cluster.nodes import HEAD, nodes_that_may_come
+from raycontrolnet.cluster.nodes import HEAD, ClusterNodes, nodes_that_may_come
 from raycontrolnet.config.settings import ClusterConfig
-from raycontrolnet.config.sweep_config import OBJECTIVES
+from raycontrolnet.config.sweep_config import OBJECTIVES, SweepSettings
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.tune.concurrency import TrialSlots, places
+from raycontrolnet.tune.concurrency import TrialSlots, trial_slots
 
 TRAIN: dict[str, Any] = {"pretrained_model_name_or_path": "base", "train_data_dir": "data"}
 CPUS = {"CPU": 64}
@@ -101,10 +101,9 @@ GPU_NODE = {"CPU": 16.0, "GPU": 4.0, "accelerator_type:A100": 1.0}
 
 
 def placed(nodes: list[dict[str, float]], **options: Any) -> TrialSlots:
-    settings = {"num_trials": 16, "gpus_per_trial": 1.0, "most": None, "may_come": []} | options
-    own = {name: settings.pop(name) for name in list(settings) if name in ClusterConfig.__dataclass_fields__}
-    may_come = settings.pop("may_come")
-    return places(ClusterConfig(**own), nodes, may_come, **settings)
+    num_trials, may_come = options.pop("num_trials", 16), options.pop("may_come", [])
+    cluster = {name: options.pop(name) for name in list(options) if name in ClusterConfig.__dataclass_fields__}
+    return trial_slots(ClusterConfig(**cluster), SweepSettings(**options), ClusterNodes(nodes, may_come), num_trials)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +111,7 @@ def placed(nodes: list[dict[str, float]], **options: Any) -> TrialSlots:
     [
         ([{"CPU": 3}], {}, 2, {"CPU": 1}),
         ([{"CPU": 3}], {"num_trials": 1}, 1, {"CPU": 2}),  # too few trials: more threads for each
-        ([{"CPU": 3}], {"most": 1}, 1, {"CPU": 2}),
+        ([{"CPU": 3}], {"max_concurrent_trials": 1}, 1, {"CPU": 2}),
         ([{"CPU": 2}], {}, 1, {"CPU": 1}),
         ([CPU_NODE, CPU_NODE], {}, 7, {"CPU": 1}),
         ([CPU_NODE, CPU_NODE], {"cpus_per_worker": 3}, 2, {"CPU": 3}),
@@ -143,8 +142,8 @@ def test_the_reason() -> None:
     assert placed([GPU_NODE]).reason == words
     words = "2 at a time, each 1 CPU: the cluster has 3 CPUs, of which 1 is left to Ray Data"
     assert placed([{"CPU": 3}]).reason == words
-    assert placed([{"CPU": 3}], most=5).reason == f"{words}; --max_concurrent_trials=5 do not fit"
-    assert placed([GPU_NODE], most=2).reason.endswith("--max_concurrent_trials; there is room for 4")
+    assert placed([{"CPU": 3}], max_concurrent_trials=5).reason == f"{words}; --max_concurrent_trials=5 do not fit"
+    assert placed([GPU_NODE], max_concurrent_trials=2).reason.endswith("--max_concurrent_trials; there is room for 4")
     assert placed([GPU_NODE], num_trials=3).reason.endswith("there are no more trials")
 
 

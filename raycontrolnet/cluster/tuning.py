@@ -54,11 +54,26 @@ def tune_environment() -> Iterator[None]:
                 os.environ[name] = value
 
 
+def trial_config(trial: Any) -> dict[str, Any]:
+    """Return the config of a trial. `Trial` is a developer interface, but all that Tune's callbacks get."""
+    return dict(trial.config)
+
+
+def trial_report(trial: Any) -> dict[str, Any]:
+    """Return the last report of a trial; empty before the first."""
+    return trial.last_result or {}
+
+
+def trial_failures(trial: Any) -> int:
+    """Return the number of times that a trial's process failed."""
+    return int(trial.num_failures)
+
+
 def trial_error(trial: Any) -> Exception | None:
     """Return the error for which Tune gave `trial` up; None if there is none on record, or it cannot be read here.
 
-    `Trial` is a developer interface. Its `get_pickled_error` looks where Tune copies the file at the sweep's end only.
-    Without the file a failed trial's record does not name the cause.
+    `Trial.get_pickled_error` looks where Tune copies the file at the sweep's end only. Without the file a failed
+    trial's record does not name the cause.
     """
     from ray import cloudpickle
 

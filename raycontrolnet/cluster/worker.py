@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 RAY_RECORDS = (".validate_storage_marker", "checkpoint_manager_snapshot.json")
-"""Undocumented files of Ray Train in a run's folder. If the second stays, Ray continues the next run there
-from it, with checkpoints that may be gone."""
+"""Undocumented files of Ray Train in a run's folder; Tune leaves the first beside its trials. If the second stays, Ray
+continues the next run there from it, with checkpoints that may be gone."""
 
 
 def remove_ray_records(output_dir: Path) -> None:

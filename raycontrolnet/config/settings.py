@@ -237,6 +237,11 @@ class ClusterConfig:
                 yield problem_of(self, "num_workers", "must be 0 or more, or MIN:MAX with 1 <= MIN <= MAX")
 
     @property
+    def in_this_process(self) -> bool:
+        """True if the run trains in the caller's process, without Ray."""
+        return self.worker_range == (0, 0)
+
+    @property
     def worker_range(self) -> tuple[int, int]:
         """Smallest and largest number of workers: equal, unless the run is elastic."""
         low, _, high = str(self.num_workers).partition(":")

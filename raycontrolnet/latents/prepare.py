@@ -64,7 +64,7 @@ def _prepare(config: TrainConfig, stream: TextIO) -> PrepareResult:
         stream.write(f"latents: the data changed since ({changes}); what is new will be encoded\n")
     there, missing = plan.survey()
     with logging_to(report_path(plan, "prepare.log")):
-        if not missing or config.worker_range == (0, 0):
+        if not missing or config.in_this_process:
             manifest = complete(plan, there, missing, None, stream)
         else:
             with ray_session(config.address):

@@ -91,7 +91,7 @@ def run_fit(config: TrainConfig, stream: TextIO, follower: RunCallback | None = 
     run = choose_latents(check(config, output_dir), stream)
 
     def train(status: RunStatus) -> Summary:
-        if config.worker_range == (0, 0):
+        if config.in_this_process:
             return _train_here(run, status, stream, follower)
         with ray_session(config.address):
             return _train_on_ray(run, status, stream, follower)

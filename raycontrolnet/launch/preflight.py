@@ -203,7 +203,7 @@ def choose_latents(run: CheckedRun, stream: TextIO, *, reused: bool = False) -> 
     if run.random_subset:
         stream.write("latents: not cached, because --max_train_samples draws other rows without --seed\n")
         return run
-    if config.latents_cache_dir is None and config.worker_range != (0, 0) and on_a_cluster(config.address):
+    if config.latents_cache_dir is None and not config.in_this_process and on_a_cluster(config.address):
         return dataclasses.replace(run, cached=True)  # only the cluster shows whether it is a single machine
     return dataclasses.replace(run, cached=True, latents=choose(config, run.source, run.token, stream))
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from raycontrolnet.config.checks import model_problem, package_problem
@@ -13,12 +12,12 @@ from raycontrolnet.config.output_settings import OutputConfig
 from raycontrolnet.config.settings import OptimConfig
 from raycontrolnet.config.space import Space, num_trials, place_of, to_grammar
 from raycontrolnet.config.sweep_config import SweepConfig
-from raycontrolnet.config.train_config import TrainConfig, names_with
+from raycontrolnet.config.train_config import names_with
 from raycontrolnet.launch.preflight import CheckedRun
 from raycontrolnet.training.schedule import warmup_warning
 
 
-def _warnings(output: OutputConfig, variants: Iterable[OptimConfig], total_updates: int) -> Iterator[str]:
+def warnings(output: OutputConfig, variants: Iterable[OptimConfig], total_updates: int) -> Iterator[str]:
     """Yield warnings about trials of `total_updates`, with every warm-up that `variants` have."""
     if (every := output.checkpointing_steps) >= total_updates:
         yield (
@@ -30,7 +29,7 @@ def _warnings(output: OutputConfig, variants: Iterable[OptimConfig], total_updat
             yield warning
 
 
-def _problems(config: SweepConfig, space: Space) -> Iterator[str]:
+def problems(config: SweepConfig, space: Space) -> Iterator[str]:
     """Yield missing packages and models, and settings that make no sense in a sweep."""
     if config.searcher == "optuna" and importlib.util.find_spec("optuna") is None:
         yield "--searcher=optuna: optuna is not installed; run pip install 'raycontrolnet[optuna]'"
@@ -44,7 +43,7 @@ def _problems(config: SweepConfig, space: Space) -> Iterator[str]:
         yield f"--resume_from_checkpoint={train.resume_from_checkpoint}: is for single runs; {instead}"
 
 
-def _differences(
+def differences(
     before: Mapping[str, Any], config: SweepConfig, settings: Mapping[str, Any], space: Space
 ) -> Iterator[str]:
     """Yield what must not differ from the sweep that is to be resumed, but does.
@@ -84,14 +83,14 @@ def _value_problems(space: Space, place: str) -> Iterator[str]:
                 yield f"{place}: {name}: {problem.removeprefix(f'--{name}').lstrip('=: ')}"
 
 
-def _variants(config: TrainConfig, space: Space, names: Sequence[str]) -> Iterator[TrainConfig]:
-    """Yield `config` with all combinations of the values, or the ends of the ranges, in the space for `names`."""
+def combinations(space: Space, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield all combinations of the values, or the ends of the ranges, in the space for `names`."""
     tried = [name for name in names if name in space]
     for values in itertools.product(*(space[name].values for name in tried)):
-        yield dataclasses.replace(config, **dict(zip(tried, values, strict=True)))
+        yield dict(zip(tried, values, strict=True))
 
 
-def _objective_problem(objective: str, run: CheckedRun) -> str | None:
+def objective_problem(objective: str, run: CheckedRun) -> str | None:
     """Return why the objective cannot be measured; None if it can."""
     num_rows = len(run.source)
     if objective in ("val_loss", "control_gap") and run.config.num_held_out(num_rows) < 2:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raycontrolnet.cluster.cpus import LOADING_CPUS, MIN_CPU_SHARE, threads_for
-from raycontrolnet.cluster.nodes import has_type
+from raycontrolnet.cluster.nodes import ClusterNodes, Node, has_type, total
 from raycontrolnet.config.settings import ClusterConfig
+from raycontrolnet.config.sweep_config import SweepSettings
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.text import counted
 
@@ -17,13 +18,10 @@ DRIVER_MEMORY = 2.0**20
 MOST_CPUS_BESIDE_GPU = 2.0
 """CPUs of a worker with a GPU: one launches the GPU's work, one reads the next samples."""
 
-Node = Mapping[str, float]
-"""Ray's resources of a node."""
-
 
 @dataclass(frozen=True)
 class TrialSlots:
-    """The places for trials."""
+    """Places for trials."""
 
     at_a_time: int
     num_workers: int
@@ -43,9 +41,9 @@ class TrialSlots:
         return self.gpus_per_worker > 0
 
     @property
-    def threads(self) -> int:
-        """CPU threads of a worker."""
-        return threads_for(self.cpus_per_worker)
+    def threads(self) -> int | None:
+        """CPU threads of a worker; None leaves them as they are."""
+        return None if self.use_gpu else threads_for(self.cpus_per_worker)
 
     def resources(self) -> dict[str, float]:
         """Return Ray's resources of the process that Tune starts for a trial."""
@@ -59,23 +57,12 @@ class TrialSlots:
         return resources
 
 
-def places(
-    cluster: ClusterConfig,
-    nodes: Sequence[Node],
-    may_come: Sequence[Node] | None,
-    *,
-    num_trials: int,
-    gpus_per_trial: float,
-    most: int | None,
-    own: bool = False,
+def trial_slots(
+    cluster: ClusterConfig, sweep: SweepSettings, nodes: ClusterNodes, num_trials: int, *, own: bool = False
 ) -> TrialSlots:
-    """Return the slots for `num_trials` trials.
+    """Return the slots for `num_trials` trials on `nodes`.
 
     Args:
-        nodes: nodes that are up.
-        may_come: nodes that an autoscaler can add; None if it can add some, but not known which.
-        gpus_per_trial: GPUs of a trial with one worker, if GPUs are used.
-        most: trials at a time that the user allows.
         own: True for a Ray of our own, which counts one CPU for loading beside those of the machine.
 
     Raises:
@@ -86,19 +73,20 @@ def places(
         problem = "a sweep's trials need a fixed number: elastic ones would take each other's workers"
         raise ConfigError([f"--num_workers={cluster.num_workers}: {problem}; give a number"])
     workers = max(1, workers)
-    all_nodes = [node for node in (*nodes, *(may_come or ())) if has_type(node, cluster.accelerator_type)]
+    most, both = sweep.max_concurrent_trials, (*nodes.nodes, *(nodes.may_come or ()))
+    all_nodes = [node for node in both if has_type(node, cluster.accelerator_type)]
     use_gpu = cluster.use_gpu
     if use_gpu is None:
-        use_gpu = any(node.get("GPU", 0) > 0 for node in all_nodes)
-    gpus = (gpus_per_trial if workers == 1 else 1.0) if use_gpu else 0.0
+        use_gpu = total("GPU", all_nodes) > 0
+    gpus = (sweep.gpus_per_trial if workers == 1 else 1.0) if use_gpu else 0.0
     wanted = min(num_trials, most or num_trials)
     cpus = cluster.cpus_per_worker or _cpus_per_worker(all_nodes, workers, gpus, wanted)
     room, reason = _room(all_nodes, workers, cpus, gpus)
     if own:
-        cpus_here = sum(node.get("CPU", 0.0) for node in all_nodes) - LOADING_CPUS
-        reason = reason if "GPU" in reason else f"this machine has {counted(cpus_here, 'CPU')}"
+        cpus_here = counted(total("CPU", all_nodes) - LOADING_CPUS, "CPU")
+        reason = reason if "GPU" in reason else f"this machine has {cpus_here}"
     each = _each(workers, cpus, gpus, cluster.accelerator_type)
-    if room == 0 and may_come is not None:
+    if room == 0 and nodes.may_come is not None:
         raise ConfigError([f"--num_workers={cluster.num_workers}: no trial has room in the cluster ({reason}, {each})"])
     at_a_time = min(wanted, room) if room else wanted
     if at_a_time < room:
@@ -122,7 +110,7 @@ def _cpus_per_worker(nodes: Sequence[Node], workers: int, gpus: float, wanted: i
     if gpus:
         shares = [node.get("CPU", 0.0) / _fit(node["GPU"], gpus) for node in nodes if _fit(node.get("GPU", 0.0), gpus)]
         return _rounded(min([MOST_CPUS_BESIDE_GPU, *shares]))
-    spare = sum(node.get("CPU", 0.0) for node in nodes) - LOADING_CPUS
+    spare = total("CPU", nodes) - LOADING_CPUS
     largest = max((node.get("CPU", 0.0) for node in nodes), default=1.0)
     return _rounded(max(1.0, min(spare // max(1, wanted * workers), largest)) if spare >= 1 else spare)
 
@@ -133,23 +121,18 @@ def _rounded(cpus: float) -> float:
 
 def _room(nodes: Sequence[Node], workers: int, cpus: float, gpus: float) -> tuple[int, str]:
     """Return the number of trials that fit beside Ray Data, and what limits it."""
-    total = sum(node.get("CPU", 0.0) for node in nodes)
+    all_cpus = total("CPU", nodes)
+    rooms = sum(int(node.get("CPU", 0.0) / cpus + 1e-9) for node in nodes)
     if workers == 1:
-        spare = total - (0 if gpus else LOADING_CPUS)
-        by_cpu = min(sum(int(node.get("CPU", 0.0) / cpus + 1e-9) for node in nodes), int(spare / cpus + 1e-9))
+        by_cpu = min(rooms, int((all_cpus - (0 if gpus else LOADING_CPUS)) / cpus + 1e-9))
         kept = "" if gpus else f", of which {LOADING_CPUS:g} is left to Ray Data"
     else:
-        places = sum(int(node.get("CPU", 0.0) / cpus + 1e-9) for node in nodes)
-        by_cpu = min(places // workers, int(total / (workers * cpus + LOADING_CPUS) + 1e-9))
+        by_cpu = min(rooms // workers, int(all_cpus / (workers * cpus + LOADING_CPUS) + 1e-9))
         kept = f", of which {LOADING_CPUS:g} per trial is left to Ray Data"
-    reason = f"the cluster has {total:g} CPUs{kept}"
-    if not gpus:
-        return max(0, by_cpu), reason
-    total_gpus = sum(node.get("GPU", 0.0) for node in nodes)
-    by_gpu = sum(_fit(node.get("GPU", 0.0), gpus) for node in nodes) // workers
+    by_gpu = sum(_fit(node.get("GPU", 0.0), gpus) for node in nodes) // workers if gpus else math.inf
     if by_gpu <= by_cpu:
-        return by_gpu, f"the cluster has {counted(total_gpus, 'GPU')}"
-    return max(0, by_cpu), reason
+        return int(by_gpu), f"the cluster has {counted(total('GPU', nodes), 'GPU')}"
+    return max(0, by_cpu), f"the cluster has {all_cpus:g} CPUs{kept}"
 
 
 def _fit(gpus_of_node: float, gpus: float) -> int:

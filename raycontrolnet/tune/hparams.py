@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raycontrolnet.tune.records import Trial
+from raycontrolnet.tune.records import Trial, as_text
 
 EVENTS = "events.out.tfevents.*"
 STATUSES = {"finished": "STATUS_SUCCESS", "stopped": "STATUS_SUCCESS", "failed": "STATUS_FAILURE"}
@@ -73,7 +72,7 @@ def _summaries(trial: Trial) -> list[Any]:
         elif isinstance(value, (int, float)):
             start.hparams[name].number_value = value
         elif value is not None:
-            start.hparams[name].string_value = value if isinstance(value, str) else json.dumps(value, default=str)
+            start.hparams[name].string_value = as_text(value)
     contents = {metadata.SESSION_START_INFO_TAG: plugin_data_pb2.HParamsPluginData(session_start_info=start)}
     if record.ended:
         status = api_pb2.Status.Value(STATUSES[record.state])

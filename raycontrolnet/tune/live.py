@@ -6,21 +6,20 @@ import logging
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from queue import SimpleQueue
 from typing import Any, TextIO
 
-from rich.cells import cell_len
 from rich.text import Text
 
 from raycontrolnet.text import Screen, duration, printable
 from raycontrolnet.training import metrics
 from raycontrolnet.tune.events import event_of
-from raycontrolnet.tune.records import STATES, Trial, TrialRecord, measured, ranked
-from raycontrolnet.tune.table import LiveState, clip, columns_of, figure, lay_out
+from raycontrolnet.tune.records import Trial, TrialRecord, measured, ranked
+from raycontrolnet.tune.table import LiveState, figure, trial_table
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ RECENT_UPDATES = 20
 DIM_STATES = ("waiting", "stopped", "failed", "interrupted")
 
 
-class Running:
+class TrialFollower:
     """Follows the updates of a trial in its metrics file."""
 
     def __init__(self, folder: Path):
@@ -71,12 +70,10 @@ class Running:
 
 
 class LiveTable:
-    """Shows a sweep: a summary line and a table of its trials.
+    """Shows a sweep: a summary line and a table of its trials; in a log also what happens to them.
 
-    with LiveTable("my-sweep", "val_loss", sys.stderr) as table: table.update(trials)
-
-    A thread reads and draws: `update` and `say` never wait for the stream, and never raise. On a terminal nothing else
-    should write to the stream meanwhile; single lines go through `say`.
+    A thread reads and draws: `update` never waits for the stream, and never raises. On a terminal nothing else should
+    write to the stream meanwhile.
 
     Args:
         total_trials: number of trials of the whole sweep, if they are not all known from the start.
@@ -93,57 +90,39 @@ class LiveTable:
         total_steps: int | None = None,
     ):
         self.name, self.objective = printable(name), objective
-        self.total_trials, self.total_steps = total_trials, total_steps
+        self.total_trials, self.total_steps = total_trials or 0, total_steps
         self._screen = Screen(stream)
-        self.live = self._screen.live
-        self._lock = threading.RLock()  # held for moments; a signal handler may call `say` meanwhile
+        self._updates: SimpleQueue[Sequence[Trial]] = SimpleQueue()
         self._trials: Sequence[Trial] | None = None
-        self._words: deque[str] = deque()
-        self._changed = False
-        self._running: dict[int, Running] = {}
+        self._tabled: Sequence[Trial] | None = None
         self._tabled_at = self._started = time.monotonic()
+        self._followers: dict[int, TrialFollower] = {}
         self._complained = False
-        self._stop = threading.Event()
+        self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="sweep-table", daemon=True)
 
     def __enter__(self) -> LiveTable:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._stop.set()
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
         self._thread.join(JOIN_S)
 
     def update(self, trials: Sequence[Trial]) -> None:
         """Take note of all trials as they are now."""
-        with self._harmless():
-            self._note(list(trials))
-
-    def say(self, words: str) -> None:
-        """Print a line above the table."""
-        with self._lock:
-            self._words.append(words)
-
-    def _note(self, trials: Sequence[Trial]) -> None:
-        with self._lock:
-            known = None if self._trials is None else {trial.record.index: trial for trial in self._trials}
-            self._trials = trials
-            self._changed |= known is None
-            for trial in trials:
-                before = None if known is None else known.get(trial.record.index)
-                running = self._running.get(trial.record.index)
-                live_step = running.step if running is not None else None
-                event = event_of(before, trial, self.objective, first=known is None, live_step=live_step)
-                if event is not None and (not self.live or event.failure):
-                    self._words.append(event.words)
-                self._changed |= before is None or (before.record, before.last) != (trial.record, trial.last)
+        self._updates.put(list(trials))
 
     def _watch(self) -> None:
-        last = False
-        while not last:
-            last = self._stop.wait(DRAW_INTERVAL_S)
+        over = False
+        while not over:
+            over = self._over.wait(DRAW_INTERVAL_S)
             with self._harmless():
-                self._draw(last)
+                self._tell_news()
+            with self._harmless():
+                self._draw(over)
+        with self._harmless():
+            self._screen.close()
 
     @contextmanager
     def _harmless(self) -> Iterator[None]:
@@ -156,91 +135,77 @@ class LiveTable:
                 self._complained = True
                 logger.warning("the sweep's table cannot be shown (%s: %s)", type(error).__name__, error)
 
-    def _draw(self, last: bool) -> None:
-        due = self.live or last or time.monotonic() - self._tabled_at >= TABLE_INTERVAL_S
-        with self._lock:
-            trials, changed = self._trials, self._changed
-            self._changed &= not due
-            words = [self._words.popleft() for _ in range(len(self._words))]
-        lines: list[Text] = []
-        with self._harmless():  # the words are printed in any case
-            lines = self._lines(trials, changed and due)
-        for line in words:
-            self._screen.say(line)
-        if self.live and lines:
-            self._screen.draw(lines)
-        elif not self.live:
-            for row in lines:
-                self._screen.say(row.plain)
-        if last:
-            self._screen.close()
+    def _tell_news(self) -> None:
+        """Print what has happened to trials; on a terminal, whose table shows their states, only failures."""
+        while not self._updates.empty():
+            known = None if self._trials is None else {trial.record.index: trial.record.state for trial in self._trials}
+            self._trials = self._updates.get()
+            for trial in self._trials:
+                index, state = trial.record.index, trial.record.state
+                news = state == "running" if known is None else state != known.get(index, "waiting")
+                if news and state != "waiting" and (state == "failed" or not self._screen.live):
+                    follower = self._followers.get(index)
+                    self._screen.say(event_of(trial, self.objective, follower.step if follower else None))
 
-    def _lines(self, trials: Sequence[Trial] | None, wanted: bool) -> list[Text]:
-        """Return the lines on the terminal, or the whole table for the log if it is `wanted`."""
-        now = self._follow(trials or [])
-        if trials is None or not (self.live or wanted):
-            return []
-        if self.live:
-            return self._on_terminal(trials, now, *self._screen.size())
-        self._tabled_at = time.monotonic()
-        return [Text(self.header(trials)), *self._table(trials, now, None)]
+    def _draw(self, last: bool) -> None:
+        """Draw the table, or print it in a log if there is something new and it is time."""
+        if self._trials is None:
+            return
+        now = self._follow(self._trials)
+        if self._screen.live:
+            self._screen.draw(self._on_terminal(self._trials, now, *self._screen.size()))
+        elif self._trials != self._tabled and (last or time.monotonic() - self._tabled_at >= TABLE_INTERVAL_S):
+            self._tabled, self._tabled_at = self._trials, time.monotonic()
+            for line in (self._header(self._trials), *self._table(self._trials, now)):
+                self._screen.say(line.plain)
 
     def _follow(self, trials: Sequence[Trial]) -> Mapping[int, LiveState]:
         """Return where the trials are that have run since this table began."""
         now = {}
         for trial in trials:
             index = trial.record.index
-            if trial.record.state == "running" and index not in self._running:
-                self._running[index] = Running(trial.folder)
-            if index in self._running:
-                now[index] = self._running[index].now(trial.record)
+            if trial.record.state == "running" and index not in self._followers:
+                self._followers[index] = TrialFollower(trial.folder)
+            if index in self._followers:
+                now[index] = self._followers[index].now(trial.record)
         return now
 
-    def header(self, trials: Sequence[Trial], width: int | None = None) -> str:
+    def _header(self, trials: Sequence[Trial]) -> Text:
         """Return `sweep NAME: 7 finished, 3 stopped, 2 running of 16 | best val_loss 0.1234 (0003) | 12:34`."""
-        counts = {state: sum(trial.record.state == state for trial in trials) for state in STATES}
-        total = max(self.total_trials or 0, len(trials))
+        total = max(self.total_trials, len(trials))
+        counts = Counter(trial.record.state for trial in trials)
         counts["waiting"] += total - len(trials)
         order = ("finished", "stopped", "failed", "interrupted", "running", "waiting")
         told = ", ".join(f"{counts[state]} {state}" for state in order if counts[state])
         parts = [f"sweep {self.name}: {told} of {total}" if told else f"sweep {self.name}: no trials yet"]
-        shorter = list(parts)
-        if (best := self._best(trials)) is not None:
-            worth = f"{figure(self.objective, best.value(self.objective))} ({best.record.name})"
-            parts.append(f"best {self.objective} {worth}")
-            shorter.append(f"best {worth}")
-        parts.append(duration(time.monotonic() - self._started))
-        choices = [" | ".join(some) for some in (parts, parts[:-1], shorter, shorter[:1])]
-        if width is None:
-            return choices[0]
-        return next((line for line in choices if cell_len(line) <= width), clip(choices[-1], width))
+        if best := self._best(trials):
+            worth = figure(self.objective, best.value(self.objective))
+            parts.append(f"best {self.objective} {worth} ({best.record.name})")
+        return Text(" | ".join([*parts, duration(time.monotonic() - self._started)]))
 
     def _best(self, trials: Sequence[Trial]) -> Trial | None:
         return next(iter(measured(trials, self.objective)), None)
 
-    def _table(self, trials: Sequence[Trial], now: Mapping[int, LiveState], width: int | None) -> list[Text]:
-        """Return the names of the columns and a row per trial, in their styles."""
-        columns, rows = columns_of(trials, self.objective, self.total_steps), self._order(trials)
-        cells = [[column.cell(t, now.get(t.record.index, LiveState())) for column in columns] for t in rows]
-        if not cells:
+    def _table(self, trials: Sequence[Trial], now: Mapping[int, LiveState], width: int | None = None) -> list[Text]:
+        """Return the headings, and a line per trial: the running ones, then the others, the best first."""
+        rows = sorted(ranked(trials, self.objective), key=lambda trial: trial.record.state != "running")
+        if not rows:
             return []
-        best, lines = self._best(trials), lay_out(columns, cells, width)
-        styles = ["bold" if t is best else "dim" if t.record.state in DIM_STATES else "" for t in rows]
-        return [Text(line, style) for line, style in zip(lines, ["bold", *styles], strict=True)]
-
-    def _order(self, trials: Sequence[Trial]) -> list[Trial]:
-        """Return the running trials, then the others, the best first."""
-        return sorted(ranked(trials, self.objective), key=lambda trial: trial.record.state != "running")
+        best, lines = self._best(trials), trial_table(rows, self.objective, now, self.total_steps, width)
+        styles = ["bold" if trial is best else "dim" if trial.record.state in DIM_STATES else "" for trial in rows]
+        for line, style in zip(lines, ["bold", *styles], strict=True):
+            line.style = style
+        return lines
 
     def _on_terminal(
         self, trials: Sequence[Trial], now: Mapping[int, LiveState], width: int, height: int
     ) -> list[Text]:
         """Return the lines that fit a terminal of this size."""
-        header = Text(self.header(trials, width))
-        rows = height - 2
+        header, rows = self._header(trials), height - 2
+        header.truncate(width, overflow="ellipsis")
         if not trials or rows < min(2, len(trials)):
             return [header]
         names, *table = self._table(trials, now, width)
         if len(table) > rows:
-            table[rows - 1 :] = [Text(clip(f"... and {len(table) - (rows - 1)} more", width))]
+            table[rows - 1 :] = [Text(f"... and {len(table) - (rows - 1)} more"[:width])]
         return [header, names, *table]

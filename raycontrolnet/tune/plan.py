@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +12,12 @@ from typing import Any, TextIO
 from raycontrolnet.cluster.resources import WorkerResources
 from raycontrolnet.config.checks import absolute, versions, with_absolute_paths
 from raycontrolnet.config.space import Dimension, Space, num_trials, to_grammar
-from raycontrolnet.config.sweep_config import OBJECTIVES, SweepConfig
+from raycontrolnet.config.sweep_config import OBJECTIVES, SweepConfig, SweepSettings
 from raycontrolnet.config.sweepable import cache_settings
 from raycontrolnet.config.train_config import TrainConfig, names_that_decide, names_with, public_settings
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.launch.preflight import CheckedRun, check, choose_latents, ensure_latents
-from raycontrolnet.tune.checks import _differences, _objective_problem, _problems, _variants, _warnings
+from raycontrolnet.tune import checks
 from raycontrolnet.tune.concurrency import TrialSlots
 from raycontrolnet.tune.recorder import mark_interrupted
 from raycontrolnet.tune.records import SweepLease, TrialRecord, read_records, read_sweep
@@ -57,9 +56,20 @@ class SweepPlan:
         return OBJECTIVES[self.config.objective]
 
     @property
+    def begun(self) -> list[TrialRecord]:
+        """Trials of an earlier part of the sweep that count, in the order in which they continue: ended ones first."""
+        counted = [record for record in self.records if record.state != "failed"]
+        return sorted(counted, key=lambda record: (not record.ended, record.index))
+
+    @property
+    def new_indices(self) -> list[int]:
+        """Indices of the trials that have not begun."""
+        return sorted(set(range(self.num_trials)).difference(record.index for record in self.records))
+
+    @property
     def num_left(self) -> int:
         """Number of trials that are still to be trained or resumed."""
-        return sum(not record.ended for record in self.records) + max(0, self.num_trials - len(self.records))
+        return sum(not record.ended for record in self.records) + len(self.new_indices)
 
     def facts(self) -> dict[str, Any]:
         """Return the content of sweep.json."""
@@ -83,7 +93,8 @@ class SweepPlan:
         """Yield the settings with each value in the space that may need a GPU."""
         yield self.train
         for name in names_with("gpu_only"):
-            yield from _variants(self.train, self.space, [name])
+            for settings in checks.combinations(self.space, [name]):
+                yield dataclasses.replace(self.train, **settings)
 
     def config_of(self, record: TrialRecord) -> TrainConfig:
         """Return the settings of a trial, as `fit` takes them for the same run."""
@@ -104,19 +115,20 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
         stream.write(f"sweep: there is nothing to resume in {sweep_dir}: a new sweep starts\n")
     train = _shared_settings(config.train, sweep_dir, before)
     space = {name: _with_absolute_paths(name, dimension) for name, dimension in space.items()}
-    problems = [*_differences(before, config, public_settings(train), space), *_problems(config, space)]
-    if problems:
+    changed = checks.differences(before, config, public_settings(train), space)
+    if problems := [*changed, *checks.problems(config, space)]:
         raise ConfigError(problems)
     runs = {}
     for settings in _cache_variants(space):
         run = check(dataclasses.replace(train, **settings), sweep_dir)
         runs[cache_key(settings)] = choose_latents(run, stream, reused=True)
     for run in runs.values():
-        if problem := _objective_problem(config.objective, run):
+        if problem := checks.objective_problem(config.objective, run):
             raise ConfigError([problem])
     total_updates = max(total for run in runs.values() for total in _totals(run, space))
-    variants = _variants(train, space, names_that_decide("warm-up"))
-    stream.writelines(f"sweep: {warning}\n" for warning in dict.fromkeys(_warnings(train, variants, total_updates)))
+    warm_ups = (dataclasses.replace(train, **some) for some in checks.combinations(space, names_that_decide("warm-up")))
+    for warning in dict.fromkeys(checks.warnings(train, warm_ups, total_updates)):
+        stream.write(f"sweep: {warning}\n")
     return SweepPlan(
         config=config,
         sweep_dir=sweep_dir,
@@ -132,11 +144,10 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
 def _shared_settings(train: TrainConfig, sweep_dir: Path, before: Mapping[str, Any]) -> TrainConfig:
     """Complete `train`: absolute paths, the sweep's seed, its name as the trackers' group, one worker instead of 0."""
     train = with_absolute_paths(train)
-    in_callers_process = train.worker_range == (0, 0)  # a trial has a process of its own in any case
     seed = before.get("seed", secrets.randbelow(2**31)) if train.seed is None else train.seed
     return dataclasses.replace(
         train,
-        num_workers="1" if in_callers_process else train.num_workers,
+        num_workers="1" if train.in_this_process else train.num_workers,  # a trial has a process of its own in any case
         seed=seed,
         tracker_group=sweep_dir.name if train.tracker_group is None else train.tracker_group,
     )
@@ -150,24 +161,22 @@ def _with_absolute_paths(name: str, dimension: Dimension) -> Dimension:
 
 
 def _cache_variants(space: Space) -> Iterator[dict[str, Any]]:
-    """Yield all combinations of the values that need their own latents; a single empty one if there are none."""
-    values = {}
-    for name in cache_settings(space):
-        dimension = space[name]
-        if dimension.is_range:
+    """Return all combinations of the values that need their own latents; a single empty one if there are none."""
+    names = cache_settings(space)
+    for name in names:
+        if space[name].is_range:
             raise ConfigError([f"--space: {name}: needs its own latents for every value; use choice or grid"])
-        values[name] = dimension.values
-    for combination in itertools.product(*values.values()):
-        yield dict(zip(values, combination, strict=True))
+    return checks.combinations(space, names)
 
 
 def _totals(run: CheckedRun, space: Space) -> Iterator[int]:
     """Yield numbers of updates that trials may do, the smallest and the largest among them."""
-    for config in _variants(run.config, space, names_that_decide("length")):
-        yield dataclasses.replace(run, config=config).schedule(run.config.worker_range[1], None).total_updates
+    for settings in checks.combinations(space, names_that_decide("length")):
+        tried = dataclasses.replace(run, config=dataclasses.replace(run.config, **settings))
+        yield tried.schedule(run.config.worker_range[1], None).total_updates
 
 
-def _grace_period(config: SweepConfig, every: int, total_updates: int, stream: TextIO) -> int | None:
+def _grace_period(config: SweepSettings, every: int, total_updates: int, stream: TextIO) -> int | None:
     """Return the grace period, a quarter of the run by default, rounded up to a validation: it is where trials stop."""
     if config.scheduler == "none":
         return None
@@ -181,9 +190,7 @@ def _grace_period(config: SweepConfig, every: int, total_updates: int, stream: T
     return grace_period
 
 
-def shared_of(
-    plan: SweepPlan, places: TrialSlots, lease: SweepLease, resources: WorkerResources, stream: TextIO
-) -> Shared:
+def share(plan: SweepPlan, slots: TrialSlots, lease: SweepLease, resources: WorkerResources, stream: TextIO) -> Shared:
     """Return what the trials share; missing latents are made now, with the `resources` that a run would have.
 
     Raises:
@@ -192,18 +199,8 @@ def shared_of(
     runs = {}
     for key, run in plan.runs.items():
         complete = ensure_latents(run, resources, stream)
-        own: dict[str, Any] = {
-            "cpus_per_worker": places.cpus_per_worker,
-            "push_to_hub": False,
-            "resume_from_checkpoint": None,
-        }
-        runs[key] = dataclasses.replace(complete, config=dataclasses.replace(complete.config, **own))
-    return Shared(
-        sweep_dir=plan.sweep_dir,
-        lease=lease,
-        runs=runs,
-        in_process=places.in_process,
-        use_gpu=places.use_gpu,
-        threads=None if places.use_gpu else places.threads,
-        retries=plan.config.trial_retries,
-    )
+        config = dataclasses.replace(
+            complete.config, cpus_per_worker=slots.cpus_per_worker, push_to_hub=False, resume_from_checkpoint=None
+        )
+        runs[key] = dataclasses.replace(complete, config=config)
+    return Shared(lease=lease, runs=runs, slots=slots, retries=plan.config.trial_retries)

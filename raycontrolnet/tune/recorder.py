@@ -12,14 +12,14 @@ from typing import Any
 from ray import tune
 from ray.exceptions import RayActorError
 
-from raycontrolnet.cluster.tuning import trial_error
+from raycontrolnet.cluster import tuning
 from raycontrolnet.errors import RunError, UserError, root_cause
 from raycontrolnet.report.run_history import read_json
 from raycontrolnet.text import one_line
 from raycontrolnet.training.status import STATUS
 from raycontrolnet.tune.live import LiveTable
 from raycontrolnet.tune.records import SweepLease, Trial, TrialRecord, folder_of, read_trial, write_record
-from raycontrolnet.tune.trial import TRIAL
+from raycontrolnet.tune.trial import record_from
 
 logger = logging.getLogger(__name__)
 
@@ -63,22 +63,21 @@ class TrialRecorder(NotPickled, tune.Callback):
             self._write(self._timed(record))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        record, last = self._of(trial), trial.last_result or {}
+        record, last = self._of(trial), tuning.trial_report(trial)
         if record.ended:
             return
+        changes: dict[str, Any] = {"state": "interrupted"}
         if state := last.get("state"):
             changes = {"state": state, "cause": last.get("cause"), "attempts": last.get("attempts", 0)}
-        else:  # the scheduler stopped it before its last report
-            changes = (
-                {"state": "stopped", "stopped_at": int(last["step"])} if "step" in last else {"state": "interrupted"}
-            )
+        elif "step" in last:  # the scheduler stopped it before its last report
+            changes = {"state": "stopped", "stopped_at": int(last["step"])}
         self._write(dataclasses.replace(self._timed(record), **changes))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._write(dataclasses.replace(self._timed(self._of(trial)), state="failed", cause=_cause(trial)))
 
     def _of(self, trial: Any) -> TrialRecord:
-        return self.trials[trial.config[TRIAL]["index"]].record
+        return self.trials[record_from(tuning.trial_config(trial)).index].record
 
     def _timed(self, record: TrialRecord) -> TrialRecord:
         """Add the time since the last call to `record`."""
@@ -102,15 +101,15 @@ class TrialRecorder(NotPickled, tune.Callback):
 
 def _cause(trial: Any) -> str:
     """Return the reason why Tune gave a trial up."""
-    error = trial_error(trial)
+    error, times = tuning.trial_error(trial), tuning.trial_failures(trial)
     if error is None:
-        return f"its process failed {trial.num_failures} times"
+        return f"its process failed {times} times"
     cause = root_cause(error)
     if isinstance(cause, (UserError, RunError)):
         return str(cause).splitlines()[0]
     if isinstance(error, RayActorError):
-        return f"its process was lost {trial.num_failures} times: killed, perhaps for its memory, or with its machine"
-    return f"its process failed {trial.num_failures} times: {one_line(cause)}"
+        return f"its process was lost {times} times: killed, perhaps for its memory, or with its machine"
+    return f"its process failed {times} times: {one_line(cause)}"
 
 
 def mark_interrupted(sweep_dir: Path, record: TrialRecord) -> TrialRecord:

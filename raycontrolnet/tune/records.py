@@ -20,15 +20,16 @@ import numpy as np
 from raycontrolnet.config.sweep_config import OBJECTIVES
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.report import run_history
-from raycontrolnet.report.run_history import RunHistory
+from raycontrolnet.report.run_history import RunHistory, number, read_json
 from raycontrolnet.storage.files import replacing
 from raycontrolnet.training import held_out
 from raycontrolnet.training.job import wait_for_driver
 from raycontrolnet.training.schedule import due_steps
 
-SWEEP = "sweep.json"
-TRIALS = "trials"
-TRIAL = "trial.json"
+SWEEP_FILE = "sweep.json"
+TRIALS_FOLDER = "trials"
+TRIAL_FILE = "trial.json"
+LEASE_FILE = ".sweep_id"
 
 STATES = ("waiting", "running", "finished", "stopped", "failed", "interrupted")
 ENDED = ("finished", "stopped", "failed")
@@ -37,9 +38,6 @@ ENDED = ("finished", "stopped", "failed")
 Report = Mapping[str, float]
 """A trial's figures after `step` updates: step, loss (mean since the report before), images_per_second (median since
 then) and, where measured, val_loss, val_loss_shuffled, control_gap, control_gap_error, control_fidelity."""
-
-
-MARKER = ".sweep_id"
 
 
 @dataclass(frozen=True)
@@ -105,33 +103,53 @@ class Trial:
 
 
 def folder_of(sweep_dir: Path, record: TrialRecord) -> Path:
-    return sweep_dir / TRIALS / record.name
+    return sweep_dir / TRIALS_FOLDER / record.name
 
 
 def write_record(sweep_dir: Path, record: TrialRecord) -> None:
     """Write trial.json, whole or not at all; makes the trial's folder."""
     folder = folder_of(sweep_dir, record)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / TRIAL, asdict(record))
+    _replace(folder / TRIAL_FILE, asdict(record))
 
 
-def read_records(sweep_dir: Path) -> list[TrialRecord]:
-    """Return all trials that were ever proposed, by index."""
-    files = sorted((sweep_dir / TRIALS).glob(f"*/{TRIAL}"))
-    return sorted((_read_record(file) for file in files), key=lambda record: record.index)
+def read_records(sweep_dir: Path, *, skip_damaged: bool = False) -> list[TrialRecord]:
+    """Return all trials that were ever proposed, by index.
+
+    Raises:
+        ConfigError: a trial.json is damaged, unless those are to be skipped.
+    """
+    records = []
+    for file in sorted((sweep_dir / TRIALS_FOLDER).glob(f"*/{TRIAL_FILE}")):
+        if record := _record_of(read_json(file), file.parent.name):
+            records.append(record)
+        elif not skip_damaged:
+            raise ConfigError([f"{file}: is damaged; remove its folder, and that trial is trained anew"])
+    return sorted(records, key=lambda record: record.index)
 
 
-def _read_record(file: Path) -> TrialRecord:
-    try:
-        return TrialRecord(**json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        problem = f"{file}: is damaged ({error}); remove its folder, and that trial is trained anew"
-        raise ConfigError([problem]) from error
+def _record_of(content: Mapping[str, Any], folder: str) -> TrialRecord | None:
+    """Return the usable part of a trial.json; None if it does not name the settings of the trial in `folder`."""
+    index, settings, cause = content.get("index"), content.get("settings"), content.get("cause")
+    if type(index) is not int or not isinstance(settings, dict) or folder != f"{index:04d}":
+        return None
+    seconds, started = number(content.get("seconds")), number(content.get("started"))
+    return TrialRecord(
+        index=index,
+        settings=settings,
+        state=state if (state := content.get("state")) in STATES else "interrupted",
+        cause=None if cause is None else str(cause),
+        stopped_at=step if type(step := content.get("stopped_at")) is int else None,
+        seconds=seconds if 0 <= seconds < math.inf else 0.0,
+        started=started if math.isfinite(started) else None,
+        attempts=attempts if type(attempts := content.get("attempts")) is int else 0,
+    )
 
 
-def read_trials(sweep_dir: Path, validation_steps: int) -> list[Trial]:
-    """Return all trials with their reports, by index."""
-    return [read_trial(sweep_dir, record, validation_steps) for record in read_records(sweep_dir)]
+def read_trials(sweep_dir: Path, validation_steps: int, *, skip_damaged: bool = False) -> list[Trial]:
+    """Return all trials with their reports, by index; see `read_records`."""
+    records = read_records(sweep_dir, skip_damaged=skip_damaged)
+    return [read_trial(sweep_dir, record, validation_steps) for record in records]
 
 
 def read_trial(sweep_dir: Path, record: TrialRecord, validation_steps: int) -> Trial:
@@ -179,6 +197,11 @@ def _since(run: RunHistory, before: int, step: int) -> dict[str, float]:
     return found
 
 
+def as_text(value: Any) -> str:
+    """Return a setting's value as a person writes it; JSON if it is more than a word or a number."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
 def settings_of(trials: Sequence[Trial]) -> list[str]:
     """Return the names of all swept settings, in order of appearance."""
     return list(dict.fromkeys(name for trial in trials for name in trial.record.settings))
@@ -217,12 +240,12 @@ def ranked(trials: Sequence[Trial], objective: str) -> list[Trial]:
 
 def write_sweep(sweep_dir: Path, content: Mapping[str, Any]) -> None:
     """Write sweep.json, whole or not at all."""
-    _replace(sweep_dir / SWEEP, content)
+    _replace(sweep_dir / SWEEP_FILE, content)
 
 
 def read_sweep(sweep_dir: Path) -> dict[str, Any]:
     """Return the content of sweep.json; empty if there is none."""
-    file = sweep_dir / SWEEP
+    file = sweep_dir / SWEEP_FILE
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
@@ -240,18 +263,18 @@ class SweepLease:
 
     def set(self) -> None:
         """Take the sweep over."""
-        with replacing(self.sweep_dir / MARKER) as partial:  # trials read it all the time
+        with replacing(self.sweep_dir / LEASE_FILE) as partial:  # trials read it all the time
             partial.write_text(self.sweep_id)
 
     def remove(self) -> None:
         """Give the sweep up; its trials end when they see that."""
         if self.stands():
-            (self.sweep_dir / MARKER).unlink(missing_ok=True)
+            (self.sweep_dir / LEASE_FILE).unlink(missing_ok=True)
 
     def stands(self) -> bool:
         """Check that the sweep is still this driver's."""
         try:
-            return (self.sweep_dir / MARKER).read_text() == self.sweep_id
+            return (self.sweep_dir / LEASE_FILE).read_text() == self.sweep_id
         except FileNotFoundError:
             return False
         except OSError:  # storage that fails for a moment
@@ -259,7 +282,7 @@ class SweepLease:
 
     def taken_over(self) -> bool:
         """Check that the sweep is another driver's now."""
-        return (self.sweep_dir / MARKER).exists() and not self.stands()
+        return (self.sweep_dir / LEASE_FILE).exists() and not self.stands()
 
     def check(self) -> None:
         """Check, in a trial, that the folder is the one that the driver sees.

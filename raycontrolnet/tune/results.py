@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from raycontrolnet.config.checks import find_token
-from raycontrolnet.config.train_config import TrainConfig, changed_settings, public_settings
+from raycontrolnet.config.checks import find_token, versions
+from raycontrolnet.config.train_config import changed_settings, public_settings
 from raycontrolnet.hub import model_card, push
 from raycontrolnet.hub.licence import find_licence
 from raycontrolnet.sampling import images
@@ -24,9 +24,8 @@ from raycontrolnet.tune.records import Report, Trial, control_appeared, ranked, 
 
 logger = logging.getLogger(__name__)
 
-
-BEST = "best"
-OF_THE_TRIAL = ("output_dir", "resume_from_checkpoint", "tracker_group")
+BEST_FOLDER = "best"
+LEFT_OUT_OF_BEST = ("output_dir", "resume_from_checkpoint", "tracker_group")
 """Settings that config.yaml in best/ leaves out, for the next run has its own."""
 
 
@@ -47,7 +46,7 @@ def write_results(plan: SweepPlan, trials: Sequence[Trial], facts: dict[str, Any
     best = next((trial for trial in trials if weights_of(trial)), None)
     facts["best"] = best.record.name if best else None
     if best:
-        write_best(plan.sweep_dir, best, plan.config_of(best.record), facts["versions"])
+        write_best(plan, best)
     if "tensorboard" in train.trackers:
         try:
             for trial in trials:
@@ -56,58 +55,46 @@ def write_results(plan: SweepPlan, trials: Sequence[Trial], facts: dict[str, Any
             logger.warning("TensorBoard's files could not be written", exc_info=True)
 
 
-def push_best(plan: SweepPlan, best: Trial, facts: Mapping[str, Any]) -> str:
+def push_best(plan: SweepPlan, best: Trial) -> str:
     """Push best/, whose model card then names the repository.
 
     Raises:
         RunError: the push failed; the sweep is finished all the same.
     """
-    train, token = plan.train, plan.run.token
-    repo_id = push.resolve_repo_id(plan.sweep_dir, train.hub_model_id, token)
-    folder = write_best(plan.sweep_dir, best, plan.config_of(best.record), facts["versions"], repo_id)
-    assert folder is not None
-    return push.push_to_hub(folder, repo_id=repo_id, token=token)
+    token = plan.run.token
+    repo_id = push.resolve_repo_id(plan.sweep_dir, plan.train.hub_model_id, token)
+    return push.push_to_hub(write_best(plan, best, repo_id), repo_id=repo_id, token=token)
 
 
-def weights_of(trial: Trial) -> Path | None:
-    """Return the folder with a trial's weights, final or of its last checkpoint; None if there are none yet."""
-    places = [trial.folder] if trial.record.state == "finished" else []
-    if last := checkpoints.latest(trial.folder):
-        places.append(last.path / checkpoints.CONTROLNET)
-    return next((place for place in places if all((place / name).is_file() for name in push.WEIGHTS)), None)
-
-
-def worth(trial: Trial) -> Report:
-    """Return the report that belongs to the weights of `weights_of`: a checkpoint may be older than the last one."""
-    if trial.record.state == "finished":
-        return trial.last
-    last = checkpoints.latest(trial.folder)
-    return next((one for one in reversed(trial.reports) if last and one["step"] <= last.step), {})
-
-
-def write_best(
-    sweep_dir: Path, trial: Trial, config: TrainConfig, versions: dict[str, str], repo_id: str | None = None
-) -> Path | None:
-    """Replace best/ by the weights, settings and model card of `trial`.
-
-    Args:
-        config: the trial's settings.
-        repo_id: the repository to which best/ will be pushed.
+def weights_of(trial: Trial) -> tuple[Path, Report] | None:
+    """Return the folder with a trial's weights, final or of its last checkpoint, and the last report up to them.
 
     Returns:
-        The folder best/; None if the trial has no weights yet.
+        None if there are no weights yet.
+    """
+    found = [(trial.folder, trial.last)] if trial.record.state == "finished" else []
+    if last := checkpoints.latest(trial.folder):
+        reports = [report for report in trial.reports if report["step"] <= last.step]
+        found.append((last.path / checkpoints.CONTROLNET, reports[-1] if reports else {}))
+    return next((each for each in found if all((each[0] / name).is_file() for name in push.WEIGHTS)), None)
+
+
+def write_best(plan: SweepPlan, trial: Trial, repo_id: str | None = None) -> Path:
+    """Replace best/ by the weights, settings and model card of `trial`, which has weights, and return its path.
+
+    Args:
+        repo_id: the repository to which best/ will be pushed.
     """
     import yaml
 
-    weights = weights_of(trial)
-    if weights is None:
-        return None
-    best, figures = sweep_dir / BEST, worth(trial)
-    step = int(figures.get("step", 0))
+    found = weights_of(trial)
+    assert found is not None
+    weights, figures = found
+    best, step, config = plan.sweep_dir / BEST_FOLDER, int(figures.get("step", 0)), plan.config_of(trial.record)
     with replacing_folder(best) as new:
         for name in push.WEIGHTS:
             shutil.copyfile(weights / name, new / name)
-        settings = {name: value for name, value in public_settings(config).items() if name not in OF_THE_TRIAL}
+        settings = {name: value for name, value in public_settings(config).items() if name not in LEFT_OUT_OF_BEST}
         head = (
             f"# Settings of trial {trial.record.name}, the best of a sweep. To train anew with them:\n"
             f"#   raycontrolnet train --config {best / CONFIG} --output_dir FOLDER\n"
@@ -115,10 +102,10 @@ def write_best(
         (new / CONFIG).write_text(head + yaml.safe_dump(settings, sort_keys=False))
         if drawn := validation.finished_folders(trial.folder, step):
             shutil.copytree(drawn[-1], validation.step_folder(new, images.results(drawn[-1])[0].step))
-    facts: dict[str, Any] = {**figures, "versions": versions}
-    until = [report for report in trial.reports if report["step"] <= step]
-    facts |= {"control_appeared_at_step": control_appeared(until) if "control_gap" in facts else None}
+    facts: dict[str, Any] = {**figures, "versions": versions()}
+    if "control_gap" in figures:
+        facts["control_appeared_at_step"] = control_appeared([one for one in trial.reports if one["step"] <= step])
     licence = find_licence(config.license, config, find_token(config.hub_token))
-    settings = changed_settings(config)
-    model_card.write_model_card(best, settings, facts, repo_id=repo_id, title=sweep_dir.name, licence=licence)
+    shown = changed_settings(config)
+    model_card.write_model_card(best, shown, facts, repo_id=repo_id, title=plan.sweep_dir.name, licence=licence)
     return best

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from ray.tune.search import Searcher
 
-from raycontrolnet.config.space import Space, draw, optuna_distributions
+from raycontrolnet.config.space import draw, optuna_distributions
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.config.values import coerce, setting_types
+from raycontrolnet.tune.plan import SweepPlan
 from raycontrolnet.tune.recorder import NotPickled
 from raycontrolnet.tune.records import TrialRecord
 from raycontrolnet.tune.trial import trial_config
@@ -70,30 +71,18 @@ class TrialSearcher(NotPickled, Searcher):
         """Read nothing: see `save`."""
 
 
-def proposals(
-    space: Space,
-    begun: Sequence[TrialRecord],
-    propose: Callable[[TrialRecord], None],
-    *,
-    indices: Sequence[int],
-    searcher: str,
-    seed: int,
-    objective: str,
-    mode: str,
-) -> TrialSearcher:
-    """Return the searcher of a sweep.
-
-    Args:
-        searcher: random or optuna.
-    """
-    if searcher == "random":
-        return TrialSearcher(begun, indices, lambda index, _: draw(space, seed, index), propose)
+def searcher_of(plan: SweepPlan, propose: Callable[[TrialRecord], None]) -> TrialSearcher:
+    """Return the searcher of a sweep, which calls `propose` with the record of every trial that it proposes."""
+    space, seed, begun = plan.space, plan.train.seed, plan.begun
+    assert seed is not None
+    if plan.config.searcher == "random":
+        return TrialSearcher(begun, plan.new_indices, lambda index, _: draw(space, seed, index), propose)
     from ray.tune.search.optuna import OptunaSearch
 
     optuna = OptunaSearch(
         optuna_distributions(space),
-        metric=objective,
-        mode=mode,
+        metric=plan.config.objective,
+        mode=plan.mode,
         seed=(seed + len(begun)) % 2**32,  # else it would draw the same again: begun trials draw nothing
         points_to_evaluate=[dict(record.settings) for record in begun],
     )
@@ -103,4 +92,4 @@ def proposals(
         assert proposed is not None
         return {name: coerce(value, setting_types(TrainConfig)[name]) for name, value in proposed.items()}
 
-    return TrialSearcher(begun, indices, ask, propose, optuna)
+    return TrialSearcher(begun, plan.new_indices, ask, propose, optuna)

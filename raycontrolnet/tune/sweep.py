@@ -9,7 +9,6 @@ have found and train what is left.
 from __future__ import annotations
 
 import logging
-import shutil
 import signal
 import threading
 import time
@@ -31,16 +30,15 @@ from raycontrolnet.config.checks import check_device
 from raycontrolnet.config.sweep_config import SweepConfig
 from raycontrolnet.errors import Interrupted, RunError, UserError, explained, root_cause
 from raycontrolnet.report.live_report import report_kept
-from raycontrolnet.report.page import REPORT_FILE as REPORT
+from raycontrolnet.report.page import REPORT_FILE
 from raycontrolnet.text import counted, duration, one_line
-from raycontrolnet.tune.concurrency import places
-from raycontrolnet.tune.leaderboard import leaderboard_lines
+from raycontrolnet.tune.concurrency import trial_slots
 from raycontrolnet.tune.live import LiveTable
-from raycontrolnet.tune.plan import SweepPlan, plan_sweep, shared_of
+from raycontrolnet.tune.plan import SweepPlan, plan_sweep, share
 from raycontrolnet.tune.recorder import TrialRecorder, mark_interrupted
 from raycontrolnet.tune.records import (
-    TRIAL,
-    TRIALS,
+    TRIAL_FILE,
+    TRIALS_FOLDER,
     SweepLease,
     Trial,
     read_records,
@@ -50,12 +48,12 @@ from raycontrolnet.tune.records import (
 )
 from raycontrolnet.tune.report.history import too_early
 from raycontrolnet.tune.report.sweep_report import write_report
-from raycontrolnet.tune.results import BEST, push_best, ranked_trials, write_results
+from raycontrolnet.tune.results import BEST_FOLDER, push_best, ranked_trials, write_results
 from raycontrolnet.tune.tuner import run_trials
 
 logger = logging.getLogger(__name__)
 
-LOG = "sweep.log"
+LOG_FILE = "sweep.log"
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def _sweep(config: SweepConfig, stream: TextIO) -> SweepResult:
     started = time.time()
     plan = plan_sweep(config, stream)
     lease = SweepLease(plan.sweep_dir, uuid.uuid4().hex)
-    with logging_to(plan.sweep_dir / LOG):
+    with logging_to(plan.sweep_dir / LOG_FILE):
         lease.set()
         with _recorded(plan, lease, started) as facts:
             _settle(plan)  # trials of a part that was killed
@@ -120,32 +118,25 @@ def _run(plan: SweepPlan, lease: SweepLease, facts: dict[str, Any], stream: Text
     train = plan.train
     own = not on_a_cluster(train.address)
     with ray_session(train.address):
-        cluster = cluster_nodes(train)
-        where = places(
-            train,
-            cluster.nodes,
-            cluster.may_come,
-            num_trials=plan.num_left,
-            gpus_per_trial=plan.config.gpus_per_trial,
-            most=plan.config.max_concurrent_trials,
-            own=own,
-        )
+        slots = trial_slots(train, plan.config, cluster_nodes(train), plan.num_left, own=own)
         for tried in plan.device_settings():
-            check_device(where.use_gpu, tried, has_gpu=where.use_gpu)
-        trials = plan.num_left
-        stream.write(f"sweep: {counted(trials, 'trial')}, {where.reason}\n")
-        shared = shared_of(plan, where, lease, worker_resources(train), stream)
-        facts |= {"concurrency": where.at_a_time, "reason": where.reason}
-        name, objective = plan.sweep_dir.name, plan.config.objective
-        shown = LiveTable(name, objective, stream, total_trials=plan.num_trials, total_steps=plan.total_updates)
-        with shown as table, _ended_by_ctrl_c(lease) as pressed:
+            check_device(slots.use_gpu, tried, has_gpu=slots.use_gpu)
+        stream.write(f"sweep: {counted(plan.num_left, 'trial')}, {slots.reason}\n")
+        shared = share(plan, slots, lease, worker_resources(train), stream)
+        facts |= {"concurrency": slots.at_a_time, "reason": slots.reason}
+        with _table(plan, stream) as table, _ended_by_ctrl_c(lease) as pressed:
             recorder = TrialRecorder(lease, plan.records, train.validation_steps, table)
-            grid = run_trials(plan, where, shared, recorder)
+            grid = run_trials(plan, shared, recorder)
         if pressed.is_set():
             raise KeyboardInterrupt
         if not lease.stands():
             raise Replaced(f"Another driver goes on with the sweep in {plan.sweep_dir}; this one has ended.")
     return grid
+
+
+def _table(plan: SweepPlan, stream: TextIO) -> LiveTable:
+    name, objective = plan.sweep_dir.name, plan.config.objective
+    return LiveTable(name, objective, stream, total_trials=plan.num_trials, total_steps=plan.total_updates)
 
 
 class Replaced(RunError):
@@ -188,13 +179,13 @@ def _recorded(plan: SweepPlan, lease: SweepLease, started: float) -> Iterator[di
         write_report(plan.sweep_dir)
 
     write_sweep(plan.sweep_dir, facts)  # later with the report
-    with report_kept(plan.sweep_dir, write, f"{TRIALS}/*/{TRIAL}"):
+    with report_kept(plan.sweep_dir, write, f"{TRIALS_FOLDER}/*/{TRIAL_FILE}"):
         try:
             with (
                 explained(
                     "The sweep",
                     partial(_how_to_go_on, plan),
-                    plan.sweep_dir / LOG,
+                    plan.sweep_dir / LOG_FILE,
                     unchanged=(UserError, RunError),
                 ),
                 _results_so_far(plan, facts),
@@ -203,8 +194,6 @@ def _recorded(plan: SweepPlan, lease: SweepLease, started: float) -> Iterator[di
         except Replaced:
             ours = False
             raise
-        except Interrupted:  # perhaps of the latents, whose command would begin the sweep anew
-            raise Interrupted(f"Interrupted. {_how_to_go_on(plan)}") from None
         finally:
             lease.remove()
 
@@ -226,6 +215,8 @@ def _results_so_far(plan: SweepPlan, facts: dict[str, Any]) -> Iterator[None]:
         interrupted = isinstance(error, (KeyboardInterrupt, Interrupted))
         cause = str(error) if isinstance(error, (UserError, RunError)) else one_line(root_cause(error))
         facts |= {"status": "interrupted" if interrupted else "failed", "cause": None if interrupted else cause}
+        if isinstance(error, Interrupted):  # of the latents, whose command would begin the sweep anew
+            raise KeyboardInterrupt from None
         raise
 
 
@@ -250,22 +241,22 @@ def _finish(
 ) -> SweepResult:
     """Show the results, push the best if that is wanted, and return them."""
     best = next((trial for trial in trials if trial.record.name == facts["best"]), None)
-    if not plan.num_left:  # else the live table shows them
-        for line in leaderboard_lines(trials, plan.config.objective, width=shutil.get_terminal_size().columns):
-            stream.write(f"{line}\n")
+    if not plan.num_left:  # else they are shown already
+        with _table(plan, stream) as table:
+            table.update(trials)
     if doubt := too_early(trials, plan.config.scheduler, plan.config.objective):
         stream.write(f"{doubt}\n")
     result = SweepResult(
         output_dir=plan.sweep_dir,
         trials=trials,
         best=best,
-        best_dir=plan.sweep_dir / BEST if best else None,
+        best_dir=plan.sweep_dir / BEST_FOLDER if best else None,
         objective=plan.config.objective,
         seconds=facts["seconds"],
         grid=grid,
     )
     if plan.train.push_to_hub and best:
-        stream.write(f"pushed to {push_best(plan, best, facts)}\n")
+        stream.write(f"pushed to {push_best(plan, best)}\n")
     learned = f"the best is in {result.best_dir}" if best else "no trial has weights"
-    stream.write(f"done in {duration(result.seconds)}: {learned}; report in {plan.sweep_dir / REPORT}\n")
+    stream.write(f"done in {duration(result.seconds)}: {learned}; report in {plan.sweep_dir / REPORT_FILE}\n")
     return result

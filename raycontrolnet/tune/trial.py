@@ -26,6 +26,7 @@ from raycontrolnet.launch.workers import train_here, train_on_ray
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.training.job import RunStopped
 from raycontrolnet.training.status import RunStatus
+from raycontrolnet.tune.concurrency import TrialSlots
 from raycontrolnet.tune.records import Report, SweepLease, TrialRecord, folder_of, read_reports
 from raycontrolnet.tune.trial_function import TuneCallback
 
@@ -33,10 +34,8 @@ logger = logging.getLogger(__name__)
 
 REPLAYED = "replayed"
 """Marks a report of an earlier part of the sweep, which the scheduler has judged before."""
-TRIAL = "trial"
+RECORD_KEY = "trial"
 """Key of Tune's config, beside the settings, with the rest of the trial's record."""
-LOOK_INTERVAL_S = 0.5
-"""Seconds between two looks at the sweep's lease."""
 
 _failed_on_gpu = False
 """True once a training on a GPU has failed in this process: its memory and context may be unusable."""
@@ -46,21 +45,16 @@ _failed_on_gpu = False
 class Shared:
     """The part that all trials of a sweep have in common."""
 
-    sweep_dir: Path
     lease: SweepLease
     runs: Mapping[str, CheckedRun]
     """The sweep's own run, from which a trial differs by its settings, for each latent cache; see `cache_key`."""
-    in_process: bool
-    """True if a trial has a single worker, which is then the trial's own process."""
-    use_gpu: bool
-    threads: int | None
-    """CPU threads of the trial's process; None leaves them."""
+    slots: TrialSlots
     retries: int
     """Number of new attempts after a training has failed."""
 
     def run_of(self, record: TrialRecord) -> CheckedRun:
         """Return the run of a trial, which starts at its last checkpoint."""
-        base, folder = self.runs[cache_key(record.settings)], folder_of(self.sweep_dir, record)
+        base, folder = self.runs[cache_key(record.settings)], folder_of(self.lease.sweep_dir, record)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints.remove_leftovers(folder)
         config = dataclasses.replace(base.config, **record.settings, output_dir=str(folder))
@@ -76,34 +70,13 @@ def cache_key(settings: Mapping[str, Any]) -> str:
 def trial_config(record: TrialRecord) -> dict[str, Any]:
     """Return the trial as Tune's config: its settings, and the rest of its record."""
     rest = {name: value for name, value in dataclasses.asdict(record).items() if name != "settings"}
-    return {**record.settings, TRIAL: rest}
+    return {**record.settings, RECORD_KEY: rest}
 
 
 def record_from(config: Mapping[str, Any]) -> TrialRecord:
     """Return the record that `trial_config` made a config of."""
-    settings = {name: value for name, value in config.items() if name != TRIAL}
-    return TrialRecord(settings=settings, **config[TRIAL])
-
-
-class SweepCallback(TuneCallback):
-    """Ends the run as well when another driver has taken the sweep over, or its own has ended."""
-
-    def __init__(self, folder: Path, validation_steps: int, lease: SweepLease):
-        super().__init__(folder, validation_steps)
-        self._lease, self._looked_at = lease, 0.0
-
-    def updated(self) -> None:
-        """Look at the lease, now and then.
-
-        Raises:
-            RunStopped: the sweep is no longer this driver's.
-        """
-        now = time.monotonic()
-        if now - self._looked_at < LOOK_INTERVAL_S:
-            return
-        self._looked_at = now
-        if not self._lease.stands():
-            raise RunStopped
+    settings = {name: value for name, value in config.items() if name != RECORD_KEY}
+    return TrialRecord(settings=settings, **config[RECORD_KEY])
 
 
 class Outcome(NamedTuple):
@@ -126,7 +99,7 @@ def run_trial(config: Mapping[str, Any], shared: Shared) -> None:
     record = record_from(config)
     shared.lease.check()
     run = shared.run_of(record)
-    callback = SweepCallback(run.output_dir, run.config.validation_steps, shared.lease)
+    callback = TuneCallback(run.output_dir, run.config.validation_steps, goes_on=shared.lease.stands)
     known = _known(run, record)
     for report in known[:-1] if record.ended else known:
         callback.report({**report, REPLAYED: True}, with_checkpoint=False)
@@ -146,7 +119,7 @@ def _known(run: CheckedRun, record: TrialRecord) -> list[Report]:
     return [report for report in reports if until is None or report["step"] <= until]
 
 
-def _train(run: CheckedRun, record: TrialRecord, shared: Shared, callback: SweepCallback) -> Outcome:
+def _train(run: CheckedRun, record: TrialRecord, shared: Shared, callback: TuneCallback) -> Outcome:
     """Train, with retries.
 
     Raises:
@@ -171,14 +144,16 @@ def _train(run: CheckedRun, record: TrialRecord, shared: Shared, callback: Sweep
             logger.exception("trial %s failed", record.name)
             cause = f"{type(error).__name__}: {error}"
         break
-    _failed_on_gpu = shared.use_gpu
+    _failed_on_gpu = shared.slots.use_gpu
     return Outcome("failed", cause, attempt + 1)
 
 
-def _train_once(run: CheckedRun, shared: Shared, callback: SweepCallback) -> None:
+def _train_once(run: CheckedRun, shared: Shared, callback: TuneCallback) -> None:
+    slots = shared.slots
+
     def train(status: RunStatus) -> Summary:
-        if shared.in_process:
-            return train_here(run, status, nowhere, use_gpu=shared.use_gpu, threads=shared.threads, follower=callback)
+        if slots.in_process:
+            return train_here(run, status, nowhere, use_gpu=slots.use_gpu, threads=slots.threads, follower=callback)
         return train_on_ray(run, worker_resources(run.config), status, nowhere, follower=callback)
 
     with Path(os.devnull).open("w") as nowhere:

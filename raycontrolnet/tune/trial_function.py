@@ -19,6 +19,7 @@ import os
 import secrets
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ from typing import Any
 import ray
 from ray import tune
 
-from raycontrolnet.cluster.nodes import cluster_nodes
+from raycontrolnet.cluster.nodes import cluster_nodes, total
 from raycontrolnet.cluster.tuning import ends_orderly
 from raycontrolnet.config.checks import with_absolute_paths
+from raycontrolnet.config.settings import ClusterConfig
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.config.values import setting_types, unknown_names
 from raycontrolnet.errors import ConfigError, UserError
@@ -40,7 +42,9 @@ from raycontrolnet.tune.records import Report, read_reports
 
 CHECKPOINT_FILE = "raycontrolnet.json"
 """The one file of a Tune checkpoint: names the checkpoint folder of the run."""
-OF_THE_TRIAL = {
+ASK_INTERVAL_S = 0.5
+"""Seconds between two looks at whether a trial goes on."""
+NOT_FOR_TRIALS = {
     "output_dir": "every trial has a folder of its own in that of the TrainConfig",
     "resume_from_checkpoint": "a trial that Tune restores continues from its own checkpoint",
     "hub_token": "Tune would write it to its files; set HF_TOKEN where Ray runs",
@@ -67,8 +71,9 @@ def trainable(train_config: TrainConfig) -> Callable[[dict[str, Any]], None]:
     Raises:
         ConfigError: the settings are not for trials.
     """
-    if problems := [f"--{name}: {OF_THE_TRIAL[name]}" for name in _given(train_config)]:
-        raise ConfigError(problems)
+    given = [name for name in NOT_FOR_TRIALS if getattr(train_config, name) and name != "output_dir"]
+    if given:
+        raise ConfigError([f"--{name}: {NOT_FOR_TRIALS[name]}" for name in given])
     shared = with_absolute_paths(train_config)
     if shared.seed is None:
         shared = dataclasses.replace(shared, seed=secrets.randbelow(2**31))
@@ -101,20 +106,38 @@ def checkpoint_folder(checkpoint: tune.Checkpoint) -> Path:
 class TuneCallback:
     """Reports a run's validations to Tune, and ends the run when Tune stops the trial."""
 
-    def __init__(self, folder: Path, validation_steps: int, start: str | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        validation_steps: int,
+        start: str | None = None,
+        *,
+        goes_on: Callable[[], bool] = lambda: True,
+    ):
         """Begin with the run.
 
         Args:
             start: checkpoint that the run starts from, if it is not the last one in `folder`.
+            goes_on: called now and then; the run ends once it returns False.
         """
         self._folder, self._validation_steps = folder, validation_steps
+        self._goes_on, self._asked_at = goes_on, 0.0
         self._start = checkpoints.Checkpoint.open(Path(start)) if start else None
         self._earlier = {checkpoint.run_id for checkpoint in checkpoints.all_checkpoints(folder)}
         self.stopped = False
         """True once Tune has stopped the trial; it takes no report after that."""
 
     def updated(self) -> None:
-        """Do nothing: Tune stops a trial at a report."""
+        """Ask now and then whether the run goes on; Tune itself stops a trial at a report.
+
+        Raises:
+            RunStopped: it does not.
+        """
+        now = time.monotonic()
+        if now - self._asked_at >= ASK_INTERVAL_S:
+            self._asked_at = now
+            if not self._goes_on():
+                raise RunStopped
 
     def validated(self) -> None:
         self.updated()
@@ -172,11 +195,6 @@ def trial_function(run: Callable[..., None]) -> Callable[..., None]:
     return ends_orderly(trial)
 
 
-def _given(train: TrainConfig) -> list[str]:
-    """Return the names of `OF_THE_TRIAL` that `train` sets; output_dir is the folder of all trials."""
-    return [name for name in OF_THE_TRIAL if name != "output_dir" and getattr(train, name)]
-
-
 def _with_settings(train: TrainConfig, config: Mapping[str, Any], folder: Path) -> TrainConfig:
     """Return `train` with the settings of a trial.
 
@@ -184,7 +202,7 @@ def _with_settings(train: TrainConfig, config: Mapping[str, Any], folder: Path) 
         ConfigError: unknown settings, or values that do not fit.
     """
     problems = unknown_names(config, setting_types(TrainConfig), "param_space")
-    problems += [f"param_space: {name}: {why}" for name, why in OF_THE_TRIAL.items() if name in config]
+    problems += [f"param_space: {name}: {why}" for name, why in NOT_FOR_TRIALS.items() if name in config]
     if problems:
         raise ConfigError(problems)
     # Some of Tune's domains draw numbers of numpy.
@@ -192,7 +210,7 @@ def _with_settings(train: TrainConfig, config: Mapping[str, Any], folder: Path) 
     restored = tune.get_checkpoint()
     start = _start(folder, checkpoint_folder(restored) if restored else None)
     train = dataclasses.replace(train, **plain, output_dir=str(folder), resume_from_checkpoint=start)
-    if not _in_process(train):
+    if train.worker_range[1] > 1:
         return train
     use_gpu = bool(ray.get_gpu_ids()) if train.use_gpu is None else train.use_gpu
     return dataclasses.replace(train, num_workers="0", use_gpu=use_gpu)
@@ -214,21 +232,18 @@ def _start(folder: Path, restored: Path | None) -> str | None:
     return "latest" if checkpoints.latest(folder) else None
 
 
-def _in_process(train: TrainConfig) -> bool:
-    return train.worker_range in ((0, 0), (1, 1))
-
-
-def _resources(train: TrainConfig) -> Callable[[dict[str, Any]], tune.PlacementGroupFactory]:
+def _resources(cluster: ClusterConfig) -> Callable[[dict[str, Any]], tune.PlacementGroupFactory]:
     """Return the resources of a trial's process, which Tune asks for once Ray is connected."""
 
     def resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
-        use_gpu = train.use_gpu
+        use_gpu = cluster.use_gpu
         if use_gpu is None:
-            nodes = cluster_nodes(train)
-            use_gpu = any(node.get("GPU", 0.0) > 0 for node in (*nodes.nodes, *(nodes.may_come or ())))
-        workers = 1 if _in_process(train) else train.worker_range[1]
-        gpus = 1.0 if use_gpu else 0.0
-        slot = TrialSlots(1, workers, train.cpus_per_worker or 1.0, gpus, train.accelerator_type, reason="")
+            nodes = cluster_nodes(cluster)
+            use_gpu = total("GPU", (*nodes.nodes, *(nodes.may_come or ()))) > 0
+        workers = max(1, cluster.worker_range[1])
+        slot = TrialSlots(
+            1, workers, cluster.cpus_per_worker or 1.0, float(use_gpu), cluster.accelerator_type, reason=""
+        )
         return tune.PlacementGroupFactory([slot.resources()])
 
     return resources

@@ -9,12 +9,12 @@ from typing import Any
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
-from raycontrolnet.cluster.tuning import tune_environment
-from raycontrolnet.tune.concurrency import TrialSlots
+from raycontrolnet.cluster import tuning
+from raycontrolnet.cluster.worker import remove_ray_records
 from raycontrolnet.tune.plan import SweepPlan
 from raycontrolnet.tune.recorder import NotPickled, TrialRecorder
-from raycontrolnet.tune.records import TRIALS, SweepLease
-from raycontrolnet.tune.searcher import proposals
+from raycontrolnet.tune.records import TRIALS_FOLDER, SweepLease
+from raycontrolnet.tune.searcher import searcher_of
 from raycontrolnet.tune.trial import REPLAYED, Shared, record_from, run_trial
 from raycontrolnet.tune.trial_function import trial_function
 
@@ -37,52 +37,38 @@ class _EndsWithLease(NotPickled, tune.Stopper):
         return not self._lease.stands()
 
 
-def run_trials(plan: SweepPlan, places: TrialSlots, shared: Shared, recorder: TrialRecorder) -> tune.ResultGrid:
+def run_trials(plan: SweepPlan, shared: Shared, recorder: TrialRecorder) -> tune.ResultGrid:
     """Run the trials that are left, until all have ended or the sweep is no longer this driver's.
 
     Tune stores its checkpoints, which name ours, in the trials' own folders: there its results lead to.
     """
-    config = plan.config
-    begun = [record for record in plan.records if record.state != "failed"]
-    begun.sort(key=lambda record: (not record.ended, record.index))
-    known = {record.index for record in plan.records}
-    new = [index for index in range(plan.num_trials) if index not in known]
-    assert plan.train.seed is not None
-    searcher = proposals(
-        plan.space,
-        begun,
-        recorder.propose,
-        indices=new,
-        searcher=config.searcher,
-        seed=plan.train.seed,
-        objective=config.objective,
-        mode=plan.mode,
-    )
-    for checkpoint in (plan.sweep_dir / TRIALS).glob(f"*/{TUNE_CHECKPOINT}"):
+    trials, slots = plan.sweep_dir / TRIALS_FOLDER, shared.slots
+    for checkpoint in trials.glob(f"*/{TUNE_CHECKPOINT}"):
         shutil.rmtree(checkpoint, ignore_errors=True)  # of an earlier part, with the same names
     trainable = tune.with_resources(
         tune.with_parameters(trial_function(run_trial), shared=shared),
-        tune.PlacementGroupFactory([places.resources()]),
+        tune.PlacementGroupFactory([slots.resources()]),
     )
+    # A process whose GPU has failed hands its next trial to a new one, which Tune counts as a failure.
+    max_failures = max(plan.train.max_failures, int(slots.use_gpu))
     try:
-        with tune_environment():
+        with tuning.tune_environment():
             return tune.Tuner(
                 trainable,
                 tune_config=tune.TuneConfig(
-                    metric=config.objective,
+                    metric=plan.config.objective,
                     mode=plan.mode,
-                    search_alg=searcher,
+                    search_alg=searcher_of(plan, recorder.propose),
                     scheduler=_scheduler(plan),
-                    num_samples=len(begun) + len(new),
-                    max_concurrent_trials=places.at_a_time,
+                    num_samples=len(plan.begun) + len(plan.new_indices),
+                    max_concurrent_trials=slots.at_a_time,
                     reuse_actors=True,
-                    trial_dirname_creator=lambda trial: record_from(trial.config).name,
+                    trial_dirname_creator=lambda trial: record_from(tuning.trial_config(trial)).name,
                 ),
                 run_config=tune.RunConfig(
-                    name=TRIALS,
+                    name=TRIALS_FOLDER,
                     storage_path=str(plan.sweep_dir),
-                    # A process whose GPU has failed hands its next trial to a new one, which Tune counts as a failure.
-                    failure_config=tune.FailureConfig(max_failures=max(plan.train.max_failures, int(shared.use_gpu))),
+                    failure_config=tune.FailureConfig(max_failures=max_failures),
                     checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
                     callbacks=[recorder],
                     stop=_EndsWithLease(shared.lease),
@@ -91,11 +77,12 @@ def run_trials(plan: SweepPlan, places: TrialSlots, shared: Shared, recorder: Tr
             ).fit()
     finally:
         if not shared.lease.taken_over():
-            _remove_tunes_files(plan.sweep_dir / TRIALS)
+            _remove_tunes_files(trials)
 
 
 def _remove_tunes_files(trials: Path) -> None:
-    """Remove Tune's own records, which the trials' folders replace."""
+    """Remove Ray's own records, which the trials' folders replace."""
+    remove_ray_records(trials)
     for file in (*trials.glob("[!.]*"), *trials.glob("*/error.*")):
         if file.is_file():
             file.unlink()

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,13 +20,11 @@ from raycontrolnet.text import short_number
 from raycontrolnet.training.held_out import MIN_GAP_SHARE
 from raycontrolnet.tune.records import Trial
 from raycontrolnet.tune.report import scales
-from raycontrolnet.tune.report.history import Setting, SweepHistory
+from raycontrolnet.tune.report.history import SHADES, Setting, SweepHistory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SHADES = 6
-"""Colours from the best rank to the worst: --rank-0, --rank-1, ..."""
 MOST_POINTS = 3000
 """Points of all curves in a chart together."""
 AXIS_INCHES = 1.35
@@ -45,88 +43,71 @@ _PULLED = 1000
 """Drawing order above all other trials."""
 
 
-def over_steps(swept: SweepHistory, column: str) -> str:
+def over_steps(history: SweepHistory, column: str) -> str:
     """Draw what each trial reported of `column`, with a mark at its end and a line at each rung."""
     axes = curves.new_axes()
-    lines = [(trial, x, y) for trial in reversed(swept.trials) for x, y in [_points(trial, column)] if x.size]
+    lines = [(trial, x, y) for trial in reversed(history.trials) for x, y in [_points(trial, column)] if x.size]
     most = max(2, MOST_POINTS // max(1, len(lines)))
-    whole = _points(swept.best, column)[1] if swept.best else ()  # show all of the best
+    whole = _points(history.best, column)[1] if history.best else ()  # show all of the best
     low, high = _window([y for _, _, y in lines], keep=[*whole])
-    if column == "control_gap" and swept.best:  # a gap that shows no control should not fill the chart
-        least = MIN_GAP_SHARE * abs(swept.best.value("val_loss"))
+    if column == "control_gap" and history.best:  # a gap that shows no control should not fill the chart
+        least = MIN_GAP_SHARE * abs(history.best.value("val_loss"))
         if math.isfinite(least):
             low, high = min(low, -least), max(high, least)
         axes.axhline(0, color=_PAINTS["ink"], linewidth=0.8)
-    for step in swept.rungs:
+    for step in history.rungs:
         axes.axvline(step, color=_PAINTS["pale"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     for order, (trial, x, y) in enumerate(lines, 3):
         some = np.unique(np.linspace(0, x.size - 1, min(x.size, most)).round().astype(int))
-        look = _look(swept, trial)
-        axes.plot(
-            x[some], y[some], color=look.colour, linewidth=look.width, zorder=look.order + order, url=_url(trial)
-        )  # fmt: skip
+        _line(axes, history, trial, x[some], y[some], order)
         if low <= y[-1] <= high:  # other curves leave the chart
-            _mark(axes, swept, trial, float(x[-1]), float(y[-1]), order)
+            _mark(axes, history, trial, float(x[-1]), float(y[-1]), order)
     curves.limit(axes, low, high)
-    return _finish(axes, swept, column.replace("_", "-"), f"{column} of all trials over the steps")
+    return _finish(axes, history, column.replace("_", "-"), f"{column} of all trials over the steps")
 
 
-def against(swept: SweepHistory, setting: Setting, number: int) -> str:
+def against(history: SweepHistory, setting: Setting, number: int) -> str:
     """Draw the objective at the last report of each trial against its value of `setting`.
 
     Args:
         number: index of the chart, for its ids.
     """
-    trials = _measured(swept)
+    trials, values, low, high = _objectives(history)
     axes = curves.new_axes("")
-    places = scales.places(setting, trials)
-    values = np.array([trial.value(swept.objective) for trial in trials], dtype=np.float64)
-    low, high = _window([values], keep=_keep(swept, swept.objective))
     scales.lay_out(axes, setting)
-    for order, (trial, place, value) in enumerate(zip(trials, places, values, strict=True), 3):
+    for order, (trial, place, value) in enumerate(zip(trials, scales.places(setting, trials), values, strict=True), 3):
         if math.isfinite(place):
-            _mark(axes, swept, trial, float(place), float(np.clip(value, low, high)), order, larger=1.35)
+            _mark(axes, history, trial, float(place), float(np.clip(value, low, high)), order, larger=1.35)
     curves.limit(axes, low, high)
-    return _finish(axes, swept, f"setting-{number}", f"{swept.objective} against {setting.name}")
+    return _finish(axes, history, f"setting-{number}", f"{history.objective} against {setting.name}")
 
 
-def parallel(swept: SweepHistory) -> str:
+def parallel(history: SweepHistory) -> str:
     """Draw a line per trial through its values on an axis per setting and one of the objective, best at the top."""
-    trials, settings = _measured(swept), swept.settings
+    trials, values, low, high = _objectives(history)
+    settings = history.settings
     axes = curves.new_axes("", (max(curves.SIZE[0], AXIS_INCHES * (len(settings) + 0.6)), 3.9))
     axes.set_axis_off()
-    values = np.array([trial.value(swept.objective) for trial in trials], dtype=np.float64)
-    ends = _window([values], keep=_keep(swept, swept.objective))
+    best, worst = (low, high) if history.smallest_is_best else (high, low)
+    span = best - worst
     heights = [scales.heights(setting, trials) for setting in settings]
-    best_first = ends if swept.smallest_is_best else ends[::-1]
-    span = best_first[0] - best_first[1]
-    heights.append((np.clip(values, *ends) - best_first[1]) / span if span else np.full(len(trials), 0.5))
+    heights.append((np.clip(values, low, high) - worst) / span if span else np.full(len(trials), 0.5))
     for i, setting in enumerate(settings):
         _upright(axes, i, setting.name, scales.ticks(setting))
-    worst_best = [(0.0, best_first[1]), (1.0, best_first[0])] if span else [(0.5, ends[0])]
-    _upright(axes, len(settings), swept.objective, [(y, short_number(float(f"{v:.3g}"))) for y, v in worst_best])
+    ticks = [(0.0, worst), (1.0, best)] if span else [(0.5, best)]
+    _upright(axes, len(settings), history.objective, [(y, short_number(float(f"{v:.3g}"))) for y, v in ticks])
     for order, (trial, *path) in enumerate(zip(trials, *heights, strict=True), 3):
-        look = _look(swept, trial)
-        stopped = trial.record.state != "finished"
-        axes.plot(
-            range(len(path)), path, color=look.colour, linewidth=look.width, alpha=0.4 if stopped else 1.0,
-            zorder=look.order + order, url=_url(trial),
-        )  # fmt: skip
+        pale = trial.record.state != "finished"
+        _line(axes, history, trial, range(len(path)), path, order, alpha=0.4 if pale else 1.0)
     axes.set_xlim(-0.15, len(settings) + 0.55)
     axes.set_ylim(-0.05, 1.22)
-    return _finish(axes, swept, "parallel", f"settings and {swept.objective} of all trials")
+    return _finish(axes, history, "parallel", f"settings and {history.objective} of all trials")
 
 
-def beyond(swept: SweepHistory) -> int:
+def beyond(history: SweepHistory) -> int:
     """Count the trials whose objective is drawn at the edge of the charts, far from the others."""
-    values = np.array([trial.value(swept.objective) for trial in _measured(swept)], dtype=np.float64)
-    low, high = _window([values], keep=_keep(swept, swept.objective))
+    _, values, low, high = _objectives(history)
     return int(((values < low) | (values > high)).sum())
-
-
-def shade(rank: int, trials: int) -> int:
-    """Return the number of the colour of rank `rank` (from 0) among `trials`."""
-    return min(SHADES - 1, rank * SHADES // max(1, trials))
 
 
 # Trials ---------------------------------------------------------------------------------------------------------------
@@ -138,15 +119,12 @@ def _points(trial: Trial, column: str) -> tuple[Column, Column]:
     return finite(steps, np.array([report.get(column, math.nan) for report in trial.reports], dtype=np.float64))
 
 
-def _measured(swept: SweepHistory) -> list[Trial]:
-    """Return the trials with an objective, the worst first: later ones are drawn above them."""
-    return [trial for trial in reversed(swept.trials) if math.isfinite(trial.value(swept.objective))]
-
-
-def _keep(swept: SweepHistory, column: str) -> Sequence[float]:
-    """Return the value that must be visible: the best trial's last one."""
-    value = swept.best.value(column) if swept.best else math.nan
-    return [value] if math.isfinite(value) else []
+def _objectives(history: SweepHistory) -> tuple[list[Trial], Column, float, float]:
+    """Return the trials with an objective, the worst first (later ones are drawn above them), it, and its range."""
+    trials = [trial for trial in reversed(history.trials) if math.isfinite(trial.value(history.objective))]
+    values = np.array([trial.value(history.objective) for trial in trials], dtype=np.float64)
+    best = history.best.value(history.objective) if history.best else math.nan  # must be visible
+    return trials, values, *_window([values], keep=[best] if math.isfinite(best) else [])
 
 
 def _window(values: Sequence[Column], keep: Sequence[float]) -> tuple[float, float]:
@@ -160,33 +138,27 @@ def _window(values: Sequence[Column], keep: Sequence[float]) -> tuple[float, flo
     return float(min(inside.min(), *keep, math.inf)), float(max(inside.max(), *keep, -math.inf))
 
 
-class _Look(NamedTuple):
-    """The look of a trial."""
-
-    colour: str
-    width: float
-    order: int
-    """Drawn above those with less."""
-
-
-def _look(swept: SweepHistory, trial: Trial) -> _Look:
-    if trial is swept.best:
-        return _Look(_PAINTS["best"], 3.2, _PULLED)
-    return _Look(_PAINTS[f"rank-{shade(swept.rank(trial), len(swept.trials))}"], 1.4, 0)
+def _line(
+    axes: Axes, history: SweepHistory, trial: Trial, x: Sequence[float], y: Sequence[float], order: int, **look: Any
+) -> None:
+    best = trial is history.best
+    axes.plot(
+        x, y, color=_PAINTS[history.paints[trial.record.name]], linewidth=3.2 if best else 1.4,
+        zorder=order + best * _PULLED, url=_url(trial), **look,
+    )  # fmt: skip
 
 
 def _mark(
-    axes: Axes, swept: SweepHistory, trial: Trial, x: float, y: float, order: int, *, larger: float = 1.0
+    axes: Axes, history: SweepHistory, trial: Trial, x: float, y: float, order: int, *, larger: float = 1.0
 ) -> None:
     """Draw a star for the best, else a filled (finished) or hollow (stopped, running) mark, or a cross (failed)."""
-    look, state = _look(swept, trial), trial.record.state
-    best = trial is swept.best
-    colour = _PAINTS["bad"] if state == "failed" else look.colour
+    best, state = trial is history.best, trial.record.state
+    colour = _PAINTS["bad" if state == "failed" else history.paints[trial.record.name]]
     filled = best or state in ("finished", "failed")
     axes.plot(
         [x], [y], marker=_STAR if best else _SHAPES.get(state, "o"), markersize=larger * (12 if best else 6.5),
         markerfacecolor=colour if filled else _PAINTS["card"], markeredgecolor=_PAINTS["card"] if filled else colour,
-        markeredgewidth=0.6 if filled else 1.6, linestyle="", zorder=look.order + order + 0.5,
+        markeredgewidth=0.6 if filled else 1.6, linestyle="", zorder=order + best * _PULLED + 0.5,
         clip_on=False, url=_url(trial),
     )  # fmt: skip
 
@@ -195,9 +167,9 @@ def _url(trial: Trial) -> str:
     return f"trial:{trial.record.name}"
 
 
-def _finish(axes: Axes, swept: SweepHistory, name: str, title: str) -> str:
+def _finish(axes: Axes, history: SweepHistory, name: str, title: str) -> str:
     """Return the chart, with links from marks and lines to the rows of their trials."""
-    tips = {trial.record.name: _tip(trial, swept.objective) for trial in swept.trials}
+    tips = {trial.record.name: _tip(trial, history.objective) for trial in history.trials}
 
     def link(found: re.Match[str]) -> str:
         return f'<a href="#trial-{found[1]}"><title>{tips[found[1]]}</title>'

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,13 @@ from typing import Any
 from raycontrolnet.config.sweep_config import OBJECTIVES
 from raycontrolnet.report.run_history import number, read_json
 from raycontrolnet.tune.records import (
-    STATES,
-    SWEEP,
-    TRIAL,
-    TRIALS,
+    SWEEP_FILE,
     Trial,
-    TrialRecord,
+    as_text,
     control_appeared,
     measured,
     ranked,
-    read_trial,
+    read_trials,
     settings_of,
     with_control_gap,
 )
@@ -31,6 +27,8 @@ CATEGORICAL = ("choice", "grid", "grid_search")
 LOG_FROM_RATIO = 100
 """Numbers of an unknown distribution that differ by this factor get a logarithmic axis."""
 
+SHADES = 6
+"""Number of colours for the ranks of trials."""
 STOPPING = ("asha", "median")
 """Schedulers that stop weak trials early."""
 
@@ -70,7 +68,9 @@ class SweepHistory:
 
     @property
     def objective(self) -> str:
-        return objective_of(self.sweep)
+        """Figure by which the trials are ranked."""
+        named = str(self.sweep.get("objective"))
+        return named if named in OBJECTIVES else "val_loss"
 
     @property
     def smallest_is_best(self) -> bool:
@@ -92,8 +92,13 @@ class SweepHistory:
 
     @property
     def rungs(self) -> list[int]:
-        grace, factor = self.count("grace_period"), self.count("reduction_factor")
-        return rungs(self.scheduler, grace, factor, self.total_updates)
+        """Updates at which asha stops trials that are behind; none for other schedulers."""
+        found: list[int] = []
+        step, factor = self.count("grace_period"), self.count("reduction_factor")
+        while self.scheduler == "asha" and factor >= 2 and 1 <= step < self.total_updates:
+            found.append(step)
+            step *= factor
+        return found
 
     @cached_property
     def best(self) -> Trial | None:
@@ -113,13 +118,11 @@ class SweepHistory:
             for name in names
         ]
 
-    def rank(self, trial: Trial) -> int:
-        """Return the rank of `trial`, from 0."""
-        return self._ranks[trial.record.index]
-
     @cached_property
-    def _ranks(self) -> dict[int, int]:
-        return {trial.record.index: rank for rank, trial in enumerate(self.trials)}
+    def paints(self) -> dict[str, str]:
+        """Name of a trial -> CSS variable of its colour: best, or rank-0, rank-1, ... from best to worst."""
+        found = {trial.record.name: f"rank-{i * SHADES // len(self.trials)}" for i, trial in enumerate(self.trials)}
+        return found | ({self.best.record.name: "best"} if self.best else {})
 
     def count(self, name: str) -> int:
         """Return a count from sweep.json; 0 if it is not there."""
@@ -132,41 +135,9 @@ class SweepHistory:
 
 def read(sweep_dir: Path) -> SweepHistory:
     """Read all records in `sweep_dir`."""
-    sweep = read_json(sweep_dir / SWEEP)
-    validation_steps = SweepHistory(sweep, ()).count("validation_steps") or 100
-    records = [_record(path) for path in sorted((sweep_dir / TRIALS).glob(f"*/{TRIAL}"))]
-    trials = [read_trial(sweep_dir, record, validation_steps) for record in records if record is not None]
-    return SweepHistory(sweep, ranked(trials, objective_of(sweep)))
-
-
-def objective_of(sweep: Mapping[str, Any]) -> str:
-    """Return the figure by which the trials of `sweep` are ranked."""
-    named = str(sweep.get("objective"))
-    return named if named in OBJECTIVES else "val_loss"
-
-
-def as_text(value: Any) -> str:
-    """Return a setting's value as a person writes it; JSON if it is more than a word or a number."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _record(path: Path) -> TrialRecord | None:
-    """Read the usable part of a trial.json."""
-    content = read_json(path)
-    found = {field.name: value for field in fields(TrialRecord) if (value := content.get(field.name)) is not None}
-    index, settings = found.get("index"), found.get("settings")
-    if type(index) is not int or not isinstance(settings, dict) or path.parent.name != f"{index:04d}":
-        return None
-    seconds, started = number(found.get("seconds")), number(found.get("started"))
-    return TrialRecord(
-        index=index,
-        settings=settings,
-        state=state if (state := found.get("state")) in STATES else "interrupted",
-        cause=str(found["cause"]) if "cause" in found else None,
-        stopped_at=step if type(step := found.get("stopped_at")) is int else None,
-        seconds=seconds if 0 <= seconds < math.inf else 0.0,
-        started=started if math.isfinite(started) else None,
-    )
+    history = SweepHistory(read_json(sweep_dir / SWEEP_FILE), ())
+    trials = read_trials(sweep_dir, history.count("validation_steps") or 100, skip_damaged=True)
+    return replace(history, trials=ranked(trials, history.objective))
 
 
 def _setting(name: str, spec: Any, values: Sequence[Any]) -> Setting:
@@ -185,16 +156,6 @@ def _setting(name: str, spec: Any, values: Sequence[Any]) -> Setting:
     low, high = min(numbers, default=0.0), max(numbers, default=1.0)
     log = low > 0 and ("log" in str(kind) or (not kind and high / low >= LOG_FROM_RATIO))
     return Setting(name, log, None, low, high)
-
-
-def rungs(scheduler: str, grace_period: int, reduction_factor: int, total_updates: int) -> list[int]:
-    """Return the updates at which asha stops trials that are behind; none for other schedulers."""
-    found: list[int] = []
-    if scheduler == "asha" and grace_period >= 1 and reduction_factor >= 2:
-        while grace_period < total_updates:
-            found.append(grace_period)
-            grace_period *= reduction_factor
-    return found
 
 
 def too_early(trials: Sequence[Trial], scheduler: str, objective: str) -> str | None:

@@ -11,8 +11,8 @@ import numpy as np
 from raycontrolnet.report import curves
 from raycontrolnet.report.curves import Column
 from raycontrolnet.text import short_number
-from raycontrolnet.tune.records import Trial
-from raycontrolnet.tune.report.history import Setting, as_text
+from raycontrolnet.tune.records import Trial, as_text
+from raycontrolnet.tune.report.history import Setting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -25,9 +25,9 @@ class Timeline(NamedTuple):
     """Length of the pauses that are cut out."""
 
 
-def timeline(swept: SweepHistory) -> Timeline | None:
+def timeline(history: SweepHistory) -> Timeline | None:
     """Return when the trials ran; None if no start is known."""
-    spans = sorted(_spans(swept), key=lambda span: (span[1], span[0].record.index))
+    spans = sorted(_spans(history), key=lambda span: (span[1], span[0].record.index))
     if not spans:
         return None
     busy, until = 0.0, -math.inf
@@ -45,13 +45,13 @@ def timeline(swept: SweepHistory) -> Timeline | None:
     return Timeline(bars, whole, [unit * i for i in range(int(whole / unit) + 1)], cut)
 
 
-def _spans(swept: SweepHistory) -> list[tuple[Trial, float, float]]:
+def _spans(history: SweepHistory) -> list[tuple[Trial, float, float]]:
     """Return trial, start and end in unix seconds; a running trial ends now, as far as the sweep's files know."""
-    now = swept.seconds("started") + swept.seconds("seconds")
+    now = history.seconds("started") + history.seconds("seconds")
     spans = []
-    for trial in swept.trials:
+    for trial in history.trials:
         if (start := trial.record.started) is not None:
             end = start + trial.record.seconds
-            runs = trial.record.state == "running" and swept.state == "running" and math.isfinite(now)
+            runs = trial.record.state == "running" and history.state == "running" and math.isfinite(now)
             spans.append((trial, start, max(end, now) if runs else end))
     return spans
