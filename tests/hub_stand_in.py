@@ -1,7 +1,7 @@
 """A stand-in for the Hub: the calls that a push makes, over real HTTP on 127.0.0.1, and what it received.
 
     with HubStandIn(token="hf_right") as hub:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        take_for_hub(hub.url, monkeypatch)
         push_to_hub(..., token="hf_right")
         hub.files["someone/model"]["README.md"]
 
@@ -19,6 +19,9 @@ import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
+
+import huggingface_hub.constants
+import pytest
 
 
 @dataclass
@@ -149,6 +152,12 @@ class HubStandIn:
                 return 400, {"error": f"cannot commit {line['key']}"}
         self.files[repository] |= received
         return 200, {"success": True, "commitOid": "1" * 40, "commitUrl": f"{self.url}/{repository}/commit/{'1' * 40}"}
+
+
+def take_for_hub(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process take the server at `url` for the Hub."""
+    for name, value in {"ENDPOINT": url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
 
 
 def _is_large(path: str, size: int) -> bool:

@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import pytest
 import yaml
 from documents import BLOCKS, TEXTS, Block, block, run, section, write_data, write_workspace
-from hub_stand_in import HubStandIn
+from hub_stand_in import HubStandIn, take_for_hub
 
 from raycontrolnet import TrainConfig, cli, fit
 from raycontrolnet.data.sources import open_source
@@ -264,8 +263,7 @@ def test_example_from_pictures_to_the_hub(
     for name, value in {"MAX_TRAIN_STEPS": "2", "HUB_MODEL_ID": "someone/edges", "HF_TOKEN": "hf_example"}.items():
         monkeypatch.setenv(name, value)
     with HubStandIn("hf_example") as hub:
-        for name, constant in {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
-            monkeypatch.setattr(huggingface_hub.constants, name, constant)
+        take_for_hub(hub.url, monkeypatch)
         example = Path("examples/from_pictures_to_hub.py")
         example.write_text(
             shortened(example.read_text(encoding="utf-8"), {"range(512)": "range(24)"}), encoding="utf-8"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
 import pytest
-from hub_stand_in import HubStandIn
+from hub_stand_in import HubStandIn, take_for_hub
 
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.hub import licence as licences
@@ -23,21 +23,10 @@ GUESS = Licence(("creativeml-openrail-m",), "default")
 
 
 @pytest.fixture
-def online(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """online(address): who is taken for the Hub from now on."""
-
-    def online(address: str) -> None:
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-
-    return online
-
-
-@pytest.fixture
-def hub(online: Callable[[str], None]) -> Iterator[HubStandIn]:
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
     with HubStandIn(TOKEN) as hub:
         hub.cards["someone/base"] = {"license": "openrail++", "tags": ["x"]}
-        online(hub.url)
+        take_for_hub(hub.url, monkeypatch)
         yield hub
 
 
@@ -48,11 +37,6 @@ def config(base: str | Path = "someone/base", **settings: Any) -> TrainConfig:
 def licence_of(settings: TrainConfig) -> Licence:
     """Find the licence for the card of a run with these settings."""
     return find_licence(settings.license, settings, TOKEN)
-
-
-def test_of_the_settings(hub: HubStandIn) -> None:
-    assert licence_of(config(license="mit")) == Licence(("mit",), "settings")
-    assert not hub.calls
 
 
 @pytest.mark.parametrize(
@@ -101,6 +85,8 @@ def test_of_a_folder_whose_card_cannot_be_read(
 
 
 def test_of_the_hub(hub: HubStandIn) -> None:
+    assert licence_of(config(license="mit")) == Licence(("mit",), "settings")
+    assert not hub.calls
     assert licence_of(config()) == Licence(("openrail++",), "base")
     hub.cards["someone/base"] = {"license": "other", "license_name": "mine", "license_link": "texts/LICENSE.md"}
     files = "https://huggingface.co/someone/base/blob"
@@ -126,9 +112,7 @@ def test_of_a_hub_that_does_not_tell(failure: Any, hub: HubStandIn, caplog: pyte
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n"], ids=["no", "slow"])
-def test_of_a_hub_that_takes_its_time(
-    answer: bytes, online: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_a_hub_that_takes_its_time(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that never answers, and one that answers byte by byte, so that no single read is too slow."""
     monkeypatch.setattr(licences, "ANSWER_TIMEOUT_S", 0.5)
     over = threading.Event()
@@ -142,7 +126,7 @@ def test_of_a_hub_that_takes_its_time(
                     connection.sendall(b" ")
 
     with socket.create_server(("127.0.0.1", 0)) as server:
-        online(f"http://127.0.0.1:{server.getsockname()[1]}")
+        take_for_hub(f"http://127.0.0.1:{server.getsockname()[1]}", monkeypatch)
         serving = threading.Thread(target=serve)
         serving.start()
         try:

@@ -15,7 +15,7 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
-from hub_stand_in import HubStandIn
+from hub_stand_in import HubStandIn, take_for_hub
 from runs import contents, flags
 from safetensors.torch import load_file
 
@@ -35,10 +35,8 @@ Shell = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     with HubStandIn(TOKEN) as hub:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        take_for_hub(hub.url, monkeypatch)
         yield hub
 
 
@@ -199,7 +197,7 @@ def test_a_push_without_a_hub_or_files_or_token(
         push_to_hub(tmp_path / "empty", repo_id="someone/model", token=TOKEN)
     with pytest.raises(RunError, match=r"The push to circles-run failed: .*\(401\)"):
         resolve_repo_id(run_folder, None, WRONG)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    take_for_hub("http://127.0.0.1:9", monkeypatch)
     with pytest.raises(RunError, match=r"ConnectError\)\. The finished run"):
         push_to_hub(run_folder, repo_id="someone/model", token=TOKEN)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

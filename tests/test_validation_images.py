@@ -103,12 +103,8 @@ def test_plan(config: ValidationConfig) -> None:
     assert items == plan(config)
     assert {item.seed for item in items}.isdisjoint(item.seed for item in plan(config, seed=8))
     assert plan(ValidationConfig()) == []
-
-
-def test_items_do_not_need_the_files_any_more(config: ValidationConfig) -> None:
-    (item, *_) = plan(config)
-    Path(item.control_image).unlink()
-    assert item.control(RESOLUTION).size == (RESOLUTION, RESOLUTION)
+    Path(items[0].control_image).unlink()  # which is not needed any more
+    assert items[0].control(RESOLUTION).size == (RESOLUTION, RESOLUTION)
 
 
 def test_check_names_every_bad_image(config: ValidationConfig, tmp_path: Path) -> None:
@@ -187,7 +183,10 @@ def test_the_files_of_many_pairs_sort(config: ValidationConfig) -> None:
             assert names[-1].startswith(f"pair-{last}-")
 
 
-def test_models_and_random_state_stay_as_they_were(components: Components, config: ValidationConfig) -> None:
+def test_models_and_random_state_stay_as_they_were(
+    components: Components, config: ValidationConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And nothing is printed."""
     modules = (components.text_encoder, components.vae, components.unet, components.controlnet)
     components.unet.train()
     components.unet.mid_block.eval()  # also where the modes of the parts differ
@@ -209,6 +208,7 @@ def test_models_and_random_state_stay_as_they_were(components: Components, confi
     for _ in images.draw_items(components, plan(config)[:2], FEW):
         during.append(state())  # also between two images
     assert during == [before, before]
+    assert capfd.readouterr() == ("", "")
     components.unet.eval()
 
 
@@ -305,13 +305,6 @@ def test_long_prompts_are_said_once(
     drawn(components, [replace(item, prompt="red circle " * 50) for item in plan(config)[:2]])
     assert [record.name for record in caplog.records] == ["raycontrolnet.model.prompts"]
     assert "102 tokens; those after the first 77 do nothing" in caplog.text
-
-
-def test_nothing_is_printed(
-    components: Components, config: ValidationConfig, capfd: pytest.CaptureFixture[str]
-) -> None:
-    drawn(components, plan(config)[:1])
-    assert capfd.readouterr() == ("", "")
 
 
 def test_latest_is_by_number(tmp_path: Path) -> None:
