@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import pyarrow as pa
 
-from raycontrolnet.cluster.blocks import WHOLE_BLOCKS, from_block, generate
+from raycontrolnet.cluster.blocks import WHOLE_BLOCKS, from_block, generate, to_block
 from raycontrolnet.cluster.cpus import TASK_CPUS, let_training_go_first
-from raycontrolnet.data.bundles import StreamLayout, pack, unpack
+from raycontrolnet.data.bundles import StreamLayout
 from raycontrolnet.data.order import Purpose, SampleOrder, keyed_rng
 from raycontrolnet.data.records import DecodedRow, PreparedRow
 from raycontrolnet.data.sources import Source
@@ -160,7 +160,7 @@ def _load(ticket: pa.Table, loader_ref: ray.ObjectRef[BatchLoader]) -> pa.Table:
 
     let_training_go_first()
     loader = ray.get(loader_ref)
-    return pack([_batch_or_error(loader, first_sample) for first_sample in from_block(ticket).first_samples])
+    return to_block([_batch_or_error(loader, first_sample) for first_sample in from_block(ticket).first_samples])
 
 
 def _batch_or_error(loader: BatchLoader, first_sample: int) -> list[PreparedRow] | UserError:
@@ -176,10 +176,13 @@ def ray_batches(share: ray.data.DataIterator, prefetch_batches: int = 2) -> Iter
     """Yield this worker's batches from its share (`ray.train.get_dataset_shard`) of `ray_dataset`.
 
     Raises:
-        DataError: in the place of a batch that could not be made.
+        UserError: in the place of a batch that could not be made.
     """
     for table in share.iter_batches(prefetch_batches=prefetch_batches, **WHOLE_BLOCKS):
-        yield from unpack(table)
+        for batch in from_block(table):
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
 
 
 def execution_options(batch_bytes: int, num_workers: int) -> ray.data.ExecutionOptions:
