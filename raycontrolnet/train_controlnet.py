@@ -17,6 +17,7 @@ import ray.train
 import torch
 
 from raycontrolnet.cluster.worker import place_among_workers, report_checkpoint
+from raycontrolnet.config.train_config import public_settings
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.stream import local_batches, ray_batches
 from raycontrolnet.errors import RunError, UserError
@@ -24,7 +25,7 @@ from raycontrolnet.model.prompts import warn_if_cut
 from raycontrolnet.model.step import Batch, Draws, TrainState, draw, latent_shape, make_batch, train_step
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.checkpoint import Checkpoint
-from raycontrolnet.training.failures import hopeless_failures_recorded, read_failure, worth_another_try
+from raycontrolnet.training.failures import failures_recorded, read_failure, retried_if_continued
 from raycontrolnet.training.job import Job, check_folder_is_shared, logging_to_run_log, read_timings, write_timings
 from raycontrolnet.training.metrics import MetricsLog, PendingMetrics, PhaseClock, UpdateMetrics
 from raycontrolnet.training.schedule import Schedule
@@ -52,7 +53,7 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
     clock = PhaseClock(read_timings(job.output_dir))  # continued after a restart
     if not clock.seconds:
         clock.seconds["start"] = time.time() - job.submitted
-    with logging_to_run_log(job, f"worker {rank}"), hopeless_failures_recorded(job.output_dir):
+    with logging_to_run_log(job, f"worker {rank}"), failures_recorded(job.output_dir):
         checkpoint = job.current_checkpoint()
         schedule = Schedule.of(job.config, job.num_samples, world_size, checkpoint)
         batches = _read_ahead(_batches(job, schedule, checkpoint))  # begins now, while the models are read
@@ -60,7 +61,7 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
             if job.threads is not None:
                 torch.set_num_threads(job.threads)
             torch.backends.cuda.matmul.allow_tf32 = job.config.allow_tf32
-            with clock("model"), worth_another_try(continued=checkpoint is not job.start):
+            with clock("model"), retried_if_continued(continued=checkpoint is not job.start):
                 state = build_state(job.config, schedule, accelerator, checkpoint, job.token, encodes=not job.cached)
             return Worker(job, schedule, state, clock, rank).run(batches)
 
@@ -78,36 +79,29 @@ class Worker:
         self.trackers: Trackers | None = None
         if rank == 0:
             self.metrics_log = MetricsLog(job.output_dir, state.step)
-            self.trackers = open_trackers(
-                job.trackers,
-                logging_dir=job.output_dir / job.config.logging_dir,
-                project=job.config.tracker_project_name,
-                run_name=job.output_dir.name,
-                settings=job.tracker_settings,
-                done_steps=state.step,
-                group=job.config.tracker_group,
-            )
+            self.trackers = open_trackers(job.config, public_settings(job.config), done_steps=state.step)
         self.validator = Validator(job, schedule, state, rank, clock, self.trackers)
 
     def run(self, batches: Iterator[list[PreparedRow]]) -> dict[str, Any]:
         """Train to the end."""
-        state, schedule = self.state, self.schedule
+        state, schedule, config = self.state, self.schedule, self.job.config
         inputs = _read_ahead(self.inputs(batches))
         try:
             while state.step < schedule.total_updates:
                 self.update(inputs)
-                validates = schedule.validation_due(state.step)
+                validates = schedule.is_due(config.validation_steps, state.step)
+                saves = schedule.is_due(config.checkpointing_steps, state.step)
                 if validates:
                     self.record(force=True)
                     self.validator.measure()  # before the checkpoint, which is reported with the figures
-                if schedule.checkpoint_due(state.step):
+                if saves:
                     self.checkpoint()
                 if validates and state.step < schedule.total_updates:
                     self.validator.draw()
-                if validates or schedule.checkpoint_due(state.step):
+                if validates or saves:
                     self.rest_from_training()
-                if validates and state.step < schedule.total_updates and self.job.follower:
-                    self.job.follower.validated()
+                if validates and state.step < schedule.total_updates and self.job.callback:
+                    self.job.callback.validated()
                     self.pending.restart_clock()
             self.finish()
         finally:
@@ -156,8 +150,8 @@ class Worker:
                 UpdateMetrics(state.step, loss, metrics.lr, metrics.grad_norm, state.samples, rate, time.time())
             )
             self.record()
-        if self.job.follower:
-            self.job.follower.updated()
+        if self.job.callback:
+            self.job.callback.updated()
 
     def next_input(self, inputs: Iterator[tuple[Batch, Draws]]) -> tuple[Batch, Draws]:
         """Return the next micro-step's batch and draws."""

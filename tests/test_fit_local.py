@@ -26,7 +26,7 @@ from raycontrolnet.data.transforms import resize_and_crop
 from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
 from raycontrolnet.model import step
-from raycontrolnet.report.progress import Progress
+from raycontrolnet.report.progress import progress
 
 Settings = dict[str, Any]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -282,7 +282,7 @@ def test_progress_of_a_run_that_goes_back(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(lines(1, 2, 3, 4, loss=0.123456))
     stream = io.StringIO()
-    with Progress(tmp_path, 9, 2, stream):
+    with progress(tmp_path, 9, 2, stream):
         (tmp_path / "new").write_text(lines(1, 2, loss=0.5) + lines(3, 4, 5, 6, 7, loss=0.25))
         (tmp_path / "new").replace(path)
     assert stream.getvalue().splitlines()[-1].startswith("step 7/9 | loss 0.2500 | lr 0.001 | ")

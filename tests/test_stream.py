@@ -15,9 +15,15 @@ import psutil
 import pytest
 
 from raycontrolnet.cluster.blocks import to_block
-from raycontrolnet.data.bundles import StreamLayout
 from raycontrolnet.data.records import PreparedRow
-from raycontrolnet.data.stream import MIN_READ_AHEAD_BYTES, execution_options, local_batches, ray_batches, ray_dataset
+from raycontrolnet.data.stream import (
+    MIN_READ_AHEAD_BYTES,
+    StreamLayout,
+    execution_options,
+    local_batches,
+    ray_batches,
+    ray_dataset,
+)
 from raycontrolnet.errors import DataError
 
 BATCH = 4
@@ -65,7 +71,7 @@ def test_a_bundle_is_lossless_and_a_bad_batch_is_raised_in_its_turn() -> None:
     bundle = [[PreparedRow.fake(index, 24) for index in range(first, first + 3)] for first in (8, 20)]
     table = to_block([*bundle, DataError("photo.png is broken"), bundle[0]])
     assert table.num_rows == 1  # Ray Data cannot split it
-    batches = ray_batches(SimpleNamespace(iter_batches=lambda **_: [table]))  # type: ignore[arg-type]
+    batches = ray_batches(SimpleNamespace(iter_batches=lambda **_: [table]))
     for batch in bundle:
         for row, back in zip(batch, next(batches), strict=True):
             assert (back.sample_index, back.prompt) == (row.sample_index, row.prompt)

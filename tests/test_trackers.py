@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from raycontrolnet.config.output_settings import OutputConfig
 from raycontrolnet.config.train_config import TrainConfig, public_settings
 from raycontrolnet.training import trackers
 from raycontrolnet.training.trackers import check_trackers, open_trackers, resolve
@@ -24,15 +25,15 @@ SECRETS = ("hf_in_settings", "hf_in_environment", "hf_in_arguments", "a" * 40, "
 SCRIPT = """
 import json, logging, sys
 from pathlib import Path
+from raycontrolnet.config.output_settings import OutputConfig
 from raycontrolnet.training.trackers import open_trackers
 
 logging.basicConfig(level=logging.INFO)
 folder, name, done_steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 settings = {"learning_rate": 1e-5, "validation_prompt": ["a", "b"], "seed": None, "hub_token": "hf_in_settings"}
-opened = open_trackers(
-    (name,), logging_dir=folder / "logs", project="circles", run_name="out", settings=settings, done_steps=done_steps,
-    group="my-sweep",
-)
+output = OutputConfig(output_dir=str(folder / "out"), logging_dir=str(folder / "logs"), report_to=name,
+                      tracker_project_name="circles", tracker_group="my-sweep")
+opened = open_trackers(output, settings, done_steps=done_steps)
 for step in (done_steps + 1, done_steps + 2):
     opened.scalars(step, {"loss": step / 10, "lr": 1e-5})
 for pair in (0, 1):  # equal prompts, and later than the scalars of the next step
@@ -74,15 +75,19 @@ def events(folder: Path) -> Any:
     return event_accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
 
 
+def reporting_to(names: str, folder: Path = Path("out"), **settings: Any) -> OutputConfig:
+    return OutputConfig(report_to=names, output_dir=str(folder), tracker_project_name="p", **settings)
+
+
 def test_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve("none") == ()
-    assert resolve("wandb, tensorboard,wandb") == ("wandb", "tensorboard")
+    assert resolve(reporting_to("none")) == ()
+    assert resolve(reporting_to("wandb, tensorboard,wandb")) == ("wandb", "tensorboard")
     monkeypatch.setitem(trackers._PACKAGES, "wandb", ("no-such-package", "pip install 'raycontrolnet[wandb]'"))
     monkeypatch.setitem(trackers._PACKAGES, "comet_ml", ("nor-this-one", "pip install 'raycontrolnet[comet]'"))
-    assert resolve("all") == ("tensorboard",)
-    assert resolve("wandb") == ("wandb",)
-    assert check_trackers(("tensorboard",)) == []
-    assert check_trackers(("wandb", "tensorboard", "comet_ml")) == [
+    assert resolve(reporting_to("all")) == ("tensorboard",)
+    assert resolve(reporting_to("wandb")) == ("wandb",)
+    assert check_trackers(reporting_to("all")) == check_trackers(reporting_to("tensorboard")) == []
+    assert check_trackers(reporting_to("wandb,tensorboard,comet_ml")) == [
         "--report_to=wandb: the package no-such-package is not installed: pip install 'raycontrolnet[wandb]'",
         "--report_to=comet_ml: the package nor-this-one is not installed: pip install 'raycontrolnet[comet]'",
     ]
@@ -92,20 +97,15 @@ def test_a_folder_called_wandb_is_not_the_package(tmp_path: Path, monkeypatch: p
     (tmp_path / "raycontrolnet_no_tracker").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(trackers._PACKAGES, "wandb", ("raycontrolnet_no_tracker", ""))
-    assert check_trackers(("wandb",)) != []
+    assert check_trackers(reporting_to("wandb")) != []
 
 
 def test_tensorboard(tmp_path: Path, pictures: list[Path]) -> None:
     config = TrainConfig(
         pretrained_model_name_or_path="base", train_data_dir="data", hub_token="hf_in_settings", validation_steps=7
     )
-    opened = open_trackers(
-        ["tensorboard"],
-        logging_dir=tmp_path / "logs",
-        project="circles",
-        run_name="out",
-        settings=public_settings(config) | {"hub_token": "hf_in_settings"},  # a caller's slip
-    )
+    settings = public_settings(config) | {"hub_token": "hf_in_settings"}  # a caller's slip
+    opened = open_trackers(reporting_to("tensorboard", tmp_path), settings)
     for step in (1, 2, 3):
         opened.scalars(step, {"loss": 0.5 / step, "lr": 1e-5})
     for pair, path in enumerate(pictures):
@@ -114,7 +114,7 @@ def test_tensorboard(tmp_path: Path, pictures: list[Path]) -> None:
     opened.close()
     opened.close()
 
-    read = events(tmp_path / "logs/circles")
+    read = events(tmp_path / "logs/p")
     assert sorted(read.Tags()["scalars"]) == ["loss", "lr"]
     assert [(event.step, event.value) for event in read.Scalars("loss")] == [
         (1, 0.5), (2, 0.25), (3, pytest.approx(1 / 6))
@@ -137,17 +137,15 @@ def test_tensorboard(tmp_path: Path, pictures: list[Path]) -> None:
 def test_tensorboard_of_a_continued_run(tmp_path: Path) -> None:
     """Killed after step 5, resumed from the checkpoint of step 2: one curve without a fold."""
     for done_steps, last, loss in ((0, 5, 1.0), (2, 4, 2.0)):
-        opened = open_trackers(
-            ["tensorboard"], logging_dir=tmp_path, project="p", run_name="r", settings={}, done_steps=done_steps
-        )
+        opened = open_trackers(reporting_to("tensorboard", tmp_path), {}, done_steps=done_steps)
         for step in range(done_steps + 1, last + 1):
             opened.scalars(step, {"loss": loss})
         opened.close()
         if done_steps == 0:
             # TensorBoard reads files in the order of their names, which hold the second of their making
-            for path in (tmp_path / "p").iterdir():
+            for path in (tmp_path / "logs/p").iterdir():
                 path.rename(path.with_name(path.name.replace("tfevents.", "tfevents.0")))
-    curve = [(event.step, event.value) for event in events(tmp_path / "p").Scalars("loss")]
+    curve = [(event.step, event.value) for event in events(tmp_path / "logs/p").Scalars("loss")]
     assert curve == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
 
 
@@ -252,8 +250,7 @@ def test_a_tracker_that_fails_is_reported_once_and_dropped(
     tmp_path: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(trackers._KINDS, "wandb", Broken)
-    options: dict[str, Any] = {"logging_dir": tmp_path, "project": "p", "settings": {}}
-    opened = open_trackers(["wandb", "tensorboard"], run_name="r", **options)
+    opened = open_trackers(reporting_to("wandb,tensorboard", tmp_path / "r"), {})
     for step in (1, 2, 3):
         opened.scalars(step, {"loss": 1.0})
     opened.images(3, "validation/pair-00", pictures[:1], "red circle")
@@ -262,12 +259,13 @@ def test_a_tracker_that_fails_is_reported_once_and_dropped(
     assert [record.getMessage() for record in caplog.records] == [
         "wandb failed (ConnectionError: the server is away); the run goes on without it"
     ]
-    assert [event.step for event in events(tmp_path / "p").Scalars("loss")] == [1, 2, 3]
+    assert [event.step for event in events(tmp_path / "r/logs/p").Scalars("loss")] == [1, 2, 3]
 
-    assert open_trackers(["wandb", "tensorboard"], run_name="unopenable", **options).names == ("tensorboard",)
+    unopenable = reporting_to("wandb,tensorboard", tmp_path / "unopenable")
+    assert open_trackers(unopenable, {}).names == ("tensorboard",)
     assert "wandb failed (SystemExit: 1); the run goes on without it" in caplog.text
     (tmp_path / "file").touch()
-    assert open_trackers(["tensorboard"], run_name="r", **options | {"logging_dir": tmp_path / "file"}).names == ()
+    assert open_trackers(reporting_to("tensorboard", tmp_path, logging_dir="file"), {}).names == ()
 
 
 def test_a_tracker_that_fails_costs_a_run_nothing(tiny_settings: dict[str, Any]) -> None:
@@ -292,7 +290,7 @@ def test_a_tracker_that_fails_costs_a_run_nothing(tiny_settings: dict[str, Any])
 
 
 def test_no_trackers(tmp_path: Path, pictures: list[Path]) -> None:
-    opened = open_trackers([], logging_dir=tmp_path / "logs", project="p", run_name="r", settings={})
+    opened = open_trackers(reporting_to("none", tmp_path), {})
     opened.scalars(1, {"loss": 1.0})
     opened.images(1, "key", pictures, "caption")
     opened.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import random
@@ -21,7 +22,7 @@ from runs import metadata
 from raycontrolnet.config.output_settings import ValidationConfig
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.errors import DataError
-from raycontrolnet.model.components import Components, load_components, with_controlnet
+from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.quiet import only_errors
 from raycontrolnet.sampling import images, pipeline
 from raycontrolnet.sampling.images import ImageItem
@@ -57,7 +58,7 @@ def components_of(base: Path, dtype: torch.dtype = torch.float32) -> Components:
             if name.endswith("weight"):  # as would many layers of small ones, and an untrained UNet
                 torch.nn.init.kaiming_normal_(weight)
         controlnet.controlnet_cond_embedding.conv_out.weight.data.mul_(100)
-    return with_controlnet(components, controlnet.train())
+    return dataclasses.replace(components, controlnet=controlnet.train())
 
 
 @pytest.fixture(scope="module")

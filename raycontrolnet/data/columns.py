@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raycontrolnet.config.settings import DataConfig
+from raycontrolnet.errors import DataError
 
 _KIND_NAMES = {
     str: "a text",
@@ -31,28 +32,31 @@ _CUSTOMARY_NAMES = {
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of a data set's columns."""
+    """Names of a data set's columns, in the order of `_CUSTOMARY_NAMES`."""
 
     image: str
     conditioning_image: str
     caption: str
 
 
-def find_columns(data: DataConfig, available: Sequence[str], where: str) -> tuple[Columns | None, list[str]]:
-    """Return the columns of `where` (a file or data set, for messages) that `data` asks for, or the problems.
+def find_columns(data: DataConfig, available: Sequence[str], where: str) -> Columns:
+    """Return the columns of `where` (a file or data set, for messages) that `data` asks for.
 
     A column may also be called `<name>_file_name`, as image folders do. If a setting has its default, the customary
     names of the known layouts are tried as well; a column that the user named must exist.
+
+    Raises:
+        DataError: with every column that does not exist.
     """
-    found, problems = {}, []
+    found, problems = [], []
     for setting in _CUSTOMARY_NAMES:
         try:
-            found[setting] = find_column(setting, getattr(data, setting), available, where)
+            found.append(find_column(setting, getattr(data, setting), available, where))
         except ValueError as problem:
             problems.append(str(problem))
     if problems:
-        return None, problems
-    return Columns(found["image_column"], found["conditioning_image_column"], found["caption_column"]), []
+        raise DataError("\n".join(problems))
+    return Columns(*found)
 
 
 def find_column(setting: str, asked: str, available: Sequence[str], where: str) -> str:

@@ -106,8 +106,7 @@ def open_folder(folder: str, data: DataConfig) -> FolderSource:
     if path is None:
         raise DataError(f"{folder}: has none of {', '.join(METADATA_FILES)}")
     try:
-        columns = _columns(path, data)
-        table = _read_table(path, columns) if columns else _empty_table()
+        columns, table = _read_table(path, data)
         content_hash = _content_hash(path, columns)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error_message(error)})") from None
@@ -120,23 +119,12 @@ def _metadata_file(folder: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def _columns(path: Path, data: DataConfig) -> Columns | None:
-    """Find the columns by the first row; None for a file without rows."""
-    for number, first in metadata_rows(path):
-        if isinstance(first, ValueError):
-            raise DataError(f"{path}:{number}: {first}")
-        columns, problems = find_columns(data, list(first), str(path))
-        if columns is None:
-            raise DataError("\n".join(problems))
-        return columns
-    return None
-
-
-def _read_table(path: Path, columns: Columns) -> pa.Table:
-    """Read the rows as `FolderSource.table`."""
+def _read_table(path: Path, data: DataConfig) -> tuple[Columns | None, pa.Table]:
+    """Read the rows as `FolderSource.table`, and find the columns by the first one; None in a file without rows."""
     import pyarrow as pa
 
-    tables, problems = [_empty_table()], []
+    columns = None
+    tables, problems = [_schema().empty_table()], []
     rows: list[tuple[str, str, tuple[str, ...], int]] = []
 
     def flush() -> None:
@@ -151,16 +139,19 @@ def _read_table(path: Path, columns: Columns) -> pa.Table:
         try:
             if isinstance(row, ValueError):
                 raise row
+            columns = columns or find_columns(data, list(row), str(path))
             rows.append((*_read_row(row, columns), number))
         except ValueError as error:
             problems.append(f"{path}:{number}: {error}")
+            if columns is None:
+                break
         if len(rows) == _ROWS_PER_TABLE:
             flush()
     if rows:
         flush()
     if problems:
         raise DataError("\n".join(shorten(problems, "lines cannot be used")))
-    return pa.concat_tables(tables).combine_chunks()  # one chunk per column: finding a row takes no search
+    return columns, pa.concat_tables(tables).combine_chunks()  # one chunk per column: finding a row takes no search
 
 
 def metadata_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
@@ -248,10 +239,6 @@ def _schema() -> pa.Schema:
 
     text = pa.large_string()  # 64-bit offsets: the paths of very large data sets exceed 2 GiB
     return pa.schema({"image": text, "conditioning_image": text, "captions": pa.large_list(text), "line": pa.int64()})
-
-
-def _empty_table() -> pa.Table:
-    return _schema().empty_table()
 
 
 def _content_hash(path: Path, columns: Columns | None) -> str:

@@ -117,16 +117,11 @@ class HubSource:
 
     def identities(self, rows: Sequence[int]) -> Iterator[str]:
         """See `Source.identities`. Embedded images are not read, only Arrow's table of their lengths."""
-        dataset = self._dataset()
-        indices = getattr(dataset, "_indices", None)  # of a saved selection: the table below has other rows as well
-        places = rows if indices is None else [indices.column(0)[row].as_py() for row in rows]
-        table = dataset.data
-        for place in places:
-            images = [
-                (name, *_image_identity(table.column(name)[place], self.location.folder))
-                for name in (self.columns.image, self.columns.conditioning_image)
-            ]
-            yield json.dumps([*images, table.column(self.columns.caption)[place].as_py()])
+        table = self._dataset().with_format("arrow")[list(rows)]
+        names = (self.columns.image, self.columns.conditioning_image)
+        for place in range(len(rows)):
+            images = [(name, *_image_identity(table[name][place], self.location.folder)) for name in names]
+            yield json.dumps([*images, table[self.columns.caption][place].as_py()])
 
     def _dataset(self) -> datasets.Dataset:
         dataset = _open(self.location, self.columns)
@@ -165,10 +160,8 @@ def open_dataset(shown: str, name: str, data: DataConfig, cache_dir: str | None,
     )
     _open.cache_clear()  # what was opened for an earlier run may have changed since
     dataset = _load(location)
-    columns, problems = find_columns(data, dataset.column_names, shown)
-    if columns is not None:
-        problems = list(_type_problems(dataset.features, columns, location))
-    if columns is None or problems:
+    columns = find_columns(data, dataset.column_names, shown)
+    if problems := list(_type_problems(dataset.features, columns, location)):
         raise DataError("\n".join(problems))
     return HubSource(location, columns, len(dataset))
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import pyarrow as pa
 
 from raycontrolnet.cluster.blocks import WHOLE_BLOCKS, from_block, generate, to_block
 from raycontrolnet.cluster.cpus import TASK_CPUS, let_training_go_first
-from raycontrolnet.data.bundles import StreamLayout
 from raycontrolnet.data.order import Purpose, SampleOrder, keyed_rng
 from raycontrolnet.data.records import DecodedRow, PreparedRow
 from raycontrolnet.data.sources import Source
@@ -26,6 +25,9 @@ from raycontrolnet.errors import UserError
 if TYPE_CHECKING:
     import ray
 
+BUNDLE_BYTES = 16 * 2**20
+MOST_IN_BUNDLE = 8
+"""Most batches that travel to a worker as one block."""
 TICKET_BYTES = 256 * 1024
 """Ballast of a ticket. Ray Data holds a task back by the bytes of its waiting output, not by their number: without
 ballast, the first task would run millions of tiny tickets ahead."""
@@ -37,6 +39,38 @@ READ_AHEAD_BUNDLES = 3
 """The same in bundles, if that is more."""
 MIN_READ_AHEAD_BYTES = 64 * 2**20
 """Ray Data shares its limit among its operators by rough estimates: a small limit would stop it."""
+
+
+def batch_bytes(batch_size: int, resolution: int) -> int:
+    """Return the size of a batch's images, two per sample."""
+    return batch_size * 2 * 3 * resolution**2
+
+
+@dataclass(frozen=True)
+class StreamLayout:
+    """The batches of a stream, and how they come to the workers."""
+
+    first_sample: int
+    micro_steps: int
+    """Batches of every worker."""
+    batch_size: int
+    num_workers: int = 1
+    """1 also if the number is not known: with a bundle of 1, batches are dealt one by one to any number of workers."""
+    bundle: int = 1
+    """Batches that travel together to a worker: Ray's work for each block costs tens of ms."""
+
+    @staticmethod
+    def bundle_for(batch_bytes: int) -> int:
+        """Return how many batches make a block of some megabytes."""
+        return min(MOST_IN_BUNDLE, max(1, BUNDLE_BYTES // batch_bytes))
+
+    def bundles(self) -> Iterator[list[int]]:
+        """Yield each bundle as the first samples of its batches; bundles are dealt to the workers round robin."""
+        for start in range(0, self.micro_steps, self.bundle):
+            micro_steps = range(start, min(start + self.bundle, self.micro_steps))
+            for rank in range(self.num_workers):
+                places = (micro_step * self.num_workers + rank for micro_step in micro_steps)
+                yield [self.first_sample + place * self.batch_size for place in places]
 
 
 class SampleRows(Protocol):
@@ -62,10 +96,7 @@ class PixelRows:
 
     source: Source
     resolution: int
-
-    @property
-    def remote(self) -> bool:
-        return False
+    remote = False
 
     def decode(self, row: int) -> DecodedRow:
         source_row = self.source.read(row)
@@ -126,13 +157,6 @@ def local_batches(loader: BatchLoader, first_sample: int, num_batches: int) -> I
         yield loader.batch(first_sample + index * loader.batch_size)
 
 
-class Ticket(NamedTuple):
-    """A note that asks for one bundle."""
-
-    first_samples: list[int]
-    ballast: bytes
-
-
 def ray_dataset(
     loader_ref: ray.ObjectRef[BatchLoader], layout: StreamLayout, max_tasks: int | None
 ) -> ray.data.Dataset:
@@ -147,11 +171,10 @@ def ray_dataset(
     )
 
 
-def _tickets(layout: StreamLayout) -> Iterator[Ticket]:
-    """Yield a ticket for every bundle."""
+def _tickets(layout: StreamLayout) -> Iterator[tuple[list[int], bytes]]:
+    """Yield a ticket for every bundle: the first samples of its batches, and ballast."""
     ballast = bytes(TICKET_BYTES)
-    for first_samples in layout.bundles():
-        yield Ticket(first_samples, ballast)
+    return ((first_samples, ballast) for first_samples in layout.bundles())
 
 
 def _load(ticket: pa.Table, loader_ref: ray.ObjectRef[BatchLoader]) -> pa.Table:
@@ -159,8 +182,8 @@ def _load(ticket: pa.Table, loader_ref: ray.ObjectRef[BatchLoader]) -> pa.Table:
     import ray
 
     let_training_go_first()
-    loader = ray.get(loader_ref)
-    return to_block([_batch_or_error(loader, first_sample) for first_sample in from_block(ticket).first_samples])
+    loader, (first_samples, _) = ray.get(loader_ref), from_block(ticket)
+    return to_block([_batch_or_error(loader, first_sample) for first_sample in first_samples])
 
 
 def _batch_or_error(loader: BatchLoader, first_sample: int) -> list[PreparedRow] | UserError:

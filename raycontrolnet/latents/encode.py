@@ -6,8 +6,7 @@ load (tasks on CPUs)  ->  encode (a pool of actors, on GPUs or CPUs)  ->  store 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -15,20 +14,10 @@ import pyarrow as pa
 
 from raycontrolnet.cluster.blocks import WHOLE_BLOCKS, catch, from_block, generate, results, to_block
 from raycontrolnet.cluster.cpus import COUNT_CPUS, TASK_CPUS, let_training_go_first
-from raycontrolnet.config.settings import ModelConfig
-from raycontrolnet.data.sources import Source
-from raycontrolnet.errors import DataError, out_of_memory
-from raycontrolnet.latents.cache import read_contents
-from raycontrolnet.latents.manifest import SHARD_ROWS, Encoding, Shard
-from raycontrolnet.latents.shards import (
-    EncodedShard,
-    LoadedShard,
-    ShardResult,
-    load_shard,
-    store_shard,
-    with_posteriors,
-)
-from raycontrolnet.storage.folder import CacheFolder
+from raycontrolnet.config.checks import check_device
+from raycontrolnet.config.settings import ClusterConfig
+from raycontrolnet.latents.manifest import SHARD_ROWS, Shard
+from raycontrolnet.latents.shards import EncodeJob, ShardResult
 
 if TYPE_CHECKING:
     import ray
@@ -41,54 +30,11 @@ SHARDS_AHEAD = 3
 MIN_STORE_BYTES = 64 * 2**20
 
 
-@dataclass(frozen=True)
-class EncodeJob:
-    """The shards to encode, and how. Plain data for tasks and actors."""
-
-    source: Source
-    folder: CacheFolder
-    encoding: Encoding
-    shards: tuple[Shard, ...]
-    """Shards that are missing."""
-    replaced: frozenset[str]
-    """Names of shards that are there and are made anew."""
-    model: ModelConfig
-    batch_size: int
-    token: str | None = field(default=None, repr=False)
-
-    def encoder(self, *, use_gpu: bool) -> LatentEncoder:
-        """Load the VAE."""
-        import torch
-
-        from raycontrolnet.latents.encoder import LatentEncoder
-
-        device = torch.device("cuda" if use_gpu else "cpu")
-        return LatentEncoder(self.model, device=device, batch_size=self.batch_size, token=self.token)
-
-    def load(self, shard: Shard) -> LoadedShard | ShardResult:
-        """Load the shard's rows, or what is stored if another process was faster."""
-        if shard.name not in self.replaced and (size := self.folder.size(shard.name)) is not None:
-            with suppress(DataError):
-                return ShardResult(*read_contents(self.folder, shard.name, size))
-        return load_shard(self.source, shard, self.encoding.resolution)
-
-    def encode(self, loaded: LoadedShard | ShardResult, encoder: LatentEncoder) -> EncodedShard | ShardResult:
-        if isinstance(loaded, ShardResult):
-            return loaded
-        import torch
-
-        try:
-            posteriors = encoder.encode([row.image for row in loaded.rows])
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(error, "Use a smaller --latents_batch_size") from error
-        return with_posteriors(loaded, posteriors, self.encoding.dtype)
-
-    def store(self, encoded: EncodedShard | ShardResult) -> ShardResult:
-        return encoded if isinstance(encoded, ShardResult) else store_shard(self.folder, encoded)
-
-
-def encode_here(job: EncodeJob, *, use_gpu: bool) -> Iterator[ShardResult]:
+def encode_here(job: EncodeJob, cluster: ClusterConfig) -> Iterator[ShardResult]:
     """Encode the shards one by one in this process."""
+    import torch
+
+    use_gpu = check_device(cluster.use_gpu, has_gpu=torch.cuda.is_available(), work="encode")
     encoder = job.encoder(use_gpu=use_gpu)
     for shard in job.shards:
         yield job.store(job.encode(job.load(shard), encoder))

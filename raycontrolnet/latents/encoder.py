@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.data.records import UInt8Image
-from raycontrolnet.model.base import load_vae
-from raycontrolnet.model.components import encode_images
+from raycontrolnet.model.components import encode_images, load_vae
 from raycontrolnet.model.diffusion import MAX_LOGVAR, MIN_LOGVAR
 
 

@@ -1,4 +1,4 @@
-"""Cached latents for a run: chosen before Ray starts where possible, encoded where the run trains."""
+"""The latent cache that was planned, completed: what is missing is encoded, and the manifest written."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ from statistics import fmean
 from typing import TextIO
 
 from raycontrolnet.cluster.resources import WorkerResources
-from raycontrolnet.config.checks import check_device, versions
-from raycontrolnet.config.settings import CacheConfig, ClusterConfig
-from raycontrolnet.config.train_config import TrainConfig
-from raycontrolnet.data.sources import Source
+from raycontrolnet.config.checks import versions
 from raycontrolnet.errors import ConfigError, DataError, RunError, UserError, explained
 from raycontrolnet.latents.cache import ROW_OVERHEAD_BYTES, LatentCache
-from raycontrolnet.latents.encode import EncodeJob, encode_here, encode_on_ray
+from raycontrolnet.latents.encode import encode_here, encode_on_ray
 from raycontrolnet.latents.manifest import Manifest, Shard
 from raycontrolnet.latents.plan import LatentPlan, prepare_command
-from raycontrolnet.latents.shards import ShardResult, load_shard
+from raycontrolnet.latents.shards import EncodeJob, ShardResult, load_shard
+from raycontrolnet.storage.files import replacing
 from raycontrolnet.text import Counter, file_size, shorten
 
 SAMPLED_SHARD_ROWS = 4
@@ -30,41 +28,6 @@ SAMPLED_SHARD_ROWS = 4
 SHOWN_STALE = 5
 SEVERAL_MACHINES = "the cluster has several machines: name a folder that all of them see, or an object store's URI"
 BAD_SAMPLES_FILE = "bad_samples.txt"
-
-
-def wants_cache(cache: CacheConfig, *, reuses_rows: bool) -> bool:
-    """Check whether a run should train from cached latents.
-
-    Args:
-        reuses_rows: whether a row is used more than once, in this run or another.
-    """
-    if cache.cache_latents == "auto":
-        return reuses_rows or cache.on_bad_sample == "skip"  # bad samples must be known before the first update
-    return cache.cache_latents == "on"
-
-
-def choose(
-    config: TrainConfig, source: Source, token: str | None, stream: TextIO, *, one_machine: bool = True
-) -> LatentPlan | None:
-    """Choose the latent cache for a run that wants one; None if there is no place that all machines see.
-
-    Looks at what is there, and needs no Ray.
-
-    Raises:
-        ConfigError: if the folder holds a cache that does not fit, or the run needs a cache and there is no place.
-        UserError: if the folder or the VAE cannot be used.
-    """
-    if config.latents_cache_dir is None and not one_machine:
-        if config.cache_latents == "on" or config.on_bad_sample == "skip":
-            raise ConfigError([f"--latents_cache_dir: {SEVERAL_MACHINES}"])
-        stream.write(f"latents: not cached; to train faster, give --latents_cache_dir ({SEVERAL_MACHINES})\n")
-        return None
-    plan = LatentPlan.of(config, source, token)
-    plan.check_encoding()
-    if changes := plan.changes():
-        problem = f"the data changed since its latents were cached in {plan.folder.uri}: {changes}"
-        raise ConfigError([f"{problem}. Encode what is new with:\n  {prepare_command(plan.config)}"])
-    return plan
 
 
 def ensure(plan: LatentPlan, workers: WorkerResources | None, stream: TextIO) -> LatentCache:
@@ -126,17 +89,11 @@ def _encode(
     done = plan.num_rows - sum(len(shard.rows) for shard in missing)
     counter = Counter("latents", "images", plan.num_rows, done, stream)
     with explained("Encoding", partial(_how_to_go_on, plan)), closing(counter):
-        encoded = encode_on_ray(job, workers) if workers else encode_here(job, use_gpu=_gpu_here(plan.config))
+        encoded = encode_on_ray(job, workers) if workers else encode_here(job, plan.config)
         for result in encoded:
             results[result.stored.name] = result
             counter.advance(result.stored.num_rows + len(result.bad_samples))
     return results
-
-
-def _gpu_here(cluster: ClusterConfig) -> bool:
-    import torch
-
-    return check_device(cluster.use_gpu, has_gpu=torch.cuda.is_available(), work="encode")
 
 
 def _manifest(plan: LatentPlan, results: list[ShardResult]) -> Manifest:
@@ -149,18 +106,16 @@ def _manifest(plan: LatentPlan, results: list[ShardResult]) -> Manifest:
     allowed = int(plan.config.max_bad_fraction * plan.num_rows) if plan.config.on_bad_sample == "skip" else 0
     if len(bad) > allowed or len(bad) == plan.num_rows:
         file = report_path(plan, BAD_SAMPLES_FILE)
-        file.write_text("".join(f"{sample.reason}\n" for sample in bad), encoding="utf-8")
+        with replacing(file) as partial_file:
+            partial_file.write_text("".join(f"{sample.reason}\n" for sample in bad), encoding="utf-8")
         lines = shorten([sample.reason for sample in bad], f"bad samples (the whole list: {file})")
         limit = (
             f"more than --max_bad_fraction={plan.config.max_bad_fraction:g} allows; fix the data"
             if plan.config.on_bad_sample == "skip"
             else "fix them, or skip them with --on_bad_sample skip"
         )
-        raise DataError(
-            "\n".join(
-                [*lines, f"{len(bad):,} of {plan.num_rows:,} samples cannot be used: {limit}. The others are cached"]
-            )
-        )
+        lines += [f"{len(bad):,} of {plan.num_rows:,} samples cannot be used: {limit}. The others are cached"]
+        raise DataError("\n".join(lines))
     stored = tuple(result.stored for result in results)
     previous = plan.manifest.versions if plan.manifest and plan.manifest.shards == stored else versions()
     return Manifest(plan.encoding, stored, bad, previous)
@@ -196,8 +151,8 @@ def _announce(plan: LatentPlan, there: dict[str, ShardResult], stream: TextIO) -
     Raises:
         ConfigError: if the disk has no room for it.
     """
-    first = load_shard(plan.source, dataclasses.replace(plan.shards[0], rows=plan.shards[0].rows[:SAMPLED_SHARD_ROWS]),
-                       plan.config.resolution)  # fmt: skip
+    few = dataclasses.replace(plan.shards[0], rows=plan.shards[0].rows[:SAMPLED_SHARD_ROWS])
+    first = load_shard(plan.source, few, plan.config.resolution)
     control_bytes = fmean([len(row.conditioning_png) for row in first.rows] or [0.0])
     sample_bytes = plan.posterior_bytes + control_bytes + ROW_OVERHEAD_BYTES
     wanted = round(plan.num_rows * sample_bytes)

@@ -157,16 +157,15 @@ def _default_folder(data: DataConfig, encoding: Encoding) -> Path:
 
 
 def prepare_command(config: TrainConfig, **others: Any) -> str:
-    """Return the command that makes the cache for `config`."""
+    """Return the command that makes the cache for `config`, with some settings changed to `others`."""
     names = {*names_that_decide("latents"), *names_with("in_prepare")}
     settings = {name: value for name, value in changed_settings(config).items() if name in names} | others
     if "max_train_samples" in settings:  # the rows are drawn together with the held-out ones
         settings["seed"] = config.seed
         if config.validation_split is not None:
             settings["validation_split"] = config.validation_split
-    return "raycontrolnet prepare " + " ".join(
-        f"--{name} {shlex.quote(str(value))}" for name, value in settings.items()
-    )
+    flags = (f"--{name} {shlex.quote(str(value))}" for name, value in settings.items())
+    return " ".join(["raycontrolnet prepare", *flags])
 
 
 def data_changes(manifest: Manifest, shards: Sequence[Shard], stored: Iterator[str], now: Iterator[str]) -> str | None:

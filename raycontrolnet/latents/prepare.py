@@ -11,7 +11,7 @@ from raycontrolnet.cluster.resources import worker_resources
 from raycontrolnet.cluster.session import ray_session
 from raycontrolnet.config.checks import collected, find_token, local_model_problems, with_absolute_paths
 from raycontrolnet.config.train_config import TrainConfig
-from raycontrolnet.data.sources import Source, open_source
+from raycontrolnet.data.sources import open_source
 from raycontrolnet.errors import ConfigError, Interrupted
 from raycontrolnet.latents.ensure import SEVERAL_MACHINES, complete, report_path
 from raycontrolnet.latents.manifest import BadSample
@@ -57,7 +57,12 @@ def prepare(config: TrainConfig, *, stream: TextIO | None = None) -> PrepareResu
 def _prepare(config: TrainConfig, stream: TextIO) -> PrepareResult:
     started = time.monotonic()
     config = with_absolute_paths(config)
-    source, token = check_inputs(config)
+    problems = list(local_model_problems(config))
+    token, source = find_token(config.hub_token), None
+    with collected(problems):
+        source = open_source(config, cache_dir=config.cache_dir, token=token, skip_bad=True)
+    if problems or source is None:
+        raise ConfigError(problems)
     plan = LatentPlan.of(config, source, token)
     plan.check_encoding()
     if changes := plan.changes():
@@ -80,18 +85,3 @@ def _prepare(config: TrainConfig, stream: TextIO) -> PrepareResult:
         num_encoded=sum(len(shard.rows) for shard in missing),
         seconds=time.monotonic() - started,
     )
-
-
-def check_inputs(config: TrainConfig) -> tuple[Source, str | None]:
-    """Return the data to encode, and the Hub token.
-
-    Raises:
-        ConfigError: with the problems of model folders and data together.
-    """
-    problems = list(local_model_problems(config))
-    token, source = find_token(config.hub_token), None
-    with collected(problems):
-        source = open_source(config, cache_dir=config.cache_dir, token=token, skip_bad=True)
-    if problems or source is None:
-        raise ConfigError(problems)
-    return source, token

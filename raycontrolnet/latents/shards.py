@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+import pyarrow as pa
 
+from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.data.records import EncodedRow, UInt8Image
 from raycontrolnet.data.sources import Source
 from raycontrolnet.data.transforms import encode_conditioning, prepare_images
-from raycontrolnet.errors import DataError, RunError
-from raycontrolnet.latents.cache import shard_bytes
-from raycontrolnet.latents.manifest import BadSample, Shard, StoredShard
+from raycontrolnet.errors import DataError, RunError, out_of_memory
+from raycontrolnet.latents.cache import read_contents, shard_bytes
+from raycontrolnet.latents.manifest import BadSample, Encoding, Shard, StoredShard
 from raycontrolnet.storage.folder import CacheFolder
+
+if TYPE_CHECKING:
+    from raycontrolnet.latents.encoder import LatentEncoder
 
 
 @dataclass(frozen=True)
@@ -35,17 +40,8 @@ class LoadedRow:
 class LoadedShard:
     """A shard before its images are encoded."""
 
-    shard: Shard
+    name: str
     rows: list[LoadedRow]
-    bad_samples: list[BadSample]
-
-
-@dataclass(frozen=True)
-class EncodedShard:
-    """A shard ready to be stored."""
-
-    shard: Shard
-    rows: list[EncodedRow]
     bad_samples: list[BadSample]
 
 
@@ -55,6 +51,14 @@ class ShardResult:
 
     stored: StoredShard
     bad_samples: list[BadSample]
+
+
+@dataclass(frozen=True)
+class EncodedShard:
+    """A shard ready to be stored."""
+
+    result: ShardResult
+    content: pa.Buffer
 
 
 def load_shard(source: Source, shard: Shard, resolution: int) -> LoadedShard:
@@ -69,32 +73,72 @@ def load_shard(source: Source, shard: Shard, resolution: int) -> LoadedShard:
         else:
             png = encode_conditioning(conditioning_image)
             rows.append(LoadedRow(row, image, png, loaded.captions, identity, loaded.place))
-    return LoadedShard(shard, rows, bad_samples)
+    return LoadedShard(shard.name, rows, bad_samples)
 
 
-def with_posteriors(loaded: LoadedShard, posteriors: Iterable[NDArray[np.float32]], dtype: str) -> EncodedShard:
-    """Return the shard with each row's posterior as `dtype`; rows whose posterior is not finite are bad samples."""
-    rows, bad_samples = [], list(loaded.bad_samples)
-    for row, exact in zip(loaded.rows, posteriors, strict=True):
-        with np.errstate(over="ignore"):
-            posterior = exact.astype(dtype)
-        if np.isfinite(posterior).all():
-            rows.append(EncodedRow(row.row, posterior, row.conditioning_png, row.captions, row.identity))
-        else:
-            why = f"latents that {dtype} cannot hold; try --latents_dtype float32" if dtype == "float16" else "NaN"
-            bad_samples.append(BadSample(row.row, f"{row.place}, image: the VAE makes {why}"))
-    return EncodedShard(loaded.shard, rows, bad_samples)
+@dataclass(frozen=True)
+class EncodeJob:
+    """The shards to encode, and how. Plain data for tasks and actors."""
 
+    source: Source
+    folder: CacheFolder
+    encoding: Encoding
+    shards: tuple[Shard, ...]
+    """Shards that are missing."""
+    replaced: frozenset[str]
+    """Names of shards that are there and are made anew."""
+    model: ModelConfig
+    batch_size: int
+    token: str | None = field(default=None, repr=False)
 
-def store_shard(folder: CacheFolder, encoded: EncodedShard) -> ShardResult:
-    """Write the shard's file, whole or not at all.
+    def encoder(self, *, use_gpu: bool) -> LatentEncoder:
+        """Load the VAE."""
+        import torch
 
-    Raises:
-        RunError: if it cannot be written, as on a full disk.
-    """
-    data = shard_bytes(encoded.rows, encoded.bad_samples)
-    try:
-        folder.write(encoded.shard.name, data)
-    except OSError as error:
-        raise RunError(f"{folder.name} cannot be written to: {error.strerror or error}") from error
-    return ShardResult(StoredShard(encoded.shard.name, len(encoded.rows), data.size), encoded.bad_samples)
+        from raycontrolnet.latents.encoder import LatentEncoder
+
+        device = torch.device("cuda" if use_gpu else "cpu")
+        return LatentEncoder(self.model, device=device, batch_size=self.batch_size, token=self.token)
+
+    def load(self, shard: Shard) -> LoadedShard | ShardResult:
+        """Load the shard's rows, or what is stored if another process was faster."""
+        if shard.name not in self.replaced and (size := self.folder.size(shard.name)) is not None:
+            with suppress(DataError):
+                return ShardResult(*read_contents(self.folder, shard.name, size))
+        return load_shard(self.source, shard, self.encoding.resolution)
+
+    def encode(self, loaded: LoadedShard | ShardResult, encoder: LatentEncoder) -> EncodedShard | ShardResult:
+        """Encode the shard's images; rows whose posterior is not finite are bad samples."""
+        if isinstance(loaded, ShardResult):
+            return loaded
+        import torch
+
+        try:
+            posteriors = encoder.encode([row.image for row in loaded.rows])
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(error, "Use a smaller --latents_batch_size") from error
+        dtype, rows, bad_samples = self.encoding.dtype, [], list(loaded.bad_samples)
+        for row, exact in zip(loaded.rows, posteriors, strict=True):
+            with np.errstate(over="ignore"):
+                posterior = exact.astype(dtype)
+            if np.isfinite(posterior).all():
+                rows.append(EncodedRow(row.row, posterior, row.conditioning_png, row.captions, row.identity))
+            else:
+                why = f"latents that {dtype} cannot hold; try --latents_dtype float32" if dtype == "float16" else "NaN"
+                bad_samples.append(BadSample(row.row, f"{row.place}, image: the VAE makes {why}"))
+        content = shard_bytes(rows, bad_samples)
+        return EncodedShard(ShardResult(StoredShard(loaded.name, len(rows), content.size), bad_samples), content)
+
+    def store(self, encoded: EncodedShard | ShardResult) -> ShardResult:
+        """Write the shard's file, whole or not at all.
+
+        Raises:
+            RunError: if it cannot be written, as on a full disk.
+        """
+        if isinstance(encoded, ShardResult):
+            return encoded
+        try:
+            self.folder.write(encoded.result.stored.name, encoded.content)
+        except OSError as error:
+            raise RunError(f"{self.folder.name} cannot be written to: {error.strerror or error}") from error
+        return encoded.result

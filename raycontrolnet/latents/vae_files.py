@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.errors import UserError
 from raycontrolnet.text import error_message
 
-CONFIG = "config.json"
+VAE_CONFIG = "config.json"
 BLOCK_BYTES = 1 << 22
 
 
@@ -34,38 +35,31 @@ class VaeFiles:
             UserError: if they are not there.
         """
         try:
-            config_path = _file(model, CONFIG, token)
-            weights = next(path for name in _weight_names(model) if (path := _file_or_none(model, name, token)))
+            config_path, weights = _file(model, VAE_CONFIG, token), _weights(model, token)
             config: dict[str, Any] = json.loads(config_path.read_bytes())
             return VaeFiles(
                 fingerprint=_hash(config_path, weights),
                 latent_channels=config["latent_channels"],
                 factor=2 ** (len(config["block_out_channels"]) - 1),
             )
-        except StopIteration:
-            reason = f"none of {', '.join(_weight_names(model))}"
         except (OSError, ValueError, KeyError) as error:
-            reason = error_message(error, 200)
-        raise UserError(
-            f"--pretrained_model_name_or_path={model.pretrained_model_name_or_path}: its VAE cannot be read "
-            f"({reason}); give a folder in diffusers' layout or a Hub id; a private one needs --hub_token or "
-            "`hf auth login`"
-        )
+            raise UserError(
+                f"--pretrained_model_name_or_path={model.pretrained_model_name_or_path}: its VAE cannot be read "
+                f"({error_message(error, 200)}); give a folder in diffusers' layout or a Hub id; a private one needs "
+                "--hub_token or `hf auth login`"
+            ) from None
 
 
-def _weight_names(model: ModelConfig) -> list[str]:
-    """Return the file names in the order in which diffusers looks for them."""
-    variant = f".{model.variant}" if model.variant else ""
-    return [f"diffusion_pytorch_model{variant}.{kind}" for kind in ("safetensors", "bin")]
-
-
-def _file_or_none(model: ModelConfig, name: str, token: str | None) -> Path | None:
+def _weights(model: ModelConfig, token: str | None) -> Path:
+    """Return the file that diffusers would load."""
     from huggingface_hub.errors import EntryNotFoundError
 
-    try:
-        return _file(model, name, token)
-    except (FileNotFoundError, EntryNotFoundError):
-        return None
+    variant = f".{model.variant}" if model.variant else ""
+    names = [f"diffusion_pytorch_model{variant}.{kind}" for kind in ("safetensors", "bin")]
+    for name in names:
+        with suppress(FileNotFoundError, EntryNotFoundError):
+            return _file(model, name, token)
+    raise FileNotFoundError(f"none of {', '.join(names)}")
 
 
 def _file(model: ModelConfig, name: str, token: str | None) -> Path:

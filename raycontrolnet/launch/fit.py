@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,11 +23,11 @@ from raycontrolnet.hub.licence import Licence, find_licence
 from raycontrolnet.hub.model_card import write_model_card
 from raycontrolnet.launch.preflight import CheckedRun, check, choose_latents, ensure_latents
 from raycontrolnet.launch.workers import train_here, train_on_ray
-from raycontrolnet.report.live_report import report_kept
+from raycontrolnet.report.live_report import live_report
 from raycontrolnet.text import duration
 from raycontrolnet.training import held_out, validation
-from raycontrolnet.training.job import LOG, RunCallback
-from raycontrolnet.training.status import RunStatus, status_kept
+from raycontrolnet.training.job import RUN_LOG, RunCallback
+from raycontrolnet.training.status import RunStatus, live_status
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +82,8 @@ def fit(config: TrainConfig, *, stream: TextIO | None = None) -> RunResult:
         return run_fit(config, shown)
 
 
-def run_fit(config: TrainConfig, stream: TextIO, follower: RunCallback | None = None) -> RunResult:
-    """Train as `fit`, and tell `follower`, which may end the run, of its progress."""
+def run_fit(config: TrainConfig, stream: TextIO, callback: RunCallback | None = None) -> RunResult:
+    """Train as `fit`, and tell `callback`, which may end the run, of its progress."""
     started = time.time()
     output_dir = Path(config.output_dir).expanduser().resolve()
     config = with_absolute_paths(config)
@@ -92,26 +91,18 @@ def run_fit(config: TrainConfig, stream: TextIO, follower: RunCallback | None = 
 
     def train(status: RunStatus) -> Summary:
         if config.in_this_process:
-            return _train_here(run, status, stream, follower)
+            import torch
+
+            use_gpu = check_device(config.use_gpu, config, has_gpu=torch.cuda.is_available())
+            cached = ensure_latents(run, None, stream)
+            return train_here(cached, status, stream, use_gpu=use_gpu, callback=callback)
         with ray_session(config.address):
-            return _train_on_ray(run, status, stream, follower)
+            resources = worker_resources(config)
+            check_device(resources.use_gpu, config, has_gpu=resources.use_gpu)
+            cached = ensure_latents(run, resources, stream)
+            return train_on_ray(cached, resources, status, stream, callback=callback)
 
     return run_and_record(run, train, stream, started)
-
-
-def _train_here(run: CheckedRun, status: RunStatus, stream: TextIO, follower: RunCallback | None) -> Summary:
-    import torch
-
-    use_gpu = check_device(run.config.use_gpu, run.config, has_gpu=torch.cuda.is_available())
-    run = ensure_latents(run, None, stream)
-    return train_here(run, status, stream, use_gpu=use_gpu, follower=follower)
-
-
-def _train_on_ray(run: CheckedRun, status: RunStatus, stream: TextIO, follower: RunCallback | None) -> Summary:
-    resources = worker_resources(run.config)
-    check_device(resources.use_gpu, run.config, has_gpu=resources.use_gpu)
-    run = ensure_latents(run, resources, stream)
-    return train_on_ray(run, resources, status, stream, follower=follower)
 
 
 def run_and_record(run: CheckedRun, train: Callable[[RunStatus], Summary], stream: TextIO, started: float) -> RunResult:
@@ -127,10 +118,10 @@ def run_and_record(run: CheckedRun, train: Callable[[RunStatus], Summary], strea
     """
     output_dir = run.output_dir
     with (
-        logging_to(output_dir / LOG),
-        report_kept(output_dir),
-        status_kept(output_dir, started, versions()) as status,
-        explained("The run", run.how_to_go_on, output_dir / LOG, unchanged=(UserError, RunError)),
+        logging_to(output_dir / RUN_LOG),
+        live_report(output_dir),
+        live_status(output_dir, started, versions()) as status,
+        explained("The run", run.how_to_go_on, output_dir / RUN_LOG, unchanged=(UserError, RunError)),
     ):
         summary = train(status)
         last = run.last_checkpoint()
@@ -139,8 +130,13 @@ def run_and_record(run: CheckedRun, train: Callable[[RunStatus], Summary], strea
         licence = find_licence(run.config.license, run.config, run.token)
         # Named for a push, also one by hand.
         name = push.repo_name(output_dir, run.config.hub_model_id) if run.config.push_to_hub else None
-        with _finished_all_the_same(output_dir, status):
+        status["status"] = "finished"  # the weights stand, even if the model card cannot be written
+        try:
             write_model_card(output_dir, changed_settings(run.config), status, repo_id=name, licence=licence)
+        except OSError as error:
+            logger.exception("the model card could not be written")
+            status["cause"] = f"The run is finished, but its model card cannot be written ({error.strerror or error})"
+            raise RunError(f"{status['cause']}: {output_dir / 'README.md'}. The weights stand.") from error
         hub_url = _push(run, status, licence, stream) if run.config.push_to_hub else None
     seconds = time.time() - started
     stream.write(f"done in {duration(seconds)}: {summary['step']} updates; weights in {output_dir}\n")
@@ -155,18 +151,6 @@ def run_and_record(run: CheckedRun, train: Callable[[RunStatus], Summary], strea
         hub_url=hub_url,
         **measured,
     )
-
-
-@contextmanager
-def _finished_all_the_same(output_dir: Path, status: RunStatus) -> Iterator[None]:
-    """Mark the run as finished: its weights stand, even if the model card cannot be written."""
-    status["status"] = "finished"
-    try:
-        yield
-    except OSError as error:
-        logger.exception("the model card could not be written")
-        status["cause"] = f"The run is finished, but its model card cannot be written ({error.strerror or error})"
-        raise RunError(f"{status['cause']}: {output_dir / 'README.md'}. The weights stand.") from error
 
 
 def _push(run: CheckedRun, status: dict[str, Any], licence: Licence, stream: TextIO) -> str:

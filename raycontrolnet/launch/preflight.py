@@ -28,13 +28,14 @@ from raycontrolnet.data.stream import BatchLoader, PixelRows
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.hub import push
 from raycontrolnet.latents.cache import LatentCache
-from raycontrolnet.latents.ensure import choose, ensure, wants_cache
-from raycontrolnet.latents.plan import LatentPlan
+from raycontrolnet.latents.ensure import SEVERAL_MACHINES, ensure
+from raycontrolnet.latents.plan import LatentPlan, prepare_command
 from raycontrolnet.sampling import images
 from raycontrolnet.storage import checkpoint as checkpoints
-from raycontrolnet.training import trackers, validation
+from raycontrolnet.training import validation
 from raycontrolnet.training.job import Job, RunCallback
 from raycontrolnet.training.schedule import Schedule
+from raycontrolnet.training.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ class CheckedRun:
         threads: int | None,
         loader: Any,
         spare: Mapping[str, Any] | None = None,
-        follower: RunCallback | None = None,
+        callback: RunCallback | None = None,
     ) -> Job:
         """Return the job for the workers; `loader` is the run's, or a reference to it."""
         config, order = self.config, self.loader.order
@@ -125,8 +126,6 @@ class CheckedRun:
             use_gpu=use_gpu,
             cached=self.cache is not None,
             threads=threads,
-            trackers=trackers.resolve(config.report_to),
-            tracker_settings=public_settings(config),
             validation_items=tuple(
                 images.plan(config.validation_pairs, config.num_validation_images, config.seed, validation.FLAG)
             ),
@@ -140,7 +139,7 @@ class CheckedRun:
             token=self.token,
             loader=loader,
             spare=spare,
-            follower=follower,
+            callback=callback,
         )
 
 
@@ -150,7 +149,7 @@ def check(config: TrainConfig, output_dir: Path) -> CheckedRun:
     Raises:
         ConfigError: with the problems of settings, model folders, output folder, validation images and data together.
     """
-    problems = list(trackers.check_trackers(config.trackers if config.report_to != "all" else ()))
+    problems = check_trackers(config)
     problems += missing_extras(config)
     problems += local_model_problems(config)
     problems += push.check_push(config)
@@ -198,14 +197,39 @@ def choose_latents(run: CheckedRun, stream: TextIO, *, reused: bool = False) -> 
     config = run.config
     schedule = run.schedule(max(1, config.worker_range[1]), None)
     reuses_rows = reused or schedule.total_updates * schedule.samples_per_update > schedule.num_samples
-    if not wants_cache(config, reuses_rows=reuses_rows):
+    # Bad samples must be known before the first update.
+    wanted = {"on": True, "off": False, "auto": reuses_rows or config.on_bad_sample == "skip"}
+    if not wanted[config.cache_latents]:
         return run
     if run.random_subset:
         stream.write("latents: not cached, because --max_train_samples draws other rows without --seed\n")
         return run
     if config.latents_cache_dir is None and not config.in_this_process and on_a_cluster(config.address):
         return dataclasses.replace(run, cached=True)  # only the cluster shows whether it is a single machine
-    return dataclasses.replace(run, cached=True, latents=choose(config, run.source, run.token, stream))
+    return dataclasses.replace(run, cached=True, latents=_fitting_cache(run, stream))
+
+
+def _fitting_cache(run: CheckedRun, stream: TextIO, *, one_machine: bool = True) -> LatentPlan | None:
+    """Return the latent cache for a run that wants one; None if there is no place that all machines see.
+
+    Looks at what is there, and needs no Ray.
+
+    Raises:
+        ConfigError: if the folder holds a cache that does not fit, or the run needs a cache and there is no place.
+        UserError: if the folder or the VAE cannot be used.
+    """
+    config = run.config
+    if config.latents_cache_dir is None and not one_machine:
+        if config.cache_latents == "on" or config.on_bad_sample == "skip":
+            raise ConfigError([f"--latents_cache_dir: {SEVERAL_MACHINES}"])
+        stream.write(f"latents: not cached; to train faster, give --latents_cache_dir ({SEVERAL_MACHINES})\n")
+        return None
+    plan = LatentPlan.of(config, run.source, run.token)
+    plan.check_encoding()
+    if changes := plan.changes():
+        problem = f"the data changed since its latents were cached in {plan.folder.uri}: {changes}"
+        raise ConfigError([f"{problem}. Encode what is new with:\n  {prepare_command(config)}"])
+    return plan
 
 
 def ensure_latents(run: CheckedRun, workers: WorkerResources | None, stream: TextIO) -> CheckedRun:
@@ -220,7 +244,7 @@ def ensure_latents(run: CheckedRun, workers: WorkerResources | None, stream: Tex
     """
     latents = run.latents
     if run.cached and latents is None:
-        latents = choose(run.config, run.source, run.token, stream, one_machine=workers is None or workers.one_machine)
+        latents = _fitting_cache(run, stream, one_machine=workers is None or workers.one_machine)
     if latents is None:
         return run
     run = dataclasses.replace(run, cache=ensure(latents, workers, stream), latents=None)

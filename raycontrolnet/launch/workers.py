@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TextIO
 
 from raycontrolnet.cluster.resources import WorkerResources
 from raycontrolnet.config.train_config import changed_settings, public_settings
-from raycontrolnet.data.bundles import StreamLayout, batch_bytes
-from raycontrolnet.data.stream import execution_options, ray_dataset
+from raycontrolnet.data.stream import StreamLayout, batch_bytes, execution_options, ray_dataset
 from raycontrolnet.errors import explained
 from raycontrolnet.launch.preflight import CheckedRun
-from raycontrolnet.report.progress import Progress
-from raycontrolnet.sampling.find_controlnet import CONFIG
+from raycontrolnet.report.background import repeating
+from raycontrolnet.report.progress import progress
+from raycontrolnet.sampling.find_controlnet import CONFIG_FILE
 from raycontrolnet.storage.files import replacing
 from raycontrolnet.text import counted
 from raycontrolnet.training import held_out, metrics, validation
 from raycontrolnet.training.failures import read_failure
-from raycontrolnet.training.job import LOG, Job, RunCallback, RunStopped, begin, end
+from raycontrolnet.training.job import RUN_LOG, Job, RunCallback, RunStopped, begin, end
 from raycontrolnet.training.schedule import due_steps, warmup_warning
 from raycontrolnet.training.status import RunStatus
 from raycontrolnet.version import __version__
@@ -41,7 +40,7 @@ def train_here(
     *,
     use_gpu: bool,
     threads: int | None = None,
-    follower: RunCallback | None = None,
+    callback: RunCallback | None = None,
 ) -> dict[str, Any]:
     """Run the worker loop in this process, without Ray Train: for debugging, tests, and trials of one worker.
 
@@ -53,10 +52,9 @@ def train_here(
     """
     from raycontrolnet.train_controlnet import train_controlnet
 
-    job = run.job(use_gpu=use_gpu, threads=threads, loader=run.loader, follower=follower)
+    job = run.job(use_gpu=use_gpu, threads=threads, loader=run.loader, callback=callback)
     _announce(run, 1, status, stream, use_gpu=use_gpu)
-    begin(job)
-    with _failures_explained(run), _progress(run, 1, stream, follower):
+    with _running(run, job, 1, stream, callback):
         summary = train_controlnet({"job": job})
     assert summary is not None
     return summary
@@ -68,7 +66,7 @@ def train_on_ray(
     status: RunStatus,
     stream: TextIO,
     *,
-    follower: RunCallback | None = None,
+    callback: RunCallback | None = None,
 ) -> dict[str, Any]:
     """Run the worker loop on workers of the connected Ray.
 
@@ -85,45 +83,54 @@ def train_on_ray(
     loader_ref = ray.put(run.loader)
     threads = None if resources.use_gpu else resources.threads
     # A sweep's trials share the cluster: what looks spare may be another trial's.
-    has_spare = resources.spare and follower is None
+    has_spare = resources.spare and callback is None
     spare = resources.actor_options if has_spare and run.config.validation_pairs else None
     job = run.job(use_gpu=resources.use_gpu, threads=threads, loader=loader_ref, spare=spare)
     _announce(run, most, status, stream, use_gpu=resources.use_gpu)
     if resources.waits_for:
         stream.write(f"waiting for {resources.waits_for}\n")
-    begin(job)
     options = execution_options(batch_bytes(run.config.train_batch_size, run.config.resolution), most)
-    with _failures_explained(run):
-        trainer = InterruptibleTrainer(
-            train_controlnet,
-            train_loop_config={"job": job},
-            scaling_config=ScalingConfig(
-                num_workers=most if fewest == most else (fewest, most),
-                use_gpu=resources.use_gpu,
-                resources_per_worker=resources.per_worker,
-                accelerator_type=resources.accelerator_type,
-            ),
-            run_config=RunConfig(
-                storage_path=str(run.output_dir.parent),
-                name=run.output_dir.name,
-                failure_config=FailureConfig(max_failures=run.config.max_failures),
-            ),
-            datasets={"train": _dataset_factory(run, job)},
-            dataset_config=DataConfig(execution_options=options, enable_shard_locality=False),
-        )
-        with _progress(run, most, stream, follower), _followed(run, most, trainer, follower):
+    trainer = InterruptibleTrainer(
+        train_controlnet,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(
+            num_workers=most if fewest == most else (fewest, most),
+            use_gpu=resources.use_gpu,
+            resources_per_worker=resources.per_worker,
+            accelerator_type=resources.accelerator_type,
+        ),
+        run_config=RunConfig(
+            storage_path=str(run.output_dir.parent),
+            name=run.output_dir.name,
+            failure_config=FailureConfig(max_failures=run.config.max_failures),
+        ),
+        datasets={"train": _dataset_factory(run, job)},
+        dataset_config=DataConfig(execution_options=options, enable_shard_locality=False),
+    )
+    with _running(run, job, most, stream, callback):
+        with _followed(run, most, trainer, callback):
             summary = trainer.fit_or_abort().return_value
         if failure := read_failure(run.output_dir):
             raise failure
-        return dict(summary)
+    return dict(summary)
 
 
 @contextmanager
-def _failures_explained(run: CheckedRun) -> Iterator[None]:
-    """Explain what ends the training early: the failure that a worker recorded, or else what Ray says."""
-    with explained("The run", run.how_to_go_on, run.output_dir / LOG, unchanged=()):
+def _running(
+    run: CheckedRun, job: Job, world_size: int, stream: TextIO, callback: RunCallback | None
+) -> Iterator[None]:
+    """Show progress, unless there is a callback; explain what ends the training early.
+
+    That is the failure that a worker recorded, or else what Ray says.
+    """
+    total_updates, step = run.schedule(world_size, run.start).total_updates, run.start.step if run.start else 0
+    scored = run.config.control_fidelity is not None
+    shown = progress(run.output_dir, total_updates, step, stream, scored=scored) if callback is None else nullcontext()
+    begin(job)
+    with explained("The run", run.how_to_go_on, run.output_dir / RUN_LOG, unchanged=()):
         try:
-            yield
+            with shown:
+                yield
         except Exception as error:
             if failure := read_failure(run.output_dir):
                 raise failure from error
@@ -133,41 +140,37 @@ def _failures_explained(run: CheckedRun) -> Iterator[None]:
 
 
 @contextmanager
-def _followed(run: CheckedRun, world_size: int, trainer: Any, follower: RunCallback | None) -> Iterator[None]:
-    """Report to `follower` what the workers' files say; when it ends the run, stop the workers, raise `RunStopped`."""
-    if follower is None:
+def _followed(run: CheckedRun, world_size: int, trainer: Any, callback: RunCallback | None) -> Iterator[None]:
+    """Report to `callback` what the workers' files say; when it ends the run, stop the workers, raise `RunStopped`."""
+    if callback is None:
         yield
         return
-    over, stopped = threading.Event(), threading.Event()
+    stopped = False
+    start = run.start.step if run.start else 0
+    told = {step for step in _validated(run, world_size) if step <= start}
 
-    def watch() -> None:
-        start = run.start.step if run.start else 0
-        told = {step for step in _validated(run, world_size) if step <= start}
-        while not over.wait(FOLLOW_INTERVAL_S):
-            try:
-                if stopped.is_set():  # and again: there may have been no workers yet
-                    trainer.abort()
-                    continue
-                follower.updated()
-                for step in sorted(_validated(run, world_size) - told):
-                    told.add(step)
-                    follower.validated()
-            except RunStopped:
-                stopped.set()
-            except Exception:
-                logger.warning("the run could not be followed", exc_info=True)
+    def look() -> None:
+        nonlocal stopped
+        try:
+            if stopped:  # and again: there may have been no workers yet
+                trainer.abort()
+                return
+            callback.updated()
+            for step in sorted(_validated(run, world_size) - told):
+                told.add(step)
+                callback.validated()
+        except RunStopped:
+            stopped = True
+        except Exception:
+            logger.warning("the run could not be followed", exc_info=True)
 
-    thread = threading.Thread(target=watch, name="follower", daemon=True)
-    thread.start()
     try:
-        yield
+        with repeating(look, FOLLOW_INTERVAL_S, "callback"):
+            yield
     except Exception as error:
-        if stopped.is_set():
+        if stopped:
             raise RunStopped from error
         raise
-    finally:
-        over.set()
-        thread.join()
 
 
 def _validated(run: CheckedRun, world_size: int) -> set[int]:
@@ -209,7 +212,7 @@ def _announce(run: CheckedRun, world_size: int, status: RunStatus, stream: TextI
 
     settings = public_settings(run.config)
     del settings["resume_from_checkpoint"]  # the file is for another run with the same settings
-    with replacing(run.output_dir / CONFIG) as partial:
+    with replacing(run.output_dir / CONFIG_FILE) as partial:
         partial.write_text(yaml.safe_dump(settings, sort_keys=False))
     schedule = run.schedule(world_size, run.start)
     status |= {"total_updates": schedule.total_updates, "held_out": len(run.loader.order.held_out)}
@@ -226,14 +229,3 @@ def _announce(run: CheckedRun, world_size: int, status: RunStatus, stream: TextI
         stream.write(f"{warning}\n")
     changed = ", ".join(f"{name}={value}" for name, value in changed_settings(run.config).items())
     logger.info("settings: %s", changed)
-
-
-def _progress(
-    run: CheckedRun, world_size: int, stream: TextIO, follower: RunCallback | None
-) -> AbstractContextManager[object]:
-    """Return the progress line, which a run with a follower does not show."""
-    if follower is not None:
-        return nullcontext()
-    total_updates = run.schedule(world_size, run.start).total_updates
-    scored = run.config.control_fidelity is not None
-    return Progress(run.output_dir, total_updates, run.start.step if run.start else 0, stream, scored=scored)

@@ -1,27 +1,42 @@
-"""The base model with a ControlNet: loaded, copied, frozen."""
+"""The base model, a Stable Diffusion 1.x or 2.x, with a ControlNet: loaded, checked, copied, frozen."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.errors import UserError
-from raycontrolnet.model.base import Base, loaded, read_base
+from raycontrolnet.model.diffusion import PREDICTION_TYPES
+from raycontrolnet.text import error_message
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+    from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+BASE_FLAG = "pretrained_model_name_or_path"
+Loaded = TypeVar("Loaded")
 
 
 @dataclass
-class Components(Base):
+class Components:
     """All models of a training step or a validation image; all but `controlnet` are frozen."""
 
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    noise_scheduler: DDPMScheduler
     controlnet: ControlNetModel
     """fp32, trained."""
+
+    def frozen(self) -> tuple[torch.nn.Module, ...]:
+        """Return the modules that training does not change."""
+        return self.text_encoder, self.vae, self.unet
 
 
 def load_components(
@@ -48,27 +63,93 @@ def load_components(
     Raises:
         UserError: if a part is missing or unreadable, or the model is of a kind that cannot be trained.
     """
-    base = read_base(model, dtype=dtype, token=token)
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    noise_scheduler = _part(model, token, DDPMScheduler.from_pretrained, subfolder="scheduler")
+    weights: dict[str, Any] = {"subfolder": "unet", "variant": model.variant, "torch_dtype": torch.float32}
+    unet = _part(model, token, UNet2DConditionModel.from_pretrained, **weights)
+    _check_trainable(model, unet, noise_scheduler)
+    weights = {"subfolder": "text_encoder", "variant": model.variant, "dtype": dtype}
+    text_encoder = _part(model, token, CLIPTextModel.from_pretrained, **weights)
+    tokenizer = _load_tokenizer(model, token, text_encoder)
+    vae = load_vae(model, dtype=dtype, token=token)
     if controlnet_path:
         controlnet = load_controlnet(controlnet_path)
     elif model.controlnet_model_name_or_path:
-        controlnet = _named_controlnet(model, base.unet, token, controlnet_flag)
+        controlnet = _named_controlnet(model, unet, token, controlnet_flag)
     else:  # before the UNet's weights are rounded
-        controlnet = _copied_controlnet(base.unet, seed)
-    _make_ready(base, device=device, dtype=dtype, vae_device=vae_device or device)
-    controlnet.requires_grad_(True).train().to(device)
-    return Components(**vars(base), controlnet=controlnet)
-
-
-def _make_ready(base: Base, *, device: torch.device, dtype: torch.dtype, vae_device: torch.device) -> None:
-    """Freeze the base model; bring it to its devices, precision and memory layout."""
-    for module in base.frozen():
-        module.requires_grad_(False).eval().to(vae_device if module is base.vae else device)
-    if dtype != torch.float32:
-        base.unet.to(dtype)
+        controlnet = _copied_controlnet(unet, seed)
+    for module in (text_encoder, vae, unet):
+        module.requires_grad_(False).eval().to(vae_device or device if module is vae else device)
     # Convolutions are faster in this layout: 11% of a step on a CPU (tests/benchmarks/RESULTS.md). The ControlNet's
     # activations follow it; its weights stay as they are saved.
-    base.unet.to(memory_format=torch.channels_last)
+    unet.to(dtype=dtype, memory_format=torch.channels_last)
+    controlnet.requires_grad_(True).train().to(device)
+    return Components(tokenizer, text_encoder, vae, unet, noise_scheduler, controlnet)
+
+
+def load_vae(model: ModelConfig, *, dtype: torch.dtype, token: str | None = None) -> AutoencoderKL:
+    """Load the base model's VAE on the CPU.
+
+    Raises:
+        UserError: if it is missing or unreadable.
+    """
+    from diffusers import AutoencoderKL
+
+    weights: dict[str, Any] = {"subfolder": "vae", "variant": model.variant, "torch_dtype": dtype}
+    return _part(model, token, AutoencoderKL.from_pretrained, **weights)
+
+
+def _part(
+    model: ModelConfig, token: str | None, load: Callable[..., Loaded], flag: str = BASE_FLAG, **options: Any
+) -> Loaded:
+    """Load a part of the model that the setting `flag` names."""
+    hub = {"revision": model.revision, "cache_dir": model.cache_dir, "token": token}
+    return loaded(flag, getattr(model, flag), load, **hub, **options)
+
+
+def loaded(flag: str, name: str, load: Callable[..., Loaded], **options: Any) -> Loaded:
+    """Call `load(name, **options)`; turn the libraries' many errors into one that names the flag."""
+    try:
+        return load(name, **options)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        what = f" ({options['subfolder']})" if "subfolder" in options else ""
+        reason = error_message(error, 300)
+        raise UserError(
+            f"--{flag}={name}: cannot be loaded{what}: {reason}. Give a folder in diffusers' layout or a Hub id; "
+            "a private one needs --hub_token or `hf auth login`"
+        ) from error
+
+
+def _check_trainable(model: ModelConfig, unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler) -> None:
+    base, prediction_type = model.pretrained_model_name_or_path, noise_scheduler.config["prediction_type"]
+    if prediction_type not in PREDICTION_TYPES:
+        raise UserError(
+            f"--pretrained_model_name_or_path={base}: its scheduler's prediction_type is {prediction_type!r}; "
+            f"only {' and '.join(PREDICTION_TYPES)} can be trained"
+        )
+    if unet.config["in_channels"] != 4 or unet.config["addition_embed_type"] is not None:
+        raise UserError(
+            f"--pretrained_model_name_or_path={base}: not a text-to-image Stable Diffusion 1.x or 2.x model "
+            f"(UNet with {unet.config['in_channels']} input channels, addition_embed_type "
+            f"{unet.config['addition_embed_type']}); inpainting and SDXL models cannot be trained"
+        )
+
+
+def _load_tokenizer(model: ModelConfig, token: str | None, text_encoder: CLIPTextModel) -> CLIPTokenizer:
+    from transformers import CLIPTokenizer
+
+    flag, folder = ("tokenizer_name", {}) if model.tokenizer_name else (BASE_FLAG, {"subfolder": "tokenizer"})
+    tokenizer = _part(model, token, CLIPTokenizer.from_pretrained, flag, **folder)
+    # Of a folder without a tokenizer, Transformers makes an empty one, of endless length.
+    most = text_encoder.config.max_position_embeddings
+    if tokenizer.model_max_length > most:
+        raise UserError(
+            f"--{flag}={getattr(model, flag)}: its tokenizer is missing or of another model (model_max_length "
+            f"{tokenizer.model_max_length:.4g}, the text encoder takes {most} tokens)"
+        )
+    return tokenizer
 
 
 def encode_images(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,8 +195,3 @@ def _copied_controlnet(unet: UNet2DConditionModel, seed: int) -> ControlNetModel
 def _listed(value: Any) -> Any:
     """Return a tuple as a list, which it becomes in a file."""
     return list(value) if isinstance(value, tuple) else value
-
-
-def with_controlnet(components: Components, controlnet: ControlNetModel) -> Components:
-    """Return the same frozen models with another ControlNet."""
-    return replace(components, controlnet=controlnet)

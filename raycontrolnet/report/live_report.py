@@ -1,4 +1,4 @@
-"""Keeps report.html up to date while a run or a sweep goes on."""
+"""Keeping report.html up to date while a run or a sweep goes on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from raycontrolnet.report.background import repeating
 from raycontrolnet.report.run_report import write_report
 from raycontrolnet.training import metrics
 
@@ -22,7 +23,7 @@ LOWEST_PRIORITY = 19
 
 
 @contextmanager
-def report_kept(
+def live_report(
     output_dir: Path, write: Callable[[Path], object] = write_report, files: str = metrics.METRICS_FILE
 ) -> Iterator[None]:
     """Write the report now and then, and at the end in any case. Errors are only logged: a report must not end a run.
@@ -31,26 +32,23 @@ def report_kept(
         write: function that writes the report.
         files: pattern of the files in `output_dir` that change when there is something new to show.
     """
-    over = threading.Event()
-    thread = threading.Thread(target=_rewrite, args=(output_dir, write, files, over), name="report", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-        _write(output_dir, write)
+    seen, next_at = _state(output_dir, files), 0.0
 
-
-def _rewrite(output_dir: Path, write: Callable[[Path], object], files: str, over: threading.Event) -> None:
-    with suppress(OSError, AttributeError):  # only Linux has priorities of threads
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
-    seen, wait_s = _state(output_dir, files), INTERVAL_S
-    while not over.wait(wait_s):
-        if (state := _state(output_dir, files)) != seen:
+    def update() -> None:
+        nonlocal seen, next_at
+        with suppress(OSError, AttributeError):  # only Linux has priorities of threads
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+        if time.monotonic() >= next_at and (state := _state(output_dir, files)) != seen:
             seen, started = state, time.monotonic()
             _write(output_dir, write)
-            wait_s = max(INTERVAL_S, COST_FACTOR * (time.monotonic() - started))
+            now = time.monotonic()
+            next_at = now + COST_FACTOR * (now - started)
+
+    try:
+        with repeating(update, INTERVAL_S, "report"):
+            yield
+    finally:
+        _write(output_dir, write)
 
 
 def _state(output_dir: Path, files: str) -> float | None:

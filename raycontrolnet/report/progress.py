@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
+from raycontrolnet.report.background import repeating
 from raycontrolnet.sampling import images, scores
 from raycontrolnet.sampling.images import METADATA
 from raycontrolnet.text import StatusLine, duration
@@ -22,22 +22,31 @@ RATE_WINDOW_S = 30.0
 MIN_STEPS_FOR_RATE = 2
 
 
-class Progress:
-    """Shows step, loss, learning rate, images/s and time left while a run goes on, on a terminal or in a plain log.
-
-    with Progress(output_dir, total_steps, stream): trainer.fit()
+@contextmanager
+def progress(
+    output_dir: Path, total_steps: int, first_step: int, stream: TextIO, *, scored: bool = False
+) -> Iterator[None]:
+    """Show step, loss, learning rate, images/s and time left while a run goes on, on a terminal or in a plain log.
 
     Args:
         scored: show the scores of validation images too.
     """
+    shown = Progress(output_dir, total_steps, first_step, stream, scored=scored)
+    try:
+        with repeating(shown.update, LINE_INTERVAL_S, "progress"):
+            yield
+    finally:
+        shown.close()
 
-    def __init__(self, output_dir: Path, total_steps: int, first_step: int, stream: TextIO, *, scored: bool = False):
+
+class Progress:
+    """The line of `progress`, and what is printed above it."""
+
+    def __init__(self, output_dir: Path, total_steps: int, first_step: int, stream: TextIO, *, scored: bool):
         self.output_dir = output_dir
         self.total_steps = total_steps
         self.first_step = first_step
         self._status = StatusLine(stream)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
         self._metrics = metrics.Tail(output_dir / metrics.METRICS_FILE)
         self._held_out = metrics.Tail(output_dir / held_out.HELD_OUT_FILE)
         self._measured = first_step
@@ -47,21 +56,13 @@ class Progress:
         self._updates: deque[dict[str, Any]] = deque(maxlen=10_000)
         self._started = time.monotonic()
 
-    def __enter__(self) -> Progress:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._show(last=True)
+    def close(self) -> None:
+        """Show the last state."""
+        self.update(last=True)
         self._status.close()
 
-    def _watch(self) -> None:
-        while not self._stop.wait(LINE_INTERVAL_S):
-            self._show()
-
-    def _show(self, *, last: bool = False) -> None:
+    def update(self, *, last: bool = False) -> None:
+        """Read what is new, and show it."""
         self._read()
         self._show_measurements()
         if self._scored and (last or time.monotonic() - self._scores_at >= SCORES_INTERVAL_S):

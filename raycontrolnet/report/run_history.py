@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from raycontrolnet.report.curves import Column
+from raycontrolnet.sampling.find_controlnet import CONFIG_FILE
 from raycontrolnet.sampling.scores import Fidelity
 from raycontrolnet.training import held_out, metrics, validation
-from raycontrolnet.training.job import TIMINGS
-from raycontrolnet.training.status import STATUS
+from raycontrolnet.training.job import TIMINGS_FILE
+from raycontrolnet.training.status import STATUS_FILE
 
 UPDATE_COLUMNS = ("step", "loss", "lr", "images_per_second", "time")
 MEASUREMENT = ("step", "val_loss", "val_loss_shuffled", "control_gap", "control_gap_error")
@@ -100,15 +102,15 @@ class RunHistory:
 
 def read(output_dir: Path) -> RunHistory:
     """Read all records in `output_dir` except the images."""
-    status = read_json(output_dir / STATUS)
+    status, settings = read_json(output_dir / STATUS_FILE), _parsed(_text(output_dir / CONFIG_FILE), yaml.safe_load)
     timings = status.get("timings")
     if not isinstance(timings, dict):
-        timings = read_json(output_dir / TIMINGS)
+        timings = read_json(output_dir / TIMINGS_FILE)
     seconds = {str(name).removesuffix("_s"): number(value) for name, value in timings.items()}
     updates = _by_step(_lines(output_dir / metrics.METRICS_FILE))
     run = RunHistory(
         status=status,
-        settings=_yaml(output_dir / "config.yaml"),
+        settings={str(name): value for name, value in settings.items()},
         seconds_by_phase={name: value for name, value in seconds.items() if math.isfinite(value) and value >= 0},
         updates={
             name: np.array([number(update.get(name)) for update in updates], dtype=np.float64)
@@ -141,33 +143,20 @@ def _text(path: Path) -> str:
         return ""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in `path`; empty if there is none."""
+def _parsed(text: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """Return the object in `text`; empty if there is none, or it is cut short."""
     try:
-        content = json.loads(_text(path))
-    except ValueError:
+        content = parse(text)
+    except (ValueError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
-def _yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(_text(path))
-    except (yaml.YAMLError, ValueError):
-        return {}
-    return {str(name): value for name, value in content.items()} if isinstance(content, dict) else {}
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in `path`; empty if there is none."""
+    return _parsed(_text(path), json.loads)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file with one per line, without those that are cut short."""
-    records = []
-    for line in _text(path).split("\n"):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
+    """Return the records of a file with one per line; empty those that are cut short."""
+    return [_parsed(line, json.loads) for line in _text(path).split("\n")]

@@ -22,7 +22,7 @@ from raycontrolnet.config.values import read_yaml, setting_types
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.storage import checkpoint as checkpoints
 
-CONFIG = "config.yaml"
+CONFIG_FILE = "config.yaml"
 
 OF_THE_BASE = ("pretrained_model_name_or_path", "revision", "variant", "tokenizer_name", "cache_dir")
 OF_THE_RUN = ("resolution", "mixed_precision", "allow_tf32", "guidance_scale")
@@ -88,7 +88,7 @@ def _config_file(folder: Path) -> Path | None:
     """Find the config.yaml of the run that wrote `folder`: its output_dir, a checkpoint-N, or its controlnet/."""
     run = folder.parent if folder.name == checkpoints.CONTROLNET else folder
     places = [folder, run.parent] if re.fullmatch(r"checkpoint-\d+", run.name) else [folder]
-    return next((place / CONFIG for place in places if (place / CONFIG).is_file()), None)
+    return next((place / CONFIG_FILE for place in places if (place / CONFIG_FILE).is_file()), None)
 
 
 def _read(file: Path, name: str) -> dict[str, Any]:

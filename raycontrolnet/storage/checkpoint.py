@@ -15,7 +15,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,38 +100,41 @@ def resolve(resume_from_checkpoint: str | None, output_dir: Path) -> Checkpoint 
     """
     present = all_checkpoints(output_dir)
     if resume_from_checkpoint is None:
-        if present:
-            problem = (
-                f"--output_dir={output_dir}: holds {present[-1].path.name} of an earlier run. Go on with it: add "
-                "--resume_from_checkpoint latest. Start anew: name another --output_dir, or delete that folder"
-            )
-            raise ConfigError([problem])
-        # Of another program, such as diffusers' script, or damaged: not to be overwritten either.
-        others = [*output_dir.glob("checkpoint-[0-9]*"), *output_dir.glob("diffusion_pytorch_model.safetensors")]
-        if others:
-            problem = (
-                f"--output_dir={output_dir}: holds {others[0].name}, which is no complete checkpoint of raycontrolnet "
-                "and would be overwritten; name another --output_dir, or delete that folder"
-            )
-            raise ConfigError([problem])
+        _check_nothing_is_overwritten(output_dir, present)
         return None
+    flag = f"--resume_from_checkpoint={resume_from_checkpoint}"
     if resume_from_checkpoint == "latest":
         if not present:
-            problem = f"--resume_from_checkpoint=latest: {output_dir} holds no complete one; leave it out to start anew"
-            raise ConfigError([problem])
+            raise ConfigError([f"{flag}: {output_dir} holds no complete one; leave it out to start anew"])
         return present[-1]
     path = Path(resume_from_checkpoint)
     if not path.is_absolute() and (output_dir / path.name).is_dir() and path.name == str(path):
         path = output_dir / path
     if not path.is_dir():
         names = ", ".join(checkpoint.path.name for checkpoint in present) or "none"
-        raise ConfigError(
-            [f"--resume_from_checkpoint={resume_from_checkpoint}: no such folder; complete in {output_dir}: {names}"]
-        )
+        raise ConfigError([f"{flag}: no such folder; complete in {output_dir}: {names}"])
     try:
         return Checkpoint.open(path.resolve())
     except ValueError as error:
-        raise ConfigError([f"--resume_from_checkpoint={resume_from_checkpoint}: {error}"]) from None
+        raise ConfigError([f"{flag}: {error}"]) from None
+
+
+def _check_nothing_is_overwritten(output_dir: Path, present: Sequence[Checkpoint]) -> None:
+    # Of another program, such as diffusers' script, or damaged: not to be overwritten either.
+    others = [*output_dir.glob("checkpoint-[0-9]*"), *output_dir.glob("diffusion_pytorch_model.safetensors")]
+    if present:
+        problem = (
+            f"holds {present[-1].path.name} of an earlier run. Go on with it: add --resume_from_checkpoint latest. "
+            "Start anew: name another --output_dir, or delete that folder"
+        )
+    elif others:
+        problem = (
+            f"holds {others[0].name}, which is no complete checkpoint of raycontrolnet and would be overwritten; name "
+            "another --output_dir, or delete that folder"
+        )
+    else:
+        return
+    raise ConfigError([f"--output_dir={output_dir}: {problem}"])
 
 
 def write(

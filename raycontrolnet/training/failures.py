@@ -13,30 +13,30 @@ import torch
 
 from raycontrolnet.errors import RunError, UserError, out_of_memory
 
-FAILURE = ".failure.json"
+FAILURE_FILE = ".failure.json"
 
 
 def record_failure(output_dir: Path, error: UserError | RunError) -> None:
     """Record a failure that would come again, for the driver and for Ray's next try; the first one stands."""
     record = {"kind": "user" if isinstance(error, UserError) else "run", "message": str(error)}
-    partial = output_dir / f"{FAILURE}.{uuid.uuid4().hex}"
+    partial = output_dir / f"{FAILURE_FILE}.{uuid.uuid4().hex}"
     partial.write_text(json.dumps(record))
     with suppress(FileExistsError):
-        os.link(partial, output_dir / FAILURE)  # whole at once, and never over another
+        os.link(partial, output_dir / FAILURE_FILE)  # whole at once, and never over another
     partial.unlink()
 
 
 def read_failure(output_dir: Path) -> UserError | RunError | None:
     """Return the failure that a worker recorded, if any."""
     try:
-        record = json.loads((output_dir / FAILURE).read_text())
+        record = json.loads((output_dir / FAILURE_FILE).read_text())
     except FileNotFoundError:
         return None
     return (UserError if record["kind"] == "user" else RunError)(record["message"])
 
 
 @contextmanager
-def hopeless_failures_recorded(output_dir: Path) -> Iterator[None]:
+def failures_recorded(output_dir: Path) -> Iterator[None]:
     """Record failures that would come again, so that Ray's next try ends at once instead of repeating them."""
     try:
         yield
@@ -51,7 +51,7 @@ def hopeless_failures_recorded(output_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def worth_another_try(*, continued: bool) -> Iterator[None]:
+def retried_if_continued(*, continued: bool) -> Iterator[None]:
     """Take a model that cannot be read for a passing fault, if the run has read it before."""
     try:
         yield

@@ -17,7 +17,8 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from dataclasses import replace
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,6 @@ from raycontrolnet.data.order import Purpose
 from raycontrolnet.data.records import PreparedRow, UInt8Image
 from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.errors import DataError
-from raycontrolnet.model.components import with_controlnet
 from raycontrolnet.model.step import TrainState, controlnet_loss, draw, latent_shape, make_batch, with_posterior
 from raycontrolnet.sampling.pipeline import evaluating
 from raycontrolnet.training import metrics
@@ -76,7 +76,7 @@ def measure(
     share = np.array_split(np.arange(len(loader.order.held_out)), world_size)[rank].tolist()
     sums = torch.zeros(4, dtype=torch.float64)
     with evaluating((controlnet, *components.frozen())), torch.no_grad():
-        models = with_controlnet(components, controlnet)
+        models = replace(components, controlnet=controlnet)
         for samples in _batches(_with_others(loader, share), loader.batch_size):
             rows, others = [row for row, _ in samples], [other for _, other in samples]
             indices = [row.sample_index for row in rows]
@@ -138,13 +138,7 @@ def _read(loader: BatchLoader, index: int) -> PreparedRow | None:
 
 
 def _batches(samples: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    batch = []
-    for sample in samples:
-        batch.append(sample)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
+    while batch := list(islice(samples, size)):
         yield batch
 
 

@@ -25,11 +25,11 @@ from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.storage.files import replacing
 from raycontrolnet.training import held_out, validation
-from raycontrolnet.training.failures import FAILURE
+from raycontrolnet.training.failures import FAILURE_FILE
 
-LOG = "run.log"
-RUN_ID = ".run_id"
-TIMINGS = ".timings.json"
+RUN_LOG = "run.log"
+RUN_ID_FILE = ".run_id"
+TIMINGS_FILE = ".timings.json"
 SHARED_WITHIN_S = 15.0
 """Time that a network file system may take to show a worker what the driver wrote."""
 MARK_INTERVAL_S = 0.5
@@ -53,8 +53,6 @@ class Job:
     """True if samples come from the latent cache."""
     threads: int | None
     """CPU threads of a worker; None leaves them."""
-    trackers: tuple[str, ...]
-    tracker_settings: Mapping[str, Any]
     validation_items: tuple[ImageItem, ...]
     facts: Mapping[str, Any]
     """Settings, data and versions for the checkpoints' manifests."""
@@ -65,7 +63,7 @@ class Job:
     """For workers on Ray a reference to it in Ray's object store."""
     spare: Mapping[str, Any] | None = None
     """Ray's options for an actor that draws validation images beside the training; None if there is no room."""
-    follower: RunCallback | None = None
+    callback: RunCallback | None = None
     """Callback of a run in the caller's process."""
 
     @property
@@ -96,17 +94,17 @@ def begin(job: Job) -> None:
     """Mark the folder as this run's; on the driver, before the workers start."""
     # Of an earlier run that left no checkpoint.
     if job.start is None:
-        shutil.rmtree(job.output_dir / validation.FOLDER, ignore_errors=True)
+        shutil.rmtree(job.output_dir / validation.VALIDATION_FOLDER, ignore_errors=True)
     if job.start is None or job.start.manifest.get("held_out", 0) != job.num_held_out:
         (job.output_dir / held_out.HELD_OUT_FILE).unlink(missing_ok=True)
     end(job.output_dir)  # Ray must not find its records of an earlier run: only the checkpoints on disk count
-    with replacing(job.output_dir / RUN_ID) as partial:
+    with replacing(job.output_dir / RUN_ID_FILE) as partial:
         partial.write_text(job.run_id)
 
 
 def end(output_dir: Path) -> None:
     """Remove what was for the workers alone, and Ray Train's own records; on the driver, at the end."""
-    for name in (FAILURE, RUN_ID):
+    for name in (FAILURE_FILE, RUN_ID_FILE):
         (output_dir / name).unlink(missing_ok=True)
     remove_ray_records(output_dir)
 
@@ -117,7 +115,7 @@ def check_folder_is_shared(job: Job) -> None:
     Raises:
         UserError: if it is another folder of the same name.
     """
-    marker = job.output_dir / RUN_ID
+    marker = job.output_dir / RUN_ID_FILE
     wait_for_driver(job.output_dir, lambda: marker.is_file() and marker.read_text() == job.run_id, "the driver")
 
 
@@ -139,14 +137,14 @@ def wait_for_driver(output_dir: Path, marked: Callable[[], bool], driver: str) -
 
 def write_timings(output_dir: Path, timings: Mapping[str, float]) -> None:
     """Write the seconds by phase so far, for the report, and for run.json if the run fails."""
-    with replacing(output_dir / TIMINGS) as partial:
+    with replacing(output_dir / TIMINGS_FILE) as partial:
         partial.write_text(json.dumps(timings))
 
 
 def read_timings(output_dir: Path) -> dict[str, float]:
     """Return what `write_timings` wrote last; empty if there is nothing."""
     with suppress(FileNotFoundError):
-        return dict(json.loads((output_dir / TIMINGS).read_text()))
+        return dict(json.loads((output_dir / TIMINGS_FILE).read_text()))
     return {}
 
 
@@ -154,7 +152,7 @@ def read_timings(output_dir: Path) -> dict[str, float]:
 def logging_to_run_log(job: Job, who: str) -> Iterator[None]:
     """Log what this package logs in a worker to run.log, without the libraries' progress bars."""
     package = logging.getLogger("raycontrolnet")
-    handler = logging.FileHandler(job.output_dir / LOG, encoding="utf-8")
+    handler = logging.FileHandler(job.output_dir / RUN_LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {who}: %(message)s"))
     if not job.local:  # else this is the driver's process, which logs there already
         package.addHandler(handler)

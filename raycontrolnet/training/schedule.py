@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from raycontrolnet.config.settings import OptimConfig
-from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.config.settings import OptimConfig, StepConfig
 from raycontrolnet.storage.checkpoint import Checkpoint
 
 
@@ -24,37 +23,29 @@ class Schedule:
     """Samples per worker and micro-step."""
     accumulation_steps: int
     total_updates: int
-    learning_rate: float
-    """Learning rate after scale_lr."""
-    checkpointing_steps: int
-    validation_steps: int
 
     @staticmethod
-    def of(config: TrainConfig, num_samples: int, world_size: int, start: Checkpoint | None = None) -> Schedule:
+    def of(step: StepConfig, num_samples: int, world_size: int, start: Checkpoint | None = None) -> Schedule:
         """Return the schedule for N = `num_samples`; `world_size` counts workers (1 in the caller's process).
 
         Args:
             start: where the run continues. If another number of workers, or batches of another size, consumed its
                 samples, the epochs that are left are counted from its samples.
         """
-        batch_size, accumulation_steps = config.train_batch_size, config.gradient_accumulation_steps
+        batch_size, accumulation_steps = step.train_batch_size, step.gradient_accumulation_steps
         micro_steps = math.ceil(num_samples / (world_size * batch_size))
         updates_per_epoch = math.ceil(micro_steps / accumulation_steps)
         samples_per_update = world_size * accumulation_steps * batch_size
-        total_updates = config.num_train_epochs * updates_per_epoch
+        total_updates = step.num_train_epochs * updates_per_epoch
         if start is not None and start.samples != start.step * samples_per_update:
-            left = max(0, config.num_train_epochs * num_samples - start.samples)
+            left = max(0, step.num_train_epochs * num_samples - start.samples)
             total_updates = start.step + math.ceil(left / samples_per_update)
-        scale = samples_per_update if config.scale_lr else 1
         return Schedule(
             num_samples=num_samples,
             world_size=world_size,
             batch_size=batch_size,
             accumulation_steps=accumulation_steps,
-            total_updates=config.max_train_steps or total_updates,
-            learning_rate=config.learning_rate * scale,
-            checkpointing_steps=config.checkpointing_steps,
-            validation_steps=config.validation_steps,
+            total_updates=step.max_train_steps or total_updates,
         )
 
     @property
@@ -69,26 +60,19 @@ class Schedule:
         """Return k of the first sample of worker `rank` at `micro_step`, in a stream that begins at k = `samples`."""
         return samples + (micro_step * self.world_size + rank) * self.batch_size
 
-    def checkpoint_due(self, step: int) -> bool:
-        return is_due(self.checkpointing_steps, step, self.total_updates)
+    def learning_rate(self, optim: OptimConfig) -> float:
+        """Return the learning rate after scale_lr."""
+        return optim.learning_rate * (self.samples_per_update if optim.scale_lr else 1)
 
-    def validation_due(self, step: int) -> bool:
-        return is_due(self.validation_steps, step, self.total_updates)
-
-
-def is_due(every: int, step: int, total_updates: int | None) -> bool:
-    """Check whether something is due after update `step`: `every` so many, and after the last.
-
-    Args:
-        total_updates: None if it is not known.
-    """
-    return step % every == 0 or step == total_updates
+    def is_due(self, every: int, step: int) -> bool:
+        """Check whether something is due after update `step`: `every` so many, and after the last."""
+        return step % every == 0 or step == self.total_updates
 
 
 def due_steps(every: int, until: int, total_updates: int | None) -> list[int]:
-    """Return the updates up to `until`, at most the last, after which something is due."""
+    """Return the updates up to `until` after which something is due; `total_updates` is None if it is not known."""
     due = list(range(every, until + 1, every))
-    return [*due, until] if until % every and is_due(every, until, total_updates) else due
+    return [*due, until] if until % every and until == total_updates else due
 
 
 def warmup_warning(optim: OptimConfig, total_updates: int) -> str | None:

@@ -102,7 +102,7 @@ def build_state(
         xformers=config.enable_xformers_memory_efficient_attention,
     )
     optimizer = build_optimizer(
-        components.controlnet.parameters(), config, schedule.learning_rate, fused=accelerator.scaler is None
+        components.controlnet.parameters(), config, schedule.learning_rate(config), fused=accelerator.scaler is None
     )
     updates_done = _load_optimizer(optimizer, accelerator, checkpoint) if checkpoint else 0
     lr_scheduler = build_lr_scheduler(config, optimizer, schedule.total_updates, updates_done)

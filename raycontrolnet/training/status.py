@@ -11,9 +11,9 @@ from typing import Any
 
 from raycontrolnet.errors import Interrupted
 from raycontrolnet.storage.files import replacing
-from raycontrolnet.training.job import TIMINGS, RunStopped, read_timings
+from raycontrolnet.training.job import TIMINGS_FILE, RunStopped, read_timings
 
-STATUS = "run.json"
+STATUS_FILE = "run.json"
 
 
 class RunStatus(dict[str, Any]):
@@ -21,7 +21,7 @@ class RunStatus(dict[str, Any]):
 
     def __init__(self, output_dir: Path, started: float, versions: dict[str, str]):
         super().__init__(status="running", started=started, versions=versions)
-        self._path, self._started = output_dir / STATUS, started
+        self._path, self._started = output_dir / STATUS_FILE, started
 
     def write(self) -> None:
         """Replace run.json."""
@@ -31,10 +31,10 @@ class RunStatus(dict[str, Any]):
 
 
 @contextmanager
-def status_kept(output_dir: Path, started: float, versions: dict[str, str]) -> Iterator[RunStatus]:
+def live_status(output_dir: Path, started: float, versions: dict[str, str]) -> Iterator[RunStatus]:
     """Write run.json at the start and, however the run ends, at the end."""
     status = RunStatus(output_dir, started, versions)
-    (output_dir / TIMINGS).unlink(missing_ok=True)  # of a driver that was killed
+    (output_dir / TIMINGS_FILE).unlink(missing_ok=True)  # of a driver that was killed
     status.write()
     try:
         yield status
@@ -49,4 +49,4 @@ def status_kept(output_dir: Path, started: float, versions: dict[str, str]) -> I
         if "timings" not in status:  # the run ended early
             status["timings"] = read_timings(output_dir)
         status.write()
-        (output_dir / TIMINGS).unlink(missing_ok=True)
+        (output_dir / TIMINGS_FILE).unlink(missing_ok=True)

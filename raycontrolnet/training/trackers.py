@@ -34,17 +34,17 @@ _PACKAGES = {
 }
 
 
-def resolve(report_to: str) -> tuple[str, ...]:
+def resolve(output: OutputConfig) -> tuple[str, ...]:
     """List the trackers that `--report_to` asks for, each once. `all` means those that are installed."""
-    names = tuple(dict.fromkeys(OutputConfig(report_to=report_to).trackers))
-    return tuple(name for name in names if _installed(name)) if report_to == "all" else names
+    names = tuple(dict.fromkeys(output.trackers))
+    return tuple(name for name in names if _installed(name)) if output.report_to == "all" else names
 
 
-def check_trackers(names: Sequence[str]) -> list[str]:
+def check_trackers(output: OutputConfig) -> list[str]:
     """List the trackers whose package is missing, with the command that installs it."""
     return [
         f"--report_to={name}: the package {_PACKAGES[name][0]} is not installed: {_PACKAGES[name][1]}"
-        for name in names
+        for name in resolve(output)
         if not _installed(name)
     ]
 
@@ -63,12 +63,13 @@ class Run:
     """Facts about the run for every tracker."""
 
     logging_dir: Path
+    """TensorBoard's files go to its folder `project`, as in diffusers' scripts."""
     project: str
     name: str
     settings: Mapping[str, Any]
     done_steps: int
     """Updates of the run before this start; if above 0, the trackers continue their earlier curves."""
-    group: str | None = None
+    group: str | None
 
     def kept_id(self, tracker: str) -> str:
         """Return the run's id at `tracker` (32 hex digits), kept in a file so that a resumed run finds its curves."""
@@ -158,16 +159,9 @@ class Comet(Tracker):
         os.environ.setdefault("COMET_LOGGING_CONSOLE", "ERROR")
         import comet_ml
 
-        off: tuple[str, ...] = (
-            "log_code",
-            "log_graph",
-            "parse_args",
-            "log_git_metadata",
-            "log_git_patch",
-            "log_env_host",
-        )
-        off += ("auto_output_logging", "auto_param_logging", "auto_metric_logging", "auto_log_co2")
-        options: dict[str, Any] = dict.fromkeys(off, False)
+        off = ("log_code", "log_graph", "parse_args", "log_git_metadata", "log_git_patch", "log_env_host")
+        logs = ("auto_output_logging", "auto_param_logging", "auto_metric_logging", "auto_log_co2")
+        options: dict[str, Any] = dict.fromkeys((*off, *logs), False)
         config = comet_ml.ExperimentConfig(
             name=run.name,
             offline_directory=os.environ.get("COMET_OFFLINE_DIRECTORY", str(run.logging_dir)),
@@ -200,8 +194,12 @@ _KINDS: dict[str, Callable[[Run], Tracker]] = {"tensorboard": TensorBoard, "wand
 class Trackers:
     """The open trackers. No method raises: a tracker that fails is logged once and dropped."""
 
-    def __init__(self, opened: dict[str, Tracker]):
-        self._open = opened
+    def __init__(self, names: Sequence[str], run: Run):
+        self._open: dict[str, Tracker] = {}
+        for name in names:
+            with self._dropped_if_it_fails(name):
+                run.logging_dir.mkdir(parents=True, exist_ok=True)
+                self._open[name] = _KINDS[name](run)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -227,51 +225,37 @@ class Trackers:
 
     def _each(self, method: str, *arguments: Any) -> None:
         for name, tracker in list(self._open.items()):
-            if not _works(name, getattr(tracker, method), *arguments):
-                del self._open[name]
+            with self._dropped_if_it_fails(name):
+                getattr(tracker, method)(*arguments)
+
+    @contextmanager
+    def _dropped_if_it_fails(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (Exception, SystemExit) as error:  # they raise what they like, and some exit
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            logger.warning("%s failed (%s); the run goes on without it", name, reason)
+            logger.debug("traceback of %s", name, exc_info=True)
+            self._open.pop(name, None)
 
 
-def open_trackers(
-    names: Sequence[str],
-    *,
-    logging_dir: Path,
-    project: str,
-    run_name: str,
-    settings: Mapping[str, Any],
-    done_steps: int = 0,
-    group: str | None = None,
-) -> Trackers:
-    """Open the trackers called `names` (see `resolve`), on rank 0 only.
+def open_trackers(output: OutputConfig, settings: Mapping[str, Any], *, done_steps: int = 0) -> Trackers:
+    """Open the trackers that `output` asks for, on rank 0 only.
 
     Args:
-        logging_dir: of the run; TensorBoard's files go to its folder `project`, as in diffusers' scripts.
         settings: the hyperparameters to store, without the secrets among them.
         done_steps: updates done before this start, if the run resumes.
-        group: of runs that belong together, for trackers with groups.
     """
     secrets = names_with("secret")
-    public = {name: value for name, value in settings.items() if name not in secrets}
-    run = Run(logging_dir.absolute(), project, run_name, public, done_steps, group)
-    opened: dict[str, Tracker] = {}
-    for name in names:
-        _works(name, _open, name, run, opened)
-    return Trackers(opened)
-
-
-def _open(name: str, run: Run, opened: dict[str, Tracker]) -> None:
-    run.logging_dir.mkdir(parents=True, exist_ok=True)
-    opened[name] = _KINDS[name](run)
-
-
-def _works(name: str, use: Callable[..., object], *arguments: Any) -> bool:
-    try:
-        use(*arguments)
-    except (Exception, SystemExit) as error:  # they raise what they like, and some exit
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        logger.warning("%s failed (%s); the run goes on without it", name, reason)
-        logger.debug("traceback of %s", name, exc_info=True)
-        return False
-    return True
+    run = Run(
+        logging_dir=Path(output.output_dir, output.logging_dir).absolute(),
+        project=output.tracker_project_name,
+        name=Path(output.output_dir).name,
+        settings={name: value for name, value in settings.items() if name not in secrets},
+        done_steps=done_steps,
+        group=output.tracker_group,
+    )
+    return Trackers(resolve(output), run)
 
 
 @contextmanager

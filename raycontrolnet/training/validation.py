@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "validation"
+VALIDATION_FOLDER = "validation"
 FLAG = "--validation_image"
 
 
@@ -71,12 +71,12 @@ def failures_logged(step: int) -> Iterator[None]:
 
 def step_folder(output_dir: str | Path, step: int) -> Path:
     """Return the folder of the validation images of `step`."""
-    return Path(output_dir) / FOLDER / f"step-{step:06d}"
+    return Path(output_dir) / VALIDATION_FOLDER / f"step-{step:06d}"
 
 
 def finished_folders(output_dir: str | Path, last_step: int | None = None) -> list[Path]:
     """List the folders of all finished validations up to `last_step`, steps ascending."""
-    files = (Path(output_dir) / FOLDER).glob(f"step-*/{METADATA}")
+    files = (Path(output_dir) / VALIDATION_FOLDER).glob(f"step-*/{METADATA}")
     numbers = {file.parent: file.parent.name.removeprefix("step-") for file in files}
     by_step = {int(number): folder for folder, number in numbers.items() if number.isdecimal()}  # others are not ours
     return [by_step[step] for step in sorted(by_step) if last_step is None or step <= last_step]

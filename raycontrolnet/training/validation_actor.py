@@ -80,8 +80,8 @@ class ValidationActor:
         precision = working_precision(config.mixed_precision)
         components = load_components(config, device=self.device, dtype=precision, seed=0, token=token)
         components.controlnet.requires_grad_(False).eval()
-        if config.enable_xformers_memory_efficient_attention:
-            enable_memory_savers(components, gradient_checkpointing=False, xformers=True)
+        xformers = config.enable_xformers_memory_efficient_attention
+        enable_memory_savers(components, gradient_checkpointing=False, xformers=xformers)
         return components
 
 

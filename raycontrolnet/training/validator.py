@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import ray
 
 from raycontrolnet.cluster.worker import from_rank_zero, wait_for_all
 from raycontrolnet.data.stream import BatchLoader
-from raycontrolnet.model.components import with_controlnet
 from raycontrolnet.model.performance import vae_on
 from raycontrolnet.model.step import TrainState
 from raycontrolnet.sampling import scores
@@ -40,9 +40,9 @@ class Validator:
     """
 
     def __init__(
-        self, job: Job, plan: Schedule, state: TrainState, rank: int, clock: PhaseClock, trackers: Trackers | None
+        self, job: Job, schedule: Schedule, state: TrainState, rank: int, clock: PhaseClock, trackers: Trackers | None
     ):
-        self.job, self.plan, self.state, self.rank, self.clock = job, plan, state, rank, clock
+        self.job, self.schedule, self.state, self.rank, self.clock = job, schedule, state, rank, clock
         self.trackers = trackers
         self.last: held_out.HeldOutMetrics | None = None
         """The last measurement."""
@@ -65,7 +65,7 @@ class Validator:
                 self.loader,
                 resolution=self.job.config.resolution,
                 rank=self.rank,
-                world_size=self.plan.world_size,
+                world_size=self.schedule.world_size,
             )
         if self.last and self.log and self.trackers:
             self.log.append(self.last._asdict())
@@ -84,7 +84,7 @@ class Validator:
         """Draw images of the final weights as they were saved."""
         if self.job.validation_items:
             with self.clock("validation_images"):
-                _barrier(self.plan.world_size)  # until they are saved
+                _barrier(self.schedule.world_size)  # until they are saved
                 self._draw_together(lambda: saved_controlnet(self.job.output_dir, self.state))
                 if self.beside:
                     self._publish(self.beside.collect(wait=True))
@@ -101,7 +101,7 @@ class Validator:
         if self.beside:
             self._publish(self.beside.collect())
             free = self.beside.free
-        if self.plan.world_size > 1:
+        if self.schedule.world_size > 1:
             free = from_rank_zero(free)
         if free and self.beside:
             with validation.failures_logged(self.state.step):
@@ -112,8 +112,9 @@ class Validator:
         """Draw this worker's share; rank 0 finishes and publishes the images of all."""
         state, images = self.state, self.job.images_of(self.state.step)
         with validation.failures_logged(state.step), vae_on(state.components, state.accelerator.device):
-            images.draw(with_controlnet(state.components, controlnet()), self.rank, self.plan.world_size)
-        _barrier(self.plan.world_size)  # Ray's, not the process group's: a slow worker cannot time a collective out
+            components = replace(state.components, controlnet=controlnet())
+            images.draw(components, self.rank, self.schedule.world_size)
+        _barrier(self.schedule.world_size)  # Ray's, not the process group's: a slow worker cannot time a collective out
         if self.rank == 0:
             self._publish(Drawn(state.step, images.finish()))
 
@@ -124,7 +125,7 @@ class Validator:
         if drawn.seconds:
             self.clock.seconds["validation_beside"] += drawn.seconds
         for pair in drawn.pairs:
-            key = f"{validation.FOLDER}/{pair.name}"  # not the prompt: equal ones would collide
+            key = f"{validation.VALIDATION_FOLDER}/{pair.name}"  # not the prompt: equal ones would collide
             self.trackers.images(drawn.step, key, [pair.control, *pair.images], pair.prompt)
         if fidelity := fidelity_of(drawn.pairs):
             self.trackers.scalars(drawn.step, {"control_fidelity": fidelity.mean})

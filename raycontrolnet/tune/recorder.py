@@ -16,7 +16,7 @@ from raycontrolnet.cluster import tuning
 from raycontrolnet.errors import RunError, UserError, root_cause
 from raycontrolnet.report.run_history import read_json
 from raycontrolnet.text import one_line
-from raycontrolnet.training.status import STATUS
+from raycontrolnet.training.status import STATUS_FILE
 from raycontrolnet.tune.live import LiveTable
 from raycontrolnet.tune.records import SweepLease, Trial, TrialRecord, folder_of, read_trial, write_record
 from raycontrolnet.tune.trial import record_from
@@ -116,5 +116,5 @@ def mark_interrupted(sweep_dir: Path, record: TrialRecord) -> TrialRecord:
     """Return the record of a trial that a killed sweep left: finished if its run is, else interrupted."""
     if record.ended:
         return record
-    finished = read_json(folder_of(sweep_dir, record) / STATUS).get("status") == "finished"
+    finished = read_json(folder_of(sweep_dir, record) / STATUS_FILE).get("status") == "finished"
     return dataclasses.replace(record, state="finished" if finished else "interrupted")

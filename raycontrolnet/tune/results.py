@@ -13,7 +13,7 @@ from raycontrolnet.config.train_config import changed_settings, public_settings
 from raycontrolnet.hub import model_card, push
 from raycontrolnet.hub.licence import find_licence
 from raycontrolnet.sampling import images
-from raycontrolnet.sampling.find_controlnet import CONFIG
+from raycontrolnet.sampling.find_controlnet import CONFIG_FILE
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.files import replacing_folder
 from raycontrolnet.training import validation
@@ -97,9 +97,9 @@ def write_best(plan: SweepPlan, trial: Trial, repo_id: str | None = None) -> Pat
         settings = {name: value for name, value in public_settings(config).items() if name not in LEFT_OUT_OF_BEST}
         head = (
             f"# Settings of trial {trial.record.name}, the best of a sweep. To train anew with them:\n"
-            f"#   raycontrolnet train --config {best / CONFIG} --output_dir FOLDER\n"
+            f"#   raycontrolnet train --config {best / CONFIG_FILE} --output_dir FOLDER\n"
         )
-        (new / CONFIG).write_text(head + yaml.safe_dump(settings, sort_keys=False))
+        (new / CONFIG_FILE).write_text(head + yaml.safe_dump(settings, sort_keys=False))
         if drawn := validation.finished_folders(trial.folder, step):
             shutil.copytree(drawn[-1], validation.step_folder(new, images.results(drawn[-1])[0].step))
     facts: dict[str, Any] = {**figures, "versions": versions()}

@@ -29,7 +29,7 @@ from raycontrolnet.cluster.session import on_a_cluster, ray_session
 from raycontrolnet.config.checks import check_device
 from raycontrolnet.config.sweep_config import SweepConfig
 from raycontrolnet.errors import Interrupted, RunError, UserError, explained, root_cause
-from raycontrolnet.report.live_report import report_kept
+from raycontrolnet.report.live_report import live_report
 from raycontrolnet.report.page import REPORT_FILE
 from raycontrolnet.text import counted, duration, one_line
 from raycontrolnet.tune.concurrency import trial_slots
@@ -179,7 +179,7 @@ def _recorded(plan: SweepPlan, lease: SweepLease, started: float) -> Iterator[di
         write_report(plan.sweep_dir)
 
     write_sweep(plan.sweep_dir, facts)  # later with the report
-    with report_kept(plan.sweep_dir, write, f"{TRIALS_FOLDER}/*/{TRIAL_FILE}"):
+    with live_report(plan.sweep_dir, write, f"{TRIALS_FOLDER}/*/{TRIAL_FILE}"):
         try:
             with (
                 explained(

@@ -153,8 +153,8 @@ def _train_once(run: CheckedRun, shared: Shared, callback: TuneCallback) -> None
 
     def train(status: RunStatus) -> Summary:
         if slots.in_process:
-            return train_here(run, status, nowhere, use_gpu=slots.use_gpu, threads=slots.threads, follower=callback)
-        return train_on_ray(run, worker_resources(run.config), status, nowhere, follower=callback)
+            return train_here(run, status, nowhere, use_gpu=slots.use_gpu, threads=slots.threads, callback=callback)
+        return train_on_ray(run, worker_resources(run.config), status, nowhere, callback=callback)
 
     with Path(os.devnull).open("w") as nowhere:
         run_and_record(run, train, nowhere, time.time())
