@@ -8,7 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
 from raycontrolnet import RunResult, TrainConfig, fit
+
+Settings = dict[str, Any]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 class Run(NamedTuple):
@@ -47,3 +54,34 @@ def states(folder: Path) -> dict[str, tuple[bytes, int]]:
 def metadata(folder: Path) -> list[dict[str, Any]]:
     """Read the rows of metadata.jsonl in `folder`."""
     return [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def run(settings: Settings, output_dir: Path, **changed: Any) -> Path:
+    """Train into `output_dir`, and return it."""
+    fit(TrainConfig(**settings | {"output_dir": str(output_dir)} | changed), stream=io.StringIO())
+    return output_dir
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file with one per line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def column(output_dir: Path, name: str) -> list[Any]:
+    """Return a figure of every update."""
+    return [line[name] for line in lines(output_dir / "metrics.jsonl")]
+
+
+def losses(output_dir: Path) -> list[float]:
+    """Return the loss of every update."""
+    return column(output_dir, "loss")
+
+
+def weights(output_dir: Path) -> dict[str, Tensor]:
+    """Return the final weights."""
+    return load_file(output_dir / WEIGHTS)
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Check that weights are the same, bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file
+from runs import Settings, equal, lines, losses, run, weights
 
 from raycontrolnet import RunResult, TrainConfig, fit, prepare
 from raycontrolnet.data import transforms
@@ -23,25 +21,10 @@ from raycontrolnet.model.components import load_components
 from raycontrolnet.model.performance import vae_on
 from raycontrolnet.storage.folder import cache_folder
 
-Settings = dict[str, Any]
-
 
 @pytest.fixture
 def settings(tiny_settings: Settings, tmp_path: Path) -> Settings:
     return tiny_settings | {"cache_latents": "on", "latents_cache_dir": str(tmp_path / "cache")}
-
-
-def run(settings: Settings, output_dir: Path, **changed: Any) -> Path:
-    fit(TrainConfig(**settings | {"output_dir": str(output_dir)} | changed))
-    return output_dir
-
-
-def losses(output_dir: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(output_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(output_dir / "diffusion_pytorch_model.safetensors")
 
 
 def test_the_losses_are_those_from_pixels(settings: Settings, tmp_path: Path) -> None:
@@ -62,8 +45,7 @@ def test_resume_is_exact(settings: Settings, tmp_path: Path) -> None:
     parts = run(settings, tmp_path / "parts", **changed | {"max_train_steps": 2})
     run(settings, parts, **changed, resume_from_checkpoint="latest")
     assert losses(parts) == losses(whole)
-    first, second = weights(whole), weights(parts)
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert equal(weights(parts), weights(whole))
 
 
 def test_neither_vae_nor_images_are_needed_once_the_cache_is_there(
@@ -148,7 +130,7 @@ def test_a_damaged_cache_ends_the_run_before_it_is_trained_on(settings: Settings
 
 def test_skipped_samples_are_never_trained_on(settings: Settings, tmp_path: Path) -> None:
     data = Path(shutil.copytree(settings["train_data_dir"], tmp_path / "data"))
-    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    rows = lines(data / "metadata.jsonl")
     (data / rows[4]["image"]).write_bytes(b"")
     shown = io.StringIO()
     config = TrainConfig(
@@ -217,7 +199,7 @@ def test_a_random_subset_is_not_cached_again_and_again(settings: Settings, tmp_p
 
 def test_going_on_with_other_samples_left_out_is_told(settings: Settings, tmp_path: Path) -> None:
     data = Path(shutil.copytree(settings["train_data_dir"], tmp_path / "data"))
-    row = json.loads((data / "metadata.jsonl").read_text().splitlines()[4])
+    row = lines(data / "metadata.jsonl")[4]
     content = (data / row["image"]).read_bytes()
     (data / row["image"]).write_bytes(b"x" * len(content))
     settings |= {"train_data_dir": str(data), "on_bad_sample": "skip", "max_bad_fraction": 0.1}

@@ -15,6 +15,7 @@ import torch
 import yaml
 from PIL import Image
 from reference import normalize, to_tensor, write_trained_controlnet
+from runs import WEIGHTS, Settings, column, equal, lines, losses, run, weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,31 +29,7 @@ from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
 from raycontrolnet.model import step
 from raycontrolnet.report.progress import progress
 
-Settings = dict[str, Any]
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 COMPARED = ("step", "loss", "lr", "grad_norm", "samples")
-
-
-def run(settings: Settings, output_dir: Path, **changed: Any) -> Path:
-    """Train into `output_dir`, and return it."""
-    fit(TrainConfig(**settings | {"output_dir": str(output_dir)} | changed))
-    return output_dir
-
-
-def metrics(output_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def column(output_dir: Path, name: str) -> list[Any]:
-    return [line[name] for line in metrics(output_dir)]
-
-
-def weights(output_dir: Path) -> dict[str, Tensor]:
-    return load_file(output_dir / WEIGHTS)
-
-
-def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 @pytest.fixture
@@ -65,7 +42,7 @@ def captions(circles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write the circles with three captions a row."""
     folder = tmp_path_factory.mktemp("captions") / "data"
     shutil.copytree(circles, folder)
-    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    rows = lines(folder / "metadata.jsonl")
     for row in rows:
         row["text"] = [row["text"], "a circle", f"{row['text']}, drawn"]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -105,7 +82,7 @@ def test_what_a_run_leaves(
     assert isinstance(result, RunResult)
     assert (result.output_dir, result.step, result.samples) == (out, 4, 16)
     assert (result.checkpoint, result.hub_url) == (out / "checkpoint-4", None)
-    assert result.loss == column(out, "loss")[-1]
+    assert result.loss == losses(out)[-1]
     assert 0 < sum(result.timings.values()) <= result.seconds + 1
     files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     checkpoint = {"controlnet/config.json", f"controlnet/{WEIGHTS}", "training_state.pt", "manifest.json"}
@@ -118,9 +95,9 @@ def test_what_a_run_leaves(
     assert not equal(weights(out), load_file(out / "checkpoint-2" / "controlnet" / WEIGHTS))
     assert (out / "config.json").read_text() == (out / "checkpoint-4" / "controlnet" / "config.json").read_text()
 
-    lines = metrics(out)
-    assert [(line["step"], line["samples"]) for line in lines] == [(1, 4), (2, 8), (3, 12), (4, 16)]
-    for line in lines:
+    records = lines(out / "metrics.jsonl")
+    assert [(line["step"], line["samples"]) for line in records] == [(1, 4), (2, 8), (3, 12), (4, 16)]
+    for line in records:
         assert {"loss", "lr", "images_per_second"} <= line.keys()
         assert line["loss"] == torch.tensor(line["loss"], dtype=torch.float32).item(), "at full precision"
         assert line["images_per_second"] > 0
@@ -156,10 +133,10 @@ def test_config_yaml_repeats_the_run(tiny_settings: Settings, out: Path, tmp_pat
     settings = yaml.safe_load((out / "config.yaml").read_text())
     assert isinstance(settings["seed"], int)
     again = run(settings, tmp_path / "again")
-    assert column(again, "loss") == column(out, "loss")
+    assert losses(again) == losses(out)
     other = run(tiny_settings, tmp_path / "other")
     assert yaml.safe_load((other / "config.yaml").read_text())["seed"] != settings["seed"]
-    assert column(other, "loss") != column(out, "loss")
+    assert losses(other) != losses(out)
 
 
 def test_the_weights_drive_a_pipeline(tiny_settings: Settings, tiny_base: Path, out: Path) -> None:
@@ -215,10 +192,10 @@ def test_resume_is_exact(case: str, tiny_settings: Settings, captions: Path, tmp
     (stopped / WEIGHTS).unlink()
     run(settings, stopped, resume_from_checkpoint="latest")
 
-    expected = [[line[name] for name in COMPARED] for line in metrics(straight)]
+    expected = [[line[name] for name in COMPARED] for line in lines(straight / "metrics.jsonl")]
     assert len({line[1] for line in expected}) == 4, "losses that differ"
-    assert [[line[name] for name in COMPARED] for line in metrics(stopped)] == expected
-    assert [[line[name] for name in COMPARED] for line in metrics(elsewhere)] == expected[2:]
+    assert [[line[name] for name in COMPARED] for line in lines(stopped / "metrics.jsonl")] == expected
+    assert [[line[name] for name in COMPARED] for line in lines(elsewhere / "metrics.jsonl")] == expected[2:]
     states = []
     for output_dir in (straight, stopped, elsewhere):
         assert equal(weights(output_dir), weights(straight))
@@ -234,9 +211,9 @@ def test_resume_of_a_run_that_was_to_end_at_two(tiny_settings: Settings, tmp_pat
     """By name; and once more when there is nothing left to do."""
     straight = run(tiny_settings, tmp_path / "straight")
     stopped = run(tiny_settings, tmp_path / "stopped", max_train_steps=2)
-    assert column(stopped, "loss") == column(straight, "loss")[:2]
+    assert losses(stopped) == losses(straight)[:2]
     run(tiny_settings, stopped, resume_from_checkpoint="checkpoint-2")
-    assert column(stopped, "loss") == column(straight, "loss")
+    assert losses(stopped) == losses(straight)
     assert equal(weights(stopped), weights(straight))
     before = weights(stopped)
     result = fit(TrainConfig(**tiny_settings | {"output_dir": str(stopped), "resume_from_checkpoint": "latest"}))
@@ -247,11 +224,11 @@ def test_resume_of_a_run_that_was_to_end_at_two(tiny_settings: Settings, tmp_pat
 
 def test_going_back_replaces_the_metrics(tiny_settings: Settings, out: Path) -> None:
     run(tiny_settings, out)
-    losses = column(out, "loss")
+    before = losses(out)
     run(tiny_settings, out, resume_from_checkpoint="checkpoint-2", learning_rate=1e-2)
     assert column(out, "step") == [1, 2, 3, 4]
-    assert column(out, "loss")[:3] == losses[:3], "the third update's loss is that of checkpoint-2's weights"
-    assert column(out, "loss")[3] != losses[3]
+    assert losses(out)[:3] == before[:3], "the third update's loss is that of checkpoint-2's weights"
+    assert losses(out)[3] != before[3]
 
 
 def test_resume_with_other_optimizer_settings(tiny_settings: Settings, out: Path) -> None:
@@ -275,15 +252,15 @@ def test_a_longer_run_goes_on_with_its_own_curve(tiny_settings: Settings, out: P
 def test_progress_of_a_run_that_goes_back(tmp_path: Path) -> None:
     """Its metrics file is cut, and soon longer than before: that is no reason for the run to fail."""
 
-    def lines(*steps: int, loss: float) -> str:
+    def records(*steps: int, loss: float) -> str:
         record = {"loss": loss, "lr": 1e-3, "samples": 4, "images_per_second": 1.0, "time": 0.0}
         return "".join(json.dumps({"step": step} | record) + "\n" for step in steps)
 
     path = tmp_path / "metrics.jsonl"
-    path.write_text(lines(1, 2, 3, 4, loss=0.123456))
+    path.write_text(records(1, 2, 3, 4, loss=0.123456))
     stream = io.StringIO()
     with progress(tmp_path, 9, 2, stream):
-        (tmp_path / "new").write_text(lines(1, 2, loss=0.5) + lines(3, 4, 5, 6, 7, loss=0.25))
+        (tmp_path / "new").write_text(records(1, 2, loss=0.5) + records(3, 4, 5, 6, 7, loss=0.25))
         (tmp_path / "new").replace(path)
     assert stream.getvalue().splitlines()[-1].startswith("step 7/9 | loss 0.2500 | lr 0.001 | ")
 
@@ -295,7 +272,7 @@ def test_rows_are_the_data_sets_in_order(tiny_settings: Settings, circles: Path,
     """Sample k is the row that the order says, with its own images and caption: over the end of the epoch."""
     run(tiny_settings, out)
     order = SampleOrder(13, seed=0)
-    rows = [json.loads(line) for line in (circles / "metadata.jsonl").read_text().splitlines()]
+    rows = lines(circles / "metadata.jsonl")
     samples = [row for batch in seen for row in batch]
     assert [sample.sample_index for sample in samples] == list(range(16))
     assert [len(batch) for batch in seen] == [4] * 4
@@ -372,26 +349,26 @@ def test_num_train_epochs(accumulation: int, updates: int, tiny_settings: Settin
 def test_accumulation_is_a_larger_batch(tiny_settings: Settings, out: Path, tmp_path: Path) -> None:
     small = run(tiny_settings, out, gradient_accumulation_steps=3, train_batch_size=2)
     large = run(tiny_settings, tmp_path / "large", train_batch_size=6)
-    assert column(small, "loss") == pytest.approx(column(large, "loss"), abs=1e-5)
+    assert losses(small) == pytest.approx(losses(large), abs=1e-5)
     assert column(small, "grad_norm") == pytest.approx(column(large, "grad_norm"), rel=1e-3)
     assert column(small, "samples") == column(large, "samples") == [6, 12, 18, 24]
 
 
 def test_gradient_checkpointing_learns_the_same(tiny_settings: Settings, out: Path, tmp_path: Path) -> None:
     plain, saved = run(tiny_settings, out), run(tiny_settings, tmp_path / "saved", gradient_checkpointing=True)
-    assert column(saved, "loss") == pytest.approx(column(plain, "loss"), abs=1e-6)
+    assert losses(saved) == pytest.approx(losses(plain), abs=1e-6)
 
 
 def test_set_grads_to_none_learns_the_same(tiny_settings: Settings, out: Path, tmp_path: Path) -> None:
     plain, freed = run(tiny_settings, out), run(tiny_settings, tmp_path / "freed", set_grads_to_none=True)
-    assert column(freed, "loss") == column(plain, "loss")
+    assert losses(freed) == losses(plain)
     assert equal(weights(freed), weights(plain))
 
 
 def test_mixed_precision(tiny_settings: Settings, out: Path, tmp_path: Path) -> None:
     plain, mixed = run(tiny_settings, out), run(tiny_settings, tmp_path / "mixed", mixed_precision="bf16")
-    assert column(mixed, "loss") == pytest.approx(column(plain, "loss"), rel=0.02)
-    assert column(mixed, "loss") != column(plain, "loss")
+    assert losses(mixed) == pytest.approx(losses(plain), rel=0.02)
+    assert losses(mixed) != losses(plain)
     assert {value.dtype for value in weights(mixed).values()} == {torch.float32}
     with pytest.raises(ConfigError, match="--mixed_precision=fp16: needs a GPU; use bf16 or no on the CPU"):
         run(tiny_settings, tmp_path / "fp16", mixed_precision="fp16")
@@ -431,7 +408,7 @@ def test_columns(tiny_settings: Settings, circles: Path, out: Path, tmp_path: Pa
     names = {"image_column": "photo", "conditioning_image_column": "edges", "caption_column": "says"}
     run(tiny_settings, out, train_data_dir=str(data), **names)
     plain = run(tiny_settings, tmp_path / "plain")
-    assert column(out, "loss") == column(plain, "loss")
+    assert losses(out) == losses(plain)
     with pytest.raises(ConfigError, match=r"--image_column=picture: no such column .* which has: photo, edges, says"):
         run(tiny_settings, tmp_path / "bad", train_data_dir=str(data), **names | {"image_column": "picture"})
 
@@ -443,9 +420,9 @@ def test_dataset_name(tiny_settings: Settings, circles: Path, out: Path, tmp_pat
     plain = run(tiny_settings, out)
     settings = tiny_settings | {"train_data_dir": None}
     folder = run(settings, tmp_path / "folder", dataset_name=str(circles))
-    assert column(folder, "loss") == column(plain, "loss")
+    assert losses(folder) == losses(plain)
 
-    rows = [json.loads(line) for line in (circles / "metadata.jsonl").read_text().splitlines()]
+    rows = lines(circles / "metadata.jsonl")
     columns: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in rows[0]}
     for name in ("image", "conditioning_image"):
         columns[name] = [{"bytes": (circles / path).read_bytes(), "path": None} for path in columns[name]]
@@ -457,7 +434,7 @@ def test_dataset_name(tiny_settings: Settings, circles: Path, out: Path, tmp_pat
     datasets.Dataset.from_dict(columns, features=features).to_parquet(parquet)
     cache = tmp_path / "cache"
     by_parquet = run(settings, tmp_path / "by_parquet", dataset_name=str(parquet.parent), cache_dir=str(cache))
-    assert column(by_parquet, "loss") == column(plain, "loss")
+    assert losses(by_parquet) == losses(plain)
     assert list(cache.rglob("*.arrow"))
 
 
@@ -467,7 +444,7 @@ def test_tokenizer_name(tiny_settings: Settings, tiny_base: Path, out: Path, tmp
     (base / "tokenizer").rename(tmp_path / "tokenizer")
     settings = tiny_settings | {"pretrained_model_name_or_path": str(base)}
     named = run(settings, tmp_path / "named", tokenizer_name=str(tmp_path / "tokenizer"))
-    assert column(named, "loss") == column(plain, "loss")
+    assert losses(named) == losses(plain)
     with pytest.raises(UserError, match=rf"--pretrained_model_name_or_path={base}: its tokenizer is missing"):
         run(settings, tmp_path / "without")
     with pytest.raises(UserError, match=rf"--tokenizer_name={tmp_path}: its tokenizer is missing"):
@@ -478,7 +455,7 @@ def test_tokenizer_name(tiny_settings: Settings, tiny_base: Path, out: Path, tmp
     turned = dict(zip(words, [vocabulary[word] for word in reversed(words)], strict=True))
     (tmp_path / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary | turned))
     other = run(settings, tmp_path / "other", tokenizer_name=str(tmp_path / "tokenizer"))
-    assert column(other, "loss") != column(plain, "loss")
+    assert losses(other) != losses(plain)
 
 
 @pytest.fixture
@@ -504,11 +481,11 @@ def test_hub_id_revision_variant_and_cache_dir(
     plain = run(tiny_settings, out)
     hub = tiny_settings | {"pretrained_model_name_or_path": "someone/tiny", "cache_dir": str(hub_cache)}
     main = run(hub, tmp_path / "main")
-    assert column(main, "loss") == column(plain, "loss")
+    assert losses(main) == losses(plain)
     plain_v = run(tiny_settings, tmp_path / "plain_v", pretrained_model_name_or_path=str(tiny_base_v))
     half = run(hub, tmp_path / "half", revision="v2", variant="fp16")
-    assert column(half, "loss") == pytest.approx(column(plain_v, "loss"), rel=1e-2)
-    assert column(half, "loss") != pytest.approx(column(plain, "loss"), rel=1e-2)
+    assert losses(half) == pytest.approx(losses(plain_v), rel=1e-2)
+    assert losses(half) != pytest.approx(losses(plain), rel=1e-2)
     with pytest.raises(UserError, match=r"--pretrained_model_name_or_path=someone/tiny: cannot be loaded \(unet\)"):
         run(hub, tmp_path / "no_such_files", revision="v2")
     with pytest.raises(UserError, match=r"--pretrained_model_name_or_path=someone/tiny: cannot be loaded"):
@@ -525,7 +502,7 @@ def test_tensorboard(tiny_settings: Settings, out: Path) -> None:
 
     read = event_accumulator.EventAccumulator(str(out / "my" / "logs" / "circles")).Reload()
     assert [(event.step, event.value) for event in read.Scalars("loss")] == [
-        (line["step"], pytest.approx(line["loss"])) for line in metrics(out)
+        (line["step"], pytest.approx(line["loss"])) for line in lines(out / "metrics.jsonl")
     ]
     assert [event.value for event in read.Scalars("lr")] == pytest.approx(column(out, "lr"))
 
@@ -545,7 +522,7 @@ def test_validation(tiny_settings: Settings, tiny_base: Path, circles: Path, out
     }  # fmt: skip
     run(tiny_settings, out, **changed, max_train_steps=5)
     plain = run(tiny_settings, tmp_path / "plain", proportion_empty_prompts=0.5, max_train_steps=5)
-    assert column(out, "loss") == column(plain, "loss")
+    assert losses(out) == losses(plain)
     assert equal(weights(out), weights(plain))
 
     folders = sorted((out / "validation").iterdir())
@@ -553,12 +530,12 @@ def test_validation(tiny_settings: Settings, tiny_base: Path, circles: Path, out
     assert not (plain / "validation").exists()
     drawn = []
     for folder in folders:
-        lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-        assert [(line["prompt"], line["control_image"]) for line in lines] == [
+        found = lines(folder / "metadata.jsonl")
+        assert [(line["prompt"], line["control_image"]) for line in found] == [
             ("red circle", control) for control in controls
         ]
-        assert {(line["num_inference_steps"], line["scheduler"]) for line in lines} == {(20, "UniPCMultistepScheduler")}
-        drawn.append([np.asarray(Image.open(folder / line["file_name"])) for line in lines])
+        assert {(line["num_inference_steps"], line["scheduler"]) for line in found} == {(20, "UniPCMultistepScheduler")}
+        drawn.append([np.asarray(Image.open(folder / line["file_name"])) for line in found])
         assert {image.shape for image in drawn[-1]} == {(32, 32, 3)}
     assert not np.array_equal(drawn[0][0], drawn[2][0])
 
@@ -602,7 +579,7 @@ def test_a_corrupt_image(tiny_settings: Settings, out: Path, tmp_path: Path) -> 
     assert f"{image.name} is broken or truncated" in message
     assert "The checkpoint of update 2 stands: go on with --resume_from_checkpoint latest" in message
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
-    assert column(out, "loss") == column(straight, "loss")[:2]
+    assert losses(out) == losses(straight)[:2]
     assert json.loads((out / "run.json").read_text())["status"] == "failed"
     assert not (out / WEIGHTS).exists()
 
@@ -610,7 +587,7 @@ def test_a_corrupt_image(tiny_settings: Settings, out: Path, tmp_path: Path) -> 
         run(settings, out, resume_from_checkpoint="latest")
     image.write_bytes(whole)
     run(settings, out, resume_from_checkpoint="latest")
-    assert column(out, "loss") == column(straight, "loss")
+    assert losses(out) == losses(straight)
     assert equal(weights(out), weights(straight))
     assert json.loads((out / "run.json").read_text())["status"] == "finished"
 
@@ -683,7 +660,7 @@ def test_ctrl_c(tiny_settings: Settings, out: Path, tmp_path: Path, before_step:
     assert json.loads((out / "run.json").read_text())["status"] == "interrupted"
     before_step(lambda state: None)
     run(tiny_settings, out, resume_from_checkpoint="latest")
-    assert column(out, "loss") == column(straight, "loss")
+    assert losses(out) == losses(straight)
     assert equal(weights(out), weights(straight))
 
 

@@ -7,12 +7,11 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from reference import training
-from safetensors.torch import load_file
+from runs import Settings, equal, lines, losses, run, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from raycontrolnet import TrainConfig, fit
@@ -25,7 +24,6 @@ from raycontrolnet.errors import ConfigError, DataError
 from raycontrolnet.model.step import TrainState, controlnet_loss, draw, make_batch
 from raycontrolnet.training.held_out import control_appeared, in_words, measure
 
-Settings = dict[str, Any]
 NUM_ROWS = 13
 NUM_HELD_OUT = 5
 MEASURED = ("step", "val_loss", "val_loss_shuffled", "control_gap", "control_gap_error")
@@ -37,21 +35,8 @@ def settings(tiny_settings: Settings) -> Settings:
     return tiny_settings | {"validation_split": NUM_HELD_OUT, "validation_steps": 2}
 
 
-def run(settings: Settings, output_dir: Path, **changed: Any) -> Path:
-    fit(TrainConfig(**settings | {"output_dir": str(output_dir)} | changed), stream=io.StringIO())
-    return output_dir
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def measured(output_dir: Path) -> list[list[float]]:
     return [[line[name] for name in MEASURED] for line in lines(output_dir / "validation.jsonl")]
-
-
-def losses(output_dir: Path) -> list[float]:
-    return [line["loss"] for line in lines(output_dir / "metrics.jsonl")]
 
 
 def loader_of(settings: Settings, batch_size: int = 2) -> BatchLoader:
@@ -119,24 +104,31 @@ def test_the_batch_size_does_not_matter(settings: Settings, batch_size: int) -> 
     assert other[1:5] == pytest.approx(one[1:5], rel=1e-5, abs=1e-7)
 
 
-def test_the_shares_of_two_workers_are_the_whole(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def sums_of_workers(settings: Settings, loader: BatchLoader, world_size: int) -> torch.Tensor:
+    """Return what each worker adds up: samples, and their losses, gaps and squared gaps."""
+    found: list[torch.Tensor] = []
+
+    def reduce(sums: torch.Tensor, reduction: str) -> torch.Tensor:
+        assert reduction == "sum"
+        found.append(sums)
+        return sums
+
+    with training(settings) as state, pytest.MonkeyPatch.context() as patch:
+        shake(state)
+        patch.setattr(state.accelerator, "reduce", reduce)
+        for rank in range(world_size):
+            measure(state, loader, resolution=32, rank=rank, world_size=world_size)
+    return torch.stack(found)
+
+
+def test_the_shares_of_workers_are_the_whole(settings: Settings) -> None:
     """The sums of the workers, added here; test_fit_ray.py has two workers."""
-    parts: list[torch.Tensor] = []
     loader = loader_of(settings)
     with training(settings) as state:
         shake(state)
         whole = measure(state, loader, resolution=32)
-
-        def reduce(sums: torch.Tensor, reduction: str) -> torch.Tensor:
-            assert reduction == "sum"
-            parts.append(sums)
-            return sums
-
-        monkeypatch.setattr(state.accelerator, "reduce", reduce)
-        for rank in range(7):  # two of them have nothing to do
-            measure(state, loader, resolution=32, rank=rank, world_size=7)
     assert whole is not None
-    count, right, gap, _ = torch.stack(parts).sum(0).tolist()
+    count, right, gap, _ = sums_of_workers(settings, loader, 7).sum(0).tolist()  # two of them have nothing to do
     assert count == NUM_HELD_OUT
     assert right / count == pytest.approx(whole.val_loss, rel=1e-6)
     assert gap / count == pytest.approx(whole.control_gap, abs=1e-6)
@@ -161,26 +153,9 @@ def test_a_row_that_cannot_be_read_is_left_out(settings: Settings, caplog: pytes
         found = measure(state, damaged, resolution=32)
     assert found is not None
     # Of five samples 2 is gone, and 1 with it, for want of another's control image.
-    expected = [loss for index, loss in enumerate(losses_of_samples(loader, settings)) if index in (0, 3, 4)]
-    assert found.val_loss == pytest.approx(sum(expected) / 3, rel=1e-5)
+    losses_of_samples = sums_of_workers(settings, loader, NUM_HELD_OUT)[:, 1]
+    assert found.val_loss == pytest.approx(float(losses_of_samples[[0, 3, 4]].mean()), rel=1e-5)
     assert "a held-out sample is left out: circles/2.png: is damaged" in caplog.text
-
-
-def losses_of_samples(loader: BatchLoader, settings: Settings) -> list[float]:
-    """Return the loss of every held-out sample with its own control image: a worker for each."""
-    found: list[float] = []
-    with training(settings) as state, pytest.MonkeyPatch.context() as patch:
-        shake(state)
-
-        def reduce(sums: torch.Tensor, reduction: str) -> torch.Tensor:
-            assert reduction == "sum"
-            found.append(float(sums[1]))
-            return sums
-
-        patch.setattr(state.accelerator, "reduce", reduce)
-        for rank in range(NUM_HELD_OUT):
-            measure(state, loader, resolution=32, rank=rank, world_size=NUM_HELD_OUT)
-    return found
 
 
 # --- in a run ---
@@ -191,8 +166,7 @@ def test_measuring_changes_nothing(settings: Settings, tmp_path: Path) -> None:
     often = run(settings, tmp_path / "often", validation_steps=1)
     rarely = run(settings, tmp_path / "rarely", validation_steps=100)
     assert losses(often) == losses(rarely)
-    first, second = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (often, rarely))
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert equal(weights(often), weights(rarely))
     assert [line[0] for line in measured(often)] == [1, 2, 3, 4]
     assert measured(rarely) == measured(often)[-1:]
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from reference import fake_rows, steps, training
-from safetensors.torch import load_file
+from runs import column, equal, run, weights
 from torch.multiprocessing.spawn import spawn
 
 from raycontrolnet.config.settings import LR_SCHEDULERS
@@ -53,10 +53,6 @@ def expected_curve(scheduler: str, learning_rate: float, updates: int = UPDATES)
     return curve
 
 
-def metrics(output_dir: str | Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_the_expected_curves_are_six_different_ones() -> None:
     curves = {name: expected_curve(name, 1.0) for name in LR_SCHEDULERS}
     assert len({tuple(curve) for curve in curves.values()}) == len(curves) == 6
@@ -67,25 +63,23 @@ def test_the_expected_curves_are_six_different_ones() -> None:
 
 @pytest.mark.parametrize("accumulation", ACCUMULATIONS)
 @pytest.mark.parametrize("scheduler", LR_SCHEDULERS)
-def test_curves_of_a_run(scheduler: str, accumulation: int, tiny_settings: dict[str, Any]) -> None:
+def test_curves_of_a_run(scheduler: str, accumulation: int, tiny_settings: dict[str, Any], tmp_path: Path) -> None:
     settings = tiny_settings | CURVE | {"lr_scheduler": scheduler, "gradient_accumulation_steps": accumulation}
-    fit(TrainConfig(**settings))
-    lines = metrics(settings["output_dir"])
-    assert [line["step"] for line in lines] == list(range(1, UPDATES + 1))
-    assert [line["lr"] for line in lines] == expected_curve(scheduler, 1e-3 * accumulation * 2)
+    out = run(settings, tmp_path)
+    assert column(out, "step") == list(range(1, UPDATES + 1))
+    assert column(out, "lr") == expected_curve(scheduler, 1e-3 * accumulation * 2)
 
 
-def test_without_scale_lr(tiny_settings: dict[str, Any]) -> None:
+def test_without_scale_lr(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
     changed = {"scale_lr": False, "gradient_accumulation_steps": 3, "lr_scheduler": "linear"}
-    fit(TrainConfig(**tiny_settings | CURVE | changed))
-    assert [line["lr"] for line in metrics(tiny_settings["output_dir"])] == expected_curve("linear", 1e-3)
+    assert column(run(tiny_settings | CURVE | changed, tmp_path), "lr") == expected_curve("linear", 1e-3)
 
 
-def test_the_length_of_a_curve_counts_epochs_in_updates(tiny_settings: dict[str, Any]) -> None:
+def test_the_length_of_a_curve_counts_epochs_in_updates(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
     """13 rows, batch 2, accumulation 3: 7 batches, 3 updates an epoch."""
     changed = {"max_train_steps": None, "num_train_epochs": 3, "gradient_accumulation_steps": 3, "scale_lr": False}
-    fit(TrainConfig(**tiny_settings | CURVE | changed | {"lr_scheduler": "polynomial"}))
-    assert [line["lr"] for line in metrics(tiny_settings["output_dir"])] == expected_curve("polynomial", 1e-3, 9)
+    out = run(tiny_settings | CURVE | changed | {"lr_scheduler": "polynomial"}, tmp_path)
+    assert column(out, "lr") == expected_curve("polynomial", 1e-3, 9)
 
 
 @pytest.mark.parametrize("scheduler", LR_SCHEDULERS)
@@ -208,13 +202,8 @@ def test_8bit_adam(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
         assert (group["betas"], group["weight_decay"]) == ((0.8, 0.999), 0.1)
         steps(state, fake_rows(0))
         assert torch.uint8 in {moment["state1"].dtype for moment in state.optimizer.state.values()}
-    fit(TrainConfig(**settings))
-    resumed = settings | {"output_dir": str(tmp_path / "resumed")}
-    fit(TrainConfig(**resumed, resume_from_checkpoint=f"{settings['output_dir']}/checkpoint-2"))
-    weights = [
-        load_file(Path(run["output_dir"]) / "diffusion_pytorch_model.safetensors") for run in (settings, resumed)
-    ]
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-    other = resumed | {"use_8bit_adam": False, "output_dir": str(tmp_path / "other")}
+    out = run(settings, tmp_path / "out")
+    settings["resume_from_checkpoint"] = str(out / "checkpoint-2")
+    assert equal(weights(run(settings, tmp_path / "resumed")), weights(out))
     with pytest.raises(UserError, match=r"checkpoint-2 does not fit these settings \(it holds the state of AdamW8bit"):
-        fit(TrainConfig(**other, resume_from_checkpoint=f"{settings['output_dir']}/checkpoint-2"))
+        run(settings, tmp_path / "other", use_8bit_adam=False)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from raycontrolnet import TrainConfig
+from raycontrolnet.config.settings import StepConfig
 from raycontrolnet.errors import UserError
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.optim import build_optimizer
@@ -39,10 +40,8 @@ def components(settings: dict[str, Any]) -> Components:
     return load_tiny(settings)
 
 
-def load_tiny(settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> Components:
-    from raycontrolnet.config.train_config import TrainConfig
-
-    return load_components(TrainConfig(**settings), device=CPU, dtype=dtype, seed=0)
+def load_tiny(settings: dict[str, Any], seed: int = 0) -> Components:
+    return load_components(TrainConfig(**settings), device=CPU, dtype=torch.float32, seed=seed)
 
 
 def losses(components: Components, *sample_indices: int) -> Tensor:
@@ -317,21 +316,14 @@ def test_the_controlnet_is_copied_from_the_unet(tiny_settings: dict[str, Any]) -
     zero = [value for name, value in copied.items() if name.startswith(("controlnet_down_", "controlnet_mid_"))]
     assert zero
     assert not any(value.any() for value in zero)
-    again, other = load_tiny(tiny_settings), load_components_with_seed(tiny_settings, 1)
+    torch.manual_seed(7)
+    random_state = torch.get_rng_state()
+    again, other = load_tiny(tiny_settings), load_tiny(tiny_settings, seed=1)
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert all(map(torch.equal, copied.values(), again.controlnet.state_dict().values()))
     differing = {name for name, value in other.controlnet.state_dict().items() if not torch.equal(value, copied[name])}
     assert differing
     assert all(name.startswith("controlnet_cond_embedding.") for name in differing)
-
-
-def load_components_with_seed(settings: dict[str, Any], seed: int) -> Components:
-    from raycontrolnet.config.train_config import TrainConfig
-
-    torch.manual_seed(7)
-    random_state = torch.get_rng_state()
-    components = load_components(TrainConfig(**settings), device=CPU, dtype=torch.float32, seed=seed)
-    assert torch.equal(torch.get_rng_state(), random_state)
-    return components
 
 
 def test_half_precision_weights_are_raised(settings: dict[str, Any], controlnet_folder: Path, tmp_path: Path) -> None:
@@ -408,15 +400,13 @@ def test_no_two_samples_share_noise() -> None:
     assert draws.timesteps[0] != draws.timesteps[1]
 
 
-def test_two_workers_never_share_noise(tiny_settings: dict[str, Any]) -> None:
-    from raycontrolnet.config.train_config import TrainConfig
-
-    plan = Schedule.of(TrainConfig(**tiny_settings | {"train_batch_size": 2}), 13, 2)
+def test_two_workers_never_share_noise() -> None:
+    schedule = Schedule.of(StepConfig(train_batch_size=2), 13, 2)
     of_rank: dict[int, list[int]] = {0: [], 1: []}
     for micro_step in range(20):
         for rank, indices in of_rank.items():
-            first = plan.first_sample(0, micro_step, rank)
-            indices += range(first, first + plan.batch_size)
+            first = schedule.first_sample(0, micro_step, rank)
+            indices += range(first, first + schedule.batch_size)
     assert sorted(of_rank[0] + of_rank[1]) == list(range(80))
     noises = {
         rank: {noise.numpy().tobytes() for noise in draw(0, indices, LATENT_SHAPE, 1000, CPU).noise}

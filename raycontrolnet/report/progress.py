@@ -36,7 +36,8 @@ def progress(
         with repeating(shown.update, LINE_INTERVAL_S, "progress"):
             yield
     finally:
-        shown.close()
+        shown.update(last=True)
+        shown.status.close()
 
 
 class Progress:
@@ -46,7 +47,7 @@ class Progress:
         self.output_dir = output_dir
         self.total_steps = total_steps
         self.first_step = first_step
-        self._status = StatusLine(stream)
+        self.status = StatusLine(stream)
         self._metrics = metrics.Tail(output_dir / metrics.METRICS_FILE)
         self._held_out = metrics.Tail(output_dir / held_out.HELD_OUT_FILE)
         self._measured = first_step
@@ -56,11 +57,6 @@ class Progress:
         self._updates: deque[dict[str, Any]] = deque(maxlen=10_000)
         self._started = time.monotonic()
 
-    def close(self) -> None:
-        """Show the last state."""
-        self.update(last=True)
-        self._status.close()
-
     def update(self, *, last: bool = False) -> None:
         """Read what is new, and show it."""
         self._read()
@@ -68,8 +64,8 @@ class Progress:
         if self._scored and (last or time.monotonic() - self._scores_at >= SCORES_INTERVAL_S):
             self._show_scores()
         step = self._updates[-1]["step"] if self._updates else self.first_step
-        if step or self._status.live:
-            self._status.show(self.line(), step, last=last)
+        if step or self.status.live:
+            self.status.show(self.line(), step, last=last)
 
     def line(self) -> str:
         """Return the line as it stands."""
@@ -113,7 +109,7 @@ class Progress:
                 self._measured = record["step"]
                 earlier = [other for other in held_out.read(self.output_dir) if other["step"] < record["step"]]
                 known = [*earlier, record]
-                self._status.say(f"step {record['step']}: {held_out.in_words(known)}")
+                self.status.say(f"step {record['step']}: {held_out.in_words(known)}")
 
     def _show_scores(self) -> None:
         """Print a line for every new validation with scores."""
@@ -123,7 +119,7 @@ class Progress:
             with suppress(OSError, ValueError, KeyError, TypeError):  # it is being written anew, or is not ours
                 pairs = images.results(folder)
                 if fidelity := images.fidelity_of(pairs):
-                    self._status.say(f"step {pairs[0].step}: {scores.in_words(fidelity)}")
+                    self.status.say(f"step {pairs[0].step}: {scores.in_words(fidelity)}")
                 self._seen[folder] = found[folder]
 
     def _finished(self) -> dict[Path, int]:

@@ -36,10 +36,6 @@ class UpdateMetrics(NamedTuple):
     time: float
     """Unix seconds at the update's end."""
 
-    def on_host(self) -> UpdateMetrics:
-        """Return the figures as numbers; waits for the device."""
-        return self._replace(loss=float(self.loss), grad_norm=float(self.grad_norm))
-
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Return the records of a metrics file, without a last line that was cut short."""
@@ -128,7 +124,8 @@ class PendingMetrics:
         """
         if not force and time.monotonic() - self._flushed_at < self.interval_s:
             return []
-        updates, self._pending = [update.on_host() for update in self._pending], []
+        updates = [one._replace(loss=float(one.loss), grad_norm=float(one.grad_norm)) for one in self._pending]
+        self._pending = []
         elapsed, self._flushed_at = time.monotonic() - self._flushed_at, time.monotonic()
         if self.interval_s and updates:
             # A GPU's updates end long after their launch: they can only be timed together.
