@@ -14,7 +14,7 @@ from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.data.sources import Source, open_source
 from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.latents.manifest import (
-    MANIFEST,
+    MANIFEST_FILE,
     SHARD_ROWS,
     BadSample,
     Encoding,
@@ -104,7 +104,7 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert Manifest.read(folder) == manifest
     assert (manifest.num_rows, manifest.num_bytes) == (9, 123)
     for broken in ('{"format": 0}', "[]", "{", ""):
-        (tmp_path / MANIFEST).write_text(broken)
+        (tmp_path / MANIFEST_FILE).write_text(broken)
         assert Manifest.read(folder) is None
 
 

@@ -18,7 +18,7 @@ from raycontrolnet.data.sources import Source
 from raycontrolnet.data.transforms import TRANSFORMS_VERSION
 from raycontrolnet.storage.folder import CacheFolder, unreachable
 
-MANIFEST = "manifest.json"
+MANIFEST_FILE = "manifest.json"
 FORMAT = 1
 SHARD_ROWS = 32
 
@@ -103,7 +103,7 @@ class Manifest:
 
     def write(self, folder: CacheFolder) -> None:
         """Write the manifest to its folder."""
-        folder.write(MANIFEST, json.dumps(dataclasses.asdict(self), indent=1).encode())
+        folder.write(MANIFEST_FILE, json.dumps(dataclasses.asdict(self), indent=1).encode())
 
     @staticmethod
     def read(folder: CacheFolder) -> Manifest | None:
@@ -113,7 +113,7 @@ class Manifest:
             UserError: if the folder cannot be reached.
         """
         try:
-            values: dict[str, Any] = json.loads(folder.read(MANIFEST))
+            values: dict[str, Any] = json.loads(folder.read(MANIFEST_FILE))
             encoding = values["encoding"]
             subset = encoding.pop("subset")
             return Manifest(

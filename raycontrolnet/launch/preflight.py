@@ -111,7 +111,7 @@ class CheckedRun:
         use_gpu: bool,
         threads: int | None,
         loader: Any,
-        spare: Mapping[str, Any] | None = None,
+        actor_options: Mapping[str, Any] | None = None,
         callback: RunCallback | None = None,
     ) -> Job:
         """Return the job for the workers; `loader` is the run's, or a reference to it."""
@@ -138,7 +138,7 @@ class CheckedRun:
             },
             token=self.token,
             loader=loader,
-            spare=spare,
+            actor_options=actor_options,
             callback=callback,
         )
 

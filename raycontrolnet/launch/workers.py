@@ -84,8 +84,8 @@ def train_on_ray(
     threads = None if resources.use_gpu else resources.threads
     # A sweep's trials share the cluster: what looks spare may be another trial's.
     has_spare = resources.spare and callback is None
-    spare = resources.actor_options if has_spare and run.config.validation_pairs else None
-    job = run.job(use_gpu=resources.use_gpu, threads=threads, loader=loader_ref, spare=spare)
+    actor_options = resources.actor_options if has_spare and run.config.validation_pairs else None
+    job = run.job(use_gpu=resources.use_gpu, threads=threads, loader=loader_ref, actor_options=actor_options)
     _announce(run, most, status, stream, use_gpu=resources.use_gpu)
     if resources.waits_for:
         stream.write(f"waiting for {resources.waits_for}\n")

@@ -64,7 +64,7 @@ def find(name: str) -> FoundControlNet:
 
 
 def _weights_folder(path: Path, name: str) -> Path:
-    for folder in (path, path / checkpoints.CONTROLNET):
+    for folder in (path, path / checkpoints.CONTROLNET_FOLDER):
         if (folder / "config.json").is_file():
             kind = _class_name(folder / "config.json")
             if kind not in (None, "ControlNetModel"):
@@ -86,7 +86,7 @@ def _class_name(file: Path) -> str | None:
 
 def _config_file(folder: Path) -> Path | None:
     """Find the config.yaml of the run that wrote `folder`: its output_dir, a checkpoint-N, or its controlnet/."""
-    run = folder.parent if folder.name == checkpoints.CONTROLNET else folder
+    run = folder.parent if folder.name == checkpoints.CONTROLNET_FOLDER else folder
     places = [folder, run.parent] if re.fullmatch(r"checkpoint-\d+", run.name) else [folder]
     return next((place / CONFIG_FILE for place in places if (place / CONFIG_FILE).is_file()), None)
 

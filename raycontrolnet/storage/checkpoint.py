@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.storage.files import OLD, PARTIAL, remove_folder, replacing_folder, synced
+from raycontrolnet.storage.files import OLD_SUFFIX, PARTIAL_SUFFIX, remove_folder, replacing_folder, synced
 
 FORMAT = 1
-MANIFEST = "manifest.json"
-CONTROLNET = "controlnet"
-TRAINING_STATE = "training_state.pt"
+MANIFEST_FILE = "manifest.json"
+CONTROLNET_FOLDER = "controlnet"
+TRAINING_STATE_FILE = "training_state.pt"
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,17 @@ class Checkpoint:
             ValueError: if it is not complete, saying what is missing.
         """
         try:
-            manifest = json.loads((path / MANIFEST).read_text())
+            manifest = json.loads((path / MANIFEST_FILE).read_text())
         except FileNotFoundError:
-            raise ValueError(f"has no {MANIFEST}, so it was not finished") from None
+            raise ValueError(f"has no {MANIFEST_FILE}, so it was not finished") from None
         except (OSError, ValueError) as error:
-            raise ValueError(f"its {MANIFEST} cannot be read ({error})") from None
+            raise ValueError(f"its {MANIFEST_FILE} cannot be read ({error})") from None
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             found = manifest.get("format") if isinstance(manifest, dict) else "unknown"
             raise ValueError(f"its format is {found}, this version reads {FORMAT}")
         unsaid = sorted({"files", "step", "samples", "seed", "run_id", "written_at"} - manifest.keys())
         if unsaid:
-            raise ValueError(f"its {MANIFEST} does not say {', '.join(unsaid)}")
+            raise ValueError(f"its {MANIFEST_FILE} does not say {', '.join(unsaid)}")
         for name, size in manifest["files"].items():
             file = path / name
             if not file.is_file():
@@ -169,8 +169,8 @@ def write(
             "files": {file.relative_to(partial).as_posix(): file.stat().st_size for file in files},
             **facts,
         }
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        synced(partial / MANIFEST)
+        (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
+        synced(partial / MANIFEST_FILE)
     return Checkpoint.open(final)
 
 
@@ -190,7 +190,7 @@ def _written_at(checkpoint: Checkpoint) -> float:
 
 def remove_leftovers(output_dir: Path) -> None:
     """Delete what interrupted writes and deletions left; a complete checkpoint that is missing is put back."""
-    for suffix in (PARTIAL, OLD):
+    for suffix in (PARTIAL_SUFFIX, OLD_SUFFIX):
         for path in output_dir.glob(f".checkpoint-*{suffix}"):
             final = output_dir / path.name[1:].removesuffix(suffix)
             with suppress(ValueError):

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-PARTIAL = ".partial"
+PARTIAL_SUFFIX = ".partial"
 """End of the name of what is being written."""
-OLD = ".old"
+OLD_SUFFIX = ".old"
 """End of the name of a folder that is being deleted."""
 
 
@@ -26,7 +26,7 @@ def replacing(path: Path, *, sync: bool = False, many_writers: bool = False) -> 
         many_writers: whether several processes may write the file at a time.
     """
     writer = f".{uuid.uuid4().hex}" if many_writers else ""
-    partial = path.with_name(f".{path.name.lstrip('.')}{writer}{PARTIAL}")
+    partial = path.with_name(f".{path.name.lstrip('.')}{writer}{PARTIAL_SUFFIX}")
     try:
         yield partial
         if sync:
@@ -41,7 +41,7 @@ def replacing(path: Path, *, sync: bool = False, many_writers: bool = False) -> 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder to write to, beside `path`; at the end it replaces `path`. Fails as `replacing`."""
-    partial, old = path.with_name(f".{path.name}{PARTIAL}"), path.with_name(f".{path.name}{OLD}")
+    partial, old = path.with_name(f".{path.name}{PARTIAL_SUFFIX}"), path.with_name(f".{path.name}{OLD_SUFFIX}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -59,7 +59,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 def remove_folder(path: Path) -> None:
     """Delete a folder. It is renamed first: a deletion that is cut short leaves no half of it under its name."""
-    old = path.with_name(f".{path.name}{OLD}")
+    old = path.with_name(f".{path.name}{OLD_SUFFIX}")
     shutil.rmtree(old, ignore_errors=True)
     path.rename(old)
     shutil.rmtree(old, ignore_errors=True)

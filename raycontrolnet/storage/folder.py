@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raycontrolnet.errors import UserError
-from raycontrolnet.storage.files import PARTIAL, replacing
+from raycontrolnet.storage.files import PARTIAL_SUFFIX, replacing
 from raycontrolnet.text import error_message
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class CacheFolder:
         except OSError as error:
             raise unreachable(self.uri, error) from None
         files = (info for info in found if info.type == fs.FileType.File)
-        return {info.base_name: info.size for info in files if not info.base_name.endswith(PARTIAL)}
+        return {info.base_name: info.size for info in files if not info.base_name.endswith(PARTIAL_SUFFIX)}
 
     def size(self, name: str) -> int | None:
         """Return the bytes of the file `name`; None if there is none."""
@@ -100,7 +100,7 @@ class CacheFolder:
     def remove_leftovers(self) -> None:
         """Delete what killed processes left unfinished; young files may belong to a process at work."""
         if self.is_local:
-            for path in Path(self.uri).glob(f".*{PARTIAL}"):
+            for path in Path(self.uri).glob(f".*{PARTIAL_SUFFIX}"):
                 with suppress(OSError):
                     if time.time() - path.stat().st_mtime > LEFTOVER_AGE_S:
                         path.unlink()

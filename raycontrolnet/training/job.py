@@ -61,7 +61,7 @@ class Job:
     """Unix seconds."""
     loader: BatchLoader | Any = None
     """For workers on Ray a reference to it in Ray's object store."""
-    spare: Mapping[str, Any] | None = None
+    actor_options: Mapping[str, Any] | None = None
     """Ray's options for an actor that draws validation images beside the training; None if there is no room."""
     callback: RunCallback | None = None
     """Callback of a run in the caller's process."""

@@ -19,7 +19,7 @@ from raycontrolnet.model.components import load_components, load_controlnet
 from raycontrolnet.model.optim import build_lr_scheduler, build_optimizer
 from raycontrolnet.model.performance import enable_memory_savers, working_precision
 from raycontrolnet.model.step import TrainState
-from raycontrolnet.storage.checkpoint import CONTROLNET, TRAINING_STATE, Checkpoint
+from raycontrolnet.storage.checkpoint import CONTROLNET_FOLDER, TRAINING_STATE_FILE, Checkpoint
 from raycontrolnet.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def build_state(
         dtype=working_precision(config.mixed_precision),
         seed=keyed_seed(config.seed, Purpose.CONTROLNET, 0),
         token=token,
-        controlnet_path=str(checkpoint.path / CONTROLNET) if checkpoint else None,
+        controlnet_path=str(checkpoint.path / CONTROLNET_FOLDER) if checkpoint else None,
         vae_device=None if encodes else torch.device("cpu"),
     )
     enable_memory_savers(
@@ -128,7 +128,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, accelerator: Accelerator, 
     Raises:
         UserError: if they do not fit the settings.
     """
-    saved = torch.load(checkpoint.path / TRAINING_STATE, map_location="cpu", weights_only=True)
+    saved = torch.load(checkpoint.path / TRAINING_STATE_FILE, map_location="cpu", weights_only=True)
     try:
         if saved["optimizer_class"] != type(optimizer).__name__:
             raise ValueError(f"it holds the state of {saved['optimizer_class']}, not of {type(optimizer).__name__}")
@@ -146,7 +146,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, accelerator: Accelerator, 
 
 def save_state(state: TrainState, folder: Path) -> None:
     """Write into a checkpoint's folder what `build_state` reads back."""
-    unwrap_controlnet(state).save_pretrained(folder / CONTROLNET)
+    unwrap_controlnet(state).save_pretrained(folder / CONTROLNET_FOLDER)
     scaler: Any = state.accelerator.scaler
     torch.save(
         {
@@ -155,7 +155,7 @@ def save_state(state: TrainState, folder: Path) -> None:
             "lr_scheduler": state.lr_scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         },
-        folder / TRAINING_STATE,
+        folder / TRAINING_STATE_FILE,
     )
 
 

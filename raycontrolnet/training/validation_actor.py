@@ -96,9 +96,9 @@ class AsyncValidation:
         self._pending: Any = None
         self._actor: Any = None
         self._wait_s = FIRST_WAIT_S
-        if job.spare is not None and _is_available(job.spare):
+        if job.actor_options is not None and _is_available(job.actor_options):
             # Outside the workers' placement group, which has no room for it.
-            options: dict[str, Any] = {**job.spare, "scheduling_strategy": "DEFAULT"}
+            options: dict[str, Any] = {**job.actor_options, "scheduling_strategy": "DEFAULT"}
             self._actor = ray.remote(ValidationActor).options(**options).remote(replace(job, token=None, loader=None))
             self._ready = self._actor.ready.remote()
             self._asked_at = time.monotonic()

@@ -48,12 +48,12 @@ class Validator:
         """The last measurement."""
         self.loader: BatchLoader | None = None
         self.log: MetricsLog | None = None
-        self.beside: AsyncValidation | None = None
+        self.actor: AsyncValidation | None = None
         if job.num_held_out:
             self.loader = job.loader if job.local else ray.get(job.loader)
             self.log = MetricsLog(job.output_dir, state.step, held_out.HELD_OUT_FILE) if rank == 0 else None
-        if job.spare is not None and rank == 0:
-            self.beside = AsyncValidation(job)
+        if job.actor_options is not None and rank == 0:
+            self.actor = AsyncValidation(job)
 
     def measure(self) -> None:
         """Measure this worker's share of the held-out samples; rank 0 logs the result of all."""
@@ -86,8 +86,8 @@ class Validator:
             with self.clock("validation_images"):
                 _barrier(self.schedule.world_size)  # until they are saved
                 self._draw_together(lambda: saved_controlnet(self.job.output_dir, self.state))
-                if self.beside:
-                    self._publish(self.beside.collect(wait=True))
+                if self.actor:
+                    self._publish(self.actor.collect(wait=True))
 
     def close(self) -> None:
         if self.log:
@@ -95,17 +95,17 @@ class Validator:
 
     def _sent_to_actor(self) -> bool:
         """Send the weights to the actor if it is free; the same answer on every worker."""
-        if self.job.spare is None:
+        if self.job.actor_options is None:
             return False
         free = False
-        if self.beside:
-            self._publish(self.beside.collect())
-            free = self.beside.free
+        if self.actor:
+            self._publish(self.actor.collect())
+            free = self.actor.free
         if self.schedule.world_size > 1:
             free = from_rank_zero(free)
-        if free and self.beside:
+        if free and self.actor:
             with validation.failures_logged(self.state.step):
-                self.beside.draw(self.state.step, unwrap_controlnet(self.state))
+                self.actor.draw(self.state.step, unwrap_controlnet(self.state))
         return free
 
     def _draw_together(self, controlnet: Callable[[], ControlNetModel]) -> None:
