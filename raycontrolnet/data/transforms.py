@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import io
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from raycontrolnet.data.records import ImageRow, UInt8Image
 from raycontrolnet.errors import DataError
@@ -36,16 +37,6 @@ CONDITIONING_BACKGROUND: Colour = (0, 0, 0)
 MAX_ASPECT_RATIO = 100
 """Limit of long side to short side: a longer picture is a broken file, and would fill gigabytes when resized."""
 
-_ORIENTATION_TAG = 0x0112
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _GREY_LEVEL = {"L;2": 85, "L;4": 17}
 _UNMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 
@@ -68,7 +59,8 @@ def decode_rgb(image: bytes | str, *, background: Colour, place: str = "") -> Im
         opened = Image.open(io.BytesIO(data))
         _scale_transparent_colour(opened)
         opened.load()
-        rgb = to_rgb(_upright(opened), background)
+        _turn_upright(opened)
+        rgb = to_rgb(opened, background)
     except Image.DecompressionBombError as error:
         raise DataError(f"{name} is too large to be decoded safely ({error_message(error)})") from None
     except UnidentifiedImageError:
@@ -170,13 +162,9 @@ def _read_file(path: str, prefix: str) -> bytes:
         raise DataError(f"{prefix}{path}: cannot be read ({error_message(error)})") from None
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(_ORIENTATION_TAG)
-    except Exception:  # noqa: BLE001 - of many kinds; the pixels may be good
-        return image
-    method = _TRANSPOSE.get(orientation) if isinstance(orientation, int) else None
-    return image if method is None else image.transpose(method)
+def _turn_upright(image: Image.Image) -> None:
+    with suppress(Exception):  # damaged EXIF data raises errors of many kinds; the pixels may be good
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def _scale_transparent_colour(image: ImageFile.ImageFile) -> None:

@@ -18,7 +18,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice, pairwise
+from itertools import islice, pairwise, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,12 +153,8 @@ def control_appeared(records: Sequence[Mapping[str, Any]]) -> int | None:
     Args:
         records: lines of validation.jsonl, oldest first.
     """
-    step = None
-    for record in reversed(records):
-        if not _shows_control(record):
-            break
-        step = int(record["step"])
-    return step
+    showing = list(takewhile(_shows_control, reversed(records)))
+    return int(showing[-1]["step"]) if showing else None
 
 
 def _shows_control(record: Mapping[str, Any]) -> bool:
