@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import contents
 
 from raycontrolnet import train_controlnet
 from raycontrolnet.config.train_config import TrainConfig
@@ -42,10 +43,6 @@ def names(output_dir: Path) -> list[str]:
     """Everything that looks like a checkpoint or its remains."""
     found = [path.name for path in Path(output_dir).iterdir() if "checkpoint" in path.name]
     return sorted(found, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # --- the sets that a run leaves ---

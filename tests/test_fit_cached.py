@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from runs import Settings, equal, lines, losses, run, weights
+from runs import Settings, equal, losses, metadata, run, weights
 
 from raycontrolnet import RunResult, TrainConfig, fit, prepare
 from raycontrolnet.data import transforms
@@ -130,7 +130,7 @@ def test_a_damaged_cache_ends_the_run_before_it_is_trained_on(settings: Settings
 
 def test_skipped_samples_are_never_trained_on(settings: Settings, tmp_path: Path) -> None:
     data = Path(shutil.copytree(settings["train_data_dir"], tmp_path / "data"))
-    rows = lines(data / "metadata.jsonl")
+    rows = metadata(data)
     (data / rows[4]["image"]).write_bytes(b"")
     shown = io.StringIO()
     config = TrainConfig(
@@ -199,7 +199,7 @@ def test_a_random_subset_is_not_cached_again_and_again(settings: Settings, tmp_p
 
 def test_going_on_with_other_samples_left_out_is_told(settings: Settings, tmp_path: Path) -> None:
     data = Path(shutil.copytree(settings["train_data_dir"], tmp_path / "data"))
-    row = lines(data / "metadata.jsonl")[4]
+    row = metadata(data)[4]
     content = (data / row["image"]).read_bytes()
     (data / row["image"]).write_bytes(b"x" * len(content))
     settings |= {"train_data_dir": str(data), "on_bad_sample": "skip", "max_bad_fraction": 0.1}

@@ -15,7 +15,7 @@ import torch
 import yaml
 from PIL import Image
 from reference import normalize, to_tensor, write_trained_controlnet
-from runs import WEIGHTS, Settings, column, equal, lines, losses, run, weights
+from runs import WEIGHTS, Settings, column, equal, lines, losses, metadata, run, weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -42,7 +42,7 @@ def captions(circles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write the circles with three captions a row."""
     folder = tmp_path_factory.mktemp("captions") / "data"
     shutil.copytree(circles, folder)
-    rows = lines(folder / "metadata.jsonl")
+    rows = metadata(folder)
     for row in rows:
         row["text"] = [row["text"], "a circle", f"{row['text']}, drawn"]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -272,7 +272,7 @@ def test_rows_are_the_data_sets_in_order(tiny_settings: Settings, circles: Path,
     """Sample k is the row that the order says, with its own images and caption: over the end of the epoch."""
     run(tiny_settings, out)
     order = SampleOrder(13, seed=0)
-    rows = lines(circles / "metadata.jsonl")
+    rows = metadata(circles)
     samples = [row for batch in seen for row in batch]
     assert [sample.sample_index for sample in samples] == list(range(16))
     assert [len(batch) for batch in seen] == [4] * 4
@@ -422,7 +422,7 @@ def test_dataset_name(tiny_settings: Settings, circles: Path, out: Path, tmp_pat
     folder = run(settings, tmp_path / "folder", dataset_name=str(circles))
     assert losses(folder) == losses(plain)
 
-    rows = lines(circles / "metadata.jsonl")
+    rows = metadata(circles)
     columns: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in rows[0]}
     for name in ("image", "conditioning_image"):
         columns[name] = [{"bytes": (circles / path).read_bytes(), "path": None} for path in columns[name]]
@@ -530,7 +530,7 @@ def test_validation(tiny_settings: Settings, tiny_base: Path, circles: Path, out
     assert not (plain / "validation").exists()
     drawn = []
     for folder in folders:
-        found = lines(folder / "metadata.jsonl")
+        found = metadata(folder)
         assert [(line["prompt"], line["control_image"]) for line in found] == [
             ("red circle", control) for control in controls
         ]

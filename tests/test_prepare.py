@@ -19,6 +19,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from runs import flags, metadata
 
 from raycontrolnet import TrainConfig, prepare
 from raycontrolnet.cli import main
@@ -83,7 +84,7 @@ def shards_in(folder: str) -> list[str]:
 
 
 def spoil(data: Path, row: int, content: bytes = b"not an image") -> Path:
-    image = data / json.loads((data / "metadata.jsonl").read_text().splitlines()[row])["image"]
+    image = data / metadata(data)[row]["image"]
     image.write_bytes(content)
     return image
 
@@ -163,8 +164,7 @@ def test_killed_and_two_at_once(settings: Settings, tmp_path: Path) -> None:
     """One is killed with -9 in the middle; then two do the rest together, and neither harms the other."""
     data = write_shapes(tmp_path / "larger", 20 * SHARD_ROWS, resolution=16)
     settings |= {"train_data_dir": str(data)}
-    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "raycontrolnet", "prepare", *flags]
+    command = [sys.executable, "-m", "raycontrolnet", "prepare", *flags(settings)]
     folder = settings["latents_cache_dir"]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
         while not shards_in(folder):
@@ -428,10 +428,9 @@ def test_a_missing_vae_is_named(run: Prepare, tiny_base: Path, tmp_path: Path, p
 def test_the_command_answers_with_exit_codes(
     settings: Settings, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    assert main(["prepare", *flags]) == 0
+    assert main(["prepare", *flags(settings)]) == 0
     spoil(data, 0)
-    assert main(["prepare", *flags]) == 2
+    assert main(["prepare", *flags(settings)]) == 2
     error = capsys.readouterr().err
     assert "is not an image in a format that Pillow reads" in error
     assert "Traceback" not in error

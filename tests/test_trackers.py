@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from runs import flags
 
 from raycontrolnet.config.output_settings import OutputConfig
 from raycontrolnet.config.train_config import TrainConfig, public_settings
@@ -272,9 +273,8 @@ def test_a_tracker_that_fails_costs_a_run_nothing(tiny_settings: dict[str, Any])
     """W&B itself, with a key that it refuses; the run says so in its log, and TensorBoard has all of it."""
     pytest.importorskip("wandb")
     settings, key = tiny_settings | {"max_train_steps": 2, "report_to": "wandb,tensorboard"}, "tooshort-1234"
-    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     done = subprocess.run(
-        [sys.executable, "-m", "raycontrolnet", "train", *flags],
+        [sys.executable, "-m", "raycontrolnet", "train", *flags(settings)],
         env=os.environ | {"WANDB_MODE": "online", "WANDB_API_KEY": key, "WANDB_BASE_URL": "http://127.0.0.1:9"},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
