@@ -75,7 +75,7 @@ def weights_of(trial: Trial) -> tuple[Path, Report] | None:
     found = [(trial.folder, trial.last)] if trial.record.state == "finished" else []
     if last := checkpoints.latest(trial.folder):
         reports = [report for report in trial.reports if report["step"] <= last.step]
-        found.append((last.path / checkpoints.CONTROLNET, reports[-1] if reports else {}))
+        found.append((last.path / checkpoints.CONTROLNET_FOLDER, reports[-1] if reports else {}))
     return next((each for each in found if all((each[0] / name).is_file() for name in push.WEIGHTS)), None)
 
 
