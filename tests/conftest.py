@@ -141,7 +141,7 @@ def sweep_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def sweep_settings(tiny_settings: dict[str, Any], sweep_rows: Path, tmp_path: Path) -> dict[str, Any]:
-    """Return the settings of a trial of 8 updates, with a measurement and a checkpoint every 2."""
+    """Return the settings of a trial of 8 updates, with a measurement and a checkpoint every 2; one cache for all."""
     return tiny_settings | {
         "train_data_dir": str(sweep_rows),
         "output_dir": str(tmp_path / "sweep"),
@@ -152,5 +152,5 @@ def sweep_settings(tiny_settings: dict[str, Any], sweep_rows: Path, tmp_path: Pa
         "lr_warmup_steps": 0,
         "num_workers": "1",
         "cache_latents": "auto",
-        "latents_cache_dir": str(tmp_path / "latents"),
+        "latents_cache_dir": str(sweep_rows.with_name("sweep_latents")),
     }
