@@ -345,9 +345,9 @@ def test_many_updates(finished: Path) -> None:
     write_held_out(finished, range(100, 200_001, 100))
     write_status(finished, "running")
     write_report(finished)  # matplotlib is loaded
-    start = time.perf_counter()
+    start = time.process_time()  # of the CPU: machines are shared
     html = write_report(finished).read_text()
-    assert time.perf_counter() - start < 20  # 2 s by itself; machines are shared
+    assert time.process_time() - start < 10, "it takes 2 s by itself"
     assert len(html) < 1_000_000
     assert "200,000 of 200 updates" in Page(finished / "report.html").text
 
