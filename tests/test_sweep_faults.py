@@ -192,8 +192,15 @@ def test_all_trials_fail(sweep_settings: Settings) -> None:
 def test_median_with_a_trial_that_diverges(sweep_settings: Settings) -> None:
     """It is tried again, marked, and the sweep goes on."""
     space = {"learning_rate": {"grid": [1e38, 1e-3, 2e-3, 4e-3, 0.2]}}
-    train = TrainConfig(**sweep_settings)
-    result = swept(SweepConfig(train=train, space=space, num_samples=1, scheduler="median", trial_retries=1))
+    config = SweepConfig(
+        train=TrainConfig(**sweep_settings),
+        space=space,
+        num_samples=1,
+        max_concurrent_trials=1,  # so that the last is compared with all the others
+        scheduler="median",
+        trial_retries=1,
+    )
+    result = swept(config)
     found = {trial.record.settings["learning_rate"]: trial.record for trial in result.trials}
     states = {rate: record.state for rate, record in found.items()}
     assert states == {1e38: "failed", 1e-3: "finished", 2e-3: "finished", 4e-3: "finished", 0.2: "stopped"}
