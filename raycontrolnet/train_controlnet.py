@@ -48,7 +48,7 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
     job = loop_config["job"]
     check_folder_is_shared(job)
     if read_failure(job.output_dir):
-        return None  # Ray restarted the workers after a hopeless failure, which the driver reports
+        return None  # Ray restarted the workers after a failure that would come again, which the driver reports
     rank, world_size = (0, 1) if job.local else place_among_workers()
     clock = PhaseClock(read_timings(job.output_dir))  # continued after a restart
     if not clock.seconds:

@@ -16,8 +16,6 @@ from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, UNet2DConditi
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from raycontrolnet.demo.shapes import COLOURS, SHAPES
-from raycontrolnet.quiet import no_progress_bars
-from raycontrolnet.storage.files import replacing
 
 Size = Literal["tiny", "small", "quarter"]
 PredictionType = Literal["epsilon", "v_prediction"]
@@ -102,9 +100,8 @@ def build_parts(size: Size, tokenizer: CLIPTokenizer, prediction_type: Predictio
 
 def write_parts(folder: Path, parts: Mapping[str, Any]) -> Path:
     """Write the parts of `build_parts` to `folder`, which holds the tokenizer, and return `folder`."""
-    with no_progress_bars("transformers"):
-        for name, part in parts.items():
-            part.save_pretrained(folder / name)
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
     # Not by StableDiffusionPipeline, which takes seconds to import.
     index = {
         "_class_name": "StableDiffusionPipeline",
@@ -114,8 +111,7 @@ def write_parts(folder: Path, parts: Mapping[str, Any]) -> Path:
         "tokenizer": ("transformers", "CLIPTokenizer"),
         **{name: (type(part).__module__.partition(".")[0], type(part).__name__) for name, part in parts.items()},
     }
-    with replacing(folder / "model_index.json") as partial:
-        partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return folder
 
 

@@ -4,8 +4,9 @@
     python tests/compare_with_commit.py --record FILE     # write the working tree's figures as JSON
 
 Compared are losses, learning rates, gradient norms, held-out figures, weights, validation images, and a sweep's
-leaderboard; never times. Both sides train on the models and data that COMMIT wrote: a change of these shows in the row
-`inputs` alone. Takes seven minutes on two cores. Uses only public names and output files, to fit any layout.
+leaderboard; never times. Both sides train on the data that COMMIT wrote, whose change shows in the row `inputs` alone,
+and on models of this tree's tests/base_model.py. Takes seven minutes on two cores. Uses only public names, output files
+and `raycontrolnet.demo.shapes`, to fit any layout.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from raycontrolnet import SweepConfig, SweepResult, sweep
 from raycontrolnet.training import metrics
 
 
-def swept(config: SweepConfig) -> SweepResult:
+def run_sweep(config: SweepConfig) -> SweepResult:
     return sweep(config, stream=io.StringIO())
 
 

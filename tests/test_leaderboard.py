@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from sweep_trials import STARTED, write_checkpoint, write_trial
 
+from raycontrolnet.errors import ConfigError
 from raycontrolnet.tune import leaderboard
 from raycontrolnet.tune.hparams import write_hparams
 from raycontrolnet.tune.leaderboard import write_leaderboard
-from raycontrolnet.tune.records import Trial, ranked, read_trials
+from raycontrolnet.tune.records import Trial, ranked, read_records, read_trials
 
 RATE = 0.1 + 0.2e-17 + 1e-5 / 3
 
@@ -111,6 +112,36 @@ def test_an_earlier_leaderboard_stays_until_the_new_one_is_whole(
     with pytest.raises(RuntimeError):
         write_leaderboard(tmp_path, trials, "val_loss")
     assert (tmp_path / "leaderboard.csv").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"index": 0, "sett', "Unterminated string starting at"),
+        ("[]", "it does not hold the settings of trial 0000"),
+        ('{"index": 1, "settings": {}}', "it does not hold the settings of trial 0000"),
+    ],
+)
+def test_a_damaged_record(tmp_path: Path, content: str, reason: str) -> None:
+    some_trials(tmp_path)
+    file = tmp_path / "trials" / "0000" / "trial.json"
+    file.write_text(content)
+    with pytest.raises(ConfigError) as error:
+        read_records(tmp_path)
+    assert str(error.value).startswith(f"{file}: is damaged ({reason}")
+    assert str(error.value).endswith("; remove its folder, and that trial is trained anew")
+    assert len(read_records(tmp_path, skip_damaged=True)) == 4
+
+
+def test_a_record_that_cannot_be_read_is_not_damaged(tmp_path: Path) -> None:
+    """It may be storage that fails for a moment: no advice to remove anything."""
+    some_trials(tmp_path)
+    file = tmp_path / "trials" / "0000" / "trial.json"
+    file.unlink()
+    file.mkdir()  # root may read every file
+    with pytest.raises(IsADirectoryError):
+        read_records(tmp_path)
+    assert len(read_records(tmp_path, skip_damaged=True)) == 4
 
 
 def test_no_trials(tmp_path: Path) -> None:

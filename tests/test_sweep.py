@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from processes import wait_for
-from sweeps import check_leaderboard, swept, trial_processes
+from sweeps import check_leaderboard, run_sweep, trial_processes
 
 from raycontrolnet import SweepConfig, SweepResult, TrainConfig, fit
 from raycontrolnet.cluster.nodes import HEAD, cluster_nodes
@@ -30,7 +30,7 @@ def test_the_planted_learning_rate_wins(sweep_settings: Settings) -> None:
     rates = [4e-3, 1e-9, 0.3, 1e-8, 0.2, 1e-7]
     space = {"learning_rate": {"grid": rates}}
     train = TrainConfig(**sweep_settings | {"max_train_steps": 16, "validation_steps": 4})
-    result = swept(SweepConfig(train=train, space=space, num_samples=1, max_concurrent_trials=1))
+    result = run_sweep(SweepConfig(train=train, space=space, num_samples=1, max_concurrent_trials=1))
     assert result.best is not None
     assert result.best.record.settings == {"learning_rate": 4e-3}
     states = [trial.record.state for trial in result.trials]
@@ -67,7 +67,7 @@ def eight(tiny_base: Path, sweep_rows: Path, tmp_path_factory: pytest.TempPathFa
         resolution=32, max_train_steps=8, validation_steps=2, validation_split=4, checkpointing_steps=4, seed=0,
         lr_warmup_steps=0, hub_token="hf_secretsecret", latents_cache_dir=str(folder / "latents"),
     )  # fmt: skip
-    return swept(SweepConfig(train=train, num_samples=8))
+    return run_sweep(SweepConfig(train=train, num_samples=8))
 
 
 def test_eight_trials_on_two_cpus(eight: SweepResult) -> None:
@@ -142,9 +142,9 @@ def test_optuna_proposes_from_what_it_has_seen(sweep_settings: Settings) -> None
     config = SweepConfig(
         train=TrainConfig(**sweep_settings), num_samples=3, searcher="optuna", max_concurrent_trials=1, resume=True
     )
-    first = swept(config)
+    first = run_sweep(config)
     assert len({trial.record.settings["learning_rate"] for trial in first.trials}) == 3
-    again = swept(replace(config, num_samples=4))
+    again = run_sweep(replace(config, num_samples=4))
     proposed = {trial.record.index: trial.record.settings for trial in again.trials}
     assert {trial.record.index: trial.record.settings for trial in first.trials}.items() <= proposed.items()
     assert len(proposed) == 4
@@ -167,7 +167,7 @@ def test_refused_before_any_trial(
     sweep_settings: Settings, changes: Settings, options: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ConfigError) as error:
-        swept(SweepConfig(train=TrainConfig(**sweep_settings | changes), **{"num_samples": 1, **options}))
+        run_sweep(SweepConfig(train=TrainConfig(**sweep_settings | changes), **{"num_samples": 1, **options}))
     assert words in str(error.value)
     assert not list(Path(sweep_settings["output_dir"]).glob("trials/*"))
 
@@ -176,14 +176,14 @@ def test_another_sweep_is_not_overwritten(eight: SweepResult, sweep_settings: Se
     before = (eight.output_dir / "sweep.json").read_bytes()
     config = SweepConfig(train=TrainConfig(**sweep_settings | {"output_dir": str(eight.output_dir)}), num_samples=8)
     with pytest.raises(ConfigError, match="holds a sweep; resume it with --resume, or name another folder"):
-        swept(config)
+        run_sweep(config)
     with pytest.raises(
         ConfigError, match=r"--space: was .*proportion.* and is {'learning_rate': {'choice': \[0\.002\]}}"
     ):
-        swept(replace(config, space={"learning_rate": {"choice": [2e-3]}}, resume=True))
+        run_sweep(replace(config, space={"learning_rate": {"choice": [2e-3]}}, resume=True))
     other = replace(config.train, train_batch_size=2)
     with pytest.raises(ConfigError, match=r"--train_batch_size=2: was 4; a sweep is resumed with the same settings"):
-        swept(replace(config, train=other, resume=True))
+        run_sweep(replace(config, train=other, resume=True))
     assert (eight.output_dir / "sweep.json").read_bytes() == before
 
 
@@ -230,7 +230,7 @@ def test_data_sets_are_tried(sweep_settings: Settings, sweep_rows: Path, circles
     space = {"train_data_dir": {"grid": [str(circles), str(sweep_rows)]}}
     config = SweepConfig(train=train, space=space, num_samples=1, scheduler="none", allow_new_caches=True)
     assert plan_sweep(config, io.StringIO()).total_updates == 10  # of the larger one
-    result = swept(config)
+    result = run_sweep(config)
     assert {Path(t.record.settings["train_data_dir"]).name: t.step for t in result.trials} == {
         circles.name: 6, sweep_rows.name: 10,
     }  # fmt: skip

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from processes import ctrl_c, wait_for, when, workers_called
 from sweep_trials import losses
-from sweeps import check_leaderboard, leaderboard, swept, trial_processes
+from sweeps import check_leaderboard, leaderboard, run_sweep, trial_processes
 
 from raycontrolnet import SweepConfig, TrainConfig, fit, sweep
 from raycontrolnet.errors import RunError
@@ -34,7 +34,7 @@ Settings = dict[str, Any]
 def test_a_sweep_goes_on_with_what_is_left(sweep_settings: Settings) -> None:
     """More trials, and one that had been cut off: those that had ended are not trained again."""
     config = SweepConfig(train=TrainConfig(**sweep_settings), num_samples=2, scheduler="none", resume=True)
-    first = swept(config)
+    first = run_sweep(config)
     before = {trial.record.index: (trial.folder / "run.json").read_bytes() for trial in first.trials}
     cut_off(first.trials[0].folder, step=4)
     records.write_record(first.output_dir, replace(first.trials[0].record, state="running"))
@@ -46,7 +46,9 @@ def test_a_sweep_goes_on_with_what_is_left(sweep_settings: Settings) -> None:
     kept, mended = first.trials[1].record.index, first.trials[0].record.index
     assert (by_index[kept].folder / "run.json").read_bytes() == before[kept]
     assert figures(by_index[mended]) == figures(first.trials[0])
-    third = swept(replace(config, num_samples=3))  # nothing is left
+    third = sweep(replace(config, num_samples=3), stream=(said := io.StringIO()))  # nothing is left
+    shown = [line.split()[:2] for line in said.getvalue().splitlines()[:4]]
+    assert shown == [["trial", "state"], *([trial.record.name, "finished"] for trial in third.trials)]
     assert [figures(trial) for trial in third.trials] == [figures(trial) for trial in second.trials]
     check_leaderboard(third)
 
@@ -56,7 +58,7 @@ def test_the_driver_is_killed(sweep_settings: Settings, tmp_path: Path) -> None:
     flags = {**sweep_settings, "num_samples": 3, "scheduler": "none", "max_train_steps": 12, "cpus_per_worker": 1}
     own = {name: value for name, value in flags.items() if name not in ("num_samples", "scheduler")}
     train = TrainConfig(**own | {"output_dir": str(tmp_path / "undisturbed")})
-    swept(SweepConfig(train=train, num_samples=3, scheduler="none"))
+    run_sweep(SweepConfig(train=train, num_samples=3, scheduler="none"))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     disturbed = Path(sweep_settings["output_dir"])
     command = tune_command(flags)
@@ -112,7 +114,7 @@ def test_more_trials_than_cpus_of_two_workers_each(sweep_settings: Settings) -> 
     changes |= {"max_train_steps": 400, "validation_steps": 20, "checkpointing_steps": 400}
     train = TrainConfig(**sweep_settings | changes)
     space = {"learning_rate": {"grid": [1e-3, 1e-9]}}
-    result = swept(SweepConfig(train=train, space=space, num_samples=1))
+    result = run_sweep(SweepConfig(train=train, space=space, num_samples=1))
     assert {trial.record.state for trial in result.trials} <= {"finished", "stopped"}
     (stopped,) = (trial for trial in result.trials if trial.record.state == "stopped")
     assert metrics.read(stopped.folder / metrics.METRICS_FILE)[-1]["step"] < 400, (
@@ -127,10 +129,16 @@ def test_a_trial_is_killed(sweep_settings: Settings) -> None:
     """Its process, by the kernel's memory killer say: it goes on from its checkpoint, in another."""
     train = TrainConfig(**sweep_settings | {"max_train_steps": 20, "cpus_per_worker": 1})
     folder = Path(sweep_settings["output_dir"]) / "trials" / "0000"
-    half_way = when(lambda: last_checkpoint(folder) >= 6, kill_the_trial)
-    with half_way as done:
-        result = swept(SweepConfig(train=train, space={"learning_rate": {"choice": [1e-3]}}, num_samples=1))
+    killed_at = []
+
+    def kill() -> None:
+        kill_the_trial()
+        killed_at.append(last_checkpoint(folder))
+
+    with when(lambda: last_checkpoint(folder) >= 6, kill) as done:
+        result = run_sweep(SweepConfig(train=train, space={"learning_rate": {"choice": [1e-3]}}, num_samples=1))
     assert done
+    assert killed_at[0] < 20, "it had ended already"
     assert result.trials[0].record.state == "finished"
     undisturbed = Path(sweep_settings["output_dir"]).with_name("undisturbed")
     plain = replace(train, learning_rate=1e-3, output_dir=str(undisturbed), num_workers="0")
@@ -143,7 +151,7 @@ def test_a_trial_whose_process_is_lost_too_often(sweep_settings: Settings) -> No
     config = SweepConfig(train=train, num_samples=2, max_concurrent_trials=1, scheduler="none", resume=True)
     folder = Path(sweep_settings["output_dir"]) / "trials" / "0000"
     with when(lambda: last_checkpoint(folder) >= 2, kill_the_trial) as done:
-        result = swept(config)
+        result = run_sweep(config)
     assert done
     assert [trial.record.state for trial in result.trials] == ["finished", "failed"]
     cause = "its process was lost 1 times: killed, perhaps for its memory, or with its machine"
@@ -156,13 +164,13 @@ def test_a_trial_that_goes_on_is_not_judged_again_for_what_it_was(sweep_settings
     config = SweepConfig(
         train=TrainConfig(**sweep_settings), space=space, num_samples=1, max_concurrent_trials=1, resume=True
     )
-    first = swept(config)
+    first = run_sweep(config)
     assert {trial.record.state for trial in first.trials} == {"finished", "stopped"}
     by_index = {trial.record.index: trial for trial in first.trials}
     assert by_index[0].record.state == by_index[1].record.state == "finished"
     cut_off(by_index[0].folder, step=6)
     records.write_record(first.output_dir, replace(by_index[0].record, state="running"))
-    second = swept(config)
+    second = run_sweep(config)
     assert {trial.record.index: trial.record.state for trial in second.trials} == {
         trial.record.index: trial.record.state for trial in first.trials
     }
@@ -175,7 +183,7 @@ def test_another_driver_takes_over(sweep_settings: Settings) -> None:
     train = TrainConfig(**sweep_settings | {"max_train_steps": 100_000})
     take_over = when(lambda: bool(checkpoints(output_dir)), lambda: SweepLease(output_dir, "another").set())
     with take_over as done, pytest.raises(RunError, match="Another driver goes on with the sweep in "):
-        swept(SweepConfig(train=train, num_samples=2))
+        run_sweep(SweepConfig(train=train, num_samples=2))
     assert done
     assert (output_dir / ".sweep_id").read_text() == "another"
     assert set(states(output_dir)) == {"running"}
@@ -186,7 +194,7 @@ def test_another_driver_takes_over(sweep_settings: Settings) -> None:
 def test_all_trials_fail(sweep_settings: Settings) -> None:
     space = {"learning_rate": {"choice": [1e38]}}
     with pytest.raises(RunError, match=r"No trial has come to a validation\. The first cause: The .* diverged"):
-        swept(SweepConfig(train=TrainConfig(**sweep_settings), space=space, num_samples=2))
+        run_sweep(SweepConfig(train=TrainConfig(**sweep_settings), space=space, num_samples=2))
 
 
 def test_median_with_a_trial_that_diverges(sweep_settings: Settings) -> None:
@@ -200,7 +208,7 @@ def test_median_with_a_trial_that_diverges(sweep_settings: Settings) -> None:
         scheduler="median",
         trial_retries=1,
     )
-    result = swept(config)
+    result = run_sweep(config)
     found = {trial.record.settings["learning_rate"]: trial.record for trial in result.trials}
     states = {rate: record.state for rate, record in found.items()}
     assert states == {1e38: "failed", 1e-3: "finished", 2e-3: "finished", 4e-3: "finished", 0.2: "stopped"}

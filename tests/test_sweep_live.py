@@ -214,16 +214,17 @@ def test_many_trials_on_a_low_terminal(tmp_path: Path, monkeypatch: pytest.Monke
     ("columns", "names"),
     [
         (140, SCREEN.split("\n")[1]),
-        (100, "trial state learnin… lr_sche… proport… step val_loss loss gap (* … time"),
-        (80, "trial state learnin… lr_sche… proport… step val_loss gap (* …"),
-        (50, "trial state step val_loss gap (* …"),
+        (100, "trial state learning_ra… lr_scheduler proportion_… step val_loss loss gap time"),
+        (80, "trial state lr ls pep step val_loss gap time"),
+        (60, "trial state lr step val_loss gap"),
+        (45, "trial state step val_loss gap"),
         (24, "trial val_loss"),
         (4, "tr…"),
         (1, "…"),
     ],
 )
 def test_narrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int, names: str) -> None:
-    """First headings and settings are cut, then columns are left out."""
+    """First settings and their names are cut, then columns are left out."""
     lines = on_screen(monkeypatch, columns, some_trials(tmp_path), total_steps=200)
     assert len(lines) == 9
     assert lines[1].split() == names.split()

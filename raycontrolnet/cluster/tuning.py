@@ -54,7 +54,7 @@ def tune_environment() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def trial_config(trial: Any) -> dict[str, Any]:
+def config_of(trial: Any) -> dict[str, Any]:
     """Return the config of a trial. `Trial` is a developer interface, but all that Tune's callbacks get."""
     return dict(trial.config)
 

@@ -15,7 +15,7 @@ continues the next run there from it, with checkpoints that may be gone."""
 
 
 def remove_ray_records(output_dir: Path) -> None:
-    """Remove Ray Train's own records of a run from its folder: the checkpoints on disk are the only truth."""
+    """Remove Ray's own records from a run's or a sweep's folder: the checkpoints on disk are the only truth."""
     for name in RAY_RECORDS:
         (output_dir / name).unlink(missing_ok=True)
 

@@ -49,9 +49,9 @@ class PicturesConfig:
     def problems(self) -> Problems:
         if not self.images:
             yield "--images: required; the folder with the pictures"
-        elif self.folder.is_file():
+        elif Path(self.images).expanduser().is_file():
             yield problem_of(self, "images", "is a file; name the folder that it is in")
-        elif not self.folder.is_dir():
+        elif not Path(self.images).expanduser().is_dir():  # before it is resolved, which a loop of links is not
             yield problem_of(self, "images", "no such folder")
         elif self.out is None and not self.folder.name:
             yield "--out: required, as the pictures' folder has no name"

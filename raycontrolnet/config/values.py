@@ -25,7 +25,9 @@ def setting_types(config: type[Any]) -> Mapping[str, Any]:
 
 
 def check_settings(config: Any) -> None:
-    """Bring the settings of a new config to their types, and check that they can be run: a `__post_init__`.
+    """Bring the settings of a new config to their types, and check that they can be run.
+
+    The checks are the `problems` of its groups, in their order. Called in `__post_init__`.
 
     Raises:
         ConfigError: with every problem at once.

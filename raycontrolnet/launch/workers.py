@@ -119,9 +119,9 @@ def train_on_ray(
 def _running(
     run: CheckedRun, job: Job, world_size: int, stream: TextIO, callback: RunCallback | None
 ) -> Iterator[None]:
-    """Show progress, unless there is a callback; explain what ends the training early.
+    """Begin the run, and show its progress unless there is a callback.
 
-    That is the failure that a worker recorded, or else what Ray says.
+    An early end is explained by the failure that a worker recorded, or else by Ray's error.
     """
     total_updates, step = run.schedule(world_size, run.start).total_updates, run.start.step if run.start else 0
     scored = run.config.control_fidelity is not None

@@ -158,5 +158,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file with one per line; empty those that are cut short."""
+    """Return the records of a file with one per line; a line that is cut short gives an empty one."""
     return [_parsed(line, json.loads) for line in _text(path).split("\n")]

@@ -34,7 +34,7 @@ RECENT_UPDATES = 20
 DIM_STATES = ("waiting", "stopped", "failed", "interrupted")
 
 
-class TrialFollower:
+class TrialProgress:
     """Follows the updates of a trial in its metrics file."""
 
     def __init__(self, folder: Path):
@@ -96,7 +96,7 @@ class LiveTable:
         self._trials: Sequence[Trial] | None = None
         self._tabled: Sequence[Trial] | None = None
         self._tabled_at = self._started = time.monotonic()
-        self._followers: dict[int, TrialFollower] = {}
+        self._progress: dict[int, TrialProgress] = {}
         self._complained = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="sweep-table", daemon=True)
@@ -142,10 +142,12 @@ class LiveTable:
             self._trials = self._updates.get()
             for trial in self._trials:
                 index, state = trial.record.index, trial.record.state
-                news = state == "running" if known is None else state != known.get(index, "waiting")
-                if news and state != "waiting" and (state == "failed" or not self._screen.live):
-                    follower = self._followers.get(index)
-                    self._screen.say(event_of(trial, self.objective, follower.step if follower else None))
+                if state == "waiting" or (self._screen.live and state != "failed"):
+                    continue
+                # At the first look, trials that have ended are no news.
+                if state != known.get(index, "waiting") if known is not None else state == "running":
+                    progress = self._progress.get(index)
+                    self._screen.say(event_of(trial, self.objective, progress.step if progress else None))
 
     def _draw(self, last: bool) -> None:
         """Draw the table, or print it in a log if there is something new and it is time."""
@@ -164,10 +166,10 @@ class LiveTable:
         now = {}
         for trial in trials:
             index = trial.record.index
-            if trial.record.state == "running" and index not in self._followers:
-                self._followers[index] = TrialFollower(trial.folder)
-            if index in self._followers:
-                now[index] = self._followers[index].now(trial.record)
+            if trial.record.state == "running" and index not in self._progress:
+                self._progress[index] = TrialProgress(trial.folder)
+            if index in self._progress:
+                now[index] = self._progress[index].now(trial.record)
         return now
 
     def _header(self, trials: Sequence[Trial]) -> Text:

@@ -77,7 +77,7 @@ class TrialRecorder(NotPickled, tune.Callback):
         self._write(dataclasses.replace(self._timed(self._of(trial)), state="failed", cause=_cause(trial)))
 
     def _of(self, trial: Any) -> TrialRecord:
-        return self.trials[record_from(tuning.trial_config(trial)).index].record
+        return self.trials[record_from(tuning.config_of(trial)).index].record
 
     def _timed(self, record: TrialRecord) -> TrialRecord:
         """Add the time since the last call to `record`."""

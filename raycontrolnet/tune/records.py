@@ -20,7 +20,7 @@ import numpy as np
 from raycontrolnet.config.sweep_config import OBJECTIVES
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.report import run_history
-from raycontrolnet.report.run_history import RunHistory, number, read_json
+from raycontrolnet.report.run_history import RunHistory, number
 from raycontrolnet.storage.files import replacing
 from raycontrolnet.training import held_out
 from raycontrolnet.training.job import wait_for_driver
@@ -118,31 +118,42 @@ def read_records(sweep_dir: Path, *, skip_damaged: bool = False) -> list[TrialRe
 
     Raises:
         ConfigError: a trial.json is damaged, unless those are to be skipped.
+        OSError: one cannot be read, unless those are to be skipped.
     """
     records = []
     for file in sorted((sweep_dir / TRIALS_FOLDER).glob(f"*/{TRIAL_FILE}")):
-        if record := _record_of(read_json(file), file.parent.name):
-            records.append(record)
-        elif not skip_damaged:
-            raise ConfigError([f"{file}: is damaged; remove its folder, and that trial is trained anew"])
+        try:
+            records.append(_record_of(json.loads(file.read_text(encoding="utf-8")), file.parent.name))
+        except OSError:
+            if not skip_damaged:
+                raise
+        except ValueError as error:
+            if not skip_damaged:
+                problem = f"{file}: is damaged ({error}); remove its folder, and that trial is trained anew"
+                raise ConfigError([problem]) from error
     return sorted(records, key=lambda record: record.index)
 
 
-def _record_of(content: Mapping[str, Any], folder: str) -> TrialRecord | None:
-    """Return the usable part of a trial.json; None if it does not name the settings of the trial in `folder`."""
-    index, settings, cause = content.get("index"), content.get("settings"), content.get("cause")
+def _record_of(content: Any, folder: str) -> TrialRecord:
+    """Return the usable part of a trial.json.
+
+    Raises:
+        ValueError: it does not name the settings of the trial in `folder`.
+    """
+    found = content if isinstance(content, dict) else {}
+    index, settings, cause = found.get("index"), found.get("settings"), found.get("cause")
     if type(index) is not int or not isinstance(settings, dict) or folder != f"{index:04d}":
-        return None
-    seconds, started = number(content.get("seconds")), number(content.get("started"))
+        raise ValueError(f"it does not hold the settings of trial {folder}")
+    seconds, started = number(found.get("seconds")), number(found.get("started"))
     return TrialRecord(
         index=index,
         settings=settings,
-        state=state if (state := content.get("state")) in STATES else "interrupted",
+        state=state if (state := found.get("state")) in STATES else "interrupted",
         cause=None if cause is None else str(cause),
-        stopped_at=step if type(step := content.get("stopped_at")) is int else None,
+        stopped_at=step if type(step := found.get("stopped_at")) is int else None,
         seconds=seconds if 0 <= seconds < math.inf else 0.0,
         started=started if math.isfinite(started) else None,
-        attempts=attempts if type(attempts := content.get("attempts")) is int else 0,
+        attempts=attempts if type(attempts := found.get("attempts")) is int else 0,
     )
 
 

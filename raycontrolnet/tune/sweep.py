@@ -9,6 +9,7 @@ have found and train what is left.
 from __future__ import annotations
 
 import logging
+import shutil
 import signal
 import threading
 import time
@@ -33,6 +34,7 @@ from raycontrolnet.report.live_report import live_report
 from raycontrolnet.report.page import REPORT_FILE
 from raycontrolnet.text import counted, duration, one_line
 from raycontrolnet.tune.concurrency import trial_slots
+from raycontrolnet.tune.leaderboard import LEADERBOARD_FILE
 from raycontrolnet.tune.live import LiveTable
 from raycontrolnet.tune.plan import SweepPlan, plan_sweep, share
 from raycontrolnet.tune.recorder import TrialRecorder, mark_interrupted
@@ -49,11 +51,14 @@ from raycontrolnet.tune.records import (
 from raycontrolnet.tune.report.history import too_early
 from raycontrolnet.tune.report.sweep_report import write_report
 from raycontrolnet.tune.results import BEST_FOLDER, push_best, ranked_trials, write_results
+from raycontrolnet.tune.table import trial_table
 from raycontrolnet.tune.tuner import run_trials
 
 logger = logging.getLogger(__name__)
 
-LOG_FILE = "sweep.log"
+SWEEP_LOG = "sweep.log"
+MOST_SHOWN = 10
+"""Trials of a finished sweep that the terminal shows; leaderboard.csv has all."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def _sweep(config: SweepConfig, stream: TextIO) -> SweepResult:
     started = time.time()
     plan = plan_sweep(config, stream)
     lease = SweepLease(plan.sweep_dir, uuid.uuid4().hex)
-    with logging_to(plan.sweep_dir / LOG_FILE):
+    with logging_to(plan.sweep_dir / SWEEP_LOG):
         lease.set()
         with _recorded(plan, lease, started) as facts:
             _settle(plan)  # trials of a part that was killed
@@ -185,7 +190,7 @@ def _recorded(plan: SweepPlan, lease: SweepLease, started: float) -> Iterator[di
                 explained(
                     "The sweep",
                     partial(_how_to_go_on, plan),
-                    plan.sweep_dir / LOG_FILE,
+                    plan.sweep_dir / SWEEP_LOG,
                     unchanged=(UserError, RunError),
                 ),
                 _results_so_far(plan, facts),
@@ -242,8 +247,11 @@ def _finish(
     """Show the results, push the best if that is wanted, and return them."""
     best = next((trial for trial in trials if trial.record.name == facts["best"]), None)
     if not plan.num_left:  # else they are shown already
-        with _table(plan, stream) as table:
-            table.update(trials)
+        width = shutil.get_terminal_size().columns
+        for line in trial_table(trials[:MOST_SHOWN], plan.config.objective, {}, plan.total_updates, width):
+            stream.write(f"{line.plain}\n")
+        if len(trials) > MOST_SHOWN:
+            stream.write(f"... and {len(trials) - MOST_SHOWN} more in {LEADERBOARD_FILE}\n")
     if doubt := too_early(trials, plan.config.scheduler, plan.config.objective):
         stream.write(f"{doubt}\n")
     result = SweepResult(

@@ -19,7 +19,7 @@ UNKNOWN = "-"
 CONTROL = "*"
 """Marks a control gap that shows that the model obeys the control image."""
 LONGEST = (24, 12, 8)
-"""Widths of a heading or a setting in the table; the shorter ones are tried before columns are left out."""
+"""Widths of a setting in the table; the shorter ones are tried before columns are left out."""
 FORMATS = {"control_gap": ".2g", "control_fidelity": ".3f", "images_per_second": ".3g"}
 """Formats of the figures that are not shown with four decimals."""
 HEADINGS = {"control_gap": f"gap ({CONTROL} control)"}
@@ -56,7 +56,7 @@ def trial_table(
 ) -> list[Text]:
     """Return the headings, and a line per trial, at most `width` wide.
 
-    If there is too little room, headings and settings are cut, and then columns are left out.
+    If there is too little room, settings and their names are cut, then columns are left out.
 
     Args:
         trials: at least one, in the order of the lines.
@@ -66,12 +66,9 @@ def trial_table(
     settings = settings_of(trials)
     rows = [_row(trial, now.get(trial.record.index, LiveState()), settings, objective, total_steps) for trial in trials]
     columns = {name: [printable(HEADINGS.get(name, name)), *(row[name] for row in rows)] for name in rows[0]}
-    widths = {name: max(map(cell_len, cells)) for name, cells in columns.items()}
-    if width is not None:
-        least = {name: max(map(cell_len, cells[1:])) for name, cells in columns.items() if name not in settings}
-        others = ["loss", "time", "val_loss", *reversed(settings), "control_gap", "step", "state"]
-        left_out = [name for name in others if name != objective] + [objective]
-        widths = _fit(widths, least, left_out, width)
+    others = ["loss", "time", "val_loss", *reversed(settings), "control_gap", "step", "state"]
+    left_out = [name for name in others if name != objective] + [objective]
+    widths = _fit(columns, settings, left_out, width)
     lines = []
     for index in range(len(trials) + 1):
         cells = [Text(columns[name][index], overflow="ellipsis") for name in widths]
@@ -79,22 +76,49 @@ def trial_table(
             cell.align("left" if name in ("trial", "state", *settings) else "right", widths[name])
         line = Text(GAP).join(cells)
         line.rstrip()
-        line.truncate(line.cell_len if width is None else width, overflow="ellipsis")
+        if width is not None:
+            line.truncate(width, overflow="ellipsis")
         lines.append(line)
     return lines
 
 
-def _fit(widths: dict[str, int], least: Mapping[str, int], left_out: Sequence[str], width: int) -> dict[str, int]:
-    """Return the widths of the columns that have room."""
-    found = widths
+def _fit(
+    columns: dict[str, list[str]], settings: Sequence[str], left_out: Sequence[str], width: int | None
+) -> dict[str, int]:
+    """Return the widths of the columns that have room; shorten their headings if there is too little."""
+    widths = _widths(columns, settings)
+    if width is None or _total(widths) <= width:
+        return widths
+    columns["control_gap"][0] = "gap"
     for longest in LONGEST:
-        found = {name: max(min(wanted, longest), least.get(name, 0)) for name, wanted in widths.items()}
-        if _total(found) <= width:
-            return found
+        if _total(widths := _widths(columns, settings, longest)) <= width:
+            return widths
+    for name, initials in _initials(settings).items():
+        columns[name][0] = initials
+    widths = _widths(columns, settings, longest)
     for name in left_out:
-        if _total(found) > width:
-            del found[name]
-    return found
+        if _total(widths) > width:
+            del widths[name]
+    return widths
+
+
+def _widths(columns: Mapping[str, list[str]], settings: Sequence[str], longest: int | None = None) -> dict[str, int]:
+    """Return the width of each column; settings are at most `longest` wide, if their headings stay different."""
+    widths = {name: max(map(cell_len, cells)) for name, cells in columns.items()}
+    if longest is None:
+        return widths
+    cut = [columns[name][0][: longest - 1] for name in settings]
+    return widths | {
+        name: min(widths[name], longest if cut.count(start) == 1 else max(longest, cell_len(columns[name][0])))
+        for name, start in zip(settings, cut, strict=True)
+    }
+
+
+def _initials(settings: Sequence[str]) -> dict[str, str]:
+    """Return the settings whose initials are theirs alone, such as learning_rate -> lr."""
+    found = {name: "".join(word[:1] for word in name.split("_")) for name in settings if "_" in name.strip("_")}
+    taken = [*found.values(), *settings]
+    return {name: initials for name, initials in found.items() if taken.count(initials) == 1}
 
 
 def _total(widths: Mapping[str, int]) -> int:

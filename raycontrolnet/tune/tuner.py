@@ -63,7 +63,7 @@ def run_trials(plan: SweepPlan, shared: Shared, recorder: TrialRecorder) -> tune
                     num_samples=len(plan.begun) + len(plan.new_indices),
                     max_concurrent_trials=slots.at_a_time,
                     reuse_actors=True,
-                    trial_dirname_creator=lambda trial: record_from(tuning.trial_config(trial)).name,
+                    trial_dirname_creator=lambda trial: record_from(tuning.config_of(trial)).name,
                 ),
                 run_config=tune.RunConfig(
                     name=TRIALS_FOLDER,

@@ -120,7 +120,7 @@ def _points(trial: Trial, column: str) -> tuple[Column, Column]:
 
 
 def _objectives(history: SweepHistory) -> tuple[list[Trial], Column, float, float]:
-    """Return the trials with an objective, the worst first (later ones are drawn above them), it, and its range."""
+    """Return the trials with an objective, the worst first; their objectives; and the low and high end to draw."""
     trials = [trial for trial in reversed(history.trials) if math.isfinite(trial.value(history.objective))]
     values = np.array([trial.value(history.objective) for trial in trials], dtype=np.float64)
     best = history.best.value(history.objective) if history.best else math.nan  # must be visible
