@@ -266,5 +266,6 @@ def _finish(
     if plan.train.push_to_hub and best:
         stream.write(f"pushed to {push_best(plan, best)}\n")
     learned = f"the best is in {result.best_dir}" if best else "no trial has weights"
-    stream.write(f"done in {duration(result.seconds)}: {learned}; report in {plan.sweep_dir / REPORT_FILE}\n")
+    taken = duration(result.seconds) + (" altogether" if plan.records else "")  # with the parts before
+    stream.write(f"done in {taken}: {learned}; report in {plan.sweep_dir / REPORT_FILE}\n")
     return result
