@@ -24,7 +24,7 @@ from raycontrolnet import SweepConfig, TrainConfig, fit, sweep
 from raycontrolnet.errors import RunError
 from raycontrolnet.training import metrics
 from raycontrolnet.tune import records
-from raycontrolnet.tune.records import SweepLease
+from raycontrolnet.tune.lease import SweepLease
 
 pytestmark = pytest.mark.usefixtures("_local_ray")
 

@@ -47,11 +47,12 @@ class PicturesConfig:
         return Path(self.images).expanduser().resolve()
 
     def problems(self) -> Problems:
+        given = Path(self.images).expanduser()  # not resolved yet: a loop of links cannot be
         if not self.images:
             yield "--images: required; the folder with the pictures"
-        elif Path(self.images).expanduser().is_file():
+        elif given.is_file():
             yield problem_of(self, "images", "is a file; name the folder that it is in")
-        elif not Path(self.images).expanduser().is_dir():  # before it is resolved, which a loop of links is not
+        elif not given.is_dir():
             yield problem_of(self, "images", "no such folder")
         elif self.out is None and not self.folder.name:
             yield "--out: required, as the pictures' folder has no name"

@@ -36,9 +36,9 @@ def live_report(
 
     def update() -> None:
         nonlocal seen, next_at
-        with suppress(OSError, AttributeError):  # only Linux has priorities of threads
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
         if time.monotonic() >= next_at and (state := _state(output_dir, files)) != seen:
+            with suppress(OSError, AttributeError):  # only Linux has priorities of threads
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
             seen, started = state, time.monotonic()
             _write(output_dir, write)
             now = time.monotonic()

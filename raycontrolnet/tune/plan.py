@@ -19,8 +19,9 @@ from raycontrolnet.errors import ConfigError
 from raycontrolnet.launch.preflight import CheckedRun, check, choose_latents, ensure_latents
 from raycontrolnet.tune import checks
 from raycontrolnet.tune.concurrency import TrialSlots
+from raycontrolnet.tune.lease import SweepLease
 from raycontrolnet.tune.recorder import mark_interrupted
-from raycontrolnet.tune.records import SweepLease, TrialRecord, read_records, read_sweep
+from raycontrolnet.tune.records import TrialRecord, read_records, read_sweep
 from raycontrolnet.tune.trial import Shared, cache_key
 
 

@@ -17,8 +17,9 @@ from raycontrolnet.errors import RunError, UserError, root_cause
 from raycontrolnet.report.run_history import read_json
 from raycontrolnet.text import one_line
 from raycontrolnet.training.status import STATUS_FILE
+from raycontrolnet.tune.lease import SweepLease
 from raycontrolnet.tune.live import LiveTable
-from raycontrolnet.tune.records import SweepLease, Trial, TrialRecord, folder_of, read_trial, write_record
+from raycontrolnet.tune.records import Trial, TrialRecord, folder_of, read_trial, write_record
 from raycontrolnet.tune.trial import record_from
 
 logger = logging.getLogger(__name__)

@@ -35,13 +35,13 @@ from raycontrolnet.report.page import REPORT_FILE
 from raycontrolnet.text import counted, duration, one_line
 from raycontrolnet.tune.concurrency import trial_slots
 from raycontrolnet.tune.leaderboard import LEADERBOARD_FILE
+from raycontrolnet.tune.lease import SweepLease
 from raycontrolnet.tune.live import LiveTable
 from raycontrolnet.tune.plan import SweepPlan, plan_sweep, share
 from raycontrolnet.tune.recorder import TrialRecorder, mark_interrupted
 from raycontrolnet.tune.records import (
     TRIAL_FILE,
     TRIALS_FOLDER,
-    SweepLease,
     Trial,
     read_records,
     read_sweep,

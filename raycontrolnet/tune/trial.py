@@ -27,7 +27,8 @@ from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.training.job import RunStopped
 from raycontrolnet.training.status import RunStatus
 from raycontrolnet.tune.concurrency import TrialSlots
-from raycontrolnet.tune.records import Report, SweepLease, TrialRecord, folder_of, read_reports
+from raycontrolnet.tune.lease import SweepLease
+from raycontrolnet.tune.records import Report, TrialRecord, folder_of, read_reports
 from raycontrolnet.tune.trial_function import TuneCallback
 
 logger = logging.getLogger(__name__)

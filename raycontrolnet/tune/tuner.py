@@ -11,9 +11,10 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
 from raycontrolnet.cluster import tuning
 from raycontrolnet.cluster.worker import remove_ray_records
+from raycontrolnet.tune.lease import SweepLease
 from raycontrolnet.tune.plan import SweepPlan
 from raycontrolnet.tune.recorder import NotPickled, TrialRecorder
-from raycontrolnet.tune.records import TRIALS_FOLDER, SweepLease
+from raycontrolnet.tune.records import TRIALS_FOLDER
 from raycontrolnet.tune.searcher import searcher_of
 from raycontrolnet.tune.trial import REPLAYED, Shared, record_from, run_trial
 from raycontrolnet.tune.trial_function import trial_function
