@@ -7,41 +7,25 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from processes import ctrl_c, kill_a_train_worker, last_step, processes_of_session, wait_for, when
 from reference import write_trained_controlnet
-from safetensors.torch import load_file
+from runs import Settings, column, run, weights
 
-from raycontrolnet import TrainConfig, fit
+from raycontrolnet import TrainConfig
 from raycontrolnet.config.train_config import public_settings
 from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.errors import ConfigError, RunError, UserError
-from raycontrolnet.training import held_out, metrics
+from raycontrolnet.training import held_out
 
 pytestmark = pytest.mark.usefixtures("_local_ray")
-
-Settings = dict[str, Any]
 
 
 @pytest.fixture
 def settings(tiny_settings: Settings) -> Settings:
     return tiny_settings | {"num_workers": "1", "cpus_per_worker": 1.0}
-
-
-def run(settings: Settings, output_dir: Path, **changes: Any) -> Path:
-    fit(TrainConfig(**{**settings, "output_dir": str(output_dir), **changes}))
-    return output_dir
-
-
-def column(output_dir: Path, name: str) -> list[float]:
-    return [record[name] for record in metrics.read(output_dir / metrics.METRICS_FILE)]
-
-
-def weights(output_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(output_dir / "diffusion_pytorch_model.safetensors")
 
 
 def assert_same_run(one: Path, other: Path) -> None:

@@ -7,20 +7,18 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from processes import kill_9
-from runs import flags
+from runs import Settings, flags, losses, run
 
-from raycontrolnet import TrainConfig, fit, prepare
+from raycontrolnet import TrainConfig, prepare
 from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.errors import RunError, UserError
 from raycontrolnet.latents.manifest import SHARD_ROWS
 
 pytestmark = pytest.mark.usefixtures("_local_ray")
 
-Settings = dict[str, Any]
 NUM_SHARDS = 20
 
 
@@ -39,21 +37,12 @@ def shards_in(folder: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(folder).glob("*.arrow")}
 
 
-def losses(output_dir: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def run(settings: Settings, output_dir: Path, **changed: Any) -> list[float]:
-    fit(TrainConfig(**settings | {"output_dir": str(output_dir)} | changed), stream=io.StringIO())
-    return losses(output_dir)
-
-
 def test_two_workers_learn_from_the_cache_what_one_does(settings: Settings, tmp_path: Path) -> None:
     changed = {"max_train_steps": 8, "checkpointing_steps": 100, "proportion_empty_prompts": 0.3}
-    one = run(settings, tmp_path / "one", **changed)
-    two = run(settings, tmp_path / "two", **changed, num_workers="2", train_batch_size=2)
-    here = run(settings, tmp_path / "here", **changed, num_workers="0")
-    pixels = run(settings, tmp_path / "pixels", **changed, cache_latents="off", num_workers="0")
+    one = losses(run(settings, tmp_path / "one", **changed))
+    two = losses(run(settings, tmp_path / "two", **changed, num_workers="2", train_batch_size=2))
+    here = losses(run(settings, tmp_path / "here", **changed, num_workers="0"))
+    pixels = losses(run(settings, tmp_path / "pixels", **changed, cache_latents="off", num_workers="0"))
     assert two == pytest.approx(one, rel=0, abs=1e-5)
     assert here == pytest.approx(one, rel=0, abs=1e-5)
     assert pixels == pytest.approx(one, rel=1e-3)
@@ -81,7 +70,7 @@ def test_bad_samples_are_listed_and_the_rest_is_there(settings: Settings, tmp_pa
     settings["train_data_dir"] = str(data)
     with pytest.raises(UserError, match=r"metadata.jsonl:3, conditioning image: .* is empty\n1 of 13 samples cannot"):
         run(settings, tmp_path / "out")
-    assert len(run(settings | {"on_bad_sample": "skip", "max_bad_fraction": 0.1}, tmp_path / "out")) == 4
+    assert len(losses(run(settings | {"on_bad_sample": "skip", "max_bad_fraction": 0.1}, tmp_path / "out"))) == 4
 
 
 def test_a_vae_that_cannot_be_loaded_is_the_users_to_mend(settings: Settings, tiny_base: Path, tmp_path: Path) -> None:

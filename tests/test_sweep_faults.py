@@ -9,14 +9,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from processes import ctrl_c, wait_for, when, workers_called
+from processes import ctrl_c, kill_9, wait_for, when, workers_called
 from sweep_trials import losses
 from sweeps import check_leaderboard, leaderboard, run_sweep, trial_processes
 
@@ -62,14 +60,7 @@ def test_the_driver_is_killed(sweep_settings: Settings, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     disturbed = Path(sweep_settings["output_dir"])
     command = tune_command(flags)
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment)
-    try:
-        wait_for(lambda: "finished" in states(disturbed) and "running" in states(disturbed), timeout_s=120)
-    finally:
-        for child in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
-            with suppress(psutil.Error):
-                child.kill()
-        process.communicate()
+    kill_9(command, lambda: "finished" in states(disturbed) and "running" in states(disturbed))
     finished = [record for record in records.read_records(disturbed) if ran_to_its_end(disturbed, record)]
     before = {record.index: (records.folder_of(disturbed, record) / "run.json").read_bytes() for record in finished}
     again = subprocess.run([*command, "--resume"], check=True, capture_output=True, text=True, env=environment)

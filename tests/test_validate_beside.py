@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from processes import kill_a_train_worker, last_step, when, workers_called
+from runs import Settings, losses, run
 
-from raycontrolnet import TrainConfig, fit
 from raycontrolnet.cluster.resources import share_out, worker_resources
 from raycontrolnet.config.settings import ClusterConfig
-from raycontrolnet.training import metrics
 
-Settings = dict[str, Any]
 GPU_BOX = {"CPU": 16, "GPU": 4, "accelerator_type:H100": 1}
 
 
@@ -35,18 +31,9 @@ def settings(tiny_settings: Settings, circles: Path) -> Settings:
     }
 
 
-def run(settings: Settings, output_dir: Path, **changed: Any) -> Path:
-    fit(TrainConfig(**settings | {"output_dir": str(output_dir)} | changed), stream=io.StringIO())
-    return output_dir
-
-
 def images(output_dir: Path) -> dict[str, bytes]:
     folder = output_dir / "validation"
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.png")}
-
-
-def losses(output_dir: Path) -> list[float]:
-    return [record["loss"] for record in metrics.read(output_dir / metrics.METRICS_FILE)]
 
 
 @pytest.mark.usefixtures("_local_ray")
