@@ -71,11 +71,15 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[-1].strip() if lines else 'no message'}"
 
 
-def shorten(problems: Sequence[str], what: str) -> list[str]:
-    """Return the first few of `problems`, and the number of all if there are more; `what` names their kind."""
+def shorten(problems: Sequence[str], what: str, total: int | None = None) -> list[str]:
+    """Return the first few of `problems`, and the number of all if there are more; `what` names their kind.
+
+    Args:
+        total: number of all, if not all are given.
+    """
     if len(problems) <= SHOWN_PROBLEMS:
         return list(problems)
-    return [*problems[:SHOWN_PROBLEMS], f"... {len(problems):,} {what} in all"]
+    return [*problems[:SHOWN_PROBLEMS], f"... {total or len(problems):,} {what} in all"]
 
 
 def perhaps(word: str, known: Iterable[str]) -> str:

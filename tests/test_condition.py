@@ -251,7 +251,7 @@ def test_pictures_that_cannot_be_used_fail_at_the_end_or_are_left_out(
     assert main(["condition", *flags(images=photos, condition="canny", resolution=RESOLUTION)]) == 2
     message = capsys.readouterr().err
     assert f"error: {photos / 'more' / 'deep.png'} is empty\n" in message
-    assert f"{photos / 'wide.JPG'} is not an image in a format that Pillow reads\n" in message
+    assert f"{photos / 'wide.JPG'} is not an image in a format that is read (PNG, " in message
     assert message.endswith(
         "2 of 4 pictures cannot be used: repair or remove them, or leave them out with --on_bad_sample skip. "
         "The conditioning images of the others are made\n"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import struct
+import subprocess
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +24,8 @@ from raycontrolnet.data.stream import BatchLoader, PixelRows
 from raycontrolnet.data.transforms import (
     CONDITIONING_BACKGROUND,
     IMAGE_BACKGROUND,
+    IMAGE_FORMATS,
+    MAX_IMAGE_BYTES,
     choose_prompt,
     decode_rgb,
     resize_and_crop,
@@ -261,7 +265,7 @@ HUGE = HUGE[: _START + 17] + struct.pack(">I", zlib.crc32(HUGE[_START : _START +
     ("data", "reason"),
     [
         (b"", "p: image of 0 bytes is empty"),
-        (b"<html>Not Found</html>", "p: image of 22 bytes is not an image in a format that Pillow reads"),
+        (b"<html>Not Found</html>", "p: image of 22 bytes is not an image in a format that is read"),
         (
             encoded(Image.fromarray(NOISE))[:5000],
             "p: image of 5,000 bytes is broken or truncated (image file is truncated",
@@ -291,11 +295,35 @@ def test_paths(tmp_path: Path) -> None:
     assert decode_rgb(str(path), background=BACKGROUND).getpixel((0, 0)) == ORANGE
     with pytest.raises(DataError, match=r"^data:3: .*missing\.png: no such file$"):
         decode_rgb(str(tmp_path / "missing.png"), background=BACKGROUND, place="data:3")
-    with pytest.raises(DataError, match=r"cannot be read \(Is a directory\)$"):
+    with pytest.raises(DataError, match=r"is no file, but a folder$"):
         decode_rgb(str(tmp_path), background=BACKGROUND)
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(DataError, match=r"pipe\.png: is no file, but a named pipe$"):  # and does not wait for a writer
+        decode_rgb(str(tmp_path / "pipe.png"), background=BACKGROUND)
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=r"zero\.png: is no file, but a device$"):
+        decode_rgb(str(tmp_path / "zero.png"), background=BACKGROUND)
+    with (tmp_path / "long.png").open("wb") as file:
+        file.truncate(MAX_IMAGE_BYTES + 1)
+    with pytest.raises(DataError, match=r"long\.png: has 1 GB, more than the 1 GB that an image may have$"):
+        decode_rgb(str(tmp_path / "long.png"), background=BACKGROUND)
     path.write_bytes(b"")
     with pytest.raises(DataError, match=r"a\.png is empty$"):
         decode_rgb(str(path), background=BACKGROUND)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "PCX"])
+def test_other_formats_are_not_tried(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(Image.new("RGB", (8, 8), ORANGE), kind)
+    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("a program was started"))
+    with pytest.raises(DataError, match=r"is not an image in a format that is read \(PNG, JPEG, .*\)$"):
+        decode_rgb(data, background=BACKGROUND)
+
+
+@pytest.mark.parametrize("kind", IMAGE_FORMATS)
+def test_formats_that_are_read(kind: str) -> None:
+    data = encoded(Image.new("RGB", (64, 64), ORANGE), kind)
+    assert np.abs(decoded(data).astype(int) - ORANGE).max() <= 12
 
 
 # width, height, resolution -> the resized size and crop offset (left, top), by hand from torchvision's rule

@@ -11,7 +11,7 @@ from typing import Any
 from raycontrolnet.conditions.folder import CONDITIONING, JOURNAL, ConditionFolder
 from raycontrolnet.config.condition_config import PicturesConfig
 from raycontrolnet.data.columns import find_column, read_captions
-from raycontrolnet.data.folder_source import METADATA_FILES, metadata_rows, read_path
+from raycontrolnet.data.metadata_file import METADATA_FILES, metadata_rows, read_path
 from raycontrolnet.errors import DataError
 from raycontrolnet.text import shorten
 

@@ -1,12 +1,10 @@
-"""Columns of a data set, and checks of the files that they name."""
+"""Columns of a data set."""
 
 from __future__ import annotations
 
 import difflib
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from raycontrolnet.config.settings import DataConfig
@@ -98,31 +96,3 @@ def read_captions(value: Any) -> tuple[str, ...]:
 def kind_name(value: Any) -> str:
     """Return JSON's word for the type of `value`, with an article."""
     return _KIND_NAMES.get(type(value), type(value).__name__)
-
-
-def missing_files(root: str, paths: Iterable[str]) -> Iterator[tuple[int, str]]:
-    """Yield (index, path) of the `paths`, relative to `root` or absolute, that do not exist; "" is no path and passes.
-
-    Lists each folder once: a system call per file takes minutes for a million files on a network disk.
-    """
-    listings: dict[str, frozenset[str]] = {}
-    for index, path in enumerate(paths):
-        cut = path.rfind("/") + 1
-        folder, name = path[:cut], path[cut:]
-        if folder not in listings:
-            try:
-                with os.scandir(Path(root, folder)) as entries:
-                    listings[folder] = frozenset(entry.name for entry in entries)
-            except OSError:
-                listings[folder] = frozenset()
-        # names are listed as they were made; file systems that ignore case or Unicode forms may find others too
-        if path and name not in listings[folder] and not (listings[folder] and Path(root, path).exists()):
-            yield index, path
-
-
-def file_bytes(root: str, path: str) -> int | None:
-    """Return the size of the file `path`, relative to `root` or absolute; None if it cannot be seen."""
-    try:
-        return Path(root, path).stat().st_size
-    except (OSError, ValueError):
-        return None

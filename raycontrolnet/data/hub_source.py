@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raycontrolnet.config.settings import DataConfig
-from raycontrolnet.data.columns import Columns, file_bytes, find_columns, missing_files, read_captions
+from raycontrolnet.data.columns import Columns, find_columns, read_captions
+from raycontrolnet.data.paths import embedded_image, file_identity, missing_files, missing_reason, shown_path
 from raycontrolnet.data.records import ImageRow
 from raycontrolnet.errors import DataError
-from raycontrolnet.text import error_message, shorten
+from raycontrolnet.text import SHOWN_PROBLEMS, error_message, shorten
 
 if TYPE_CHECKING:
     import datasets
@@ -91,11 +92,17 @@ class HubSource:
         for column in (self.columns.image, self.columns.conditioning_image, self.columns.caption):
             if empty := table.column(column).null_count:
                 yield f"{self.location.shown}: {column} is null in {empty:,} of {len(dataset):,} rows"
-        missing = []
-        for column in (self.columns.image, self.columns.conditioning_image):
-            for index, path in missing_files(self.location.folder, _paths(table.column(column))):
-                missing.append((index, f"{self.location.shown}, row {index}: {column} {path}: no such file"))
-        yield from shorten([problem for _, problem in sorted(missing)], "files are missing")
+        folder = self.location.folder
+        missing = sorted(
+            (row, column, path)
+            for column in (self.columns.image, self.columns.conditioning_image)
+            for row, path in missing_files(folder, _paths(table.column(column)))
+        )
+        reasons = [
+            f"{self.location.shown}, row {row}: {column} {shown_path(path)}: {missing_reason(folder, path)}"
+            for row, column, path in missing[: SHOWN_PROBLEMS + 1]
+        ]
+        yield from shorten(reasons, "files are missing", len(missing))
 
     def fingerprint(self) -> str:
         """Return a hash of the name (of a Hub data set; a local one may move), size and columns, and of a few rows."""
@@ -136,7 +143,11 @@ class HubSource:
         if isinstance(value, dict):
             value = value["bytes"] if value["bytes"] is not None else value["path"]
         if isinstance(value, str) and value:
-            return str(Path(self.location.folder, value))
+            try:
+                embedded = embedded_image(value)
+            except ValueError as error:
+                raise DataError(f"{place} {error}") from None
+            return str(Path(self.location.folder, value)) if embedded is None else embedded
         if isinstance(value, bytes):
             return value
         raise DataError(f"{place} is empty")
@@ -269,7 +280,8 @@ def _image_identity(cell: pa.Scalar, folder: str) -> tuple[str | None, int | Non
     if isinstance(data, (pa.BinaryScalar, pa.LargeBinaryScalar)) and data.is_valid:
         return path and Path(path).name, len(data.as_buffer())
     path = path if isinstance(cell, pa.StructScalar) else cell.as_py()
-    return path and Path(path).name, file_bytes(folder, path or "")
+    name, num_bytes = file_identity(folder, path or "")
+    return name and Path(name).name, num_bytes
 
 
 def _paths(column: Any) -> Iterator[str]:

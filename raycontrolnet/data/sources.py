@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Protocol
 
 from raycontrolnet.config.settings import DataConfig
-from raycontrolnet.data.folder_source import METADATA_FILES, has_metadata, open_folder
+from raycontrolnet.data.folder_source import has_metadata, open_folder
 from raycontrolnet.data.hub_source import open_dataset
+from raycontrolnet.data.joined_source import JoinedSource
+from raycontrolnet.data.metadata_file import METADATA_FILES
+from raycontrolnet.data.paired_folder import CONDITIONING_FOLDERS, IMAGES, conditioning_folder, open_pairs
 from raycontrolnet.data.records import ImageRow
 from raycontrolnet.errors import DataError
 
 _DATASETS_FILES = ("*.parquet", "*/*.parquet", "*.arrow", "state.json", "dataset_dict.json")
 """Files of a folder that `datasets` reads, other than a metadata file."""
+_ARCHIVES = frozenset((".tar", ".zip", ".gz", ".tgz", ".7z", ".rar"))
 _SHOWN_ENTRIES = 5
 
 
@@ -48,7 +52,8 @@ def open_source(
 ) -> Source:
     """Open the source that `data` asks for, and check it with `Source.problems`.
 
-    A local folder with a metadata file is read in the same way whichever flag names it; `datasets` reads the rest.
+    A local folder with a metadata file, or with images that pair by name, is read in the same way whichever flag names
+    it; so are folders of such folders. `datasets` reads the rest.
 
     Args:
         token: for private data sets on the Hub, if this machine is not logged in.
@@ -71,27 +76,40 @@ def _open(data: DataConfig, cache_dir: str | None, token: str | None) -> Source:
         if not Path(folder).is_dir():
             is_file = Path(folder).exists()
             raise DataError(f"{shown}: {'is a file; name the folder that it is in' if is_file else 'no such folder'}")
-        if has_metadata(folder):
-            return open_folder(folder, data)
+        if (source := _open_files(folder, data)) is not None:
+            return source
         if not any(any(Path(folder).glob(pattern)) for pattern in _DATASETS_FILES):
             raise DataError(f"{shown}: {_what_is_expected(folder)}")
         return open_dataset(shown, folder, data, cache_dir, token)
     if data.dataset_name is None:
         raise DataError("--train_data_dir, --dataset_name: give one of them")
-    if data.dataset_config_name is None and has_metadata(data.dataset_name):
-        return open_folder(data.dataset_name, data)
+    if data.dataset_config_name is None and (source := _open_files(data.dataset_name, data)) is not None:
+        return source
     return open_dataset(f"--dataset_name={data.dataset_name}", data.dataset_name, data, cache_dir, token)
+
+
+def _open_files(folder: str, data: DataConfig) -> Source | None:
+    """Open the images and texts of `folder`; None if it has none in a layout that is read without `datasets`."""
+    if has_metadata(folder):
+        return open_folder(folder, data)
+    if not Path(folder).is_dir() or any(any(Path(folder).glob(pattern)) for pattern in _DATASETS_FILES):
+        return None
+    if conditioning_folder(folder):
+        return open_pairs(folder)
+    parts = [entry for entry in sorted(Path(folder).iterdir()) if entry.is_dir() and has_metadata(str(entry))]
+    return JoinedSource(tuple(open_folder(str(part), data) for part in parts)) if parts else None
 
 
 def _what_is_expected(folder: str) -> str:
     entries = sorted(Path(folder).iterdir())
-    inner = next((entry for entry in entries if has_metadata(str(entry))), None)
-    if inner is not None:
-        return f"has no {METADATA_FILES[0]}; perhaps you meant --train_data_dir={inner}"
     holds = ", ".join(entry.name for entry in entries[:_SHOWN_ENTRIES]) or "nothing"
     more = f" and {len(entries) - _SHOWN_ENTRIES:,} more" if len(entries) > _SHOWN_ENTRIES else ""
+    archive = next((entry for entry in entries if entry.suffix in _ARCHIVES), None)
+    advice = f". {archive.name} is an archive: unpack it there" if archive else ""
     return (
         f"has no {METADATA_FILES[0]}, one line per image such as "
         '{"image": "images/1.png", "conditioning_image": "edges/1.png", "text": "a caption"}; '
-        f"also read are {', '.join(METADATA_FILES[1:])} and data sets in parquet. It holds: {holds}{more}"
+        f"also read are {', '.join(METADATA_FILES[1:])}, data sets in parquet, and {IMAGES}/ and "
+        f"{CONDITIONING_FOLDERS[0]}/ whose files pair by name, with captions in {IMAGES}/NAME.txt. "
+        f"It holds: {holds}{more}{advice}"
     )

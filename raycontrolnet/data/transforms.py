@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import io
+import stat
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from raycontrolnet.data.records import ImageRow, UInt8Image
 from raycontrolnet.errors import DataError
-from raycontrolnet.text import error_message
+from raycontrolnet.text import error_message, file_size
 
 # Pillow warns of odd metadata and of sizes that are fine here. `catch_warnings` would not be safe in threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -36,6 +37,18 @@ CONDITIONING_BACKGROUND: Colour = (0, 0, 0)
 
 MAX_ASPECT_RATIO = 100
 """Limit of long side to short side: a longer picture is a broken file, and would fill gigabytes when resized."""
+
+Image.init()
+IMAGE_FORMATS = tuple(
+    name
+    for name in ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM", "TGA", "JPEG2000")
+    if name in Image.OPEN
+)
+"""Pillow's names of the formats that photographs and maps come in (JPEG: also MPO, of phones). Others are refused
+unread: some start programs, as Ghostscript for EPS, whatever the file's name says."""
+
+MAX_IMAGE_BYTES = 1_000_000_000
+"""Limit of an image file: what is longer is none, and would fill the memory of the loading tasks."""
 
 _GREY_LEVEL = {"L;2": 85, "L;4": 17}
 _UNMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
@@ -56,7 +69,7 @@ def decode_rgb(image: bytes | str, *, background: Colour, place: str = "") -> Im
     if not data:
         raise DataError(f"{name} is empty")
     try:
-        opened = Image.open(io.BytesIO(data))
+        opened = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         _scale_transparent_colour(opened)
         opened.load()
         _turn_upright(opened)
@@ -64,7 +77,7 @@ def decode_rgb(image: bytes | str, *, background: Colour, place: str = "") -> Im
     except Image.DecompressionBombError as error:
         raise DataError(f"{name} is too large to be decoded safely ({error_message(error)})") from None
     except UnidentifiedImageError:
-        raise DataError(f"{name} is not an image in a format that Pillow reads") from None
+        raise DataError(f"{name} is not an image in a format that is read ({', '.join(IMAGE_FORMATS)})") from None
     except Exception as error:  # noqa: BLE001 - decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise DataError(f"{name} is broken or truncated ({error_message(error)})") from None
     if max(rgb.size) > MAX_ASPECT_RATIO * min(rgb.size):
@@ -155,11 +168,24 @@ def prepare_images(row: ImageRow, resolution: int) -> tuple[UInt8Image, UInt8Ima
 
 def _read_file(path: str, prefix: str) -> bytes:
     try:
+        found = Path(path).stat()
+        if not stat.S_ISREG(found.st_mode):  # opening a named pipe waits, reading a device never ends
+            raise DataError(f"{prefix}{path}: is no file, but {_kind_of_file(found.st_mode)}")
+        if found.st_size > MAX_IMAGE_BYTES:
+            raise DataError(
+                f"{prefix}{path}: has {file_size(found.st_size)}, more than the {file_size(MAX_IMAGE_BYTES)} that an "
+                "image may have"
+            )
         return Path(path).read_bytes()
     except FileNotFoundError:
         raise DataError(f"{prefix}{path}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise DataError(f"{prefix}{path}: cannot be read ({error_message(error)})") from None
+
+
+def _kind_of_file(mode: int) -> str:
+    kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
+    return next((name for is_kind, name in kinds if is_kind(mode)), "a device")
 
 
 def _turn_upright(image: Image.Image) -> None:

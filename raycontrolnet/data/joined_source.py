@@ -1,0 +1,55 @@
+"""Several folders of rows as one source."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, groupby
+
+from raycontrolnet.data.folder_source import FolderSource
+from raycontrolnet.data.records import ImageRow
+
+
+@dataclass(frozen=True)
+class JoinedSource:
+    """The rows of `parts`, one after the other; see `Source` for the methods."""
+
+    parts: tuple[FolderSource, ...]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def read(self, row: int) -> ImageRow:
+        """Return row 0 <= `row` < len; opens no file.
+
+        Raises:
+            DataError: if the row cannot be used.
+        """
+        part, own = self._part(row)
+        return self.parts[part].read(own)
+
+    def problems(self) -> Iterator[str]:
+        """Yield the problems of all parts."""
+        for part in self.parts:
+            yield from part.problems()
+
+    def fingerprint(self) -> str:
+        """Return a hash of those of the parts."""
+        return hashlib.sha256("".join(part.fingerprint() for part in self.parts).encode()).hexdigest()[:16]
+
+    def identities(self, rows: Sequence[int]) -> Iterator[str]:
+        """See `Source.identities`. Files of one name in two folders differ by their place among the rows."""
+        for part, places in groupby(map(self._part, rows), key=lambda place: place[0]):
+            yield from self.parts[part].identities([own for _, own in places])
+
+    @cached_property
+    def _ends(self) -> tuple[int, ...]:
+        return tuple(accumulate(len(part) for part in self.parts))
+
+    def _part(self, row: int) -> tuple[int, int]:
+        """Return (index of the part, row in it)."""
+        part = bisect_right(self._ends, row)
+        return part, row - (self._ends[part - 1] if part else 0)

@@ -1,0 +1,108 @@
+"""Images as a data set's cells name them: paths, or the bytes themselves as base64."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+_BASE64_HEADS = ("iVBORw0KGgo", "/9j/", "UklGR", "R0lGOD")
+"""First letters of a PNG, JPEG, WebP and GIF file in base64."""
+_BASE64_LETTERS = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+_SHORTEST_BASE64 = 64
+_LONGEST_SHOWN = 120
+
+
+def embedded_image(text: str) -> bytes | None:
+    """Return the image that `text` holds: a `data:` URI, or an image file in base64; None if it is a path.
+
+    Raises:
+        ValueError: if it is a `data:` URI that cannot be decoded.
+    """
+    if not _is_embedded(text):
+        return None
+    head, comma, data = text.partition(",")
+    try:
+        if not text.startswith("data:"):
+            data = text
+        elif not (comma and head.endswith(";base64")):
+            raise ValueError("is a data: URI, but not in base64")
+        return base64.b64decode(data)
+    except binascii.Error as error:
+        raise ValueError(f"holds base64 that cannot be decoded ({error})") from None
+
+
+def _is_embedded(text: str) -> bool:
+    if text.startswith("data:"):
+        return True
+    long = len(text) >= _SHORTEST_BASE64 and text.startswith(_BASE64_HEADS)
+    return long and _BASE64_LETTERS.fullmatch(text) is not None
+
+
+def shown_path(path: str) -> str:
+    """Return `path` for a message, cut in the middle if it is long."""
+    half = _LONGEST_SHOWN // 2
+    return path if len(path) <= _LONGEST_SHOWN else f"{path[:half]}...{path[-half:]}"
+
+
+def missing_files(root: str, paths: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """Yield (index, path) of the `paths`, relative to `root` or absolute, that do not exist.
+
+    "" and embedded images are no paths and pass. Lists each folder once: a system call per file takes minutes for a
+    million files on a network disk.
+    """
+    listings: dict[str, frozenset[str]] = {}
+    for index, path in enumerate(paths):
+        if not path or _is_embedded(path):
+            continue
+        cut = path.rfind("/") + 1
+        folder, name = path[:cut], path[cut:]
+        if folder not in listings:
+            try:
+                with os.scandir(Path(root, folder)) as entries:
+                    listings[folder] = frozenset(entry.name for entry in entries)
+            except (OSError, ValueError):
+                listings[folder] = frozenset()
+        # names are listed as they were made; file systems that ignore case or Unicode forms may find others too
+        if name not in listings[folder] and not (listings[folder] and _exists(Path(root, path))):
+            yield index, path
+
+
+def missing_reason(root: str, path: str) -> str:
+    """Return that a path, relative to `root` or absolute, leads nowhere, and what it seems to be instead."""
+    here, archive = Path(path), Path(root, f"{Path(path).parts[0]}.zip")
+    if re.match(r"[A-Za-z]:[\\/]", path):
+        return "no such file: it is a path of Windows, of another machine; write it relative to the metadata file"
+    if "\\" in path and _exists(Path(root, path.replace("\\", "/"))):
+        return "no such file: it is there with / in place of \\; write it so"
+    if _exists(archive):
+        return f"no such file: unzip {archive} there"
+    if not here.is_absolute() and _exists(here):
+        return f"no such file: paths begin at {root}, and this one at the working directory"
+    return "no such file"
+
+
+def file_identity(root: str, text: str) -> tuple[str, int | None]:
+    """Return (path, bytes) of the file `text`, relative to `root` or absolute; for an embedded image its hash."""
+    if _is_embedded(text):
+        return hashlib.sha256(text.encode()).hexdigest()[:32], len(text)
+    return text, file_bytes(root, text)
+
+
+def file_bytes(root: str, path: str) -> int | None:
+    """Return the size of the file `path`, relative to `root` or absolute; None if it cannot be seen."""
+    try:
+        return Path(root, path).stat().st_size
+    except (OSError, ValueError):
+        return None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that is too long, or holds a NUL
+        return False
