@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import io
 import json
 import os
 import re
@@ -19,7 +21,7 @@ from runs import contents
 
 from raycontrolnet import train_controlnet
 from raycontrolnet.config.train_config import TrainConfig
-from raycontrolnet.errors import ConfigError, RunError
+from raycontrolnet.errors import ConfigError, RunError, UserError
 from raycontrolnet.launch.fit import fit
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.checkpoint import Checkpoint
@@ -96,6 +98,10 @@ def test_a_checkpoint(tmp_path: Path) -> None:
         "seed": 7,
         "run_id": RUN,
         "files": {"controlnet/weights.safetensors": 10240, "training_state.pt": 7},
+        "sha256": {
+            "controlnet/weights.safetensors": hashlib.sha256(bytes(range(256)) * 40).hexdigest(),
+            "training_state.pt": hashlib.sha256(b"moments").hexdigest(),
+        },
         "data": "fingerprint",
         "settings": {"learning_rate": 1e-3},
     }
@@ -266,7 +272,93 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: (path / "manifest.json").write_text('{"format": 2}'),
         "its format is 2, this version reads 1",
     ),
+    "manifest without files": (
+        lambda path: edit_manifest(path, files=None),
+        "its manifest.json does not say files",
+    ),
+    "manifest with other kinds": (
+        lambda path: edit_manifest(path, step="6", seed=None),
+        "its manifest.json does not say seed, step",
+    ),
 }
+
+
+def edit_manifest(path: Path, **changes: Any) -> None:
+    file = path / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def overwrite(file: Path, start: int, data: bytes) -> None:
+    with file.open("r+b") as opened:
+        opened.seek(start)
+        opened.write(data)
+
+
+WEIGHTS = "controlnet/weights.safetensors"
+BYTES: dict[str, Callable[[Path], Any]] = {
+    "half of the weights zeroed": lambda path: overwrite(
+        path / "controlnet" / "weights.safetensors", 5120, bytes(5120)
+    ),
+    "one bit of the weights": lambda path: overwrite(path / "controlnet" / "weights.safetensors", 10239, b"\xfe"),
+    "noise for moments": lambda path: overwrite(path / "training_state.pt", 0, b"noisily"),
+}
+
+
+@pytest.mark.parametrize("damage", BYTES)
+def test_bytes_that_changed_are_not_trained_on(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good, bad = write(tmp_path, 4), write(tmp_path, 6)
+    assert checkpoints.resolve("latest", tmp_path) == bad
+    BYTES[damage](bad.path)
+    assert checkpoints.latest(tmp_path) == bad, "the size is right: only reading shows it"
+    assert checkpoints.latest_sound(tmp_path) == good
+    assert checkpoints.latest_sound(tmp_path, RUN) == good
+    assert checkpoints.latest_sound(tmp_path, "another run") is None
+    caplog.clear()
+    assert checkpoints.resolve("latest", tmp_path) == good
+    (record,) = caplog.records
+    file = "training_state.pt" if "moments" in damage else WEIGHTS
+    message = f"{file} is damaged: its bytes are not those that were written"
+    assert record.getMessage() == f"{bad.path}: {message}; the run goes on from an earlier one"
+    with pytest.raises(
+        ConfigError, match=f"=checkpoint-6: {message}; complete in {tmp_path}: checkpoint-4, checkpoint-6"
+    ):
+        checkpoints.resolve("checkpoint-6", tmp_path)
+    BYTES[damage](good.path)
+    with pytest.raises(ConfigError, match=r"holds only damaged ones \(checkpoint-4, checkpoint-6\)"):
+        checkpoints.resolve("latest", tmp_path)
+
+
+def test_a_run_goes_on_from_the_newest_undamaged_one(tiny_settings: dict[str, Any]) -> None:
+    settings = tiny_settings | {"max_train_steps": 6, "train_batch_size": 1}
+    output_dir = Path(settings["output_dir"])
+    fit(TrainConfig(**settings))
+    weights = output_dir / "checkpoint-6" / "controlnet" / "diffusion_pytorch_model.safetensors"
+    wanted = weights.read_bytes()
+    overwrite(weights, 5000, bytes(5000))
+    assert weights.read_bytes() != wanted
+    fit(TrainConfig(**settings | {"resume_from_checkpoint": "latest"}))
+    assert weights.read_bytes() == wanted, "trained again from checkpoint-4"
+
+
+def test_a_state_without_checksums_that_is_noise(tiny_settings: dict[str, Any]) -> None:
+    fit(TrainConfig(**tiny_settings))
+    path = Path(tiny_settings["output_dir"]) / "checkpoint-4"
+    edit_manifest(path, sha256={})
+    overwrite(path / "training_state.pt", 0, bytes(3000))
+    with pytest.raises(UserError, match=r"checkpoint-4/training_state\.pt is damaged; name an earlier checkpoint"):
+        fit(TrainConfig(**tiny_settings | {"max_train_steps": 6, "resume_from_checkpoint": "latest"}))
+
+
+def test_nothing_is_left_to_train(tiny_settings: dict[str, Any]) -> None:
+    fit(TrainConfig(**tiny_settings))
+    shown = io.StringIO()
+    result = fit(
+        TrainConfig(**tiny_settings | {"max_train_steps": 3, "resume_from_checkpoint": "latest"}), stream=shown
+    )
+    assert result.step == 4
+    assert "updates 4 to 4" in shown.getvalue()
+    assert "nothing is left to train: checkpoint-4 has all 4 updates that --max_train_steps or" in shown.getvalue()
+    assert json.loads((result.output_dir / "run.json").read_text())["total_updates"] == 4
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -350,7 +442,10 @@ def test_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ("checkpoint-3", "no such folder; complete in {out}: checkpoint-2, checkpoint-4"),
         ("{tmp}/gone/checkpoint-2", "no such folder; complete in {out}: checkpoint-2, checkpoint-4"),
-        ("{tmp}/out", "has no manifest.json, so it was not finished"),
+        (
+            "{tmp}/out",
+            "has no manifest.json, so it was not finished; complete in {out}: checkpoint-2, checkpoint-4",
+        ),
         ("{tmp}/file", "no such folder; complete in {out}: checkpoint-2, checkpoint-4"),
     ],
 )
@@ -377,11 +472,25 @@ def test_resolve_in_an_empty_folder(tmp_path: Path) -> None:
         checkpoints.resolve("checkpoint-2", tmp_path)
 
 
-@pytest.mark.parametrize("foreign", ["checkpoint-500/optimizer.bin", "diffusion_pytorch_model.safetensors"])
-def test_what_another_program_left_is_not_written_over(tmp_path: Path, foreign: str) -> None:
-    """The folder and the checkpoints of diffusers' script have the same names."""
-    (tmp_path / foreign).parent.mkdir(exist_ok=True)
-    (tmp_path / foreign).write_text("weights")
+def test_what_is_no_checkpoint_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_text("weights")
     with pytest.raises(ConfigError, match="which is no complete checkpoint of raycontrolnet and would be overwritten"):
         checkpoints.resolve(None, tmp_path)
+
+
+@pytest.mark.parametrize("file", ["optimizer.bin", "random_states_0.pkl", "scheduler.bin"])
+@pytest.mark.parametrize("given", [None, "latest", "checkpoint-500"])
+def test_what_another_program_left_is_named_as_that(tmp_path: Path, file: str, given: str | None) -> None:
+    """The folder and the checkpoints of diffusers' script have the same names."""
+    other = tmp_path / "checkpoint-500"
+    (other / "controlnet").mkdir(parents=True)
+    (other / "controlnet" / "config.json").write_text("{}")
+    (other / file).write_text("moments")
+    with pytest.raises(ConfigError) as error:
+        checkpoints.resolve(given, tmp_path)
+    assert str(error.value).endswith(
+        ": checkpoint-500 was written by another program, such as diffusers' script, and its optimizer cannot be read; "
+        f"train its weights on in another --output_dir: add --controlnet_model_name_or_path {other}/controlnet"
+    )
+    assert "delete" not in str(error.value)
     assert checkpoints.latest(tmp_path) is None

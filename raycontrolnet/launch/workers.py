@@ -225,6 +225,11 @@ def _announce(run: CheckedRun, world_size: int, status: RunStatus, stream: TextI
         f"{schedule.batch_size} x accumulation {schedule.accumulation_steps}, updates {step} to "
         f"{schedule.total_updates}, seed {run.config.seed}\n"
     )
+    if run.start and step >= schedule.total_updates:
+        stream.write(
+            f"nothing is left to train: {run.start.path.name} has all {step} updates that --max_train_steps or "
+            "--num_train_epochs ask for; raise it to train on\n"
+        )
     if warning := warmup_warning(run.config, schedule.total_updates):
         stream.write(f"{warning}\n")
     changed = ", ".join(f"{name}={value}" for name, value in changed_settings(run.config).items())

@@ -3,19 +3,23 @@
     checkpoint-N/
         controlnet/            in diffusers' form
         training_state.pt      optimizer, schedule and loss scaler
-        manifest.json          written last: what the run was, and every file with its size
+        manifest.json          written last: what the run was, and every file with its size and SHA-256
 
 A checkpoint is written beside its place and renamed into it: a folder `checkpoint-N` with a manifest whose files have
-their sizes is complete. The folders on disk are the only record of checkpoints.
+their sizes is complete. It is sound if their bytes are those that were written, which is checked where a run goes on.
+The folders on disk are the only record of checkpoints.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +28,17 @@ from typing import Any
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.storage.files import OLD_SUFFIX, PARTIAL_SUFFIX, remove_folder, replacing_folder, synced
 
+logger = logging.getLogger(__name__)
+
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
 CONTROLNET_FOLDER = "controlnet"
 TRAINING_STATE_FILE = "training_state.pt"
+
+_FACTS = {"files": dict, "step": int, "samples": int, "seed": int, "run_id": str, "written_at": (int, float)}
+"""Entries of every manifest."""
+_OF_OTHERS = ("optimizer.bin", "scheduler.bin", "random_states_*.pkl", "optimizer.pt")
+"""Files of checkpoints that accelerate writes, as diffusers' scripts do, and transformers' Trainer."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +70,7 @@ class Checkpoint:
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             found = manifest.get("format") if isinstance(manifest, dict) else "unknown"
             raise ValueError(f"its format is {found}, this version reads {FORMAT}")
-        unsaid = sorted({"files", "step", "samples", "seed", "run_id", "written_at"} - manifest.keys())
-        if unsaid:
+        if unsaid := sorted(name for name, kind in _FACTS.items() if not isinstance(manifest.get(name), kind)):
             raise ValueError(f"its {MANIFEST_FILE} does not say {', '.join(unsaid)}")
         for name, size in manifest["files"].items():
             file = path / name
@@ -69,6 +79,17 @@ class Checkpoint:
             if file.stat().st_size != size:
                 raise ValueError(f"{name} is truncated: {file.stat().st_size} of {size} bytes")
         return Checkpoint(path, manifest["step"], manifest["samples"], manifest["seed"], manifest["run_id"], manifest)
+
+    def check_bytes(self) -> None:
+        """Read all files, and compare their bytes with those that were written.
+
+        Raises:
+            ValueError: naming the damaged file.
+        """
+        written = self.manifest.get("sha256", {})
+        for name, digest in _digests(self.path, written).items():
+            if digest != written[name]:
+                raise ValueError(f"{name} is damaged: its bytes are not those that were written")
 
 
 def name_of(step: int) -> str:
@@ -91,32 +112,52 @@ def latest(output_dir: Path, run_id: str | None = None) -> Checkpoint | None:
     return wanted[-1] if wanted else None
 
 
+def latest_sound(output_dir: Path, run_id: str | None = None) -> Checkpoint | None:
+    """Return the checkpoint of `latest` whose files are undamaged, or the newest before it that is; read whole."""
+    for checkpoint in reversed(all_checkpoints(output_dir)):
+        if run_id is None or checkpoint.run_id == run_id:
+            try:
+                checkpoint.check_bytes()
+            except (ValueError, OSError) as error:
+                logger.warning("%s: %s; the run goes on from an earlier one", checkpoint.path, error)
+            else:
+                return checkpoint
+    return None
+
+
 def resolve(resume_from_checkpoint: str | None, output_dir: Path) -> Checkpoint | None:
     """Return the checkpoint that `--resume_from_checkpoint` names: `latest`, a name under `output_dir`, or a path.
 
     Raises:
-        ConfigError: if it is not there or not complete; or if the setting is not given and `output_dir` holds
+        ConfigError: if it is not there, not complete or damaged; or if the setting is not given and `output_dir` holds
             checkpoints, which a new run would mix with.
     """
     present = all_checkpoints(output_dir)
+    names = ", ".join(checkpoint.path.name for checkpoint in present) or "none"
     if resume_from_checkpoint is None:
         _check_nothing_is_overwritten(output_dir, present)
         return None
     flag = f"--resume_from_checkpoint={resume_from_checkpoint}"
     if resume_from_checkpoint == "latest":
-        if not present:
-            raise ConfigError([f"{flag}: {output_dir} holds no complete one; leave it out to start anew"])
-        return present[-1]
+        if found := latest_sound(output_dir):
+            return found
+        if other := next((path for path in output_dir.glob("checkpoint-*") if _is_of_others(path)), None):
+            raise ConfigError([f"{flag}: {_of_others(other)}"])
+        damaged = f"only damaged ones ({names})" if present else "no complete one"
+        raise ConfigError([f"{flag}: {output_dir} holds {damaged}; leave it out to start anew in another --output_dir"])
     path = Path(resume_from_checkpoint)
     if not path.is_absolute() and (output_dir / path.name).is_dir() and path.name == str(path):
         path = output_dir / path
     if not path.is_dir():
-        names = ", ".join(checkpoint.path.name for checkpoint in present) or "none"
         raise ConfigError([f"{flag}: no such folder; complete in {output_dir}: {names}"])
+    if _is_of_others(path):
+        raise ConfigError([f"{flag}: {_of_others(path)}"])
     try:
-        return Checkpoint.open(path.resolve())
-    except ValueError as error:
-        raise ConfigError([f"{flag}: {error}"]) from None
+        checkpoint = Checkpoint.open(path.resolve())
+        checkpoint.check_bytes()
+    except (ValueError, OSError) as error:
+        raise ConfigError([f"{flag}: {error}; complete in {output_dir}: {names}"]) from None
+    return checkpoint
 
 
 def _check_nothing_is_overwritten(output_dir: Path, present: Sequence[Checkpoint]) -> None:
@@ -127,14 +168,29 @@ def _check_nothing_is_overwritten(output_dir: Path, present: Sequence[Checkpoint
             f"holds {present[-1].path.name} of an earlier run. Go on with it: add --resume_from_checkpoint latest. "
             "Start anew: name another --output_dir, or delete that folder"
         )
+    elif others and _is_of_others(others[0]):
+        problem = _of_others(others[0])
     elif others:
         problem = (
             f"holds {others[0].name}, which is no complete checkpoint of raycontrolnet and would be overwritten; name "
-            "another --output_dir, or delete that folder"
+            "another --output_dir"
         )
     else:
         return
     raise ConfigError([f"--output_dir={output_dir}: {problem}"])
+
+
+def _is_of_others(path: Path) -> bool:
+    return not (path / MANIFEST_FILE).exists() and any(any(path.glob(pattern)) for pattern in _OF_OTHERS)
+
+
+def _of_others(path: Path) -> str:
+    weights = next((each for each in (path / CONTROLNET_FOLDER, path) if (each / "config.json").exists()), None)
+    train_on = f": add --controlnet_model_name_or_path {weights}" if weights else ""
+    return (
+        f"{path.name} was written by another program, such as diffusers' script, and its optimizer cannot be read; "
+        f"train its weights on in another --output_dir{train_on}"
+    )
 
 
 def write(
@@ -167,11 +223,27 @@ def write(
             "run_id": run_id,
             "written_at": max([time.time(), *(_written_at(former) + 1e-3 for former in all_checkpoints(output_dir))]),
             "files": {file.relative_to(partial).as_posix(): file.stat().st_size for file in files},
+            "sha256": _digests(partial, [file.relative_to(partial).as_posix() for file in files]),
             **facts,
         }
         (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
         synced(partial / MANIFEST_FILE)
     return Checkpoint.open(final)
+
+
+def _digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return name -> SHA-256 of files in `folder`, read side by side."""
+
+    def digest(name: str) -> str:
+        found = hashlib.sha256()
+        with (folder / name).open("rb") as file:
+            while block := file.read(1 << 20):
+                found.update(block)
+        return found.hexdigest()
+
+    names = list(names)
+    with ThreadPoolExecutor(4, thread_name_prefix="sha256") as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))
 
 
 def prune(output_dir: Path, limit: int | None) -> None:

@@ -86,8 +86,8 @@ class Job:
         return validation.StepImages(self.output_dir, step, self.validation_items, options)
 
     def current_checkpoint(self) -> Checkpoint | None:
-        """Return this run's last complete checkpoint, or its start."""
-        return checkpoints.latest(self.output_dir, self.run_id) or self.start
+        """Return this run's last undamaged checkpoint, or its start."""
+        return checkpoints.latest_sound(self.output_dir, self.run_id) or self.start
 
 
 def begin(job: Job) -> None:

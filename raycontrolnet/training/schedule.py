@@ -45,7 +45,7 @@ class Schedule:
             world_size=world_size,
             batch_size=batch_size,
             accumulation_steps=accumulation_steps,
-            total_updates=step.max_train_steps or total_updates,
+            total_updates=max(step.max_train_steps or total_updates, start.step if start else 0),
         )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -128,7 +129,11 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, accelerator: Accelerator, 
     Raises:
         UserError: if they do not fit the settings.
     """
-    saved = torch.load(checkpoint.path / TRAINING_STATE_FILE, map_location="cpu", weights_only=True)
+    try:
+        saved = torch.load(checkpoint.path / TRAINING_STATE_FILE, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:  # a checkpoint without checksums
+        problem = f"{checkpoint.path / TRAINING_STATE_FILE} is damaged"
+        raise UserError(f"--resume_from_checkpoint: {problem}; name an earlier checkpoint") from error
     try:
         if saved["optimizer_class"] != type(optimizer).__name__:
             raise ValueError(f"it holds the state of {saved['optimizer_class']}, not of {type(optimizer).__name__}")

@@ -59,7 +59,7 @@ class Shared:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints.remove_leftovers(folder)
         config = dataclasses.replace(base.config, **record.settings, output_dir=str(folder))
-        start = checkpoints.latest(folder)
+        start = checkpoints.latest_sound(folder)
         return dataclasses.replace(base, config=config, output_dir=folder, start=start, run_id=uuid.uuid4().hex)
 
 
