@@ -18,6 +18,7 @@ from raycontrolnet.config.sweep_config import SweepConfig, SweepSettings
 from raycontrolnet.config.train_config import GROUPS, TrainConfig, typed_settings
 from raycontrolnet.config.values import read_yaml, setting_types, unknown_names
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
+from raycontrolnet.signals import ending_signals_raised, exit_code
 from raycontrolnet.version import __version__
 
 USAGE = f"""\
@@ -53,7 +54,7 @@ class Command(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code.
 
-    It is 0, 1 for a failed run, 2 for bad input, 130 for Ctrl-C, 141 if nobody reads the output.
+    It is 0, 1 for a failed run, 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM, 141 if nobody reads the output.
     """
     try:
         try:
@@ -79,17 +80,18 @@ def _main(argv: Sequence[str] | None) -> int:
         print(f"{command}: no such command\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     try:
-        config = parse(command, rest)
-        _load(COMMANDS[command].run)(config)
+        with ending_signals_raised():
+            config = parse(command, rest)
+            _load(COMMANDS[command].run)(config)
     except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except Interrupted as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print(f"Interrupted before raycontrolnet {command} began.", file=sys.stderr)
-        return Interrupted.exit_code
+        return exit_code(interrupt)
     return 0
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from raycontrolnet.signals import exit_code
 from raycontrolnet.text import one_line
 
 logger = logging.getLogger(__name__)
@@ -40,9 +41,16 @@ class RunError(Exception):
 
 
 class Interrupted(Exception):
-    """Ctrl-C: the run ended at the user's wish and can be continued. Exit code 130."""
+    """Ctrl-C or SIGTERM: the run ended at the user's wish and can be continued. Exit code 130 or 143."""
 
     exit_code = 130
+
+    @staticmethod
+    def by(interrupt: KeyboardInterrupt, message: str) -> Interrupted:
+        """Return the error for the end by `interrupt`, with its exit code."""
+        error = Interrupted(message)
+        error.exit_code = exit_code(interrupt)
+        return error
 
 
 def root_cause(error: BaseException) -> BaseException:
@@ -75,14 +83,14 @@ def explained(
         unchanged: errors whose message is complete.
 
     Raises:
-        Interrupted: on Ctrl-C.
+        Interrupted: on Ctrl-C, SIGTERM and SIGHUP.
         UserError: if one is the cause.
         RunError: on any other failure.
     """
     try:
         yield
-    except KeyboardInterrupt:
-        raise Interrupted(f"Interrupted. {stands()}") from None
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted.by(interrupt, f"Interrupted. {stands()}") from None
     except Interrupted:
         raise
     except Exception as error:

@@ -26,7 +26,14 @@ from raycontrolnet.model.step import Batch, Draws, TrainState, draw, latent_shap
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.training.failures import failures_recorded, read_failure, retried_if_continued
-from raycontrolnet.training.job import Job, check_folder_is_shared, logging_to_run_log, read_timings, write_timings
+from raycontrolnet.training.job import (
+    Job,
+    check_folder_is_shared,
+    logging_to_run_log,
+    read_timings,
+    stop_asked,
+    write_timings,
+)
 from raycontrolnet.training.metrics import MetricsLog, PendingMetrics, PhaseClock, UpdateMetrics
 from raycontrolnet.training.schedule import Schedule
 from raycontrolnet.training.state import accelerator_for, build_state, save_final_weights, save_state
@@ -43,7 +50,8 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
     """Run the job on this worker; `loop_config` is {"job": Job}.
 
     Returns:
-        Step, samples, loss and seconds by phase; None if the job failed and another try would fail again.
+        Step, samples, loss and seconds by phase; None if the job failed and another try would fail again, or if the
+        driver asked for the end.
     """
     job = loop_config["job"]
     check_folder_is_shared(job)
@@ -75,6 +83,8 @@ class Worker:
         interval_s = 0.0 if state.accelerator.device.type == "cpu" else GPU_METRICS_INTERVAL_S
         self.pending = PendingMetrics(interval_s, schedule.samples_per_update)
         self.last: UpdateMetrics | None = None
+        self.asked_to_end = torch.zeros(())
+        """Share of the workers that saw, in the last update, that the driver asks for the end."""
         self.metrics_log: MetricsLog | None = None
         self.trackers: Trackers | None = None
         if rank == 0:
@@ -82,13 +92,18 @@ class Worker:
             self.trackers = open_trackers(job.config, public_settings(job.config), done_steps=state.step)
         self.validator = Validator(job, schedule, state, rank, clock, self.trackers)
 
-    def run(self, batches: Iterator[list[PreparedRow]]) -> dict[str, Any]:
-        """Train to the end."""
+    def run(self, batches: Iterator[list[PreparedRow]]) -> dict[str, Any] | None:
+        """Train to the end; None if the driver asked for an earlier one, for which there is a checkpoint then."""
         state, schedule, config = self.state, self.schedule, self.job.config
         inputs = _read_ahead(self.inputs(batches))
         try:
             while state.step < schedule.total_updates:
+                asked_before = self.asked_to_end
                 self.update(inputs)
+                # Of the update before on a GPU, which need not be waited for then.
+                if (self.asked_to_end if state.accelerator.device.type == "cpu" else asked_before) > 0:
+                    self.checkpoint()
+                    return None
                 validates = schedule.is_due(config.validation_steps, state.step)
                 saves = schedule.is_due(config.checkpointing_steps, state.step)
                 if validates:
@@ -143,7 +158,10 @@ class Worker:
                 metrics = train_step(state, batch, draws)
                 losses.append(metrics.loss)
         with self.clock("step"):
-            loss = state.accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
+            # In one message: the workers end after the same update.
+            asked_to_end = torch.full_like(losses[0], stop_asked(self.job))
+            figures = torch.stack([torch.stack(losses).mean(), asked_to_end])
+            loss, self.asked_to_end = state.accelerator.reduce(figures, reduction="mean")
             assert metrics.grad_norm is not None
             rate = schedule.samples_per_update / (time.perf_counter() - start)
             self.pending.add(

@@ -16,7 +16,7 @@ from typing import Literal
 import pytest
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("version", "text"),
+    ("version", "text", "signals"),
     ("errors", "quiet"),
     ("config", "storage"),
     ("cluster",),
@@ -49,7 +49,7 @@ RAY_PRIVATE = re.compile(
 )
 """Names of Ray that are private, alpha or undocumented, and environment variables other than RAY_ADDRESS."""
 
-TORCH_FREE = ("", "__main__", "cli", "config", "data", "errors", "quiet", "storage", "text", "version")
+TORCH_FREE = ("", "__main__", "cli", "config", "data", "errors", "quiet", "signals", "storage", "text", "version")
 """Importing these must not wait for torch."""
 
 LATE_IMPORT = re.compile(r'"([a-z_.]+):[a-z_]+"')

@@ -24,6 +24,7 @@ import ray.data
 import ray.train
 import ray.train.collective
 import ray.tune
+from processes import wait_for
 from ray._common import constants
 from ray._private import ray_constants
 from ray.experimental import internal_kv
@@ -38,6 +39,7 @@ from ray.tune.trainable.function_trainable import FunctionTrainable, wrap_functi
 
 import raycontrolnet
 from raycontrolnet.cluster import nodes, session, tuning
+from raycontrolnet.cluster import trainer as cluster_trainer
 from raycontrolnet.cluster.blocks import generate, results
 from raycontrolnet.cluster.idle import RestWhenIdle
 from raycontrolnet.cluster.trainer import (
@@ -163,7 +165,15 @@ def test_a_run_calls_the_hooks(tmp_path: Path) -> None:
         wait_for_all()
         rows = list(ray.train.get_dataset_shard("train").iter_rows())
         others = {process.name() for process in psutil.Process(os.getppid()).children()}
-        return {"niceness": os.nice(0), "cwd": Path.cwd(), "rows": rows, "others": others, "board": has_dashboard()}
+        names = [group["name"] for group in ray.util.placement_group_table().values() if group["state"] == "CREATED"]
+        return {
+            "niceness": os.nice(0),
+            "cwd": Path.cwd(),
+            "rows": rows,
+            "others": others,
+            "places": names,
+            "board": has_dashboard(),
+        }
 
     trainer = InterruptibleTrainer(
         work,
@@ -179,6 +189,7 @@ def test_a_run_calls_the_hooks(tmp_path: Path) -> None:
     seen = result.return_value
     assert any(name.startswith("ray::TrainController") for name in seen["others"])
     assert not [name for name in seen["others"] if name.startswith("ray::PlacementGroup")], "the run ends 12 s late"
+    assert [name for name in seen["places"] if name.startswith(trainer._places)], "a killed run would keep its CPUs"
     assert not seen["board"], "the driver knows better than a worker, in which a sweep's trial runs"
     assert (seen["niceness"], seen["cwd"], seen["rows"]) == (os.nice(0), Path.cwd(), [{"item": 3}])
     assert result.metrics["loss"] == 0.5
@@ -188,9 +199,21 @@ def test_a_run_calls_the_hooks(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-1"]
 
 
+def places(trainer: InterruptibleTrainer) -> list[str]:
+    """Return the placement groups that a run holds."""
+    groups = ray.util.placement_group_table().values()
+    mine = [group for group in groups if trainer._places and group["name"].startswith(trainer._places)]
+    return [group["name"] for group in mine if group["state"] != "REMOVED"]
+
+
 @pytest.mark.usefixtures("_local_ray")
-def test_a_run_in_a_thread_is_aborted(tmp_path: Path) -> None:
-    """As a sweep's trial, which Tune runs in a thread, is ended from another; even while its workers are starting."""
+@pytest.mark.parametrize("workers_start", [False, True])
+def test_a_run_in_a_thread_is_aborted(tmp_path: Path, workers_start: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a sweep's trial, which Tune runs in a thread, is ended from another; even while its workers are starting.
+
+    The next run gets their CPUs: Ray itself would keep them for a controller that was killed.
+    """
+    monkeypatch.setattr(cluster_trainer, "ABORT_TIMEOUT_S", 0.1)  # a controller that starts workers does not answer
     trainer = InterruptibleTrainer(
         lambda: time.sleep(600),
         scaling_config=ray.train.ScalingConfig(num_workers=1),
@@ -210,9 +233,13 @@ def test_a_run_in_a_thread_is_aborted(tmp_path: Path) -> None:
     while trainer.controller is None:
         assert thread.is_alive()
         time.sleep(0.05)
+    if workers_start:
+        wait_for(lambda: bool(places(trainer)), timeout_s=60)
     trainer.abort()
     thread.join(timeout=30)
     assert not thread.is_alive()
+    wait_for(lambda: not places(trainer), timeout_s=10)
+    wait_for(lambda: ray.available_resources().get("CPU") == 3, timeout_s=30)
     assert [type(error) for error in raised] == [ray.exceptions.ActorDiedError]
 
 

@@ -460,14 +460,15 @@ def test_images_in_base64(tmp_path: Path, form: str) -> None:
         | {"text": "x"}
         for row in range(COUNT)
     ]
-    settings = {"image_column": "a", "conditioning_image_column": "b"}
+    columns = {"image_column": "a", "conditioning_image_column": "b"}
     write_lines(tmp_path / "metadata.jsonl", lines)
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     pq.write_table(pa.Table.from_pylist(lines), tmp_path / "rows.parquet")
     for data in ({"train_data_dir": str(tmp_path)}, {"dataset_name": str(tmp_path / "rows.parquet")}):
-        source = open_source(DataConfig(**data, **settings))
+        settings: dict[str, Any] = columns | data
+        source = open_source(DataConfig(**settings))
         assert [source.read(row).image for row in range(COUNT)] == [png_bytes(row, False) for row in range(COUNT)]
         assert source.read(2).conditioning_image == png_bytes(2, True)
         assert max(map(len, source.identities([0, 1]))) < 200
@@ -575,8 +576,8 @@ def test_a_folder_of_folders(tmp_path: Path) -> None:
 def test_images_that_pair_by_name(tmp_path: Path, captions: str) -> None:
     write_images(tmp_path)
     (tmp_path / "edges").rename(tmp_path / "conditioning_images")
-    for row in range(COUNT):
-        (tmp_path / captions / f"{row}.txt").write_text(f"text {row}\n")
+    for index in range(COUNT):
+        (tmp_path / captions / f"{index}.txt").write_text(f"text {index}\n")
     source = open_source(DataConfig(train_data_dir=str(tmp_path)))
     row = source.read(1)
     assert (row.image, row.captions) == (str(tmp_path / "images" / "1.png"), ("text 1",))

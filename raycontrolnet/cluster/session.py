@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +61,7 @@ def ray_session(address: str | None) -> Iterator[None]:
         yield
         return
     target = _target(address)
+    before = signal.getsignal(signal.SIGTERM)
     try:
         if target == LOCAL:
             # Loading gets a CPU beside the real ones: it is idle most of the time, and workers need not give one up.
@@ -76,6 +79,8 @@ def ray_session(address: str | None) -> Iterator[None]:
             "`ray start --head`, or leave the address out to train on this machine alone"
         )
         raise ConfigError([problem]) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)  # Ray's handler would end the process without a word
     try:
         yield
     finally:

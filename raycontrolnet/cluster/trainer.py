@@ -5,12 +5,15 @@ Each stands in tests/test_ray_hooks.py, which fails when a new Ray has renamed i
 
 from __future__ import annotations
 
+import itertools
+import uuid
 from contextlib import suppress
 from typing import Any
 
 import ray
 from ray._private.services import get_webui_url_from_internal_kv
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.worker_group import worker_group
 from ray.train.v2.api import data_parallel_trainer as private
 
 ABORT_TIMEOUT_S = 10.0
@@ -22,12 +25,17 @@ class InterruptibleTrainer(TorchTrainer):
     """A TorchTrainer that another thread can `abort`, and that stops its workers before Ctrl-C's KeyboardInterrupt."""
 
     controller: Any = None
+    _places: str = ""
+    """Beginning of the names of the workers' placement groups."""
 
     def fit_or_abort(self) -> ray.train.Result:
-        """Train; on Ctrl-C stop the workers, then raise KeyboardInterrupt."""
+        """Train; on Ctrl-C, or what else ends the thread, stop the workers before it is raised."""
         try:
             return self.fit()
-        except KeyboardInterrupt:
+        except Exception:
+            self._free_places()  # of a controller that was killed
+            raise
+        except BaseException:
             self.abort()
             raise
 
@@ -37,6 +45,19 @@ class InterruptibleTrainer(TorchTrainer):
             with suppress(ray.exceptions.RayError):
                 ray.get(self.controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
             ray.kill(self.controller)
+            with suppress(ray.exceptions.RayError):  # raised once it is dead, and makes no more groups
+                ray.get(self.controller.get_result.remote(), timeout=ABORT_TIMEOUT_S)
+            self._free_places()
+
+    def _free_places(self) -> None:
+        """Remove the placement groups that the controller left, as when it was ended while workers were starting.
+
+        Ray keeps them as long as the driver lives: the next run on it would wait for their CPUs, without a word.
+        """
+        for group in ray.util.placement_group_table().values():
+            if self._places and group["name"].startswith(self._places) and group["state"] != "REMOVED":
+                with suppress(ValueError):  # removed meanwhile
+                    ray.util.remove_placement_group(ray.util.get_placement_group(group["name"]))
 
     def _initialize_and_run_controller(self, **options: Any) -> ray.train.Result:
         """Run the training as Ray's own method does, but keep the controller and leave SIGINT alone.
@@ -46,20 +67,30 @@ class InterruptibleTrainer(TorchTrainer):
         """
         if not has_dashboard():
             options["callbacks"] = [each for each in options["callbacks"] if not _waits_for_dashboard(each)]
+        self._places = f"raycontrolnet-{uuid.uuid4().hex}-"
         self.controller = ray.remote(
             num_cpus=0,
             label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},  # the driver's
             runtime_env={"env_vars": CONTROLLER_ENVIRONMENT | private.get_env_vars_to_propagate()},
-        )(private.TrainController).remote(**options)
+        )(TrainController).remote(self._places, **options)
         ray.get(self.controller.run.remote())
         return ray.get(self.controller.get_result.remote())
+
+
+class TrainController(private.TrainController):
+    """Ray's controller, with names for its placement groups: without them nobody could tell whose they are."""
+
+    def __init__(self, places: str, **options: Any):
+        make, numbers = worker_group.placement_group, itertools.count()
+        # Only in the controller's own process.
+        worker_group.placement_group = lambda *args, **how: make(*args, **how | {"name": f"{places}{next(numbers)}"})
+        super().__init__(**options)
 
 
 def _waits_for_dashboard(callback: Any) -> bool:
     """Check for the callback that asks the dashboard whether the controller lives.
 
-    Without a dashboard it never hears, and every run ends 12 s late. Such a Ray is our own, or of a test: when it ends,
-    it takes along the placement groups that the callback is there to clean up.
+    Without a dashboard it never hears, and every run ends 12 s late. `_free_places` does its work.
     """
     return isinstance(callback, private.PlacementGroupCleanerCallback)
 

@@ -99,8 +99,9 @@ def condition(config: ConditionConfig, *, stream: TextIO | None = None) -> Condi
     with shown_on(stream) as shown:
         try:
             return _condition(config, shown)
-        except KeyboardInterrupt:
-            raise Interrupted("Interrupted. Finished images stay; the same command continues from there.") from None
+        except KeyboardInterrupt as interrupt:
+            message = "Interrupted. Finished images stay; the same command continues from there."
+            raise Interrupted.by(interrupt, message) from None
 
 
 def _condition(config: ConditionConfig, stream: TextIO) -> ConditionResult:

@@ -50,8 +50,9 @@ def prepare(config: TrainConfig, *, stream: TextIO | None = None) -> PrepareResu
     with shown_on(stream) as shown:
         try:
             return _prepare(config, shown)
-        except KeyboardInterrupt:
-            raise Interrupted("Interrupted. What is cached stands; the same command goes on from there.") from None
+        except KeyboardInterrupt as interrupt:
+            message = "Interrupted. What is cached stands; the same command goes on from there."
+            raise Interrupted.by(interrupt, message) from None
 
 
 def _prepare(config: TrainConfig, stream: TextIO) -> PrepareResult:

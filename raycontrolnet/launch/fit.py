@@ -23,7 +23,10 @@ from raycontrolnet.hub.licence import Licence, find_licence
 from raycontrolnet.hub.model_card import write_model_card
 from raycontrolnet.launch.preflight import CheckedRun, check, choose_latents, ensure_latents
 from raycontrolnet.launch.workers import train_here, train_on_ray
+from raycontrolnet.report.background import repeating
 from raycontrolnet.report.live_report import live_report
+from raycontrolnet.signals import ending_signals_raised
+from raycontrolnet.storage.lock import BEAT_INTERVAL_S, locked
 from raycontrolnet.text import duration
 from raycontrolnet.training import held_out, validation
 from raycontrolnet.training.job import RUN_LOG, RunCallback
@@ -76,17 +79,21 @@ def fit(config: TrainConfig, *, stream: TextIO | None = None) -> RunResult:
     Raises:
         UserError: bad settings, data or models (exit code 2 on the command line).
         RunError: the run failed; the last checkpoint stands (exit code 1).
-        Interrupted: Ctrl-C; the last checkpoint stands (exit code 130).
+        Interrupted: Ctrl-C or SIGTERM; there is a checkpoint of the current update (exit code 130 or 143).
     """
-    with shown_on(stream) as shown:
+    with shown_on(stream) as shown, ending_signals_raised():
         return run_fit(config, shown)
 
 
 def run_fit(config: TrainConfig, stream: TextIO, callback: RunCallback | None = None) -> RunResult:
     """Train as `fit`, and tell `callback`, which may end the run, of its progress."""
-    started = time.time()
     output_dir = Path(config.output_dir).expanduser().resolve()
-    config = with_absolute_paths(config)
+    with locked(output_dir) as lock, repeating(lock.beat, BEAT_INTERVAL_S, "lock"):
+        return _run_fit(with_absolute_paths(config), output_dir, stream, callback)
+
+
+def _run_fit(config: TrainConfig, output_dir: Path, stream: TextIO, callback: RunCallback | None) -> RunResult:
+    started = time.time()
     run = choose_latents(check(config, output_dir), stream)
 
     def train(status: RunStatus) -> Summary:

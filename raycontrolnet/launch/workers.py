@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 from raycontrolnet.cluster.resources import WorkerResources
@@ -15,11 +16,12 @@ from raycontrolnet.launch.preflight import CheckedRun
 from raycontrolnet.report.background import repeating
 from raycontrolnet.report.progress import progress
 from raycontrolnet.sampling.find_controlnet import CONFIG_FILE
+from raycontrolnet.signals import ended_in_order
 from raycontrolnet.storage.files import replacing
 from raycontrolnet.text import counted
 from raycontrolnet.training import held_out, metrics, validation
 from raycontrolnet.training.failures import read_failure
-from raycontrolnet.training.job import RUN_LOG, Job, RunCallback, RunStopped, begin, end
+from raycontrolnet.training.job import RUN_LOG, Job, RunCallback, RunStopped, ask_to_stop, begin, end
 from raycontrolnet.training.schedule import due_steps, warmup_warning
 from raycontrolnet.training.status import RunStatus
 from raycontrolnet.version import __version__
@@ -31,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 ENDLESS = 2**40
 FOLLOW_INTERVAL_S = 1.0
+GRACE_S = 25.0
+"""Time to write a checkpoint after SIGTERM: Slurm and Kubernetes kill a process after 30 s."""
 
 
 def train_here(
@@ -127,9 +131,19 @@ def _running(
     scored = run.config.control_fidelity is not None
     shown = progress(run.output_dir, total_updates, step, stream, scored=scored) if callback is None else nullcontext()
     begin(job)
+    begun = time.time()
+
+    def begin_end() -> bool:
+        with suppress(OSError):
+            if (run.output_dir / metrics.METRICS_FILE).stat().st_mtime >= begun:  # else no worker trains yet
+                ask_to_stop(run.output_dir)
+                stream.write("\nending with a checkpoint of the current update; Ctrl-C again to end at once\n")
+                return True
+        return False
+
     with explained("The run", run.how_to_go_on, run.output_dir / RUN_LOG, unchanged=()):
         try:
-            with shown:
+            with ended_in_order(begin_end, GRACE_S), shown:
                 yield
         except Exception as error:
             if failure := read_failure(run.output_dir):

@@ -35,7 +35,14 @@ MANIFEST_FILE = "manifest.json"
 CONTROLNET_FOLDER = "controlnet"
 TRAINING_STATE_FILE = "training_state.pt"
 
-_FACTS = {"files": dict, "step": int, "samples": int, "seed": int, "run_id": str, "written_at": (int, float)}
+_FACTS: dict[str, type | tuple[type, ...]] = {
+    "files": dict,
+    "step": int,
+    "samples": int,
+    "seed": int,
+    "run_id": str,
+    "written_at": (int, float),
+}
 """Entries of every manifest."""
 _OF_OTHERS = ("optimizer.bin", "scheduler.bin", "random_states_*.pkl", "optimizer.pt")
 """Files of checkpoints that accelerate writes, as diffusers' scripts do, and transformers' Trainer."""

@@ -29,6 +29,8 @@ from raycontrolnet.training.failures import FAILURE_FILE
 
 RUN_LOG = "run.log"
 RUN_ID_FILE = ".run_id"
+STOP_FILE = ".stop"
+"""File by which the driver asks the workers to write a checkpoint and end."""
 TIMINGS_FILE = ".timings.json"
 SHARED_WITHIN_S = 15.0
 """Time that a network file system may take to show a worker what the driver wrote."""
@@ -104,9 +106,19 @@ def begin(job: Job) -> None:
 
 def end(output_dir: Path) -> None:
     """Remove what was for the workers alone, and Ray Train's own records; on the driver, at the end."""
-    for name in (FAILURE_FILE, RUN_ID_FILE):
+    for name in (FAILURE_FILE, RUN_ID_FILE, STOP_FILE):
         (output_dir / name).unlink(missing_ok=True)
     remove_ray_records(output_dir)
+
+
+def ask_to_stop(output_dir: Path) -> None:
+    """Ask the workers to write a checkpoint of the current update, or of the next, and to end."""
+    (output_dir / STOP_FILE).touch()
+
+
+def stop_asked(job: Job) -> bool:
+    """Check, on a worker, whether the driver has called `ask_to_stop`."""
+    return (job.output_dir / STOP_FILE).exists()
 
 
 def check_folder_is_shared(job: Job) -> None:

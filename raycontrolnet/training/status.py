@@ -40,8 +40,10 @@ def live_status(output_dir: Path, started: float, versions: dict[str, str]) -> I
         yield status
     except BaseException as error:
         if status["status"] == "running":
-            states = {Interrupted: "interrupted", RunStopped: "stopped"}
-            status["status"] = states.get(type(error), "failed")
+            interrupted = isinstance(error, (Interrupted, KeyboardInterrupt))
+            status["status"] = (
+                "interrupted" if interrupted else "stopped" if isinstance(error, RunStopped) else "failed"
+            )
             if str(error):
                 status["cause"] = str(error)
         raise

@@ -1,0 +1,88 @@
+"""Signals that end a run: Ctrl-C, and those of Slurm, Docker, Kubernetes, `ray job stop` and closed terminals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+ENDING = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that end a process without a word, unless they are handled."""
+
+
+class EndingSignal(KeyboardInterrupt):
+    """One of `ENDING`, raised where Ctrl-C raises KeyboardInterrupt."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+def exit_code(interrupt: KeyboardInterrupt) -> int:
+    """Return the exit code that a shell gives to the end by a signal: 130 for Ctrl-C, 143 for SIGTERM."""
+    return 128 + (interrupt.number if isinstance(interrupt, EndingSignal) else signal.SIGINT)
+
+
+@contextmanager
+def ending_signals_raised() -> Iterator[None]:
+    """Let the signals of `ENDING` raise `EndingSignal`, in the main thread; elsewhere do nothing.
+
+    Ignored ones, as SIGHUP under nohup, stay ignored.
+    """
+    with _handled(ENDING, lambda number, _: _raise(number)):
+        yield
+
+
+@contextmanager
+def ended_in_order(begin_end: Callable[[], bool], grace_s: float) -> Iterator[None]:
+    """Let the first signal only begin an orderly end of the work in the `with` block, in the main thread.
+
+    When the block is over, or at a second signal, or after `grace_s`, the signal is raised as KeyboardInterrupt.
+
+    Args:
+        begin_end: asks the work to end, and returns whether it will; if not, the signal is raised at once.
+    """
+    noted: list[int] = []
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if noted or not begin_end():
+            _raise(number)
+        noted.append(number)
+        timer = threading.Timer(grace_s, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timers.append(timer)
+        timer.start()
+
+    timers: list[threading.Timer] = []
+    try:
+        with _handled((signal.SIGINT, *ENDING), handle):
+            yield
+    finally:
+        for timer in timers:
+            timer.cancel()
+    if noted:
+        _raise(noted[0])
+
+
+@contextmanager
+def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets signals
+        return
+    before = {number: signal.getsignal(number) for number in numbers}
+    # None: set by other than Python code.
+    changed = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for number in changed:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in changed.items():
+            signal.signal(number, handler)
+
+
+def _raise(number: int) -> None:
+    raise KeyboardInterrupt if number == signal.SIGINT else EndingSignal(number)
