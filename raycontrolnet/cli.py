@@ -89,9 +89,9 @@ def _main(argv: Sequence[str] | None) -> int:
     except Interrupted as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt as interrupt:
+    except KeyboardInterrupt:
         print(f"Interrupted before raycontrolnet {command} began.", file=sys.stderr)
-        return exit_code(interrupt)
+        return exit_code()
     return 0
 
 

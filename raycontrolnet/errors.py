@@ -43,14 +43,9 @@ class RunError(Exception):
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM: the run ended at the user's wish and can be continued. Exit code 130 or 143."""
 
-    exit_code = 130
-
-    @staticmethod
-    def by(interrupt: KeyboardInterrupt, message: str) -> Interrupted:
-        """Return the error for the end by `interrupt`, with its exit code."""
-        error = Interrupted(message)
-        error.exit_code = exit_code(interrupt)
-        return error
+    def __init__(self, message: str):
+        super().__init__(message)
+        self.exit_code = exit_code()
 
 
 def root_cause(error: BaseException) -> BaseException:
@@ -89,8 +84,8 @@ def explained(
     """
     try:
         yield
-    except KeyboardInterrupt as interrupt:
-        raise Interrupted.by(interrupt, f"Interrupted. {stands()}") from None
+    except KeyboardInterrupt:
+        raise Interrupted(f"Interrupted. {stands()}") from None
     except Interrupted:
         raise
     except Exception as error:

@@ -8,39 +8,38 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 """Signals that end a process without a word, unless they are handled."""
 
 
-class EndingSignal(KeyboardInterrupt):
-    """One of `ENDING`, raised where Ctrl-C raises KeyboardInterrupt."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
+_last = signal.SIGINT
+"""The signal that was raised last. Not carried by an exception: `ray.get` raises a KeyboardInterrupt of its own."""
 
 
-def exit_code(interrupt: KeyboardInterrupt) -> int:
-    """Return the exit code that a shell gives to the end by a signal: 130 for Ctrl-C, 143 for SIGTERM."""
-    return 128 + (interrupt.number if isinstance(interrupt, EndingSignal) else signal.SIGINT)
+def exit_code() -> int:
+    """Return the exit code that a shell gives to the end by the last signal: 130 for Ctrl-C, 143 for SIGTERM."""
+    return 128 + _last
 
 
 @contextmanager
 def ending_signals_raised() -> Iterator[None]:
-    """Let the signals of `ENDING` raise `EndingSignal`, in the main thread; elsewhere do nothing.
+    """Let the signals of `ENDING` raise KeyboardInterrupt as Ctrl-C does, in the main thread; elsewhere do nothing.
 
     Ignored ones, as SIGHUP under nohup, stay ignored.
     """
-    with _handled(ENDING, lambda number, _: _raise(number)):
+    global _last
+    _last = signal.SIGINT
+    with _handled(ENDING, lambda number, _: raise_interrupt(number)):
         yield
 
 
 @contextmanager
-def ended_in_order(begin_end: Callable[[], bool], grace_s: float) -> Iterator[None]:
+def ended_in_order(begin_end: Callable[[], bool], grace_s: float | None = None) -> Iterator[None]:
     """Let the first signal only begin an orderly end of the work in the `with` block, in the main thread.
 
-    When the block is over, or at a second signal, or after `grace_s`, the signal is raised as KeyboardInterrupt.
+    When the block is over, or at a second signal, or after `grace_s` if given, it is raised as KeyboardInterrupt.
 
     Args:
         begin_end: asks the work to end, and returns whether it will; if not, the signal is raised at once.
@@ -49,12 +48,13 @@ def ended_in_order(begin_end: Callable[[], bool], grace_s: float) -> Iterator[No
 
     def handle(number: int, _: FrameType | None) -> None:
         if noted or not begin_end():
-            _raise(number)
+            raise_interrupt(number)
         noted.append(number)
-        timer = threading.Timer(grace_s, os.kill, (os.getpid(), number))
-        timer.daemon = True
-        timers.append(timer)
-        timer.start()
+        if grace_s is not None:
+            timer = threading.Timer(grace_s, os.kill, (os.getpid(), number))
+            timer.daemon = True
+            timers.append(timer)
+            timer.start()
 
     timers: list[threading.Timer] = []
     try:
@@ -64,7 +64,7 @@ def ended_in_order(begin_end: Callable[[], bool], grace_s: float) -> Iterator[No
         for timer in timers:
             timer.cancel()
     if noted:
-        _raise(noted[0])
+        raise_interrupt(noted[0])
 
 
 @contextmanager
@@ -84,5 +84,8 @@ def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameTy
             signal.signal(number, handler)
 
 
-def _raise(number: int) -> None:
-    raise KeyboardInterrupt if number == signal.SIGINT else EndingSignal(number)
+def raise_interrupt(number: int) -> NoReturn:
+    """Raise KeyboardInterrupt for the signal `number`."""
+    global _last
+    _last = signal.Signals(number)
+    raise KeyboardInterrupt

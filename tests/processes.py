@@ -54,9 +54,14 @@ class when:  # noqa: N801 (reads as a sentence)
 
 
 def ctrl_c(
-    command: list[str], ready: Callable[[], bool], *, whole_group: bool, env: Mapping[str, str] | None = None
+    command: list[str],
+    ready: Callable[[], bool],
+    *,
+    whole_group: bool,
+    env: Mapping[str, str] | None = None,
+    number: int = signal.SIGINT,
 ) -> tuple[subprocess.Popen[str], str]:
-    """Run `command` until it is `ready`, and interrupt it, or all processes of its terminal.
+    """Run `command` until it is `ready`, and interrupt it, or all processes of its terminal, with signal `number`.
 
     Returns:
         The process, which has ended, and what it wrote to standard error.
@@ -64,7 +69,7 @@ def ctrl_c(
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=env)
     try:
         wait_for(ready, timeout_s=120)
-        (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
+        (os.killpg if whole_group else os.kill)(process.pid, number)
         _, stderr = process.communicate(timeout=60)
     finally:
         process.kill()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import signal
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,8 +77,10 @@ def test_commands_are_in_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_exit_codes() -> None:
     table = {int(code): meaning for code, meaning in re.findall(r"^\| (\d+) \| (.*) \|$", TEXTS["outputs.md"], re.M)}
-    assert set(table) == {0, RunError.exit_code, UserError.exit_code, Interrupted.exit_code}
-    assert "Ctrl-C" in table[Interrupted.exit_code]
+    ends = {name: 128 + number for name, number in (("Ctrl-C", signal.SIGINT), ("SIGTERM", signal.SIGTERM))}
+    assert set(table) == {0, RunError.exit_code, UserError.exit_code, *ends.values()}
+    assert all(name in table[code] for name, code in ends.items())
+    assert Interrupted("").exit_code == 130
 
 
 def test_links_lead_to_files_and_headings() -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +29,12 @@ from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.transforms import resize_and_crop
 from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
+from raycontrolnet.launch import workers
 from raycontrolnet.model import step
 from raycontrolnet.report.progress import progress
+from raycontrolnet.report.run_report import write_report
+from raycontrolnet.training.job import STOP_FILE
+from raycontrolnet.training.status import read_status
 
 COMPARED = ("step", "loss", "lr", "grad_norm", "samples")
 
@@ -662,6 +669,72 @@ def test_ctrl_c(tiny_settings: Settings, out: Path, tmp_path: Path, before_step:
     run(tiny_settings, out, resume_from_checkpoint="latest")
     assert losses(out) == losses(straight)
     assert equal(weights(out), weights(straight))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals(tiny_settings: Settings, out: Path, tmp_path: Path, before_step: Any, number: signal.Signals) -> None:
+    """The update is done, its checkpoint written; the run goes on as if nothing had been."""
+    settings = tiny_settings | {"checkpointing_steps": 100}
+    straight = run(settings, tmp_path / "straight")
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    before_step(lambda state: signal.raise_signal(number) if state.step == 2 else None)
+    with pytest.raises(Interrupted) as error:
+        run(settings, out)
+    assert str(error.value).startswith("Interrupted. The checkpoint of update 3 stands: go on with --resume_from_check")
+    assert error.value.exit_code == 128 + number
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert json.loads((out / "run.json").read_text())["status"] == "interrupted"
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
+    assert not (out / STOP_FILE).exists()
+    before_step(lambda state: None)
+    run(settings, out, resume_from_checkpoint="latest")
+    assert losses(out) == losses(straight)
+    assert equal(weights(out), weights(straight))
+
+
+@pytest.mark.parametrize("second", [True, False])
+def test_a_second_signal_ends_the_run_at_once(
+    tiny_settings: Settings, out: Path, before_step: Any, second: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So does the end of the time that Slurm and others leave."""
+    monkeypatch.setattr(workers, "GRACE_S", 60 if second else 0.2)
+
+    def interrupt(state: Any) -> None:
+        if state.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+            if second:
+                signal.raise_signal(signal.SIGTERM)
+            time.sleep(30)
+
+    before_step(interrupt)
+    start = time.monotonic()
+    with pytest.raises(Interrupted, match="The checkpoint of update 2 stands") as error:
+        run(tiny_settings, out)
+    assert time.monotonic() - start < 25
+    assert error.value.exit_code == 143
+
+
+def test_a_signal_before_training(tiny_settings: Settings, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is waited for while models are read."""
+    monkeypatch.setattr(train_controlnet, "build_state", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Interrupted, match=r"^Interrupted\. There was no checkpoint yet\.$"):
+        run(tiny_settings, out)
+
+
+def test_a_run_whose_process_was_killed(tiny_settings: Settings, out: Path) -> None:
+    run(tiny_settings, out)
+    status = json.loads((out / "run.json").read_text())
+    assert read_status(out)["status"] == "finished"
+    (out / "run.json").write_text(json.dumps(status | {"status": "running"}))
+    assert read_status(out)["status"] == "running"
+    status["process"]["process_started"] = "1"
+    (out / "run.json").write_text(json.dumps(status | {"status": "running"}))
+    assert read_status(out)["status"] == "interrupted"
+    assert read_status(out)["cause"] == f"Process {os.getpid()} was killed."
+    write_report(out)
+    page = (out / "report.html").read_text()
+    assert "interrupted" in page
+    assert ">running<" not in page
 
 
 def test_an_error_that_nobody_foresaw(tiny_settings: Settings, out: Path, before_step: Any) -> None:

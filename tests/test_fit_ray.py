@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -153,24 +154,26 @@ def test_workers_that_leave_no_cpu_for_loading_are_refused(settings: Settings, t
 
 
 @pytest.mark.parametrize(
-    "group",
+    ("number", "group"),
     [
-        pytest.param(False, id="to the driver", marks=pytest.mark.slow),
-        pytest.param(True, id="to the terminal's processes"),
+        pytest.param(signal.SIGTERM, False, id="SIGTERM to the driver"),
+        pytest.param(signal.SIGINT, True, id="Ctrl-C to the terminal's processes"),
     ],
 )
-def test_ctrl_c_ends_cleanly(settings: Settings, tmp_path: Path, group: bool) -> None:
-    """A Ray of its own: exit code 130, the last checkpoint stands, the message says how to go on, no process stays."""
+def test_signals_end_a_run_cleanly(settings: Settings, tmp_path: Path, number: int, group: bool) -> None:
+    """A Ray of its own: a checkpoint of the current update, the message says how to go on, no process stays."""
     output_dir = tmp_path / "out"
     flags = public_settings(
         TrainConfig(**settings | {"output_dir": str(output_dir), "max_train_steps": 100_000, "cpus_per_worker": None})
     )
     command = [sys.executable, "-m", "raycontrolnet", "train"]
     command += [f"--{name}={value}" for name, value in flags.items() if value not in (None, False)]
-    process, stderr = ctrl_c(command, (output_dir / "checkpoint-4").exists, whole_group=group)
-    assert process.returncode == 130
+    process, stderr = ctrl_c(command, (output_dir / "checkpoint-4").exists, whole_group=group, number=number)
+    assert process.returncode == 128 + number
     assert "Traceback" not in stderr
     step = max(int(path.name.partition("-")[2]) for path in output_dir.glob("checkpoint-*"))
+    assert step == last_step(output_dir)
+    assert "ending with a checkpoint of the current update; Ctrl-C again to end at once" in stderr
     expected = f"Interrupted. The checkpoint of update {step} stands: go on with --resume_from_checkpoint latest"
     assert expected in stderr.splitlines()[-1]
     assert json.loads((output_dir / "run.json").read_text())["status"] == "interrupted"

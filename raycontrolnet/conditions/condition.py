@@ -94,14 +94,13 @@ def condition(config: ConditionConfig, *, stream: TextIO | None = None) -> Condi
     Raises:
         UserError: bad settings, pictures or captions (exit code 2 on the command line).
         RunError: it failed, as on a full disk; finished images stay (exit code 1).
-        Interrupted: Ctrl-C; finished images stay (exit code 130).
+        Interrupted: Ctrl-C or SIGTERM; finished images stay (exit code 130 or 143).
     """
     with shown_on(stream) as shown:
         try:
             return _condition(config, shown)
-        except KeyboardInterrupt as interrupt:
-            message = "Interrupted. Finished images stay; the same command continues from there."
-            raise Interrupted.by(interrupt, message) from None
+        except KeyboardInterrupt:
+            raise Interrupted("Interrupted. Finished images stay; the same command continues from there.") from None
 
 
 def _condition(config: ConditionConfig, stream: TextIO) -> ConditionResult:

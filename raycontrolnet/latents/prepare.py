@@ -45,14 +45,13 @@ def prepare(config: TrainConfig, *, stream: TextIO | None = None) -> PrepareResu
     Raises:
         UserError: bad settings, data or models (exit code 2 on the command line).
         RunError: the encoding failed, for instance on a full disk; what was written stands (exit code 1).
-        Interrupted: Ctrl-C (exit code 130).
+        Interrupted: Ctrl-C or SIGTERM (exit code 130 or 143).
     """
     with shown_on(stream) as shown:
         try:
             return _prepare(config, shown)
-        except KeyboardInterrupt as interrupt:
-            message = "Interrupted. What is cached stands; the same command goes on from there."
-            raise Interrupted.by(interrupt, message) from None
+        except KeyboardInterrupt:
+            raise Interrupted("Interrupted. What is cached stands; the same command goes on from there.") from None
 
 
 def _prepare(config: TrainConfig, stream: TextIO) -> PrepareResult:

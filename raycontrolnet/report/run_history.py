@@ -15,9 +15,10 @@ import yaml
 from raycontrolnet.report.curves import Column
 from raycontrolnet.sampling.find_controlnet import CONFIG_FILE
 from raycontrolnet.sampling.scores import Fidelity
+from raycontrolnet.storage.files import read_json
 from raycontrolnet.training import held_out, metrics, validation
 from raycontrolnet.training.job import TIMINGS_FILE
-from raycontrolnet.training.status import STATUS_FILE
+from raycontrolnet.training.status import read_status
 
 UPDATE_COLUMNS = ("step", "loss", "lr", "images_per_second", "time")
 MEASUREMENT = ("step", "val_loss", "val_loss_shuffled", "control_gap", "control_gap_error")
@@ -102,7 +103,7 @@ class RunHistory:
 
 def read(output_dir: Path) -> RunHistory:
     """Read all records in `output_dir` except the images."""
-    status, settings = read_json(output_dir / STATUS_FILE), _parsed(_text(output_dir / CONFIG_FILE), yaml.safe_load)
+    status, settings = read_status(output_dir), _parsed(_text(output_dir / CONFIG_FILE), yaml.safe_load)
     timings = status.get("timings")
     if not isinstance(timings, dict):
         timings = read_json(output_dir / TIMINGS_FILE)
@@ -150,11 +151,6 @@ def _parsed(text: str, parse: Callable[[str], Any]) -> dict[str, Any]:
     except (ValueError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in `path`; empty if there is none."""
-    return _parsed(_text(path), json.loads)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

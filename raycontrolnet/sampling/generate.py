@@ -69,7 +69,7 @@ def generate(config: GenerateConfig, *, stream: TextIO | None = None) -> list[Pa
     Raises:
         UserError: bad settings, images or models (exit code 2 on the command line).
         RunError: it failed, as on a full disk; finished images stay (exit code 1).
-        Interrupted: Ctrl-C; finished images stay (exit code 130).
+        Interrupted: Ctrl-C or SIGTERM; finished images stay (exit code 130 or 143).
     """
     with shown_on(stream) as shown:
         return _generate(config, shown)

@@ -7,10 +7,11 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.text import duration
@@ -20,6 +21,9 @@ BEAT_INTERVAL_S = 5.0
 """Time between two signs of life of the owner."""
 DEAD_AFTER_S = 20.0
 """An owner on another machine without a sign of life for this long is dead."""
+
+SETTLED_AFTER_S = 0.2
+"""Time in which others that found the same dead lock may still remove this one for it."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,16 @@ class Owner:
     """Equal where process ids mean the same processes: neither after a restart nor in another container."""
     pid: int = field(default_factory=os.getpid)
     process_started: str = field(default_factory=lambda: _process_started(os.getpid()))
-    """When the process began, in the kernel's units: process ids are used again."""
+    """Start of the process, in the kernel's units: process ids are used again."""
     since: float = field(default_factory=time.time)
     """Unix seconds."""
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     beat: int = 0
     """Grows while the owner lives."""
+
+    def process(self) -> dict[str, Any]:
+        """Return what `is_gone` needs to know of this process."""
+        return {name: getattr(self, name) for name in ("host", "machine", "pid", "process_started")}
 
 
 class FolderLock:
@@ -62,6 +70,14 @@ class FolderLock:
             found = _read(self._file)
             if found and found.token == self._owner.token:
                 self._file.unlink()
+
+
+def is_gone(process: Mapping[str, Any]) -> bool | None:
+    """Check whether the process of `Owner.process` has ended; None if that cannot be seen from this machine."""
+    pid, started = process.get("pid"), process.get("process_started")
+    if process.get("machine") != _machine() or not isinstance(pid, int):
+        return None
+    return _process_started(pid) != started
 
 
 @contextmanager
@@ -107,12 +123,15 @@ def _take(file: Path, owner: Owner) -> None:
                 raise ConfigError([f"--output_dir={file.parent}: {problem}"]) from None
             _remove(file, found)
         else:
-            return
+            time.sleep(SETTLED_AFTER_S)
+            if (settled := _read(file)) and settled.token == owner.token:
+                return
 
 
 def _is_alive(owner: Owner, file: Path) -> bool:
-    if owner.machine == _machine():
-        return _process_started(owner.pid) == owner.process_started
+    gone = is_gone(owner.process())
+    if gone is not None:
+        return not gone
     until = time.monotonic() + DEAD_AFTER_S
     while time.monotonic() < until:
         time.sleep(1.0)
@@ -138,8 +157,9 @@ def _remove(file: Path, dead: Owner | None) -> None:
 def _read(file: Path) -> Owner | None:
     """Return the owner in a lock's file; None if there is none, or it was cut short by a full disk."""
     try:
-        return Owner(**json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError):
+        content = json.loads(file.read_text())
+        return Owner(**{field.name: content[field.name] for field in fields(Owner)})
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 

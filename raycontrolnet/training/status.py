@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from raycontrolnet.errors import Interrupted
-from raycontrolnet.storage.files import replacing
+from raycontrolnet.storage.files import read_json, replacing
+from raycontrolnet.storage.lock import Owner, is_gone
 from raycontrolnet.training.job import TIMINGS_FILE, RunStopped, read_timings
 
 STATUS_FILE = "run.json"
@@ -20,7 +21,7 @@ class RunStatus(dict[str, Any]):
     """Content of run.json: status, steps, samples, seconds by phase, versions."""
 
     def __init__(self, output_dir: Path, started: float, versions: dict[str, str]):
-        super().__init__(status="running", started=started, versions=versions)
+        super().__init__(status="running", started=started, versions=versions, process=Owner().process())
         self._path, self._started = output_dir / STATUS_FILE, started
 
     def write(self) -> None:
@@ -28,6 +29,15 @@ class RunStatus(dict[str, Any]):
         content = {**self, "seconds": round(time.time() - self._started, 3)}
         with replacing(self._path) as partial:
             partial.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_status(output_dir: Path) -> dict[str, Any]:
+    """Return run.json; empty if there is none. A run whose process was killed is `interrupted`."""
+    status = read_json(output_dir / STATUS_FILE)
+    process = status.get("process")
+    if status.get("status") == "running" and isinstance(process, dict) and is_gone(process):
+        status |= {"status": "interrupted", "cause": f"Process {process['pid']} was killed."}
+    return status
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError
 
 from raycontrolnet.cluster import tuning
 from raycontrolnet.errors import RunError, UserError, root_cause
-from raycontrolnet.report.run_history import read_json
+from raycontrolnet.storage.files import read_json
 from raycontrolnet.text import one_line
 from raycontrolnet.training.status import STATUS_FILE
 from raycontrolnet.tune.lease import SweepLease

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import signal
-import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +30,7 @@ from raycontrolnet.config.sweep_config import SweepConfig
 from raycontrolnet.errors import Interrupted, RunError, UserError, explained, root_cause
 from raycontrolnet.report.live_report import live_report
 from raycontrolnet.report.page import REPORT_FILE
+from raycontrolnet.signals import ended_in_order, ending_signals_raised, raise_interrupt
 from raycontrolnet.text import counted, duration, one_line
 from raycontrolnet.tune.concurrency import trial_slots
 from raycontrolnet.tune.leaderboard import LEADERBOARD_FILE
@@ -96,9 +95,9 @@ def sweep(config: SweepConfig, *, stream: TextIO | None = None) -> SweepResult:
     Raises:
         UserError: bad settings, data, models or space, before any trial starts (exit code 2 on the command line).
         RunError: no trial came to a validation (exit code 1).
-        Interrupted: Ctrl-C; trials continue from their last checkpoints with `resume` (exit code 130).
+        Interrupted: Ctrl-C or SIGTERM (exit code 130, 143); trials continue from their last checkpoints with `resume`.
     """
-    with shown_on(stream) as shown:
+    with shown_on(stream) as shown, ending_signals_raised():
         return _sweep(config, shown)
 
 
@@ -129,11 +128,9 @@ def _run(plan: SweepPlan, lease: SweepLease, facts: dict[str, Any], stream: Text
         stream.write(f"sweep: {counted(plan.num_left, 'trial')}, {slots.reason}\n")
         shared = share(plan, slots, lease, worker_resources(train), stream)
         facts |= {"concurrency": slots.at_a_time, "reason": slots.reason}
-        with _table(plan, stream) as table, _ended_by_ctrl_c(lease) as pressed:
+        with _table(plan, stream) as table, ended_in_order(partial(_end, lease)):
             recorder = TrialRecorder(lease, plan.records, train.validation_steps, table)
             grid = run_trials(plan, shared, recorder)
-        if pressed.is_set():
-            raise KeyboardInterrupt
         if not lease.stands():
             raise Replaced(f"Another driver goes on with the sweep in {plan.sweep_dir}; this one has ended.")
     return grid
@@ -148,24 +145,10 @@ class Replaced(RunError):
     """Another driver has taken the sweep over and writes its files now."""
 
 
-@contextmanager
-def _ended_by_ctrl_c(lease: SweepLease) -> Iterator[threading.Event]:
-    """Let the first Ctrl-C end the sweep's lease, and so its trials, and a second one end the wait for them."""
-    pressed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed  # only the main thread gets signals
-        return
-
-    def stop(*_: object) -> None:
-        signal.signal(signal.SIGINT, before)
-        pressed.set()
-        lease.remove()
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _end(lease: SweepLease) -> bool:
+    """End the lease, and so the sweep's trials."""
+    lease.remove()
+    return True
 
 
 @contextmanager
@@ -221,7 +204,7 @@ def _results_so_far(plan: SweepPlan, facts: dict[str, Any]) -> Iterator[None]:
         cause = str(error) if isinstance(error, (UserError, RunError)) else one_line(root_cause(error))
         facts |= {"status": "interrupted" if interrupted else "failed", "cause": None if interrupted else cause}
         if isinstance(error, Interrupted):  # of the latents, whose command would begin the sweep anew
-            raise KeyboardInterrupt from None
+            raise_interrupt(error.exit_code - 128)
         raise
 
 

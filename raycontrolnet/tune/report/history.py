@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from raycontrolnet.config.sweep_config import OBJECTIVES
-from raycontrolnet.report.run_history import number, read_json
+from raycontrolnet.report.run_history import number
+from raycontrolnet.storage.files import read_json
 from raycontrolnet.tune.records import (
     SWEEP_FILE,
     Trial,
