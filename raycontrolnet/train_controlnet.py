@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import ray
 import ray.train
 import torch
 
@@ -25,6 +26,7 @@ from raycontrolnet.model.prompts import warn_if_cut
 from raycontrolnet.model.step import Batch, Draws, TrainState, draw, latent_shape, make_batch, train_step
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.checkpoint import Checkpoint
+from raycontrolnet.training.diagnosis import diagnosis
 from raycontrolnet.training.failures import failures_recorded, read_failure, retried_if_continued
 from raycontrolnet.training.job import (
     Job,
@@ -34,7 +36,7 @@ from raycontrolnet.training.job import (
     stop_asked,
     write_timings,
 )
-from raycontrolnet.training.metrics import MetricsLog, PendingMetrics, PhaseClock, UpdateMetrics
+from raycontrolnet.training.metrics import MetricsLog, NotFiniteError, PendingMetrics, PhaseClock, UpdateMetrics
 from raycontrolnet.training.schedule import Schedule
 from raycontrolnet.training.state import accelerator_for, build_state, save_final_weights, save_state
 from raycontrolnet.training.trackers import Trackers, open_trackers
@@ -183,8 +185,18 @@ class Worker:
             raise
 
     def record(self, *, force: bool = False) -> None:
-        """Write the figures of finished updates, if it is time or `force`."""
-        for update in self.pending.ready(force=force):
+        """Write the figures of finished updates, if it is time or `force`.
+
+        Raises:
+            RunError: if one is not finite; names the samples that are to blame.
+        """
+        try:
+            updates = self.pending.ready(force=force)
+        except NotFiniteError as error:
+            loader = self.job.loader if self.job.local else ray.get(self.job.loader)
+            samples = range(error.samples - self.schedule.samples_per_update, error.samples)
+            raise RunError(f"{error}. {diagnosis(self.state, loader, self.job.config.resolution, samples)}") from None
+        for update in updates:
             self.last = update
             if self.metrics_log and self.trackers:
                 self.metrics_log.append(update._asdict())

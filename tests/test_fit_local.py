@@ -30,9 +30,10 @@ from raycontrolnet.data.transforms import resize_and_crop
 from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
 from raycontrolnet.launch import workers
-from raycontrolnet.model import step
+from raycontrolnet.model import components, step
 from raycontrolnet.report.progress import progress
 from raycontrolnet.report.run_report import write_report
+from raycontrolnet.training import diagnosis
 from raycontrolnet.training.job import STOP_FILE
 from raycontrolnet.training.status import read_status
 
@@ -627,8 +628,12 @@ def test_a_diverged_run(tiny_settings: Settings, out: Path, before_step: Any) ->
     with pytest.raises(RunError) as error:
         run(tiny_settings, out, checkpointing_steps=1)
     message = str(error.value)
-    assert message.startswith("The loss is nan at update 3 (learning rate 0.001): training has diverged. ")
-    assert "--learning_rate" in message
+    data = Path(tiny_settings["train_data_dir"]) / "metadata.jsonl"
+    assert message.startswith(
+        "The loss is nan at update 3 (learning rate 0.001), which was not taken. Training has diverged: lower "
+        f"--learning_rate, or use --mixed_precision bf16 instead of fp16. The update's samples: {data}:"
+    )
+    assert message.count(f"{data}:") == 4
     assert "The checkpoint of update 2 stands" in message
     assert column(out, "step") == [1, 2]
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
@@ -640,16 +645,88 @@ def test_a_diverged_run(tiny_settings: Settings, out: Path, before_step: Any) ->
 
 
 def test_gradients_that_are_not_finite(tiny_settings: Settings, out: Path, before_step: Any) -> None:
-    """The loss still is, but the weights after the update are not: they must not become the last checkpoint."""
+    """The loss still is; the update is not taken."""
+    states = []
 
     def spoil(state: Any) -> None:
+        states.append(state)
         if state.step == 1:
             state.components.controlnet.controlnet_mid_block.bias.register_hook(lambda grad: grad * float("nan"))
 
     before_step(spoil)
-    with pytest.raises(RunError, match=r"The gradient norm is nan at update 2 .*: training has diverged"):
+    with pytest.raises(
+        RunError, match=r"The gradient norm is nan at update 2 .*, which was not taken. Training has div"
+    ):
         run(tiny_settings, out, checkpointing_steps=1)
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
+    before = load_file(out / "checkpoint-1" / "controlnet" / WEIGHTS)
+    assert equal(states[-1].components.controlnet.state_dict(), before)
+
+
+def test_an_optimizer_that_is_not_fused(tiny_settings: Settings, out: Path, before_step: Any) -> None:
+    """As bitsandbytes' AdamW8bit: no update with a gradient that is not finite either."""
+    states = []
+
+    def spoil(state: Any) -> None:
+        states.append(state)
+        for group in state.optimizer.param_groups:
+            group["fused"] = False
+        state.optimizer.optimizer.defaults["fused"] = False
+        if state.step == 1:
+            state.components.controlnet.controlnet_mid_block.bias.register_hook(lambda grad: grad * float("nan"))
+
+    before_step(spoil)
+    with pytest.raises(RunError, match=r"The gradient norm is nan at update 2 .*, which was not taken"):
+        run(tiny_settings, out, checkpointing_steps=1)
+    assert equal(
+        states[-1].components.controlnet.state_dict(), load_file(out / "checkpoint-1" / "controlnet" / WEIGHTS)
+    )
+
+
+@pytest.mark.parametrize("cache_latents", ["off", "on"])
+def test_the_sample_that_is_not_finite_is_named(
+    tiny_settings: Settings, out: Path, tmp_path: Path, cache_latents: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One text makes NaN; the others of its update do not."""
+    data = write_shapes(tmp_path / "data", 8, resolution=32)
+    rows = metadata(data)
+    rows[5]["text"] = "a sample that spoils the update"
+    (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    make_batch = step.make_batch
+
+    def spoiled(prepared: Any, *rest: Any) -> Any:
+        batch = make_batch(prepared, *rest)
+        bad = [row.prompt.startswith("a sample") for row in prepared]
+        if any(bad):
+            spoilt = torch.where(
+                torch.tensor(bad)[:, None, None, None], float("nan"), batch.conditioning_images.float()
+            )
+            batch = batch._replace(conditioning_images=spoilt)
+        return batch
+
+    monkeypatch.setattr(train_controlnet, "make_batch", spoiled)
+    monkeypatch.setattr(diagnosis, "make_batch", spoiled)
+    changes = {"train_data_dir": str(data), "cache_latents": cache_latents, "proportion_empty_prompts": 0.0}
+    with pytest.raises(RunError) as error:
+        run(tiny_settings, out, **changes)
+    place = f"{data}/metadata.jsonl:6" if cache_latents == "off" else "row 6 of the data"
+    assert f"The loss is not finite for {place}, and is for the others: look at these, or lower" in str(error.value)
+
+
+def test_a_vae_that_overflows(tiny_settings: Settings, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode_images = components.encode_images
+
+    def overflowing(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+        mean, logvar = encode_images(vae, images)
+        return mean * float("inf"), logvar
+
+    monkeypatch.setattr(step, "encode_images", overflowing)
+    with pytest.raises(RunError) as error:
+        run(tiny_settings, out)
+    data = Path(tiny_settings["train_data_dir"]) / "metadata.jsonl"
+    message = str(error.value)
+    assert f"The VAE gives latents that are not finite in float32 for {data}:" in message
+    assert "add --cache_latents on, which encodes in fp32, or use --mixed_precision bf16" in message
 
 
 def test_ctrl_c(tiny_settings: Settings, out: Path, tmp_path: Path, before_step: Any) -> None:

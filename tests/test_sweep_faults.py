@@ -206,7 +206,7 @@ def test_median_with_a_trial_that_diverges(sweep_settings: Settings) -> None:
     failed = found[1e38]
     assert failed.attempts == 2
     assert failed.cause is not None
-    assert "training has diverged" in failed.cause
+    assert "Training has diverged" in failed.cause
     assert result.trials[-1].record == failed
     assert leaderboard(result)[-1]["cause"] == failed.cause
     assert result.best == result.trials[0]

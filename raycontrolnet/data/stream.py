@@ -89,6 +89,10 @@ class SampleRows(Protocol):
         """
         ...
 
+    def place(self, row: int) -> str:
+        """Return where the source's row `row` stands, for messages."""
+        ...
+
 
 @dataclass(frozen=True)
 class PixelRows:
@@ -102,6 +106,10 @@ class PixelRows:
         source_row = self.source.read(row)
         image, conditioning_image = prepare_images(source_row, self.resolution)
         return DecodedRow(source_row.captions, conditioning_image, image)
+
+    def place(self, row: int) -> str:
+        """See `SampleRows.place`."""
+        return self.source.read(row).place
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,10 @@ class LatentCache:
         control = decode_conditioning(encoded.conditioning_png)
         return DecodedRow(captions=encoded.captions, conditioning_image=control, posterior=encoded.posterior)
 
+    def place(self, row: int) -> str:
+        """See `SampleRows.place`."""
+        return f"row {row + 1} of the data"
+
 
 def shard_bytes(rows: Sequence[EncodedRow], bad_samples: Sequence[BadSample]) -> pa.Buffer:
     """Return the content of a shard's file."""

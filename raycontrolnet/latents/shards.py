@@ -124,7 +124,10 @@ class EncodeJob:
             if np.isfinite(posterior).all():
                 rows.append(EncodedRow(row.row, posterior, row.conditioning_png, row.captions, row.identity))
             else:
-                why = f"latents that {dtype} cannot hold; try --latents_dtype float32" if dtype == "float16" else "NaN"
+                if np.isfinite(exact).all():
+                    why = f"latents that {dtype} cannot hold; use --latents_dtype float32"
+                else:
+                    why = "latents that are not finite, even in fp32; are its weights damaged?"
                 bad_samples.append(BadSample(row.row, f"{row.place}, image: the VAE makes {why}"))
         content = shard_bytes(rows, bad_samples)
         return EncodedShard(ShardResult(StoredShard(loaded.name, len(rows), content.size), bad_samples), content)

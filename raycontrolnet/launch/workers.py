@@ -128,8 +128,20 @@ def _running(
     An early end is explained by the failure that a worker recorded, or else by Ray's error.
     """
     total_updates, step = run.schedule(world_size, run.start).total_updates, run.start.step if run.start else 0
-    scored = run.config.control_fidelity is not None
-    shown = progress(run.output_dir, total_updates, step, stream, scored=scored) if callback is None else nullcontext()
+    config = run.config
+    validates = config.num_held_out(len(run.source)) or config.validation_pairs
+    shown = (
+        nullcontext()
+        if callback
+        else progress(
+            run.output_dir,
+            total_updates,
+            step,
+            stream,
+            scored=config.control_fidelity is not None,
+            validation_steps=config.validation_steps if validates else None,
+        )
+    )
     begin(job)
     begun = time.time()
 

@@ -186,6 +186,16 @@ def _posterior(components: Components, batch: Batch) -> tuple[Tensor, Tensor]:
     return encode_images(components.vae, batch.images)
 
 
+def _skip_if_not_finite(optimizer: AcceleratedOptimizer, grad_norm: Tensor) -> None:
+    """Let the next step of the optimizer change nothing if a gradient is not finite, as fp16's loss scaler does."""
+    not_finite = ~grad_norm.isfinite()
+    if optimizer.defaults.get("fused"):
+        # As torch's own loss scaler tells a fused optimizer: on the device, so that nobody waits for it.
+        optimizer.optimizer.found_inf = not_finite.float()
+    elif not_finite:
+        optimizer.zero_grad(set_to_none=True)
+
+
 def train_step(state: TrainState, batch: Batch, draws: Draws) -> StepMetrics:
     """Do a forward and a backward pass, and with the last of an accumulation an optimizer update."""
     accelerator = state.accelerator
@@ -196,6 +206,8 @@ def train_step(state: TrainState, batch: Batch, draws: Draws) -> StepMetrics:
         lr = float(state.lr_scheduler.get_last_lr()[0])
         if accelerator.sync_gradients:
             grad_norm = accelerator.clip_grad_norm_(state.controlnet.parameters(), state.max_grad_norm)
+            if accelerator.scaler is None:
+                _skip_if_not_finite(state.optimizer, grad_norm)
         state.optimizer.step()
         if accelerator.sync_gradients:
             # fp16's loss scaler skips an update whose gradients overflowed; the schedule then waits.

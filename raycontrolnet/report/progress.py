@@ -6,14 +6,16 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
 from raycontrolnet.report.background import repeating
 from raycontrolnet.sampling import images, scores
 from raycontrolnet.sampling.images import METADATA
-from raycontrolnet.text import StatusLine, duration
+from raycontrolnet.text import StatusLine, counted, duration
 from raycontrolnet.training import held_out, metrics, validation
+from raycontrolnet.training.schedule import due_steps
 
 LINE_INTERVAL_S = 0.5
 SCORES_INTERVAL_S = 3.0
@@ -24,14 +26,21 @@ MIN_STEPS_FOR_RATE = 2
 
 @contextmanager
 def progress(
-    output_dir: Path, total_steps: int, first_step: int, stream: TextIO, *, scored: bool = False
+    output_dir: Path,
+    total_steps: int,
+    first_step: int,
+    stream: TextIO,
+    *,
+    scored: bool = False,
+    validation_steps: int | None = None,
 ) -> Iterator[None]:
     """Show step, loss, learning rate, images/s and time left while a run goes on, on a terminal or in a plain log.
 
     Args:
         scored: show the scores of validation images too.
+        validation_steps: updates between two validations; None without any.
     """
-    shown = Progress(output_dir, total_steps, first_step, stream, scored=scored)
+    shown = Progress(output_dir, total_steps, first_step, stream, scored=scored, validation_steps=validation_steps)
     try:
         with repeating(shown.update, LINE_INTERVAL_S, "progress"):
             yield
@@ -43,7 +52,16 @@ def progress(
 class Progress:
     """The line of `progress`, and what is printed above it."""
 
-    def __init__(self, output_dir: Path, total_steps: int, first_step: int, stream: TextIO, *, scored: bool):
+    def __init__(
+        self,
+        output_dir: Path,
+        total_steps: int,
+        first_step: int,
+        stream: TextIO,
+        *,
+        scored: bool = False,
+        validation_steps: int | None = None,
+    ):
         self.output_dir = output_dir
         self.total_steps = total_steps
         self.first_step = first_step
@@ -51,6 +69,7 @@ class Progress:
         self._metrics = metrics.Tail(output_dir / metrics.METRICS_FILE)
         self._held_out = metrics.Tail(output_dir / held_out.HELD_OUT_FILE)
         self._measured = first_step
+        self._validation_steps = validation_steps
         self._scored = scored
         self._scores_at = time.monotonic()
         self._seen = self._finished() if scored else {}
@@ -77,23 +96,43 @@ class Progress:
             f"loss {update['loss']:.4f}",
             f"lr {update['lr']:.3g}",
         ]
-        if rates := self._rates():
-            images_per_second, steps_per_second = rates
-            left = (self.total_steps - update["step"]) / steps_per_second
-            parts += [f"{images_per_second:.3g} images/s", f"{duration(left)} left"]
+        if pace := self._pace():
+            images_per_second, left = pace
+            parts += [f"{images_per_second:.3g} images/s", left]
         else:
             parts.append(f"{update['images_per_second']:.3g} images/s")
         return " | ".join(parts)
 
-    def _rates(self) -> tuple[float, float] | None:
-        """Return images and steps per second of the last half minute; None with too few updates."""
+    def _pace(self) -> tuple[float, str] | None:
+        """Return images per second of the last half minute of training, and the time left; None with too few updates.
+
+        Validations count apart: those to come take as long as the last did.
+        """
         last = self._updates[-1]
-        recent = [update for update in self._updates if last["time"] - update["time"] <= RATE_WINDOW_S]
-        first = recent[0] if len(recent) > MIN_STEPS_FOR_RATE else self._updates[-min(len(self._updates), 3)]
-        seconds = last["time"] - first["time"]
-        if last["step"] - first["step"] < MIN_STEPS_FOR_RATE or seconds <= 0:
+        steps = [(update, earlier) for earlier, update in pairwise(self._updates)]
+        if len(steps) < MIN_STEPS_FOR_RATE:
             return None
-        return (last["samples"] - first["samples"]) / seconds, (last["step"] - first["step"]) / seconds
+        samples = seconds = 0.0
+        for update, earlier in reversed(steps):
+            if seconds >= RATE_WINDOW_S:
+                break
+            samples += update["samples"] - earlier["samples"]
+            seconds += _seconds(update, earlier)
+        images_per_second = samples / seconds
+        samples_per_step = (last["samples"] - self._updates[0]["samples"]) / (last["step"] - self._updates[0]["step"])
+        left = (self.total_steps - last["step"]) * samples_per_step / images_per_second
+        if not self._validation_steps:
+            return images_per_second, f"{duration(left)} left"
+        pauses = [
+            update["time"] - earlier["time"] - _seconds(update, earlier)
+            for update, earlier in steps
+            if earlier["step"] % self._validation_steps == 0
+        ]
+        to_come = len(due_steps(self._validation_steps, self.total_steps, self.total_steps))
+        to_come -= last["step"] // self._validation_steps
+        if not pauses:
+            return images_per_second, f"{duration(left)} and {counted(to_come, 'validation')} left"
+        return images_per_second, f"{duration(left + to_come * max(0.0, pauses[-1]))} left"
 
     def _read(self) -> None:
         records, restarted = self._metrics.read()
@@ -129,3 +168,8 @@ class Progress:
             with suppress(OSError):
                 found[folder] = (folder / METADATA).stat().st_mtime_ns
         return found
+
+
+def _seconds(update: dict[str, Any], earlier: dict[str, Any]) -> float:
+    """Return the seconds of an update alone, without what came before it, such as a validation."""
+    return float((update["samples"] - earlier["samples"]) / update["images_per_second"])

@@ -98,6 +98,15 @@ class Tail:
         return found.st_ino, found.st_size
 
 
+class NotFiniteError(RunError):
+    """A loss or gradient norm is NaN or infinite: training has diverged, or a sample is bad."""
+
+    def __init__(self, message: str, samples: int = 0):
+        super().__init__(message)
+        self.samples = samples
+        """k after the update."""
+
+
 class PendingMetrics:
     """Updates whose figures are still on the device.
 
@@ -120,7 +129,7 @@ class PendingMetrics:
         """Return the updates so far, if it is time or `force`.
 
         Raises:
-            RunError: if a loss, or a gradient that the weights were changed by, is not finite.
+            NotFiniteError: if a loss, or a gradient that the weights would be changed by, is not finite.
         """
         if not force and time.monotonic() - self._flushed_at < self.interval_s:
             return []
@@ -135,11 +144,10 @@ class PendingMetrics:
             for name, value in (("loss", update.loss), ("gradient norm", update.grad_norm)):
                 if math.isfinite(value):
                     continue
-                raise RunError(
-                    f"The {name} is {value} at update {update.step} (learning rate {update.lr:g}): training has "
-                    "diverged. The last checkpoint stands; go on from it with a lower --learning_rate, or with "
-                    "--mixed_precision bf16 instead of fp16"
+                message = (
+                    f"The {name} is {value} at update {update.step} (learning rate {update.lr:g}), which was not taken"
                 )
+                raise NotFiniteError(message, update.samples)
         return updates
 
 
