@@ -1,4 +1,4 @@
-"""What made an update not finite: found by doing its samples again, one by one."""
+"""A search for the samples that made an update not finite: they are done again, one by one."""
 
 from __future__ import annotations
 
