@@ -7,7 +7,7 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import Annotated, Any, NamedTuple
 
@@ -131,6 +131,7 @@ def parse(command: str, argv: Sequence[str]) -> Any:
     if problems := unknown_names(given, known, place) + problems:
         raise ConfigError(problems)
     defaults = {**(_load(found.defaults) if found.defaults else {}), **from_file}
+    flags = _whole_flags(flags, known)
     settings = _parsed(flags, found.groups, defaults, f"raycontrolnet {command}", found.description)
     if space is not None and settings["space"] is None:
         settings["space"] = space
@@ -143,6 +144,17 @@ def _config_flag(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     parser.add_argument("--config")
     found, flags = parser.parse_known_args(argv)
     return found.config or None, flags
+
+
+def _whole_flags(argv: Sequence[str], known: Iterable[str]) -> list[str]:
+    """Return the arguments with beginnings of flags that can mean one alone completed, as argparse does."""
+    names, whole = set(known), []
+    for argument in argv:
+        flag, has_value, value = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        meant = [other for other in names if other.startswith(name)] if flag != name and name not in names else []
+        whole.append(f"--{meant[0]}{has_value}{value}" if len(meant) == 1 and name else argument)
+    return whole
 
 
 def _parsed(

@@ -106,6 +106,11 @@ def kill_a_train_worker() -> None:
     workers[0].kill()
 
 
+def kill_the_controller() -> None:
+    (controller,) = workers_called("TrainController")
+    controller.kill()
+
+
 def workers_called(name: str) -> list[psutil.Process]:
     """Return this process's Ray workers whose title is `name`."""
     found = []

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import ctrl_c, kill_a_train_worker, last_step, processes_of_session, wait_for, when
+from processes import ctrl_c, kill_a_train_worker, kill_the_controller, last_step, processes_of_session, wait_for, when
 from reference import write_trained_controlnet
 from runs import Settings, column, run, weights
 
@@ -86,14 +86,18 @@ def test_resume_is_exact_on_ray_and_off_it(settings: Settings, tmp_path: Path) -
     assert_same_run(whole, parts)
 
 
-def test_a_killed_worker_costs_nothing(settings: Settings, tmp_path: Path) -> None:
-    """Kill -9 between two checkpoints: Ray starts a new worker, which ends with the weights of an undisturbed run."""
+def test_killed_processes_cost_nothing(settings: Settings, tmp_path: Path) -> None:
+    """Kill -9 of the worker, then of Train's controller, between checkpoints: the weights of an undisturbed run."""
     changes = {"max_train_steps": 30, "checkpointing_steps": 10}
     undisturbed = run(settings, tmp_path / "undisturbed", **changes)
     disturbed = tmp_path / "disturbed"
-    with when(lambda: last_step(disturbed) >= 12, kill_a_train_worker) as killed:
+    with (
+        when(lambda: last_step(disturbed) >= 12, kill_a_train_worker) as killed,
+        when(lambda: last_step(disturbed) >= 22, kill_the_controller) as controller_killed,
+    ):
         run(settings, disturbed, **changes)
     assert killed == [True], "no worker was killed"
+    assert controller_killed == [True], "no controller was killed"
     assert_same_run(undisturbed, disturbed)
 
 
@@ -109,12 +113,12 @@ def test_without_allowed_failures_a_killed_worker_ends_the_run(settings: Setting
 
 
 def test_an_elastic_run_of_one_epoch(settings: Settings, tmp_path: Path) -> None:
-    """MIN:MAX workers, as many as there is room for; the stream does not end before the run does."""
-    changes = {"num_workers": "1:2", "train_batch_size": 2, "max_train_steps": None, "dataloader_num_workers": 1}
+    """MIN:MAX workers, as many as there is room for, with no CPU left for loading; the stream outlasts the run."""
+    changes = {"num_workers": "1:3", "train_batch_size": 2, "max_train_steps": None, "dataloader_num_workers": 1}
     done = run(settings, tmp_path / "out", **changes)
     samples = column(done, "samples")
     assert samples[-1] >= 13 > samples[-2]
-    assert {second - first for first, second in itertools.pairwise(samples)} <= {2, 4}
+    assert {second - first for first, second in itertools.pairwise(samples)} <= {2, 4, 6}
 
 
 def test_a_corrupt_image_ends_the_run_with_its_name(settings: Settings, tmp_path: Path) -> None:

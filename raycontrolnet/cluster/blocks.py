@@ -42,10 +42,13 @@ def catch(work: Callable[[Any], object], item: object) -> object:
         return root_cause(error)
 
 
-def generate(items: Callable[..., Iterator[object]], *args: object) -> ray.data.Dataset:
+def generate(items: Callable[..., Iterator[object]], *args: object, num_cpus: float = COUNT_CPUS) -> ray.data.Dataset:
     """Return a lazy data set of the objects that one task makes by `items(*args)`: a row and a block for each.
 
     Data sets that are made from it keep one row to a block.
+
+    Args:
+        num_cpus: CPUs that the task reserves.
     """
     import ray
 
@@ -56,7 +59,8 @@ def generate(items: Callable[..., Iterator[object]], *args: object) -> ray.data.
             yield to_block(item)
 
     start = ray.data.from_items([0])  # unlike a read, this needs no CPU
-    dataset = start.map_batches(run, num_cpus=COUNT_CPUS, **WHOLE_BLOCKS)
+    # A byte of memory: Ray Data would fuse the task with others that reserve the same.
+    dataset = start.map_batches(run, num_cpus=num_cpus, memory=1, **WHOLE_BLOCKS)
     dataset.context.target_max_block_size = 1  # bytes: a block is cut after every row
     dataset.context.enable_progress_bars = False
     # Undocumented. Without it the scheduling loop takes most of a CPU from training.

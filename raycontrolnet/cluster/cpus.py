@@ -14,7 +14,7 @@ MIN_CPU_SHARE = 0.25
 TASK_CPUS = 0.25
 """CPUs that one loading task reserves: few, so that loading finds room beside workers that take nearly every CPU."""
 COUNT_CPUS = 0.01
-"""CPUs of the task that lists what is to be loaded. Another number than TASK_CPUS, or Ray Data would fuse the two."""
+"""CPUs of the task that lists what is to be loaded."""
 LOADING_NICENESS = 15
 
 CGROUP = Path("/sys/fs/cgroup")

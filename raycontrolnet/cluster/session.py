@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -11,8 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from raycontrolnet.cluster.cpus import LOADING_CPUS, machine_cpus
-from raycontrolnet.errors import ConfigError
+from raycontrolnet.errors import ConfigError, RunError
 from raycontrolnet.text import error_message
+
+logger = logging.getLogger(__name__)
 
 LOCAL = "local"
 ANSWER_TIMEOUT_S = 10.0
@@ -53,6 +56,7 @@ def ray_session(address: str | None) -> Iterator[None]:
 
     Raises:
         ConfigError: if there is no cluster at the address.
+        RunError: if none can be started here.
     """
     import ray
 
@@ -64,9 +68,7 @@ def ray_session(address: str | None) -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     try:
         if target == LOCAL:
-            # Loading gets a CPU beside the real ones: it is idle most of the time, and workers need not give one up.
-            cpus = machine_cpus() + LOADING_CPUS
-            ray.init(address=LOCAL, num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+            _start_here()
         else:
             _check_somebody_answers(target)
             if AUTH_TOKEN.expanduser().is_file():  # `ray start` then asks for it
@@ -85,6 +87,31 @@ def ray_session(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_here() -> None:
+    """Start a Ray on this machine; once more if it was too slow, as on a busy one."""
+    import ray
+
+    # Loading gets a CPU beside the real ones: it is idle most of the time, and workers need not give one up.
+    cpus = machine_cpus() + LOADING_CPUS
+    for last in (False, True):
+        try:
+            ray.init(address=LOCAL, num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+            return
+        except Exception as error:  # Ray raises bare ones
+            ray.shutdown()
+            if "AF_UNIX" in str(error):
+                name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "TMPDIR")
+                folder = os.environ.get(name, "")
+                problem = f"{name}={folder[:60]}{'...' * (len(folder) > 60)}: too long for the paths of Ray's sockets"
+                raise ConfigError([f"{problem} (107 bytes); set RAY_TMPDIR to a short folder, such as /tmp"]) from error
+            if last:
+                raise RunError(
+                    f"Ray could not be started on this machine, twice ({error_message(error, 200)}): is it overloaded? "
+                    "Try again when less is running"
+                ) from error
+            logger.warning("Ray could not be started, and is started again", exc_info=True)
 
 
 def _target(address: str | None) -> str:

@@ -6,8 +6,10 @@ Each stands in tests/test_ray_hooks.py, which fails when a new Ray has renamed i
 from __future__ import annotations
 
 import itertools
+import logging
 import uuid
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,6 +17,10 @@ from ray._private.services import get_webui_url_from_internal_kv
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.worker_group import worker_group
 from ray.train.v2.api import data_parallel_trainer as private
+
+from raycontrolnet.cluster.worker import remove_ray_records
+
+logger = logging.getLogger(__name__)
 
 ABORT_TIMEOUT_S = 10.0
 CONTROLLER_ENVIRONMENT = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"}
@@ -25,23 +31,39 @@ class InterruptibleTrainer(TorchTrainer):
     """A TorchTrainer that another thread can `abort`, and that stops its workers before Ctrl-C's KeyboardInterrupt."""
 
     controller: Any = None
+    _is_aborted = False
     _places: str = ""
     """Beginning of the names of the workers' placement groups."""
 
-    def fit_or_abort(self) -> ray.train.Result:
-        """Train; on Ctrl-C, or what else ends the thread, stop the workers before it is raised."""
-        try:
-            return self.fit()
-        except Exception:
-            self._free_places()  # of a controller that was killed
-            raise
-        except BaseException:
-            self.abort()
-            raise
+    def fit_or_abort(self, restarts: int = 0) -> ray.train.Result:
+        """Train; on Ctrl-C, or what else ends the thread, stop the workers before it is raised.
+
+        Args:
+            restarts: number of times that a controller which was killed is started again; the workers then continue
+                from their last checkpoint.
+        """
+        while True:
+            try:
+                return self.fit()
+            except ray.exceptions.RayActorError:
+                self._free_places()
+                if self._is_aborted or not restarts:
+                    raise
+                restarts -= 1
+                logger.warning("Ray Train's controller was lost, and is started again", exc_info=True)
+                assert self.run_config.storage_path
+                assert self.run_config.name
+                remove_ray_records(Path(self.run_config.storage_path, self.run_config.name))
+            except Exception:
+                raise
+            except BaseException:
+                self.abort()
+                raise
 
     def abort(self) -> None:
         """Stop the workers; `fit`, in another thread, then raises. Does nothing before the training has begun."""
         if self.controller is not None:
+            self._is_aborted = True
             with suppress(ray.exceptions.RayError):
                 ray.get(self.controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
             ray.kill(self.controller)

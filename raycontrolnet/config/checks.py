@@ -15,6 +15,7 @@ from raycontrolnet.config.declare import facts_of
 from raycontrolnet.config.settings import ModelConfig, OptimConfig, StepConfig
 from raycontrolnet.config.train_config import FACTS, TrainConfig, names_with
 from raycontrolnet.errors import ConfigError, UserError
+from raycontrolnet.text import error_message
 from raycontrolnet.version import __version__
 
 VERSIONS_OF = ("ray", "torch", "diffusers", "transformers", "accelerate", "datasets")
@@ -97,8 +98,23 @@ def absolute(name: str, value: Any) -> Any:
         return tuple(absolute(name, item) for item in value)
     if value is None or kind is None or (kind == "or URI" and "://" in value):
         return value
-    path = Path(value).expanduser()
-    return value if kind == "or id" and not path.exists() else str(path.resolve())
+    path = resolved(name, value)
+    return value if kind == "or id" and not path.exists() else str(path)
+
+
+def resolved(name: str, value: str) -> Path:
+    """Return the absolute path that the setting `name` means.
+
+    Raises:
+        ConfigError: if it is none: a loop of links, too long, or of a user that does not exist.
+    """
+    try:
+        path = Path(value).expanduser().resolve()
+        path.exists()  # which fails for names that are too long
+    except (OSError, RuntimeError, ValueError) as error:
+        shown = f"{value[:60]}..." if len(value) > 60 else value
+        raise ConfigError([f"--{name}={shown}: is no path that can be used ({error_message(error, 60)})"]) from None
+    return path
 
 
 def check_device(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import pyarrow as pa
 
 from raycontrolnet.cluster.blocks import WHOLE_BLOCKS, from_block, generate, to_block
-from raycontrolnet.cluster.cpus import TASK_CPUS, let_training_go_first
+from raycontrolnet.cluster.cpus import COUNT_CPUS, TASK_CPUS, let_training_go_first
 from raycontrolnet.data.order import Purpose, SampleOrder, keyed_rng
 from raycontrolnet.data.records import DecodedRow, PreparedRow
 from raycontrolnet.data.sources import Source
@@ -33,6 +33,8 @@ TICKET_BYTES = 256 * 1024
 ballast, the first task would run millions of tiny tickets ahead."""
 REMOTE_READS = 16
 """Rows that one loading task reads at a time from a cache in an object store."""
+ELASTIC_TASKS = 4
+"""Loading tasks at a time that reserve no CPU."""
 READ_AHEAD_BATCHES = 8
 """Batches per worker that may wait in Ray's object store."""
 READ_AHEAD_BUNDLES = 3
@@ -166,16 +168,23 @@ def local_batches(loader: BatchLoader, first_sample: int, num_batches: int) -> I
 
 
 def ray_dataset(
-    loader_ref: ray.ObjectRef[BatchLoader], layout: StreamLayout, max_tasks: int | None
+    loader_ref: ray.ObjectRef[BatchLoader], layout: StreamLayout, max_tasks: int | None, *, elastic: bool = False
 ) -> ray.data.Dataset:
     """Return the stream as a lazy Ray data set, a row for every bundle.
 
     Args:
         loader_ref: a `BatchLoader` in Ray's object store: rows of millions of paths travel once to each node.
         max_tasks: loading tasks at a time; None leaves it to Ray Data.
+        elastic: whether Ray Train takes as many CPUs as there are. The tasks then reserve none: they would wait for
+            ever. They have the lower priority.
     """
-    return generate(_tickets, layout).map_batches(
-        _load, fn_kwargs={"loader_ref": loader_ref}, num_cpus=TASK_CPUS, concurrency=max_tasks, **WHOLE_BLOCKS
+    num_cpus = 0 if elastic else TASK_CPUS
+    return generate(_tickets, layout, num_cpus=0 if elastic else COUNT_CPUS).map_batches(
+        _load,
+        fn_kwargs={"loader_ref": loader_ref},
+        num_cpus=num_cpus,
+        concurrency=max_tasks or (ELASTIC_TASKS if elastic else None),
+        **WHOLE_BLOCKS,
     )
 
 

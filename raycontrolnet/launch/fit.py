@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from raycontrolnet.cluster.logs import logging_to, shown_on
 from raycontrolnet.cluster.resources import worker_resources
 from raycontrolnet.cluster.session import ray_session
-from raycontrolnet.config.checks import check_device, versions, with_absolute_paths
+from raycontrolnet.config.checks import check_device, resolved, versions, with_absolute_paths
 from raycontrolnet.config.train_config import TrainConfig, changed_settings
 from raycontrolnet.errors import RunError, UserError, explained
 from raycontrolnet.hub import push
@@ -87,7 +87,7 @@ def fit(config: TrainConfig, *, stream: TextIO | None = None) -> RunResult:
 
 def run_fit(config: TrainConfig, stream: TextIO, callback: RunCallback | None = None) -> RunResult:
     """Train as `fit`, and tell `callback`, which may end the run, of its progress."""
-    output_dir = Path(config.output_dir).expanduser().resolve()
+    output_dir = resolved("output_dir", config.output_dir)
     with locked(output_dir) as lock, repeating(lock.beat, BEAT_INTERVAL_S, "lock"):
         return _run_fit(with_absolute_paths(config), output_dir, stream, callback)
 

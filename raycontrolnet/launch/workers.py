@@ -113,7 +113,7 @@ def train_on_ray(
     )
     with _running(run, job, most, stream, callback):
         with _followed(run, most, trainer, callback):
-            summary = trainer.fit_or_abort().return_value
+            summary = trainer.fit_or_abort(run.config.max_failures).return_value
         if failure := read_failure(run.output_dir):
             raise failure
     return dict(summary)
@@ -227,7 +227,7 @@ def _dataset_factory(run: CheckedRun, job: Job) -> Callable[[], ray.data.Dataset
             )
         else:  # how many workers an elastic run got is not known here: they stop by themselves
             layout = StreamLayout(samples, ENDLESS, batch_size)
-        return ray_dataset(job.loader, layout, max_tasks)
+        return ray_dataset(job.loader, layout, max_tasks, elastic=fewest != most)
 
     return dataset
 

@@ -12,6 +12,7 @@ The folders on disk are the only record of checkpoints.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -26,11 +27,21 @@ from pathlib import Path
 from typing import Any
 
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.storage.files import OLD_SUFFIX, PARTIAL_SUFFIX, remove_folder, replacing_folder, synced
+from raycontrolnet.storage.files import (
+    OLD_SUFFIX,
+    PARTIAL_SUFFIX,
+    readable_by_umask,
+    remove_folder,
+    replacing_folder,
+    synced,
+)
+from raycontrolnet.text import file_size
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+FULL_BYTES = 2**20
+"""A disk with less is full."""
 MANIFEST_FILE = "manifest.json"
 CONTROLNET_FOLDER = "controlnet"
 TRAINING_STATE_FILE = "training_state.pt"
@@ -218,7 +229,8 @@ def write(
     """
     final = output_dir / name_of(step)
     with replacing_folder(final) as partial:  # replaces one of an earlier run that went further, or a damaged one
-        save(partial)
+        _save(partial, save)
+        readable_by_umask(partial)
         files = sorted(file for file in partial.rglob("*") if file.is_file())
         for file in files:
             synced(file)
@@ -236,6 +248,23 @@ def write(
         (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
         synced(partial / MANIFEST_FILE)
     return Checkpoint.open(final)
+
+
+def _save(folder: Path, save: Callable[[Path], None]) -> None:
+    """Write a checkpoint's files.
+
+    Raises:
+        OSError: on a full disk, whatever the libraries call that.
+    """
+    try:
+        save(folder)
+    except Exception as error:
+        free = shutil.disk_usage(folder).free
+        if free > FULL_BYTES and getattr(error, "errno", None) != errno.ENOSPC:
+            raise
+        written = sum(file.stat().st_size for file in folder.rglob("*"))
+        state = f"{file_size(written)} of the checkpoint were written, {file_size(free)} are free"
+        raise OSError(errno.ENOSPC, f"No space left on device: {folder.parent}: {state}") from error
 
 
 def _digests(folder: Path, names: Iterable[str]) -> dict[str, str]:

@@ -76,6 +76,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def readable_by_umask(folder: Path) -> None:
+    """Give the files in `folder` the mode of new ones: safetensors writes its own for their owner alone."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
+
+
 def synced(path: Path) -> None:
     """Flush a file or folder to the disk, so that a power cut cannot keep later writes and lose this one."""
     descriptor = os.open(path, os.O_RDONLY)

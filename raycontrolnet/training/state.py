@@ -21,6 +21,7 @@ from raycontrolnet.model.optim import build_lr_scheduler, build_optimizer
 from raycontrolnet.model.performance import enable_memory_savers, working_precision
 from raycontrolnet.model.step import TrainState
 from raycontrolnet.storage.checkpoint import CONTROLNET_FOLDER, TRAINING_STATE_FILE, Checkpoint
+from raycontrolnet.storage.files import readable_by_umask
 from raycontrolnet.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -169,6 +170,7 @@ def save_final_weights(state: TrainState, output_dir: Path) -> None:
     partial = output_dir / ".final.partial"
     shutil.rmtree(partial, ignore_errors=True)
     unwrap_controlnet(state).save_pretrained(partial)
+    readable_by_umask(partial)
     for file in sorted(partial.iterdir(), reverse=True):  # the weights before config.json
         os.replace(file, output_dir / file.name)
     partial.rmdir()
