@@ -29,6 +29,7 @@ from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.training.diagnosis import diagnosis
 from raycontrolnet.training.failures import failures_recorded, read_failure, retried_if_continued
 from raycontrolnet.training.job import (
+    WORKERS_FILE,
     Job,
     check_folder_is_shared,
     logging_to_run_log,
@@ -60,6 +61,8 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
     if read_failure(job.output_dir):
         return None  # Ray restarted the workers after a failure that would come again, which the driver reports
     rank, world_size = (0, 1) if job.local else place_among_workers()
+    if rank == 0:
+        (job.output_dir / WORKERS_FILE).touch()
     clock = PhaseClock(read_timings(job.output_dir))  # continued after a restart
     if not clock.seconds:
         clock.seconds["start"] = time.time() - job.submitted

@@ -62,6 +62,7 @@ OWN_FLAGS: dict[str, dict[str, Any]] = {
     },
     "FLOAT": {
         "cpus_per_worker": None, "validation_split": None, "max_bad_fraction": 0.01, "guidance_scale": 7.5,
+        "wait_timeout_s": None,
     },
     "INT": {
         "max_failures": 3, "latents_batch_size": 4,

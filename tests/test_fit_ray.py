@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import signal
@@ -10,15 +11,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 from processes import ctrl_c, kill_a_train_worker, kill_the_controller, last_step, processes_of_session, wait_for, when
 from reference import write_trained_controlnet
 from runs import Settings, column, run, weights
 
-from raycontrolnet import TrainConfig
+from raycontrolnet import TrainConfig, fit
 from raycontrolnet.config.train_config import public_settings
 from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.errors import ConfigError, RunError, UserError
+from raycontrolnet.launch import waiting
 from raycontrolnet.training import held_out
 
 pytestmark = pytest.mark.usefixtures("_local_ray")
@@ -145,6 +148,29 @@ def test_a_model_that_cannot_be_trained_is_refused_once(settings: Settings, tmp_
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "sample"}))
     with pytest.raises(UserError, match="its scheduler's prediction_type is 'sample'; only epsilon and v_prediction"):
         run(settings, tmp_path / "out", pretrained_model_name_or_path=str(base))
+
+
+def test_a_run_whose_workers_never_come(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another holds the CPUs: the run says what it waits for, and gives up when it was told to."""
+    monkeypatch.setattr(waiting, "FIRST_NEWS_S", 2.0)
+    holder = ray.remote(num_cpus=3)(Holder).remote()
+    ray.get(holder.__ray_ready__.remote())
+    stream = io.StringIO()
+    try:
+        with pytest.raises(RunError) as error:
+            fit(TrainConfig(**settings, output_dir=str(tmp_path / "out"), wait_timeout_s=5), stream=stream)
+    finally:
+        ray.kill(holder)
+    state = "1 node up with 0 CPUs free; the run needs 1 worker of 1 CPU"
+    assert f"waiting for workers, 0:02: {state}\n" in stream.getvalue()
+    assert str(error.value).startswith(
+        f"No worker has started within --wait_timeout_s=5: {state}. Lower --num_workers, or wait longer"
+    )
+    run(settings, tmp_path / "out")
+
+
+class Holder:
+    """An actor that holds resources."""
 
 
 def test_workers_that_leave_no_cpu_for_loading_are_refused(settings: Settings, tmp_path: Path) -> None:

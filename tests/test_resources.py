@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from raycontrolnet.cluster import cpus, nodes
+from raycontrolnet.cluster import cpus, nodes, session
 from raycontrolnet.cluster.resources import share_out
 from raycontrolnet.config.settings import ClusterConfig
 from raycontrolnet.errors import ConfigError
@@ -32,25 +32,25 @@ GPU_NODE: Node = {"CPU": 8, "GPU": 1, "accelerator_type:A10G": 1}
     ],
 )
 def test_share_of_the_cpus(num_workers: str, nodes: list[Node], cpus: float, threads: int) -> None:
-    given = share_out(ClusterConfig(num_workers=num_workers), nodes, None)
+    given = share_out(ClusterConfig(num_workers=num_workers), nodes, [])
     assert (given.cpus_per_worker, given.threads, given.use_gpu, given.waits_for) == (cpus, threads, False, None)
 
 
 def test_gpus_are_used_where_there_are_some() -> None:
-    assert share_out(ClusterConfig(), [CPU_HEAD, GPU_NODE], None).use_gpu
-    assert not share_out(ClusterConfig(use_gpu=False), [CPU_HEAD, GPU_NODE], None).use_gpu
-    assert not share_out(ClusterConfig(), [CPU_HEAD], None).use_gpu
+    assert share_out(ClusterConfig(), [CPU_HEAD, GPU_NODE], []).use_gpu
+    assert not share_out(ClusterConfig(use_gpu=False), [CPU_HEAD, GPU_NODE], []).use_gpu
+    assert not share_out(ClusterConfig(), [CPU_HEAD], []).use_gpu
 
 
 def test_as_many_workers_as_cpus_on_a_gpu_machine() -> None:
     """4 GPUs and 4 CPUs: the workers share what loading leaves."""
-    given = share_out(ClusterConfig(num_workers="4"), [{"CPU": 4, "GPU": 4}], None)
+    given = share_out(ClusterConfig(num_workers="4"), [{"CPU": 4, "GPU": 4}], [])
     assert (given.use_gpu, given.cpus_per_worker) == (True, 0.75)
 
 
 def test_an_autoscaler_may_bring_the_gpus() -> None:
     """No GPU node is up yet: the run waits for them, and says so, instead of training on the head's CPUs."""
-    given = share_out(ClusterConfig(num_workers="4"), [CPU_HEAD], [CPU_HEAD, GPU_NODE])
+    given = share_out(ClusterConfig(num_workers="4"), [CPU_HEAD], [GPU_NODE] * 4)
     assert (given.use_gpu, given.cpus_per_worker) == (True, 1)
     assert given.waits_for is not None
     assert "the cluster has no GPU" in given.waits_for
@@ -63,12 +63,12 @@ def test_an_autoscaler_may_bring_the_gpus() -> None:
         (
             {"num_workers": "4"},
             [{"CPU": 16, "GPU": 1}],
-            "--num_workers=4: the cluster's nodes have room for 1 workers of 1 CPUs and a GPU",
+            "--num_workers=4: the cluster has room for 1 worker of 1 CPU and a GPU",
         ),
         (
             {"num_workers": "1", "cpus_per_worker": 6.0},
             [{"CPU": 4}, {"CPU": 4}],
-            "--num_workers=1: the cluster's nodes have room for 0 workers of 6 CPUs",
+            "--num_workers=1: the cluster has room for 0 workers of 6 CPUs",
         ),
         (
             {"num_workers": "1", "cpus_per_worker": 2.0},
@@ -78,14 +78,42 @@ def test_an_autoscaler_may_bring_the_gpus() -> None:
         (
             {"accelerator_type": "H100"},
             [CPU_HEAD, GPU_NODE],
-            "--num_workers=1: the cluster's nodes have room for 0 workers of 1 CPUs and a GPU of type H100",
+            "--num_workers=1: the cluster has room for 0 workers of 1 CPU and a GPU of type H100",
         ),
     ],
 )
 def test_what_cannot_fit_is_refused(settings: dict[str, Any], nodes: list[Node], message: str) -> None:
     """Ray would wait for it without end."""
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
-        share_out(ClusterConfig(**settings), nodes, None)
+        share_out(ClusterConfig(**settings), nodes, [])
+
+
+def test_more_than_an_autoscaler_may_bring_is_refused() -> None:
+    """64 workers, and two nodes at most; where nobody knows what may come, as on KubeRay, the run waits."""
+    grown = ", with the 2 nodes that its autoscaler may add,"
+    refused = {
+        "64": f"--num_workers=64, --cpus_per_worker=1: 64 x 1 of the 24 CPUs{grown} leave less than the 1",
+        "4": f"--num_workers=4: the cluster{grown} has room for 2 workers of 1 CPU and a GPU",
+    }
+    for num_workers, message in refused.items():
+        with pytest.raises(ConfigError, match=f"^{message}"):
+            share_out(ClusterConfig(num_workers=num_workers), [CPU_HEAD], [GPU_NODE] * 2)
+    waits_for = share_out(ClusterConfig(num_workers="64", use_gpu=True), [CPU_HEAD], None).waits_for
+    assert waits_for is not None
+    assert waits_for.startswith("the autoscaler: --use_gpu=True: the cluster has no GPU")
+
+
+def test_what_an_earlier_cluster_left_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor the name that a pod has of it: the Ray is our own."""
+    file = tmp_path / "ray_bootstrap_config.yaml"
+    file.write_text("available_node_types: {worker: {resources: {CPU: 8}, max_workers: 3}}\nmax_workers: 3\n")
+    monkeypatch.setattr(nodes, "BOOTSTRAP_CONFIG", file)
+    assert nodes.nodes_that_may_come(ClusterConfig(), []) == [{"CPU": 8}] * 3
+    monkeypatch.setattr(session, "_own", True)
+    assert nodes.nodes_that_may_come(ClusterConfig(), []) == []
+    file.unlink()
+    monkeypatch.setenv(nodes.KUBERAY_VARIABLE, "earlier")
+    assert nodes.nodes_that_may_come(ClusterConfig(), []) == []
 
 
 @pytest.mark.parametrize(
@@ -114,8 +142,8 @@ def test_a_container_limits_the_cpus_of_the_machine(
 def test_the_autoscaler_is_found_by_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_CLUSTER_NAME", raising=False)
     monkeypatch.setattr(nodes, "BOOTSTRAP_CONFIG", tmp_path / "ray_bootstrap_config.yaml")
-    assert nodes.autoscaler_node_types() is None
+    assert nodes.nodes_that_may_come(ClusterConfig(), []) == []
     (tmp_path / "ray_bootstrap_config.yaml").write_text(
         "available_node_types: {head: {resources: {CPU: 8}, max_workers: 0}, gpu: {resources: {CPU: 8, GPU: 1}}}"
     )
-    assert nodes.autoscaler_node_types() == [{"CPU": 8, "GPU": 1}]
+    assert nodes.nodes_that_may_come(ClusterConfig(), []) == [{"CPU": 8, "GPU": 1}] * 2

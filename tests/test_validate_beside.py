@@ -94,4 +94,4 @@ def test_a_lost_worker_finds_its_place_again(settings: Settings, tmp_path: Path)
     ],
 )
 def test_where_there_is_room(num_workers: str, nodes: list[dict[str, float]], spare: bool) -> None:
-    assert share_out(ClusterConfig(num_workers=num_workers), nodes, None).spare is spare
+    assert share_out(ClusterConfig(num_workers=num_workers), nodes, []).spare is spare

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from raycontrolnet.cluster import session
 from raycontrolnet.config.settings import ClusterConfig
 
 BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml")
@@ -56,12 +57,6 @@ def nodes_that_are_up() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def autoscaler_node_types() -> list[dict[str, float]] | None:
-    """Return the resources of the node types that an autoscaler of this cluster can start; None if there is none."""
-    found = _autoscaler()
-    return None if found is None else [kind.resources for kind in found.types if kind.most > 0]
-
-
 def nodes_that_may_come(cluster: ClusterConfig, up: Sequence[Node]) -> list[dict[str, float]] | None:
     """Return the nodes that an autoscaler of this cluster can start beside those that are `up`.
 
@@ -108,6 +103,8 @@ class _Autoscaler(NamedTuple):
 
 def _autoscaler() -> _Autoscaler | None:
     """Return what the autoscaler of this cluster may start; None if there is no autoscaler."""
+    if session.is_own():  # whatever an earlier cluster has left on this machine
+        return None
     file = BOOTSTRAP_CONFIG.expanduser()
     if not file.is_file():
         return _Autoscaler([], 0) if KUBERAY_VARIABLE in os.environ else None

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from raycontrolnet.cluster.cpus import LOADING_CPUS, MIN_CPU_SHARE, threads_for
-from raycontrolnet.cluster.nodes import Node, autoscaler_node_types, has_type, nodes_that_are_up, total
+from raycontrolnet.cluster.nodes import Node, cluster_nodes, has_type, nodes_that_are_up, total
 from raycontrolnet.config.checks import no_gpu
 from raycontrolnet.config.settings import ClusterConfig
 from raycontrolnet.errors import ConfigError
+from raycontrolnet.text import counted
 
 
 @dataclass(frozen=True)
@@ -60,29 +61,42 @@ def worker_resources(cluster: ClusterConfig) -> WorkerResources:
     """
     import ray
 
-    given = share_out(cluster, nodes_that_are_up(), autoscaler_node_types())
+    given = share_out(cluster, *cluster_nodes(cluster))
     free, workers = ray.available_resources(), given.num_workers[1] + 1
     there_is = free.get("CPU", 0.0) >= workers * given.cpus_per_worker + LOADING_CPUS
     there_is = there_is and (not given.use_gpu or free.get("GPU", 0.0) >= workers)
     return dataclasses.replace(given, spare=given.spare and there_is)
 
 
-def share_out(cluster: ClusterConfig, nodes: Sequence[Node], node_types: Sequence[Node] | None) -> WorkerResources:
+def wanted_and_there(resources: WorkerResources) -> str:
+    """Return what the connected cluster has free, and what the run needs, in words."""
+    import ray
+
+    up, free = nodes_that_are_up(), ray.available_resources()
+    kinds = ("CPU", "GPU") if resources.use_gpu else ("CPU",)
+    there = " and ".join(counted(free.get(kind, 0.0), kind) for kind in kinds)
+    each = " and ".join(counted(amount, kind) for kind, amount in resources.per_worker.items())
+    kind = f" of type {resources.accelerator_type}" if resources.accelerator_type else ""
+    workers = counted(resources.num_workers[0], "worker")
+    return f"{counted(len(up), 'node')} up with {there} free; the run needs {workers} of {each}{kind}"
+
+
+def share_out(cluster: ClusterConfig, nodes: Sequence[Node], may_come: Sequence[Node] | None) -> WorkerResources:
     """Return the workers' shares of `nodes`, or of those that an autoscaler may add.
 
     Args:
         nodes: every node that is up.
-        node_types: a node of every type that an autoscaler can start; None if the cluster does not grow.
+        may_come: nodes that an autoscaler can start beside them; None if it is not known which.
 
     Raises:
-        ConfigError: if the cluster does not grow and the workers do not fit, or would leave no CPU for loading data:
-            Ray would wait forever, without a word.
+        ConfigError: if the workers do not fit on what is and may come, or would leave no CPU for loading data: Ray
+            would wait forever, without a word.
     """
     fewest, most = cluster.worker_range
     there_are_gpus = total("GPU", nodes) > 0
     use_gpu = cluster.use_gpu
     if use_gpu is None:
-        use_gpu = there_are_gpus or total("GPU", node_types or ()) > 0
+        use_gpu = there_are_gpus or total("GPU", may_come or ()) > 0
     cpus = cluster.cpus_per_worker
     if cpus is None:
         cpus = _cpu_share([node.get("CPU", 0.0) for node in nodes], most)
@@ -90,8 +104,12 @@ def share_out(cluster: ClusterConfig, nodes: Sequence[Node], node_types: Sequenc
             cpus = min(1.0, cpus) if there_are_gpus else 1.0
     room = sum(_room(node, cpus, use_gpu, cluster.accelerator_type) for node in nodes)
     problem = _problem(cluster, nodes, cpus, room, use_gpu=use_gpu)
-    if problem and node_types is None:
-        raise ConfigError([problem])
+    if problem and may_come is not None:
+        later = [*nodes, *may_come]
+        room_later = sum(_room(node, cpus, use_gpu, cluster.accelerator_type) for node in later)
+        grown = f", with the {counted(len(may_come), 'node')} that its autoscaler may add," if may_come else ""
+        if never := _problem(cluster, later, cpus, room_later, use_gpu=use_gpu, grown=grown):
+            raise ConfigError([never])
     # An elastic run takes a worker's place itself when there is one.
     spare = fewest == most and room > most and (most + 1) * cpus + LOADING_CPUS <= total("CPU", nodes)
     return WorkerResources(
@@ -100,25 +118,28 @@ def share_out(cluster: ClusterConfig, nodes: Sequence[Node], node_types: Sequenc
         cpus_per_worker=cpus,
         accelerator_type=cluster.accelerator_type,
         waits_for=f"the autoscaler: {problem}" if problem else None,
-        one_machine=len(nodes) == 1 and node_types is None,
+        one_machine=len(nodes) == 1 and may_come == [],
         spare=spare,
     )
 
 
-def _problem(cluster: ClusterConfig, nodes: Sequence[Node], cpus: float, room: int, *, use_gpu: bool) -> str | None:
-    """Return why the workers do not fit on the nodes that are up; None if they do."""
+def _problem(
+    cluster: ClusterConfig, nodes: Sequence[Node], cpus: float, room: int, *, use_gpu: bool, grown: str = ""
+) -> str | None:
+    """Return why the workers do not fit on `nodes` (`grown`: the words for those that are not up); None if they do."""
     fewest, all_cpus = cluster.worker_range[0], total("CPU", nodes)
     if use_gpu and not total("GPU", nodes):
         return no_gpu("the cluster has no GPU")
     if fewest * cpus + LOADING_CPUS > all_cpus:
         return (
             f"--num_workers={cluster.num_workers}, --cpus_per_worker={cpus:g}: {fewest} x {cpus:g} of the "
-            f"{all_cpus:g} CPUs leave less than the {LOADING_CPUS:g} that loading data needs; lower either"
+            f"{all_cpus:g} CPUs{grown} leave less than the {LOADING_CPUS:g} that loading data needs; lower either"
         )
     if room < fewest:
-        each = f"{cpus:g} CPUs" + (" and a GPU" if use_gpu else "")
+        each = counted(cpus, "CPU") + (" and a GPU" if use_gpu else "")
         each += f" of type {cluster.accelerator_type}" if cluster.accelerator_type else ""
-        return f"--num_workers={cluster.num_workers}: the cluster's nodes have room for {room} workers of {each}"
+        there = f"the cluster{grown} has room for {counted(room, 'worker')} of {each}"
+        return f"--num_workers={cluster.num_workers}: {there}"
     return None
 
 

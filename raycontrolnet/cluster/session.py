@@ -34,11 +34,19 @@ STARTUP_CONCURRENCY = "RAY_worker_maximum_startup_concurrency"
 """Undocumented. Ray warns of more than four times as many processes as this; a run on two CPUs has ten."""
 
 
+_own = False
+
+
 def set_up_environment() -> None:
     """Set our defaults of Ray's environment variables, unless the user has set them."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault(STARTUP_CONCURRENCY, str(max(4, machine_cpus())))
+
+
+def is_own() -> bool:
+    """Check whether the connected Ray is one that `ray_session` has started."""
+    return _own
 
 
 def on_a_cluster(address: str | None) -> bool:
@@ -64,6 +72,7 @@ def ray_session(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    global _own
     target = _target(address)
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -83,9 +92,11 @@ def ray_session(address: str | None) -> Iterator[None]:
         raise ConfigError([problem]) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)  # Ray's handler would end the process without a word
+    _own = target == LOCAL
     try:
         yield
     finally:
+        _own = False
         ray.shutdown()
 
 

@@ -221,13 +221,16 @@ class ClusterConfig:
     """GPU type for the workers, such as A100 or H100."""
     max_failures: int = setting(3, fixed=MACHINES, changes_on_resume=True)
     """Number of times a run continues by itself after losing a worker."""
+    wait_timeout_s: float | None = setting(None, fixed=MACHINES, changes_on_resume=True)
+    """Seconds to wait for workers, as for nodes that an autoscaler starts; by default without end."""
     dataloader_num_workers: int = setting(0, fixed=MACHINES)
     """Concurrent loading tasks per worker; 0 for a number that suits the machine."""
 
     def problems(self) -> Problems:
         yield from at_least(self, 0, "max_failures", "dataloader_num_workers")
-        if self.cpus_per_worker is not None and self.cpus_per_worker <= 0:
-            yield problem_of(self, "cpus_per_worker", "must be above 0")
+        for name in ("cpus_per_worker", "wait_timeout_s"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                yield problem_of(self, name, "must be above 0")
         try:
             low, high = self.worker_range
         except ValueError:

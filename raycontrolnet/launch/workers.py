@@ -13,6 +13,7 @@ from raycontrolnet.config.train_config import changed_settings, public_settings
 from raycontrolnet.data.stream import StreamLayout, batch_bytes, execution_options, ray_dataset
 from raycontrolnet.errors import explained
 from raycontrolnet.launch.preflight import CheckedRun
+from raycontrolnet.launch.waiting import waiting_for_workers
 from raycontrolnet.report.background import repeating
 from raycontrolnet.report.progress import progress
 from raycontrolnet.sampling.find_controlnet import CONFIG_FILE
@@ -112,7 +113,8 @@ def train_on_ray(
         dataset_config=DataConfig(execution_options=options, enable_shard_locality=False),
     )
     with _running(run, job, most, stream, callback):
-        with _followed(run, most, trainer, callback):
+        waiting = waiting_for_workers(run.output_dir, resources, run.config.wait_timeout_s, trainer.abort, stream)
+        with _followed(run, most, trainer, callback), waiting:
             summary = trainer.fit_or_abort(run.config.max_failures).return_value
         if failure := read_failure(run.output_dir):
             raise failure

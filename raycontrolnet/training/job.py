@@ -29,6 +29,8 @@ from raycontrolnet.training.failures import FAILURE_FILE
 
 RUN_LOG = "run.log"
 RUN_ID_FILE = ".run_id"
+WORKERS_FILE = ".workers"
+"""File by which the worker of rank 0 says that all have started."""
 STOP_FILE = ".stop"
 """File by which the driver asks the workers to write a checkpoint and end."""
 TIMINGS_FILE = ".timings.json"
@@ -106,7 +108,7 @@ def begin(job: Job) -> None:
 
 def end(output_dir: Path) -> None:
     """Remove what was for the workers alone, and Ray Train's own records; on the driver, at the end."""
-    for name in (FAILURE_FILE, RUN_ID_FILE, STOP_FILE):
+    for name in (FAILURE_FILE, RUN_ID_FILE, WORKERS_FILE, STOP_FILE):
         (output_dir / name).unlink(missing_ok=True)
     remove_ray_records(output_dir)
 
