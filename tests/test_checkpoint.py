@@ -8,12 +8,14 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -152,6 +154,33 @@ def test_a_disk_that_fills_up_when_files_are_flushed(tmp_path: Path, monkeypatch
     assert not (tmp_path / "checkpoint-4").exists()
     checkpoints.remove_leftovers(tmp_path)
     assert names(tmp_path) == ["checkpoint-2"]
+
+
+def test_a_full_disk_by_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch and safetensors say it in words of their own."""
+    former = write(tmp_path, 2)
+
+    def full(folder: Path) -> None:
+        save(folder)
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    with pytest.raises(RuntimeError, match="inline_container"):
+        write(tmp_path, 4, full)  # there is room: it is something else
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match=r"No space left on device: .*: 10.2 kB of the checkpoint were written, 1 kB are"):
+        write(tmp_path, 4, full)
+    assert checkpoints.all_checkpoints(tmp_path) == [former]
+
+
+def test_others_may_read_what_the_umask_lets_them(tiny_settings: dict[str, Any]) -> None:
+    before = os.umask(0o027)
+    try:
+        fit(TrainConfig(**tiny_settings))
+    finally:
+        os.umask(before)
+    files = [path for path in Path(tiny_settings["output_dir"]).rglob("*") if path.is_file()]
+    assert len([path for path in files if path.suffix == ".safetensors"]) == 3
+    assert {path: oct(path.stat().st_mode & 0o777) for path in files} == dict.fromkeys(files, oct(0o640))
 
 
 def test_a_process_killed_while_it_writes(tmp_path: Path) -> None:

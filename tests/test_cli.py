@@ -237,6 +237,32 @@ def test_problems_of_the_surroundings(tiny_settings: Settings, tiny_base: Path, 
         assert not list(tmp_path.glob("out/checkpoint-*"))
 
 
+def test_beginnings_of_flags(tiny_settings: Settings) -> None:
+    """As argparse takes them, and so the script of diffusers: if they can mean one flag alone."""
+    settings = {name: value for name, value in tiny_settings.items() if name not in ("seed", "resolution")}
+    given = ["--num_train", "7", "--caption=words", "--resol", "64", "--gradient-acc=2", "--scale"]
+    config = cli.parse("train", [*flags(settings), *given])
+    assert (config.num_train_epochs, config.caption_column, config.resolution) == (7, "words", 64)
+    assert (config.gradient_accumulation_steps, config.scale_lr) == (2, True)
+
+
+@pytest.mark.parametrize("flag", ["--train", "--nothing", "--", "--validation"])
+def test_beginnings_that_mean_none_or_several(tiny_settings: Settings, ask: Ask, flag: str) -> None:
+    answer = ask("train", *flags(tiny_settings), flag, "7")
+    assert answer.code == 2
+
+
+@pytest.mark.parametrize("name", ["output_dir", "train_data_dir", "pretrained_model_name_or_path"])
+def test_paths_that_are_none(tiny_settings: Settings, tmp_path: Path, ask: Ask, name: str) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path in (str(tmp_path / "loop"), "x" * 5000, "~nobody-of-this-name/x", "a/" * 3000):
+        answer = ask("train", *flags(tiny_settings | {name: path}))
+        assert answer.code == 2
+        assert answer.err.startswith(f"error: --{name}={path[:50]}"), answer.err
+        assert answer.err.count("\n") == 1
+        assert len(answer.err) < 250
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere; see the place below a file above")
 def test_an_output_folder_that_cannot_be_written(tiny_settings: Settings, tmp_path: Path, ask: Ask) -> None:
     folder = tmp_path / "locked"

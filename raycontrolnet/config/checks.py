@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from raycontrolnet.config.declare import facts_of
+from raycontrolnet.config.rules import path_problem
 from raycontrolnet.config.settings import ModelConfig, OptimConfig, StepConfig
 from raycontrolnet.config.train_config import FACTS, TrainConfig, names_with
 from raycontrolnet.errors import ConfigError, UserError
-from raycontrolnet.text import error_message
 from raycontrolnet.version import __version__
 
 VERSIONS_OF = ("ray", "torch", "diffusers", "transformers", "accelerate", "datasets")
@@ -106,15 +106,11 @@ def resolved(name: str, value: str) -> Path:
     """Return the absolute path that the setting `name` means.
 
     Raises:
-        ConfigError: if it is none: a loop of links, too long, or of a user that does not exist.
+        ConfigError: if it is none.
     """
-    try:
-        path = Path(value).expanduser().resolve()
-        path.exists()  # which fails for names that are too long
-    except (OSError, RuntimeError, ValueError) as error:
-        shown = f"{value[:60]}..." if len(value) > 60 else value
-        raise ConfigError([f"--{name}={shown}: is no path that can be used ({error_message(error, 60)})"]) from None
-    return path
+    if problem := path_problem(name, value):
+        raise ConfigError([problem])
+    return Path(value).expanduser().resolve()
 
 
 def check_device(

@@ -12,6 +12,7 @@ from raycontrolnet.config.rules import (
     folder_problems,
     in_unit_interval,
     one_of,
+    path_problem,
     problem_of,
     resolution_problems,
 )
@@ -47,12 +48,13 @@ class PicturesConfig:
         return Path(self.images).expanduser().resolve()
 
     def problems(self) -> Problems:
-        given = Path(self.images).expanduser()  # not resolved yet: a loop of links cannot be
         if not self.images:
             yield "--images: required; the folder with the pictures"
-        elif given.is_file():
+        elif problem := path_problem("images", self.images):
+            yield problem
+        elif self.folder.is_file():
             yield problem_of(self, "images", "is a file; name the folder that it is in")
-        elif not given.is_dir():
+        elif not self.folder.is_dir():
             yield problem_of(self, "images", "no such folder")
         elif self.out is None and not self.folder.name:
             yield "--out: required, as the pictures' folder has no name"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from raycontrolnet.text import perhaps
+from raycontrolnet.text import error_message, perhaps
 
 Problems = Iterator[str]
 
@@ -54,6 +54,16 @@ def seed_problems(config: Any) -> Problems:
         yield problem_of(config, "seed", "must be in [0, 2**63)")
 
 
+def path_problem(name: str, path: str) -> str | None:
+    """Return why the path in the setting `name` is none: a loop of links, too long, of a user that does not exist."""
+    try:
+        Path(path).expanduser().resolve().exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        shown = f"{path[:60]}..." if len(path) > 60 else path
+        return f"--{name}={shown}: is no path that can be used ({error_message(error, 60)})"
+    return None
+
+
 def folder_problems(config: Any, name: str) -> Problems:
     """Check that the setting `name` can be a folder for results, without writing to it."""
     folder = getattr(config, name)
@@ -61,6 +71,8 @@ def folder_problems(config: Any, name: str) -> Problems:
         yield f"--{name}: must name a folder"
     elif "://" in folder:
         yield problem_of(config, name, "must be a local or mounted folder; URIs are not supported yet")
+    elif problem := path_problem(name, folder):
+        yield problem
     elif Path(folder).exists() and not Path(folder).is_dir():
         yield problem_of(config, name, "is a file; name a folder")
 
@@ -80,7 +92,9 @@ def pair_problems(config: Any, prompt: str, image: str) -> Problems:
             "give equal counts, or a single one of either"
         )
     for path in images:
-        if not Path(path).is_file():
+        if problem := path_problem(image, path):
+            yield problem
+        elif not Path(path).is_file():
             yield f"--{image}={path}: no such file"
 
 

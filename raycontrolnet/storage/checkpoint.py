@@ -262,7 +262,7 @@ def _save(folder: Path, save: Callable[[Path], None]) -> None:
         free = shutil.disk_usage(folder).free
         if free > FULL_BYTES and getattr(error, "errno", None) != errno.ENOSPC:
             raise
-        written = sum(file.stat().st_size for file in folder.rglob("*"))
+        written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         state = f"{file_size(written)} of the checkpoint were written, {file_size(free)} are free"
         raise OSError(errno.ENOSPC, f"No space left on device: {folder.parent}: {state}") from error
 
