@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ import pytest
 from raycontrolnet.data.records import EncodedRow
 from raycontrolnet.data.transforms import decode_conditioning, encode_conditioning
 from raycontrolnet.errors import DataError, UserError
+from raycontrolnet.latents import cache as cache_module
 from raycontrolnet.latents.cache import LatentCache, read_contents, read_row, shard_bytes
 from raycontrolnet.latents.manifest import BadSample, Encoding, Manifest, Shard, StoredShard
+from raycontrolnet.storage import folder as folder_module
 from raycontrolnet.storage.folder import CacheFolder, cache_folder
 
 ENCODING = Encoding(vae="0" * 16, resolution=32, dtype="float16")
@@ -124,6 +127,52 @@ def test_a_shard_that_is_not_whole_is_named(folder: CacheFolder, damage: str) ->
     with pytest.raises(DataError, match=r"0\.arrow: this part of the latent cache is damaged") as caught:
         cache.read(0)
     assert ("it is gone" in str(caught.value)) == (damage == "gone")
+
+
+def failing_open(monkeypatch: pytest.MonkeyPatch, error: Exception, times: int) -> list[str]:
+    """Let the first `times` files of caches fail to open; return the names of those that were tried."""
+    real, tried = CacheFolder.open, []
+
+    def open_file(self: CacheFolder, name: str) -> Any:
+        tried.append(name)
+        if len(tried) <= times:
+            raise error
+        return real(self, name)
+
+    monkeypatch.setattr(CacheFolder, "open", open_file)
+    monkeypatch.setattr(cache_module, "RETRIES_AFTER_S", (0.01, 0.01))
+    return tried
+
+
+FAULTS = [
+    OSError("When reading information for key '0.arrow' in bucket 'b': AWS Error NETWORK_CONNECTION during HeadObject"),
+    OSError(errno.EIO, "Input/output error"),
+    ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+]
+
+
+@pytest.mark.parametrize("error", FAULTS, ids=str)
+def test_storage_that_fails_is_not_called_damage(monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+    folder = cache_folder("mock:///bucket/faults")
+    cache = cache_of(folder, [0, 1])
+    expected = cache.read(1)
+    cache_module._reader.cache_clear()
+    tried = failing_open(monkeypatch, error, times=3)
+    assert same(cache.read(1), expected)
+    assert len(tried) == 4
+    cache_module._reader.cache_clear()
+    failing_open(monkeypatch, error, times=99)
+    with pytest.raises(ConnectionError, match=r"0\.arrow: the latent cache cannot be read now \(") as caught:
+        cache.read(0)
+    assert "damaged" not in str(caught.value)
+    assert "Delete" not in str(caught.value)
+
+
+def test_a_bucket_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found before anything is encoded."""
+    monkeypatch.setattr(folder_module, "STORES_WITH_BUCKETS", ("mock",))
+    with pytest.raises(UserError, match=r"=mock:///gone/cache: cannot be used \(there is no bucket gone, or it is not"):
+        cache_folder("mock:///gone/cache")
 
 
 def test_a_row_of_another_place_is_refused(folder: CacheFolder) -> None:

@@ -7,6 +7,7 @@ however large the cache is, and a full shuffle needs no buffer. Every row has a 
 from __future__ import annotations
 
 import json
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,8 @@ _SCHEMA = pa.schema(
         "checksum": pa.int64(),
     }
 )
+RETRIES_AFTER_S = (1.0, 5.0)
+"""Pauses before storage that cannot be reached is tried again; the file systems try a few times themselves."""
 _BAD_SAMPLES = b"bad_samples"
 
 
@@ -140,13 +143,18 @@ def read_row(folder: CacheFolder, shard: str, slot: int, row: int) -> EncodedRow
 
     Raises:
         DataError: if the shard is damaged or gone.
+        ConnectionError: if it cannot be read now, as over a network that is down; it was tried for some seconds.
     """
     with _naming(folder, shard):
-        try:
-            values = _verified(_reader(folder, shard), slot, row)
-        except (pa.ArrowException, OSError, ValueError, IndexError):
-            _reader.cache_clear()  # the file may have been replaced since it was opened
-            values = _verified(_reader(folder, shard), slot, row)
+        for wait_s in (0.0, *RETRIES_AFTER_S, None):
+            try:
+                values = _verified(_reader(folder, shard), slot, row)
+                break
+            except (pa.ArrowException, OSError, ValueError, IndexError) as error:
+                _reader.cache_clear()  # the file may have been replaced since it was opened
+                if wait_s is None or (wait_s and not folder.is_unreachable(error)):
+                    raise
+                time.sleep(wait_s)
     return EncodedRow(
         row=row,
         posterior=np.frombuffer(values["posterior"], values["dtype"]).reshape(values["shape"]),
@@ -190,10 +198,13 @@ def read_identities(folder: CacheFolder, shards: Sequence[StoredShard]) -> Itera
 
 @contextmanager
 def _naming(folder: CacheFolder, shard: str) -> Iterator[None]:
-    """Turn an error from reading a shard into one that names it."""
+    """Turn an error from reading a shard into one that names it: damage, or storage that cannot be reached."""
     try:
         yield
     except (pa.ArrowException, OSError, KeyError, ValueError, IndexError) as error:
+        if folder.is_unreachable(error):
+            reason = error_message(error, 200)
+            raise ConnectionError(f"{folder.path(shard)}: the latent cache cannot be read now ({reason})") from error
         reason = "it is gone" if isinstance(error, FileNotFoundError) else error_message(error, 200)
         raise DataError(
             f"{folder.path(shard)}: this part of the latent cache is damaged ({reason}). Delete it and run "

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from pyarrow import fs
 
 LEFTOVER_AGE_S = 3600.0
+STORES_WITH_BUCKETS = ("s3", "gcs")
+"""pyarrow's names of file systems in which nothing can be written where there is no bucket."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,13 @@ class CacheFolder:
         path = f"{folder}/{name}"
         return pa.memory_map(path) if self.is_local else system.open_input_file(path)
 
+    def is_unreachable(self, error: Exception) -> bool:
+        """Check whether `error`, of a read, says that the storage failed, not that the file is gone or cut short."""
+        if not isinstance(error, OSError) or isinstance(error, FileNotFoundError):
+            return False
+        cut_short = str(error).startswith("Expected to")  # Arrow's word, without an errno
+        return error.errno is not None or not (self.is_local or cut_short)
+
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write the file `name`. An open reader of the file that it replaces is not disturbed.
 
@@ -121,6 +130,8 @@ def cache_folder(name: str) -> CacheFolder:
     Raises:
         UserError: if it is a file, or of a kind of store that pyarrow does not know.
     """
+    from pyarrow.fs import FileType
+
     name = name.removeprefix("file://")
     if "://" not in name:
         path = Path(name).expanduser().resolve()
@@ -132,7 +143,10 @@ def cache_folder(name: str) -> CacheFolder:
             raise unreachable(name, error) from None
         return CacheFolder(str(path))
     try:
-        _open(name)
+        system, place = _open(name)
+        bucket = place.partition("/")[0]
+        if system.type_name in STORES_WITH_BUCKETS and system.get_file_info(bucket).type == FileType.NotFound:
+            raise FileNotFoundError(f"there is no bucket {bucket}, or it is not yours")
     except (OSError, ValueError, ImportError) as error:
         raise unreachable(name, error) from None
     return CacheFolder(name)
