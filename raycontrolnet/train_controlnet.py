@@ -29,17 +29,17 @@ from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.training.diagnosis import diagnosis
 from raycontrolnet.training.failures import failures_recorded, read_failure, retried_if_continued
 from raycontrolnet.training.job import (
-    WORKERS_FILE,
     Job,
     check_folder_is_shared,
     logging_to_run_log,
     read_timings,
+    say_started,
     stop_asked,
     write_timings,
 )
 from raycontrolnet.training.metrics import MetricsLog, NotFiniteError, PendingMetrics, PhaseClock, UpdateMetrics
 from raycontrolnet.training.schedule import Schedule
-from raycontrolnet.training.state import accelerator_for, build_state, save_final_weights, save_state
+from raycontrolnet.training.state import accelerator_for, build_state, check_room, save_final_weights, save_state
 from raycontrolnet.training.trackers import Trackers, open_trackers
 from raycontrolnet.training.validator import Validator
 
@@ -61,14 +61,14 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
     if read_failure(job.output_dir):
         return None  # Ray restarted the workers after a failure that would come again, which the driver reports
     rank, world_size = (0, 1) if job.local else place_among_workers()
-    if rank == 0:
-        (job.output_dir / WORKERS_FILE).touch()
     clock = PhaseClock(read_timings(job.output_dir))  # continued after a restart
     if not clock.seconds:
         clock.seconds["start"] = time.time() - job.submitted
     with logging_to_run_log(job, f"worker {rank}"), failures_recorded(job.output_dir):
         checkpoint = job.current_checkpoint()
         schedule = Schedule.of(job.config, job.num_samples, world_size, checkpoint)
+        if rank == 0:
+            say_started(job, schedule.total_updates)
         batches = _read_ahead(_batches(job, schedule, checkpoint))  # begins now, while the models are read
         with accelerator_for(job.config, use_gpu=job.use_gpu, world_size=schedule.world_size) as accelerator:
             if job.threads is not None:
@@ -93,6 +93,7 @@ class Worker:
         self.metrics_log: MetricsLog | None = None
         self.trackers: Trackers | None = None
         if rank == 0:
+            check_room(state, schedule, job.config)
             self.metrics_log = MetricsLog(job.output_dir, state.step)
             self.trackers = open_trackers(job.config, public_settings(job.config), done_steps=state.step)
         self.validator = Validator(job, schedule, state, rank, clock, self.trackers)
@@ -129,7 +130,13 @@ class Worker:
                 if part:
                     part.close()
         loss = None if self.last is None else self.last.loss
-        return {"step": state.step, "samples": state.samples, "loss": loss, "timings": self.clock.rounded()}
+        return {
+            "step": state.step,
+            "total_updates": schedule.total_updates,
+            "samples": state.samples,
+            "loss": loss,
+            "timings": self.clock.rounded(),
+        }
 
     def inputs(self, batches: Iterator[list[PreparedRow]]) -> Iterator[tuple[Batch, Draws]]:
         """Yield each micro-step's batch and draws on the device; runs in a thread, one ahead of the step."""

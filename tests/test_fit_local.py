@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -789,6 +790,23 @@ def test_a_second_signal_ends_the_run_at_once(
         run(tiny_settings, out)
     assert time.monotonic() - start < 25
     assert error.value.exit_code == 143
+
+
+def test_a_disk_without_room_for_the_checkpoints(
+    tiny_settings: Settings, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said before the first update, with what would help; a limit does."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=13_000_000))
+    settings = tiny_settings | {"checkpointing_steps": 1}
+    with pytest.raises(UserError) as error:
+        run(settings, out)
+    assert str(error.value).startswith(
+        f"--output_dir={out}: 4 checkpoints of 4.73 MB and the weights need 20.5 MB, and 13 MB are free; keep fewer "
+        "with --checkpoints_total_limit, or name another folder"
+    )
+    assert not column(out, "step")
+    run(settings, out, checkpoints_total_limit=1)
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
 def test_a_signal_before_training(tiny_settings: Settings, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,7 @@ def test_an_elastic_run_of_one_epoch(settings: Settings, tmp_path: Path) -> None
     samples = column(done, "samples")
     assert samples[-1] >= 13 > samples[-2]
     assert {second - first for first, second in itertools.pairwise(samples)} <= {2, 4, 6}
+    assert json.loads((done / "run.json").read_text())["total_updates"] == len(samples)
 
 
 def test_a_corrupt_image_ends_the_run_with_its_name(settings: Settings, tmp_path: Path) -> None:

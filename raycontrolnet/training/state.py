@@ -22,7 +22,8 @@ from raycontrolnet.model.performance import enable_memory_savers, working_precis
 from raycontrolnet.model.step import TrainState
 from raycontrolnet.storage.checkpoint import CONTROLNET_FOLDER, TRAINING_STATE_FILE, Checkpoint
 from raycontrolnet.storage.files import readable_by_umask
-from raycontrolnet.training.schedule import Schedule
+from raycontrolnet.text import counted, file_size
+from raycontrolnet.training.schedule import Schedule, due_steps
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -163,6 +164,29 @@ def save_state(state: TrainState, folder: Path) -> None:
         },
         folder / TRAINING_STATE_FILE,
     )
+
+
+def check_room(state: TrainState, schedule: Schedule, config: TrainConfig) -> None:
+    """Check that the disk has room for the checkpoints to come and the final weights.
+
+    Raises:
+        UserError: if not, before the first update.
+    """
+    weights = sum(value.numel() * value.element_size() for value in state.components.controlnet.parameters())
+    moments = weights // 2 if config.use_8bit_adam else 2 * weights
+    to_come = len(due_steps(config.checkpointing_steps, schedule.total_updates, schedule.total_updates))
+    to_come -= len(due_steps(config.checkpointing_steps, state.step, schedule.total_updates))
+    output_dir, limit = Path(config.output_dir), config.checkpoints_total_limit
+    free = shutil.disk_usage(output_dir).free
+    if limit is not None and to_come > limit:
+        to_come = limit + 1  # the oldest is deleted once the newest is whole
+        free += sum(file.stat().st_size for file in output_dir.glob("checkpoint-*/**/*") if file.is_file())
+    if (needed := to_come * (weights + moments) + weights) > free:
+        what = f"{counted(to_come, 'checkpoint')} of {file_size(weights + moments)} and the weights"
+        raise UserError(
+            f"--output_dir={output_dir}: {what} need {file_size(needed)}, and {file_size(free)} are free; keep fewer with "
+            "--checkpoints_total_limit, or name another folder"
+        )
 
 
 def save_final_weights(state: TrainState, output_dir: Path) -> None:
