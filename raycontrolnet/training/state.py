@@ -184,8 +184,8 @@ def check_room(state: TrainState, schedule: Schedule, config: TrainConfig) -> No
     if (needed := to_come * (weights + moments) + weights) > free:
         what = f"{counted(to_come, 'checkpoint')} of {file_size(weights + moments)} and the weights"
         raise UserError(
-            f"--output_dir={output_dir}: {what} need {file_size(needed)}, and {file_size(free)} are free; keep fewer with "
-            "--checkpoints_total_limit, or name another folder"
+            f"--output_dir={output_dir}: {what} need {file_size(needed)}, and {file_size(free)} are free; keep fewer "
+            "with --checkpoints_total_limit, or name another folder"
         )
 
 
