@@ -133,9 +133,8 @@ def test_help(monkeypatch: pytest.MonkeyPatch) -> None:
     assert docstrings.keys() == KINDS.keys()
     for name, kind in KINDS.items():
         default = DEFAULTS[name]
-        type_text = {"STRS": "{None}|{[STR [STR ...]]}", "FLAG": f", --no_{name}", "BOOL": "{None,True,False}"}.get(
-            kind, kind if default is not None else f"{{None}}|{kind}"
-        )
+        texts = {"STR": "STR", "STRS": "[STR [STR ...]]", "FLAG": f", --no_{name}", "BOOL": "{None,True,False}"}
+        type_text = texts.get(kind, kind if default is not None else f"{{None}}|{kind}")
         default_text = repr(default) if default == "" else default
         separator = "" if kind == "FLAG" else " "
         assert f"--{name}{separator}{type_text} {docstrings[name]} (default: {default_text})" in text
