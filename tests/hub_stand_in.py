@@ -174,7 +174,9 @@ class HubStandIn:
 
 def take_for_hub(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let this process take the server at `url` for the Hub."""
-    for name, value in {"ENDPOINT": url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+    files = url + "/{repo_id}/resolve/{revision}/{filename}"
+    own = {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": files, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+    for name, value in own.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
 
 

@@ -143,6 +143,18 @@ def test_help(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing == [], text
 
 
+@pytest.mark.parametrize("name", ["hub_model_id", "revision", "license", "cache_dir", "tracker_group"])
+def test_none_is_a_text_like_any_other(name: str) -> None:
+    settings = parsed_settings([f"--{name}", "None", "--validation_prompt", "None", "--seed", "None"])
+    assert (settings[name], settings["validation_prompt"], settings["seed"]) == ("None", ("None",), None)
+    assert parsed_settings([])[name] is None
+    assert parsed_settings([], {name: "of the file"})[name] == "of the file"
+
+
+def parsed_settings(flags: list[str], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    return cli._parsed(flags, GROUPS, defaults or {}, "raycontrolnet train", "")
+
+
 def field_docstrings() -> dict[str, str]:
     """Return setting name -> docstring below it, from the source of the groups."""
     files = {Path(str(sys.modules[group.__module__].__file__)) for group in GROUPS}

@@ -172,7 +172,7 @@ def test_card_of_models_on_the_hub(run_folder: Path) -> None:
     settings = settings_of(run_folder, Path("runwayml/sd"), dataset_name="someone/circles", train_data_dir=None)
     metadata, text = parts(write_model_card(run_folder, settings, {}, repo_id="someone/model"))
     assert (metadata["base_model"], metadata["datasets"]) == ("runwayml/sd", ["someone/circles"])
-    assert "none was found for the base model, [runwayml/sd](https://huggingface.co/runwayml/sd)." in text
+    assert "none was found for the base model, [runwayml/sd](https://huggingface.co/runwayml/sd), whose" in text
     assert "[someone/circles](https://huggingface.co/datasets/someone/circles)" in text
     assert "ControlNetModel.from_pretrained('someone/model')" in text
     assert "Examples" not in text

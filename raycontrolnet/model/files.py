@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raycontrolnet.quiet import no_progress_bars
+from raycontrolnet.version import __version__
 
 ANSWER_TIMEOUT_S = 5.0
 """Wait for the Hub's first answer; nothing is retried, since loading the model asks again."""
@@ -17,6 +17,10 @@ ANSWER_TIMEOUT_S = 5.0
 
 class NotThere(Exception):
     """A Hub model that cannot be loaded; the message is the reason, and the way out."""
+
+
+class NotKnown(Exception):
+    """A Hub model that cannot be looked at now; loading it asks again, with retries, and says what is wrong."""
 
 
 class Unreachable(NotThere):
@@ -53,7 +57,7 @@ def local_files(folder: Path) -> ModelFiles:
 
 def hub_files(
     name: str, main_file: str, *, revision: str | None, cache_dir: str | None, token: str | None
-) -> ModelFiles | None:
+) -> ModelFiles:
     """Ask the Hub for a model's files, and its cache if the Hub does not answer or does not have the model any more.
 
     Args:
@@ -63,12 +67,10 @@ def hub_files(
         cache_dir: the Hub's cache, if not the usual one.
         token: for private models.
 
-    Returns:
-        None if nothing is known: the Hub is too busy to answer, or refuses in a way of its own.
-
     Raises:
         NotThere: if the model is neither on the Hub nor in the cache.
         Unreachable: if it is not in the cache, and the Hub cannot be reached.
+        NotKnown: if it is not in the cache, and the Hub gives no answer to go by.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -81,16 +83,15 @@ def hub_files(
 
     try:
         names = _names_on_hub(name, revision, token)
-    except NotThere:
+    except (NotThere, NotKnown):
         if cached(main_file):
             return ModelFiles(None, cached)
         raise
-    except Exception:  # noqa: BLE001 (answers of a busy Hub, which loading the model asks again)
-        return ModelFiles(None, cached) if cached(main_file) else None
     return ModelFiles(names, download)
 
 
 def _names_on_hub(name: str, revision: str | None, token: str | None) -> frozenset[str] | None:
+    """Ask the Hub for the names of a model's files, once; raises as `hub_files`."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         OfflineModeIsEnabled,
@@ -99,7 +100,9 @@ def _names_on_hub(name: str, revision: str | None, token: str | None) -> frozens
     )
 
     try:
-        info = HfApi(token=token).model_info(name, revision=revision, timeout=ANSWER_TIMEOUT_S, expand=["siblings"])
+        info = HfApi(token=token, library_name="raycontrolnet", library_version=__version__).model_info(
+            name, revision=revision, timeout=ANSWER_TIMEOUT_S, expand=["siblings"]
+        )
     except RevisionNotFoundError:
         raise NotThere(f"has no revision {revision} on the Hub; look at https://huggingface.co/{name}/tree") from None
     except RepositoryNotFoundError:
@@ -110,7 +113,7 @@ def _names_on_hub(name: str, revision: str | None, token: str | None) -> frozens
         raise Unreachable(f"{problem}; correct the path, or download it with `hf download {name}`") from None
     except Exception as error:
         if not _unreachable(error):
-            raise
+            raise NotKnown from error
         problem = "no such folder, and, as a Hub id, not in the cache, and the Hub cannot be reached"
         raise Unreachable(f"{problem}; correct the path, or run `hf download {name}` where it can") from None
     return None if info.siblings is None else frozenset(file.rfilename for file in info.siblings)
@@ -124,23 +127,23 @@ def _unreachable(error: BaseException) -> bool:
 
 
 def _download(name: str, file: str, revision: str | None, cache_dir: str | None, token: str | None) -> Path | None:
-    """Download a small file; None if it cannot be had.
+    """Download a small file; return None if there is none.
 
     Raises:
         NotThere: if the Hub asks for consent first.
+        NotKnown: if it cannot be had now.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import GatedRepoError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError
 
-    folder, base = os.path.split(file)
+    api = HfApi(token=token, library_name="raycontrolnet", library_version=__version__)
     try:
         with no_progress_bars("huggingface_hub"):
-            path = hf_hub_download(
-                name, base, subfolder=folder or None, revision=revision, cache_dir=cache_dir, token=token
-            )
+            return Path(api.hf_hub_download(name, file, revision=revision, cache_dir=cache_dir))
+    except RemoteEntryNotFoundError:
+        return None
     except GatedRepoError:
         problem = f"asks for consent: accept its conditions at https://huggingface.co/{name}"
         raise NotThere(f"{problem}, and give --hub_token or `hf auth login`") from None
-    except Exception:  # noqa: BLE001 (loading the model asks again, and says why)
-        return None
-    return Path(path)
+    except Exception as error:
+        raise NotKnown from error

@@ -9,7 +9,7 @@ from typing import Any
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.config.train_config import FACTS, names_with
 from raycontrolnet.model import kinds
-from raycontrolnet.model.files import ModelFiles, NotThere, Unreachable, hub_files, local_files
+from raycontrolnet.model.files import ModelFiles, NotKnown, NotThere, Unreachable, hub_files, local_files
 from raycontrolnet.text import error_message
 
 BASE = "pretrained_model_name_or_path"
@@ -127,13 +127,13 @@ def _checked_config(name: str, value: str, model: ModelConfig, token: str | None
     folder = Path(value).expanduser()
     try:
         if folder.is_dir():
-            files: ModelFiles | None = local_files(folder)
+            files = local_files(folder)
         else:
             files = hub_files(value, main_file, revision=revision, cache_dir=model.cache_dir, token=token)
-        if files is None:
-            return {}
         problem = _base_problem(files, model) if name == BASE else _controlnet_problem(files)
         config = files.read_json(main_file)
+    except NotKnown:
+        return {}
     except Unreachable as error:
         if elsewhere and not folder.parent.is_dir():
             return {}
