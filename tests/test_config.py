@@ -143,16 +143,17 @@ def test_help(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing == [], text
 
 
-@pytest.mark.parametrize("name", ["hub_model_id", "revision", "license", "cache_dir", "tracker_group"])
-def test_none_is_a_text_like_any_other(name: str) -> None:
-    settings = parsed_settings([f"--{name}", "None", "--validation_prompt", "None", "--seed", "None"])
-    assert (settings[name], settings["validation_prompt"], settings["seed"]) == ("None", ("None",), None)
-    assert parsed_settings([])[name] is None
-    assert parsed_settings([], {name: "of the file"})[name] == "of the file"
-
-
-def parsed_settings(flags: list[str], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    return cli._parsed(flags, GROUPS, defaults or {}, "raycontrolnet train", "")
+@pytest.mark.parametrize("name", ["hub_model_id", "revision", "cache_dir", "tracker_group", "variant"])
+def test_none_is_a_text_like_any_other(name: str, tmp_path: Path) -> None:
+    required = ("--pretrained_model_name_or_path", "b", "--train_data_dir", "d")
+    pair = ("--validation_prompt", "None", "--validation_image", "None")
+    given = parsed(*required, f"--{name}", "None", *pair, "--seed", "None")
+    assert getattr(given, name) == "None"
+    assert (given.validation_prompt, given.validation_image, given.seed) == (("None",), ("None",), None)
+    assert getattr(parsed(*required), name) is None
+    file = tmp_path / "c.yaml"
+    file.write_text(f"{name}: of the file\n")
+    assert getattr(parsed(*required, "--config", str(file)), name) == "of the file"
 
 
 def field_docstrings() -> dict[str, str]:

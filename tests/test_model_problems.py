@@ -177,7 +177,7 @@ def test_xformers_without_a_gpu_is_told_at_once(tiny_settings: dict[str, Any], m
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     flag = "enable_xformers_memory_efficient_attention"
     with pytest.raises(ConfigError) as error:
-        check(TrainConfig(**tiny_settings, **{flag: True}), Path(tiny_settings["output_dir"]))
+        check(TrainConfig(**(tiny_settings | {flag: True})), Path(tiny_settings["output_dir"]))
     assert error.value.problems == (
         f"--{flag}: xformers is not installed; run pip install 'raycontrolnet[xformers]'",
         f"--{flag}: needs a GPU; leave it out on the CPU",

@@ -17,7 +17,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 from hub_stand_in import HubStandIn, take_for_hub
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from runs import contents, flags
 from safetensors.torch import load_file
 
