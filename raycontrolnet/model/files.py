@@ -34,7 +34,7 @@ class ModelFiles:
     names: frozenset[str] | None
     """Paths below the model's folder, two levels deep; None if only the Hub's cache was there to look at."""
     find: Callable[[str], Path | None]
-    """Returns the local path of a small file, downloaded if needed; None if there is none or it cannot be had."""
+    """Local path of a small file, downloaded if needed; None if there is none or it cannot be had."""
     folder: Path | None = None
     """The model's folder, if it is a local one."""
 
