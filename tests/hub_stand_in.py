@@ -1,4 +1,4 @@
-"""A stand-in for the Hub: the calls that a push makes, over real HTTP on 127.0.0.1, and what it received.
+"""A stand-in for the Hub: the calls that pushes and downloads make, over real HTTP on 127.0.0.1, and what it received.
 
     with HubStandIn(token="hf_right") as hub:
         take_for_hub(hub.url, monkeypatch)
@@ -23,6 +23,13 @@ from typing import Any, Literal
 import huggingface_hub.constants
 import pytest
 
+ERROR_CODES = {
+    "Repository not found": "RepoNotFound",
+    "Revision not found": "RevisionNotFound",
+    "Entry not found": "EntryNotFound",
+}
+"""Error -> the header by which client libraries know it."""
+
 
 @dataclass
 class Request:
@@ -43,6 +50,8 @@ class HubStandIn:
         """repository -> path -> content"""
         self.cards: dict[str, dict[str, Any]] = {}
         """repository -> head of its model card, of models to read"""
+        self.models: dict[str, dict[str, bytes]] = {}
+        """repository -> path -> content, of models to download; they have the revision main alone"""
         self.commits: list[str] = []
         """Their messages."""
         self.requests: list[Request] = []
@@ -76,8 +85,8 @@ class HubStandIn:
         self._server.shutdown()
         self._server.server_close()
 
-    def answer(self, request: Request) -> tuple[int, dict[str, Any] | None]:
-        """Return status and JSON for a request."""
+    def answer(self, request: Request) -> tuple[int, dict[str, Any] | bytes | None]:
+        """Return status and JSON, or a file's content, for a request."""
         path = request.path.partition("?")[0]
         if path.startswith("/storage/"):  # the place that LFS names needs no token, and must not be shown it
             return self._store(path.removeprefix("/storage/"), request.body)
@@ -91,6 +100,10 @@ class HubStandIn:
             return self._create(json.loads(request.body))
         if path.endswith(".git/info/lfs/objects/batch"):
             return self._lfs_batch(json.loads(request.body))
+        if "/resolve/" in path:
+            repository, _, file = path[1:].partition("/resolve/")
+            content = self.models.get(repository, {}).get(file.partition("/")[2])
+            return (404, {"error": "Entry not found"}) if content is None else (200, content)
         if path.startswith("/api/models/"):
             return self._model(path.removeprefix("/api/models/").split("/"), request)
         return 404, {"error": "Not Found"}
@@ -107,6 +120,11 @@ class HubStandIn:
         repository, call = "/".join(parts[:2]), parts[2:3]
         if repository in self.cards:
             return 200, {"id": repository, "modelId": repository, "cardData": self.cards[repository]}
+        if repository in self.models:
+            if parts[2:3] == ["revision"] and parts[3:] != ["main"]:
+                return 404, {"error": "Revision not found"}
+            siblings = [{"rfilename": path} for path in self.models[repository]]
+            return 200, {"id": repository, "modelId": repository, "siblings": siblings}
         if repository not in self.files:
             return 404, {"error": "Repository not found"}
         if call == ["preupload"]:
@@ -156,7 +174,9 @@ class HubStandIn:
 
 def take_for_hub(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let this process take the server at `url` for the Hub."""
-    for name, value in {"ENDPOINT": url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+    files = url + "/{repo_id}/resolve/{revision}/{filename}"
+    own = {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": files, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+    for name, value in own.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
 
 
@@ -180,12 +200,18 @@ def _handler(hub: HubStandIn) -> type[BaseHTTPRequestHandler]:
                 return
             assert failure is None or isinstance(failure, int)
             status, answer = hub.answer(request) if failure is None else (failure, {"error": "as asked"})
-            content = b"" if answer is None else json.dumps(answer).encode()
+            content = b"" if answer is None else answer if isinstance(answer, bytes) else json.dumps(answer).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
+            if isinstance(answer, bytes):
+                self.send_header("X-Repo-Commit", "2" * 40)
+                self.send_header("ETag", f'"{hashlib.sha256(answer).hexdigest()}"')
+            elif answer and answer.get("error") in ERROR_CODES:
+                self.send_header("X-Error-Code", ERROR_CODES[answer["error"]])
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content)
+            if self.command != "HEAD":
+                self.wfile.write(content)
 
         do_GET = do_POST = do_PUT = do_HEAD = _any  # noqa: N815 (names that http.server calls)
 

@@ -134,15 +134,27 @@ def test_help(monkeypatch: pytest.MonkeyPatch) -> None:
     assert docstrings.keys() == KINDS.keys()
     for name, kind in KINDS.items():
         default = DEFAULTS[name]
-        type_text = {"STRS": "{None}|{[STR [STR ...]]}", "FLAG": f", --no_{name}", "BOOL": "{None,True,False}"}.get(
-            kind, kind if default is not None else f"{{None}}|{kind}"
-        )
+        texts = {"STR": "STR", "STRS": "[STR [STR ...]]", "FLAG": f", --no_{name}", "BOOL": "{None,True,False}"}
+        type_text = texts.get(kind, kind if default is not None else f"{{None}}|{kind}")
         default_text = repr(default) if default == "" else default
         separator = "" if kind == "FLAG" else " "
         assert f"--{name}{separator}{type_text} {docstrings[name]} (default: {default_text})" in text
         assert len(docstrings[name].split()) >= 2
     missing = [group for group in GROUPS if f"{title(group).lower()} options {group.__doc__} --" not in text]
     assert missing == [], text
+
+
+@pytest.mark.parametrize("name", ["hub_model_id", "revision", "cache_dir", "tracker_group", "variant"])
+def test_none_is_a_text_like_any_other(name: str, tmp_path: Path) -> None:
+    required = ("--pretrained_model_name_or_path", "b", "--train_data_dir", "d")
+    pair = ("--validation_prompt", "None", "--validation_image", "None")
+    given = parsed(*required, f"--{name}", "None", *pair, "--seed", "None")
+    assert getattr(given, name) == "None"
+    assert (given.validation_prompt, given.validation_image, given.seed) == (("None",), ("None",), None)
+    assert getattr(parsed(*required), name) is None
+    file = tmp_path / "c.yaml"
+    file.write_text(f"{name}: of the file\n")
+    assert getattr(parsed(*required, "--config", str(file)), name) == "of the file"
 
 
 def field_docstrings() -> dict[str, str]:

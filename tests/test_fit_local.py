@@ -454,7 +454,9 @@ def test_tokenizer_name(tiny_settings: Settings, tiny_base: Path, out: Path, tmp
     settings = tiny_settings | {"pretrained_model_name_or_path": str(base)}
     named = run(settings, tmp_path / "named", tokenizer_name=str(tmp_path / "tokenizer"))
     assert losses(named) == losses(plain)
-    with pytest.raises(UserError, match=rf"--pretrained_model_name_or_path={base}: its tokenizer is missing"):
+    with pytest.raises(
+        UserError, match=rf"--pretrained_model_name_or_path={base}: has no tokenizer; add that folder, or"
+    ):
         run(settings, tmp_path / "without")
     with pytest.raises(UserError, match=rf"--tokenizer_name={tmp_path}: its tokenizer is missing"):
         run(settings, tmp_path / "wrong", tokenizer_name=str(tmp_path))
@@ -497,7 +499,7 @@ def test_hub_id_revision_variant_and_cache_dir(
     assert losses(half) != pytest.approx(losses(plain), rel=1e-2)
     with pytest.raises(UserError, match=r"--pretrained_model_name_or_path=someone/tiny: cannot be loaded \(unet\)"):
         run(hub, tmp_path / "no_such_files", revision="v2")
-    with pytest.raises(UserError, match=r"--pretrained_model_name_or_path=someone/tiny: cannot be loaded"):
+    with pytest.raises(ConfigError, match=r"--pretrained_model_name_or_path=someone/tiny: no such folder, and, as a"):
         run(hub, tmp_path / "elsewhere", cache_dir=str(tmp_path / "empty"))
 
 

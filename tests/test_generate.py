@@ -465,8 +465,8 @@ def test_all_problems_at_once(controls: Controls, run: Path, config: Make, tmp_p
     assert lines[1].startswith(f"--image: {tmp_path / 'text.png'} is not an image in a format that is read (PNG, ")
     assert lines[2].startswith(f"--image: {tmp_path / 'half.png'} is broken or truncated (")
     assert lines[3:] == [
-        f"--controlnet={gone}: no such folder, and not the form of a Hub id (owner/name)",
         f"{base}; it must be in diffusers' layout",
+        f"--controlnet={gone}: no such folder, and not the form of a Hub id (owner/name)",
         "--mixed_precision=fp16: needs a GPU; use bf16 or no on the CPU",
         f"--out={tmp_path / 'file' / 'below'}: cannot be written (Not a directory); name another folder",
     ]
@@ -480,7 +480,7 @@ def test_folders_without_a_usable_controlnet(tiny_base: Path, own_run: Path, con
     empty.mkdir()
     assert message(empty) == f"--controlnet={empty}: holds no ControlNet in diffusers' form (config.json and weights)"
     assert message(unet) == f"--controlnet={unet}: holds a UNet2DConditionModel, not a ControlNetModel"
-    assert message(file) == f"--controlnet={file}: is a file; name the folder that it is in"
+    assert message(file) == f"--controlnet={file}: is a file; name the folder that it is in: {own_run}"
     assert message("my-controlnet") == (
         "--controlnet=my-controlnet: no such folder, and not the form of a Hub id (owner/name)\n"
         "--pretrained_model_name_or_path: required, because no config.yaml of a run says which base model "
@@ -532,7 +532,9 @@ def test_models_that_cannot_be_loaded(tiny_base: Path, own_run: Path, config: Ma
     assert str(error.value) == (
         f"--controlnet={own_run}: made for another base model (cross_attention_dim 8, the base model's UNet has 16)"
     )
-    with pytest.raises(UserError, match=re.escape("--controlnet=nobody/nothing: cannot be loaded: ")):
+    with pytest.raises(
+        UserError, match=re.escape("--controlnet=nobody/nothing: no such folder, and, as a Hub id, not")
+    ):
         draw(config(controlnet="nobody/nothing", pretrained_model_name_or_path=str(tiny_base)))
     assert but_the_log(out) == before
 

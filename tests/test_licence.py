@@ -1,4 +1,4 @@
-"""The licence of the model card: from the settings, the base model's folder, the Hub or its cache, or a guess."""
+"""The licence of the model card: from the settings, the base model's folder, the Hub or its cache, or none."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from raycontrolnet.hub import licence as licences
 from raycontrolnet.hub.licence import Licence, find_licence
 
 TOKEN = "hf_TheRightToken"
-GUESS = Licence(("creativeml-openrail-m",), "default")
+UNKNOWN = Licence()
 
 
 @pytest.fixture
@@ -51,12 +51,12 @@ def licence_of(settings: TrainConfig) -> Licence:
         ("---\nlicense: other\nlicense_link: LICENSE.md\n---\n", Licence(("other",), "base")),
         ("---\nlicense: other\nlicense_link: https://x.org/](y)\n---\n", Licence(("other",), "base")),
         ("---\nlicense: other\nlicense_link: 'javascript:alert(1)'\n---\n", Licence(("other",), "base")),
-        ("---\ntags: [a]\n---\n", GUESS),
-        ("---\nlicense:\n---\n", GUESS),
-        ("---\nlicense: []\n---\n", GUESS),
-        ("# license: mit\n", GUESS),
-        ("", GUESS),
-        (None, GUESS),
+        ("---\ntags: [a]\n---\n", UNKNOWN),
+        ("---\nlicense:\n---\n", UNKNOWN),
+        ("---\nlicense: []\n---\n", UNKNOWN),
+        ("# license: mit\n", UNKNOWN),
+        ("", UNKNOWN),
+        (None, UNKNOWN),
     ],
 )
 def test_of_a_folder(
@@ -65,9 +65,11 @@ def test_of_a_folder(
     if card is not None:
         (tmp_path / "README.md").write_bytes(card.encode())
     assert licence_of(config(tmp_path)) == expected
-    assert licence_of(config(tmp_path / "gone")) == GUESS
+    assert licence_of(config(tmp_path / "gone")) == UNKNOWN
     assert not hub.calls
-    assert not caplog.records
+    names_none = "names no licence: the model card leaves it out; --license names one"
+    folders = [tmp_path] * (expected == UNKNOWN) + [tmp_path / "gone"]
+    assert caplog.messages == [f"{folder} {names_none}" for folder in folders]
 
 
 @pytest.mark.parametrize("card", [b"---\na: [mit\n---\n", b"---\n- mit\n---\n", b"---\na: \xff\n---\n", None])
@@ -79,8 +81,8 @@ def test_of_a_folder_whose_card_cannot_be_read(
         path.mkdir()
     else:
         path.write_bytes(card)
-    assert licence_of(config(tmp_path)) == GUESS
-    (message,) = [record.getMessage() for record in caplog.records]
+    assert licence_of(config(tmp_path)) == UNKNOWN
+    message, _ = caplog.messages
     assert message.startswith(f"{path}: no licence can be read from it (")
 
 
@@ -95,7 +97,7 @@ def test_of_the_hub(hub: HubStandIn) -> None:
     hub.cards["someone/base"] = {"license": "other", "license_link": "../../../elsewhere"}
     assert licence_of(config()) == Licence(("other",), "base")
     hub.cards["someone/base"] = {}
-    assert licence_of(config()) == GUESS
+    assert licence_of(config()) == UNKNOWN
     paths = [request.path.partition("?")[0] for request in hub.calls]
     assert paths == [f"/api/models/someone/base{end}" for end in ("", "", "/revision/v2", "", "")]
     assert {request.headers["authorization"] for request in hub.calls} == {f"Bearer {TOKEN}"}
@@ -104,9 +106,9 @@ def test_of_the_hub(hub: HubStandIn) -> None:
 @pytest.mark.parametrize("failure", [401, 403, 404, 500, "cut"])
 def test_of_a_hub_that_does_not_tell(failure: Any, hub: HubStandIn, caplog: pytest.LogCaptureFixture) -> None:
     hub.failures["/api/models/"] = failure
-    assert licence_of(config()) == GUESS
+    assert licence_of(config()) == UNKNOWN
     assert len(hub.calls) == 1
-    (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("raycontrolnet")]
+    message, _ = [record.getMessage() for record in caplog.records if record.name.startswith("raycontrolnet")]
     assert message.startswith("the Hub does not tell the licence of someone/base (")
     assert TOKEN not in caplog.text
 
@@ -131,7 +133,7 @@ def test_of_a_hub_that_takes_its_time(answer: bytes, monkeypatch: pytest.MonkeyP
         serving.start()
         try:
             start = time.monotonic()
-            assert licence_of(config()) == GUESS
+            assert licence_of(config()) == UNKNOWN
             assert 0.4 < time.monotonic() - start < 5
         finally:
             over.set()
@@ -150,6 +152,6 @@ def test_of_the_cache(tmp_path: Path, hub: HubStandIn, monkeypatch: pytest.Monke
     (model / "snapshots" / commit / "README.md").write_text("---\nlicense: mit\n---\n")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert licence_of(config(cache_dir=str(tmp_path))) == Licence(("mit",), "base")
-    assert licence_of(config(cache_dir=str(tmp_path), revision="v2")) == GUESS
-    assert licence_of(config(cache_dir=str(tmp_path / "gone"))) == GUESS
+    assert licence_of(config(cache_dir=str(tmp_path), revision="v2")) == UNKNOWN
+    assert licence_of(config(cache_dir=str(tmp_path / "gone"))) == UNKNOWN
     assert not hub.calls

@@ -27,7 +27,7 @@ from raycontrolnet.data.order import SampleOrder
 from raycontrolnet.data.sources import open_source
 from raycontrolnet.data.transforms import decode_conditioning, prepare_images
 from raycontrolnet.demo.shapes import write_shapes
-from raycontrolnet.errors import ConfigError, DataError, Interrupted, RunError
+from raycontrolnet.errors import ConfigError, DataError, Interrupted, RunError, UserError
 from raycontrolnet.latents.cache import LatentCache
 from raycontrolnet.latents.encoder import LatentEncoder
 from raycontrolnet.latents.manifest import SHARD_ROWS, Manifest
@@ -415,13 +415,17 @@ def test_an_object_store_will_do(run: Prepare, settings: Settings) -> None:
     assert len(cache_of(settings)) == NUM_ROWS
 
 
-@pytest.mark.parametrize("part", ["config.json", "diffusion_pytorch_model.safetensors"])
-def test_a_missing_vae_is_named(run: Prepare, tiny_base: Path, tmp_path: Path, part: str) -> None:
+@pytest.mark.parametrize(
+    ("part", "problem"),
+    [
+        ("config.json", r"its VAE cannot be read \(.*config"),
+        ("diffusion_pytorch_model.safetensors", r"its vae has no weights \(.safetensors or .bin\)"),
+    ],
+)
+def test_a_missing_vae_is_named(run: Prepare, tiny_base: Path, tmp_path: Path, part: str, problem: str) -> None:
     other = Path(shutil.copytree(tiny_base, tmp_path / "other"))
     (other / "vae" / part).unlink()
-    with pytest.raises(
-        Exception, match=rf"--pretrained_model_name_or_path={other}: its VAE cannot be read \(.*{part[:6]}"
-    ):
+    with pytest.raises(UserError, match=rf"--pretrained_model_name_or_path={other}: {problem}"):
         run(pretrained_model_name_or_path=str(other))
 
 

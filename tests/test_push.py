@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
@@ -16,6 +17,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 from hub_stand_in import HubStandIn, take_for_hub
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from runs import contents, flags
 from safetensors.torch import load_file
 
@@ -215,11 +217,42 @@ def test_repo_ids(hub: HubStandIn, tmp_path: Path) -> None:
 def test_check_push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(push, "find_token", lambda hub_token: hub_token)
     given: dict[str, Any] = {"output_dir": str(tmp_path), "pretrained_model_name_or_path": "b", "train_data_dir": "d"}
-    assert check_push(TrainConfig(**given)) == []
-    assert check_push(TrainConfig(**given, push_to_hub=True, hub_token=TOKEN, hub_model_id="a/b")) == []
-    no_token, bad_name = check_push(TrainConfig(**given, push_to_hub=True, hub_model_id="a b"))
+    assert check_push(TrainConfig(**given), tmp_path) == []
+    assert check_push(TrainConfig(**given, push_to_hub=True, hub_token=TOKEN, hub_model_id="a/b"), tmp_path) == []
+    no_token, bad_name = check_push(TrainConfig(**given, push_to_hub=True, hub_model_id="a b"), tmp_path)
     assert no_token == "--push_to_hub: needs a token: give --hub_token, set HF_TOKEN, or run `hf auth login`"
     assert bad_name.startswith("--hub_model_id=a b: ")
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("my run (2)", "my-run-2"),
+        ("a - b", "a-b"),
+        ("a--b..c", "a-b.c"),
+        (".hidden", "hidden"),
+        ("x" * 120, "x" * 96),
+        ("x" * 95 + "--y", "x" * 95),
+        ("café über", "cafe-uber"),
+        ("model.git", "model"),
+        ("_-_", "_-_"),
+        ("模型", ""),
+        ("- .", ""),
+    ],
+)
+def test_names_made_of_folders(folder: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub takes every one of them; where nothing is left of a name, the run is refused before it begins."""
+    monkeypatch.setattr(push, "find_token", lambda hub_token: TOKEN)
+    settings = TrainConfig(pretrained_model_name_or_path="b", train_data_dir="d", push_to_hub=True)
+    assert push.repo_name(tmp_path / folder, None) == name
+    problems = check_push(settings, tmp_path / folder)
+    if name:
+        validate_repo_id(name)
+        assert problems == []
+    else:
+        wrong = f"needs a name for the repository, and the folder {folder!r} of --output_dir gives none"
+        assert problems == [f"--push_to_hub: {wrong}; give --hub_model_id"]
+    assert check_push(dataclasses.replace(settings, hub_model_id="a/b"), tmp_path / folder) == []
 
 
 def test_find_token(monkeypatch: pytest.MonkeyPatch) -> None:

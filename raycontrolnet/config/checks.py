@@ -1,4 +1,4 @@
-"""Checks of settings against this machine, before Ray starts or a model is read: folders, models, extras, device."""
+"""Checks of settings against this machine, before Ray starts: folders, extras, device, token."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import tempfile
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from raycontrolnet.config.declare import facts_of
 from raycontrolnet.config.rules import path_problem
-from raycontrolnet.config.settings import ModelConfig, OptimConfig, StepConfig
+from raycontrolnet.config.settings import OptimConfig, StepConfig
 from raycontrolnet.config.train_config import FACTS, TrainConfig, names_with
 from raycontrolnet.errors import ConfigError, UserError
 from raycontrolnet.version import __version__
@@ -48,31 +48,6 @@ def package_problem(name: str, value: Any) -> str | None:
     if not value or package is None or importlib.util.find_spec(package) is not None:
         return None
     return f"--{name}: {package} is not installed; run pip install 'raycontrolnet[{extra}]'"
-
-
-def local_model_problems(config: ModelConfig) -> Iterator[str]:
-    """Yield a problem for each model that is named as a path but is not there; workers find out about Hub ids."""
-    for name in names_with("model_folders"):
-        if problem := model_problem(name, getattr(config, name)):
-            yield problem
-
-
-def model_problem(name: str, value: Any) -> str | None:
-    """Return a problem if the setting `name` is for a model, and `value` is a path with no model."""
-    folders = FACTS[name].get("model_folders")
-    return None if value is None or folders is None else not_a_model(value, name, folders)
-
-
-def not_a_model(name: str, flag: str, folders: Sequence[str]) -> str | None:
-    """Return what is wrong with `name` as a model: a folder that holds `folders`, or a Hub id, which is not checked."""
-    path = Path(name)
-    if path.is_dir():
-        missing = [folder for folder in folders if not (path / folder).is_dir()]
-        if missing:
-            return f"--{flag}={name}: no {', '.join(missing)} in that folder; it must be in diffusers' layout"
-    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        return f"--{flag}={name}: no such folder, and not the form of a Hub id (owner/name)"
-    return None
 
 
 def unwritable(folder: Path, flag: str) -> str | None:

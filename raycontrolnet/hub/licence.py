@@ -1,4 +1,4 @@
-"""The licence in the model card: the one in the settings, or else the base model's own."""
+"""The licence in the model card: the one in the settings, or else the base model's own, or none."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ from raycontrolnet.version import __version__
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_LICENCE = "creativeml-openrail-m"
-"""Licence of Stable Diffusion 1.x; diffusers' training scripts write it too."""
-
 ANSWER_TIMEOUT_S = 5.0
 """Wait of a finished run for the Hub to name a licence."""
 
@@ -32,10 +29,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 class Licence:
     """The licence in a card's metadata, and its source."""
 
-    ids: tuple[str, ...] = (DEFAULT_LICENCE,)
-    """The Hub's short names; nearly always one."""
-    source: Literal["settings", "base", "default"] = "default"
-    """`default` is a guess, because neither the settings nor the base model name one."""
+    ids: tuple[str, ...] = ()
+    """The Hub's short names; nearly always one. None if neither the settings nor the base model name a licence."""
+    source: Literal["settings", "base", "unknown"] = "unknown"
     name: str | None = None
     """Name of a licence without a short name (`other`)."""
     link: str | None = None
@@ -44,7 +40,7 @@ class Licence:
     def metadata(self) -> dict[str, Any]:
         """Return the entries for a card's metadata."""
         ids = self.ids[0] if len(self.ids) == 1 else list(self.ids)
-        return {"license": ids, "license_name": self.name, "license_link": self.link}
+        return {"license": ids or None, "license_name": self.name, "license_link": self.link}
 
 
 def find_licence(license_id: str | None, model: ModelConfig, token: str | None) -> Licence:
@@ -58,10 +54,14 @@ def find_licence(license_id: str | None, model: ModelConfig, token: str | None) 
     if license_id is not None:
         return Licence((license_id,), "settings")
     base = model.pretrained_model_name_or_path
-    if not is_hub_id(base):
-        return _from_metadata(_local_metadata(Path(base) / CARD)) or Licence()
-    files = f"https://huggingface.co/{base}/blob/{model.revision or 'main'}/"
-    return _from_metadata(_hub_metadata(model, token) or _cached_metadata(model), files) or Licence()
+    if is_hub_id(base):
+        files = f"https://huggingface.co/{base}/blob/{model.revision or 'main'}/"
+        found = _from_metadata(_hub_metadata(model, token) or _cached_metadata(model), files)
+    else:
+        found = _from_metadata(_local_metadata(Path(base) / CARD))
+    if found is None:
+        logger.warning("%s names no licence: the model card leaves it out; --license names one", base)
+    return found or Licence()
 
 
 def is_hub_id(name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shlex
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,11 @@ WEIGHTS = UPLOADED[:2]
 """Files that diffusers needs to load the ControlNet."""
 
 
-def check_push(hub: HubConfig) -> list[str]:
+LONGEST_NAME = 96
+"""Letters of a repository's name that the Hub allows."""
+
+
+def check_push(hub: HubConfig, output_dir: str | Path) -> list[str]:
     """List the problems that would keep the run from being pushed, as far as they show without asking the Hub."""
     import huggingface_hub.utils
 
@@ -37,7 +42,12 @@ def check_push(hub: HubConfig) -> list[str]:
         try:
             utils.validate_repo_id(hub.hub_model_id)
         except utils.HFValidationError as error:
-            problems.append(f"--hub_model_id={hub.hub_model_id}: {error_message(error).rstrip('.')}")
+            reason = error_message(error).partition(f": '{hub.hub_model_id}'")[0]
+            problems.append(f"--hub_model_id={hub.hub_model_id[:100]}: {reason[:150].rstrip('.')}")
+    elif hub.push_to_hub and not repo_name(output_dir, None):
+        folder = Path(output_dir).resolve().name
+        problem = f"needs a name for the repository, and the folder {folder!r} of --output_dir gives none"
+        problems.append(f"--push_to_hub: {problem}; give --hub_model_id")
     return problems
 
 
@@ -58,9 +68,18 @@ def resolve_repo_id(output_dir: str | Path, hub_model_id: str | None, token: str
 
 
 def repo_name(output_dir: str | Path, hub_model_id: str | None) -> str:
-    """Return the name as it is known without the Hub: as given, or the name of the folder, without an owner."""
-    folder = Path(output_dir).resolve().name
-    return hub_model_id or re.sub(r"[^\w.-]+|-{2,}|\.{2,}", "-", folder).strip("-.") or "controlnet-model"
+    """Return the repository's name as it is known without the Hub, by default made of the folder's, without an owner.
+
+    It is empty if the folder's name has no letter that the Hub allows.
+    """
+    if hub_model_id:
+        return hub_model_id
+    folder = unicodedata.normalize("NFKD", Path(output_dir).resolve().name).encode("ascii", "ignore").decode()
+    name = re.sub(r"\.{2,}", ".", re.sub(r"[^A-Za-z0-9_.]+", "-", folder)).strip("-.")
+    name = name[:LONGEST_NAME].strip("-.")
+    while name.lower().endswith(".git"):
+        name = name[: -len(".git")].strip("-.")
+    return name
 
 
 def push_to_hub(output_dir: str | Path, *, repo_id: str, token: str | None) -> str:

@@ -8,14 +8,15 @@ from typing import TextIO
 
 from raycontrolnet.cluster.logs import logging_to, shown_on
 from raycontrolnet.cluster.resources import worker_resources
-from raycontrolnet.cluster.session import ray_session
-from raycontrolnet.config.checks import collected, find_token, local_model_problems, with_absolute_paths
+from raycontrolnet.cluster.session import on_a_cluster, ray_session
+from raycontrolnet.config.checks import collected, find_token, with_absolute_paths
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.sources import open_source
 from raycontrolnet.errors import ConfigError, Interrupted
 from raycontrolnet.latents.ensure import SEVERAL_MACHINES, complete, report_path
 from raycontrolnet.latents.manifest import BadSample
 from raycontrolnet.latents.plan import LatentPlan
+from raycontrolnet.model.problems import model_problems
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,9 @@ def prepare(config: TrainConfig, *, stream: TextIO | None = None) -> PrepareResu
 def _prepare(config: TrainConfig, stream: TextIO) -> PrepareResult:
     started = time.monotonic()
     config = with_absolute_paths(config)
-    problems = list(local_model_problems(config))
     token, source = find_token(config.hub_token), None
+    elsewhere = not config.in_this_process and on_a_cluster(config.address)
+    problems = list(model_problems(config, token, elsewhere=elsewhere))
     with collected(problems):
         source = open_source(config, cache_dir=config.cache_dir, token=token, skip_bad=True)
     if problems or source is None:

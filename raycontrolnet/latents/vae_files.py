@@ -45,8 +45,7 @@ class VaeFiles:
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"--pretrained_model_name_or_path={model.pretrained_model_name_or_path}: its VAE cannot be read "
-                f"({error_message(error, 200)}); give a folder in diffusers' layout or a Hub id; a private one needs "
-                "--hub_token or `hf auth login`"
+                f"({error_message(error, 110)}); if it is private, give --hub_token or `hf auth login`"
             ) from None
 
 

@@ -170,5 +170,7 @@ def _push(run: CheckedRun, status: dict[str, Any], licence: Licence, stream: Tex
         status["push_failure"] = str(error)
         raise
     status["pushed_to"] = url
+    if not licence.ids:
+        stream.write("licence: none is known for the base model, so the model card names none; --license names one\n")
     stream.write(f"pushed to {url}\n")
     return url

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+
 from raycontrolnet.cluster.resources import WorkerResources
 from raycontrolnet.cluster.session import on_a_cluster
 from raycontrolnet.config.checks import (
+    check_device,
     collected,
     find_token,
-    local_model_problems,
     missing_extras,
     unwritable,
     versions,
@@ -30,6 +32,7 @@ from raycontrolnet.hub import push
 from raycontrolnet.latents.cache import LatentCache
 from raycontrolnet.latents.ensure import SEVERAL_MACHINES, ensure
 from raycontrolnet.latents.plan import LatentPlan, prepare_command
+from raycontrolnet.model.problems import model_problems
 from raycontrolnet.sampling import images
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.training import validation
@@ -151,13 +154,16 @@ def check(config: TrainConfig, output_dir: Path) -> CheckedRun:
     """
     problems = check_trackers(config)
     problems += missing_extras(config)
-    problems += local_model_problems(config)
-    problems += push.check_push(config)
+    token, elsewhere = find_token(config.hub_token), not config.in_this_process and on_a_cluster(config.address)
+    problems += model_problems(config, token, elsewhere=elsewhere)
+    if not elsewhere:
+        with collected(problems):
+            check_device(config.use_gpu, config, has_gpu=torch.cuda.is_available())
+    problems += push.check_push(config, output_dir)
     if problem := unwritable(output_dir, "output_dir"):
         problems.append(problem)
     else:
         checkpoints.remove_leftovers(output_dir)
-    token = find_token(config.hub_token)
     start, source = None, None
     with collected(problems):
         start = checkpoints.resolve(config.resume_from_checkpoint, output_dir)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -11,14 +13,14 @@ from torch import Tensor
 
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.errors import UserError
-from raycontrolnet.model.diffusion import PREDICTION_TYPES
+from raycontrolnet.model import kinds
+from raycontrolnet.model.problems import BASE, mismatch
 from raycontrolnet.text import error_message
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-BASE_FLAG = "pretrained_model_name_or_path"
 Loaded = TypeVar("Loaded")
 
 
@@ -79,7 +81,7 @@ def load_components(
     elif model.controlnet_model_name_or_path:
         controlnet = _named_controlnet(model, unet, token, controlnet_flag)
     else:  # before the UNet's weights are rounded
-        controlnet = _copied_controlnet(unet, seed)
+        controlnet = _copied_controlnet(model, unet, seed)
     for module in (text_encoder, vae, unet):
         module.requires_grad_(False).eval().to((vae_device or device) if module is vae else device)
     # Convolutions are faster in this layout: 11% of a step on a CPU (tests/benchmarks/RESULTS.md). The ControlNet's
@@ -102,7 +104,7 @@ def load_vae(model: ModelConfig, *, dtype: torch.dtype, token: str | None = None
 
 
 def _part(
-    model: ModelConfig, token: str | None, load: Callable[..., Loaded], flag: str = BASE_FLAG, **options: Any
+    model: ModelConfig, token: str | None, load: Callable[..., Loaded], flag: str = BASE, **options: Any
 ) -> Loaded:
     """Load a part of the model that the setting `flag` names."""
     hub = {"revision": model.revision, "cache_dir": model.cache_dir, "token": token}
@@ -111,36 +113,27 @@ def _part(
 
 def loaded(flag: str, name: str, load: Callable[..., Loaded], **options: Any) -> Loaded:
     """Call `load(name, **options)`; turn the libraries' many errors into one that names the flag."""
+    from safetensors import SafetensorError
+
     try:
         return load(name, **options)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError, EOFError) as error:
         what = f" ({options['subfolder']})" if "subfolder" in options else ""
-        reason = error_message(error, 300)
-        raise UserError(
-            f"--{flag}={name}: cannot be loaded{what}: {reason}. Give a folder in diffusers' layout or a Hub id; "
-            "a private one needs --hub_token or `hf auth login`"
-        ) from error
+        advice = "" if Path(name).is_dir() else "; if it is private, give --hub_token or `hf auth login`"
+        reason = error_message(error, 110).rstrip(".")
+        raise UserError(f"--{flag}={name}: cannot be loaded{what}: {reason}{advice}") from error
 
 
 def _check_trainable(model: ModelConfig, unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler) -> None:
-    base, prediction_type = model.pretrained_model_name_or_path, noise_scheduler.config["prediction_type"]
-    if prediction_type not in PREDICTION_TYPES:
-        raise UserError(
-            f"--pretrained_model_name_or_path={base}: its scheduler's prediction_type is {prediction_type!r}; "
-            f"only {' and '.join(PREDICTION_TYPES)} can be trained"
-        )
-    if unet.config["in_channels"] != 4 or unet.config["addition_embed_type"] is not None:
-        raise UserError(
-            f"--pretrained_model_name_or_path={base}: not a text-to-image Stable Diffusion 1.x or 2.x model "
-            f"(UNet with {unet.config['in_channels']} input channels, addition_embed_type "
-            f"{unet.config['addition_embed_type']}); inpainting and SDXL models cannot be trained"
-        )
+    problem = kinds.unet_problem(unet.config) or kinds.scheduler_problem(noise_scheduler.config)
+    if problem:
+        raise UserError(f"--{BASE}={model.pretrained_model_name_or_path}: {problem}")
 
 
 def _load_tokenizer(model: ModelConfig, token: str | None, text_encoder: CLIPTextModel) -> CLIPTokenizer:
     from transformers import CLIPTokenizer
 
-    flag, folder = ("tokenizer_name", {}) if model.tokenizer_name else (BASE_FLAG, {"subfolder": "tokenizer"})
+    flag, folder = ("tokenizer_name", {}) if model.tokenizer_name else (BASE, {"subfolder": "tokenizer"})
     tokenizer = _part(model, token, CLIPTokenizer.from_pretrained, flag, **folder)
     # Of a folder without a tokenizer, Transformers makes an empty one, of endless length.
     most = text_encoder.config.max_position_embeddings
@@ -174,24 +167,18 @@ def _named_controlnet(model: ModelConfig, unet: UNet2DConditionModel, token: str
     name_or_path = model.controlnet_model_name_or_path
     assert name_or_path
     controlnet = load_controlnet(name_or_path, flag, cache_dir=model.cache_dir, token=token)
-    for name in ("cross_attention_dim", "block_out_channels", "layers_per_block"):
-        own, wanted = (_listed(module.config[name]) for module in (controlnet, unet))
-        if own != wanted:
-            raise UserError(
-                f"--{flag}={name_or_path}: made for another base model ({name} {own}, the base model's UNet has "
-                f"{wanted})"
-            )
+    if problem := mismatch(controlnet.config, unet.config):
+        raise UserError(f"--{flag}={name_or_path}: {problem}")
     return controlnet
 
 
-def _copied_controlnet(unet: UNet2DConditionModel, seed: int) -> ControlNetModel:
+def _copied_controlnet(model: ModelConfig, unet: UNet2DConditionModel, seed: int) -> ControlNetModel:
     from diffusers import ControlNetModel
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return ControlNetModel.from_unet(unet)
-
-
-def _listed(value: Any) -> Any:
-    """Return a tuple as a list, which it becomes in a file."""
-    return list(value) if isinstance(value, tuple) else value
+        try:
+            return ControlNetModel.from_unet(unet)
+        except (ValueError, RuntimeError, AttributeError) as error:
+            problem = f"its UNet cannot be copied into a ControlNet ({error_message(error, 100)}); {kinds.TRAINED}"
+            raise UserError(f"--{BASE}={model.pretrained_model_name_or_path}: {problem}") from error

@@ -20,6 +20,7 @@ from typing import Any
 from raycontrolnet.config.train_config import TrainConfig, typed_settings
 from raycontrolnet.config.values import read_yaml, setting_types
 from raycontrolnet.errors import ConfigError
+from raycontrolnet.model.problems import CONTROLNET, file_advice
 from raycontrolnet.storage import checkpoint as checkpoints
 
 CONFIG_FILE = "config.yaml"
@@ -57,7 +58,7 @@ def find(name: str) -> FoundControlNet:
     if not path.exists():
         return FoundControlNet(name, {}, None)
     if not path.is_dir():
-        raise ConfigError([f"--controlnet={name}: is a file; name the folder that it is in"])
+        raise ConfigError([f"--controlnet={name}: {file_advice(path, CONTROLNET)}"])
     path = path.resolve()
     file = _config_file(path)
     return FoundControlNet(str(_weights_folder(path, name)), _read(file, name) if file else {}, file)

@@ -17,12 +17,13 @@ from typing import Any, TextIO
 import torch
 
 from raycontrolnet.cluster.logs import logging_to, shown_on
-from raycontrolnet.config.checks import check_device, collected, find_token, not_a_model, unwritable
+from raycontrolnet.config.checks import check_device, collected, find_token, unwritable
 from raycontrolnet.config.generate_config import GenerateConfig
-from raycontrolnet.config.settings import BASE_FOLDERS, ModelConfig
+from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.errors import ConfigError, explained, out_of_memory
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.performance import working_precision
+from raycontrolnet.model.problems import BASE, model_problems
 from raycontrolnet.model.prompts import cut
 from raycontrolnet.quiet import MODEL_LIBRARIES, no_progress_bars
 from raycontrolnet.sampling import find_controlnet, images, scores
@@ -168,20 +169,8 @@ def _model(
         ConfigError: if one is not known, or not in the folder that is named.
     """
     base = config.pretrained_model_name_or_path
-    problems = [not_a_model(found.name_or_path, "controlnet", ())]
-    if base is None:
-        problems.append(
-            "--pretrained_model_name_or_path: required, because no config.yaml of a run says which base model "
-            f"{config.controlnet} was trained for"
-        )
-    else:
-        base = str(Path(base).expanduser()) if Path(base).expanduser().exists() else base
-        problem = not_a_model(base, "pretrained_model_name_or_path", BASE_FOLDERS)
-        from_run = given.pretrained_model_name_or_path is None
-        problems.append(f"{problem}; {found.config_file} names it" if problem and from_run else problem)
-    if any(problems):
-        raise ConfigError([problem for problem in problems if problem])
-    return ModelConfig(
+    base = str(Path(base).expanduser()) if base and Path(base).expanduser().exists() else base
+    model = ModelConfig(
         pretrained_model_name_or_path=base or "",
         controlnet_model_name_or_path=found.name_or_path,
         revision=config.revision,
@@ -189,6 +178,18 @@ def _model(
         tokenizer_name=tokenizer_name,
         cache_dir=config.cache_dir,
     )
+    problems = []
+    for problem in model_problems(model, find_token(config.hub_token), controlnet_flag="controlnet"):
+        from_run = given.pretrained_model_name_or_path is None and problem.startswith(f"--{BASE}=")
+        problems.append(f"{problem}; {found.config_file} names it" if from_run else problem)
+    if base is None:
+        problems.append(
+            "--pretrained_model_name_or_path: required, because no config.yaml of a run says which base model "
+            f"{config.controlnet} was trained for"
+        )
+    if problems:
+        raise ConfigError(problems)
+    return model
 
 
 def _overwritten(out: Path, items: Sequence[ImageItem], config: GenerateConfig) -> Iterator[str]:

@@ -7,13 +7,14 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from raycontrolnet.config.checks import model_problem, package_problem
+from raycontrolnet.config.checks import package_problem
 from raycontrolnet.config.output_settings import OutputConfig
 from raycontrolnet.config.settings import OptimConfig
 from raycontrolnet.config.space import Space, num_trials, place_of, to_grammar
 from raycontrolnet.config.sweep_config import SweepConfig
 from raycontrolnet.config.train_config import names_with
 from raycontrolnet.launch.preflight import CheckedRun
+from raycontrolnet.model.problems import path_problem
 from raycontrolnet.training.schedule import warmup_warning
 
 
@@ -79,7 +80,7 @@ def _value_problems(space: Space, place: str) -> Iterator[str]:
     """Yield values of the space that need a package or a model that is not there; see `place_of`."""
     for name, dimension in space.items():
         for value in dimension.values:
-            if problem := package_problem(name, value) or model_problem(name, value):
+            if problem := package_problem(name, value) or path_problem(name, value):
                 yield f"{place}: {name}: {problem.removeprefix(f'--{name}').lstrip('=: ')}"
 
 

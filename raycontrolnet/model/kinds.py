@@ -1,0 +1,125 @@
+"""Kinds of models that cannot be trained, told from their small JSON files and the names of their weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from raycontrolnet.model.diffusion import PREDICTION_TYPES
+
+TRAINED = "only Stable Diffusion 1.x and 2.x text-to-image bases can be trained"
+
+BY_INPUT_CHANNELS = {
+    3: "a pixel-space model",
+    5: "a depth-to-image model",
+    7: "an upscaler",
+    8: "a model that starts from an image, such as InstructPix2Pix",
+    9: "an inpainting model",
+}
+"""Input channels of the UNet -> kind; 4 are those of the latents alone."""
+
+MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")
+"""Middle blocks that diffusers' ControlNetModel can have; the first is the default."""
+
+SDXL_EMBEDDING, SDXL_WIDTH = "text_time", 2048
+"""`addition_embed_type` of SDXL and its refiner, and `cross_attention_dim` of SDXL itself."""
+
+PART_CLASSES = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+}
+"""Part of a pipeline -> classes that are loaded."""
+
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+?))?(?P<shard>-\d+-of-\d+)?"
+    r"(?:\.(?P<old_variant>\w+?))?\.(?P<ending>safetensors|bin)"
+)
+
+
+def pipeline_problem(index: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a base of this model_index.json: another kind of pipeline; None if nothing is."""
+    pipeline = index.get("_class_name")
+    if not isinstance(pipeline, str):
+        return None
+    for part, classes in PART_CLASSES.items():
+        given = index.get(part)
+        found = given[1] if isinstance(given, list) and len(given) == 2 else None
+        if found not in classes:
+            return f"is a {pipeline} (its {part}: {found or 'none'}); {TRAINED}"
+    return None
+
+
+def unet_problem(config: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a base whose UNet has this config.json: its kind; None if nothing is."""
+    kind = _kind_of(config)
+    return f"is {kind}; {TRAINED}" if kind else None
+
+
+def _kind_of(config: Mapping[str, Any]) -> str | None:
+    """Return the kind of a UNet's base if it is not a text-to-image Stable Diffusion 1.x or 2.x."""
+    own = config.get("_class_name", "UNet2DConditionModel")
+    extra, channels = config.get("addition_embed_type"), config.get("in_channels", 4)
+    if own != "UNet2DConditionModel":
+        return f"a model with a {own}"
+    if extra == SDXL_EMBEDDING:
+        sdxl = config.get("cross_attention_dim") == SDXL_WIDTH
+        return f"{'an SDXL model' if sdxl else 'an SDXL refiner or a model like it'} (addition_embed_type {extra})"
+    if extra is not None:
+        return f"a model of another family (UNet with addition_embed_type {extra})"
+    if channels != 4:
+        return f"{BY_INPUT_CHANNELS.get(channels, 'a model of another family')} (UNet with {channels} input channels)"
+    if config.get("time_cond_proj_dim") is not None:
+        return "an LCM-distilled model (UNet with time_cond_proj_dim)"
+    for name, kind in (
+        ("class_embed_type", "an unCLIP or another model conditioned on more than text"),
+        ("num_class_embeds", "a model conditioned on classes"),
+        ("encoder_hid_dim_type", "a model of another family"),
+    ):
+        if config.get(name) is not None:
+            return f"{kind} (UNet with {name} {config[name]})"
+    if (attention := config.get("attention_type", "default")) != "default":
+        return f"a GLIGEN model or one like it (UNet with attention_type {attention})"
+    if (block := config.get("mid_block_type", MID_BLOCKS[0])) not in MID_BLOCKS:
+        shown = "without a mid block" if block is None else f"with mid_block_type {block}"
+        return f"a model whose UNet ControlNets cannot be copied from ({shown})"
+    return None
+
+
+def scheduler_problem(config: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a base of this scheduler_config.json; None if nothing is."""
+    predicted = config.get("prediction_type", PREDICTION_TYPES[0])
+    if predicted in PREDICTION_TYPES:
+        return None
+    return f"its scheduler's prediction_type is {predicted!r}; only {' and '.join(PREDICTION_TYPES)} can be trained"
+
+
+def weights_problem(names: Iterable[str], folder: str, variant: str | None, *, variant_flag: bool) -> str | None:
+    """Return why the weights in `folder` would not be found; None if they would.
+
+    Args:
+        names: files of the model.
+        folder: part of the model, or empty.
+        variant: of the weights that will be loaded.
+        variant_flag: --variant chooses among these weights.
+    """
+    prefix, where = (f"{folder}/", f"its {folder}") if folder else ("", "it")
+    own = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    found = [match for match in map(_WEIGHTS.fullmatch, own) if match]
+    if not found:
+        if any(name.endswith((".safetensors", ".bin")) for name in own):
+            return None  # of another name, which loading the model will tell
+        return f"{where} has no weights (.safetensors or .bin)"
+    variants = {match["variant"] or match["old_variant"] for match in found}
+    if variant not in variants:
+        others = ", ".join(sorted(other for other in variants if other))
+        if variant is not None:
+            instead = "leave the flag out" if None in variants else f"there is {others}"
+            return f"{where} has no files of the variant {variant}; {instead}"
+        advice = f"add --variant {others.partition(', ')[0]}" if variant_flag else "take .VARIANT out of their names"
+        return f"{where} has only files of the variant {others}; {advice}"
+    loaded = [match for match in found if (match["variant"] or match["old_variant"]) == variant]
+    if all(match["shard"] and match["ending"] == "bin" and match[0].startswith("diffusion") for match in loaded):
+        return f"{where} has sharded .bin weights, which diffusers does not read; save them anew as safetensors"
+    return None

@@ -1,0 +1,192 @@
+"""Problems with the models that settings name, found without reading weights: before Ray, latents and training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from raycontrolnet.config.settings import ModelConfig
+from raycontrolnet.config.train_config import FACTS, names_with
+from raycontrolnet.model import kinds
+from raycontrolnet.model.files import ModelFiles, NotKnown, NotThere, Unreachable, hub_files, local_files
+from raycontrolnet.text import error_message
+
+BASE = "pretrained_model_name_or_path"
+CONTROLNET = "controlnet_model_name_or_path"
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+HUB_ADDRESS = "https://huggingface.co/"
+PARTS = {BASE: tuple(kinds.PART_CLASSES), CONTROLNET: ("",)}
+"""Setting -> folders with weights, for models whose files are looked at."""
+LFS_POINTER = b"version https://git-lfs"
+
+
+class _Unsuitable(Exception):
+    """A model that cannot be used; the message says why."""
+
+
+def model_problems(
+    model: ModelConfig, token: str | None, *, elsewhere: bool = False, controlnet_flag: str = CONTROLNET
+) -> Iterator[str]:
+    """Yield a problem for each model that is not there, not complete, or of a kind that cannot be trained.
+
+    Args:
+        model: names the models.
+        token: for private models on the Hub.
+        elsewhere: other machines load the models, and may reach the Hub where this one does not.
+        controlnet_flag: the flag that names the ControlNet, for messages.
+    """
+    configs: dict[str, dict[str, Any]] = {}
+    for name in names_with("model_folders"):
+        flag, value = controlnet_flag if name == CONTROLNET else name, getattr(model, name)
+        if not value:
+            continue
+        if problem := path_problem(name, value, flag):
+            yield problem
+        elif name in PARTS:
+            try:
+                configs[name] = _checked_config(name, value, model, token, elsewhere=elsewhere)
+            except _Unsuitable as error:
+                yield f"--{flag}={value}: {error}"
+    if problem := mismatch(configs.get(CONTROLNET, {}), configs.get(BASE, {})):
+        yield f"--{controlnet_flag}={model.controlnet_model_name_or_path}: {problem}"
+
+
+def mismatch(controlnet: Mapping[str, Any], unet: Mapping[str, Any]) -> str | None:
+    """Return why a ControlNet does not fit the base model's UNet, by their configurations; None if it may."""
+    for name in ("cross_attention_dim", "block_out_channels", "layers_per_block"):
+        own, wanted = (_listed(config.get(name)) for config in (controlnet, unet))
+        if None not in (own, wanted) and own != wanted:
+            return f"made for another base model ({name} {own}, the base model's UNet has {wanted})"
+    return None
+
+
+def _listed(value: Any) -> Any:
+    """Return a tuple as a list, which it becomes in a file."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def path_problem(name: str, value: Any, flag: str | None = None) -> str | None:
+    """Return a problem if the setting `name` is for a model, and `value` is a path with no model.
+
+    Args:
+        flag: the flag that gave `value`, if not `name`.
+    """
+    folders = FACTS[name].get("model_folders")
+    if value is None or folders is None:
+        return None
+    path, start = Path(value).expanduser(), f"--{flag or name}={value}: "
+    if path.is_file():
+        return start + file_advice(path, name)
+    if path.is_dir():
+        missing = [folder for folder in folders if not (path / folder).is_dir()]
+        if not missing:
+            return None
+        kind = kinds.pipeline_problem(local_files(path).read_json("model_index.json")) if name == BASE else None
+        return start + (kind or f"no {', '.join(missing)} in that folder; it must be in diffusers' layout")
+    if value.startswith(HUB_ADDRESS):
+        return f"{start}is an address; give the Hub id: {'/'.join(value.removeprefix(HUB_ADDRESS).split('/')[:2])}"
+    if value.endswith(SINGLE_FILES):
+        return f"{start}no such file, and not a Hub id (owner/name); correct the path"
+    if not _is_hub_id(value):
+        return f"{start}no such folder, and not the form of a Hub id (owner/name)"
+    return None
+
+
+def file_advice(path: Path, name: str) -> str:
+    """Return what to do with a file that is given for a model, which must be a folder."""
+    if (path.parent / "model_index.json").is_file() or (name != BASE and (path.parent / "config.json").is_file()):
+        return f"is a file; name the folder that it is in: {path.parent}"
+    if name == BASE and (path.parent.parent / "model_index.json").is_file():
+        return f"is a file of a part; name the model's folder: {path.parent.parent}"
+    if path.suffix not in SINGLE_FILES or name not in PARTS:
+        return "is a file; name the folder that it is in"
+    cls = "StableDiffusionPipeline" if name == BASE else "ControlNetModel"
+    code = f"from diffusers import {cls} as C; C.from_single_file('{path.name}').save_pretrained('{path.stem}')"
+    return f'is a single-file checkpoint; convert it once, in its folder: python -c "{code}"'
+
+
+def _is_hub_id(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1
+
+
+def _checked_config(name: str, value: str, model: ModelConfig, token: str | None, *, elsewhere: bool) -> dict[str, Any]:
+    """Return the config.json of a base model's UNet or of a ControlNet; empty if it is not known yet.
+
+    Raises:
+        _Unsuitable: with what is wrong with the model.
+    """
+    main_file, revision = ("unet/config.json", model.revision) if name == BASE else ("config.json", None)
+    folder = Path(value).expanduser()
+    try:
+        if folder.is_dir():
+            files = local_files(folder)
+        else:
+            files = hub_files(value, main_file, revision=revision, cache_dir=model.cache_dir, token=token)
+        problem = _base_problem(files, model) if name == BASE else _controlnet_problem(files)
+        config = files.read_json(main_file)
+    except NotKnown:
+        return {}
+    except Unreachable as error:
+        if elsewhere and not folder.parent.is_dir():
+            return {}
+        raise _Unsuitable(str(error)) from None
+    except NotThere as error:
+        raise _Unsuitable(str(error)) from None
+    except OSError as error:
+        raise _Unsuitable(f"cannot be read ({error_message(error, 80)})") from None
+    if problem:
+        raise _Unsuitable(problem)
+    return config
+
+
+def _base_problem(files: ModelFiles, model: ModelConfig) -> str | None:
+    names = files.names
+    if names is not None and "unet/config.json" not in names:
+        kind = kinds.pipeline_problem(files.read_json("model_index.json"))
+        return kind or "has no unet/config.json; a base model must be in diffusers' layout"
+    if problem := (
+        kinds.unet_problem(files.read_json("unet/config.json"))
+        or kinds.pipeline_problem(files.read_json("model_index.json"))
+        or kinds.scheduler_problem(files.read_json("scheduler/scheduler_config.json"))
+    ):
+        return problem
+    for part in PARTS[BASE] if names is not None else ():
+        if problem := kinds.weights_problem(names or (), part, model.variant, variant_flag=True) or _pointer(
+            files, part
+        ):
+            return problem
+    if names is not None and model.tokenizer_name is None and not any(name.startswith("tokenizer/") for name in names):
+        return "has no tokenizer; add that folder, or give --tokenizer_name"
+    return None
+
+
+def _controlnet_problem(files: ModelFiles) -> str | None:
+    names = files.names
+    if names is not None and "config.json" not in names:
+        inside = "controlnet/config.json" in names
+        return "name the folder controlnet in it" if inside else "has no config.json; it must be in diffusers' layout"
+    kind = files.read_json("config.json").get("_class_name", "ControlNetModel")
+    if kind != "ControlNetModel":
+        return f"holds a {kind}, not a ControlNetModel"
+    if names is None:
+        return None
+    return kinds.weights_problem(names, "", None, variant_flag=False) or _pointer(files, "")
+
+
+def _pointer(files: ModelFiles, part: str) -> str | None:
+    """Return a problem if a local part's weights are what `git clone` leaves without git-lfs."""
+    if files.folder is None:
+        return None
+    for path in (files.folder / part).glob("*.safetensors"):
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                return f"{part or path.name} holds a Git LFS pointer, not weights; run `git lfs pull` in that folder"
+    return None

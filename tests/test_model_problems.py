@@ -1,0 +1,344 @@
+"""Models that cannot be used are refused by `check`, from their small files, before Ray, latents and weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+from hub_stand_in import HubStandIn, take_for_hub
+
+from raycontrolnet.config.settings import ModelConfig
+from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.errors import ConfigError
+from raycontrolnet.latents.prepare import prepare
+from raycontrolnet.launch.preflight import check
+from raycontrolnet.model import files, kinds
+from raycontrolnet.model.problems import model_problems
+
+TOKEN = "hf_TheRightToken"
+BASE = "someone/base"
+LONGEST_LINE = 250
+"""Letters of a message without the value, which may be a long path."""
+WEIGHTS = "diffusion_pytorch_model"
+
+
+@pytest.fixture
+def base(tiny_base: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_base, tmp_path / "base")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
+    with HubStandIn(TOKEN) as hub:
+        take_for_hub(hub.url, monkeypatch)
+        yield hub
+
+
+def change(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def upload(hub: HubStandIn, folder: Path, repository: str = BASE) -> None:
+    """Let the Hub have the names of all files, and the content of the small ones."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    hub.models[repository] = {
+        path.relative_to(folder).as_posix(): path.read_bytes() if path.suffix == ".json" else b"" for path in paths
+    }
+
+
+def problem(name: str | Path, *, elsewhere: bool = False, **settings: Any) -> str | None:
+    """Return the one problem of a base model, without the flag and the value."""
+    model = ModelConfig(pretrained_model_name_or_path=str(name), **settings)
+    found = list(model_problems(model, TOKEN, elsewhere=elsewhere))
+    assert len(found) <= 1
+    if not found:
+        return None
+    start = f"--pretrained_model_name_or_path={name}: "
+    assert found[0].startswith(start)
+    assert len(found[0]) - len(str(name)) <= LONGEST_LINE
+    assert "\n" not in found[0]
+    return found[0].removeprefix(start)
+
+
+KINDS = [
+    ({"in_channels": 9}, "an inpainting model (UNet with 9 input channels)"),
+    ({"in_channels": 8}, "a model that starts from an image, such as InstructPix2Pix (UNet with 8 input channels)"),
+    ({"in_channels": 7, "num_class_embeds": 1000}, "an upscaler (UNet with 7 input channels)"),
+    ({"in_channels": 5}, "a depth-to-image model (UNet with 5 input channels)"),
+    (
+        {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 8},
+        "an unCLIP or another model conditioned on more than text (UNet with class_embed_type projection)",
+    ),
+    ({"num_class_embeds": 10}, "a model conditioned on classes (UNet with num_class_embeds 10)"),
+    ({"time_cond_proj_dim": 256}, "an LCM-distilled model (UNet with time_cond_proj_dim)"),
+    (
+        {"addition_embed_type": "text_time", "cross_attention_dim": 2048},
+        "an SDXL model (addition_embed_type text_time)",
+    ),
+    (
+        {"addition_embed_type": "text_time", "cross_attention_dim": 1280},
+        "an SDXL refiner or a model like it (addition_embed_type text_time)",
+    ),
+    ({"addition_embed_type": "image"}, "a model of another family (UNet with addition_embed_type image)"),
+    ({"encoder_hid_dim_type": "text_proj"}, "a model of another family (UNet with encoder_hid_dim_type text_proj)"),
+    ({"attention_type": "gated"}, "a GLIGEN model or one like it (UNet with attention_type gated)"),
+    ({"mid_block_type": None}, "a model whose UNet ControlNets cannot be copied from (without a mid block)"),
+    (
+        {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"},
+        "a model whose UNet ControlNets cannot be copied from (with mid_block_type UNetMidBlock2DSimpleCrossAttn)",
+    ),
+    ({"_class_name": "UNetMotionModel"}, "a model with a UNetMotionModel"),
+]
+
+
+@pytest.mark.parametrize(("changed", "kind"), KINDS, ids=[kind for _, kind in KINDS])
+def test_kinds_of_unets(changed: dict[str, Any], kind: str, base: Path, hub: HubStandIn, tmp_path: Path) -> None:
+    change(base / "unet" / "config.json", **changed)
+    assert problem(base) == f"is {kind}; {kinds.TRAINED}"
+    upload(hub, base)
+    assert problem(BASE, cache_dir=str(tmp_path / "cache")) == f"is {kind}; {kinds.TRAINED}"
+
+
+PIPELINES = [
+    ("FluxPipeline", {"unet": None, "transformer": ["diffusers", "FluxTransformer2DModel"]}, "unet: none"),
+    ("StableDiffusion3Pipeline", {"unet": None, "text_encoder_3": ["transformers", "T5EncoderModel"]}, "unet: none"),
+    ("AltDiffusionPipeline", {"text_encoder": ["alt", "RobertaSeries"]}, "text_encoder: RobertaSeries"),
+    ("IFPipeline", {"text_encoder": ["transformers", "T5EncoderModel"]}, "text_encoder: T5EncoderModel"),
+    ("OnnxStableDiffusionPipeline", {"unet": ["diffusers", "OnnxRuntimeModel"]}, "unet: OnnxRuntimeModel"),
+]
+
+
+@pytest.mark.parametrize(("name", "parts", "shown"), PIPELINES, ids=[name for name, _, _ in PIPELINES])
+def test_other_pipelines(
+    name: str, parts: dict[str, Any], shown: str, base: Path, hub: HubStandIn, tmp_path: Path
+) -> None:
+    change(base / "model_index.json", _class_name=name, **parts)
+    if parts.get("unet", "") is None:
+        (base / "unet").rename(base / "transformer")
+    message = f"is a {name} (its {shown}); {kinds.TRAINED}"
+    assert problem(base) == message
+    upload(hub, base)
+    assert problem(BASE, cache_dir=str(tmp_path / "cache")) == message
+
+
+def test_what_else_a_base_lacks(base: Path, hub: HubStandIn, tmp_path: Path) -> None:
+    change(base / "scheduler" / "scheduler_config.json", prediction_type="sample")
+    wrong = "its scheduler's prediction_type is 'sample'; only epsilon and v_prediction can be trained"
+    assert problem(base) == wrong
+    upload(hub, base)
+    assert problem(BASE, cache_dir=str(tmp_path / "cache")) == wrong
+    change(base / "scheduler" / "scheduler_config.json", prediction_type="epsilon")
+    assert problem(base) is None
+    shutil.rmtree(base / "tokenizer")
+    assert problem(base) == "has no tokenizer; add that folder, or give --tokenizer_name"
+    (base / "unet" / "config.json").unlink()
+    assert problem(base) == "has no unet/config.json; a base model must be in diffusers' layout"
+    (base / "unet" / "config.json").write_text("{broken")
+    assert problem(base) == "has no tokenizer; add that folder, or give --tokenizer_name"  # loading it tells the rest
+
+
+def test_good_bases_pass(tiny_base: Path, tiny_base_v: Path, hub: HubStandIn, tmp_path: Path) -> None:
+    demo = Path(kinds.__file__).parents[1] / "demo" / "base"
+    for good in (tiny_base, tiny_base_v, demo):
+        assert problem(good) is None
+        upload(hub, good)
+        assert problem(BASE, cache_dir=str(tmp_path / "cache")) is None
+    downloaded = [request.path for request in hub.calls if request.method == "GET" and "/resolve/" in request.path]
+    assert {path.rpartition(".")[2] for path in downloaded} == {"json"}
+
+
+# --- the commands ---
+
+
+def test_the_commands_refuse(base: Path, tiny_settings: dict[str, Any]) -> None:
+    """Each before it makes a latent cache; training tells the other problems in the same answer."""
+    change(base / "unet" / "config.json", in_channels=9)
+    changed = {"pretrained_model_name_or_path": str(base), "cache_latents": "on"}
+    latents = base.with_name("latents")
+    settings = tiny_settings | changed | {"latents_cache_dir": str(latents), "mixed_precision": "fp16"}
+    out = Path(settings["output_dir"])
+    wrong = f"--pretrained_model_name_or_path={base}: is an inpainting model (UNet with 9 input channels)"
+    with pytest.raises(ConfigError) as error:
+        check(TrainConfig(**settings), out)
+    assert error.value.problems[0].startswith(wrong)
+    assert error.value.problems[1:] == ("--mixed_precision=fp16: needs a GPU; use bf16 or no on the CPU",)
+    with pytest.raises(ConfigError, match="is an inpainting model"):
+        prepare(TrainConfig(**settings))
+    assert not latents.exists()
+
+
+def test_xformers_without_a_gpu_is_told_at_once(tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    flag = "enable_xformers_memory_efficient_attention"
+    with pytest.raises(ConfigError) as error:
+        check(TrainConfig(**(tiny_settings | {flag: True})), Path(tiny_settings["output_dir"]))
+    assert error.value.problems == (
+        f"--{flag}: xformers is not installed; run pip install 'raycontrolnet[xformers]'",
+        f"--{flag}: needs a GPU; leave it out on the CPU",
+    )
+
+
+# --- files, and names of files ---
+
+
+def test_single_files(tmp_path: Path, base: Path) -> None:
+    for name in ("my model.safetensors", "model.ckpt"):
+        (tmp_path / name).write_bytes(b"weights")
+        stem = Path(name).stem
+        assert problem(tmp_path / name) == (
+            'is a single-file checkpoint; convert it once, in its folder: python -c "from diffusers import '
+            f"StableDiffusionPipeline as C; C.from_single_file('{name}').save_pretrained('{stem}')\""
+        )
+        (own,) = model_problems(ModelConfig(controlnet_model_name_or_path=str(tmp_path / name)), None)
+        assert own.startswith(f"--controlnet_model_name_or_path={tmp_path / name}: is a single-file checkpoint; ")
+        assert f"ControlNetModel as C; C.from_single_file('{name}')" in own
+    assert problem(base / "model_index.json") == f"is a file; name the folder that it is in: {base}"
+    part = base / "unet" / f"{WEIGHTS}.safetensors"
+    assert problem(part) == f"is a file of a part; name the model's folder: {base}"
+    (tmp_path / "notes.txt").write_text("")
+    assert problem(tmp_path / "notes.txt") == "is a file; name the folder that it is in"
+    assert problem("gone/model.safetensors") == "no such file, and not a Hub id (owner/name); correct the path"
+
+
+@pytest.mark.parametrize("name", ["no owner/name", "a/b/c", "./here", "~/gone", "/gone", "a--b/c", "name"])
+def test_names_that_are_neither(name: str) -> None:
+    assert problem(name) == "no such folder, and not the form of a Hub id (owner/name)"
+
+
+def test_an_address() -> None:
+    assert problem(f"https://huggingface.co/{BASE}/tree/main") == f"is an address; give the Hub id: {BASE}"
+
+
+@pytest.mark.parametrize(("part", "stem"), [("unet", WEIGHTS), ("vae", WEIGHTS), ("text_encoder", "model")])
+def test_variants(part: str, stem: str, base: Path, hub: HubStandIn, tmp_path: Path) -> None:
+    """Only some files, on disk and on the Hub."""
+    weights = base / part / f"{stem}.safetensors"
+    for name in (f"{stem}.fp16.safetensors", f"{stem}.fp16-00001-of-00002.safetensors"):
+        weights = weights.rename(weights.with_name(name))
+        message = f"its {part} has only files of the variant fp16; add --variant fp16"
+        assert problem(base) == message
+        upload(hub, base)
+        assert problem(BASE, cache_dir=str(tmp_path / "cache")) == message
+    first = "unet" if part != "unet" else "vae"
+    message = f"its {first} has no files of the variant fp16; leave the flag out"
+    assert problem(base, variant="fp16") == message
+    for other in ("unet", "vae", "text_encoder"):
+        for path in (base / other).glob("*.safetensors"):
+            path.rename(path.with_name(f"{path.stem.partition('.')[0]}.fp16.safetensors"))
+    assert problem(base, variant="fp16") is None
+    assert problem(base, variant="ema") == "its unet has no files of the variant ema; there is fp16"
+
+
+def test_other_weights(base: Path) -> None:
+    weights = base / "unet" / f"{WEIGHTS}.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert problem(base) == "unet holds a Git LFS pointer, not weights; run `git lfs pull` in that folder"
+    weights.unlink()
+    assert problem(base) == "its unet has no weights (.safetensors or .bin)"
+    shards = [weights.with_name(f"{WEIGHTS}-0000{n}-of-00002.bin") for n in (1, 2)]
+    for shard in shards:
+        shard.touch()
+    assert problem(base) == (
+        "its unet has sharded .bin weights, which diffusers does not read; save them anew as safetensors"
+    )
+    shards[0].with_name(f"{WEIGHTS}.bin").touch()
+    assert problem(base) is None
+    for shard in shards:
+        shard.rename(shard.with_suffix(".safetensors"))
+    assert problem(base) is None
+    weights.write_bytes(whole)
+
+
+def test_controlnets(tiny_base: Path, hub: HubStandIn, tmp_path: Path) -> None:
+    unet = json.loads((tiny_base / "unet" / "config.json").read_text())
+    folder = tmp_path / "run" / "controlnet"
+    folder.mkdir(parents=True)
+
+    def found(name: Path | str) -> list[str]:
+        model = ModelConfig(pretrained_model_name_or_path=str(tiny_base), controlnet_model_name_or_path=str(name))
+        problems = list(model_problems(model, TOKEN, controlnet_flag="controlnet"))
+        return [problem.removeprefix(f"--controlnet={name}: ") for problem in problems]
+
+    assert found(folder) == ["has no config.json; it must be in diffusers' layout"]
+    weights, config = folder / f"{WEIGHTS}.fp16.safetensors", folder / "config.json"
+    weights.touch()
+    config.write_text(json.dumps(unet))
+    assert found(folder) == ["holds a UNet2DConditionModel, not a ControlNetModel"]
+    change(config, _class_name="ControlNetModel")
+    assert found(folder) == ["it has only files of the variant fp16; take .VARIANT out of their names"]
+    weights.rename(folder / f"{WEIGHTS}.safetensors")
+    assert found(folder) == []
+    assert found(folder.parent) == ["name the folder controlnet in it"]
+    change(config, cross_attention_dim=768)
+    other = ["made for another base model (cross_attention_dim 768, the base model's UNet has 16)"]
+    assert found(folder) == other
+    upload(hub, folder, "someone/control")
+    (name,) = found("someone/control")
+    assert name == other[0]
+
+
+# --- the Hub ---
+
+
+def test_models_that_the_hub_does_not_give(tiny_base: Path, hub: HubStandIn, tmp_path: Path) -> None:
+    upload(hub, tiny_base)
+    cache = str(tmp_path / "cache")
+    gone = "no such folder, and no such model on the Hub"
+    advice = "correct it, or, if it is private, give --hub_token or `hf auth login`"
+    assert problem("someone/gone", cache_dir=cache) == f"{gone}; {advice}"
+    where = f"look at https://huggingface.co/{BASE}/tree"
+    assert problem(BASE, revision="v9", cache_dir=cache) == f"has no revision v9 on the Hub; {where}"
+    assert problem(BASE, cache_dir=cache) is None
+    del hub.models[BASE]
+    assert problem(BASE, cache_dir=cache) is None, "what is in the cache is used although it left the Hub"
+
+
+@pytest.mark.parametrize("failure", [500, 503, 429, "cut"])
+def test_a_busy_hub_is_asked_again_by_loading(failure: Any, hub: HubStandIn, tmp_path: Path) -> None:
+    hub.failures["/api/models/"] = failure
+    start = time.monotonic()
+    assert problem(BASE, cache_dir=str(tmp_path / "cache")) is None
+    assert time.monotonic() - start < files.ANSWER_TIMEOUT_S
+    assert len(hub.calls) == 1
+
+
+def test_without_a_way_to_the_hub(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, and not where other machines load the model, unless it looks like a path."""
+    monkeypatch.chdir(tmp_path)
+    cache = str(tmp_path / "cache")
+    take_for_hub("http://127.0.0.1:9", monkeypatch)
+    start = time.monotonic()
+    message = (
+        "no such folder, and, as a Hub id, not in the cache, and the Hub cannot be reached; correct the path, "
+        "or run `hf download models/my-sd15` where it can"
+    )
+    assert problem("models/my-sd15", cache_dir=cache) == message
+    assert problem("models/my-sd15", cache_dir=cache, elsewhere=True) is None
+    (tmp_path / "models").mkdir()
+    assert problem("models/my-sd15", cache_dir=cache, elsewhere=True) == message
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert problem("models/my-sd15", cache_dir=cache) == (
+        "no such folder, and, as a Hub id, not in the cache, while HF_HUB_OFFLINE is set; correct the path, "
+        "or download it with `hf download models/my-sd15`"
+    )
+    assert time.monotonic() - start < files.ANSWER_TIMEOUT_S
+
+
+def test_offline_the_cache_is_looked_at(base: Path, tmp_path: Path) -> None:
+    """As a download leaves it."""
+    model = tmp_path / "hub" / "models--someone--base"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("a" * 40)
+    cached = Path(shutil.copytree(base, model / "snapshots" / ("a" * 40)))
+    assert problem(BASE, cache_dir=str(tmp_path / "hub")) is None
+    change(cached / "unet" / "config.json", time_cond_proj_dim=256)
+    found = problem(BASE, cache_dir=str(tmp_path / "hub"))
+    assert found is not None
+    assert found.startswith("is an LCM-distilled model")
