@@ -40,7 +40,7 @@ def duration(seconds: float, *, fine: bool = False) -> str:
 
 def plus_minus(error: float) -> str:
     """Return ` ± 0.004 (2 standard errors)` for a standard error of 0.002; nothing for nan."""
-    shown = f" ± {STANDARD_ERRORS * error:.1g} ({STANDARD_ERRORS} standard errors)"
+    shown = f" ± {short_number(STANDARD_ERRORS * error, 1)} ({STANDARD_ERRORS} standard errors)"
     return "" if math.isnan(error) else shown
 
 

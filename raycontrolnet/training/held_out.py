@@ -31,7 +31,7 @@ from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.errors import DataError
 from raycontrolnet.model.step import TrainState, controlnet_loss, draw, latent_shape, make_batch, with_posterior
 from raycontrolnet.sampling.pipeline import evaluating
-from raycontrolnet.text import plus_minus
+from raycontrolnet.text import plus_minus, short_number
 from raycontrolnet.training import metrics
 from raycontrolnet.training.state import unwrap_controlnet
 
@@ -182,7 +182,7 @@ def visible(difference: float, loss: float) -> float:
 def gap_in_words(record: Mapping[str, Any]) -> str:
     """Return the control gap and its error."""
     gap, error = (visible(record[name], record["val_loss"]) for name in ("control_gap", "control_gap_error"))
-    return f"{gap:.2g}{plus_minus(error)}"
+    return f"{short_number(gap, 2)}{plus_minus(error)}"
 
 
 def in_words(records: Sequence[Mapping[str, Any]]) -> str:
