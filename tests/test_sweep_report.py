@@ -382,6 +382,16 @@ def test_close_values_are_told_apart(step: float, sweep: Path) -> None:
     assert {row[3] for row in found} == {"0 ± 0"}
 
 
+def test_the_rate_is_the_images_over_their_time(sweep: Path) -> None:
+    """The median would be 8; the first update waits for its data."""
+    rates = [0.001, 8.0, 8.0, 8.0, 0.5]
+    updates = [{"step": step, "loss": 0.1, "images_per_second": rate} for step, rate in enumerate(rates, 1)]
+    write_lines(sweep / "trials" / "0001" / "metrics.jsonl", updates)
+    (sweep / "trials" / "0001" / "validation.jsonl").unlink()
+    trial = next(trial for trial in read_trials(sweep, 5) if trial.record.index == 1)
+    assert trial.value("images_per_second") == pytest.approx(4 / (3 / 8 + 1 / 0.5))
+
+
 def test_numbers_are_short_and_words_have_no_quotes(sweep: Path) -> None:
     long = 0.000653051167505463
     alter(sweep, 1, settings={"learning_rate": long, "lr_scheduler": "linear", "sizes": [long, 2, "a", None, True]})
@@ -415,7 +425,7 @@ SEEN_BY = {
 def test_best_and_failed_differ_for_all_eyes(eyes: str, finished: Page) -> None:
     def seen(colour: str) -> Any:
         colour = "".join(2 * letter for letter in colour) if len(colour) == 3 else colour
-        return SEEN_BY[eyes] @ (np.array([*bytes.fromhex(colour)]) / 255) ** 2.2
+        return np.array(SEEN_BY[eyes]) @ (np.array([*bytes.fromhex(colour)]) / 255) ** 2.2
 
     inks, bests = (re.findall(rf"--{name}: #(\w+)", finished.html) for name in ("ink", "best"))
     assert len(inks) == len(bests) == 2  # light and dark

@@ -20,7 +20,7 @@ COST_FACTOR = 50.0
 """The pause after a report is this many times the CPU time that it took, but at most `LONGEST_PAUSE_S`."""
 LONGEST_PAUSE_S = 120.0
 LOW_PRIORITY = 10
-"""Of the thread that writes the report. At the lowest, 19, two seconds of work take minutes on a busy machine."""
+"""Niceness of the thread that writes the report: at 19, two seconds of work take minutes on a busy machine."""
 
 
 @contextmanager
