@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.text import Text
 
+STANDARD_ERRORS = 2
+"""Shown on either side of a control gap or fidelity, everywhere."""
 PLAIN_INTERVAL_S = 15.0
 """Without a terminal, a line is printed this often, and for the first and the last update."""
 
@@ -34,6 +36,12 @@ def duration(seconds: float, *, fine: bool = False) -> str:
     minutes, secs = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"
+
+
+def plus_minus(error: float) -> str:
+    """Return ` ± 0.004 (2 standard errors)` for a standard error of 0.002; nothing for nan."""
+    shown = f" ± {short_number(STANDARD_ERRORS * error, 1)} ({STANDARD_ERRORS} standard errors)"
+    return "" if math.isnan(error) else shown
 
 
 def file_size(num_bytes: float) -> str:

@@ -59,6 +59,12 @@ def test_numbers_that_are_close_are_told_apart() -> None:
     curves.limit(axes, 0.218674, 0.218676)
     labels = [axes.yaxis.get_major_formatter()(tick, 0) for tick in axes.get_yticks()]
     assert len(set(labels)) == len(labels) > 2, labels
+    for low, high in ((0.2, 0.2 + 1e-17), (0.0, 3e-8), (-2e-8, 1e-8), (1e-8, 1e-8), (0.0, 0.0), (1e6, 1e6 + 5)):
+        curves.limit(axes, low, high)
+        labels = [axes.yaxis.get_major_formatter()(tick, 0) for tick in axes.get_yticks()]
+        assert len(set(labels)) == len(labels) > 2, labels
+        assert max(map(len, labels)) < 10, labels
+    assert axes.yaxis.get_major_formatter()(1e-17, 0) == "0"
     curves.limit(axes, 0.1, 0.4)
     assert axes.yaxis.get_major_formatter()(0.30000000000000004, 0) == "0.3"
 

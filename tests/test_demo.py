@@ -214,7 +214,11 @@ def test_demo_writes_what_it_needs_and_compares(
     flags = ["--num_workers", "0", "--max_train_steps", "2", "--validation_steps", "2", "--report_to", "none"]
     result = run_demo(cli.parse("demo", flags))
     output = capsys.readouterr()
-    found = re.findall(r"^  (before|after) +control fidelity (\S+) ± \S+, colours right in (\d+)%$", output.out, re.M)
+    found = re.findall(
+        r"^  (before|after) +control fidelity (\S+) ± \S+ \(2 standard errors\), colours right in (\d+)%$",
+        output.out,
+        re.M,
+    )
     assert [name for name, _, _ in found] == ["before", "after"]
     assert all(0 < float(fidelity) < 0.9 for _, fidelity, _ in found)
     assert all(int(right) >= 75 for _, _, right in found), "the base model draws the colours of the prompt"

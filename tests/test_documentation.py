@@ -131,7 +131,9 @@ def test_block_runs_in_a_shell(found: Block, trained: Path) -> None:
     if "demo" in found.command:
         assert "raycontrolnet-demo/controlnet" in output
         assert (trained / FOLDER / "controlnet" / WEIGHTS).is_file()
-        before, after = re.findall(r"control fidelity ([\d.]+) ± [\d.]+, colours right in (\d+)%", output)
+        before, after = re.findall(
+            r"control fidelity ([\d.]+) ± [\d.]+ \(2 standard errors\), colours right in (\d+)%", output
+        )
         assert float(before[0]) < 0.4
         assert float(after[0]) >= 0.85
         assert int(after[1]) >= 90

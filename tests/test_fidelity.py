@@ -239,7 +239,7 @@ def test_averages_and_words() -> None:
     values = [0.1, 0.4, 0.7, 0.9]
     found = scores.average(iter(values))
     assert found == pytest.approx((np.mean(values), np.std(values, ddof=1) / 2))
-    assert scores.in_words(Fidelity(0.81234, 0.0234)) == "control fidelity 0.812 ± 0.02"
+    assert scores.in_words(Fidelity(0.81234, 0.0234)) == "control fidelity 0.812 ± 0.05 (2 standard errors)"
     assert scores.in_words(Fidelity(1.0, math.nan)) == "control fidelity 1.000"
 
 
@@ -279,7 +279,14 @@ def test_what_a_run_leaves(validated_run: Run) -> None:
     status = json.loads((out / "run.json").read_text())
     assert status["control_fidelity"] == result.control_fidelity == pytest.approx(means[4])
     for step, mean in means.items():
-        assert len(re.findall(rf"^step {step}: control fidelity {mean:.3f}( ± \S+)?$", shown, re.MULTILINE)) == 1
+        assert (
+            len(
+                re.findall(
+                    rf"^step {step}: control fidelity {mean:.3f}( ± \S+ \(2 standard errors\))?$", shown, re.MULTILINE
+                )
+            )
+            == 1
+        )
     events = EventAccumulator(str(out / "logs" / "train_controlnet")).Reload()
     tracked = {event.step: event.value for event in events.Scalars("control_fidelity")}
     assert tracked == pytest.approx(means, rel=1e-6)
@@ -294,7 +301,7 @@ def test_the_report_has_the_curve_and_the_last_value(validated_run: Run) -> None
     assert "<h3>Control fidelity</h3>" in page
     assert 'aria-label="control fidelity over the steps"' in page
     assert f"<dt>control fidelity</dt><dd><b>{result.control_fidelity:.3g}</b>" in page
-    assert re.search(r"<small>± \S+, at step 4</small>", page)
+    assert re.search(r"<small>± \S+ \(2 standard errors\), at step 4</small>", page)
 
 
 def test_scores_change_nothing_else(validated_run: Run, settings: Settings) -> None:

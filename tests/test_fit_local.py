@@ -262,8 +262,8 @@ def test_progress_of_a_run_that_goes_back(tmp_path: Path) -> None:
     """Its metrics file is cut, and soon longer than before: that is no reason for the run to fail."""
 
     def records(*steps: int, loss: float) -> str:
-        record = {"loss": loss, "lr": 1e-3, "samples": 4, "images_per_second": 1.0, "time": 0.0}
-        return "".join(json.dumps({"step": step} | record) + "\n" for step in steps)
+        record = {"loss": loss, "lr": 1e-3, "images_per_second": 1.0, "time": 0.0}
+        return "".join(json.dumps({"step": step, "samples": 4 * step} | record) + "\n" for step in steps)
 
     path = tmp_path / "metrics.jsonl"
     path.write_text(records(1, 2, 3, 4, loss=0.123456))

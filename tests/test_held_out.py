@@ -328,7 +328,10 @@ def test_a_tiny_gap_is_no_control_however_sure() -> None:
 
 
 def test_in_words() -> None:
-    assert in_words([record(100, 0.0001)]) == "held-out loss 0.2000, control gap 0.0001 ± 0.001: no control yet"
+    assert (
+        in_words([record(100, 0.0001)])
+        == "held-out loss 0.2000, control gap 0.0001 ± 0.002 (2 standard errors): no control yet"
+    )
     records = [record(100, 0.0), record(200, 0.012), record(300, 0.034)]
-    expected = "held-out loss 0.2000, control gap 0.034 ± 0.001: control has appeared at step 200"
+    expected = "held-out loss 0.2000, control gap 0.034 ± 0.002 (2 standard errors): control has appeared at step 200"
     assert in_words(records) == expected

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import time
 from html import escape, unescape
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from PIL import Image
 
 from raycontrolnet.config.train_config import TrainConfig, public_settings
 from raycontrolnet.demo.shapes import draw_row
-from raycontrolnet.report import run_report
+from raycontrolnet.report import live_report, run_report
+from raycontrolnet.report.page import OVERDUE_MINUTES
+from raycontrolnet.report.progress import Progress
 from raycontrolnet.report.run_report import write_report
 from raycontrolnet.sampling.images import ImageItem, finish
 from raycontrolnet.sampling.pipeline import DrawOptions
@@ -164,6 +168,7 @@ def check_it_is_closed(page: Page, links_at_least: int) -> None:
 
 def check_rewriting(module: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that the same folder gives the same report, and that a failure leaves the former one."""
+    monkeypatch.setattr(time, "time", lambda: STARTED)
     once = module.write_report(folder).read_bytes()
     assert module.write_report(folder).read_bytes() == once
     monkeypatch.setattr(module, "_page", lambda *_: 1 / 0)
@@ -172,19 +177,21 @@ def check_rewriting(module: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (folder / "report.html").read_bytes() == once
 
 
-def test_finished(finished: Path) -> None:
+def test_finished(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: STARTED + 3760)
     assert write_report(finished) == finished / "report.html"
     page = Page(finished / "report.html")
     for words in (
         "circles-run finished",
-        "200 of 200 updates (100%) in 1:01:40. As of 2026-11-22 15:25 UTC.",
+        "200 of 200 updates (100%) in 1:01:40. Written 2026-11-22 15:26 UTC .",
         "Control has appeared at step 120.",
         "loss 0.4065 at first 1.169",
         "held-out loss 0.4804 at first 0.8907",
-        "control gap 0.05 ± 0.004, at step 200",
-        "images/s 5.99 last 100 updates",
+        "control gap 0.05 ± 0.004 (2 standard errors), at step 200",
+        "images/s 5.99 in the last 30 s, without validations",
         "training (smoothed; pale: single updates) held-out rows",
-        "control appears at step 120 (dashed)",
+        "how much worse the held-out loss is with wrong control images; band: ± 2 standard errors; dashed:",
+        "dashed: control appears at step 120",
         "red circle control image step 200 step 180",
         "data wait 20.5 s · 1% step 55:10 · 89% validation: held-out loss 1:35 · 3%",
         "validation: images 2:40 · 4% checkpoint 12.1 s · 0%",
@@ -209,11 +216,11 @@ def test_settings(finished: Path) -> None:
     append(finished / "config.yaml", "of_a_later_version: <b>\nhub_token: hf_secret\n")
     page = Page(write_report(finished))
     changed, every = page.text.split("Those that differ from their defaults: ")[1].split(" All ")
-    assert 'train_data_dir "data"' in changed
+    assert "train_data_dir data" in changed
     assert "max_train_steps 200" in changed
-    assert 'of_a_later_version "<b>"' in changed
+    assert "of_a_later_version <b>" in changed
     assert "learning_rate" not in changed
-    assert "learning_rate 5e-06" in every
+    assert "learning_rate 5e-6" in every
     known = len((finished / "config.yaml").read_text().splitlines()) - 1  # less the token
     assert every.startswith(f"{known} settings ")
     assert "hf_secret" not in page.html
@@ -226,7 +233,7 @@ def test_running(finished: Path) -> None:
     (finished / ".timings.json").write_text(json.dumps(timings))
     page = Page(write_report(finished))
     assert "circles-run running" in page.text
-    assert "200 of 5,000 updates (4%) in 2:43, about 53:20 left. As of" in page.text
+    assert "200 of 5,000 updates (4%) in 2:43, about 53:20 left. Written" in page.text
     assert (
         "data wait 10 s · 10% step 30 s · 30% some new phase 1:00 · 60% beside the training: images 1:10" in page.text
     )
@@ -241,9 +248,57 @@ def test_failed(finished: Path) -> None:
     assert "circles-run failed" in page.text
     assert f"The loss is nan at update 201. {EVIL}" in page.text
     assert "Control gap: not measured." in page.text
-    assert "No validation images." in page.text
+    assert "No validation images: --validation_prompt and --validation_image were not given." in page.text
     assert "Time by phase" not in page.text
     assert len(page.all("svg")) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "more", "words"),
+    [
+        ("running", {}, "No validation images yet: they are drawn every 100 steps. Speed"),
+        ("interrupted", {}, "No validation images: the run ended before any were drawn. Speed"),
+        ("running", {"held_out": 0}, "Control gap: not measured, as no rows are held out (--validation_split). loss"),
+        ("running", {"held_out": 16}, "Control gap: not measured yet. loss"),
+    ],
+)
+def test_what_is_missing_says_why(status: str, more: dict[str, Any], words: str, finished: Path) -> None:
+    shutil.rmtree(finished / "validation")
+    (finished / "validation.jsonl").unlink()
+    (finished / "a.png").touch()
+    pairs = {"validation_prompt": ["red"], "validation_image": [str(finished / "a.png")]}
+    write_config(finished, **pairs)
+    write_status(finished, status, **more)
+    assert words in Page(write_report(finished)).text
+
+
+@pytest.mark.parametrize(("gap", "shown"), [(1e-8, "0"), (-3e-9, "0"), (4e-7, "0"), (4e-5, "4e-5")])
+def test_a_gap_that_is_noise_is_0(gap: float, shown: str, finished: Path) -> None:
+    measured = {"val_loss": 0.5, "val_loss_shuffled": 0.5 + gap, "control_gap": gap, "control_gap_error": 1e-8}
+    write_lines(finished / "validation.jsonl", [{"step": step, **measured} for step in (100, 200)])
+    page = Page(write_report(finished))
+    assert f"control gap {shown} ± 0 (2 standard errors), at step 200" in page.text
+    chart = page.html.split('aria-label="control gap over the steps"')[1].split("</svg>")[0]
+    assert re.findall(r">([^<>]*e-[^<>]*)</text>", chart) == []
+    assert ">0.003</text>" in chart
+
+
+def test_the_rate_is_that_of_the_terminal(finished: Path) -> None:
+    """Slow updates take most of the time: the median would be 8 images/s, and validations count nowhere."""
+    updates, now = [], STARTED
+    for step in range(1, 201):
+        rate = 0.5 if step % 4 == 0 else 8.0
+        now += 4 / rate + 1000 * (step % 20 == 1)
+        figures = {"loss": 0.5, "lr": 1e-5, "samples": 4 * step, "images_per_second": rate, "time": now}
+        updates.append({"step": step, **figures})
+    progress = Progress(finished, 200, 0, StringIO())
+    write_lines(finished / "metrics.jsonl", updates)
+    progress.update()
+    page = Page(write_report(finished))
+    found = re.search(r"images/s (\S+) in the last 30 s", page.text)
+    assert found is not None
+    assert f"{found[1]} images/s" in progress.line()
+    assert 1 < float(found[1]) < 2
 
 
 def test_interrupted_before_control(finished: Path) -> None:
@@ -340,6 +395,32 @@ def test_written_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_rewriting(run_report, finished, monkeypatch)
 
 
+def test_written_now_and_then(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without news too, also when a report is dear, and however the run ends."""
+    monkeypatch.setattr(live_report, "INTERVAL_S", 0.01)
+    monkeypatch.setattr(live_report, "LONGEST_PAUSE_S", 0.05)
+    monkeypatch.setattr(os, "setpriority", lambda *_: None)
+    written: list[float] = []
+
+    def write(_: Path) -> None:
+        end = time.thread_time() + 0.02  # times COST_FACTOR: 1 s
+        while time.thread_time() < end:
+            pass
+        written.append(time.monotonic())
+
+    with live_report.live_report(finished, write):
+        deadline = time.monotonic() + 20
+        while len(written) < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert len(written) >= 5
+
+
+def test_a_running_page_is_overdue_only_if_it_should_have_been_written() -> None:
+    longest_s = live_report.LONGEST_PAUSE_S + live_report.INTERVAL_S
+    assert longest_s <= 180
+    assert longest_s * 3 < 60 * OVERDUE_MINUTES
+
+
 def test_many_updates(finished: Path) -> None:
     write_updates(finished, 200_000)
     write_held_out(finished, range(100, 200_001, 100))
@@ -428,6 +509,7 @@ def check_in_browser(page: Path, width: int, profile: Path, *, charts: int, text
         assert shown_height >= 150
     assert len(found["texts"]) > texts
     assert min(found["texts"]) >= 10  # CSS pixels
+    assert max(found["texts"]) - min(found["texts"]) < 0.5, "one size in all charts"
     assert len(set(found["colours"])) >= colours  # the style sheet's variables reach the curves
     assert len(console) == 1, console
     assert "looked at it" in console[0]
@@ -444,6 +526,30 @@ def test_in_a_browser(width: int, finished: Path, tmp_path: Path) -> None:
     assert min(min(image) for image in found["images"]) >= 64
     assert min(min(shown) for _, *shown in found["images"]) >= 100
     assert len([size for size in found["curves"] if min(size) > 50]) >= 4
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")
+@pytest.mark.parametrize(
+    ("state", "minutes", "words"),
+    [("running", 3, "3 minutes ago"), ("running", 200, "3 hours ago"), ("finished", 200, "")],
+)
+def test_the_age_of_the_page(
+    state: str, minutes: float, words: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page's own policy allows its script; without scripts the time of writing is there, and no more."""
+    write_status(finished, state)
+    written = time.time() - 60 * minutes - 1
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: written)
+        path = write_report(finished)
+    assert " ago" not in Page(path).text.split("Control")[0]
+    assert CHROMIUM is not None
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={tmp_path / 'p'}"]
+    command = [CHROMIUM, *options, "--dump-dom", path.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert re.findall(r"</time><span>, ([^<]*)</span>", shown) == ([words] if words else [])
+    overdue = re.findall(r'<p class="warning overdue"([^>]*)>', shown)
+    assert ["hidden" in found for found in overdue] == ([minutes < 10] if words else [])
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium")

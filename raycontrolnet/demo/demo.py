@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raycontrolnet.errors import ConfigError, RunError
+from raycontrolnet.text import plus_minus
 
 if TYPE_CHECKING:
     from raycontrolnet.config.output_settings import ValidationConfig
@@ -163,7 +164,7 @@ def _comparison(folder: Path, *, guidance_scale: float, use_gpu: bool | None) ->
     lines = [f"Results on {NUM_UNSEEN} outlines that it has never seen (fidelity: overlap of asked and drawn shape):"]
     for name, one in found.items():
         lines.append(
-            f"  {name:8} control fidelity {one.fidelity.mean:.2f} ± {one.fidelity.error:.1g}, "
+            f"  {name:8} control fidelity {one.fidelity.mean:.2f}{plus_minus(one.fidelity.error)}, "
             f"colours right in {one.right_colours:.0%}"
         )
     lines.append(f"  picture  {folder / PICTURE}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from html import escape
 from io import StringIO
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from raycontrolnet.text import short_number
+from raycontrolnet.text import STANDARD_ERRORS, short_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,8 +30,8 @@ SMOOTHED_SHARE = 0.08
 """Share of the updates that the smooth curve averages around each."""
 MARKED_POINTS = 40
 """Curves of up to this many points get a mark at each."""
-STANDARD_ERRORS = 2
-"""Shown on either side of a control gap or fidelity."""
+PRECISION = 1e-7
+"""Share of a number below which another of 32 bits does not differ from it."""
 
 SIZE = (5.0, 3.0)
 """Inches of 72 units: a phone is 360 units wide, and text of 12 units is readable there."""
@@ -87,16 +87,17 @@ def finite(x: Column, y: Column) -> tuple[Column, Column]:
 def loss(steps: Column, losses: Column, held_out_steps: Column, held_out_losses: Column) -> str:
     """Draw the loss of the updates, with its spread, and of the held-out rows, which may be none."""
     axes = new_axes()
-    limits = _smooth_over_raw(axes, *finite(steps, losses), "loss")
+    limits = _smooth_over_raw(axes, *finite(steps, losses), "loss", smooth)
     _line(axes, held_out_steps, held_out_losses, "held-out", zorder=4)
     limit(axes, *limits, *held_out_losses)
     return svg(axes, "loss", "loss over the steps")
 
 
 def images_per_second(steps: Column, rates: Column) -> str:
-    """Draw the speed of all workers together."""
-    axes = new_axes()
-    limits = _smooth_over_raw(axes, *finite(steps, rates), "speed")
+    """Draw the speed of all workers together; the smooth curve is that of the images over the time they took."""
+    axes, known = new_axes(), rates > 0
+    x, y = finite(steps[known], rates[known])
+    limits = _smooth_over_raw(axes, x, y, "speed", lambda y: 1 / smooth(1 / y))
     limit(axes, 0.0, *limits)
     return svg(axes, "speed", "images per second over the steps")
 
@@ -110,11 +111,12 @@ def learning_rate(steps: Column, rates: Column) -> str:
     return svg(axes, "lr", "learning rate over the steps")
 
 
-def control_gap(steps: Column, gaps: Column, errors: Column, appeared_at: int | None) -> str:
+def control_gap(steps: Column, gaps: Column, errors: Column, appeared_at: int | None, least: float) -> str:
     """Draw the control gap with its standard errors, and a dashed line where control has appeared.
 
     Args:
         errors: standard error of each gap.
+        least: gap from which on it may show control; smaller ones do not fill the chart.
     """
     axes = new_axes()
     low, high = gaps - STANDARD_ERRORS * errors, gaps + STANDARD_ERRORS * errors
@@ -125,7 +127,7 @@ def control_gap(steps: Column, gaps: Column, errors: Column, appeared_at: int | 
     _line(axes, steps, gaps, "gap")
     if appeared_at is not None:
         axes.axvline(appeared_at, color=PAINTS["gap"], linewidth=1.5, linestyle=(0, (4, 3)))
-    limit(axes, 0.0, *low, *high)
+    limit(axes, 0.0, *low, *high, least)
     return svg(axes, "gap", "control gap over the steps")
 
 
@@ -154,9 +156,9 @@ def new_axes(label: str = "step", size: tuple[float, float] = SIZE) -> Axes:
     axes.grid(axis="y", color=PAINTS["grid"], linewidth=0.8)
     axes.tick_params(colors=PAINTS["ink"], labelsize=12, length=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value, *axes.get_xlim())))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value, _digits(*axes.get_ylim()))))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value, *axes.get_ylim())))
     axes.margins(x=0.02)
     return axes
 
@@ -168,17 +170,29 @@ def own_style() -> AbstractContextManager[None]:
     return matplotlib.style.context(["default", {"svg.fonttype": "none", "text.parse_math": False}])
 
 
-def _digits(low: float, high: float) -> int:
-    """Return the digits that tell a few numbers between `low` and `high` apart."""
-    step = (high - low) / 5
-    return max(4, 1 + math.ceil(math.log10(max(abs(low), abs(high)) / step))) if step > 0 else 4
+def digits(low: float, high: float, least: int = 4) -> int:
+    """Return the digits, at least `least`, that tell a few numbers between `low` and `high` apart."""
+    step = abs(high - low) / 5
+    return max(least, 1 + math.ceil(math.log10(max(abs(low), abs(high)) / step))) if differ(low, high) else least
 
 
-def _smooth_over_raw(axes: Axes, x: Column, y: Column, paint: str) -> list[float]:
+def differ(low: float, high: float) -> bool:
+    """Check that two numbers differ by more than the precision of 32 bits."""
+    return abs(high - low) > PRECISION * max(abs(low), abs(high))
+
+
+def tick(value: float, low: float, high: float, least: int = 4) -> str:
+    """Return the label of an axis from `low` to `high` at `value`; 0 for what arithmetic leaves there."""
+    return "0" if abs(value) < 1e-6 * abs(high - low) else short_number(value, digits(low, high, least))
+
+
+def _smooth_over_raw(
+    axes: Axes, x: Column, y: Column, paint: str, smoothing: Callable[[Column], Column]
+) -> list[float]:
     """Draw the updates pale and their mean strong; return the values to show, without rare outliers."""
     if not x.size:
         return []
-    raw, smoothed = thin(x, y), thin(x, smooth(y))
+    raw, smoothed = thin(x, y), thin(x, smoothing(y))
     if x.size > MOST_POINTS:
         axes.fill_between(raw.x, raw.low, raw.high, color=PAINTS[paint], alpha=0.2, linewidth=0)
     else:
@@ -198,7 +212,7 @@ def limit(axes: Axes, *values: float) -> None:
     if not values:
         return
     low, high = float(min(values)), float(max(values))
-    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    margin = 0.06 * (high - low) if differ(low, high) else 0.1 * abs(high) or 1.0
     axes.set_ylim(low if low == 0 else low - margin, high + margin)
 
 

@@ -1,11 +1,19 @@
-"""The pages of reports: filled templates, each one file without scripts or outside links."""
+"""The pages of reports: filled templates, each one file without outside links.
+
+A policy in the page's head allows one script, which shows the age of the page of a running run.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import time
+from base64 import b64encode
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +22,12 @@ from markupsafe import Markup, escape
 
 from raycontrolnet.config.train_config import TrainConfig, names_with
 from raycontrolnet.storage.files import replacing
-from raycontrolnet.text import duration
+from raycontrolnet.text import duration, short_number
 
 REPORT_FILE = "report.html"
 TEMPLATES = Path(__file__).with_name("templates")
+OVERDUE_MINUTES = 10
+"""Age from which on a running run may have ended without a word: live_report.py writes its page every 3 minutes."""
 
 
 def write(folder: Path, page: str) -> Path:
@@ -37,12 +47,36 @@ def render(template: Path, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "as_json": partial(json.dumps, ensure_ascii=False, default=str),
+        "as_json": as_json,
+        "plain": plain,
         "breakable": _breakable,
         "duration": partial(duration, fine=True),
         "thousands": "{:,}".format,
     }
-    return environment.get_template(template.name).render(values)
+    script = (TEMPLATES / "age.js").read_text(encoding="utf-8")
+    return environment.get_template(template.name).render(
+        written=datetime.fromtimestamp(time.time(), timezone.utc),
+        overdue_minutes=OVERDUE_MINUTES,
+        script=Markup(script),
+        script_hash=b64encode(sha256(script.encode()).digest()).decode(),
+        **values,
+    )
+
+
+as_json = partial(json.dumps, ensure_ascii=False, default=str)
+
+
+def plain(value: Any) -> str:
+    """Return a setting's value as a person writes it: rounded, and without quotes or brackets around it."""
+    if isinstance(value, float) and math.isfinite(value):
+        return short_number(value)
+    if isinstance(value, str):
+        return value or "(empty)"
+    if isinstance(value, (list, tuple)) and not any(isinstance(one, (list, tuple, dict)) for one in value):
+        return ", ".join(map(plain, value)) or "(empty)"
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {plain(one)}" for name, one in value.items()) or "(empty)"
+    return as_json(value)
 
 
 def _breakable(name: str) -> Markup:

@@ -21,8 +21,6 @@ from raycontrolnet.training.schedule import due_steps
 LINE_INTERVAL_S = 0.5
 SCORES_INTERVAL_S = 3.0
 """Time between two looks into the validation's folders for new scores."""
-RATE_WINDOW_S = 30.0
-MIN_STEPS_FOR_RATE = 2
 
 
 @contextmanager
@@ -98,33 +96,21 @@ class Progress:
             f"loss {update['loss']:.4f}",
             f"lr {update['lr']:.3g}",
         ]
-        if pace := self._pace():
-            images_per_second, left = pace
-            parts += [f"{images_per_second:.3g} images/s", left]
-        else:
-            parts.append(f"{update['images_per_second']:.3g} images/s")
+        samples, rates = ([update[name] for update in self._updates] for name in ("samples", "images_per_second"))
+        images_per_second = metrics.recent_rate(samples, rates)
+        parts.append(f"{images_per_second:.3g} images/s")
+        if len(samples) >= metrics.MIN_UPDATES_FOR_RATE:
+            parts.append(self._left(images_per_second))
         return " | ".join(parts)
 
-    def _pace(self) -> tuple[float, str] | None:
-        """Return images per second of the last half minute of training, and the time left; None with too few updates.
-
-        Validations count apart: those to come take as long as the last did.
-        """
+    def _left(self, images_per_second: float) -> str:
+        """Return the time left. Validations count apart: those to come take as long as the last did."""
         last = self._updates[-1]
         steps = [(update, earlier) for earlier, update in pairwise(self._updates)]
-        if len(steps) < MIN_STEPS_FOR_RATE:
-            return None
-        samples = seconds = 0.0
-        for update, earlier in reversed(steps):
-            if seconds >= RATE_WINDOW_S:
-                break
-            samples += update["samples"] - earlier["samples"]
-            seconds += _seconds(update, earlier)
-        images_per_second = samples / seconds
         samples_per_step = (last["samples"] - self._updates[0]["samples"]) / (last["step"] - self._updates[0]["step"])
         left = (self.total_steps - last["step"]) * samples_per_step / images_per_second
         if not self._validation_steps:
-            return images_per_second, f"{duration(left)} left"
+            return f"{duration(left)} left"
         pauses = [
             update["time"] - earlier["time"] - _seconds(update, earlier)
             for update, earlier in steps
@@ -133,8 +119,8 @@ class Progress:
         to_come = len(due_steps(self._validation_steps, self.total_steps, self.total_steps))
         to_come -= last["step"] // self._validation_steps
         if not pauses:
-            return images_per_second, f"{duration(left)} and {counted(to_come, 'validation')} left"
-        return images_per_second, f"{duration(left + to_come * max(0.0, pauses[-1]))} left"
+            return f"{duration(left)} and {counted(to_come, 'validation')} left"
+        return f"{duration(left + to_come * max(0.0, pauses[-1]))} left"
 
     def _read(self) -> None:
         records, restarted = self._metrics.read()

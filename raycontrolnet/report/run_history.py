@@ -20,12 +20,12 @@ from raycontrolnet.training import held_out, metrics, validation
 from raycontrolnet.training.job import TIMINGS_FILE
 from raycontrolnet.training.status import read_status
 
-UPDATE_COLUMNS = ("step", "loss", "lr", "images_per_second", "time")
+UPDATE_COLUMNS = ("step", "loss", "lr", "samples", "images_per_second", "time")
 MEASUREMENT = ("step", "val_loss", "val_loss_shuffled", "control_gap", "control_gap_error")
 """Numbers that a line of validation.jsonl must have to count."""
 
 RECENT_UPDATES = 100
-"""Updates whose speed is taken as the run's present speed."""
+"""Updates by which the time left is estimated."""
 UPDATES_FOR_SPEED = 4
 """Timed updates below which no speed is known."""
 

@@ -1,4 +1,4 @@
-"""report.html: a run's folder on one page, for a phone too; one file, without scripts or outside links.
+"""report.html: a run's folder on one page, for a phone too; one file, without outside links.
 
     read (run_history.py) -> curves (curves.py) and pictures (thumbnails.py) -> templates/run.html
 
@@ -7,20 +7,20 @@ All text from files is escaped, and a policy in the page's head forbids it to lo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from raycontrolnet.report import curves, page
-from raycontrolnet.report.curves import STANDARD_ERRORS, Column
-from raycontrolnet.report.run_history import RECENT_UPDATES, RunHistory, read
+from raycontrolnet.report.curves import Column
+from raycontrolnet.report.run_history import RunHistory, read
 from raycontrolnet.report.thumbnails import MOST_PAIRS, MOST_STEPS, PairHistory, pair_histories
-from raycontrolnet.text import counted, duration
-from raycontrolnet.training.held_out import control_appeared
+from raycontrolnet.text import STANDARD_ERRORS, counted, duration, plus_minus
+from raycontrolnet.training.held_out import MIN_GAP_SHARE, control_appeared, gap_in_words
+from raycontrolnet.training.metrics import RATE_WINDOW_S, recent_rate
+from raycontrolnet.training.status import STATUS_FILE
 
 _PHASES = {
     "start": "start of the workers",
@@ -35,6 +35,8 @@ _PHASES = {
 """Phase of the worker's clock -> its name in the report, in this order."""
 _BESIDE = "validation_beside"
 """The phase of another worker while the training goes on: no part of the whole."""
+
+_BAND = f"; band: ± {STANDARD_ERRORS} standard errors"
 
 
 class Card(NamedTuple):
@@ -62,9 +64,10 @@ def _page(name: str, run: RunHistory, pairs: Sequence[PairHistory]) -> str:
     return page.render(
         page.TEMPLATES / "run.html",
         name=name,
+        kind="run",
+        status_file=STATUS_FILE,
         state=run.state,
         how_far=_how_far(run),
-        seen=run.last_sign_s and f"{datetime.fromtimestamp(run.last_sign_s, timezone.utc):%Y-%m-%d %H:%M}",
         done=run.step,
         total=run.total_updates,
         cause=run.status.get("cause"),
@@ -75,7 +78,7 @@ def _page(name: str, run: RunHistory, pairs: Sequence[PairHistory]) -> str:
         pairs=pairs,
         most_steps=MOST_STEPS,
         most_pairs=MOST_PAIRS,
-        images_to_come=run.settings.get("validation_prompt") and run.state == "running",
+        no_images=_no_images(run),
         speed=list(_speed(run)),
         phases=_phases(run),
         settings=page.settings(run.settings),
@@ -96,11 +99,23 @@ def _how_far(run: RunHistory) -> str:
 def _control(run: RunHistory, appeared: int | None) -> str:
     """Return what the control gap shows, in words."""
     if not run.held_out:
-        yet = " yet" if run.state == "running" and run.status.get("held_out", 1) else ""
-        return f"Control gap: not measured{yet}."
+        if not run.status.get("held_out", 1):
+            return "Control gap: not measured, as no rows are held out (--validation_split)."
+        return f"Control gap: not measured{' yet' if run.state == 'running' else ''}."
     if appeared is None:
         return "No control yet: swapping the control images does not clearly raise the held-out loss."
     return f"Control has appeared at step {appeared:,}."
+
+
+def _no_images(run: RunHistory) -> str:
+    """Return why there are no validation images."""
+    if not run.settings:
+        return "No validation images."
+    if not (run.settings.get("validation_prompt") and run.settings.get("validation_image")):
+        return "No validation images: --validation_prompt and --validation_image were not given."
+    if run.state != "running":
+        return "No validation images: the run ended before any were drawn."
+    return f"No validation images yet: they are drawn every {run.settings.get('validation_steps')} steps."
 
 
 def _figures(run: RunHistory) -> Iterable[tuple[str, str, str]]:
@@ -112,15 +127,16 @@ def _figures(run: RunHistory) -> Iterable[tuple[str, str, str]]:
     if run.held_out:
         first, last = run.held_out[0], run.held_out[-1]
         yield "held-out loss", f"{last['val_loss']:.4g}", f"at first {first['val_loss']:.4g}"
-        error = STANDARD_ERRORS * last["control_gap_error"]
-        yield "control gap", f"{last['control_gap']:.2g}", f"± {error:.2g}, at step {last['step']:,}"
+        gap, error = gap_in_words(last).split(" ", 1)
+        yield "control gap", gap, f"{error}, at step {last['step']:,}"
     if run.fidelity:
         step, fidelity = list(run.fidelity.items())[-1]
-        error = "" if math.isnan(fidelity.error) else f"± {STANDARD_ERRORS * fidelity.error:.2g}, "
-        yield "control fidelity", f"{fidelity.mean:.3g}", f"{error}at step {step:,}"
-    rates = run.updates["images_per_second"][-RECENT_UPDATES:]
-    if (rates := rates[np.isfinite(rates)]).size:
-        yield "images/s", f"{np.median(rates):.3g}", f"last {rates.size} updates"
+        error = plus_minus(fidelity.error).strip()
+        yield "control fidelity", f"{fidelity.mean:.3g}", f"{error}{', ' * bool(error)}at step {step:,}"
+    samples, rates = run.updates["samples"], run.updates["images_per_second"]
+    if (known := np.isfinite(samples) & (rates > 0)).any():
+        rate = recent_rate(samples[known].tolist(), rates[known].tolist())
+        yield "images/s", f"{rate:.3g}", f"in the last {RATE_WINDOW_S:.0f} s, without validations"
 
 
 def _learning(run: RunHistory, appeared: int | None) -> Iterable[Card]:
@@ -131,15 +147,18 @@ def _learning(run: RunHistory, appeared: int | None) -> Iterable[Card]:
         yield Card("Loss", drawn, legend | ({"held-out": "held-out rows"} if run.held_out else {}))
     if run.held_out:
         gaps, errors = _column(run, "control_gap"), _column(run, "control_gap_error")
-        drawn = curves.control_gap(held_out["step"], gaps, errors, appeared)
-        at = "" if appeared is None else f"; control appears at step {appeared:,} (dashed)"
-        yield Card("Control gap", drawn, {"gap": f"loss with swapped control images less loss{at}"})
+        least = MIN_GAP_SHARE * abs(run.held_out[-1]["val_loss"])
+        drawn = curves.control_gap(held_out["step"], gaps, errors, appeared, least)
+        at = "" if appeared is None else f"; dashed: control appears at step {appeared:,}"
+        yield Card(
+            "Control gap", drawn, {"gap": f"how much worse the held-out loss is with wrong control images{_BAND}{at}"}
+        )
     if len(run.fidelity) > 1:
         means, errors = np.array(list(run.fidelity.values()), dtype=np.float64).T
         drawn = curves.control_fidelity(np.array(list(run.fidelity), dtype=np.float64), means, errors)
-        yield Card("Control fidelity", drawn, {"fidelity": "how well validation images obey their control images"})
-    if steps.size:
-        yield Card("Learning rate", curves.learning_rate(steps, run.updates["lr"]))
+        yield Card(
+            "Control fidelity", drawn, {"fidelity": f"how well validation images obey their control images{_BAND}"}
+        )
 
 
 def _column(run: RunHistory, name: str) -> Column:
@@ -150,6 +169,7 @@ def _speed(run: RunHistory) -> Iterable[Card]:
     if (steps := run.updates["step"]).size:
         drawn = curves.images_per_second(steps, run.updates["images_per_second"])
         yield Card("Images per second", drawn, {"speed": "all workers together (smoothed; pale: single updates)"})
+        yield Card("Learning rate", curves.learning_rate(steps, run.updates["lr"]))
 
 
 def _phases(run: RunHistory) -> list[tuple[str, float, float | None]]:

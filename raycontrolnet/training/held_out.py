@@ -31,6 +31,7 @@ from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.errors import DataError
 from raycontrolnet.model.step import TrainState, controlnet_loss, draw, latent_shape, make_batch, with_posterior
 from raycontrolnet.sampling.pipeline import evaluating
+from raycontrolnet.text import plus_minus, short_number
 from raycontrolnet.training import metrics
 from raycontrolnet.training.state import unwrap_controlnet
 
@@ -40,6 +41,8 @@ HELD_OUT_FILE = "validation.jsonl"
 MIN_GAP_ERRORS = 2.0
 MIN_GAP_SHARE = 0.01
 """Control has appeared when the gap exceeds this many of its standard errors, and this share of the held-out loss."""
+PRECISION = 1e-6
+"""Share of the loss below which a difference is noise of 32-bit numbers."""
 
 
 class HeldOutMetrics(NamedTuple):
@@ -171,10 +174,21 @@ def summary(output_dir: Path) -> dict[str, Any]:
     return last | {"control_appeared_at_step": control_appeared(records)}
 
 
+def visible(difference: float, loss: float) -> float:
+    """Return a difference of losses; 0 for one that their 32 bits do not show."""
+    return 0.0 if abs(difference) <= PRECISION * abs(loss) else difference
+
+
+def gap_in_words(record: Mapping[str, Any]) -> str:
+    """Return the control gap and its error."""
+    gap, error = (visible(record[name], record["val_loss"]) for name in ("control_gap", "control_gap_error"))
+    return f"{short_number(gap, 2)}{plus_minus(error)}"
+
+
 def in_words(records: Sequence[Mapping[str, Any]]) -> str:
     """Return the last measurement in words, for a log."""
     last = records[-1]
-    gap = f"control gap {last['control_gap']:.2g} ± {last['control_gap_error']:.1g}"
+    gap = f"control gap {gap_in_words(last)}"
     step = control_appeared(records)
     shown = "no control yet" if step is None else f"control has appeared at step {step}"
     return f"held-out loss {last['val_loss']:.4f}, {gap}: {shown}"

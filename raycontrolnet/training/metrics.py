@@ -6,10 +6,12 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+
+import numpy as np
 
 from raycontrolnet.errors import RunError
 from raycontrolnet.storage.files import replacing
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 METRICS_FILE = "metrics.jsonl"
+
+RATE_WINDOW_S = 30.0
+MIN_UPDATES_FOR_RATE = 3
 
 
 class UpdateMetrics(NamedTuple):
@@ -48,6 +53,22 @@ def read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
         file.seek(offset)
         whole = file.read().rpartition(b"\n")[0]
     return [json.loads(line) for line in whole.splitlines()], offset + len(whole) + (1 if whole else 0)
+
+
+def recent_rate(samples: Sequence[float], rates: Sequence[float]) -> float:
+    """Return images per second of the last `RATE_WINDOW_S` of training alone, without validations and checkpoints.
+
+    Args:
+        samples: k after each update, at least one.
+        rates: images_per_second of each update.
+    """
+    if len(samples) < MIN_UPDATES_FOR_RATE:
+        return rates[-1]
+    # Not the mean or the median of the rates: slow updates take more of the time.
+    counts = np.diff(samples)[::-1]
+    seconds = np.cumsum(counts / np.asarray(rates[1:])[::-1])
+    last = min(int(np.searchsorted(seconds, RATE_WINDOW_S)), len(seconds) - 1)
+    return float(counts[: last + 1].sum() / seconds[last])
 
 
 class MetricsLog:

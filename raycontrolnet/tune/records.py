@@ -34,7 +34,7 @@ ENDED = ("finished", "stopped", "failed")
 """States in which a trial is never trained again."""
 
 Report = Mapping[str, float]
-"""A trial's figures after `step` updates: step, loss (mean since the report before), images_per_second (median since
+"""A trial's figures after `step` updates: step, loss (mean since the report before), images_per_second (mean since
 then) and, where measured, val_loss, val_loss_shuffled, control_gap, control_gap_error, control_fidelity."""
 
 
@@ -199,10 +199,14 @@ def _since(run: RunHistory, before: int, step: int) -> dict[str, float]:
     """Return figures of the updates in (before, step], without those that are not known."""
     among = (run.updates["step"] > before) & (run.updates["step"] <= step)
     found = {}
-    for name, summary in (("loss", np.mean), ("images_per_second", np.median)):
-        values = run.updates[name][among]
-        if (values := values[np.isfinite(values)]).size:
-            found[name] = float(summary(values))
+    losses, rates = (run.updates[name][among] for name in ("loss", "images_per_second"))
+    if (losses := losses[np.isfinite(losses)]).size:
+        found["loss"] = float(losses.mean())
+    rates = rates[np.isfinite(rates) & (rates > 0)]
+    if not before and rates.size > 1:
+        rates = rates[1:]  # the first update waits for its data
+    if rates.size:
+        found["images_per_second"] = rates.size / float((1 / rates).sum())
     return found
 
 

@@ -39,8 +39,6 @@ from raycontrolnet.tune.live import LiveTable
 from raycontrolnet.tune.plan import SweepPlan, plan_sweep, share
 from raycontrolnet.tune.recorder import TrialRecorder, mark_interrupted
 from raycontrolnet.tune.records import (
-    TRIAL_FILE,
-    TRIALS_FOLDER,
     Trial,
     read_records,
     read_sweep,
@@ -167,7 +165,7 @@ def _recorded(plan: SweepPlan, lease: SweepLease, started: float) -> Iterator[di
         write_report(plan.sweep_dir)
 
     write_sweep(plan.sweep_dir, facts)  # later with the report
-    with live_report(plan.sweep_dir, write, f"{TRIALS_FOLDER}/*/{TRIAL_FILE}"):
+    with live_report(plan.sweep_dir, write):
         try:
             with (
                 explained(

@@ -16,6 +16,7 @@ import numpy as np
 
 from raycontrolnet.report import curves
 from raycontrolnet.report.curves import Column, finite
+from raycontrolnet.report.page import plain
 from raycontrolnet.text import short_number
 from raycontrolnet.training.held_out import MIN_GAP_SHARE
 from raycontrolnet.tune.records import Trial
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
 
 MOST_POINTS = 3000
 """Points of all curves in a chart together."""
-AXIS_INCHES = 1.35
+AXIS_INCHES = 1.55
 """Distance of two axes of parallel coordinates."""
 OUTLIER_QUARTILES = 3.0
 OUTLIER_SHARE = 0.05
 """A value is an outlier beyond so many distances between the quartiles, and more than this share of the median."""
 
 _PAINTS = curves.PAINTS | curves.stand_ins(
-    ("card", "pale", "best", "bad", *(f"rank-{shade}" for shade in range(SHADES))), first=len(curves.PAINTS) + 1
+    ("card", "pale", "best", *(f"rank-{shade}" for shade in range(SHADES))), first=len(curves.PAINTS) + 1
 )
 _SHAPES = {"failed": "X", "running": ">", "interrupted": "D", "waiting": "D"}
 """State -> mark; others are round."""
@@ -89,13 +90,13 @@ def parallel(history: SweepHistory) -> str:
     axes = curves.new_axes("", (max(curves.SIZE[0], AXIS_INCHES * (len(settings) + 0.6)), 3.9))
     axes.set_axis_off()
     best, worst = (low, high) if history.smallest_is_best else (high, low)
-    span = best - worst
+    span = best - worst if curves.differ(low, high) else 0.0
     heights = [scales.heights(setting, trials) for setting in settings]
     heights.append((np.clip(values, low, high) - worst) / span if span else np.full(len(trials), 0.5))
     for i, setting in enumerate(settings):
         _upright(axes, i, setting.name, scales.ticks(setting))
     ticks = [(0.0, worst), (1.0, best)] if span else [(0.5, best)]
-    _upright(axes, len(settings), history.objective, [(y, short_number(float(f"{v:.3g}"))) for y, v in ticks])
+    _upright(axes, len(settings), history.objective, [(y, curves.tick(v, low, high)) for y, v in ticks])
     for order, (trial, *path) in enumerate(zip(trials, *heights, strict=True), 3):
         pale = trial.record.state != "finished"
         _line(axes, history, trial, range(len(path)), path, order, alpha=0.4 if pale else 1.0)
@@ -153,7 +154,7 @@ def _mark(
 ) -> None:
     """Draw a star for the best, else a filled (finished) or hollow (stopped, running) mark, or a cross (failed)."""
     best, state = trial is history.best, trial.record.state
-    colour = _PAINTS["bad" if state == "failed" else history.paints[trial.record.name]]
+    colour = _PAINTS["ink" if state == "failed" else history.paints[trial.record.name]]
     filled = best or state in ("finished", "failed")
     axes.plot(
         [x], [y], marker=_STAR if best else _SHAPES.get(state, "o"), markersize=larger * (12 if best else 6.5),
@@ -179,8 +180,8 @@ def _finish(axes: Axes, history: SweepHistory, name: str, title: str) -> str:
 
 def _tip(trial: Trial, objective: str) -> str:
     value = trial.value(objective)
-    ends = [f"{objective} {value:.4g}"] if math.isfinite(value) else []
-    settings = [f"{name} {scales.label(scales.short_text(value), 40)}" for name, value in trial.record.settings.items()]
+    ends = [f"{objective} {short_number(value)}"] if math.isfinite(value) else []
+    settings = [f"{name} {scales.label(plain(value), 40)}" for name, value in trial.record.settings.items()]
     return escape("; ".join([f"{trial.record.name} {trial.record.state}", *ends, *settings]))
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from raycontrolnet.report import curves
 from raycontrolnet.report.curves import Column
 from raycontrolnet.text import short_number
-from raycontrolnet.tune.records import Trial, as_text
+from raycontrolnet.tune.records import Trial
 from raycontrolnet.tune.report.history import Setting
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _log_axis(axes: Axes, setting: Setting) -> None:
     few = setting.high / setting.low < 100  # else the labels would overlap
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=9))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(setting, value)))
 
 
 def ticks(setting: Setting) -> list[tuple[float, str]]:
@@ -93,15 +93,14 @@ def ticks(setting: Setting) -> list[tuple[float, str]]:
 
 
 def _number(setting: Setting, value: float) -> str:
-    return _power(value) if setting.log else short_number(float(f"{value:.3g}"))
-
-
-def _power(value: float) -> str:
-    """Return 0.00012 as 1.2e-4."""
+    """Return a label; 0.00012 as 1.2e-4 on a logarithmic axis."""
+    if not setting.log:
+        return curves.tick(value, setting.low, setting.high)
+    digits = curves.digits(setting.low, setting.high, least=2)
     if value >= 1e-3:
-        return short_number(float(f"{value:.2g}"))
-    digits, exponent = f"{value:.1e}".split("e")
-    return f"{digits.removesuffix('.0')}e{int(exponent)}"
+        return short_number(value, digits)
+    number, exponent = f"{value:.{digits - 1}e}".split("e")
+    return f"{float(number):g}e{int(exponent)}"
 
 
 def two_lines(name: str) -> str:
@@ -111,11 +110,6 @@ def two_lines(name: str) -> str:
         return "_".join(words)
     ways = [("_".join(words[:i]) + "_", "_".join(words[i:])) for i in range(1, len(words))]
     return "\n".join(min(ways, key=lambda way: max(map(len, way))))
-
-
-def short_text(value: Any) -> str:
-    """Return a setting's value in few digits."""
-    return short_number(float(f"{value:.3g}")) if isinstance(value, float) and math.isfinite(value) else as_text(value)
 
 
 def _labelled(categories: Sequence[str]) -> Sequence[int]:

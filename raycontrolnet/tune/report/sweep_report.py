@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from raycontrolnet.report import page
-from raycontrolnet.report.curves import STANDARD_ERRORS
-from raycontrolnet.text import counted, duration
-from raycontrolnet.tune.records import TRIALS_FOLDER, Trial, as_text
+from raycontrolnet.report.curves import digits
+from raycontrolnet.text import STANDARD_ERRORS, counted, duration, short_number
+from raycontrolnet.training.held_out import visible
+from raycontrolnet.tune.records import SWEEP_FILE, TRIALS_FOLDER, Trial
 from raycontrolnet.tune.report import charts
 from raycontrolnet.tune.report.history import SHADES, SweepHistory, read, too_early
 from raycontrolnet.tune.report.timeline import timeline
@@ -26,6 +28,8 @@ TEMPLATE = Path(__file__).parent / "templates" / "sweep.html"
 COLUMNS = {"val_loss": "held-out loss", "control_gap": "control gap", "control_fidelity": "control fidelity",
            "loss": "loss", "images_per_second": "images/s"}  # fmt: skip
 """Figure of the last report -> heading."""
+_MARKS = {"finished": "●", "stopped": "○", "running": "▷", "interrupted": "◇", "failed": "✖"}
+"""State of a trial -> its mark in the charts."""
 _FACTS = ("objective", "mode", "searcher", "scheduler", "grace_period", "reduction_factor", "num_trials",
           "total_updates", "validation_steps", "concurrency", "reason", "seed")  # fmt: skip
 """Entries of sweep.json, in this order."""
@@ -43,8 +47,11 @@ def write_report(sweep_dir: Path) -> Path:
 
 def _page(folder: Path, history: SweepHistory) -> str:
     sweep, reported = history.sweep, {name for trial in history.trials for name in trial.last}
+    first = list(dict.fromkeys([history.objective, *({"control_gap"} & reported)]))
     return page.render(
         TEMPLATE,
+        kind="sweep",
+        status_file=SWEEP_FILE,
         name=str(sweep.get("name") or folder.name),
         state=history.state,
         how_far=_how_far(history),
@@ -58,13 +65,14 @@ def _page(folder: Path, history: SweepHistory) -> str:
         best_first="smallest" if history.smallest_is_best else "largest",
         best=history.best,
         columns=COLUMNS,
-        columns_shown=[
-            history.objective,
-            *(name for name in COLUMNS if name != history.objective and name in reported),
-        ],
-        measured=_measured,
-        figure=_figure,
-        as_text=as_text,
+        figures_first=first,
+        figures_last=[name for name in COLUMNS if name in reported and name not in first],
+        measured=partial(_measured, history),
+        figure=partial(_figure, history),
+        standard_errors=STANDARD_ERRORS,
+        marks={
+            state: mark for state, mark in _MARKS.items() if state in {trial.record.state for trial in history.trials}
+        },
         report_of=_report_of,
         weights=BEST_FOLDER if (folder / BEST_FOLDER).is_dir() else None,
         shades=SHADES,
@@ -99,7 +107,7 @@ def _figures(history: SweepHistory) -> Iterable[tuple[str, str, str]]:
     """Yield title, value and note of each figure at the top."""
     if best := history.best:
         where = f"trial {best.record.name}, step {int(best.last['step']):,}"
-        yield f"best {COLUMNS[history.objective]}", _measured(best, history.objective), where
+        yield f"best {COLUMNS[history.objective]}", _measured(history, best, history.objective), where
     if with_gap := [trial for trial in history.trials if "control_gap" in trial.last]:
         shown = sum(trial.control_since is not None for trial in with_gap)
         yield "with control", f"{shown} of {len(with_gap)}", "trials, at their last measurement"
@@ -142,15 +150,18 @@ def _report_of(trial: Trial) -> str | None:
     return name if (trial.folder / page.REPORT_FILE).is_file() else None
 
 
-def _measured(trial: Trial, name: str, digits: int = 4) -> str:
-    """Return a value of the last report; a dash without one."""
-    value = trial.value(name)
-    return f"{value:,.{digits}g}" if math.isfinite(value) else "–"
+def _measured(history: SweepHistory, trial: Trial, name: str) -> str:
+    """Return a value of the last report, in as many digits as tell the trials apart; a dash without one."""
+    if not math.isfinite(value := trial.value(name)):
+        return "–"
+    if name == "control_gap":
+        return short_number(visible(value, trial.value("val_loss")), 2)
+    known = [other for one in history.trials if math.isfinite(other := one.value(name))]
+    return short_number(value, digits(min(known), max(known), least=3 if name == "images_per_second" else 4))
 
 
-def _figure(trial: Trial, name: str) -> tuple[str, str]:
+def _figure(history: SweepHistory, trial: Trial, name: str) -> tuple[str, str]:
     """Return a value of the last report, and its error."""
-    error = trial.value("control_gap_error")
-    if name == "control_gap" and math.isfinite(error) and name in trial.last:
-        return _measured(trial, name, 2), f"± {STANDARD_ERRORS * error:.1g}"
-    return _measured(trial, name, 3 if name == "images_per_second" else 4), ""
+    error = visible(trial.value("control_gap_error"), trial.value("val_loss"))
+    known = name == "control_gap" and math.isfinite(error) and name in trial.last
+    return _measured(history, trial, name), f"± {short_number(STANDARD_ERRORS * error, 1)}" if known else ""
