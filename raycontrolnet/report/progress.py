@@ -109,7 +109,7 @@ class Progress:
         steps = [(update, earlier) for earlier, update in pairwise(self._updates)]
         samples_per_step = (last["samples"] - self._updates[0]["samples"]) / (last["step"] - self._updates[0]["step"])
         left = (self.total_steps - last["step"]) * samples_per_step / images_per_second
-        if not self._validation_steps:
+        if not self._validation_steps or last["step"] == self.total_steps:
             return f"{duration(left)} left"
         pauses = [
             update["time"] - earlier["time"] - _seconds(update, earlier)
