@@ -13,14 +13,12 @@ The folders on disk are the only record of checkpoints.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +31,7 @@ from raycontrolnet.storage.files import (
     readable_by_umask,
     remove_folder,
     replacing_folder,
+    sha256_of,
     synced,
 )
 from raycontrolnet.text import file_size
@@ -105,7 +104,7 @@ class Checkpoint:
             ValueError: naming the damaged file.
         """
         written = self.manifest.get("sha256", {})
-        for name, digest in _digests(self.path, written).items():
+        for name, digest in sha256_of(self.path, written).items():
             if digest != written[name]:
                 raise ValueError(f"{name} is damaged: its bytes are not those that were written")
 
@@ -242,7 +241,7 @@ def write(
             "run_id": run_id,
             "written_at": max([time.time(), *(_written_at(former) + 1e-3 for former in all_checkpoints(output_dir))]),
             "files": {file.relative_to(partial).as_posix(): file.stat().st_size for file in files},
-            "sha256": _digests(partial, [file.relative_to(partial).as_posix() for file in files]),
+            "sha256": sha256_of(partial, [file.relative_to(partial).as_posix() for file in files]),
             **facts,
         }
         (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -265,21 +264,6 @@ def _save(folder: Path, save: Callable[[Path], None]) -> None:
         written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         state = f"{file_size(written)} of the checkpoint were written, {file_size(free)} are free"
         raise OSError(errno.ENOSPC, f"No space left on device: {folder.parent}: {state}") from error
-
-
-def _digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Return name -> SHA-256 of files in `folder`, read side by side."""
-
-    def digest(name: str) -> str:
-        found = hashlib.sha256()
-        with (folder / name).open("rb") as file:
-            while block := file.read(1 << 20):
-                found.update(block)
-        return found.hexdigest()
-
-    names = list(names)
-    with ThreadPoolExecutor(4, thread_name_prefix="sha256") as pool:
-        return dict(zip(names, pool.map(digest, names), strict=True))
 
 
 def prune(output_dir: Path, limit: int | None) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,21 @@ def readable_by_umask(folder: Path) -> None:
     for file in folder.rglob("*"):
         if file.is_file():
             file.chmod(mode)
+
+
+def sha256_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return name -> SHA-256 of files in `folder`, read side by side."""
+
+    def digest(name: str) -> str:
+        found = hashlib.sha256()
+        with (folder / name).open("rb") as file:
+            while block := file.read(1 << 20):
+                found.update(block)
+        return found.hexdigest()
+
+    names = list(names)
+    with ThreadPoolExecutor(4, thread_name_prefix="sha256") as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))
 
 
 def synced(path: Path) -> None:
