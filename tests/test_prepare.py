@@ -367,7 +367,7 @@ def test_latents_that_half_precision_cannot_hold_are_bad_samples(
         vae.quant_conv.bias[0] += 1e6
     vae.save_pretrained(other / "vae")
     settings["pretrained_model_name_or_path"] = str(other)
-    with pytest.raises(DataError, match=r"image: the VAE makes latents that float16 cannot hold; try --latents_dtype"):
+    with pytest.raises(DataError, match=r"image: the VAE makes latents that float16 cannot hold; use --latents_dtype"):
         run()
     assert run(latents_dtype="float32", latents_cache_dir=str(tmp_path / "cache32")).num_samples == NUM_ROWS
 
