@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -87,15 +88,20 @@ def _main(argv: Sequence[str] | None) -> int:
             config = parse(command, rest)
             _load(COMMANDS[command].run)(config)
     except (UserError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return error.exit_code
     except Interrupted as error:
-        print(error, file=sys.stderr)
+        _say(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"Interrupted before raycontrolnet {command} began.", file=sys.stderr)
+        _say(f"Interrupted before raycontrolnet {command} began.")
         return exit_code()
     return 0
+
+
+def _say(message: str) -> None:
+    with suppress(OSError):  # the terminal may be closed, as after SIGHUP
+        print(message, file=sys.stderr, flush=True)
 
 
 def _load(path: str) -> Any:
@@ -107,7 +113,7 @@ def _hide_token() -> None:
     """Restart with --hub_token moved to the environment: every user sees command lines, and Ray stores them."""
     for index, argument in enumerate(sys.argv):
         name, has_value, token = argument.replace("-", "_").partition("=")
-        if name == "__hub_token":
+        if len(name) >= len("__hub_t") and "__hub_token".startswith(name):  # which `_whole_flags` would complete
             token = argument.partition("=")[2] if has_value else "".join(sys.argv[index + 1 : index + 2])
             if not token or token.startswith("--"):
                 return  # no token to hide; the parser reports what is missing

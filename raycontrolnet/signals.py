@@ -39,7 +39,8 @@ def ending_signals_raised() -> Iterator[None]:
 def ended_in_order(begin_end: Callable[[], bool], grace_s: float | None = None) -> Iterator[None]:
     """Let the first signal only begin an orderly end of the work in the `with` block, in the main thread.
 
-    When the block is over, or at a second signal, or after `grace_s` if given, it is raised as KeyboardInterrupt.
+    When the block is over, or at a second signal, it is raised as KeyboardInterrupt; if it is not Ctrl-C, also after
+    `grace_s`: who sends others waits only so long.
 
     Args:
         begin_end: asks the work to end, and returns whether it will; if not, the signal is raised at once.
@@ -50,7 +51,7 @@ def ended_in_order(begin_end: Callable[[], bool], grace_s: float | None = None) 
         if noted or not begin_end():
             raise_interrupt(number)
         noted.append(number)
-        if grace_s is not None:
+        if grace_s is not None and number != signal.SIGINT:
             timer = threading.Timer(grace_s, os.kill, (os.getpid(), number))
             timer.daemon = True
             timers.append(timer)

@@ -37,7 +37,14 @@ from raycontrolnet.training.job import (
     stop_asked,
     write_timings,
 )
-from raycontrolnet.training.metrics import MetricsLog, NotFiniteError, PendingMetrics, PhaseClock, UpdateMetrics
+from raycontrolnet.training.metrics import (
+    MetricsLog,
+    NotFiniteError,
+    OnItsWay,
+    PendingMetrics,
+    PhaseClock,
+    UpdateMetrics,
+)
 from raycontrolnet.training.schedule import Schedule
 from raycontrolnet.training.state import accelerator_for, build_state, check_room, save_final_weights, save_state
 from raycontrolnet.training.trackers import Trackers, open_trackers
@@ -88,7 +95,7 @@ class Worker:
         interval_s = 0.0 if state.accelerator.device.type == "cpu" else GPU_METRICS_INTERVAL_S
         self.pending = PendingMetrics(interval_s, schedule.samples_per_update)
         self.last: UpdateMetrics | None = None
-        self.asked_to_end = torch.zeros(())
+        self.asked_to_end = OnItsWay(torch.zeros(()))
         """Share of the workers that saw, in the last update, that the driver asks for the end."""
         self.metrics_log: MetricsLog | None = None
         self.trackers: Trackers | None = None
@@ -106,8 +113,8 @@ class Worker:
             while state.step < schedule.total_updates:
                 asked_before = self.asked_to_end
                 self.update(inputs)
-                # Of the update before on a GPU, which need not be waited for then.
-                if (self.asked_to_end if state.accelerator.device.type == "cpu" else asked_before) > 0:
+                # On a GPU that of the update before, so that this one need not be waited for.
+                if (self.asked_to_end if state.accelerator.device.type == "cpu" else asked_before).read():
                     self.checkpoint()
                     return None
                 validates = schedule.is_due(config.validation_steps, state.step)
@@ -173,7 +180,8 @@ class Worker:
             # In one message: the workers end after the same update.
             asked_to_end = torch.full_like(losses[0], stop_asked(self.job))
             figures = torch.stack([torch.stack(losses).mean(), asked_to_end])
-            loss, self.asked_to_end = state.accelerator.reduce(figures, reduction="mean")
+            loss, asked_to_end = state.accelerator.reduce(figures, reduction="mean")
+            self.asked_to_end = OnItsWay(asked_to_end)
             assert metrics.grad_norm is not None
             rate = schedule.samples_per_update / (time.perf_counter() - start)
             self.pending.add(

@@ -305,6 +305,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: edit_manifest(path, files=None),
         "its manifest.json does not say files",
     ),
+    "manifest nested without end": (
+        lambda path: (path / "manifest.json").write_text("[" * 200_000),
+        "its manifest.json cannot be read (",
+    ),
+    "manifest with other sums": (lambda path: edit_manifest(path, sha256=None), "its manifest.json is damaged"),
+    "manifest with sums of other files": (
+        lambda path: edit_manifest(path, sha256={"gone": "0"}),
+        "its manifest.json is damaged",
+    ),
     "manifest with other kinds": (
         lambda path: edit_manifest(path, step="6", seed=None),
         "its manifest.json does not say seed, step",
@@ -347,7 +356,7 @@ def test_bytes_that_changed_are_not_trained_on(damage: str, tmp_path: Path, capl
     (record,) = caplog.records
     file = "training_state.pt" if "moments" in damage else WEIGHTS
     message = f"{file} is damaged: its bytes are not those that were written"
-    assert record.getMessage() == f"{bad.path}: {message}; the run goes on from an earlier one"
+    assert record.getMessage() == f"{bad.path}: {message}; checkpoint-4 is used instead"
     with pytest.raises(
         ConfigError, match=f"=checkpoint-6: {message}; complete in {tmp_path}: checkpoint-4, checkpoint-6"
     ):
@@ -391,14 +400,20 @@ def test_nothing_is_left_to_train(tiny_settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_not_chosen(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_not_chosen(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     spoil, message = DAMAGES[damage]
     good, bad = write(tmp_path, 4), write(tmp_path, 6)
     assert checkpoints.latest(tmp_path) == bad
     spoil(bad.path)
-    assert checkpoints.latest(tmp_path) == good
-    assert checkpoints.all_checkpoints(tmp_path) == [good]
+    assert checkpoints.latest_sound(tmp_path) == good
+    if "sums" not in damage:  # which only reading the files shows
+        assert checkpoints.latest(tmp_path) == good
+        assert checkpoints.all_checkpoints(tmp_path) == [good]
+    caplog.clear()
     assert checkpoints.resolve("latest", tmp_path) == good
+    if damage != "manifest missing":
+        assert caplog.messages[0].startswith(f"{bad.path}: {message}")
+        assert caplog.messages[0].endswith("; checkpoint-4 is used instead")
     with pytest.raises(ConfigError) as error:
         checkpoints.resolve("checkpoint-6", tmp_path)
     (problem,) = error.value.problems

@@ -246,6 +246,17 @@ def test_beginnings_of_flags(tiny_settings: Settings) -> None:
     assert (config.gradient_accumulation_steps, config.scale_lr) == (2, True)
 
 
+@pytest.mark.parametrize("given", [["--hub_tok", "hf_secret"], ["--hub-t=hf_secret"], ["--hub_token", "hf_secret"]])
+def test_beginnings_of_the_tokens_flag_are_hidden_too(monkeypatch: pytest.MonkeyPatch, given: list[str]) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda _, command: commands.append(command))
+    monkeypatch.setattr(sys, "argv", ["raycontrolnet", "train", *given, "--seed", "1"])
+    monkeypatch.setenv("HF_TOKEN", "")
+    cli._hide_token()
+    assert commands == [[sys.executable, "-m", "raycontrolnet", "train", "--seed", "1"]]
+    assert os.environ["HF_TOKEN"] == "hf_secret"
+
+
 @pytest.mark.parametrize("flag", ["--train", "--nothing", "--", "--validation"])
 def test_beginnings_that_mean_none_or_several(tiny_settings: Settings, ask: Ask, flag: str) -> None:
     answer = ask("train", *flags(tiny_settings), flag, "7")

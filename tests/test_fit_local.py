@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -712,7 +713,7 @@ def test_the_sample_that_is_not_finite_is_named(
     changes = {"train_data_dir": str(data), "cache_latents": cache_latents, "proportion_empty_prompts": 0.0}
     with pytest.raises(RunError) as error:
         run(tiny_settings, out, **changes)
-    place = f"{data}/metadata.jsonl:6" if cache_latents == "off" else "row 6 of the data"
+    place = f"{data}/metadata.jsonl:6"
     assert f"The loss is not finite for {place}, and is for the others: look at these, or lower" in str(error.value)
 
 
@@ -772,6 +773,28 @@ def test_signals(tiny_settings: Settings, out: Path, tmp_path: Path, before_step
     assert equal(weights(out), weights(straight))
 
 
+def test_a_closed_terminal(tiny_settings: Settings, out: Path, before_step: Any) -> None:
+    """SIGHUP comes when nothing can be written to it any more."""
+
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    settings = tiny_settings | {"output_dir": str(out), "checkpointing_steps": 100}
+    stream = io.StringIO()
+
+    def close(state: Any) -> None:
+        if state.step == 2:
+            stream.write = Closed().write  # type: ignore[method-assign]
+            signal.raise_signal(signal.SIGHUP)
+
+    before_step(close)
+    with pytest.raises(Interrupted) as error:
+        fit(TrainConfig(**settings), stream=stream)
+    assert error.value.exit_code == 129
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
 @pytest.mark.parametrize("second", [True, False])
 def test_a_second_signal_ends_the_run_at_once(
     tiny_settings: Settings, out: Path, before_step: Any, second: bool, monkeypatch: pytest.MonkeyPatch
@@ -798,7 +821,7 @@ def test_a_disk_without_room_for_the_checkpoints(
     tiny_settings: Settings, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is said before the first update, with what would help; a limit does."""
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=13_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=13_000_000, total=1))
     settings = tiny_settings | {"checkpointing_steps": 1}
     with pytest.raises(UserError) as error:
         run(settings, out)
@@ -807,7 +830,9 @@ def test_a_disk_without_room_for_the_checkpoints(
         "with --checkpoints_total_limit, or name another folder"
     )
     assert not (out / "metrics.jsonl").exists()
-    run(settings, out, checkpoints_total_limit=1)
+    run(settings, out, checkpoints_total_limit=1, max_train_steps=2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=8_000_000, total=1))
+    run(settings, out, checkpoints_total_limit=1, resume_from_checkpoint="latest")  # the old one makes room
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-4"]
 
 

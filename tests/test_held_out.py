@@ -147,9 +147,6 @@ def test_a_row_that_cannot_be_read_is_left_out(settings: Settings, caplog: pytes
                 raise DataError("circles/2.png: is damaged")
             return rows.decode(row)
 
-        def place(self, row: int) -> str:
-            return rows.place(row)
-
     damaged = BatchLoader(Damaged(), loader.order, 2, 0.0)
     with training(settings) as state, caplog.at_level(logging.WARNING):
         shake(state)

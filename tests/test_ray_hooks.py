@@ -189,7 +189,9 @@ def test_a_run_calls_the_hooks(tmp_path: Path) -> None:
     seen = result.return_value
     assert any(name.startswith("ray::TrainController") for name in seen["others"])
     assert not [name for name in seen["others"] if name.startswith("ray::PlacementGroup")], "the run ends 12 s late"
-    assert [name for name in seen["places"] if name.startswith(trainer._places)], "a killed run would keep its CPUs"
+    assert [name for name in seen["places"] if name.startswith(trainer._groups_name)], (
+        "a killed run would keep its CPUs"
+    )
     assert not seen["board"], "the driver knows better than a worker, in which a sweep's trial runs"
     assert (seen["niceness"], seen["cwd"], seen["rows"]) == (os.nice(0), Path.cwd(), [{"item": 3}])
     assert result.metrics["loss"] == 0.5
@@ -201,9 +203,7 @@ def test_a_run_calls_the_hooks(tmp_path: Path) -> None:
 
 def places(trainer: InterruptibleTrainer) -> list[str]:
     """Return the placement groups that a run holds."""
-    groups = ray.util.placement_group_table().values()
-    mine = [group for group in groups if trainer._places and group["name"].startswith(trainer._places)]
-    return [group["name"] for group in mine if group["state"] != "REMOVED"]
+    return [group["name"] for group in trainer._placement_groups() if group["state"] != "REMOVED"]
 
 
 @pytest.mark.usefixtures("_local_ray")

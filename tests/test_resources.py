@@ -103,6 +103,14 @@ def test_more_than_an_autoscaler_may_bring_is_refused() -> None:
     assert waits_for.startswith("the autoscaler: --use_gpu=True: the cluster has no GPU")
 
 
+def test_nodes_whose_resources_nobody_has_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a local provider: the run waits for them."""
+    file = tmp_path / "ray_bootstrap_config.yaml"
+    file.write_text("available_node_types: {worker: {resources: {}, max_workers: 3}}\nmax_workers: 3\n")
+    monkeypatch.setattr(nodes, "BOOTSTRAP_CONFIG", file)
+    assert nodes.nodes_that_may_come(ClusterConfig(), []) is None
+
+
 def test_what_an_earlier_cluster_left_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor the name that a pod has of it: the Ray is our own."""
     file = tmp_path / "ray_bootstrap_config.yaml"

@@ -239,13 +239,20 @@ BAD_FILES: dict[str, tuple[str, str | bytes, dict[str, str], list[str]]] = {
         "metadata.csv",
         'image,conditioning_image,text\na.png,b.png,"a house\na.png,b.png,x\na.png,b.png,"y"\na.png,b.png,z\n',
         {},
-        ["{file}:2: is not valid CSV (',' expected after '\"', read up to line 4); is a double quote too many?"],
+        [
+            "{file}:2: is not valid CSV (',' expected after '\"', read up to line 4); is a double quote too many?",
+            "{file}:3: was taken for a part of the row in line 2",
+            "{file}:4: was taken for a part of the row in line 2",
+        ],
     ),
     "a quote that is never closed": (
         "metadata.csv",
         'image,conditioning_image,text\na.png,b.png,x\na.png,b.png,"a house\na.png,b.png,y\n',
         {},
-        ["{file}:3: is not valid CSV (unexpected end of data, read up to line 4); is a double quote too many?"],
+        [
+            "{file}:3: is not valid CSV (unexpected end of data, read up to line 4); is a double quote too many?",
+            "{file}:4: was taken for a part of the row in line 3",
+        ],
     ),
     "two quotes that make one text of two rows": (
         "metadata.csv",
@@ -255,7 +262,8 @@ BAD_FILES: dict[str, tuple[str, str | bytes, dict[str, str], list[str]]] = {
             (
                 '{file}:2: goes over 2 lines, and "a.png,b.png,a tall one" in it looks like a row of its own: is there '
                 "a double quote too many? A text of several lines that is right can be written in one"
-            )
+            ),
+            "{file}:3: was taken for a part of the row in line 2",
         ],
     ),
     "semicolons": (
@@ -330,7 +338,7 @@ BAD_FILES: dict[str, tuple[str, str | bytes, dict[str, str], list[str]]] = {
         "metadata.csv",
         b"image,conditioning_image,text\na.png,b.png,\xff\n",
         {},
-        ["{file}:1: or a line soon after it is not UTF-8 text"],
+        ["{file}:2: is not UTF-8 text"],
     ),
     "CSV without rows": ("metadata.csv", "image,text\n", {}, ["{file}: has no rows"]),
 }
@@ -418,6 +426,31 @@ def test_bad_lines_can_be_skipped(tmp_path: Path, name: str) -> None:
         source.read(COUNT - 1)
     assert source.read(COUNT).image == str(tmp_path / "images" / f"{COUNT - 1}.png")
     assert len(list(source.identities(range(len(source))))) == len(source)
+
+
+@pytest.mark.parametrize("spoilt", [b'a.png,b.png,"a house\n', b"a.png,b.png,caf\xe9\n"])
+def test_a_broken_line_of_csv_takes_no_others_along(tmp_path: Path, spoilt: bytes) -> None:
+    """All rows that it makes unreadable count among the bad ones."""
+    lines = [b"image,conditioning_image,text\n", *([b"a.png,b.png,x\n"] * 5000)]
+    lines[1000] = spoilt
+    (tmp_path / "metadata.csv").write_bytes(b"".join(lines))
+    source = open_source(DataConfig(train_data_dir=str(tmp_path)), skip_bad=True)
+    assert isinstance(source, FolderSource)
+    assert len(source) == 5000
+    assert len(source.bad_rows) == (1 if b"caf" in spoilt else 4001)
+
+
+def test_long_values_of_csv(tmp_path: Path) -> None:
+    image = base64.b64encode(png_bytes(0, False) + bytes(200_000)).decode()
+    (tmp_path / "metadata.csv").write_text(f"image,conditioning_image,text\n{image},{image},x\n")
+    assert open_source(DataConfig(train_data_dir=str(tmp_path))).read(0).image == base64.b64decode(image)
+
+
+def test_a_damaged_jpeg_in_base64_is_named(tmp_path: Path) -> None:
+    text = "/9j/" + "A" * 101
+    write_lines(tmp_path / "metadata.jsonl", [{"image": text, "conditioning_image": text, "text": "x"}])
+    with pytest.raises(DataError, match=r"metadata\.jsonl:1: image holds base64 that cannot be decoded"):
+        open_source(DataConfig(train_data_dir=str(tmp_path))).read(0)
 
 
 def test_csv_forgives_spaces(tmp_path: Path) -> None:
@@ -552,7 +585,7 @@ def test_paths_that_lead_out_of_the_folder_are_said_once(tmp_path: Path, caplog:
     assert not caplog.records
 
 
-def test_a_folder_of_folders(tmp_path: Path) -> None:
+def test_a_folder_of_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("a", "b"):
         write_images(tmp_path / name)
         write_lines(tmp_path / name / "metadata.jsonl", rows_with("image", "conditioning_image", "text"))
@@ -566,6 +599,11 @@ def test_a_folder_of_folders(tmp_path: Path) -> None:
     assert list(source.identities(order)) == [identities[row] for row in order]
     assert pickle.loads(pickle.dumps(source)).read(4) == rows[4]
     before = source.fingerprint()
+    held_back = tmp_path / "validation"
+    write_images(held_back)
+    write_lines(held_back / "metadata.jsonl", rows_with("image", "conditioning_image", "text"))
+    assert len(open_source(DataConfig(train_data_dir=str(tmp_path)))) == 2 * COUNT
+    assert caplog.messages == [f"{tmp_path}: validation is not trained on, by its name"]
     (tmp_path / "b" / "images" / "1.png").unlink()
     assert list(source.problems()) == [f"{tmp_path}/b/metadata.jsonl:2: image images/1.png: no such file"]
     write_lines(tmp_path / "b" / "metadata.jsonl", rows_with("image", "conditioning_image", "text")[::-1])
@@ -586,9 +624,17 @@ def test_images_that_pair_by_name(tmp_path: Path, captions: str) -> None:
     (tmp_path / "conditioning_images" / "0.png").unlink()
     (tmp_path / captions / "2.txt").unlink()
     assert problems_of(train_data_dir=str(tmp_path)) == [
-        f"{tmp_path}/images/0.png: conditioning_images has no image of that name",
+        f"{tmp_path}/images/0.png: pairs with 0 images in conditioning_images, by its name; must with one",
         f"{tmp_path}/images/2.png: has no caption; write {tmp_path}/images/2.txt",
+        SKIP,
     ]
+    (tmp_path / "images" / "._1.png").touch()  # of macOS
+    (tmp_path / "images" / "1.jpg").touch()
+    source = open_source(DataConfig(train_data_dir=str(tmp_path)), skip_bad=True)
+    assert len(source) == COUNT + 1
+    for index in range(len(source)):
+        with pytest.raises(DataError, match=r"pairs with|has no caption"):
+            source.read(index)
 
 
 def test_files_that_vanish_are_seen_on_the_machine_that_reads(tmp_path: Path) -> None:

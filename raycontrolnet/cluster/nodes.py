@@ -63,12 +63,12 @@ def nodes_that_may_come(cluster: ClusterConfig, up: Sequence[Node]) -> list[dict
     They are as many as it may start, the best for `cluster` first: with its type of GPU, most GPUs, most CPUs.
 
     Returns:
-        None if there is an autoscaler, but it is not known which nodes it starts.
+        None if there is an autoscaler, but it is not known which nodes it starts, or what they have.
     """
     found = _autoscaler()
     if found is None:
         return []
-    if not found.types:
+    if not all(kind.resources for kind in found.types) or not found.types:
         return None
     left, workers = [kind.most for kind in found.types], [node for node in up if HEAD not in node]
     for node in workers:

@@ -32,7 +32,7 @@ class InterruptibleTrainer(TorchTrainer):
 
     controller: Any = None
     _is_aborted = False
-    _places: str = ""
+    _groups_name: str = ""
     """Beginning of the names of the workers' placement groups."""
 
     def fit_or_abort(self, restarts: int = 0) -> ray.train.Result:
@@ -46,7 +46,7 @@ class InterruptibleTrainer(TorchTrainer):
             try:
                 return self.fit()
             except ray.exceptions.RayActorError:
-                self._free_places()
+                self._remove_placement_groups()
                 if self._is_aborted or not restarts:
                     raise
                 restarts -= 1
@@ -69,17 +69,25 @@ class InterruptibleTrainer(TorchTrainer):
             ray.kill(self.controller)
             with suppress(ray.exceptions.RayError):  # raised once it is dead, and makes no more groups
                 ray.get(self.controller.get_result.remote(), timeout=ABORT_TIMEOUT_S)
-            self._free_places()
+            self._remove_placement_groups()
 
-    def _free_places(self) -> None:
+    def _remove_placement_groups(self) -> None:
         """Remove the placement groups that the controller left, as when it was ended while workers were starting.
 
         Ray keeps them as long as the driver lives: the next run on it would wait for their CPUs, without a word.
         """
-        for group in ray.util.placement_group_table().values():
-            if self._places and group["name"].startswith(self._places) and group["state"] != "REMOVED":
+        for group in self._placement_groups():
+            if group["state"] != "REMOVED":
                 with suppress(ValueError):  # removed meanwhile
                     ray.util.remove_placement_group(ray.util.get_placement_group(group["name"]))
+
+    def is_waiting(self) -> bool:
+        """Check whether the workers have no place yet, at the start or after a loss."""
+        return not any(group["state"] == "CREATED" for group in self._placement_groups())
+
+    def _placement_groups(self) -> list[dict[str, Any]]:
+        groups = ray.util.placement_group_table().values()
+        return [group for group in groups if self._groups_name and group["name"].startswith(self._groups_name)]
 
     def _initialize_and_run_controller(self, **options: Any) -> ray.train.Result:
         """Run the training as Ray's own method does, but keep the controller and leave SIGINT alone.
@@ -89,12 +97,12 @@ class InterruptibleTrainer(TorchTrainer):
         """
         if not has_dashboard():
             options["callbacks"] = [each for each in options["callbacks"] if not _waits_for_dashboard(each)]
-        self._places = f"raycontrolnet-{uuid.uuid4().hex}-"
+        self._groups_name = f"raycontrolnet-{uuid.uuid4().hex}-"
         self.controller = ray.remote(
             num_cpus=0,
             label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},  # the driver's
             runtime_env={"env_vars": CONTROLLER_ENVIRONMENT | private.get_env_vars_to_propagate()},
-        )(TrainController).remote(self._places, **options)
+        )(TrainController).remote(self._groups_name, **options)
         ray.get(self.controller.run.remote())
         return ray.get(self.controller.get_result.remote())
 
@@ -102,17 +110,19 @@ class InterruptibleTrainer(TorchTrainer):
 class TrainController(private.TrainController):
     """Ray's controller, with names for its placement groups: without them nobody could tell whose they are."""
 
-    def __init__(self, places: str, **options: Any):
+    def __init__(self, groups_name: str, **options: Any):
         make, numbers = worker_group.placement_group, itertools.count()
         # Only in the controller's own process.
-        worker_group.placement_group = lambda *args, **how: make(*args, **how | {"name": f"{places}{next(numbers)}"})
+        worker_group.placement_group = lambda *args, **how: make(
+            *args, **how | {"name": f"{groups_name}{next(numbers)}"}
+        )
         super().__init__(**options)
 
 
 def _waits_for_dashboard(callback: Any) -> bool:
     """Check for the callback that asks the dashboard whether the controller lives.
 
-    Without a dashboard it never hears, and every run ends 12 s late. `_free_places` does its work.
+    Without a dashboard it never hears, and every run ends 12 s late. `_remove_placement_groups` does its work.
     """
     return isinstance(callback, private.PlacementGroupCleanerCallback)
 

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.data.columns import Columns, find_columns, read_captions
 from raycontrolnet.data.metadata_file import METADATA_FILES, metadata_rows, read_path
-from raycontrolnet.data.paths import embedded_image, file_identity, missing_files, missing_reason, shown_path
+from raycontrolnet.data.paths import (
+    embedded_image,
+    file_identity,
+    is_embedded,
+    missing_files,
+    missing_reason,
+    shown_path,
+)
 from raycontrolnet.data.records import ImageRow
 from raycontrolnet.errors import DataError
 from raycontrolnet.text import SHOWN_PROBLEMS, error_message, shorten
@@ -105,7 +112,7 @@ class FolderSource:
             paths = self.table[column]
             found += paths.filter(pc.match_substring_regex(paths, r"^/|(^|/)\.\.(/|$)")).to_pylist()
         inside = f"{self.folder.rstrip('/')}/"
-        return [path for path in found if embedded_image(path) is None and not _is_inside(path, inside)]
+        return [path for path in found if not is_embedded(path) and not _is_inside(path, inside)]
 
     def _place(self, row: int) -> str:
         line = self.table["line"][row].as_py()

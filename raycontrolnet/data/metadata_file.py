@@ -23,6 +23,9 @@ METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "prompt.
 Row = dict[str, Any] | ValueError
 """Content of a row, or what is wrong with it."""
 
+LONGEST_FIELD = 2**30
+"""Characters of a CSV value: images in base64 are long."""
+
 _BOM = b"\xef\xbb\xbf"
 _ONE_PER_LINE = "the file holds one object per line"
 
@@ -115,7 +118,9 @@ def _object(row: Any) -> dict[str, Any]:
 def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
     """Read the rows strictly: a quote or comma too many must not shift or swallow texts."""
     header: list[str] | None = None
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    csv.field_size_limit(LONGEST_FIELD)
+    # Bytes that are no UTF-8 become half surrogates, which `_csv_row` finds: an error belongs to its line.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, strict=True, skipinitialspace=True)
         while True:
             number = reader.line_num + 1
@@ -123,19 +128,20 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
                 values = next(reader)
             except StopIteration:
                 return
-            except UnicodeDecodeError:  # of a block of lines: the next ones are lost
-                yield number, ValueError("or a line soon after it is not UTF-8 text")
-                return
             except csv.Error as error:
                 lines = "" if reader.line_num == number else f", read up to line {reader.line_num}"
                 yield number, ValueError(f"is not valid CSV ({error}{lines}); is a double quote too many?")
+                yield from _swallowed(number, reader.line_num)
                 continue
             if not values:
                 continue
             if header is None:
                 header = _csv_header(values, f"{path}:{number}")
                 continue
-            yield number, _csv_row(header, values, lines=reader.line_num - number + 1)
+            row = _csv_row(header, values, lines=reader.line_num - number + 1)
+            yield number, row
+            if isinstance(row, ValueError):
+                yield from _swallowed(number, reader.line_num)
 
 
 def _csv_header(values: Sequence[str], place: str) -> list[str]:
@@ -151,17 +157,33 @@ def _csv_header(values: Sequence[str], place: str) -> list[str]:
     return names
 
 
+def _swallowed(first: int, last: int) -> Iterator[tuple[int, ValueError]]:
+    """Yield the other lines of a row that cannot be used: each may have been one, and counts among the bad ones."""
+    for number in range(first + 1, last + 1):
+        yield number, ValueError(f"was taken for a part of the row in line {first}")
+
+
 def _csv_row(header: Sequence[str], values: Sequence[str], lines: int) -> Row:
     if len(values) != len(header):
         more = len(values) > len(header)
         hint = "; a text with a comma stands in double quotes" if more else ""
         return ValueError(f"has {len(values)} values for the {len(header)} columns of the first line{hint}")
+    if not all(value.isascii() or _is_unicode(value) for value in values):
+        return ValueError("is not UTF-8 text")
     if lines > 1 and (swallowed := _swallowed_row(header, values)):
         return ValueError(
             f'goes over {lines} lines, and "{swallowed[:60]}" in it looks like a row of its own: is there a double '
             "quote too many? A text of several lines that is right can be written in one"
         )
     return dict(zip(header, values, strict=True))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _swallowed_row(header: Sequence[str], values: Sequence[str]) -> str | None:

@@ -6,11 +6,11 @@ images/1.png    conditioning_images/1.png    images/1.txt (or 1.txt): the captio
 from __future__ import annotations
 
 import hashlib
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from raycontrolnet.data.folder_source import FolderSource, rows_table
-from raycontrolnet.errors import DataError
-from raycontrolnet.text import error_message, shorten
+from raycontrolnet.text import error_message
 
 IMAGES = "images"
 CONDITIONING_FOLDERS = ("conditioning_images", "conditioning_image", "conditioning")
@@ -27,32 +27,32 @@ def conditioning_folder(folder: str) -> Path | None:
 def open_pairs(folder: str) -> FolderSource:
     """Read names and captions of a folder of this layout, by name; opens no image.
 
-    Raises:
-        DataError: with the images that lack a conditioning image or a caption.
+    `FolderSource.problems` names images that lack a conditioning image or a caption.
     """
     conditioning = conditioning_folder(folder)
     assert conditioning is not None
-    partners = {path.stem: path for path in _images_in(conditioning)}
-    rows, problems = [], []
-    for image in _images_in(Path(folder, IMAGES)):
-        partner = partners.get(image.stem)
-        if partner is None:
-            problems.append(f"{image}: {conditioning.name} has no image of that name")
-            continue
+    partners = defaultdict(list)
+    for path in _images_in(conditioning):
+        partners[path.stem].append(path.name)
+    images = _images_in(Path(folder, IMAGES))
+    stems = Counter(image.stem for image in images)
+    rows, bad_rows = [], {}
+    for row, image in enumerate(images):
+        names, partner, caption = partners[image.stem], "", ""
         try:
-            caption = _caption(image, Path(folder))
+            if len(names) != 1 or stems[image.stem] > 1:
+                raise ValueError(f"pairs with {len(names)} images in {conditioning.name}, by its name; must with one")
+            partner, caption = f"{conditioning.name}/{names[0]}", _caption(image, Path(folder))
         except ValueError as error:
-            problems.append(f"{image}: {error}")
-            continue
-        rows.append((f"{IMAGES}/{image.name}", f"{conditioning.name}/{partner.name}", (caption,), 0))
-    if problems:
-        raise DataError("\n".join(shorten(problems, "images have no partner or caption")))
+            bad_rows[row] = str(error)
+        rows.append((f"{IMAGES}/{image.name}", partner, (caption,), 0))
     digest = hashlib.sha256(repr(("pairs", rows)).encode()).hexdigest()[:16]
-    return FolderSource(str(Path(folder).absolute()), folder, rows_table(rows), digest)
+    return FolderSource(str(Path(folder).absolute()), folder, rows_table(rows), digest, bad_rows)
 
 
 def _images_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = (path for path in folder.iterdir() if not path.name.startswith("."))  # as macOS's ._1.png
+    return sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _caption(image: Path, folder: Path) -> str:

@@ -23,7 +23,7 @@ def embedded_image(text: str) -> bytes | None:
     Raises:
         ValueError: if it is a `data:` URI that cannot be decoded.
     """
-    if not _is_embedded(text):
+    if not is_embedded(text):
         return None
     head, comma, data = text.partition(",")
     try:
@@ -36,7 +36,8 @@ def embedded_image(text: str) -> bytes | None:
         raise ValueError(f"holds base64 that cannot be decoded ({error})") from None
 
 
-def _is_embedded(text: str) -> bool:
+def is_embedded(text: str) -> bool:
+    """Check whether `text` is an image in base64, not a path; does not decode it."""
     if text.startswith("data:"):
         return True
     long = len(text) >= _SHORTEST_BASE64 and text.startswith(_BASE64_HEADS)
@@ -57,7 +58,7 @@ def missing_files(root: str, paths: Iterable[str]) -> Iterator[tuple[int, str]]:
     """
     listings: dict[str, frozenset[str]] = {}
     for index, path in enumerate(paths):
-        if not path or _is_embedded(path):
+        if not path or is_embedded(path):
             continue
         cut = path.rfind("/") + 1
         folder, name = path[:cut], path[cut:]
@@ -88,7 +89,7 @@ def missing_reason(root: str, path: str) -> str:
 
 def file_identity(root: str, text: str) -> tuple[str, int | None]:
     """Return (path, bytes) of the file `text`, relative to `root` or absolute; for an embedded image its hash."""
-    if _is_embedded(text):
+    if is_embedded(text):
         return hashlib.sha256(text.encode()).hexdigest()[:32], len(text)
     return text, file_bytes(root, text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -15,9 +16,12 @@ from raycontrolnet.data.paired_folder import CONDITIONING_FOLDERS, IMAGES, condi
 from raycontrolnet.data.records import ImageRow
 from raycontrolnet.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 _DATASETS_FILES = ("*.parquet", "*/*.parquet", "*.arrow", "state.json", "dataset_dict.json")
 """Files of a folder that `datasets` reads, other than a metadata file."""
 _ARCHIVES = frozenset((".tar", ".zip", ".gz", ".tgz", ".7z", ".rar"))
+_SPLITS_NOT_TRAINED_ON = frozenset(("val", "valid", "validation", "dev", "eval", "test", "testing"))
 _SHOWN_ENTRIES = 5
 
 
@@ -97,7 +101,13 @@ def _open_files(folder: str, data: DataConfig) -> Source | None:
     if conditioning_folder(folder):
         return open_pairs(folder)
     parts = [entry for entry in sorted(Path(folder).iterdir()) if entry.is_dir() and has_metadata(str(entry))]
-    return JoinedSource(tuple(open_folder(str(part), data) for part in parts)) if parts else None
+    if held_back := [part.name for part in parts if part.name.lower() in _SPLITS_NOT_TRAINED_ON]:
+        logger.warning("%s: %s is not trained on, by its name", folder, " and ".join(held_back))
+    parts = [part for part in parts if part.name not in held_back]
+    if not parts:
+        return None
+    logger.info("%s: the rows of %s", folder, ", ".join(part.name for part in parts))
+    return JoinedSource(tuple(open_folder(str(part), data) for part in parts))
 
 
 def _what_is_expected(folder: str) -> str:

@@ -20,7 +20,7 @@ from raycontrolnet.data.order import Purpose, SampleOrder, keyed_rng
 from raycontrolnet.data.records import DecodedRow, PreparedRow
 from raycontrolnet.data.sources import Source
 from raycontrolnet.data.transforms import choose_prompt, prepare_images
-from raycontrolnet.errors import UserError
+from raycontrolnet.errors import DataError, UserError
 
 if TYPE_CHECKING:
     import ray
@@ -91,10 +91,6 @@ class SampleRows(Protocol):
         """
         ...
 
-    def place(self, row: int) -> str:
-        """Return where the source's row `row` stands, for messages."""
-        ...
-
 
 @dataclass(frozen=True)
 class PixelRows:
@@ -109,10 +105,6 @@ class PixelRows:
         image, conditioning_image = prepare_images(source_row, self.resolution)
         return DecodedRow(source_row.captions, conditioning_image, image)
 
-    def place(self, row: int) -> str:
-        """See `SampleRows.place`."""
-        return self.source.read(row).place
-
 
 @dataclass(frozen=True)
 class BatchLoader:
@@ -122,6 +114,18 @@ class BatchLoader:
     order: SampleOrder
     batch_size: int
     proportion_empty_prompts: float
+    source: Source | None = None
+    """Source of the rows, for messages."""
+
+    def place(self, sample_index: int) -> str:
+        """Return where the row of the k-th sample stands, for messages."""
+        row = self.order.row(sample_index)
+        try:
+            if self.source is not None:
+                return self.source.read(row).place
+        except DataError:  # of a cache whose data set is not on this machine
+            pass
+        return f"row {row + 1} of the data"
 
     def sample(self, sample_index: int) -> PreparedRow:
         """Return the k-th sample.

@@ -23,7 +23,7 @@ from raycontrolnet.data.records import DecodedRow, EncodedRow
 from raycontrolnet.data.transforms import decode_conditioning
 from raycontrolnet.errors import DataError
 from raycontrolnet.latents.manifest import BadSample, Manifest, Shard, StoredShard
-from raycontrolnet.storage.folder import CacheFolder
+from raycontrolnet.storage.folder import CacheFolder, unreachable
 from raycontrolnet.text import error_message
 
 ROW_OVERHEAD_BYTES = 1000
@@ -101,10 +101,6 @@ class LatentCache:
         encoded = self.read(row)
         control = decode_conditioning(encoded.conditioning_png)
         return DecodedRow(captions=encoded.captions, conditioning_image=control, posterior=encoded.posterior)
-
-    def place(self, row: int) -> str:
-        """See `SampleRows.place`."""
-        return f"row {row + 1} of the data"
 
 
 def shard_bytes(rows: Sequence[EncodedRow], bad_samples: Sequence[BadSample]) -> pa.Buffer:
@@ -186,13 +182,19 @@ def read_contents(folder: CacheFolder, shard: str, num_bytes: int) -> tuple[Stor
 
 
 def read_identities(folder: CacheFolder, shards: Sequence[StoredShard]) -> Iterator[str]:
-    """Yield the identity of every row in `shards`; ? for rows that are damaged or gone."""
+    """Yield the identity of every row in `shards`; ? for rows that are damaged or gone.
+
+    Raises:
+        UserError: if the folder cannot be reached.
+    """
     for shard in shards:
         try:
             reader = pa.ipc.open_file(folder.open(shard.name))
             for slot in range(reader.num_record_batches):
                 yield reader.get_batch(slot).column("identity")[0].as_py()
-        except (pa.ArrowException, OSError):
+        except (pa.ArrowException, OSError) as error:
+            if folder.is_unreachable(error):
+                raise unreachable(folder.uri, error) from None
             yield from ["?"] * shard.num_rows
 
 

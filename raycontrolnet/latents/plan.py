@@ -23,7 +23,7 @@ from raycontrolnet.latents.cache import read_contents, read_identities
 from raycontrolnet.latents.manifest import SHARD_ROWS, BadSample, Encoding, Manifest, Shard, plan_shards
 from raycontrolnet.latents.shards import ShardResult
 from raycontrolnet.latents.vae_files import VaeFiles
-from raycontrolnet.storage.folder import CacheFolder, cache_folder
+from raycontrolnet.storage.folder import CacheFolder, cache_folder, unreachable
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,11 @@ class LatentPlan:
                     bad_samples = [known_bad[row] for row in shard.rows if row in known_bad]
                     found = ShardResult(known[shard.name], bad_samples)
             elif size is not None:
-                with suppress(DataError):  # damaged
-                    found = ShardResult(*read_contents(self.folder, shard.name, size))
+                try:
+                    with suppress(DataError):  # damaged
+                        found = ShardResult(*read_contents(self.folder, shard.name, size))
+                except ConnectionError as error:
+                    raise unreachable(self.folder.uri, error) from None
             if found is None or not all(self._is_bad(sample) for sample in found.bad_samples):
                 missing.append(shard)
             else:

@@ -84,6 +84,7 @@ class CheckedRun:
             ),
             batch_size=config.train_batch_size,
             proportion_empty_prompts=config.proportion_empty_prompts,
+            source=self.source,
         )
 
     def schedule(self, world_size: int, checkpoint: checkpoints.Checkpoint | None) -> Schedule:

@@ -5,28 +5,31 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TextIO
 
 from raycontrolnet.cluster.resources import WorkerResources, wanted_and_there
 from raycontrolnet.errors import RunError
 from raycontrolnet.report.background import repeating
 from raycontrolnet.text import duration
-from raycontrolnet.training.job import WORKERS_FILE
 
 FIRST_NEWS_S = 30.0
-LOOK_INTERVAL_S = 1.0
+LOOK_INTERVAL_S = 2.0
 
 
 @contextmanager
 def waiting_for_workers(
-    output_dir: Path, resources: WorkerResources, limit_s: float | None, abort: Callable[[], None], stream: TextIO
+    is_waiting: Callable[[], bool],
+    abort: Callable[[], None],
+    resources: WorkerResources,
+    limit_s: float | None,
+    stream: TextIO,
 ) -> Iterator[None]:
-    """Say on `stream` what a run waits for, as long as no worker has started: after 30 s, 1, 2, 4 minutes and so on.
+    """Say on `stream` what a run waits for, while its workers have no place: after 30 s, 1, 2, 4 minutes and so on.
 
     Args:
-        limit_s: seconds after which the run is ended.
+        is_waiting: tells whether they have none, at the start or after a loss.
         abort: ends the run, whose `with` block then raises.
+        limit_s: seconds of waiting after which the run is ended.
 
     Raises:
         RunError: the limit was reached.
@@ -34,12 +37,18 @@ def waiting_for_workers(
     start, next_news, too_late = time.monotonic(), FIRST_NEWS_S, ""
 
     def look() -> None:
-        nonlocal next_news, too_late
-        waited = time.monotonic() - start
-        if too_late or (output_dir / WORKERS_FILE).exists():
+        nonlocal start, next_news, too_late
+        if too_late:
+            abort()  # and again: there may have been nothing to abort yet
             return
+        if not is_waiting():
+            start, next_news = time.monotonic(), FIRST_NEWS_S
+            return
+        waited = time.monotonic() - start
         if limit_s is not None and waited >= limit_s:
-            too_late = f"No worker has started within --wait_timeout_s={limit_s:g}: {wanted_and_there(resources)}"
+            too_late = (
+                f"The workers have not started within --wait_timeout_s={limit_s:g}: {wanted_and_there(resources)}"
+            )
             abort()
         elif waited >= next_news:
             next_news *= 2

@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 
 ENDLESS = 2**40
 FOLLOW_INTERVAL_S = 1.0
-GRACE_S = 25.0
-"""Time to write a checkpoint after SIGTERM: Slurm and Kubernetes kill a process after 30 s."""
+GRACE_S = 15.0
+"""Time to write a checkpoint after SIGTERM: Slurm and Kubernetes kill a process after 30 s, and the end takes some."""
 
 
 def train_here(
@@ -113,7 +113,8 @@ def train_on_ray(
         dataset_config=DataConfig(execution_options=options, enable_shard_locality=False),
     )
     with _running(run, job, most, stream, callback):
-        waiting = waiting_for_workers(run.output_dir, resources, run.config.wait_timeout_s, trainer.abort, stream)
+        limit_s = run.config.wait_timeout_s
+        waiting = waiting_for_workers(trainer.is_waiting, trainer.abort, resources, limit_s, stream)
         with _followed(run, most, trainer, callback), waiting:
             summary = trainer.fit_or_abort(run.config.max_failures).return_value
         if failure := read_failure(run.output_dir):
@@ -148,12 +149,15 @@ def _running(
     begun = time.time()
 
     def begin_end() -> bool:
-        with suppress(OSError):
-            if (run.output_dir / metrics.METRICS_FILE).stat().st_mtime >= begun:  # else no worker trains yet
-                ask_to_stop(run.output_dir)
-                stream.write("\nending with a checkpoint of the current update; Ctrl-C again to end at once\n")
-                return True
-        return False
+        try:
+            if (run.output_dir / metrics.METRICS_FILE).stat().st_mtime < begun:  # no worker trains yet
+                return False
+            ask_to_stop(run.output_dir)
+        except OSError:
+            return False
+        with suppress(OSError, ValueError, RuntimeError):  # a closed terminal, or one that is being written to
+            stream.write("\nending with a checkpoint of the current update; Ctrl-C again to end at once\n")
+        return True
 
     with explained("The run", run.how_to_go_on, run.output_dir / RUN_LOG, unchanged=()):
         try:

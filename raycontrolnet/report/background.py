@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+logger = logging.getLogger(__name__)
+
 
 @contextmanager
 def repeating(work: Callable[[], object], interval_s: float, name: str) -> Iterator[None]:
-    """Call `work` every `interval_s` in a thread called `name`; at the end wait until it has returned."""
+    """Call `work` every `interval_s` in a thread called `name`, which logs errors; at the end wait until it returns."""
     over = threading.Event()
 
     def repeat() -> None:
         while not over.wait(interval_s):
-            work()
+            try:
+                work()
+            except Exception:
+                logger.warning("%s: it goes on", name, exc_info=True)
 
     thread = threading.Thread(target=repeat, name=name, daemon=True)
     thread.start()

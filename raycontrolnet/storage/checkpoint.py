@@ -34,7 +34,7 @@ from raycontrolnet.storage.files import (
     sha256_of,
     synced,
 )
-from raycontrolnet.text import file_size
+from raycontrolnet.text import error_message, file_size
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Checkpoint:
             manifest = json.loads((path / MANIFEST_FILE).read_text())
         except FileNotFoundError:
             raise ValueError(f"has no {MANIFEST_FILE}, so it was not finished") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"its {MANIFEST_FILE} cannot be read ({error})") from None
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             found = manifest.get("format") if isinstance(manifest, dict) else "unknown"
@@ -103,7 +103,9 @@ class Checkpoint:
         Raises:
             ValueError: naming the damaged file.
         """
-        written = self.manifest.get("sha256", {})
+        written = self.manifest.get("sha256", {})  # versions before this one had none
+        if not isinstance(written, dict) or not written.keys() <= self.manifest["files"].keys():
+            raise ValueError(f"its {MANIFEST_FILE} is damaged")
         for name, digest in sha256_of(self.path, written).items():
             if digest != written[name]:
                 raise ValueError(f"{name} is damaged: its bytes are not those that were written")
@@ -130,16 +132,31 @@ def latest(output_dir: Path, run_id: str | None = None) -> Checkpoint | None:
 
 
 def latest_sound(output_dir: Path, run_id: str | None = None) -> Checkpoint | None:
-    """Return the checkpoint of `latest` whose files are undamaged, or the newest before it that is; read whole."""
-    for checkpoint in reversed(all_checkpoints(output_dir)):
-        if run_id is None or checkpoint.run_id == run_id:
-            try:
-                checkpoint.check_bytes()
-            except (ValueError, OSError) as error:
-                logger.warning("%s: %s; the run goes on from an earlier one", checkpoint.path, error)
-            else:
-                return checkpoint
-    return None
+    """Return the newest checkpoint that is complete and undamaged; with `run_id`, of those that the run wrote.
+
+    Reads its files, and warns of newer ones that are damaged.
+
+    Raises:
+        OSError: if the files cannot be read now; another try may find them.
+    """
+    damaged, found = [], None
+    numbered = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    for path in sorted(numbered, key=lambda path: int(path.name.partition("-")[2]), reverse=True):
+        if not (path / MANIFEST_FILE).exists():  # another program's
+            continue
+        try:
+            checkpoint = Checkpoint.open(path)
+            if run_id is not None and checkpoint.run_id != run_id:
+                continue
+            checkpoint.check_bytes()
+        except ValueError as error:
+            damaged.append(f"{path}: {error}")
+        else:
+            found = checkpoint
+            break
+    for problem in damaged:
+        logger.warning("%s%s", problem, f"; {found.path.name} is used instead" if found else "")
+    return found
 
 
 def resolve(resume_from_checkpoint: str | None, output_dir: Path) -> Checkpoint | None:
@@ -156,7 +173,11 @@ def resolve(resume_from_checkpoint: str | None, output_dir: Path) -> Checkpoint 
         return None
     flag = f"--resume_from_checkpoint={resume_from_checkpoint}"
     if resume_from_checkpoint == "latest":
-        if found := latest_sound(output_dir):
+        try:
+            found = latest_sound(output_dir)
+        except OSError as error:
+            raise ConfigError([f"{flag}: {output_dir} cannot be read ({error_message(error)})"]) from None
+        if found:
             return found
         if other := next((path for path in output_dir.glob("checkpoint-*") if _is_of_others(path)), None):
             raise ConfigError([f"{flag}: {_of_others(other)}"])

@@ -73,7 +73,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in `path`; empty if there is none, or it is cut short."""
     try:
         content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -85,8 +85,9 @@ def readable_by_umask(folder: Path) -> None:
     mode = probe.stat().st_mode
     probe.unlink()
     for file in folder.rglob("*"):
-        if file.is_file():
-            file.chmod(mode)
+        if file.is_file() and file.stat().st_mode != mode:
+            with suppress(OSError):  # of a file system without modes
+                file.chmod(mode)
 
 
 def sha256_of(folder: Path, names: Iterable[str]) -> dict[str, str]:

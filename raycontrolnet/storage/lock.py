@@ -92,11 +92,11 @@ def locked(folder: Path) -> Iterator[FolderLock]:
     """
     owner = Owner()
     lock = FolderLock(folder, owner)
-    is_new = not folder.exists()
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        _take(folder / LOCK_FILE, owner)
+    is_new = not os.path.exists(folder)  # noqa: PTH110 (does not raise)
     try:
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            _take(folder / LOCK_FILE, owner)
         yield lock
     finally:
         lock.release()
@@ -118,7 +118,8 @@ def _take(file: Path, owner: Owner) -> None:
             if found and _is_alive(found, file):
                 problem = (
                     f"another run writes there: process {found.pid} on {found.host}, for "
-                    f"{duration(time.time() - found.since)}; wait for its end, stop it, or name another --output_dir"
+                    f"{duration(time.time() - found.since)}; wait for its end, stop it, or name another --output_dir "
+                    f"(if there is no such run, delete {file.name} there)"
                 )
                 raise ConfigError([f"--output_dir={file.parent}: {problem}"]) from None
             _remove(file, found)

@@ -26,7 +26,7 @@ def diagnosis(state: TrainState, loader: BatchLoader, resolution: int, samples: 
     shape, num_timesteps = latent_shape(components, resolution), components.noise_scheduler.config
     unencoded, not_finite, done = [], [], 0
     for index in samples[:MOST_SAMPLES]:
-        place = loader.rows.place(loader.order.row(index))
+        place = loader.place(index)
         try:
             row = loader.sample(index)
         except UserError:  # which the run will say itself
@@ -49,7 +49,7 @@ def diagnosis(state: TrainState, loader: BatchLoader, resolution: int, samples: 
         )
     if not_finite and len(not_finite) < done:
         return f"The loss is not finite for {_listed(not_finite)}, and is for the others: look at these, or {LOWER}"
-    places = [loader.rows.place(loader.order.row(index)) for index in samples]
+    places = [loader.place(index) for index in samples]
     return f"Training has diverged: {LOWER}. The update's samples: {_listed(places)}"
 
 

@@ -133,7 +133,9 @@ def ask_to_stop(output_dir: Path) -> None:
 
 def stop_asked(job: Job) -> bool:
     """Check, on a worker, whether the driver has called `ask_to_stop`."""
-    return (job.output_dir / STOP_FILE).exists()
+    with suppress(OSError):  # storage that fails for a moment
+        return (job.output_dir / STOP_FILE).exists()
+    return False
 
 
 def check_folder_is_shared(job: Job) -> None:

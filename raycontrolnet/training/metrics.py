@@ -119,6 +119,26 @@ class Tail:
         return found.st_ino, found.st_size
 
 
+class OnItsWay:
+    """A figure that is copied from the device beside its work: reading it later waits for that copy alone."""
+
+    def __init__(self, value: Tensor):
+        import torch
+
+        self._value, self._copied = value, None
+        if value.is_cuda:
+            self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> float:
+        """Return the figure."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return float(self._value)
+
+
 class NotFiniteError(RunError):
     """A loss or gradient norm is NaN or infinite: training has diverged, or a sample is bad."""
 

@@ -177,10 +177,14 @@ def check_room(state: TrainState, schedule: Schedule, config: TrainConfig) -> No
     to_come = len(due_steps(config.checkpointing_steps, schedule.total_updates, schedule.total_updates))
     to_come -= len(due_steps(config.checkpointing_steps, state.step, schedule.total_updates))
     output_dir, limit = Path(config.output_dir), config.checkpoints_total_limit
-    free = shutil.disk_usage(output_dir).free
-    if limit is not None and to_come > limit:
-        to_come = limit + 1  # the oldest is deleted once the newest is whole
-        free += sum(file.stat().st_size for file in output_dir.glob("checkpoint-*/**/*") if file.is_file())
+    usage = shutil.disk_usage(output_dir)
+    if not usage.total:  # of a file system that does not tell
+        return
+    free = usage.free
+    if limit is not None:
+        there = [path for path in output_dir.glob("checkpoint-*") if path.is_dir()]
+        free += sum(file.stat().st_size for path in there for file in path.rglob("*") if file.is_file())
+        to_come = min(len(there) + to_come, limit + 1)  # the oldest is deleted once the newest is whole
     if (needed := to_come * (weights + moments) + weights) > free:
         what = f"{counted(to_come, 'checkpoint')} of {file_size(weights + moments)} and the weights"
         raise UserError(
