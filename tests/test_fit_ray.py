@@ -154,24 +154,20 @@ def test_a_model_that_cannot_be_trained_is_refused_once(settings: Settings, tmp_
 def test_a_run_whose_workers_never_come(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another holds the CPUs: the run says what it waits for, and gives up when it was told to."""
     monkeypatch.setattr(waiting, "FIRST_NEWS_S", 2.0)
-    holder = ray.remote(num_cpus=3)(Holder).remote()
-    ray.get(holder.__ray_ready__.remote())
+    held = ray.util.placement_group([{"CPU": 3}])
+    assert held.wait(30)
     stream = io.StringIO()
     try:
         with pytest.raises(RunError) as error:
-            fit(TrainConfig(**settings, output_dir=str(tmp_path / "out"), wait_timeout_s=5), stream=stream)
+            fit(TrainConfig(**settings | {"output_dir": str(tmp_path / "out"), "wait_timeout_s": 5}), stream=stream)
     finally:
-        ray.kill(holder)
+        ray.util.remove_placement_group(held)
     state = "1 node up with 0 CPUs free; the run needs 1 worker of 1 CPU"
     assert f": {state}\n" in stream.getvalue()
     assert str(error.value).startswith(
         f"The workers have not started within --wait_timeout_s=5: {state}. Lower --num_workers, or wait longer"
     )
     run(settings, tmp_path / "out")
-
-
-class Holder:
-    """An actor that holds resources."""
 
 
 def test_workers_that_leave_no_cpu_for_loading_are_refused(settings: Settings, tmp_path: Path) -> None:
