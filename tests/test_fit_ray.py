@@ -191,7 +191,15 @@ def test_signals_end_a_run_cleanly(settings: Settings, tmp_path: Path, number: i
     """A Ray of its own: a checkpoint of the current update, the message says how to go on, no process stays."""
     output_dir = tmp_path / "out"
     flags = public_settings(
-        TrainConfig(**settings | {"output_dir": str(output_dir), "max_train_steps": 100_000, "cpus_per_worker": None})
+        TrainConfig(
+            **settings
+            | {
+                "output_dir": str(output_dir),
+                "max_train_steps": 100_000,
+                "checkpoints_total_limit": 100,
+                "cpus_per_worker": None,
+            }
+        )
     )
     command = [sys.executable, "-m", "raycontrolnet", "train"]
     command += [f"--{name}={value}" for name, value in flags.items() if value not in (None, False)]

@@ -80,7 +80,9 @@ def test_the_driver_is_killed(sweep_settings: Settings, tmp_path: Path) -> None:
 def test_ctrl_c(sweep_settings: Settings, signal_whole_group: bool) -> None:
     output_dir = Path(sweep_settings["output_dir"])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = tune_command({**sweep_settings, "max_train_steps": 100_000, "num_samples": 4})
+    command = tune_command(
+        {**sweep_settings, "max_train_steps": 100_000, "checkpoints_total_limit": 100, "num_samples": 4}
+    )
 
     def ready() -> bool:
         return states(output_dir).count("running") == 2 and bool(checkpoints(output_dir))
@@ -171,7 +173,7 @@ def test_a_trial_that_goes_on_is_not_judged_again_for_what_it_was(sweep_settings
 def test_another_driver_takes_over(sweep_settings: Settings) -> None:
     """The first one ends, and says why, and does not touch what is the other's now."""
     output_dir = Path(sweep_settings["output_dir"])
-    train = TrainConfig(**sweep_settings | {"max_train_steps": 100_000})
+    train = TrainConfig(**sweep_settings | {"max_train_steps": 100_000, "checkpoints_total_limit": 100})
     take_over = when(lambda: bool(checkpoints(output_dir)), lambda: SweepLease(output_dir, "another").set())
     with take_over as done, pytest.raises(RunError, match="Another driver goes on with the sweep in "):
         run_sweep(SweepConfig(train=train, num_samples=2))
