@@ -14,17 +14,10 @@ from typing import TYPE_CHECKING, Any
 from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.data.columns import Columns, find_columns, read_captions
 from raycontrolnet.data.metadata_file import METADATA_FILES, metadata_rows, read_path
-from raycontrolnet.data.paths import (
-    embedded_image,
-    file_identity,
-    is_embedded,
-    missing_files,
-    missing_reason,
-    shown_path,
-)
+from raycontrolnet.data.paths import file_identity, is_embedded, missing_problems, path_or_image, shown_path
 from raycontrolnet.data.records import ImageRow
 from raycontrolnet.errors import DataError
-from raycontrolnet.text import SHOWN_PROBLEMS, error_message, shorten
+from raycontrolnet.text import error_message, shorten
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -80,16 +73,8 @@ class FolderSource:
             yield f"{self.metadata_file}: has no rows"
         unusable = [f"{self._place(row)}: {reason}" for row, reason in self.bad_rows.items()]
         yield from shorten(unusable, "lines cannot be used")
-        missing = sorted(
-            (row, column, path)
-            for column in ("image", "conditioning_image")
-            for row, path in missing_files(self.folder, self._column(column))
-        )
-        reasons = [
-            f"{self._place(row)}: {column} {shown_path(path)}: {missing_reason(self.folder, path)}"
-            for row, column, path in missing[: SHOWN_PROBLEMS + 1]
-        ]
-        yield from shorten(reasons, "files are missing", len(missing))
+        columns = {column: self._column(column) for column in ("image", "conditioning_image")}
+        yield from missing_problems(self.folder, columns, self._place)
 
     def fingerprint(self) -> str:
         """Return a hash of the metadata file's content and the columns read. A folder may be moved."""
@@ -120,11 +105,7 @@ class FolderSource:
 
     def _image(self, row: int, column: str) -> bytes | str:
         text = self.table[column][row].as_py()
-        try:
-            embedded = embedded_image(text)
-        except ValueError as error:
-            raise DataError(f"{self._place(row)}: {column} {error}") from None
-        return str(Path(self.folder, text)) if embedded is None else embedded
+        return path_or_image(self.folder, text, f"{self._place(row)}: {column}")
 
     def _column(self, name: str) -> Iterator[str]:
         return (text for chunk in self.table[name].chunks for text in chunk.to_pylist())

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.data.columns import Columns, find_columns, read_captions
-from raycontrolnet.data.paths import embedded_image, file_identity, missing_files, missing_reason, shown_path
+from raycontrolnet.data.paths import file_identity, missing_problems, path_or_image
 from raycontrolnet.data.records import ImageRow
 from raycontrolnet.errors import DataError
-from raycontrolnet.text import SHOWN_PROBLEMS, error_message, shorten
+from raycontrolnet.text import error_message
 
 if TYPE_CHECKING:
     import datasets
@@ -92,17 +92,9 @@ class HubSource:
         for column in (self.columns.image, self.columns.conditioning_image, self.columns.caption):
             if empty := table.column(column).null_count:
                 yield f"{self.location.shown}: {column} is null in {empty:,} of {len(dataset):,} rows"
-        folder = self.location.folder
-        missing = sorted(
-            (row, column, path)
-            for column in (self.columns.image, self.columns.conditioning_image)
-            for row, path in missing_files(folder, _paths(table.column(column)))
-        )
-        reasons = [
-            f"{self.location.shown}, row {row}: {column} {shown_path(path)}: {missing_reason(folder, path)}"
-            for row, column, path in missing[: SHOWN_PROBLEMS + 1]
-        ]
-        yield from shorten(reasons, "files are missing", len(missing))
+        names = (self.columns.image, self.columns.conditioning_image)
+        columns = {name: _paths(table.column(name)) for name in names}
+        yield from missing_problems(self.location.folder, columns, lambda row: f"{self.location.shown}, row {row}")
 
     def fingerprint(self) -> str:
         """Return a hash of the name (of a Hub data set; a local one may move), size and columns, and of a few rows."""
@@ -143,11 +135,7 @@ class HubSource:
         if isinstance(value, dict):
             value = value["bytes"] if value["bytes"] is not None else value["path"]
         if isinstance(value, str) and value:
-            try:
-                embedded = embedded_image(value)
-            except ValueError as error:
-                raise DataError(f"{place} {error}") from None
-            return str(Path(self.location.folder, value)) if embedded is None else embedded
+            return path_or_image(self.location.folder, value, place)
         if isinstance(value, bytes):
             return value
         raise DataError(f"{place} is empty")

@@ -7,8 +7,11 @@ import binascii
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+
+from raycontrolnet.errors import DataError
+from raycontrolnet.text import SHOWN_PROBLEMS, shorten
 
 _BASE64_HEADS = ("iVBORw0KGgo", "/9j/", "UklGR", "R0lGOD")
 """First letters of a PNG, JPEG, WebP and GIF file in base64."""
@@ -85,6 +88,34 @@ def missing_reason(root: str, path: str) -> str:
     if not here.is_absolute() and _exists(here):
         return f"no such file: paths begin at {root}, and this one at the working directory"
     return "no such file"
+
+
+def missing_problems(root: str, columns: Mapping[str, Iterable[str]], place: Callable[[int], str]) -> Iterator[str]:
+    """Yield a line for each of the first paths that lead nowhere, by rows, and their number.
+
+    Args:
+        columns: name -> paths, relative to `root` or absolute.
+        place: returns where a row stands.
+    """
+    missing = sorted((row, name, path) for name, paths in columns.items() for row, path in missing_files(root, paths))
+    reasons = [
+        f"{place(row)}: {name} {shown_path(path)}: {missing_reason(root, path)}"
+        for row, name, path in missing[: SHOWN_PROBLEMS + 1]
+    ]
+    yield from shorten(reasons, "files are missing", len(missing))
+
+
+def path_or_image(root: str, text: str, place: str) -> str | bytes:
+    """Return the path that `text` is, relative to `root` or absolute, or the image that it holds.
+
+    Raises:
+        DataError: `place: reason`, if it holds one that cannot be decoded.
+    """
+    try:
+        embedded = embedded_image(text)
+    except ValueError as error:
+        raise DataError(f"{place} {error}") from None
+    return str(Path(root, text)) if embedded is None else embedded
 
 
 def file_identity(root: str, text: str) -> tuple[str, int | None]:

@@ -118,11 +118,16 @@ def name_of(step: int) -> str:
 def all_checkpoints(output_dir: Path) -> list[Checkpoint]:
     """Return the complete checkpoints of a run's folder, by step."""
     found = []
-    for path in output_dir.glob("checkpoint-*"):
-        if re.fullmatch(r"checkpoint-\d+", path.name):
-            with suppress(ValueError):  # unfinished or damaged
-                found.append(Checkpoint.open(path))
+    for path in _folders(output_dir):
+        with suppress(ValueError):  # unfinished or damaged
+            found.append(Checkpoint.open(path))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def _folders(output_dir: Path) -> list[Path]:
+    """Return everything that has a checkpoint's name, by step."""
+    numbered = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(numbered, key=lambda path: int(path.name.partition("-")[2]))
 
 
 def latest(output_dir: Path, run_id: str | None = None) -> Checkpoint | None:
@@ -140,8 +145,7 @@ def latest_sound(output_dir: Path, run_id: str | None = None) -> Checkpoint | No
         OSError: if the files cannot be read now; another try may find them.
     """
     damaged, found = [], None
-    numbered = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    for path in sorted(numbered, key=lambda path: int(path.name.partition("-")[2]), reverse=True):
+    for path in reversed(_folders(output_dir)):
         if not (path / MANIFEST_FILE).exists():  # another program's
             continue
         try:
