@@ -12,7 +12,6 @@ The folders on disk are the only record of checkpoints.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import re
@@ -31,16 +30,15 @@ from raycontrolnet.storage.files import (
     readable_by_umask,
     remove_folder,
     replacing_folder,
+    save_into,
     sha256_of,
     synced,
 )
-from raycontrolnet.text import error_message, file_size
+from raycontrolnet.text import error_message
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-FULL_BYTES = 2**20
-"""A disk with less is full."""
 MANIFEST_FILE = "manifest.json"
 CONTROLNET_FOLDER = "controlnet"
 TRAINING_STATE_FILE = "training_state.pt"
@@ -253,7 +251,7 @@ def write(
     """
     final = output_dir / name_of(step)
     with replacing_folder(final) as partial:  # replaces one of an earlier run that went further, or a damaged one
-        _save(partial, save)
+        save_into(partial, save)
         readable_by_umask(partial)
         files = sorted(file for file in partial.rglob("*") if file.is_file())
         for file in files:
@@ -272,23 +270,6 @@ def write(
         (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
         synced(partial / MANIFEST_FILE)
     return Checkpoint.open(final)
-
-
-def _save(folder: Path, save: Callable[[Path], None]) -> None:
-    """Write a checkpoint's files.
-
-    Raises:
-        OSError: on a full disk, whatever the libraries call that.
-    """
-    try:
-        save(folder)
-    except Exception as error:
-        free = shutil.disk_usage(folder).free
-        if free > FULL_BYTES and getattr(error, "errno", None) != errno.ENOSPC:
-            raise
-        written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        state = f"{file_size(written)} of the checkpoint were written, {file_size(free)} are free"
-        raise OSError(errno.ENOSPC, f"No space left on device: {folder.parent}: {state}") from error
 
 
 def prune(output_dir: Path, limit: int | None) -> None:

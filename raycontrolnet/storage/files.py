@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from raycontrolnet.text import file_size
+
 PARTIAL_SUFFIX = ".partial"
 """End of the name of what is being written."""
+FULL_BYTES = 2**20
+"""A disk with less is full."""
 OLD_SUFFIX = ".old"
 """End of the name of a folder that is being deleted."""
 
@@ -103,6 +108,23 @@ def sha256_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
     names = list(names)
     with ThreadPoolExecutor(4, thread_name_prefix="sha256") as pool:
         return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def save_into(folder: Path, save: Callable[[Path], None]) -> None:
+    """Let `save` write a checkpoint's files into `folder`.
+
+    Raises:
+        OSError: on a full disk, whatever the libraries call that.
+    """
+    try:
+        save(folder)
+    except Exception as error:
+        free = shutil.disk_usage(folder).free
+        if free > FULL_BYTES and getattr(error, "errno", None) != errno.ENOSPC:
+            raise
+        written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        state = f"{file_size(written)} of the checkpoint were written, {file_size(free)} are free"
+        raise OSError(errno.ENOSPC, f"No space left on device: {folder.parent}: {state}") from error
 
 
 def synced(path: Path) -> None:
