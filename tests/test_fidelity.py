@@ -24,7 +24,7 @@ from raycontrolnet.config.output_settings import FIDELITY_MEASURES
 from raycontrolnet.data.records import UInt8Image
 from raycontrolnet.demo.shapes import COLOURS, draw_row
 from raycontrolnet.report.page import REPORT_FILE
-from raycontrolnet.report.progress import progress
+from raycontrolnet.report.progress import Progress, progress
 from raycontrolnet.sampling import fidelity, scores
 from raycontrolnet.sampling.fidelity import Measure, asked_shape, edge_f_measure, found_shape, iou
 from raycontrolnet.sampling.scores import Fidelity
@@ -354,7 +354,7 @@ def test_one_image_has_no_error(settings: Settings, tmp_path: Path) -> None:
 
 def test_earlier_scores_are_not_shown_as_new(validated_run: Run) -> None:
     stream = io.StringIO()
-    with progress(validated_run.folder, 8, 2, stream, scored=True):
+    with progress(Progress(validated_run.folder, 8, 2, stream, scored=True)):
         pass
     assert "control fidelity" not in stream.getvalue()
 

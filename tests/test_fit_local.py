@@ -33,7 +33,7 @@ from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
 from raycontrolnet.launch import workers
 from raycontrolnet.model import components, step
-from raycontrolnet.report.progress import progress
+from raycontrolnet.report.progress import Progress, progress
 from raycontrolnet.report.run_report import write_report
 from raycontrolnet.training import diagnosis
 from raycontrolnet.training.job import STOP_FILE
@@ -269,7 +269,7 @@ def test_progress_of_a_run_that_goes_back(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(records(1, 2, 3, 4, loss=0.123456))
     stream = io.StringIO()
-    with progress(tmp_path, 9, 2, stream):
+    with progress(Progress(tmp_path, 9, 2, stream)):
         (tmp_path / "new").write_text(records(1, 2, loss=0.5) + records(3, 4, 5, 6, 7, loss=0.25))
         (tmp_path / "new").replace(path)
     assert stream.getvalue().splitlines()[-1].startswith("step 7/9 | loss 0.2500 | lr 0.001 | ")

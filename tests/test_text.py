@@ -10,7 +10,7 @@ import pytest
 from test_sweep_live import Terminal, resize
 
 from raycontrolnet import text
-from raycontrolnet.report.progress import progress
+from raycontrolnet.report.progress import Progress, progress
 from raycontrolnet.text import Counter
 
 
@@ -65,7 +65,7 @@ def test_a_counter(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_progress_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resize(monkeypatch, 120, 24)
     measured = {"step": 2, "val_loss": 0.5, "val_loss_shuffled": 0.6, "control_gap": 0.1, "control_gap_error": 0.01}
-    with progress(tmp_path, 9, 0, stream := Terminal()):
+    with progress(Progress(tmp_path, 9, 0, stream := Terminal())):
         update = {"loss": 0.25, "lr": 1e-3, "samples": 4, "images_per_second": 1.5, "time": 0.0}
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step} | update) + "\n" for step in (1, 2)))
         (tmp_path / "validation.jsonl").write_text(json.dumps(measured) + "\n")

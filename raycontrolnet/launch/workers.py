@@ -15,7 +15,7 @@ from raycontrolnet.errors import explained
 from raycontrolnet.launch.preflight import CheckedRun
 from raycontrolnet.launch.waiting import waiting_for_workers
 from raycontrolnet.report.background import repeating
-from raycontrolnet.report.progress import progress
+from raycontrolnet.report.progress import Progress, progress
 from raycontrolnet.sampling.find_controlnet import CONFIG_FILE
 from raycontrolnet.signals import ended_in_order
 from raycontrolnet.storage.files import replacing
@@ -137,12 +137,14 @@ def _running(
         nullcontext()
         if callback
         else progress(
-            run.output_dir,
-            total_updates,
-            step,
-            stream,
-            scored=config.control_fidelity is not None,
-            validation_steps=config.validation_steps if validates else None,
+            Progress(
+                run.output_dir,
+                total_updates,
+                step,
+                stream,
+                scored=config.control_fidelity is not None,
+                validation_steps=config.validation_steps if validates else None,
+            )
         )
     )
     begin(job)

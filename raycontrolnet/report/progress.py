@@ -24,22 +24,8 @@ SCORES_INTERVAL_S = 3.0
 
 
 @contextmanager
-def progress(
-    output_dir: Path,
-    total_steps: int,
-    first_step: int,
-    stream: TextIO,
-    *,
-    scored: bool = False,
-    validation_steps: int | None = None,
-) -> Iterator[None]:
-    """Show step, loss, learning rate, images/s and time left while a run goes on, on a terminal or in a plain log.
-
-    Args:
-        scored: show the scores of validation images too.
-        validation_steps: updates between two validations; None without any.
-    """
-    shown = Progress(output_dir, total_steps, first_step, stream, scored=scored, validation_steps=validation_steps)
+def progress(shown: Progress) -> Iterator[None]:
+    """Keep `shown` up to date while a run goes on."""
     try:
         with repeating(shown.update, LINE_INTERVAL_S, "progress"):
             yield
@@ -49,7 +35,12 @@ def progress(
 
 
 class Progress:
-    """The line of `progress`, and what is printed above it."""
+    """Step, loss, learning rate, images/s and time left of a run, and what is printed above that line.
+
+    Args:
+        scored: show the scores of validation images too.
+        validation_steps: updates between two validations; None without any.
+    """
 
     def __init__(
         self,
