@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 
@@ -61,6 +62,20 @@ def _ray_ends_with_the_session() -> Iterator[None]:
     yield
     if "ray" in sys.modules:
         sys.modules["ray"].shutdown()
+
+
+@pytest.fixture
+def bootstrap_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return the path of a cluster's settings, by which a process runs as Ray's autoscaler does; nothing is there."""
+    from raycontrolnet.cluster import nodes
+
+    file = tmp_path / "ray_bootstrap_config.yaml"
+    monkeypatch.setattr(nodes, "BOOTSTRAP_CONFIG", file)
+    monkeypatch.delenv(nodes.KUBERAY_VARIABLE, raising=False)
+    command = [sys.executable, "-c", "input()", f"{nodes.BOOTSTRAP_FLAG}{file}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as autoscaler:
+        yield file
+        autoscaler.kill()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,7 @@ from raycontrolnet.launch import workers
 from raycontrolnet.model import components, step
 from raycontrolnet.report.progress import Progress, progress
 from raycontrolnet.report.run_report import write_report
+from raycontrolnet.sampling import images
 from raycontrolnet.training import diagnosis
 from raycontrolnet.training.job import STOP_FILE
 from raycontrolnet.training.status import read_status
@@ -773,6 +775,27 @@ def test_signals(tiny_settings: Settings, out: Path, tmp_path: Path, before_step
     assert equal(weights(out), weights(straight))
 
 
+def test_a_signal_while_images_are_drawn(
+    validated_settings: Settings, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest of them is not waited for: there may be minutes of it."""
+    drawn: list[images.ImageItem] = []
+    write = images.write
+
+    def interrupted(*given: Any) -> Iterator[images.ImageItem]:
+        for item in write(*given):
+            if not drawn:
+                signal.raise_signal(signal.SIGTERM)
+            drawn.append(item)
+            yield item
+
+    monkeypatch.setattr(images, "write", interrupted)
+    with pytest.raises(Interrupted):
+        run(validated_settings, out, checkpointing_steps=100)
+    assert len(drawn) == 1
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
 def test_a_closed_terminal(tiny_settings: Settings, out: Path, before_step: Any) -> None:
     """SIGHUP comes when nothing can be written to it any more."""
 
@@ -852,7 +875,7 @@ def test_a_run_whose_process_was_killed(tiny_settings: Settings, out: Path) -> N
     status["process"]["process_started"] = "1"
     (out / "run.json").write_text(json.dumps(status | {"status": "running"}))
     assert read_status(out)["status"] == "interrupted"
-    assert read_status(out)["cause"] == f"Process {os.getpid()} was killed."
+    assert read_status(out)["cause"] == f"Process {os.getpid()} on {socket.gethostname()} was killed."
     write_report(out)
     page = (out / "report.html").read_text()
     assert "interrupted" in page

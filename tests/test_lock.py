@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import pytest
 from raycontrolnet import TrainConfig, fit
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.storage import lock
-from raycontrolnet.storage.lock import LOCK_FILE, Owner, is_gone, locked
+from raycontrolnet.storage.lock import LOCK_FILE, UNHEARD_AFTER_S, Owner, has_ended, is_gone, locked
 
 HOLD = """
 import sys, pathlib
@@ -190,3 +191,15 @@ GONE: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], bool | None]] 
 def test_processes_that_are_gone(case: str) -> None:
     change, gone = GONE[case]
     assert is_gone(change(Owner().process())) is gone
+
+
+def test_a_run_on_another_machine_ends_when_its_beat_does(tmp_path: Path) -> None:
+    elsewhere = Owner().process() | {"machine": "elsewhere"}
+    with locked(tmp_path) as lock:
+        old = time.time() - 2 * UNHEARD_AFTER_S
+        os.utime(tmp_path / LOCK_FILE, (old, old))
+        assert has_ended(tmp_path, elsewhere)
+        assert not has_ended(tmp_path, Owner().process()), "it is seen to live"
+        lock.beat()
+        assert not has_ended(tmp_path, elsewhere)
+    assert has_ended(tmp_path, elsewhere), "nobody writes there"

@@ -284,6 +284,21 @@ def test_controlnets(tiny_base: Path, hub: HubStandIn, tmp_path: Path) -> None:
     assert name == other[0]
 
 
+def test_tokenizers(tiny_base: Path, hub: HubStandIn, tmp_path: Path) -> None:
+    def found(name: Path | str) -> list[str]:
+        cache = str(tmp_path / "cache")
+        model = ModelConfig(pretrained_model_name_or_path=str(tiny_base), tokenizer_name=str(name), cache_dir=cache)
+        return [problem.removeprefix(f"--tokenizer_name={name}: ") for problem in model_problems(model, TOKEN)]
+
+    assert found(tiny_base / "tokenizer") == []
+    assert found(tiny_base) == ["name the folder tokenizer in it"]
+    assert found(tiny_base / "unet") == ["has no vocab.json; it must hold a CLIP tokenizer"]
+    upload(hub, tiny_base / "tokenizer", "someone/words")
+    assert found("someone/words") == []
+    (gone,) = found("someone/gone")
+    assert gone.startswith("no such folder, and no such model on the Hub; correct it")
+
+
 # --- the Hub ---
 
 

@@ -103,25 +103,37 @@ def test_more_than_an_autoscaler_may_bring_is_refused() -> None:
     assert waits_for.startswith("the autoscaler: --use_gpu=True: the cluster has no GPU")
 
 
-def test_nodes_whose_resources_nobody_has_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_whose_resources_nobody_has_written_down(bootstrap_config: Path) -> None:
     """As those of a local provider: the run waits for them."""
-    file = tmp_path / "ray_bootstrap_config.yaml"
-    file.write_text("available_node_types: {worker: {resources: {}, max_workers: 3}}\nmax_workers: 3\n")
-    monkeypatch.setattr(nodes, "BOOTSTRAP_CONFIG", file)
+    bootstrap_config.write_text("available_node_types: {worker: {resources: {}, max_workers: 3}}\nmax_workers: 3\n")
     assert nodes.nodes_that_may_come(ClusterConfig(), []) is None
 
 
-def test_what_an_earlier_cluster_left_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+ONE_TYPE = "available_node_types: {worker: {resources: {CPU: 8}, max_workers: 3}}\nmax_workers: 3\n"
+
+
+def test_what_an_earlier_cluster_left_is_not_waited_for(
+    bootstrap_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nor the name that a pod has of it: the Ray is our own."""
-    file = tmp_path / "ray_bootstrap_config.yaml"
-    file.write_text("available_node_types: {worker: {resources: {CPU: 8}, max_workers: 3}}\nmax_workers: 3\n")
-    monkeypatch.setattr(nodes, "BOOTSTRAP_CONFIG", file)
+    bootstrap_config.write_text(ONE_TYPE)
     assert nodes.nodes_that_may_come(ClusterConfig(), []) == [{"CPU": 8}] * 3
     monkeypatch.setattr(session, "_own", True)
     assert nodes.nodes_that_may_come(ClusterConfig(), []) == []
-    file.unlink()
+    bootstrap_config.unlink()
     monkeypatch.setenv(nodes.KUBERAY_VARIABLE, "earlier")
     assert nodes.nodes_that_may_come(ClusterConfig(), []) == []
+
+
+def test_an_autoscaler_that_does_not_run(
+    bootstrap_config: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has died, or another Ray was started by hand where it was; one that runs by another file does not count."""
+    left = bootstrap_config.with_name("left.yaml")
+    left.write_text(ONE_TYPE)
+    monkeypatch.setattr(nodes, "BOOTSTRAP_CONFIG", left)
+    assert nodes.nodes_that_may_come(ClusterConfig(), []) == []
+    assert f"{left} is of an autoscaler that does not run on this machine" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -147,11 +159,9 @@ def test_a_container_limits_the_cpus_of_the_machine(
     assert cpus.machine_cpus() == most
 
 
-def test_the_autoscaler_is_found_by_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_CLUSTER_NAME", raising=False)
-    monkeypatch.setattr(nodes, "BOOTSTRAP_CONFIG", tmp_path / "ray_bootstrap_config.yaml")
+def test_the_autoscaler_is_found_by_its_configuration(bootstrap_config: Path) -> None:
     assert nodes.nodes_that_may_come(ClusterConfig(), []) == []
-    (tmp_path / "ray_bootstrap_config.yaml").write_text(
+    bootstrap_config.write_text(
         "available_node_types: {head: {resources: {CPU: 8}, max_workers: 0}, gpu: {resources: {CPU: 8, GPU: 1}}}"
     )
     assert nodes.nodes_that_may_come(ClusterConfig(), []) == [{"CPU": 8, "GPU": 1}] * 2

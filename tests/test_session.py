@@ -51,12 +51,14 @@ def test_a_slow_start_is_tried_again(starts: Callable[..., list[dict[str, Any]]]
 
 def test_one_that_fails_twice(starts: Callable[..., list[dict[str, Any]]]) -> None:
     calls = starts(Exception(SLOW), RuntimeError(f"{SLOW}\n" * 30))
+    handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(RunError) as error, ray_session(None):
         pass
     assert str(error.value).startswith("Ray could not be started on this machine, twice (The current node timed out")
     assert str(error.value).endswith("): is it overloaded? Try again when less is running")
     assert len(str(error.value)) < 350
     assert len(calls) == 2
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 @pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])

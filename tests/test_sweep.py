@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,22 @@ def test_a_learning_rate_that_only_rises(sweep_settings: Settings) -> None:
     said = io.StringIO()
     plan_sweep(SweepConfig(train=own, space={"learning_rate": {"uniform": [1e-5, 1e-3]}}), said)
     assert "rises" not in said.getvalue()
+
+
+def test_models_of_the_space_are_looked_at(sweep_settings: Settings, tiny_base: Path, tmp_path: Path) -> None:
+    """Before Ray and latents, as that of a run."""
+    other = shutil.copytree(tiny_base / "unet", tmp_path / "control")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"_class_name": "ControlNetModel", "cross_attention_dim": 7}))
+    space: dict[str, Any] = {
+        "controlnet_model_name_or_path": {"choice": [str(other)]},
+        "tokenizer_name": {"choice": [str(tiny_base / "tokenizer"), str(tiny_base)]},
+    }
+    with pytest.raises(ConfigError) as error:
+        plan_sweep(SweepConfig(train=TrainConfig(**sweep_settings), space=space), io.StringIO())
+    misfit = f"--controlnet_model_name_or_path={other}: made for another base model (cross_attention_dim 7, "
+    assert [problem.startswith(misfit) for problem in error.value.problems] == [True, False]
+    assert error.value.problems[1] == f"--tokenizer_name={tiny_base}: name the folder tokenizer in it"
 
 
 def test_models_that_are_not_there(sweep_settings: Settings, tmp_path: Path) -> None:

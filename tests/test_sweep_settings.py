@@ -172,10 +172,7 @@ def test_an_autoscaler_that_does_not_say_what_it_can_start() -> None:
     assert (where.at_a_time, where.reason.partition(": ")[2]) == (16, "the autoscaler does not say what it can start")
 
 
-def test_nodes_that_an_autoscaler_may_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "bootstrap.yaml"
-    monkeypatch.setattr(nodes, "BOOTSTRAP_CONFIG", file)
-    monkeypatch.delenv("RAY_CLUSTER_NAME", raising=False)
+def test_nodes_that_an_autoscaler_may_start(bootstrap_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster, head, node = ClusterConfig(), {"CPU": 8, "GPU": 1, HEAD: 1}, {"CPU": 8, "GPU": 1}
     assert nodes_that_may_come(cluster, [head]) == []
     monkeypatch.setenv("RAY_CLUSTER_NAME", "by KubeRay")
@@ -184,9 +181,9 @@ def test_nodes_that_an_autoscaler_may_start(tmp_path: Path, monkeypatch: pytest.
         "head": {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 0},
         "gpu": {"resources": node, "max_workers": 3},
     }
-    file.write_text(yaml.safe_dump({"max_workers": 8, "available_node_types": types}))
+    bootstrap_config.write_text(yaml.safe_dump({"max_workers": 8, "available_node_types": types}))
     assert nodes_that_may_come(cluster, [head]) == [node] * 3
-    file.write_text(yaml.safe_dump({"max_workers": 2, "available_node_types": types}))
+    bootstrap_config.write_text(yaml.safe_dump({"max_workers": 2, "available_node_types": types}))
     assert nodes_that_may_come(cluster, [head]) == [node] * 2
 
 
@@ -203,20 +200,14 @@ def test_nodes_that_an_autoscaler_may_start(tmp_path: Path, monkeypatch: pytest.
     ],
 )
 def test_of_many_types_come_those_that_serve_best(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    settings: dict[str, Any],
-    up: list[dict[str, float]],
-    expected: list[dict[str, float]],
+    bootstrap_config: Path, settings: dict[str, Any], up: list[dict[str, float]], expected: list[dict[str, float]]
 ) -> None:
     """Four nodes may be up; the types' own limits come to more."""
-    file = tmp_path / "bootstrap.yaml"
-    monkeypatch.setattr(nodes, "BOOTSTRAP_CONFIG", file)
     types = {
         "cpus": {"resources": CPUS},
         "a10g": {"resources": A10G, "max_workers": 2},
         "t4": {"resources": T4, "max_workers": 2},
         "big": {"resources": BIG, "max_workers": 3},
     }
-    file.write_text(yaml.safe_dump({"max_workers": 4, "available_node_types": types}))
+    bootstrap_config.write_text(yaml.safe_dump({"max_workers": 4, "available_node_types": types}))
     assert nodes_that_may_come(ClusterConfig(**settings), [{"CPU": 4.0, HEAD: 1.0}, *up]) == expected

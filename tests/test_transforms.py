@@ -295,13 +295,13 @@ def test_paths(tmp_path: Path) -> None:
     assert decode_rgb(str(path), background=BACKGROUND).getpixel((0, 0)) == ORANGE
     with pytest.raises(DataError, match=r"^data:3: .*missing\.png: no such file$"):
         decode_rgb(str(tmp_path / "missing.png"), background=BACKGROUND, place="data:3")
-    with pytest.raises(DataError, match=r"is no file, but a folder$"):
+    with pytest.raises(DataError, match=r"is a folder, not an image file$"):
         decode_rgb(str(tmp_path), background=BACKGROUND)
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(DataError, match=r"pipe\.png: is no file, but a named pipe$"):  # and does not wait for a writer
+    with pytest.raises(DataError, match=r"pipe\.png: is a named pipe, not an image file$"):  # and does not wait for a writer
         decode_rgb(str(tmp_path / "pipe.png"), background=BACKGROUND)
     (tmp_path / "zero.png").symlink_to("/dev/zero")
-    with pytest.raises(DataError, match=r"zero\.png: is no file, but a device$"):
+    with pytest.raises(DataError, match=r"zero\.png: is a device, not an image file$"):
         decode_rgb(str(tmp_path / "zero.png"), background=BACKGROUND)
     with (tmp_path / "long.png").open("wb") as file:
         file.truncate(MAX_IMAGE_BYTES + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,9 +11,13 @@ from typing import Any, NamedTuple
 from raycontrolnet.cluster import session
 from raycontrolnet.config.settings import ClusterConfig
 
+logger = logging.getLogger(__name__)
+
 BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml")
 """Undocumented: where `ray up` leaves its settings on the head, on which drivers run. Ray has no call that tells what
 its autoscaler may start. Without this file a run would refuse what has no room on the nodes that are up already."""
+BOOTSTRAP_FLAG = "--autoscaling-config="
+"""Undocumented: the flag by which Ray's autoscaler, also on the head, gets that file. Without it the same."""
 KUBERAY_VARIABLE = "RAY_CLUSTER_NAME"
 """Undocumented: KubeRay's name of the cluster, in its pods. Without it the same, on Kubernetes."""
 DEFAULT_MAX_WORKERS = 2
@@ -103,14 +108,25 @@ class _Autoscaler(NamedTuple):
 
 def _autoscaler() -> _Autoscaler | None:
     """Return what the autoscaler of this cluster may start; None if there is no autoscaler."""
+    import yaml
+
     if session.is_own():  # whatever an earlier cluster has left on this machine
         return None
     file = BOOTSTRAP_CONFIG.expanduser()
     if not file.is_file():
         return _Autoscaler([], 0) if KUBERAY_VARIABLE in os.environ else None
-    import yaml
-
+    if not _runs_by(file):
+        logger.warning("%s is of an autoscaler that does not run on this machine: no more nodes are expected", file)
+        return None
     config: dict[str, Any] = yaml.safe_load(file.read_text())
     most = config.get("max_workers", DEFAULT_MAX_WORKERS)
     kinds = config.get("available_node_types", {}).values()
     return _Autoscaler([_NodeType(kind.get("resources", {}), kind.get("max_workers", most)) for kind in kinds], most)
+
+
+def _runs_by(file: Path) -> bool:
+    """Check whether an autoscaler runs by `file` on this machine; an earlier cluster may have left it."""
+    import psutil
+
+    commands = (process.info["cmdline"] or () for process in psutil.process_iter(["cmdline"]))
+    return any(part == f"{BOOTSTRAP_FLAG}{file}" for command in commands for part in command)

@@ -90,8 +90,9 @@ def ray_session(address: str | None) -> Iterator[None]:
             "`ray start --head`, or leave the address out to train on this machine alone"
         )
         raise ConfigError([problem]) from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)  # Ray's handler would end the process without a word
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # Ray's handler would end the process without a word
     _own = target == LOCAL
     try:
         yield

@@ -60,7 +60,7 @@ def path_problem(name: str, path: str) -> str | None:
         Path(path).expanduser().resolve().exists()
     except (OSError, RuntimeError, ValueError) as error:
         shown = f"{path[:60]}..." if len(path) > 60 else path
-        return f"--{name}={shown}: is no path that can be used ({error_message(error, 60)})"
+        return f"--{name}={shown}: cannot be used as a path ({error_message(error, 60)})"
     return None
 
 

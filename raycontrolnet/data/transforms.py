@@ -170,7 +170,7 @@ def _read_file(path: str, prefix: str) -> bytes:
     try:
         found = Path(path).stat()
         if not stat.S_ISREG(found.st_mode):  # opening a named pipe waits, reading a device never ends
-            raise DataError(f"{prefix}{path}: is no file, but {_kind_of_file(found.st_mode)}")
+            raise DataError(f"{prefix}{path}: is {_kind_of_file(found.st_mode)}, not an image file")
         if found.st_size > MAX_IMAGE_BYTES:
             raise DataError(
                 f"{prefix}{path}: has {file_size(found.st_size)}, more than the {file_size(MAX_IMAGE_BYTES)} that an "

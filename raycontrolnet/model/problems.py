@@ -14,10 +14,13 @@ from raycontrolnet.text import error_message
 
 BASE = "pretrained_model_name_or_path"
 CONTROLNET = "controlnet_model_name_or_path"
+TOKENIZER = "tokenizer_name"
+MAIN_FILES = {BASE: "unet/config.json", CONTROLNET: "config.json", TOKENIZER: "tokenizer_config.json"}
+"""Setting -> a file that its model has, for models whose files are looked at."""
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 HUB_ADDRESS = "https://huggingface.co/"
 PARTS = {BASE: tuple(kinds.PART_CLASSES), CONTROLNET: ("",)}
-"""Setting -> folders with weights, for models whose files are looked at."""
+"""Setting -> folders with weights."""
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -41,9 +44,9 @@ def model_problems(
         flag, value = controlnet_flag if name == CONTROLNET else name, getattr(model, name)
         if not value:
             continue
-        if problem := path_problem(name, value, flag):
+        if problem := model_path_problem(name, value, flag):
             yield problem
-        elif name in PARTS:
+        elif name in MAIN_FILES:
             try:
                 configs[name] = _checked_config(name, value, model, token, elsewhere=elsewhere)
             except _Unsuitable as error:
@@ -66,7 +69,7 @@ def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def path_problem(name: str, value: Any, flag: str | None = None) -> str | None:
+def model_path_problem(name: str, value: Any, flag: str | None = None) -> str | None:
     """Return a problem if the setting `name` is for a model, and `value` is a path with no model.
 
     Args:
@@ -118,19 +121,19 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _checked_config(name: str, value: str, model: ModelConfig, token: str | None, *, elsewhere: bool) -> dict[str, Any]:
-    """Return the config.json of a base model's UNet or of a ControlNet; empty if it is not known yet.
+    """Return the main file of a model; empty if it is not known yet.
 
     Raises:
         _Unsuitable: with what is wrong with the model.
     """
-    main_file, revision = ("unet/config.json", model.revision) if name == BASE else ("config.json", None)
+    main_file, revision = MAIN_FILES[name], None if name == CONTROLNET else model.revision
     folder = Path(value).expanduser()
     try:
         if folder.is_dir():
             files = local_files(folder)
         else:
             files = hub_files(value, main_file, revision=revision, cache_dir=model.cache_dir, token=token)
-        problem = _base_problem(files, model) if name == BASE else _controlnet_problem(files)
+        problem = _base_problem(files, model) if name == BASE else _PROBLEMS[name](files)
         config = files.read_json(main_file)
     except NotKnown:
         return {}
@@ -179,6 +182,17 @@ def _controlnet_problem(files: ModelFiles) -> str | None:
     if names is None:
         return None
     return kinds.weights_problem(names, "", None, variant_flag=False) or _pointer(files, "")
+
+
+def _tokenizer_problem(files: ModelFiles) -> str | None:
+    names = files.names
+    if names is None or names & {"vocab.json", "tokenizer.json"}:
+        return None
+    inside = any(name.startswith("tokenizer/") for name in names)
+    return "name the folder tokenizer in it" if inside else "has no vocab.json; it must hold a CLIP tokenizer"
+
+
+_PROBLEMS = {CONTROLNET: _controlnet_problem, TOKENIZER: _tokenizer_problem}
 
 
 def _pointer(files: ModelFiles, part: str) -> str | None:

@@ -21,6 +21,8 @@ BEAT_INTERVAL_S = 5.0
 """Time between two signs of life of the owner."""
 DEAD_AFTER_S = 20.0
 """An owner on another machine without a sign of life for this long is dead."""
+UNHEARD_AFTER_S = 120.0
+"""A run on another machine without a sign of life for this long has ended: machines' clocks differ."""
 
 SETTLED_AFTER_S = 0.2
 """Time in which others that found the same dead lock may still remove this one for it."""
@@ -78,6 +80,21 @@ def is_gone(process: Mapping[str, Any]) -> bool | None:
     if process.get("machine") != _machine() or not isinstance(pid, int):
         return None
     return _process_started(pid) != started
+
+
+def has_ended(folder: Path, process: Mapping[str, Any]) -> bool:
+    """Check whether the process of `Owner.process`, which has held the lock of `folder`, has ended.
+
+    On another machine its signs of life tell.
+    """
+    if (gone := is_gone(process)) is not None:
+        return gone
+    try:
+        return time.time() - (folder / LOCK_FILE).stat().st_mtime > UNHEARD_AFTER_S
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
 
 
 @contextmanager
@@ -183,10 +200,9 @@ def _process_started(pid: int) -> str:
         return "" if state in "ZX" else rest[18]
     if Path("/proc/self/stat").exists():
         return ""
-    try:
-        os.kill(pid, 0)  # macOS
-    except ProcessLookupError:
-        return ""
-    except OSError:
-        pass
-    return "unknown"
+    import psutil  # not for Linux: its times there change with the clock
+
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        return "" if process.status() == psutil.STATUS_ZOMBIE else str(process.create_time())
+    return ""

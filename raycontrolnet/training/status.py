@@ -11,7 +11,7 @@ from typing import Any
 
 from raycontrolnet.errors import Interrupted
 from raycontrolnet.storage.files import read_json, replacing
-from raycontrolnet.storage.lock import Owner, is_gone
+from raycontrolnet.storage.lock import Owner, has_ended
 from raycontrolnet.training.job import TIMINGS_FILE, RunStopped, read_timings
 
 STATUS_FILE = "run.json"
@@ -32,11 +32,11 @@ class RunStatus(dict[str, Any]):
 
 
 def read_status(output_dir: Path) -> dict[str, Any]:
-    """Return run.json; empty if there is none. A run whose process was killed is `interrupted`."""
+    """Return run.json; empty if there is none. A run whose process has vanished is `interrupted`."""
     status = read_json(output_dir / STATUS_FILE)
     process = status.get("process")
-    if status.get("status") == "running" and isinstance(process, dict) and is_gone(process):
-        status |= {"status": "interrupted", "cause": f"Process {process['pid']} was killed."}
+    if status.get("status") == "running" and isinstance(process, dict) and has_ended(output_dir, process):
+        status |= {"status": "interrupted", "cause": f"Process {process.get('pid')} on {process.get('host')} was killed."}
     return status
 
 

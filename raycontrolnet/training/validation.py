@@ -8,7 +8,7 @@ does not end the training.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -39,8 +39,18 @@ class StepImages:
     items: Sequence[ImageItem]
     options: DrawOptions
 
-    def draw(self, components: Components, rank: int = 0, world_size: int = 1) -> None:
-        """Draw and save worker `rank`'s share. No collectives; a failure is logged."""
+    def draw(
+        self,
+        components: Components,
+        rank: int = 0,
+        world_size: int = 1,
+        ends_early: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Draw and save worker `rank`'s share. No collectives; a failure is logged.
+
+        Args:
+            ends_early: asked after every image; leaves out the rest.
+        """
         folder, own = step_folder(self.output_dir, self.step), self.items[rank::world_size]
         with failures_logged(self.step):
             folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +59,8 @@ class StepImages:
             for item in own:
                 (folder / item.file_name).unlink(missing_ok=True)  # `finish` takes every image that it finds
             for _ in images.write(folder, own, components, self.options):
-                pass
+                if ends_early():
+                    break
 
     def finish(self) -> list[PairImages]:
         """Finish the folder once every worker has drawn; return one result per pair that has images."""

@@ -19,7 +19,7 @@ from raycontrolnet.model.step import TrainState
 from raycontrolnet.sampling import scores
 from raycontrolnet.sampling.images import fidelity_of
 from raycontrolnet.training import held_out, validation
-from raycontrolnet.training.job import Job
+from raycontrolnet.training.job import Job, stop_asked
 from raycontrolnet.training.metrics import MetricsLog, PhaseClock
 from raycontrolnet.training.schedule import Schedule
 from raycontrolnet.training.state import saved_controlnet, unwrap_controlnet
@@ -113,7 +113,8 @@ class Validator:
         state, images = self.state, self.job.images_of(self.state.step)
         with validation.failures_logged(state.step), vae_on(state.components, state.accelerator.device):
             components = replace(state.components, controlnet=controlnet())
-            images.draw(components, self.rank, self.schedule.world_size)
+            # Who asks for the end does not wait for all images.
+            images.draw(components, self.rank, self.schedule.world_size, lambda: stop_asked(self.job))
         _barrier(self.schedule.world_size)  # Ray's, not the process group's: a slow worker cannot time a collective out
         if self.rank == 0:
             self._publish(Drawn(state.step, images.finish()))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from raycontrolnet.config.checks import package_problem
+from raycontrolnet.cluster.session import on_a_cluster
+from raycontrolnet.config.checks import find_token, package_problem
 from raycontrolnet.config.output_settings import OutputConfig
 from raycontrolnet.config.settings import OptimConfig
 from raycontrolnet.config.space import Space, num_trials, place_of, to_grammar
 from raycontrolnet.config.sweep_config import SweepConfig
-from raycontrolnet.config.train_config import names_with
+from raycontrolnet.config.train_config import TrainConfig, names_with
 from raycontrolnet.launch.preflight import CheckedRun
-from raycontrolnet.model.problems import path_problem
+from raycontrolnet.model.problems import model_problems, model_path_problem
 from raycontrolnet.training.schedule import warmup_warning
 
 
@@ -80,8 +82,17 @@ def _value_problems(space: Space, place: str) -> Iterator[str]:
     """Yield values of the space that need a package or a model that is not there; see `place_of`."""
     for name, dimension in space.items():
         for value in dimension.values:
-            if problem := package_problem(name, value) or path_problem(name, value):
+            if problem := package_problem(name, value) or model_path_problem(name, value):
                 yield f"{place}: {name}: {problem.removeprefix(f'--{name}').lstrip('=: ')}"
+
+
+def model_problems_of(train: TrainConfig, space: Space) -> list[str]:
+    """Return what is wrong with the models that trials use beside those of `train`."""
+    names = [name for name in names_with("model_folders") if name in space]
+    token, elsewhere = find_token(train.hub_token), on_a_cluster(train.address)
+    variants = (dataclasses.replace(train, **settings) for settings in combinations(space, names) if settings)
+    found = (problem for variant in variants for problem in model_problems(variant, token, elsewhere=elsewhere))
+    return list(dict.fromkeys(found))
 
 
 def combinations(space: Space, names: Iterable[str]) -> Iterator[dict[str, Any]]:

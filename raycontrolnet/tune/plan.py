@@ -117,7 +117,8 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
     train = _shared_settings(config.train, sweep_dir, before)
     space = {name: _with_absolute_paths(name, dimension) for name, dimension in space.items()}
     changed = checks.differences(before, config, public_settings(train), space)
-    if problems := [*changed, *checks.problems(config, space)]:
+    problems = [*changed, *checks.problems(config, space)]
+    if problems or (problems := checks.model_problems_of(train, space)):
         raise ConfigError(problems)
     runs = {}
     for settings in _cache_variants(space):
