@@ -26,6 +26,7 @@ from raycontrolnet.model.prompts import warn_if_cut
 from raycontrolnet.model.step import Batch, Draws, TrainState, draw, latent_shape, make_batch, train_step
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.checkpoint import Checkpoint
+from raycontrolnet.text import counted
 from raycontrolnet.training.diagnosis import diagnosis
 from raycontrolnet.training.failures import failures_recorded, read_failure, retried_if_continued
 from raycontrolnet.training.job import (
@@ -33,7 +34,6 @@ from raycontrolnet.training.job import (
     check_folder_is_shared,
     logging_to_run_log,
     read_timings,
-    say_started,
     stop_asked,
     write_timings,
 )
@@ -45,7 +45,7 @@ from raycontrolnet.training.metrics import (
     PhaseClock,
     UpdateMetrics,
 )
-from raycontrolnet.training.schedule import Schedule
+from raycontrolnet.training.schedule import Schedule, Share
 from raycontrolnet.training.state import accelerator_for, build_state, check_room, save_final_weights, save_state
 from raycontrolnet.training.trackers import Trackers, open_trackers
 from raycontrolnet.training.validator import Validator
@@ -73,24 +73,25 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
         clock.seconds["start"] = time.time() - job.submitted
     with logging_to_run_log(job, f"worker {rank}"), failures_recorded(job.output_dir):
         checkpoint = job.current_checkpoint()
-        schedule = Schedule.of(job.config, job.num_samples, world_size, checkpoint)
+        schedule = Schedule.of(job.config, job.num_samples, job.config.most_workers, checkpoint)
         if rank == 0:
-            say_started(job, schedule.total_updates)
+            logger.info("update %d on: %s", checkpoint.step if checkpoint else 0, counted(world_size, "worker"))
         batches = _read_ahead(_batches(job, schedule, checkpoint))  # begins now, while the models are read
-        with accelerator_for(job.config, use_gpu=job.use_gpu, world_size=schedule.world_size) as accelerator:
+        with accelerator_for(job.config, use_gpu=job.use_gpu, world_size=world_size) as accelerator:
             if job.threads is not None:
                 torch.set_num_threads(job.threads)
             torch.backends.cuda.matmul.allow_tf32 = job.config.allow_tf32
             with clock("model"), retried_if_continued(continued=checkpoint is not job.start):
                 state = build_state(job.config, schedule, accelerator, checkpoint, job.token, encodes=not job.cached)
-            return Worker(job, schedule, state, clock, rank).run(batches)
+            share = Share(rank, world_size, schedule.micro_batches)
+            return Worker(job, schedule, share, state, clock).run(batches)
 
 
 class Worker:
     """One worker's part of a run: everything but the step itself."""
 
-    def __init__(self, job: Job, schedule: Schedule, state: TrainState, clock: PhaseClock, rank: int):
-        self.job, self.schedule, self.state, self.clock, self.rank = job, schedule, state, clock, rank
+    def __init__(self, job: Job, schedule: Schedule, share: Share, state: TrainState, clock: PhaseClock):
+        self.job, self.schedule, self.share, self.state, self.clock = job, schedule, share, state, clock
         self.first_sample, self.first_step = state.samples, state.step
         interval_s = 0.0 if state.accelerator.device.type == "cpu" else GPU_METRICS_INTERVAL_S
         self.pending = PendingMetrics(interval_s, schedule.samples_per_update)
@@ -99,11 +100,11 @@ class Worker:
         """Share of the workers that saw, in the last update, that the driver asks for the end."""
         self.metrics_log: MetricsLog | None = None
         self.trackers: Trackers | None = None
-        if rank == 0:
+        if share.rank == 0:
             check_room(state, schedule, job.config)
             self.metrics_log = MetricsLog(job.output_dir, state.step)
             self.trackers = open_trackers(job.config, public_settings(job.config), done_steps=state.step)
-        self.validator = Validator(job, schedule, state, rank, clock, self.trackers)
+        self.validator = Validator(job, share, state, clock, self.trackers)
 
     def run(self, batches: Iterator[list[PreparedRow]]) -> dict[str, Any] | None:
         """Train to the end; None if the driver asked for an earlier one, for which there is a checkpoint then."""
@@ -154,11 +155,11 @@ class Worker:
         num_timesteps = components.noise_scheduler.config["num_train_timesteps"]
         shape = latent_shape(components, self.job.config.resolution)
         for micro_step, rows in enumerate(batches):
-            expected = self.schedule.first_sample(self.first_sample, micro_step, self.rank)
-            if rows[0].sample_index != expected:
+            expected = self.first_sample + self.share.place(micro_step) * self.schedule.batch_size
+            if (found := rows[0].sample_index) != expected:
                 raise RunError(
-                    f"Worker {self.rank} got sample {rows[0].sample_index} instead of {expected}: the data stream is "
-                    "out of order. Please report this with the output folder's run.log"
+                    f"Worker {self.share.rank} got sample {found} instead of {expected}: the data stream is out of "
+                    "order. Please report this with the output folder's run.log"
                 )
             for row in rows:
                 warn_if_cut(tokenizer, row.prompt)
@@ -168,18 +169,20 @@ class Worker:
     def update(self, inputs: Iterator[tuple[Batch, Draws]]) -> None:
         """Do one optimizer update."""
         state, schedule = self.state, self.schedule
-        start = time.perf_counter()
-        losses = []
-        for _ in range(schedule.accumulation_steps):
-            with self.clock("first_batch" if state.samples == self.first_sample else "data_wait"):
+        start, number = time.perf_counter(), state.step - self.first_step
+        micro_steps, weight = self.share.micro_steps(number), self.share.weight(number)
+        state.begin_update(micro_steps)
+        losses: list[torch.Tensor] = []
+        for _ in range(micro_steps):
+            with self.clock("data_wait" if number or losses else "first_batch"):
                 batch, draws = self.next_input(inputs)
             with self.clock("step"):
-                metrics = train_step(state, batch, draws)
+                metrics = train_step(state, batch, draws, weight)
                 losses.append(metrics.loss)
         with self.clock("step"):
             # In one message: the workers end after the same update.
             asked_to_end = torch.full_like(losses[0], stop_asked(self.job))
-            figures = torch.stack([torch.stack(losses).mean(), asked_to_end])
+            figures = torch.stack([torch.stack(losses).mean() * weight, asked_to_end])
             loss, asked_to_end = state.accelerator.reduce(figures, reduction="mean")
             self.asked_to_end = OnItsWay(asked_to_end)
             assert metrics.grad_norm is not None
@@ -198,7 +201,7 @@ class Worker:
         except StopIteration:
             raise RunError(f"The data stream ended at update {self.state.step}, before the run did") from None
         except UserError:
-            if self.schedule.world_size == 1 and self.state.step > self.first_step:
+            if self.share.world_size == 1 and self.state.step > self.first_step:
                 self.checkpoint()  # a bad row must not cost the updates since the last checkpoint
             raise
 
@@ -228,13 +231,12 @@ class Worker:
         with self.clock("checkpoint"):
             saved = None
             name = checkpoints.name_of(state.step)
-            if self.rank == 0:
+            if self.share.rank == 0:
                 assert job.config.seed is not None
                 written = checkpoints.write(
                     job.output_dir,
                     step=state.step,
-                    # Not state.samples: an accumulation that a bad row cut short is done again.
-                    samples=self.first_sample + (state.step - self.first_step) * self.schedule.samples_per_update,
+                    samples=state.samples,
                     seed=job.config.seed,
                     run_id=job.run_id,
                     save=lambda folder: save_state(state, folder),
@@ -252,14 +254,14 @@ class Worker:
     def rest_from_training(self) -> None:
         """Leave out of the next update's time what came since the last; write the seconds by phase."""
         self.pending.restart_clock()
-        if self.rank == 0:
+        if self.share.rank == 0:
             write_timings(self.job.output_dir, self.clock.rounded())
 
     def finish(self) -> None:
         """Write the final weights to the root of output_dir, and validate them."""
         self.record(force=True)
         with self.clock("checkpoint"):
-            if self.rank == 0:
+            if self.share.rank == 0:
                 save_final_weights(self.state, self.job.output_dir)
         self.validator.finish()
 

@@ -107,13 +107,14 @@ def fake_rows(*sample_indices: int) -> list[PreparedRow]:
     return [PreparedRow.fake(index, resolution=32) for index in sample_indices]
 
 
-def steps(state: TrainState, *batches: list[PreparedRow], seed: int = 0) -> list[Any]:
+def steps(state: TrainState, *batches: list[PreparedRow], seed: int = 0, weight: float = 1.0) -> list[Any]:
     """Do a `train_step` for each of `batches`; returns what they return."""
     return [
         train_step(
             state,
             make_batch(rows, state.components.tokenizer, CPU),
             draw(seed, [row.sample_index for row in rows], LATENT_SHAPE, 1000, CPU),
+            weight,
         )
         for rows in batches
     ]

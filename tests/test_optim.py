@@ -20,7 +20,7 @@ from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.errors import ConfigError, UserError
 from raycontrolnet.launch.fit import fit
 from raycontrolnet.model.optim import build_lr_scheduler, build_optimizer
-from raycontrolnet.training.schedule import Schedule
+from raycontrolnet.training.schedule import Schedule, Share
 from raycontrolnet.training.state import accelerator_for, build_state
 
 ACCUMULATIONS = (1, 3)
@@ -114,7 +114,7 @@ def worker(rank: int, folder: str, settings: dict[str, Any]) -> None:
                 state = build_state(config, plan, accelerator, None, None)
                 batches = []
                 for micro_step in range(UPDATES * accumulation):
-                    first = plan.first_sample(0, micro_step, rank)
+                    first = Share(rank, 2, plan.micro_batches).place(micro_step) * plan.batch_size
                     batches.append(fake_rows(*range(first, first + plan.batch_size)))
                 results = steps(state, *batches)
                 weights = torch.cat([value.flatten() for value in state.components.controlnet.parameters()])

@@ -9,11 +9,11 @@ import pytest
 
 from raycontrolnet.config.settings import OptimConfig, StepConfig
 from raycontrolnet.storage.checkpoint import Checkpoint
-from raycontrolnet.training.schedule import Schedule
+from raycontrolnet.training.schedule import Schedule, Share
 
 
-def plan(world_size: int, start: Checkpoint | None = None, num_samples: int = 13, **changes: Any) -> Schedule:
-    return Schedule.of(StepConfig(train_batch_size=2, **changes), num_samples, world_size, start)
+def plan(num_workers: int, start: Checkpoint | None = None, num_samples: int = 13, **changes: Any) -> Schedule:
+    return Schedule.of(StepConfig(train_batch_size=2, **changes), num_samples, num_workers, start)
 
 
 def checkpoint(step: int, samples: int) -> Checkpoint:
@@ -21,13 +21,13 @@ def checkpoint(step: int, samples: int) -> Checkpoint:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "accumulation", "epochs", "updates"),
+    ("num_workers", "accumulation", "epochs", "updates"),
     [(1, 1, 1, 7), (2, 1, 1, 4), (1, 3, 1, 3), (2, 3, 2, 4), (1, 1, 3, 21)],
 )
-def test_updates_of_epochs(world_size: int, accumulation: int, epochs: int, updates: int) -> None:
+def test_updates_of_epochs(num_workers: int, accumulation: int, epochs: int, updates: int) -> None:
     """ceil(ceil(N / (workers x batch)) / accumulation) an epoch, by hand."""
     changes: dict[str, Any] = {"gradient_accumulation_steps": accumulation, "num_train_epochs": epochs}
-    assert plan(world_size, **changes).total_updates == updates
+    assert plan(num_workers, **changes).total_updates == updates
 
 
 def test_max_train_steps_overrides_epochs() -> None:
@@ -38,10 +38,10 @@ def test_a_continued_run_ends_where_it_would_have() -> None:
     assert plan(1, checkpoint(5, 10), num_train_epochs=3).total_updates == 21
 
 
-@pytest.mark.parametrize(("world_size", "updates"), [(4, 500 + 63), (1, 500 + 250)])
-def test_another_number_of_workers_does_what_is_left(world_size: int, updates: int) -> None:
+@pytest.mark.parametrize(("num_workers", "updates"), [(4, 500 + 63), (1, 500 + 250)])
+def test_another_number_of_workers_does_what_is_left(num_workers: int, updates: int) -> None:
     """Half of 1,000 samples were consumed by 500 updates of one: what is left is counted in samples."""
-    assert plan(world_size, checkpoint(500, 500), 1000).total_updates == updates
+    assert plan(num_workers, checkpoint(500, 500), 1000).total_updates == updates
 
 
 def test_scale_lr() -> None:
@@ -50,10 +50,27 @@ def test_scale_lr() -> None:
     assert rate == pytest.approx(1e-5 * 4 * 3 * 2)
 
 
-def test_samples_of_workers_follow_each_other() -> None:
-    two = plan(2)
-    firsts = [two.first_sample(12, micro_step, rank) for micro_step in range(3) for rank in range(2)]
-    assert firsts == [12, 14, 16, 18, 20, 22]
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("micro_batches", [6, 7])
+def test_an_update_is_the_same_for_any_number_of_workers(world_size: int, micro_batches: int) -> None:
+    """Every worker does its places of the stream in order, and the average that DDP takes is that of all of them."""
+    shares = [Share(rank, world_size, micro_batches) for rank in range(world_size)]
+    done = [0] * world_size
+    for update in range(2 * world_size):
+        places, weights = [], []
+        for share in shares:
+            count = share.micro_steps(update)
+            assert count >= 1, "a worker without a micro-step would miss the collective"
+            places += [share.place(done[share.rank] + step) for step in range(count)]
+            weights += [share.weight(update) / world_size / count] * count
+            done[share.rank] += count
+        assert sorted(places) == list(range(update * micro_batches, (update + 1) * micro_batches))
+        assert weights == pytest.approx([1 / micro_batches] * micro_batches, rel=1e-12)
+
+
+def test_equal_shares_weigh_exactly_one() -> None:
+    assert {Share(rank, 3, 3 * 7).weight(update) for rank in range(3) for update in range(4)} == {1.0}
+    assert plan(3, gradient_accumulation_steps=7).micro_batches == 21
 
 
 def test_when_something_is_due() -> None:

@@ -20,7 +20,7 @@ from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.optim import build_optimizer
 from raycontrolnet.model.performance import enable_memory_savers
 from raycontrolnet.model.step import TrainState, controlnet_loss, draw, latent_shape, make_batch
-from raycontrolnet.training.schedule import Schedule
+from raycontrolnet.training.schedule import Schedule, Share
 from raycontrolnet.training.state import accelerator_for
 
 
@@ -224,12 +224,33 @@ def test_clipping_happens_only_on_updates(settings: dict[str, Any]) -> None:
     assert norm(given[1e9]) == pytest.approx(norms[0], rel=1e-5)
 
 
+def test_workers_with_more_and_fewer_batches_weigh_as_they_should(settings: dict[str, Any]) -> None:
+    """Of three batches one worker does two, another one: the mean of their gradients is that of an update of three."""
+    batches = [fake_rows(2 * i, 2 * i + 1) for i in range(3)]
+    settings |= {"gradient_accumulation_steps": 3, "max_grad_norm": 1e9, "train_batch_size": 2}
+    with training(settings) as state:
+        steps(state, *batches)
+        expected = first_moments(state)
+    summed = [torch.zeros_like(moment) for moment in expected]
+    for rank in range(2):
+        share = Share(rank, world_size=2, micro_batches=3)
+        with training(settings) as state:
+            state.begin_update(share.micro_steps(0))
+            results = steps(state, *batches[rank::2], weight=share.weight(0))
+            assert [result.grad_norm is None for result in results] == [True, False][rank:]
+            assert (state.step, state.samples) == (1, 6)
+            for total, moment in zip(summed, first_moments(state), strict=True):
+                total += moment / 2
+    for pair in zip(summed, expected, strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-8)
+
+
 def test_an_update_that_the_loss_scaler_skips(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its gradients overflowed: the schedule waits, and their norm is no sign of divergence."""
     from accelerate import Accelerator
 
     monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", property(lambda self: True))
-    with training(settings | {"lr_scheduler": "linear", "lr_warmup_steps": 2}) as state:
+    with training(settings | {"lr_scheduler": "linear", "lr_warmup_steps": 2, "train_batch_size": 1}) as state:
         results = steps(state, fake_rows(0), fake_rows(1))
         assert [(result.lr, float(result.grad_norm)) for result in results] == [(0, 0), (0, 0)]
         assert (state.step, state.samples) == (2, 2)
@@ -256,7 +277,7 @@ def test_three_batches_of_two_are_one_of_six(settings: dict[str, Any]) -> None:
     weights, moments, losses_ = [], [], []
     for accumulation in (1, 3):
         size = 6 // accumulation
-        with training(settings | {"gradient_accumulation_steps": accumulation}) as state:
+        with training(settings | {"gradient_accumulation_steps": accumulation, "train_batch_size": size}) as state:
             for update in range(2):
                 first = 6 * update
                 results = steps(state, *(fake_rows(*range(k, k + size)) for k in range(first, first + 6, size)))
@@ -405,7 +426,7 @@ def test_two_workers_never_share_noise() -> None:
     of_rank: dict[int, list[int]] = {0: [], 1: []}
     for micro_step in range(20):
         for rank, indices in of_rank.items():
-            first = schedule.first_sample(0, micro_step, rank)
+            first = Share(rank, 2, schedule.micro_batches).place(micro_step) * schedule.batch_size
             indices += range(first, first + schedule.batch_size)
     assert sorted(of_rank[0] + of_rank[1]) == list(range(80))
     noises = {

@@ -219,7 +219,9 @@ def test_models_of_the_space_are_looked_at(sweep_settings: Settings, tiny_base: 
     """Before Ray and latents, as that of a run."""
     other = shutil.copytree(tiny_base / "unet", tmp_path / "control")
     config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"_class_name": "ControlNetModel", "cross_attention_dim": 7}))
+    (other / "config.json").write_text(
+        json.dumps(config | {"_class_name": "ControlNetModel", "cross_attention_dim": 7})
+    )
     space: dict[str, Any] = {
         "controlnet_model_name_or_path": {"choice": [str(other)]},
         "tokenizer_name": {"choice": [str(tiny_base / "tokenizer"), str(tiny_base)]},

@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from raycontrolnet import SweepConfig, TrainConfig, cli
-from raycontrolnet.cluster import nodes
 from raycontrolnet.cluster.nodes import HEAD, ClusterNodes, nodes_that_may_come
 from raycontrolnet.config.settings import ClusterConfig
 from raycontrolnet.config.sweep_config import OBJECTIVES, SweepSettings

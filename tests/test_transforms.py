@@ -298,7 +298,9 @@ def test_paths(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"is a folder, not an image file$"):
         decode_rgb(str(tmp_path), background=BACKGROUND)
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(DataError, match=r"pipe\.png: is a named pipe, not an image file$"):  # and does not wait for a writer
+    with pytest.raises(
+        DataError, match=r"pipe\.png: is a named pipe, not an image file$"
+    ):  # and does not wait for a writer
         decode_rgb(str(tmp_path / "pipe.png"), background=BACKGROUND)
     (tmp_path / "zero.png").symlink_to("/dev/zero")
     with pytest.raises(DataError, match=r"zero\.png: is a device, not an image file$"):

@@ -212,7 +212,7 @@ class ClusterConfig:
     address: str | None = setting(None, fixed=MACHINES, changes_on_resume=True, left_out_of_card=True)
     """Ray cluster to run on (`auto` for the one on this machine); by default RAY_ADDRESS, or else a local Ray."""
     num_workers: str = setting("1", fixed=MACHINES)
-    """Workers (devices) N; MIN:MAX for as many as the cluster has; 0 trains in this process, for debugging."""
+    """Workers (devices) N; MIN:MAX for as many as the cluster has, with the updates of MAX; 0: in this process."""
     use_gpu: bool | None = setting(None, fixed=MACHINES, changes_on_resume=True)
     """Train on GPUs; by default if the cluster has any."""
     cpus_per_worker: float | None = setting(None, fixed=MACHINES, changes_on_resume=True)
@@ -249,3 +249,8 @@ class ClusterConfig:
         """Smallest and largest number of workers: equal, unless the run is elastic."""
         low, _, high = str(self.num_workers).partition(":")
         return int(low), int(high or low)
+
+    @property
+    def most_workers(self) -> int:
+        """Largest number of workers, by which updates are counted; 1 in the caller's process."""
+        return max(1, self.worker_range[1])

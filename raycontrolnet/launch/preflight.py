@@ -87,9 +87,9 @@ class CheckedRun:
             source=self.source,
         )
 
-    def schedule(self, world_size: int, checkpoint: checkpoints.Checkpoint | None) -> Schedule:
-        """Return the schedule on `world_size` workers, from `checkpoint` on."""
-        return Schedule.of(self.config, self.loader.order.num_samples, world_size, checkpoint)
+    def schedule(self, checkpoint: checkpoints.Checkpoint | None) -> Schedule:
+        """Return the schedule from `checkpoint` on."""
+        return Schedule.of(self.config, self.loader.order.num_samples, self.config.most_workers, checkpoint)
 
     def last_checkpoint(self) -> checkpoints.Checkpoint | None:
         """Return the last checkpoint of this run, or the one it started from."""
@@ -202,7 +202,7 @@ def choose_latents(run: CheckedRun, stream: TextIO, *, reused: bool = False) -> 
         ConfigError: if there is a cache that does not fit.
     """
     config = run.config
-    schedule = run.schedule(max(1, config.worker_range[1]), None)
+    schedule = run.schedule(None)
     reuses_rows = reused or schedule.total_updates * schedule.samples_per_update > schedule.num_samples
     # Bad samples must be known before the first update.
     wanted = {"on": True, "off": False, "auto": reuses_rows or config.on_bad_sample == "skip"}

@@ -58,8 +58,8 @@ def train_here(
     from raycontrolnet.train_controlnet import train_controlnet
 
     job = run.job(use_gpu=use_gpu, threads=threads, loader=run.loader, callback=callback)
-    _announce(run, 1, status, stream, use_gpu=use_gpu)
-    with _running(run, job, 1, stream, callback):
+    _announce(run, status, stream, use_gpu=use_gpu)
+    with _running(run, job, stream, callback):
         summary = train_controlnet({"job": job})
     assert summary is not None
     return summary
@@ -91,7 +91,7 @@ def train_on_ray(
     has_spare = resources.spare and callback is None
     actor_options = resources.actor_options if has_spare and run.config.validation_pairs else None
     job = run.job(use_gpu=resources.use_gpu, threads=threads, loader=loader_ref, actor_options=actor_options)
-    _announce(run, most, status, stream, use_gpu=resources.use_gpu)
+    _announce(run, status, stream, use_gpu=resources.use_gpu)
     if resources.waits_for:
         stream.write(f"waiting for {resources.waits_for}\n")
     options = execution_options(batch_bytes(run.config.train_batch_size, run.config.resolution), most)
@@ -112,10 +112,10 @@ def train_on_ray(
         datasets={"train": _dataset_factory(run, job)},
         dataset_config=DataConfig(execution_options=options, enable_shard_locality=False),
     )
-    with _running(run, job, most, stream, callback):
+    with _running(run, job, stream, callback):
         limit_s = run.config.wait_timeout_s
         waiting = waiting_for_workers(trainer.is_waiting, trainer.abort, resources, limit_s, stream)
-        with _followed(run, most, trainer, callback), waiting:
+        with _followed(run, trainer, callback), waiting:
             summary = trainer.fit_or_abort(run.config.max_failures).return_value
         if failure := read_failure(run.output_dir):
             raise failure
@@ -123,14 +123,12 @@ def train_on_ray(
 
 
 @contextmanager
-def _running(
-    run: CheckedRun, job: Job, world_size: int, stream: TextIO, callback: RunCallback | None
-) -> Iterator[None]:
+def _running(run: CheckedRun, job: Job, stream: TextIO, callback: RunCallback | None) -> Iterator[None]:
     """Begin the run, and show its progress unless there is a callback.
 
     An early end is explained by the failure that a worker recorded, or else by Ray's error.
     """
-    total_updates, step = run.schedule(world_size, run.start).total_updates, run.start.step if run.start else 0
+    total_updates, step = run.schedule(run.start).total_updates, run.start.step if run.start else 0
     config = run.config
     validates = config.num_held_out(len(run.source)) or config.validation_pairs
     shown = (
@@ -174,14 +172,14 @@ def _running(
 
 
 @contextmanager
-def _followed(run: CheckedRun, world_size: int, trainer: Any, callback: RunCallback | None) -> Iterator[None]:
+def _followed(run: CheckedRun, trainer: Any, callback: RunCallback | None) -> Iterator[None]:
     """Report to `callback` what the workers' files say; when it ends the run, stop the workers, raise `RunStopped`."""
     if callback is None:
         yield
         return
     stopped = False
     start = run.start.step if run.start else 0
-    told = {step for step in _validated(run, world_size) if step <= start}
+    told = {step for step in _validated(run) if step <= start}
 
     def look() -> None:
         nonlocal stopped
@@ -190,7 +188,7 @@ def _followed(run: CheckedRun, world_size: int, trainer: Any, callback: RunCallb
                 trainer.abort()
                 return
             callback.updated()
-            for step in sorted(_validated(run, world_size) - told):
+            for step in sorted(_validated(run) - told):
                 told.add(step)
                 callback.validated()
         except RunStopped:
@@ -207,10 +205,10 @@ def _followed(run: CheckedRun, world_size: int, trainer: Any, callback: RunCallb
         raise
 
 
-def _validated(run: CheckedRun, world_size: int) -> set[int]:
+def _validated(run: CheckedRun) -> set[int]:
     """Return the updates whose validation is complete, without the last update."""
     updates = metrics.read(run.output_dir / metrics.METRICS_FILE)
-    total_updates = run.schedule(world_size, run.start).total_updates
+    total_updates = run.schedule(run.start).total_updates
     done = min(updates[-1]["step"] if updates else 0, total_updates - 1)
     steps = set(due_steps(run.config.validation_steps, done, total_updates))
     if run.config.num_held_out(len(run.source)):
@@ -230,9 +228,7 @@ def _dataset_factory(run: CheckedRun, job: Job) -> Callable[[], ray.data.Dataset
         checkpoint = job.current_checkpoint()
         step, samples = (checkpoint.step, checkpoint.samples) if checkpoint else (0, 0)
         if fewest == most:
-            layout = StreamLayout(
-                samples, run.schedule(most, checkpoint).batches_per_worker(step), batch_size, most, bundle
-            )
+            layout = StreamLayout(samples, run.schedule(checkpoint).batches_per_worker(step), batch_size, most, bundle)
         else:  # how many workers an elastic run got is not known here: they stop by themselves
             layout = StreamLayout(samples, ENDLESS, batch_size)
         return ray_dataset(job.loader, layout, max_tasks, elastic=fewest != most)
@@ -240,7 +236,7 @@ def _dataset_factory(run: CheckedRun, job: Job) -> Callable[[], ray.data.Dataset
     return dataset
 
 
-def _announce(run: CheckedRun, world_size: int, status: RunStatus, stream: TextIO, *, use_gpu: bool) -> None:
+def _announce(run: CheckedRun, status: RunStatus, stream: TextIO, *, use_gpu: bool) -> None:
     """Announce the run, and write config.yaml."""
     import yaml
 
@@ -248,12 +244,14 @@ def _announce(run: CheckedRun, world_size: int, status: RunStatus, stream: TextI
     del settings["resume_from_checkpoint"]  # the file is for another run with the same settings
     with replacing(run.output_dir / CONFIG_FILE) as partial:
         partial.write_text(yaml.safe_dump(settings, sort_keys=False))
-    schedule = run.schedule(world_size, run.start)
+    schedule = run.schedule(run.start)
     status |= {"total_updates": schedule.total_updates, "held_out": len(run.loader.order.held_out)}
     status.write()
     step = run.start.step if run.start else 0
     source = "" if run.cache is None else " from cached latents"
-    workers = f"{counted(world_size, 'worker')} on {'GPUs' if use_gpu else 'CPUs'}"
+    fewest, most = run.config.worker_range
+    workers = f"{fewest} to {most} workers" if fewest < most else counted(run.config.most_workers, "worker")
+    workers += f" on {'GPUs' if use_gpu else 'CPUs'}"
     stream.write(
         f"raycontrolnet {__version__}: {schedule.num_samples} samples{source}, {workers} x batch "
         f"{schedule.batch_size} x accumulation {schedule.accumulation_steps}, updates {step} to "

@@ -59,10 +59,17 @@ class TrainState:
     accelerator: Accelerator
     max_grad_norm: float
     set_grads_to_none: bool
+    samples_per_update: int
+    """Samples of all workers together."""
     step: int = 0
     """Optimizer updates done."""
     samples: int = 0
-    """k: samples consumed by all workers together."""
+    """k: samples of the updates done."""
+
+    def begin_update(self, micro_steps: int) -> None:
+        """Let the next update be of `micro_steps` of `train_step` on this worker."""
+        self.accelerator.gradient_accumulation_steps = micro_steps
+        self.accelerator.step = 0
 
 
 class StepMetrics(NamedTuple):
@@ -196,12 +203,16 @@ def _skip_if_not_finite(optimizer: AcceleratedOptimizer, grad_norm: Tensor) -> N
         optimizer.zero_grad(set_to_none=True)
 
 
-def train_step(state: TrainState, batch: Batch, draws: Draws) -> StepMetrics:
-    """Do a forward and a backward pass, and with the last of an accumulation an optimizer update."""
+def train_step(state: TrainState, batch: Batch, draws: Draws, weight: float = 1.0) -> StepMetrics:
+    """Do a forward and a backward pass, and with the last of an accumulation an optimizer update.
+
+    Args:
+        weight: of this worker's gradients in the average over the workers; see `Share`.
+    """
     accelerator = state.accelerator
     with accelerator.accumulate(state.controlnet):
         loss = controlnet_loss(state.components, state.controlnet, batch, draws).mean()
-        accelerator.backward(loss)
+        accelerator.backward(loss * weight)
         grad_norm = None
         lr = float(state.lr_scheduler.get_last_lr()[0])
         if accelerator.sync_gradients:
@@ -216,6 +227,6 @@ def train_step(state: TrainState, batch: Batch, draws: Draws) -> StepMetrics:
             else:
                 state.lr_scheduler.step()
             state.step += 1
+            state.samples += state.samples_per_update
         state.optimizer.zero_grad(set_to_none=state.set_grads_to_none)
-    state.samples += len(batch.input_ids) * accelerator.num_processes
     return StepMetrics(loss.detach(), grad_norm, lr)

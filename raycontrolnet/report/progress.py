@@ -15,7 +15,6 @@ from raycontrolnet.sampling import images, scores
 from raycontrolnet.sampling.images import METADATA
 from raycontrolnet.text import StatusLine, counted, duration
 from raycontrolnet.training import held_out, metrics, validation
-from raycontrolnet.training.job import total_updates_of_workers
 from raycontrolnet.training.schedule import due_steps
 
 LINE_INTERVAL_S = 0.5
@@ -68,7 +67,6 @@ class Progress:
 
     def update(self, *, last: bool = False) -> None:
         """Read what is new, and show it."""
-        self.total_steps = total_updates_of_workers(self.output_dir) or self.total_steps
         self._read()
         self._show_measurements()
         if self._scored and (last or time.monotonic() - self._scores_at >= SCORES_INTERVAL_S):

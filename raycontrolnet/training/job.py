@@ -29,8 +29,6 @@ from raycontrolnet.training.failures import FAILURE_FILE
 
 RUN_LOG = "run.log"
 RUN_ID_FILE = ".run_id"
-WORKERS_FILE = ".workers"
-"""File by which the worker of rank 0 says that all have started, and to how many updates they train."""
 STOP_FILE = ".stop"
 """File by which the driver asks the workers to write a checkpoint and end."""
 TIMINGS_FILE = ".timings.json"
@@ -108,22 +106,9 @@ def begin(job: Job) -> None:
 
 def end(output_dir: Path) -> None:
     """Remove what was for the workers alone, and Ray Train's own records; on the driver, at the end."""
-    for name in (FAILURE_FILE, RUN_ID_FILE, WORKERS_FILE, STOP_FILE):
+    for name in (FAILURE_FILE, RUN_ID_FILE, STOP_FILE):
         (output_dir / name).unlink(missing_ok=True)
     remove_ray_records(output_dir)
-
-
-def say_started(job: Job, total_updates: int) -> None:
-    """Say, on the worker of rank 0, that all have started; `total_updates` depends on how many an elastic run got."""
-    with replacing(job.output_dir / WORKERS_FILE) as partial:
-        partial.write_text(str(total_updates))
-
-
-def total_updates_of_workers(output_dir: Path) -> int | None:
-    """Return to how many updates the workers train; None if none has started."""
-    with suppress(OSError):
-        return int((output_dir / WORKERS_FILE).read_text())
-    return None
 
 
 def ask_to_stop(output_dir: Path) -> None:

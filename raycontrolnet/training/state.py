@@ -118,6 +118,7 @@ def build_state(
         accelerator=accelerator,
         max_grad_norm=config.max_grad_norm,
         set_grads_to_none=config.set_grads_to_none,
+        samples_per_update=schedule.samples_per_update,
         step=checkpoint.step if checkpoint else 0,
         samples=checkpoint.samples if checkpoint else 0,
     )

@@ -36,7 +36,10 @@ def read_status(output_dir: Path) -> dict[str, Any]:
     status = read_json(output_dir / STATUS_FILE)
     process = status.get("process")
     if status.get("status") == "running" and isinstance(process, dict) and has_ended(output_dir, process):
-        status |= {"status": "interrupted", "cause": f"Process {process.get('pid')} on {process.get('host')} was killed."}
+        status |= {
+            "status": "interrupted",
+            "cause": f"Process {process.get('pid')} on {process.get('host')} was killed.",
+        }
     return status
 
 

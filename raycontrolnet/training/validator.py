@@ -21,7 +21,7 @@ from raycontrolnet.sampling.images import fidelity_of
 from raycontrolnet.training import held_out, validation
 from raycontrolnet.training.job import Job, stop_asked
 from raycontrolnet.training.metrics import MetricsLog, PhaseClock
-from raycontrolnet.training.schedule import Schedule
+from raycontrolnet.training.schedule import Share
 from raycontrolnet.training.state import saved_controlnet, unwrap_controlnet
 from raycontrolnet.training.trackers import Trackers
 from raycontrolnet.training.validation_actor import AsyncValidation, Drawn
@@ -39,10 +39,9 @@ class Validator:
         trackers: of the worker of rank 0; None elsewhere.
     """
 
-    def __init__(
-        self, job: Job, schedule: Schedule, state: TrainState, rank: int, clock: PhaseClock, trackers: Trackers | None
-    ):
-        self.job, self.schedule, self.state, self.rank, self.clock = job, schedule, state, rank, clock
+    def __init__(self, job: Job, share: Share, state: TrainState, clock: PhaseClock, trackers: Trackers | None):
+        self.job, self.state, self.clock = job, state, clock
+        self.rank, self.world_size = share.rank, share.world_size
         self.trackers = trackers
         self.last: held_out.HeldOutMetrics | None = None
         """The last measurement."""
@@ -51,8 +50,8 @@ class Validator:
         self.actor: AsyncValidation | None = None
         if job.num_held_out:
             self.loader = job.loader if job.local else ray.get(job.loader)
-            self.log = MetricsLog(job.output_dir, state.step, held_out.HELD_OUT_FILE) if rank == 0 else None
-        if job.actor_options is not None and rank == 0:
+            self.log = MetricsLog(job.output_dir, state.step, held_out.HELD_OUT_FILE) if self.rank == 0 else None
+        if job.actor_options is not None and self.rank == 0:
             self.actor = AsyncValidation(job)
 
     def measure(self) -> None:
@@ -65,7 +64,7 @@ class Validator:
                 self.loader,
                 resolution=self.job.config.resolution,
                 rank=self.rank,
-                world_size=self.schedule.world_size,
+                world_size=self.world_size,
             )
         if self.last and self.log and self.trackers:
             self.log.append(self.last._asdict())
@@ -84,7 +83,7 @@ class Validator:
         """Draw images of the final weights as they were saved."""
         if self.job.validation_items:
             with self.clock("validation_images"):
-                _barrier(self.schedule.world_size)  # until they are saved
+                _barrier(self.world_size)  # until they are saved
                 self._draw_together(lambda: saved_controlnet(self.job.output_dir, self.state))
                 if self.actor:
                     self._publish(self.actor.collect(wait=True))
@@ -101,7 +100,7 @@ class Validator:
         if self.actor:
             self._publish(self.actor.collect())
             free = self.actor.free
-        if self.schedule.world_size > 1:
+        if self.world_size > 1:
             free = from_rank_zero(free)
         if free and self.actor:
             with validation.failures_logged(self.state.step):
@@ -114,8 +113,8 @@ class Validator:
         with validation.failures_logged(state.step), vae_on(state.components, state.accelerator.device):
             components = replace(state.components, controlnet=controlnet())
             # Who asks for the end does not wait for all images.
-            images.draw(components, self.rank, self.schedule.world_size, lambda: stop_asked(self.job))
-        _barrier(self.schedule.world_size)  # Ray's, not the process group's: a slow worker cannot time a collective out
+            images.draw(components, self.rank, self.world_size, lambda: stop_asked(self.job))
+        _barrier(self.world_size)  # Ray's, not the process group's: a slow worker cannot time a collective out
         if self.rank == 0:
             self._publish(Drawn(state.step, images.finish()))
 

@@ -68,12 +68,10 @@ def trial_slots(
     Raises:
         ConfigError: no trial fits, or trials would be elastic.
     """
-    fewest, workers = cluster.worker_range
-    if fewest != workers:
+    if len(set(cluster.worker_range)) > 1:
         problem = "a sweep's trials need a fixed number: elastic ones would take each other's workers"
         raise ConfigError([f"--num_workers={cluster.num_workers}: {problem}; give a number"])
-    workers = max(1, workers)
-    most, both = sweep.max_concurrent_trials, (*nodes.nodes, *(nodes.may_come or ()))
+    workers, most, both = cluster.most_workers, sweep.max_concurrent_trials, (*nodes.nodes, *(nodes.may_come or ()))
     all_nodes = [node for node in both if has_type(node, cluster.accelerator_type)]
     use_gpu = cluster.use_gpu
     if use_gpu is None:

@@ -175,7 +175,7 @@ def _totals(run: CheckedRun, space: Space) -> Iterator[int]:
     """Yield numbers of updates that trials may do, the smallest and the largest among them."""
     for settings in checks.combinations(space, names_that_decide("length")):
         tried = dataclasses.replace(run, config=dataclasses.replace(run.config, **settings))
-        yield tried.schedule(run.config.worker_range[1], None).total_updates
+        yield tried.schedule(None).total_updates
 
 
 def _grace_period(config: SweepSettings, every: int, total_updates: int, stream: TextIO) -> int | None:

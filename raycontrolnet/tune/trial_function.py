@@ -240,7 +240,7 @@ def _resources(cluster: ClusterConfig) -> Callable[[dict[str, Any]], tune.Placem
         if use_gpu is None:
             nodes = cluster_nodes(cluster)
             use_gpu = total("GPU", (*nodes.nodes, *(nodes.may_come or ()))) > 0
-        workers = max(1, cluster.worker_range[1])
+        workers = cluster.most_workers
         slot = TrialSlots(
             1, workers, cluster.cpus_per_worker or 1.0, float(use_gpu), cluster.accelerator_type, reason=""
         )
