@@ -27,7 +27,7 @@ from raycontrolnet.model.step import Batch, Draws, TrainState, draw, latent_shap
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.text import counted
-from raycontrolnet.training.diagnosis import diagnosis
+from raycontrolnet.training.diagnosis import NotFiniteUpdates
 from raycontrolnet.training.failures import failures_recorded, read_failure, retried_if_continued
 from raycontrolnet.training.job import (
     Job,
@@ -39,7 +39,6 @@ from raycontrolnet.training.job import (
 )
 from raycontrolnet.training.metrics import (
     MetricsLog,
-    NotFiniteError,
     OnItsWay,
     PendingMetrics,
     PhaseClock,
@@ -95,6 +94,8 @@ class Worker:
         self.first_sample, self.first_step = state.samples, state.step
         interval_s = 0.0 if state.accelerator.device.type == "cpu" else GPU_METRICS_INTERVAL_S
         self.pending = PendingMetrics(interval_s, schedule.samples_per_update)
+        skips = job.config.on_nan == "skip"
+        self.not_finite = NotFiniteUpdates(state, job.config.resolution, job.config.max_nan if skips else 0)
         self.last: UpdateMetrics | None = None
         self.asked_to_end = OnItsWay(torch.zeros(()))
         """Share of the workers that saw, in the last update, that the driver asks for the end."""
@@ -209,15 +210,13 @@ class Worker:
         """Write the figures of finished updates, if it is time or `force`.
 
         Raises:
-            RunError: if one is not finite; names the samples that are to blame.
+            RunError: as `NotFiniteUpdates.add`.
         """
-        try:
-            updates = self.pending.ready(force=force)
-        except NotFiniteError as error:
-            loader = self.job.loader if self.job.local else ray.get(self.job.loader)
-            samples = range(error.samples - self.schedule.samples_per_update, error.samples)
-            raise RunError(f"{error}. {diagnosis(self.state, loader, self.job.config.resolution, samples)}") from None
-        for update in updates:
+        for update in self.pending.ready(force=force):
+            if problem := update.problem:
+                loader = self.job.loader if self.job.local else ray.get(self.job.loader)
+                self.not_finite.add(update, problem, loader)
+                continue
             self.last = update
             if self.metrics_log and self.trackers:
                 self.metrics_log.append(update._asdict())

@@ -55,6 +55,7 @@ OWN_FLAGS: dict[str, dict[str, Any]] = {
     "STR": {
         "num_workers": "1", "accelerator_type": None, "address": None, "cache_latents": "auto",
         "latents_cache_dir": None, "latents_dtype": "float16", "on_bad_sample": "fail", "license": None,
+        "on_nan": "fail",
         "control_fidelity": None, "tracker_group": None,
     },
     "BOOL": {
@@ -185,7 +186,7 @@ def other_values(image: str) -> Settings:
     }
     own = {
         "lr_scheduler": "cosine", "mixed_precision": "bf16", "report_to": "wandb", "num_workers": "2:4",
-        "cache_latents": "on", "latents_dtype": "float32", "on_bad_sample": "skip", "license": "openrail++",
+        "cache_latents": "on", "latents_dtype": "float32", "on_bad_sample": "skip", "license": "openrail++", "on_nan": "skip",
         "control_fidelity": "shape", "validation_image": (image, image), "resolution": 256,
     }  # fmt: skip
     values = {name: own.get(name, kinds[kind](index)) for index, (name, kind) in enumerate(KINDS.items())}
@@ -230,12 +231,12 @@ RULES: dict[str, list[tuple[str, Any]]] = {
     ],
     "must be one of auto, on, off": [("cache_latents", "yes")],
     "must be one of float16, float32": [("latents_dtype", "half")],
-    "must be one of fail, skip": [("on_bad_sample", "drop")],
+    "must be one of fail, skip": [("on_bad_sample", "drop"), ("on_nan", "stop")],
     "must be a fraction below 1, a count of at least 2, or 0 for none": [
         ("validation_split", -0.1), ("validation_split", 1), ("validation_split", 2.5),
     ],
     "must be at least 1": [
-        ("latents_batch_size", 0), ("max_train_samples", 0), ("train_batch_size", 0), ("num_train_epochs", 0),
+        ("latents_batch_size", 0), ("max_nan", 0), ("max_train_samples", 0), ("train_batch_size", 0), ("num_train_epochs", 0),
         ("max_train_steps", 0), ("gradient_accumulation_steps", 0), ("lr_num_cycles", 0), ("checkpointing_steps", 0),
         ("checkpoints_total_limit", 0), ("num_validation_images", 0), ("validation_steps", 0),
     ],

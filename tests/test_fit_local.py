@@ -640,6 +640,7 @@ def test_a_diverged_run(tiny_settings: Settings, out: Path, before_step: Any) ->
         f"--learning_rate, or use --mixed_precision bf16 instead of fp16. The update's samples: {data}:"
     )
     assert message.count(f"{data}:") == 4
+    assert "The first module whose output is not finite: controlnet.controlnet_mid_block" in message
     assert "The checkpoint of update 2 stands" in message
     assert column(out, "step") == [1, 2]
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
@@ -667,6 +668,37 @@ def test_gradients_that_are_not_finite(tiny_settings: Settings, out: Path, befor
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
     before = load_file(out / "checkpoint-1" / "controlnet" / WEIGHTS)
     assert equal(states[-1].components.controlnet.state_dict(), before)
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_updates_that_are_not_finite_are_left_out(
+    tiny_settings: Settings, out: Path, before_step: Any, most: int
+) -> None:
+    """The second and the third of four; more than --max_nan end the run."""
+    hooks = []
+
+    def spoil(state: Any) -> None:
+        for hook in hooks:
+            hook.remove()
+        if state.step in (1, 2):
+            bias = state.components.controlnet.controlnet_mid_block.bias
+            hooks.append(bias.register_hook(lambda grad: grad * float("inf")))
+
+    before_step(spoil)
+    settings = tiny_settings | {"on_nan": "skip", "max_nan": most, "checkpointing_steps": 1}
+    if most == 1:
+        with pytest.raises(RunError, match=r"not taken\. .* More than --max_nan=1 such updates since the start"):
+            run(settings, out)
+        return
+    run(settings, out)
+    assert column(out, "step") == [1, 4]
+    assert column(out, "samples") == [4, 16]
+    assert "left out, 2 of at most 2" in (out / "run.log").read_text()
+    first, second, third, fourth = (weights(out / f"checkpoint-{step}" / "controlnet") for step in range(1, 5))
+    assert equal(first, second)
+    assert equal(first, third)
+    assert not equal(first, fourth)
+    assert all(value.isfinite().all() for value in fourth.values())
 
 
 def test_an_optimizer_that_is_not_fused(tiny_settings: Settings, out: Path, before_step: Any) -> None:

@@ -36,6 +36,7 @@ BASE_FOLDERS = ("unet", "vae", "text_encoder", "scheduler")
 # Reasons why all trials of a sweep share a value
 FILES = "decides where files are kept or how latents are made, which all trials share"
 MACHINES = "decides what the machines do, not what is learned"
+FAULTS = "decides what a fault ends, not what is learned"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,11 +198,17 @@ class StepConfig:
         False, sweepable=True, package=("xformers", "xformers"), gpu_only=(True, "leave it out on the CPU")
     )
     """Attention by xformers (needs a CUDA GPU): pip install 'raycontrolnet[xformers]'."""
+    on_nan: str = setting("fail", changes_on_resume=True, fixed=FAULTS)
+    """Reaction to an update whose loss or gradient is not finite, which is never taken: fail, or skip it."""
+    max_nan: int = setting(10, changes_on_resume=True, fixed=FAULTS)
+    """Most updates that --on_nan skip may leave out, counted anew when workers start again."""
 
     def problems(self) -> Problems:
         yield from at_least(self, 1, "train_batch_size", "num_train_epochs", "max_train_steps")
         yield from at_least(self, 1, "gradient_accumulation_steps")
         yield from one_of(self, "mixed_precision", MIXED_PRECISIONS)
+        yield from one_of(self, "on_nan", BAD_SAMPLES)
+        yield from at_least(self, 1, "max_nan")
         yield from seed_problems(self)
 
 

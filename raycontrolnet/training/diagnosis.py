@@ -1,19 +1,55 @@
-"""A search for the samples that made an update not finite: they are done again, one by one."""
+"""Updates whose figures are not finite: left out, or the run's end, with the samples and the module to blame.
+
+The samples of such an update are done again, one by one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 
 from raycontrolnet.data.stream import BatchLoader
-from raycontrolnet.errors import UserError
+from raycontrolnet.errors import RunError, UserError
 from raycontrolnet.model.step import TrainState, controlnet_loss, draw, latent_shape, make_batch, with_posterior
 from raycontrolnet.text import SHOWN_PROBLEMS
+from raycontrolnet.training.metrics import UpdateMetrics
+
+logger = logging.getLogger(__name__)
 
 MOST_SAMPLES = 64
 """Samples that are done again: an update may have thousands."""
 LOWER = "lower --learning_rate, or use --mixed_precision bf16 instead of fp16"
+
+
+class NotFiniteUpdates:
+    """The updates that were not taken since the workers started, because a figure was not finite.
+
+    Args:
+        most: number that may be left out; 0 for none.
+    """
+
+    def __init__(self, state: TrainState, resolution: int, most: int):
+        self.state, self.resolution, self.most = state, resolution, most
+        self.count = 0
+
+    def add(self, update: UpdateMetrics, problem: str, loader: BatchLoader) -> None:
+        """Log an update that was not taken.
+
+        Raises:
+            RunError: if there are more than may be left out; names the samples that are to blame.
+        """
+        self.count += 1
+        samples = range(update.samples - self.state.samples_per_update, update.samples)
+        said = f"{problem}. {diagnosis(self.state, loader, self.resolution, samples)}"
+        if self.count > self.most:
+            more = f". More than --max_nan={self.most} such updates since the start" if self.most else ""
+            raise RunError(said + more)
+        logger.warning("%s; left out, %d of at most %d", said, self.count, self.most)
 
 
 def diagnosis(state: TrainState, loader: BatchLoader, resolution: int, samples: Sequence[int]) -> str:
@@ -24,7 +60,8 @@ def diagnosis(state: TrainState, loader: BatchLoader, resolution: int, samples: 
     """
     components, device = state.components, state.accelerator.device
     shape, num_timesteps = latent_shape(components, resolution), components.noise_scheduler.config
-    unencoded, not_finite, done = [], [], 0
+    unencoded, not_finite, done, modules = [], [], 0, list[str]()
+    models = {"controlnet": components.controlnet, "unet": components.unet}
     for index in samples[:MOST_SAMPLES]:
         place = loader.place(index)
         try:
@@ -38,7 +75,7 @@ def diagnosis(state: TrainState, loader: BatchLoader, resolution: int, samples: 
         if not batch.posterior.isfinite().all():
             unencoded.append(place)
             continue
-        with torch.no_grad():
+        with torch.no_grad(), _first_not_finite(models, modules):
             if not controlnet_loss(components, components.controlnet, batch, draws).isfinite().all():
                 not_finite.append(place)
     if unencoded:
@@ -48,9 +85,31 @@ def diagnosis(state: TrainState, loader: BatchLoader, resolution: int, samples: 
             "which encodes in fp32, or use --mixed_precision bf16"
         )
     if not_finite and len(not_finite) < done:
-        return f"The loss is not finite for {_listed(not_finite)}, and is for the others: look at these, or {LOWER}"
+        where = f", from {modules[0]} on" if modules else ""
+        found = f"The loss is not finite for {_listed(not_finite)}{where}, and is for the others"
+        return f"{found}: look at these, or {LOWER}"
     places = [loader.place(index) for index in samples]
-    return f"Training has diverged: {LOWER}. The update's samples: {_listed(places)}"
+    where = f". The first module whose output is not finite: {modules[0]}" if modules else ""
+    return f"Training has diverged: {LOWER}. The update's samples: {_listed(places)}{where}"
+
+
+@contextmanager
+def _first_not_finite(models: Mapping[str, torch.nn.Module], found: list[str]) -> Iterator[None]:
+    """Add to `found` the name of the first module that gives an output which is not finite, unless it has one."""
+
+    def look(name: str, _: torch.nn.Module, __: Any, output: Any) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        tensors = (value for value in outputs if isinstance(value, torch.Tensor))
+        if not found and not all(tensor.isfinite().all() for tensor in tensors):
+            found.append(name)
+
+    named = ((f"{part}.{name}", module) for part, model in models.items() for name, module in model.named_modules())
+    hooks = [module.register_forward_hook(partial(look, name.rstrip("."))) for name, module in named]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _listed(places: Sequence[str]) -> str:

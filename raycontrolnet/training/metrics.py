@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import numpy as np
 
-from raycontrolnet.errors import RunError
 from raycontrolnet.storage.files import replacing
 
 if TYPE_CHECKING:
@@ -40,6 +39,14 @@ class UpdateMetrics(NamedTuple):
     """All workers together, this update alone."""
     time: float
     """Unix seconds at the update's end."""
+
+    @property
+    def problem(self) -> str | None:
+        """Sentence on a loss or gradient norm that is not finite, without its full stop: the update was not taken."""
+        for name, value in (("loss", self.loss), ("gradient norm", self.grad_norm)):
+            if not math.isfinite(value):
+                return f"The {name} is {value} at update {self.step} (learning rate {self.lr:g}), which was not taken"
+        return None
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -139,15 +146,6 @@ class OnItsWay:
         return float(self._value)
 
 
-class NotFiniteError(RunError):
-    """A loss or gradient norm is NaN or infinite: training has diverged, or a sample is bad."""
-
-    def __init__(self, message: str, samples: int = 0):
-        super().__init__(message)
-        self.samples = samples
-        """k after the update."""
-
-
 class PendingMetrics:
     """Updates whose figures are still on the device.
 
@@ -167,11 +165,7 @@ class PendingMetrics:
         self._flushed_at = time.monotonic()
 
     def ready(self, *, force: bool = False) -> list[UpdateMetrics]:
-        """Return the updates so far, if it is time or `force`.
-
-        Raises:
-            NotFiniteError: if a loss, or a gradient that the weights would be changed by, is not finite.
-        """
+        """Return the updates so far, if it is time or `force`."""
         if not force and time.monotonic() - self._flushed_at < self.interval_s:
             return []
         updates = [one._replace(loss=float(one.loss), grad_norm=float(one.grad_norm)) for one in self._pending]
@@ -181,14 +175,6 @@ class PendingMetrics:
             # A GPU's updates end long after their launch: they can only be timed together.
             mean_rate = len(updates) * self.samples_per_update / elapsed
             updates = [update._replace(images_per_second=mean_rate) for update in updates]
-        for update in updates:
-            for name, value in (("loss", update.loss), ("gradient norm", update.grad_norm)):
-                if math.isfinite(value):
-                    continue
-                message = (
-                    f"The {name} is {value} at update {update.step} (learning rate {update.lr:g}), which was not taken"
-                )
-                raise NotFiniteError(message, update.samples)
         return updates
 
 
