@@ -10,8 +10,8 @@ import copy
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from contextlib import nullcontext
+from typing import Any
 
 import ray
 import ray.train
@@ -20,7 +20,7 @@ import torch
 from raycontrolnet.cluster.worker import place_among_workers, report_checkpoint
 from raycontrolnet.config.train_config import public_settings
 from raycontrolnet.data.records import PreparedRow
-from raycontrolnet.data.stream import local_batches, ray_batches
+from raycontrolnet.data.stream import local_batches, ray_batches, read_ahead
 from raycontrolnet.errors import RunError, UserError
 from raycontrolnet.model.prompts import warn_if_cut
 from raycontrolnet.model.step import Batch, Draws, TrainState, draw, latent_shape, make_batch, train_step
@@ -30,6 +30,7 @@ from raycontrolnet.text import counted
 from raycontrolnet.training.diagnosis import NotFiniteUpdates
 from raycontrolnet.training.failures import failures_recorded, read_failure, retried_if_continued
 from raycontrolnet.training.job import (
+    RUN_LOG,
     Job,
     check_folder_is_shared,
     logging_to_run_log,
@@ -48,9 +49,9 @@ from raycontrolnet.training.schedule import Schedule, Share
 from raycontrolnet.training.state import accelerator_for, build_state, check_room, save_final_weights, save_state
 from raycontrolnet.training.trackers import Trackers, open_trackers
 from raycontrolnet.training.validator import Validator
+from raycontrolnet.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 GPU_METRICS_INTERVAL_S = 1.0
 
@@ -75,7 +76,7 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
         schedule = Schedule.of(job.config, job.num_samples, job.config.most_workers, checkpoint)
         if rank == 0:
             logger.info("update %d on: %s", checkpoint.step if checkpoint else 0, counted(world_size, "worker"))
-        batches = _read_ahead(_batches(job, schedule, checkpoint))  # begins now, while the models are read
+        batches = read_ahead(_batches(job, schedule, checkpoint))  # begins now, while the models are read
         with accelerator_for(job.config, use_gpu=job.use_gpu, world_size=world_size) as accelerator:
             if job.threads is not None:
                 torch.set_num_threads(job.threads)
@@ -105,34 +106,39 @@ class Worker:
             check_room(state, schedule, job.config)
             self.metrics_log = MetricsLog(job.output_dir, state.step)
             self.trackers = open_trackers(job.config, public_settings(job.config), done_steps=state.step)
-        self.validator = Validator(job, share, state, clock, self.trackers)
+        self.watchdog = Watchdog(
+            f"Worker {share.rank}", job.output_dir, job.output_dir / RUN_LOG, job.config.hang_timeout_s
+        )
+        self.validator = Validator(job, share, state, clock, self.trackers, self.watchdog)
 
     def run(self, batches: Iterator[list[PreparedRow]]) -> dict[str, Any] | None:
         """Train to the end; None if the driver asked for an earlier one, for which there is a checkpoint then."""
         state, schedule, config = self.state, self.schedule, self.job.config
-        inputs = _read_ahead(self.inputs(batches))
+        inputs = read_ahead(self.inputs(batches))
         try:
-            while state.step < schedule.total_updates:
-                asked_before = self.asked_to_end
-                self.update(inputs)
-                # On a GPU that of the update before, so that this one need not be waited for.
-                if (self.asked_to_end if state.accelerator.device.type == "cpu" else asked_before).read():
-                    self.checkpoint()
-                    return None
-                validates = schedule.is_due(config.validation_steps, state.step)
-                saves = schedule.is_due(config.checkpointing_steps, state.step)
-                if validates:
-                    self.record(force=True)
-                    self.validator.measure()  # before the checkpoint, which is reported with the figures
-                if saves:
-                    self.checkpoint()
-                if validates and state.step < schedule.total_updates:
-                    self.validator.draw()
-                if validates or saves:
-                    self.rest_from_training()
-                if validates and state.step < schedule.total_updates and self.job.callback:
-                    self.job.callback.validated()
-                    self.pending.restart_clock()
+            # In the caller's process there is nobody to start it again.
+            with nullcontext() if self.job.local else self.watchdog.watching():
+                while state.step < schedule.total_updates:
+                    asked_before = self.asked_to_end
+                    self.update(inputs)
+                    # On a GPU that of the update before, so that this one need not be waited for.
+                    if (self.asked_to_end if state.accelerator.device.type == "cpu" else asked_before).read():
+                        self.checkpoint()
+                        return None
+                    validates = schedule.is_due(config.validation_steps, state.step)
+                    saves = schedule.is_due(config.checkpointing_steps, state.step)
+                    if validates:
+                        self.record(force=True)
+                        self.validator.measure()  # before the checkpoint, which is reported with the figures
+                    if saves:
+                        self.checkpoint()
+                    if validates and state.step < schedule.total_updates:
+                        self.validator.draw()
+                    if validates or saves:
+                        self.rest_from_training()
+                    if validates and state.step < schedule.total_updates and self.job.callback:
+                        self.job.callback.validated()
+                        self.pending.restart_clock()
             self.finish()
         finally:
             for part in (self.metrics_log, self.validator, self.trackers):
@@ -180,6 +186,7 @@ class Worker:
             with self.clock("step"):
                 metrics = train_step(state, batch, draws, weight)
                 losses.append(metrics.loss)
+                self.watchdog.progress("an update")
         with self.clock("step"):
             # In one message: the workers end after the same update.
             asked_to_end = torch.full_like(losses[0], stop_asked(self.job))
@@ -226,6 +233,7 @@ class Worker:
     def checkpoint(self) -> None:
         """Write and report a checkpoint of the current update."""
         state, job = self.state, self.job
+        self.watchdog.progress("a checkpoint")
         self.record(force=True)  # a diverged model is not worth a checkpoint
         with self.clock("checkpoint"):
             saved = None
@@ -270,21 +278,3 @@ def _batches(job: Job, schedule: Schedule, checkpoint: Checkpoint | None) -> Ite
         return ray_batches(ray.train.get_dataset_shard("train"))
     step, samples = (checkpoint.step, checkpoint.samples) if checkpoint else (0, 0)
     return local_batches(job.loader, samples, schedule.batches_per_worker(step))
-
-
-def _read_ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yield `items`, one ahead of the consumer, in a thread that starts at once."""
-    end = object()
-    pool = ThreadPoolExecutor(1, thread_name_prefix="read_ahead")
-    pending = pool.submit(next, items, end)
-
-    def consume() -> Iterator[T]:
-        nonlocal pending
-        try:
-            while (item := pending.result()) is not end:
-                pending = pool.submit(next, items, end)
-                yield item  # type: ignore[misc]
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    return consume()

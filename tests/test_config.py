@@ -63,10 +63,10 @@ OWN_FLAGS: dict[str, dict[str, Any]] = {
     },
     "FLOAT": {
         "cpus_per_worker": None, "validation_split": None, "max_bad_fraction": 0.01, "guidance_scale": 7.5,
-        "wait_timeout_s": None,
+        "wait_timeout_s": None, "hang_timeout_s": 600.0,
     },
     "INT": {
-        "max_failures": 3, "latents_batch_size": 4,
+        "max_failures": 3, "latents_batch_size": 4, "max_nan": 10,
     },
 }  # fmt: skip
 KINDS = {name: kind for flags in (FLAGS, OWN_FLAGS) for kind, names in flags.items() for name in names}
@@ -186,7 +186,8 @@ def other_values(image: str) -> Settings:
     }
     own = {
         "lr_scheduler": "cosine", "mixed_precision": "bf16", "report_to": "wandb", "num_workers": "2:4",
-        "cache_latents": "on", "latents_dtype": "float32", "on_bad_sample": "skip", "license": "openrail++", "on_nan": "skip",
+        "cache_latents": "on", "latents_dtype": "float32", "on_bad_sample": "skip", "on_nan": "skip",
+        "license": "openrail++",
         "control_fidelity": "shape", "validation_image": (image, image), "resolution": 256,
     }  # fmt: skip
     values = {name: own.get(name, kinds[kind](index)) for index, (name, kind) in enumerate(KINDS.items())}
@@ -236,7 +237,8 @@ RULES: dict[str, list[tuple[str, Any]]] = {
         ("validation_split", -0.1), ("validation_split", 1), ("validation_split", 2.5),
     ],
     "must be at least 1": [
-        ("latents_batch_size", 0), ("max_nan", 0), ("max_train_samples", 0), ("train_batch_size", 0), ("num_train_epochs", 0),
+        ("latents_batch_size", 0), ("max_nan", 0),
+        ("max_train_samples", 0), ("train_batch_size", 0), ("num_train_epochs", 0),
         ("max_train_steps", 0), ("gradient_accumulation_steps", 0), ("lr_num_cycles", 0), ("checkpointing_steps", 0),
         ("checkpoints_total_limit", 0), ("num_validation_images", 0), ("validation_steps", 0),
     ],

@@ -675,7 +675,7 @@ def test_updates_that_are_not_finite_are_left_out(
     tiny_settings: Settings, out: Path, before_step: Any, most: int
 ) -> None:
     """The second and the third of four; more than --max_nan end the run."""
-    hooks = []
+    hooks: list[Any] = []
 
     def spoil(state: Any) -> None:
         for hook in hooks:

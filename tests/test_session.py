@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import ray
 
+from raycontrolnet.cluster import session
 from raycontrolnet.cluster.session import is_own, ray_session
 from raycontrolnet.errors import ConfigError, RunError
 
@@ -59,6 +61,19 @@ def test_one_that_fails_twice(starts: Callable[..., list[dict[str, Any]]]) -> No
     assert len(str(error.value)) < 350
     assert len(calls) == 2
     assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_somebody_who_accepts_and_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another program's port, or a head that hangs; Ray would crash the process after a minute."""
+    monkeypatch.setattr(session, "ANSWER_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ConfigError) as error, ray_session(address):
+            pass
+    assert str(error.value).startswith(
+        f"--address={address}: no Ray cluster answers there (what listens there has not answered within 0.5 s). Start"
+    )
 
 
 @pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])

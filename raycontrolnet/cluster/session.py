@@ -131,7 +131,17 @@ def _target(address: str | None) -> str:
 
 
 def _check_somebody_answers(address: str) -> None:
-    """Raise an OSError if nobody listens at HOST:PORT: Ray itself would try for minutes, printing."""
+    """Raise an OSError if nobody answers at HOST:PORT as Ray does: it would try for minutes, printing, and crash."""
     host, _, port = address.rpartition(":")
-    if host and port.isdigit() and "/" not in host:
-        socket.create_connection((host, int(port)), timeout=ANSWER_TIMEOUT_S).close()
+    if not (host and port.isdigit()) or "/" in host:
+        return
+    socket.create_connection((host, int(port)), timeout=ANSWER_TIMEOUT_S).close()
+    if os.environ.get("RAY_USE_TLS", "0") != "0":
+        return
+    import grpc
+
+    with grpc.insecure_channel(address) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=ANSWER_TIMEOUT_S)
+        except grpc.FutureTimeoutError:
+            raise OSError(f"what listens there has not answered within {ANSWER_TIMEOUT_S:g} s") from None

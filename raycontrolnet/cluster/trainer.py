@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray._private.services import get_webui_url_from_internal_kv
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.constants import WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR
 from ray.train.v2._internal.execution.worker_group import worker_group
 from ray.train.v2.api import data_parallel_trainer as private
 
@@ -30,6 +31,8 @@ CONTROLLER_ENVIRONMENT = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"}
 class InterruptibleTrainer(TorchTrainer):
     """A TorchTrainer that another thread can `abort`, and that stops its workers before Ctrl-C's KeyboardInterrupt."""
 
+    worker_timeout_s: float | None = None
+    """Seconds after which a worker that does not answer, as a stopped process, is lost; by default Ray's 600."""
     controller: Any = None
     _is_aborted = False
     _groups_name: str = ""
@@ -97,11 +100,14 @@ class InterruptibleTrainer(TorchTrainer):
         """
         if not has_dashboard():
             options["callbacks"] = [each for each in options["callbacks"] if not _waits_for_dashboard(each)]
+        environment = CONTROLLER_ENVIRONMENT | private.get_env_vars_to_propagate()
+        if self.worker_timeout_s is not None:
+            environment.setdefault(WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR, str(self.worker_timeout_s))
         self._groups_name = f"raycontrolnet-{uuid.uuid4().hex}-"
         self.controller = ray.remote(
             num_cpus=0,
             label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},  # the driver's
-            runtime_env={"env_vars": CONTROLLER_ENVIRONMENT | private.get_env_vars_to_propagate()},
+            runtime_env={"env_vars": environment},
         )(TrainController).remote(self._groups_name, **options)
         ray.get(self.controller.run.remote())
         return ray.get(self.controller.get_result.remote())

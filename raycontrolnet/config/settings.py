@@ -230,12 +230,14 @@ class ClusterConfig:
     """Number of times a run continues by itself after losing a worker."""
     wait_timeout_s: float | None = setting(None, fixed=MACHINES, changes_on_resume=True)
     """Seconds to wait for workers, as for nodes that an autoscaler starts; by default without end."""
+    hang_timeout_s: float = setting(600.0, fixed=MACHINES, changes_on_resume=True)
+    """Seconds without progress after which a worker is taken for hanging, and started again as a lost one."""
     dataloader_num_workers: int = setting(0, fixed=MACHINES)
     """Concurrent loading tasks per worker; 0 for a number that suits the machine."""
 
     def problems(self) -> Problems:
         yield from at_least(self, 0, "max_failures", "dataloader_num_workers")
-        for name in ("cpus_per_worker", "wait_timeout_s"):
+        for name in ("cpus_per_worker", "wait_timeout_s", "hang_timeout_s"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 yield problem_of(self, name, "must be above 0")
         try:

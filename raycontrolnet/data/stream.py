@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import pyarrow as pa
 
@@ -24,6 +24,8 @@ from raycontrolnet.errors import DataError, UserError
 
 if TYPE_CHECKING:
     import ray
+
+T = TypeVar("T")
 
 BUNDLE_BYTES = 16 * 2**20
 MOST_IN_BUNDLE = 8
@@ -238,3 +240,21 @@ def execution_options(batch_bytes: int, num_workers: int) -> ray.data.ExecutionO
     ahead = max(MIN_READ_AHEAD_BYTES, batches * batch_bytes * num_workers)
     limits = ExecutionResources(object_store_memory=ahead)
     return ExecutionOptions(preserve_order=True, resource_limits=limits)
+
+
+def read_ahead(items: Iterator[T]) -> Iterator[T]:
+    """Yield `items`, one ahead of the consumer, in a thread that starts at once."""
+    end = object()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="read_ahead")
+    pending = pool.submit(next, items, end)
+
+    def consume() -> Iterator[T]:
+        nonlocal pending
+        try:
+            while (item := pending.result()) is not end:
+                pending = pool.submit(next, items, end)
+                yield item  # type: ignore[misc]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    return consume()

@@ -21,7 +21,7 @@ from raycontrolnet.signals import ended_in_order
 from raycontrolnet.storage.files import replacing
 from raycontrolnet.text import counted
 from raycontrolnet.training import held_out, metrics, validation
-from raycontrolnet.training.failures import read_failure
+from raycontrolnet.training.failures import read_failure, read_hang
 from raycontrolnet.training.job import RUN_LOG, Job, RunCallback, RunStopped, ask_to_stop, begin, end
 from raycontrolnet.training.schedule import due_steps, warmup_warning
 from raycontrolnet.training.status import RunStatus
@@ -112,6 +112,7 @@ def train_on_ray(
         datasets={"train": _dataset_factory(run, job)},
         dataset_config=DataConfig(execution_options=options, enable_shard_locality=False),
     )
+    trainer.worker_timeout_s = run.config.hang_timeout_s
     with _running(run, job, stream, callback):
         limit_s = run.config.wait_timeout_s
         waiting = waiting_for_workers(trainer.is_waiting, trainer.abort, resources, limit_s, stream)
@@ -164,7 +165,7 @@ def _running(run: CheckedRun, job: Job, stream: TextIO, callback: RunCallback | 
             with ended_in_order(begin_end, GRACE_S), shown:
                 yield
         except Exception as error:
-            if failure := read_failure(run.output_dir):
+            if failure := read_failure(run.output_dir) or read_hang(run.output_dir):
                 raise failure from error
             raise
         finally:

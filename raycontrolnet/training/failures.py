@@ -14,6 +14,7 @@ import torch
 from raycontrolnet.errors import RunError, UserError, out_of_memory
 
 FAILURE_FILE = ".failure.json"
+HANG_FILE = ".hang"
 
 
 def record_failure(output_dir: Path, error: UserError | RunError) -> None:
@@ -33,6 +34,19 @@ def read_failure(output_dir: Path) -> UserError | RunError | None:
     except FileNotFoundError:
         return None
     return (UserError if record["kind"] == "user" else RunError)(record["message"])
+
+
+def record_hang(output_dir: Path, message: str) -> None:
+    """Record why a worker ends its process, in case that it is not started again."""
+    with suppress(OSError):  # storage that hangs
+        (output_dir / HANG_FILE).write_text(message)
+
+
+def read_hang(output_dir: Path) -> RunError | None:
+    """Return why a worker ended its process last, if one did."""
+    with suppress(OSError):
+        return RunError((output_dir / HANG_FILE).read_text())
+    return None
 
 
 @contextmanager

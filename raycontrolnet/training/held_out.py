@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice, pairwise, takewhile
 from pathlib import Path
@@ -64,11 +64,20 @@ class HeldOutMetrics(NamedTuple):
 
 
 def measure(
-    state: TrainState, loader: BatchLoader, *, resolution: int, rank: int = 0, world_size: int = 1
+    state: TrainState,
+    loader: BatchLoader,
+    *,
+    resolution: int,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Callable[[], None] = lambda: None,
 ) -> HeldOutMetrics | None:
     """Measure the held-out rows of `loader`, every worker its share; all workers must call it together.
 
     A row that cannot be read is left out, and logged.
+
+    Args:
+        progress: called after every batch.
 
     Returns:
         The same on every worker; None if there is nothing to measure.
@@ -100,6 +109,7 @@ def measure(
             gaps = (shuffled - right).double().cpu()
             totals = [float(len(rows)), float(right.double().sum()), float(gaps.sum()), float(gaps.pow(2).sum())]
             sums += torch.tensor(totals, dtype=torch.float64)
+            progress()
     if world_size > 1:
         sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
     return _metrics(state.step, sums.tolist(), time.perf_counter() - started)

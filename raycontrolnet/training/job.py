@@ -25,7 +25,7 @@ from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.storage.files import replacing
 from raycontrolnet.training import held_out, validation
-from raycontrolnet.training.failures import FAILURE_FILE
+from raycontrolnet.training.failures import FAILURE_FILE, HANG_FILE
 
 RUN_LOG = "run.log"
 RUN_ID_FILE = ".run_id"
@@ -106,7 +106,7 @@ def begin(job: Job) -> None:
 
 def end(output_dir: Path) -> None:
     """Remove what was for the workers alone, and Ray Train's own records; on the driver, at the end."""
-    for name in (FAILURE_FILE, RUN_ID_FILE, STOP_FILE):
+    for name in (FAILURE_FILE, HANG_FILE, RUN_ID_FILE, STOP_FILE):
         (output_dir / name).unlink(missing_ok=True)
     remove_ray_records(output_dir)
 

@@ -25,6 +25,7 @@ from raycontrolnet.training.schedule import Share
 from raycontrolnet.training.state import saved_controlnet, unwrap_controlnet
 from raycontrolnet.training.trackers import Trackers
 from raycontrolnet.training.validation_actor import AsyncValidation, Drawn
+from raycontrolnet.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
@@ -39,8 +40,16 @@ class Validator:
         trackers: of the worker of rank 0; None elsewhere.
     """
 
-    def __init__(self, job: Job, share: Share, state: TrainState, clock: PhaseClock, trackers: Trackers | None):
-        self.job, self.state, self.clock = job, state, clock
+    def __init__(
+        self,
+        job: Job,
+        share: Share,
+        state: TrainState,
+        clock: PhaseClock,
+        trackers: Trackers | None,
+        watchdog: Watchdog,
+    ):
+        self.job, self.state, self.clock, self.watchdog = job, state, clock, watchdog
         self.rank, self.world_size = share.rank, share.world_size
         self.trackers = trackers
         self.last: held_out.HeldOutMetrics | None = None
@@ -65,6 +74,7 @@ class Validator:
                 resolution=self.job.config.resolution,
                 rank=self.rank,
                 world_size=self.world_size,
+                progress=lambda: self.watchdog.progress("the held-out measure"),
             )
         if self.last and self.log and self.trackers:
             self.log.append(self.last._asdict())
@@ -112,11 +122,15 @@ class Validator:
         state, images = self.state, self.job.images_of(self.state.step)
         with validation.failures_logged(state.step), vae_on(state.components, state.accelerator.device):
             components = replace(state.components, controlnet=controlnet())
-            # Who asks for the end does not wait for all images.
-            images.draw(components, self.rank, self.world_size, lambda: stop_asked(self.job))
+            images.draw(components, self.rank, self.world_size, self._ends_early)
         _barrier(self.world_size)  # Ray's, not the process group's: a slow worker cannot time a collective out
         if self.rank == 0:
             self._publish(Drawn(state.step, images.finish()))
+
+    def _ends_early(self) -> bool:
+        """Check, after every image, for the driver's wish to end, which does not wait for all of them."""
+        self.watchdog.progress("validation images")
+        return stop_asked(self.job)
 
     def _publish(self, drawn: Drawn | None) -> None:
         """Give the trackers what was drawn."""

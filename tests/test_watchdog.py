@@ -1,0 +1,82 @@
+"""The watchdog: a worker that hangs ends, with its stacks in the log, and is started again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import last_step, when, workers_called
+from runs import Settings, column, equal, run, weights
+
+from raycontrolnet.errors import RunError
+from raycontrolnet.training.failures import read_hang
+from raycontrolnet.training.watchdog import Watchdog
+
+HANGING = """
+import sys, time
+from pathlib import Path
+from raycontrolnet.training.watchdog import Watchdog
+
+def a_collective_that_hangs():
+    time.sleep(60)
+
+folder = Path(sys.argv[1])
+watchdog = Watchdog("Worker 3", folder, folder / "run.log", 1.0)
+with watchdog.watching():
+    watchdog.progress("an update")
+    a_collective_that_hangs()
+"""
+
+
+def test_a_process_that_hangs_is_ended(tmp_path: Path) -> None:
+    assert read_hang(tmp_path) is None
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", HANGING, str(tmp_path)], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 1
+    assert time.monotonic() - start < 40
+    assert "in a_collective_that_hangs" in (tmp_path / "run.log").read_text()
+    problem = "Worker 3 hung: nothing came of an update for 0:01 (--hang_timeout_s=1); the stacks of its threads are in"
+    assert str(read_hang(tmp_path)) == f"{problem} the log"
+
+
+def test_one_that_does_not_is_left_alone(tmp_path: Path) -> None:
+    """Nor one that waits for its first batch, as for nodes that load data."""
+    watchdog = Watchdog("Worker 0", tmp_path, tmp_path / "run.log", 0.4)
+    with watchdog.watching():
+        time.sleep(0.8)
+        for _ in range(8):
+            watchdog.progress("an update")
+            time.sleep(0.1)
+    time.sleep(0.8)
+    assert not (tmp_path / "run.log").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_local_ray")
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_stopped_worker_is_started_again(tiny_settings: Settings, tmp_path: Path, num_workers: int) -> None:
+    """A process that neither runs nor ends: of two, the other waits for it in a collective."""
+    settings = tiny_settings | {"num_workers": str(num_workers), "cpus_per_worker": 1.0, "train_batch_size": 2}
+    settings |= {"max_train_steps": 60, "checkpointing_steps": 10, "checkpoints_total_limit": 2, "hang_timeout_s": 8.0}
+    whole = run(settings, tmp_path / "whole")
+
+    def stop_one() -> None:
+        os.kill(workers_called("RayTrainWorker")[-1].pid, signal.SIGSTOP)
+
+    with when(lambda: last_step(tmp_path / "out") >= 15, stop_one) as stopped:
+        out = run(settings, tmp_path / "out")
+    assert stopped
+    assert column(out, "loss") == column(whole, "loss")
+    assert equal(weights(out), weights(whole))
+    if num_workers == 2:
+        assert "hung: nothing came of an update for 0:08" in (out / "run.log").read_text()
+    with (
+        when(lambda: last_step(tmp_path / "ended") >= 15, stop_one),
+        pytest.raises(RunError, match=r"Worker 0 hung" if num_workers == 2 else "did not answer|health check"),
+    ):
+        run(settings, tmp_path / "ended", max_failures=0)
