@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ import ray
 import ray.train
 import torch
 
-from raycontrolnet.cluster.worker import place_among_workers, report_checkpoint
+from raycontrolnet.cluster.worker import nodes_to_be_reclaimed, place_among_workers, report_checkpoint
 from raycontrolnet.config.train_config import public_settings
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.stream import local_batches, ray_batches, read_ahead
@@ -98,8 +99,9 @@ class Worker:
         skips = job.config.on_nan == "skip"
         self.not_finite = NotFiniteUpdates(state, job.config.resolution, job.config.max_nan if skips else 0)
         self.last: UpdateMetrics | None = None
-        self.asked_to_end = OnItsWay(torch.zeros(()))
-        """Share of the workers that saw, in the last update, that the driver asks for the end."""
+        self.notices = OnItsWay(torch.zeros(2))
+        """Means over the workers, in the last update: driver asks for the end, nodes that are to be reclaimed."""
+        self.reclaimed = 0
         self.metrics_log: MetricsLog | None = None
         self.trackers: Trackers | None = None
         if share.rank == 0:
@@ -114,19 +116,21 @@ class Worker:
     def run(self, batches: Iterator[list[PreparedRow]]) -> dict[str, Any] | None:
         """Train to the end; None if the driver asked for an earlier one, for which there is a checkpoint then."""
         state, schedule, config = self.state, self.schedule, self.job.config
-        inputs = read_ahead(self.inputs(batches))
+        inputs, on_cpu = read_ahead(self.inputs(batches)), state.accelerator.device.type == "cpu"
         try:
             # In the caller's process there is nobody to start it again.
             with nullcontext() if self.job.local else self.watchdog.watching():
                 while state.step < schedule.total_updates:
-                    asked_before = self.asked_to_end
+                    before = self.notices
                     self.update(inputs)
-                    # On a GPU that of the update before, so that this one need not be waited for.
-                    if (self.asked_to_end if state.accelerator.device.type == "cpu" else asked_before).read():
+                    # On a GPU those of the update before, so that this one need not be waited for.
+                    asked_to_end, reclaimed = map(math.ceil, (self.notices if on_cpu else before).read())
+                    if asked_to_end:
                         self.checkpoint()
                         return None
                     validates = schedule.is_due(config.validation_steps, state.step)
-                    saves = schedule.is_due(config.checkpointing_steps, state.step)
+                    saves = schedule.is_due(config.checkpointing_steps, state.step) or reclaimed > self.reclaimed
+                    self.reclaimed = reclaimed
                     if validates:
                         self.record(force=True)
                         self.validator.measure()  # before the checkpoint, which is reported with the figures
@@ -188,11 +192,12 @@ class Worker:
                 losses.append(metrics.loss)
                 self.watchdog.progress("an update")
         with self.clock("step"):
-            # In one message: the workers end after the same update.
-            asked_to_end = torch.full_like(losses[0], stop_asked(self.job))
-            figures = torch.stack([torch.stack(losses).mean() * weight, asked_to_end])
-            loss, asked_to_end = state.accelerator.reduce(figures, reduction="mean")
-            self.asked_to_end = OnItsWay(asked_to_end)
+            # In one message: the workers end, or write a checkpoint, after the same update.
+            seen = [float(stop_asked(self.job)), float(self.nodes_to_be_reclaimed())]
+            notices = torch.tensor(seen, device=losses[0].device)
+            figures = torch.cat([(torch.stack(losses).mean() * weight)[None], notices])
+            loss, *_ = figures = state.accelerator.reduce(figures, reduction="mean")
+            self.notices = OnItsWay(figures[1:])
             assert metrics.grad_norm is not None
             rate = schedule.samples_per_update / (time.perf_counter() - start)
             self.pending.add(
@@ -201,6 +206,9 @@ class Worker:
             self.record()
         if self.job.callback:
             self.job.callback.updated()
+
+    def nodes_to_be_reclaimed(self) -> int:
+        return 0 if self.job.local else nodes_to_be_reclaimed()
 
     def next_input(self, inputs: Iterator[tuple[Batch, Draws]]) -> tuple[Batch, Draws]:
         """Return the next micro-step's batch and draws."""

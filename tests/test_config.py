@@ -66,7 +66,7 @@ OWN_FLAGS: dict[str, dict[str, Any]] = {
         "wait_timeout_s": None, "hang_timeout_s": 600.0,
     },
     "INT": {
-        "max_failures": 3, "latents_batch_size": 4, "max_nan": 10,
+        "max_failures": 3, "max_preemption_failures": -1, "latents_batch_size": 4, "max_nan": 10,
     },
 }  # fmt: skip
 KINDS = {name: kind for flags in (FLAGS, OWN_FLAGS) for kind, names in flags.items() for name in names}

@@ -37,6 +37,7 @@ from raycontrolnet.model import components, step
 from raycontrolnet.report.progress import Progress, progress
 from raycontrolnet.report.run_report import write_report
 from raycontrolnet.sampling import images
+from raycontrolnet.train_controlnet import Worker
 from raycontrolnet.training import diagnosis
 from raycontrolnet.training.job import STOP_FILE
 from raycontrolnet.training.status import read_status
@@ -826,6 +827,14 @@ def test_a_signal_while_images_are_drawn(
         run(validated_settings, out, checkpointing_steps=100)
     assert len(drawn) == 1
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_a_machine_that_is_to_be_reclaimed(tiny_settings: Settings, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One checkpoint at each notice; the run goes on."""
+    told = iter([0, 0.5, 1, 1, 2, 2])
+    monkeypatch.setattr(Worker, "nodes_to_be_reclaimed", lambda self: next(told))
+    run(tiny_settings, out, checkpointing_steps=100, max_train_steps=6)
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-5", "checkpoint-6"]
 
 
 def test_a_closed_terminal(tiny_settings: Settings, out: Path, before_step: Any) -> None:

@@ -28,6 +28,18 @@ def place_among_workers() -> tuple[int, int]:
     return context.get_world_rank(), context.get_world_size()
 
 
+def nodes_to_be_reclaimed() -> int:
+    """Return the number of the workers' nodes that are about to be taken away, as spot instances are.
+
+    Private: the public `ray.train.get_preemption_info` is a barrier, which every update would wait for. Without this a
+    reclaimed node costs the updates since the last checkpoint.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    info = get_train_context().preemption_context.preemption_info
+    return len(info.preempted_node_to_ranks) if info else 0
+
+
 def report_checkpoint(figures: Mapping[str, Any], name: str, folder: Path | None) -> None:
     """Report `figures` and the checkpoint `name` to Ray Train; all workers must call it.
 

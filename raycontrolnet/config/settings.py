@@ -228,6 +228,8 @@ class ClusterConfig:
     """GPU type for the workers, such as A100 or H100."""
     max_failures: int = setting(3, fixed=MACHINES, changes_on_resume=True)
     """Number of times a run continues by itself after losing a worker."""
+    max_preemption_failures: int = setting(-1, fixed=MACHINES, changes_on_resume=True)
+    """The same for machines that are reclaimed, as spot instances; -1 without limit."""
     wait_timeout_s: float | None = setting(None, fixed=MACHINES, changes_on_resume=True)
     """Seconds to wait for workers, as for nodes that an autoscaler starts; by default without end."""
     hang_timeout_s: float = setting(600.0, fixed=MACHINES, changes_on_resume=True)
@@ -237,6 +239,7 @@ class ClusterConfig:
 
     def problems(self) -> Problems:
         yield from at_least(self, 0, "max_failures", "dataloader_num_workers")
+        yield from at_least(self, -1, "max_preemption_failures")
         for name in ("cpus_per_worker", "wait_timeout_s", "hang_timeout_s"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 yield problem_of(self, name, "must be above 0")

@@ -107,7 +107,9 @@ def train_on_ray(
         run_config=RunConfig(
             storage_path=str(run.output_dir.parent),
             name=run.output_dir.name,
-            failure_config=FailureConfig(max_failures=run.config.max_failures),
+            failure_config=FailureConfig(
+                max_failures=run.config.max_failures, max_preemption_failures=run.config.max_preemption_failures
+            ),
         ),
         datasets={"train": _dataset_factory(run, job)},
         dataset_config=DataConfig(execution_options=options, enable_shard_locality=False),

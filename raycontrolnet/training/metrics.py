@@ -127,23 +127,23 @@ class Tail:
 
 
 class OnItsWay:
-    """A figure that is copied from the device beside its work: reading it later waits for that copy alone."""
+    """Figures that are copied from the device beside its work: reading them later waits for that copy alone."""
 
     def __init__(self, value: Tensor):
         import torch
 
         self._value, self._copied = value, None
         if value.is_cuda:
-            self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
+            self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
             self._value.copy_(value, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()
 
-    def read(self) -> float:
-        """Return the figure."""
+    def read(self) -> list[float]:
+        """Return the figures."""
         if self._copied is not None:
             self._copied.synchronize()
-        return float(self._value)
+        return self._value.tolist()
 
 
 class PendingMetrics:
