@@ -39,12 +39,10 @@ def shards_in(folder: str) -> dict[str, bytes]:
 
 def test_two_workers_learn_from_the_cache_what_one_does(settings: Settings, tmp_path: Path) -> None:
     changed = {"max_train_steps": 8, "checkpointing_steps": 100, "proportion_empty_prompts": 0.3}
-    one = losses(run(settings, tmp_path / "one", **changed))
     two = losses(run(settings, tmp_path / "two", **changed, num_workers="2", train_batch_size=2))
-    here = losses(run(settings, tmp_path / "here", **changed, num_workers="0"))
+    one = losses(run(settings, tmp_path / "one", **changed, num_workers="0"))
     pixels = losses(run(settings, tmp_path / "pixels", **changed, cache_latents="off", num_workers="0"))
     assert two == pytest.approx(one, rel=0, abs=1e-5)
-    assert here == pytest.approx(one, rel=0, abs=1e-5)
     assert pixels == pytest.approx(one, rel=1e-3)
     assert pixels != one
 
