@@ -55,7 +55,7 @@ def test_settings_are_those_of_the_code() -> None:
 
 def test_flags_exist() -> None:
     """Ours have underscores or are one word; what has hyphens belongs to others."""
-    of_others = {"logdir", "head", "region", "query", "output", "name", "port", "ulimit"}
+    of_others = {"logdir", "signal", "head", "region", "query", "output", "name", "port", "ulimit"}
     ours = {"config", "help", *setting_types(SweepSettings)}
     ours |= {name for config in (TrainConfig, GenerateConfig, ConditionConfig) for name in setting_types(config)}
     ours |= {f"no_{name}" for name in ours}
