@@ -109,9 +109,12 @@ def test_every_row_has_exactly_its_bytes(tmp_path: Path, monkeypatch: pytest.Mon
     assert source.read(21).place.startswith("data/1.tar:a-long-folder-name/")
 
 
-def test_a_tar_by_itself_and_tars_in_train(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flag", ["train_data_dir", "dataset_name"])
+def test_a_tar_by_itself_and_tars_in_train(tmp_path: Path, flag: str) -> None:
     shard = write_tar(tmp_path / "train" / "0001.tar")
-    for source in (opened(shard), opened(tmp_path)):
+    for path in (shard, shard.parent, tmp_path):
+        settings: dict[str, Any] = {flag: str(path)}
+        source = open_source(DataConfig(**settings))
         assert [contents(source, row) for row in range(2)] == [
             (b"image 1", b"map 1", ("text 1",)),
             (b"image 2, longer", b"map 2", ("täxt 2",)),
@@ -522,6 +525,7 @@ def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
         (special("0003.jpg", tarfile.SYMTYPE, "/etc/passwd"), "its jpg is a link, which is not followed"),
         (special("0003.jpg", tarfile.LNKTYPE, "0001.jpg"), "its jpg is a link, which is not followed"),
         (special("0003.jpg", tarfile.CHRTYPE), "its jpg is a device or a pipe"),
+        (special("0003.jpg", tarfile.GNUTYPE_SPARSE), "its jpg is stored as a sparse file"),
         (special("0003.jpg", tarfile.FIFOTYPE), "its jpg is a device or a pipe"),
     ],
 )
@@ -530,6 +534,17 @@ def test_what_is_no_file_is_not_followed(tmp_path: Path, entry: tarfile.TarInfo,
     with tarfile.open(path, "a") as tar:
         tar.addfile(entry)
     assert problems_of(tmp_path) == [f"{path}:0003: {reason}", SKIP]
+
+
+def test_a_file_that_comes_twice(tmp_path: Path) -> None:
+    """As `tar --append` leaves a changed one; which of them is meant is not guessed."""
+    path = write_tar(tmp_path / "0.tar")
+    for name, words in (("0001.txt", "caption"), ("0002.conditioning_image.png", "conditioning image")):
+        with tarfile.open(path, "a") as tar:
+            tar.addfile(tarfile.TarInfo(name))
+        key, _, extension = name.partition(".")
+        problem = f"{path}:{key}: has several files for its {words}, {extension}, {extension}; leave one of them"
+        assert problem in problems_of(tmp_path)
 
 
 def test_a_file_that_is_no_image_by_its_size(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ _DEFAULT_NAMES = {
 """Names before the format in the extensions of images, if the user names none."""
 _DEFAULT_CAPTIONS = ("txt", "caption", "text", "caption.txt", "text.txt", "json")
 _EXAMPLES = {"image": "jpg", "conditioning_image": "conditioning_image.png", "caption": "txt"}
-_SHOWN_EXTENSIONS = 8
+_SHOWN_EXTENSIONS = 6
+_LONGEST_EXTENSION = 24
 
 
 @dataclass(frozen=True)
@@ -65,24 +66,8 @@ class SampleFiles:
         Raises:
             ValueError: if one of them is missing, is there several times, or cannot be read.
         """
-        found = []
-        for name in ("image", "conditioning_image"):
-            images = [member for member in members if self._is(name, member.extension)]
-            if not images:
-                raise ValueError(self._missing(name, members))
-            if len(images) > 1:
-                several = _listed([member.extension for member in images])
-                words = name.replace("_", " ")
-                raise ValueError(f"has several files for its {words}, {several}; name one with --{name}_column")
-            found += images
-        captions = [member for extension in self.captions for member in members if member.extension == extension]
-        if not captions:
-            raise ValueError(self._missing("caption", members))
-        found.append(captions[0])
-        for member in found:
-            if fault := member.fault or _too_large(member):
-                raise ValueError(f"its {member.extension} {fault}")
-        return found[0], found[1], found[2]
+        image, conditioning_image, caption = (self._find(name, members) for name in _EXAMPLES)
+        return image, conditioning_image, caption
 
     def problems(self, extensions: Sequence[str], shown: str) -> list[str]:
         """Return a line for each of the three files that is nowhere among `extensions`, those of all samples."""
@@ -98,6 +83,21 @@ class SampleFiles:
                     f"as {self._example(name)}; there are: {_listed(extensions)}{advice}"
                 )
         return problems
+
+    def _find(self, name: str, members: Sequence[Member]) -> Member:
+        found = [member for member in members if self._is(name, member.extension)]
+        if name == "caption" and found:
+            best = min((member.extension for member in found), key=self.captions.index)
+            found = [member for member in found if member.extension == best]
+        if not found:
+            raise ValueError(self._missing(name, members))
+        if len(found) > 1:
+            extensions = [member.extension for member in found]
+            way_out = f"name one with --{name}_column" if len(set(extensions)) == len(found) else "leave one of them"
+            raise ValueError(f"has several files for its {name.replace('_', ' ')}, {_listed(extensions)}; {way_out}")
+        if fault := found[0].fault or _too_large(found[0]):
+            raise ValueError(f"its {found[0].extension} {fault}")
+        return found[0]
 
     def _missing(self, name: str, members: Sequence[Member]) -> str:
         if cut_off := next((member for member in members if member.fault), None):  # and so are those after it
@@ -133,7 +133,7 @@ def is_json(extension: str) -> bool:
 
 def _listed(extensions: Sequence[str]) -> str:
     more = len(extensions) - _SHOWN_EXTENSIONS
-    shown = ", ".join(extension[:40] for extension in extensions[:_SHOWN_EXTENSIONS])
+    shown = ", ".join(extension[:_LONGEST_EXTENSION] for extension in extensions[:_SHOWN_EXTENSIONS])
     return shown + (f" and {more:,} more" if more > 0 else "")
 
 

@@ -119,7 +119,7 @@ def _unreadable(path: Path) -> str:
 
 def _entries(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     end = 0
-    while (entry := tar.next()) is not None:
+    for entry in tar:
         tar.members.clear()  # type: ignore[attr-defined]  # which would hold a million of them
         if entry.size < 0 or tar.offset <= end:
             raise tarfile.ReadError("a negative size")

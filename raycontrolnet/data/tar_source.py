@@ -212,7 +212,10 @@ def open_tars(shown: str, paths: Sequence[Path], data: DataConfig) -> TarSource:
 
 
 def _shard(path: Path) -> TarShard:
-    found = path.stat()
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error_message(error)})") from None
     return TarShard(str(path.absolute()), str(path), found.st_size, found.st_mtime_ns)
 
 
