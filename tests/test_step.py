@@ -225,7 +225,7 @@ def test_clipping_happens_only_on_updates(settings: dict[str, Any]) -> None:
 
 
 def test_workers_with_more_and_fewer_batches_weigh_as_they_should(settings: dict[str, Any]) -> None:
-    """Of three batches one worker does two, another one: the mean of their gradients is that of an update of three."""
+    """One worker does two of three batches, another one: the mean of their gradients is that of an update of three."""
     batches = [fake_rows(2 * i, 2 * i + 1) for i in range(3)]
     settings |= {"gradient_accumulation_steps": 3, "max_grad_norm": 1e9, "train_batch_size": 2}
     with training(settings) as state:
