@@ -72,9 +72,8 @@ class SampleFiles:
     def problems(self, extensions: Sequence[str], shown: str) -> list[str]:
         """Return a line for each of the three files that is nowhere among `extensions`, those of all samples."""
         problems = []
-        for name, setting in zip(
-            _EXAMPLES, ("image_column", "conditioning_image_column", "caption_column"), strict=True
-        ):
+        for name in _EXAMPLES:
+            setting = f"{name}_column"
             if not any(self._is(name, extension) for extension in extensions):
                 asked = self._asked(name)
                 advice = (asked and perhaps(asked, extensions)) or f"; name one with --{setting}"
@@ -89,21 +88,16 @@ class SampleFiles:
         if name == "caption" and found:
             best = min((member.extension for member in found), key=self.captions.index)
             found = [member for member in found if member.extension == best]
+        extensions = [member.extension for member in found]
         if not found:
-            raise ValueError(self._missing(name, members))
+            has = _listed([member.extension for member in members])
+            raise ValueError(f"has no {name.replace('_', ' ')}, as {self._example(name)}; it has: {has}")
         if len(found) > 1:
-            extensions = [member.extension for member in found]
             way_out = f"name one with --{name}_column" if len(set(extensions)) == len(found) else "leave one of them"
             raise ValueError(f"has several files for its {name.replace('_', ' ')}, {_listed(extensions)}; {way_out}")
         if fault := found[0].fault or _too_large(found[0]):
             raise ValueError(f"its {found[0].extension} {fault}")
         return found[0]
-
-    def _missing(self, name: str, members: Sequence[Member]) -> str:
-        if cut_off := next((member for member in members if member.fault), None):  # and so are those after it
-            return f"its {cut_off.extension} {cut_off.fault}"
-        has = _listed([member.extension for member in members])
-        return f"has no {name.replace('_', ' ')}, as {self._example(name)}; it has: {has}"
 
     def _is(self, name: str, extension: str) -> bool:
         if name == "caption":
