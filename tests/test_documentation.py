@@ -118,6 +118,9 @@ def test_block_runs(found: Block, call: Call, trained: Path) -> None:
     elif "raycontrolnet condition" in found.command:
         assert "2 rows in " in output
         assert len(open_source(data_config(trained / "my-photos-canny"))) == 2
+    elif "tarfile" in found.command:
+        rows, packed = (open_source(data_config(trained / name)) for name in ("my-images", "my-shards"))
+        assert [packed.read(row).captions for row in range(2)] == [rows.read(row).captions for row in range(2)]
     else:
         assert "raycontrolnet prepare" in found.command, "an expectation is missing here"
         assert "latents: 2 samples, " in output

@@ -655,13 +655,14 @@ def test_folders_that_hold_no_data(tmp_path: Path) -> None:
     assert problem == (
         f"--train_data_dir={empty}: has no metadata.jsonl, one line per image such as "
         '{"image": "images/1.png", "conditioning_image": "edges/1.png", "text": "a caption"}; '
-        "also read are metadata.csv, metadata.parquet, prompt.json, train.jsonl, data sets in parquet, and images/ and "
-        "conditioning_images/ whose files pair by name, with captions in images/NAME.txt. It holds: nothing"
+        "also read are metadata.csv, metadata.parquet, prompt.json, train.jsonl, data sets in parquet, WebDataset "
+        "tars, and images/ and conditioning_images/ whose files pair by name, with captions in images/NAME.txt. "
+        "It holds: nothing"
     )
     (empty / "metadata.jsonl").write_text("\n\n")
     assert problems_of(train_data_dir=str(empty)) == [f"{empty}/metadata.jsonl: has no rows"]
     (tmp_path / "shards").mkdir()
-    for name in ("00000.tar", "images.zip"):
+    for name in ("images.zip", "images.7z", "images.rar", "metadata.jsonl.gz"):
         (tmp_path / "shards" / name).touch()
         (problem,) = problems_of(train_data_dir=str(tmp_path / "shards"))
         assert problem.endswith(f"{name}. {name} is an archive: unpack it there")

@@ -72,13 +72,13 @@ class DataConfig:
     dataset_config_name: str | None = setting(None, sweepable=True, decides="latents")
     """Name of the data set's configuration, if it has several."""
     train_data_dir: str | None = setting(None, sweepable=True, decides="latents", path="local")
-    """A folder with images and metadata.jsonl (or prompt.json, the original ControlNet layout)."""
+    """A folder with images and metadata.jsonl (or the original ControlNet's prompt.json), or of WebDataset tars."""
     image_column: str = setting("image", sweepable=True, decides="latents")
-    """Column of the target images."""
+    """Column of the target images; in tars, their extension."""
     conditioning_image_column: str = setting("conditioning_image", sweepable=True, decides="latents")
-    """Column of the conditioning images."""
+    """Column of the conditioning images; in tars, their extension, such as control or control.png."""
     caption_column: str = setting("text", sweepable=True, decides="latents")
-    """Column of the captions: a string, or a list of strings one of which is drawn for every use."""
+    """Column of the captions: a string, or a list of strings, one drawn for every use; in tars, their extension."""
     max_train_samples: int | None = setting(
         None, decides_measurement="which rows there are to train on and to hold out", in_prepare=True
     )

@@ -72,14 +72,14 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Row]]:
         for number, line in enumerate(file, 1):
             if not line.isspace():
                 try:
-                    yield number, _object(_parsed(line))
+                    yield number, _object(parse_json(line))
                 except ValueError as error:
                     yield number, error
 
 
 def _array_rows(path: Path) -> Iterator[tuple[int, Row]]:
     try:
-        rows = _parsed(path.read_bytes())
+        rows = parse_json(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path}: begins as a JSON array, but {error}") from None
     for number, row in enumerate(rows, 1):
@@ -89,7 +89,12 @@ def _array_rows(path: Path) -> Iterator[tuple[int, Row]]:
             yield number, error
 
 
-def _parsed(text: bytes) -> Any:
+def parse_json(text: bytes) -> Any:
+    """Return the value that JSON `text` holds.
+
+    Raises:
+        ValueError: if it is none; says what is wrong, and where.
+    """
     try:
         return json.loads(text.removeprefix(_BOM).strip())
     except UnicodeDecodeError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -14,13 +15,15 @@ from raycontrolnet.data.joined_source import JoinedSource
 from raycontrolnet.data.metadata_file import METADATA_FILES
 from raycontrolnet.data.paired_folder import CONDITIONING_FOLDERS, IMAGES, conditioning_folder, open_pairs
 from raycontrolnet.data.records import ImageRow
+from raycontrolnet.data.tar_index import shard_files
+from raycontrolnet.data.tar_source import open_tars
 from raycontrolnet.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 _DATASETS_FILES = ("*.parquet", "*/*.parquet", "*.arrow", "state.json", "dataset_dict.json")
 """Files of a folder that `datasets` reads, other than a metadata file."""
-_ARCHIVES = frozenset((".tar", ".zip", ".gz", ".tgz", ".7z", ".rar"))
+_ARCHIVES = frozenset((".zip", ".gz", ".7z", ".rar"))
 _SPLITS_NOT_TRAINED_ON = frozenset(("val", "valid", "validation", "dev", "eval", "test", "testing"))
 _SHOWN_ENTRIES = 5
 
@@ -56,8 +59,8 @@ def open_source(
 ) -> Source:
     """Open the source that `data` asks for, and check it with `Source.problems`.
 
-    A local folder with a metadata file, or with images that pair by name, is read in the same way whichever flag names
-    it; so are folders of such folders. `datasets` reads the rest.
+    A local folder with a metadata file, with images that pair by name, or with tars is read in the same way whichever
+    flag names it; so are folders of folders with metadata files, and a tar by itself. `datasets` reads the rest.
 
     Args:
         token: for private data sets on the Hub, if this machine is not logged in.
@@ -77,7 +80,7 @@ def open_source(
 def _open(data: DataConfig, cache_dir: str | None, token: str | None) -> Source:
     if data.train_data_dir is not None:
         folder, shown = data.train_data_dir, f"--train_data_dir={data.train_data_dir}"
-        if not Path(folder).is_dir():
+        if not (Path(folder).is_dir() or shard_files(folder)):
             is_file = Path(folder).exists()
             raise DataError(f"{shown}: {'is a file; name the folder that it is in' if is_file else 'no such folder'}")
         if (source := _open_files(folder, data)) is not None:
@@ -96,6 +99,8 @@ def _open_files(folder: str, data: DataConfig) -> Source | None:
     """Open the images and texts of `folder`; None if it has none in a layout that is read without `datasets`."""
     if has_metadata(folder):
         return open_folder(folder, data)
+    if Path(folder).is_file() and (shards := shard_files(folder)):
+        return open_tars(folder, shards, data)
     if not Path(folder).is_dir() or any(any(Path(folder).glob(pattern)) for pattern in _DATASETS_FILES):
         return None
     if conditioning_folder(folder):
@@ -105,9 +110,21 @@ def _open_files(folder: str, data: DataConfig) -> Source | None:
         logger.warning("%s: %s is not trained on, by its name", folder, " and ".join(held_back))
     parts = [part for part in parts if part.name not in held_back]
     if not parts:
-        return None
+        shards = _trained_on(folder, shard_files(folder))
+        return open_tars(folder, shards, data) if shards else None
     logger.info("%s: the rows of %s", folder, ", ".join(part.name for part in parts))
     return JoinedSource(tuple(open_folder(str(part), data) for part in parts))
+
+
+def _trained_on(folder: str, shards: list[Path]) -> list[Path]:
+    """Return the tars that are not named after another split, as val-0001.tar; all if no other is left."""
+    held_back = [shard for shard in shards if set(re.split(r"[^a-z]+", shard.name.lower())) & _SPLITS_NOT_TRAINED_ON]
+    if len(held_back) in (0, len(shards)):
+        return shards
+    names = " and ".join(shard.name for shard in held_back[:_SHOWN_ENTRIES])
+    more = f" and {len(held_back) - _SHOWN_ENTRIES:,} more" if len(held_back) > _SHOWN_ENTRIES else ""
+    logger.warning("%s: %s%s are not trained on, by their names", folder, names, more)
+    return [shard for shard in shards if shard not in held_back]
 
 
 def _what_is_expected(folder: str) -> str:
@@ -119,7 +136,7 @@ def _what_is_expected(folder: str) -> str:
     return (
         f"has no {METADATA_FILES[0]}, one line per image such as "
         '{"image": "images/1.png", "conditioning_image": "edges/1.png", "text": "a caption"}; '
-        f"also read are {', '.join(METADATA_FILES[1:])}, data sets in parquet, and {IMAGES}/ and "
+        f"also read are {', '.join(METADATA_FILES[1:])}, data sets in parquet, WebDataset tars, and {IMAGES}/ and "
         f"{CONDITIONING_FOLDERS[0]}/ whose files pair by name, with captions in {IMAGES}/NAME.txt. "
         f"It holds: {holds}{more}{advice}"
     )
