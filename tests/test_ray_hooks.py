@@ -184,7 +184,7 @@ def test_a_run_calls_the_hooks(tmp_path: Path) -> None:
     assert [_waits_for_dashboard(each) for each in trainer._create_default_callbacks()].count(True) == 1
     handler = signal.getsignal(signal.SIGINT)
     result = trainer.fit_or_abort()
-    assert trainer.controller is not None, "Ray does not call our _initialize_and_run_controller"
+    assert trainer._groups_name, "Ray does not call our _initialize_and_run_controller"
     assert signal.getsignal(signal.SIGINT) is handler, "Ray takes Ctrl-C"
     seen = result.return_value
     assert any(name.startswith("ray::TrainController") for name in seen["others"])

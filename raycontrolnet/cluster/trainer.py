@@ -16,10 +16,12 @@ import ray
 from ray._private.services import get_webui_url_from_internal_kv
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR
+from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.worker_group import worker_group
 from ray.train.v2.api import data_parallel_trainer as private
 
 from raycontrolnet.cluster.worker import remove_ray_records
+from raycontrolnet.errors import RunError
 
 logger = logging.getLogger(__name__)
 
@@ -57,21 +59,31 @@ class InterruptibleTrainer(TorchTrainer):
                 assert self.run_config.storage_path
                 assert self.run_config.name
                 remove_ray_records(Path(self.run_config.storage_path, self.run_config.name))
+            except ray.train.WorkerGroupError as error:
+                if any(isinstance(each, WorkerHealthCheckTimeoutError) for each in error.worker_failures.values()):
+                    limit = f"--hang_timeout_s={self.worker_timeout_s:g}"
+                    problem = f"A worker has not answered within {limit}: its process, or its machine, has stopped"
+                    raise RunError(problem) from error
+                raise
             except Exception:
                 raise
             except BaseException:
                 self.abort()
                 raise
+            finally:
+                # Ray numbers actors anew after a restart in this process: a handle that is dropped later would end
+                # another run's controller.
+                self.controller = None
 
     def abort(self) -> None:
         """Stop the workers; `fit`, in another thread, then raises. Does nothing before the training has begun."""
-        if self.controller is not None:
+        if (controller := self.controller) is not None:
             self._is_aborted = True
             with suppress(ray.exceptions.RayError):
-                ray.get(self.controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
-            ray.kill(self.controller)
+                ray.get(controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
+            ray.kill(controller)
             with suppress(ray.exceptions.RayError):  # raised once it is dead, and makes no more groups
-                ray.get(self.controller.get_result.remote(), timeout=ABORT_TIMEOUT_S)
+                ray.get(controller.get_result.remote(), timeout=ABORT_TIMEOUT_S)
             self._remove_placement_groups()
 
     def _remove_placement_groups(self) -> None:
