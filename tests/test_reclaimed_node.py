@@ -39,7 +39,7 @@ def test_a_reclaimed_node_costs_no_update(cluster: Any, tiny_settings: Settings,
 
     ray_cluster, nodes = cluster
     settings = tiny_settings | {"num_workers": "1:2", "cpus_per_worker": 2.0, "train_batch_size": 2, "max_failures": 0}
-    settings |= {"max_train_steps": 400, "checkpointing_steps": 10_000}
+    settings |= {"max_train_steps": 80, "checkpointing_steps": 10_000}
     out = tmp_path / "out"
 
     def reclaim() -> None:
@@ -50,11 +50,11 @@ def test_a_reclaimed_node_costs_no_update(cluster: Any, tiny_settings: Settings,
         time.sleep(15)
         ray_cluster.remove_node(nodes[0], allow_graceful=False)
 
-    with when(lambda: last_step(out) >= 20, reclaim) as done:
+    with when(lambda: last_step(out) >= 10, reclaim) as done:
         run(settings, out)
     assert done
     whole = run(settings, tmp_path / "whole", num_workers="0", gradient_accumulation_steps=2)
     begun = re.findall(r"update (\d+) on: (\d) worker", (out / "run.log").read_text())
     assert [workers for _, workers in begun] == ["2", "1"]
-    assert 20 <= int(begun[1][0]) < 400, "it went on from the checkpoint at the notice"
+    assert 10 <= int(begun[1][0]) < 80, "it went on from the checkpoint at the notice"
     assert column(out, "loss") == pytest.approx(column(whole, "loss"), rel=0, abs=1e-4)
