@@ -182,6 +182,7 @@ def test_a_run_calls_the_hooks(tmp_path: Path) -> None:
         datasets={"train": lambda: ray.data.from_items([3])},  # a function, called when the workers start
     )
     assert [_waits_for_dashboard(each) for each in trainer._create_default_callbacks()].count(True) == 1
+    trainer.one_machine = True
     handler = signal.getsignal(signal.SIGINT)
     result = trainer.fit_or_abort()
     assert trainer._groups_name, "Ray does not call our _initialize_and_run_controller"
@@ -189,6 +190,7 @@ def test_a_run_calls_the_hooks(tmp_path: Path) -> None:
     seen = result.return_value
     assert any(name.startswith("ray::TrainController") for name in seen["others"])
     assert not [name for name in seen["others"] if name.startswith("ray::PlacementGroup")], "the run ends 12 s late"
+    assert not [name for name in seen["others"] if name.startswith("ray::Preemption")]
     assert [name for name in seen["places"] if name.startswith(trainer._groups_name)], (
         "a killed run would keep its CPUs"
     )

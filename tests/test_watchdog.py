@@ -77,6 +77,9 @@ def test_a_stopped_worker_is_started_again(tiny_settings: Settings, tmp_path: Pa
         assert "hung: nothing came of an update for 0:08" in (out / "run.log").read_text()
     with (
         when(lambda: last_step(tmp_path / "ended") >= 15, stop_one),
-        pytest.raises(RunError, match=r"Worker 0 hung" if num_workers == 2 else "A worker has not answered within --hang_timeout_s=8"),
+        pytest.raises(
+            RunError,
+            match=r"Worker 0 hung" if num_workers == 2 else "A worker has not answered within --hang_timeout_s=8",
+        ),
     ):
         run(settings, tmp_path / "ended", max_failures=0)

@@ -114,6 +114,7 @@ def train_on_ray(
         datasets={"train": _dataset_factory(run, job)},
         dataset_config=DataConfig(execution_options=options, enable_shard_locality=False),
     )
+    trainer.one_machine = resources.one_machine
     trainer.worker_timeout_s = run.config.hang_timeout_s
     with _running(run, job, stream, callback):
         limit_s = run.config.wait_timeout_s
