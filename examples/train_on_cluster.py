@@ -1,10 +1,10 @@
-"""Train on a Ray cluster whose nodes do not have this package: it travels with the run. Takes a minute more than the run.
+"""Train on a Ray cluster whose nodes do not have this package. Takes a minute more than the run.
 
     python examples/train_on_cluster.py job/train.yaml --address auto                    # on a machine of the cluster
     python examples/train_on_cluster.py job/train.yaml --submit http://127.0.0.1:8265    # from your machine, as a job
 
-Nodes of Ray's own image lack torch and the rest, too: --install has Ray install them, which takes minutes on each node.
-Data, base model and output folder in the settings are absolute paths that mean the same on all nodes.
+The package travels with the run. Nodes of Ray's own image lack torch and the rest, too: with --install Ray installs
+them, which takes minutes on each node. Data, base model and output folder are absolute paths that mean the same on all.
 """
 
 from __future__ import annotations

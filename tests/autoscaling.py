@@ -12,7 +12,6 @@ from ray.autoscaler.v2.scheduler import (
     SchedulingNode,
     SchedulingNodeStatus,
 )
-
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.instance_manager_pb2 import NodeKind
 

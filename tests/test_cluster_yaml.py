@@ -15,12 +15,12 @@ from raycontrolnet.cluster import nodes, session
 from raycontrolnet.config.settings import ClusterConfig
 
 CLUSTER_YAML = Path(__file__).parents[1] / "cluster.yaml"
-RESOURCES = {
+RESOURCES: dict[str, dict[str, float]] = {
     "head": {"CPU": 0},
     "gpu_worker": {"CPU": 8, "memory": 22548578304, "GPU": 1, "accelerator_type:A10G": 1},
     "cpu_worker": {"CPU": 16, "memory": 48103633715},
 }
-"""What Ray fills in from AWS's descriptions of the instance types, which test_ec2.py checks."""
+"""Resources that Ray fills in from AWS's descriptions of the instance types, which test_ec2.py checks."""
 SPOT = {"MarketType": "spot"}
 
 
@@ -36,7 +36,7 @@ def prepared(written: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def on_the_head(prepared: dict[str, Any]) -> dict[str, Any]:
-    """The settings that `ray up` leaves on the head, with the resources of all types."""
+    """Return the settings that `ray up` leaves on the head, with the resources of all types."""
     for name, kind in prepared["available_node_types"].items():
         kind["resources"] = dict(RESOURCES[name])
     return prepared
@@ -115,7 +115,7 @@ def test_the_nodes_that_a_run_expects(
     monkeypatch.setattr(nodes, "BOOTSTRAP_CONFIG", file)
     monkeypatch.setattr(nodes, "_runs_by", lambda found: found == file)
     monkeypatch.setattr(session, "_own", False)
-    there = [{nodes.HEAD: 1.0}, *(RESOURCES[name] for name in up)]
+    there: list[nodes.Node] = [{nodes.HEAD: 1.0}, *(RESOURCES[name] for name in up)]
     found = nodes.nodes_that_may_come(ClusterConfig(use_gpu=use_gpu), there)
     assert found is not None
     assert found == [RESOURCES[name] for name in expected]
@@ -134,8 +134,8 @@ def test_every_node_installs_the_package(prepared: dict[str, Any]) -> None:
 
 
 def test_the_shared_disk_is_in_one_place() -> None:
-    text = CLUSTER_YAML.read_text(encoding="utf-8")
-    settings = "\n".join(line for line in text.splitlines() if "ray job submit" not in line and "train --use_gpu" not in line)
+    head, _, settings = CLUSTER_YAML.read_text(encoding="utf-8").partition("\ncluster_name: ")
+    assert "--output_dir /mnt/shared/" in head
     before, storage = settings.split("\n# --- Storage: ")
     storage, after = storage.split("\n# --- End of storage.")
     assert "/mnt/shared" in storage

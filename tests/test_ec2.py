@@ -17,14 +17,18 @@ from typing import Any
 
 import pytest
 import yaml
+from documents import environment, run
+from processes import wait_for
 from ray.autoscaler._private.providers import _get_node_provider_cls
 from ray.autoscaler._private.util import prepare_config
 from ray.autoscaler.node_launch_exception import NodeLaunchException
 from ray.autoscaler.tags import TAG_RAY_USER_NODE_TYPE
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.instance_manager.subscribers.cloud_resource_monitor import CloudResourceMonitor
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
 from ray.core.generated.instance_manager_pb2 import Instance, InstanceUpdateEvent
 from test_cluster_yaml import CLUSTER_YAML, RESOURCES
+from test_job_submit import ray_head
 
 from raycontrolnet.cluster import reclaim
 
@@ -148,10 +152,10 @@ def metadata_service() -> Iterator[tuple[str, dict[str, bytes]]]:
             self.end_headers()
             self.wfile.write(body or b"")
 
-        def do_PUT(self) -> None:  # noqa: N802
+        def do_PUT(self) -> None:
             self.answer(b"a-token" if self.path == "/latest/api/token" else None)
 
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             known = self.headers["X-aws-ec2-metadata-token"] == "a-token"
             self.answer(answers.get(self.path) if known else None)
 
@@ -198,3 +202,24 @@ def test_ray_is_told(metadata_service: tuple[str, dict[str, bytes]], tmp_path: P
     told = (tmp_path / "told").read_text()
     assert "drain-node --address 10.0.0.1:6379 --reason DRAIN_NODE_REASON_PREEMPTION" in told
     assert 100 < int(told.split()[-1]) <= 120
+
+
+@pytest.mark.slow
+def test_ray_gives_the_node_up(
+    metadata_service: tuple[str, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node without work ends as soon as Ray hears of it; the command must not start a Ray of its own instead."""
+    import ray
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    url, answers = metadata_service
+    answers[ACTION] = notice(120)
+    shell = environment(tmp_path) | {"AWS_EC2_METADATA_SERVICE_ENDPOINT": url}
+    with ray_head(tmp_path, shell) as head:
+        gcs = ray._raylet.GcsClient(address=head.address)
+        assert [node.state for node in gcs.get_all_node_info().values()] == [GcsNodeInfo.ALIVE]
+        told = run([sys.executable, "-m", "raycontrolnet.cluster.reclaim", head.address], tmp_path, shell)
+        assert told.returncode == 0, told.stdout
+        assert "EC2 reclaims this instance in " in told.stdout
+        assert "Started a local Ray" not in told.stdout
+        wait_for(lambda: next(iter(gcs.get_all_node_info().values())).state == GcsNodeInfo.DEAD, timeout_s=60)

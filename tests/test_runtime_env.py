@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from documents import environment, run, write_workspace
+from documents import block, environment, run, write_workspace
 from test_job_submit import Head, assert_trained, ray_head
 
 import raycontrolnet
@@ -80,8 +81,13 @@ def test_a_driver_brings_the_package(head: Head) -> None:
 
 
 def test_a_job_brings_the_package(head: Head) -> None:
+    """The guide's command."""
+    command, documented = block("runtime_env").command, "http://127.0.0.1:8265"
+    assert documented in command
     output_dir = head.output_dir("by-job")
-    output = on_my_machine(head, "examples/train_on_cluster.py", "job/train.yaml", "--submit", head.dashboard)
+    python, *arguments = shlex.split(command.replace(documented, head.dashboard))
+    assert python == "python"
+    output = on_my_machine(head, *arguments)
     assert re.search(r"^raysubmit_\w+: succeeded$", output, re.M)
     assert_trained(output_dir, output)
 

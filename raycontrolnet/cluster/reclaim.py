@@ -34,7 +34,8 @@ def main() -> None:
     while (left := seconds_left(service)) is None:
         time.sleep(POLL_S)
     print(f"EC2 reclaims this instance in {left} s: telling Ray", flush=True)
-    sys.exit(subprocess.run(drain_command(address, left), check=False).returncode)
+    # Without the variable, the command may start a Ray of its own, and drain that.
+    sys.exit(subprocess.run(drain_command(address, left), env=os.environ | {"RAY_ADDRESS": address}).returncode)
 
 
 def seconds_left(service: str) -> int | None:
