@@ -17,7 +17,7 @@ from raycontrolnet.config.settings import ClusterConfig
 CLUSTER_YAML = Path(__file__).parents[1] / "cluster.yaml"
 RESOURCES: dict[str, dict[str, float]] = {
     "head": {"CPU": 0},
-    "gpu_worker": {"CPU": 8, "memory": 22548578304, "GPU": 1, "accelerator_type:A10G": 1},
+    "gpu_worker": {"CPU": 8, "memory": 24051816857, "GPU": 1, "accelerator_type:A10G": 1},
     "cpu_worker": {"CPU": 16, "memory": 48103633715},
 }
 """Resources that Ray fills in from AWS's descriptions of the instance types, which test_ec2.py checks."""
