@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from documents import block, environment, run, write_workspace
+from documents import ROOT, block, environment, run, write_workspace
+from ray.runtime_env import RuntimeEnv
 from test_job_submit import Head, assert_trained, ray_head
 
 import raycontrolnet
 
 pytestmark = pytest.mark.slow
+
+REQUIRES = ["torch<2.14,>=2.8", "ray[data,default,train,tune]<2.61,>=2.60", "rich>=13", 'wandb>=0.19; extra == "wandb"']
 
 WITHOUT_PACKAGE = '''"""Hides raycontrolnet from every Python, unless Ray has brought it as part of a runtime_env."""
 import sys
@@ -114,3 +118,11 @@ def test_ray_job_submit_brings_the_package(head: Head) -> None:
     )
     assert submitted.returncode == 0, submitted.stdout
     assert json.loads((output_dir / "run.json").read_text())["status"] == "finished"
+
+
+def test_what_install_installs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that the package needs but Ray, which the nodes have, and nothing of its extras."""
+    monkeypatch.setattr("importlib.metadata.requires", lambda _: REQUIRES)
+    runtime_env = runpy.run_path(str(ROOT / "examples" / "train_on_cluster.py"))["runtime_env"]
+    assert "pip" not in runtime_env(install=False)
+    assert RuntimeEnv(**runtime_env(install=True)).pip_config()["packages"] == ["torch<2.14,>=2.8", "rich>=13"]
