@@ -5,6 +5,7 @@ Every block follows a comment that says what tests do with it:
     <!-- tests: run -->               run in this process, on a Ray that the blocks share
     <!-- tests: slow -->              run in a shell, as a reader would, with `-m slow`
     <!-- tests: job -->, cluster      run against a Ray head by test_job_submit.py
+    <!-- tests: runtime_env -->       the same, whose nodes lack the package, by test_runtime_env.py
     <!-- tests: sweep -->, sweep.py   run with settings that make it short
     <!-- tests: skip, REASON -->      cannot run in a test
     <!-- tests: FILE -->              the content of a file that other blocks use

@@ -27,8 +27,8 @@ def test_the_documents_are_read() -> None:
     assert len(TEXTS["README.md"].splitlines()) <= 200
     assert len(GUIDES) >= 7
     assert Counter(found.kind for found in BLOCKS) == {
-        "run": 7, "slow": 7, "job": 1, "cluster": 1, "skip": 5, "sweep": 1, "sweep.py": 1, "metadata.jsonl": 1,
-        "space.yaml": 1,
+        "run": 7, "slow": 7, "job": 1, "cluster": 1, "runtime_env": 1, "skip": 6, "sweep": 1, "sweep.py": 1,
+        "metadata.jsonl": 1, "space.yaml": 1,
     }  # fmt: skip
     fences = sum(len(re.findall(r"^```\w+$", text, re.M)) for text in TEXTS.values())
     assert len(BLOCKS) == fences, "a block without a comment for the tests"
@@ -55,7 +55,8 @@ def test_settings_are_those_of_the_code() -> None:
 
 def test_flags_exist() -> None:
     """Ours have underscores or are one word; what has hyphens belongs to others."""
-    of_others = {"logdir", "signal", "head", "region", "query", "output", "name", "port", "ulimit"}
+    of_others = {"logdir", "head", "region", "query", "output", "name", "port", "ulimit"}
+    of_others |= {"signal", "submit", "install", "reason"}  # Slurm, train_on_cluster.py, ray drain-node
     ours = {"config", "help", *setting_types(SweepSettings)}
     ours |= {name for config in (TrainConfig, GenerateConfig, ConditionConfig) for name in setting_types(config)}
     ours |= {f"no_{name}" for name in ours}

@@ -57,6 +57,28 @@ def test_an_autoscaler_may_bring_the_gpus() -> None:
 
 
 @pytest.mark.parametrize(
+    ("may_come", "num_workers", "cpus"),
+    [
+        ([{"CPU": 16}] * 4, "4", 15),
+        ([{"CPU": 16}] * 2, "1:4", 7.5),
+        ([GPU_NODE], "1", 7),
+        (None, "4", 1),  # on KubeRay nobody knows what may come
+    ],
+)
+def test_a_head_without_cpus(may_come: list[Node] | None, num_workers: str, cpus: float) -> None:
+    """Workers on CPUs get a share of the nodes that will come, not the least that there is."""
+    given = share_out(ClusterConfig(num_workers=num_workers, use_gpu=False), [{}], may_come)
+    assert (given.cpus_per_worker, given.use_gpu) == (cpus, False)
+    assert given.waits_for is not None
+    assert "leave less than the 1 that loading data needs" in given.waits_for
+
+
+def test_a_head_without_cpus_and_without_an_autoscaler() -> None:
+    with pytest.raises(ConfigError, match="1 x 1 of the 0 CPUs leave less than the 1 that loading data needs"):
+        share_out(ClusterConfig(), [{}], [])
+
+
+@pytest.mark.parametrize(
     ("settings", "nodes", "message"),
     [
         ({"use_gpu": True}, [CPU_HEAD], "--use_gpu=True: the cluster has no GPU; leave the flag out to train"),

@@ -99,7 +99,8 @@ def share_out(cluster: ClusterConfig, nodes: Sequence[Node], may_come: Sequence[
         use_gpu = there_are_gpus or total("GPU", may_come or ()) > 0
     cpus = cluster.cpus_per_worker
     if cpus is None:
-        cpus = _cpu_share([node.get("CPU", 0.0) for node in nodes], most)
+        with_cpus = nodes if total("CPU", nodes) else may_come  # a head without CPUs says nothing of the workers' nodes
+        cpus = _cpu_share([node.get("CPU", 0.0) for node in with_cpus], most) if with_cpus else 1.0
         if use_gpu:
             cpus = min(1.0, cpus) if there_are_gpus else 1.0
     room = sum(_room(node, cpus, use_gpu, cluster.accelerator_type) for node in nodes)
