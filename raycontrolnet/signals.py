@@ -14,6 +14,9 @@ ENDING = (signal.SIGTERM, signal.SIGHUP)
 """Signals that end a process without a word, unless they are handled."""
 
 
+REACTION_S = 8.0
+"""Time for the main thread to react to a signal, and to end."""
+
 _last = signal.SIGINT
 """The signal that was raised last. Not carried by an exception: `ray.get` raises a KeyboardInterrupt of its own."""
 
@@ -36,26 +39,35 @@ def ending_signals_raised() -> Iterator[None]:
 
 
 @contextmanager
-def ended_in_order(begin_end: Callable[[], bool], grace_s: float | None = None) -> Iterator[None]:
+def ended_in_order(
+    begin_end: Callable[[], bool], grace_s: float | None = None, last_words: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Let the first signal only begin an orderly end of the work in the `with` block, in the main thread.
 
     When the block is over, or at a second signal, it is raised as KeyboardInterrupt; if it is not Ctrl-C, also after
-    `grace_s`: who sends others waits only so long.
+    `grace_s`: who sends others waits only so long. If the main thread does not even react to that, as in a call to a
+    Ray whose processes got the signal as well, the process ends.
 
     Args:
         begin_end: asks the work to end, and returns whether it will; if not, the signal is raised at once.
+        last_words: called, in another thread, before the process ends.
     """
     noted: list[int] = []
+
+    def end(number: int) -> None:
+        last_words()
+        os._exit(128 + number)
 
     def handle(number: int, _: FrameType | None) -> None:
         if noted or not begin_end():
             raise_interrupt(number)
         noted.append(number)
         if grace_s is not None and number != signal.SIGINT:
-            timer = threading.Timer(grace_s, os.kill, (os.getpid(), number))
-            timer.daemon = True
-            timers.append(timer)
-            timer.start()
+            timers.append(threading.Timer(grace_s, os.kill, (os.getpid(), number)))
+            timers.append(threading.Timer(grace_s + REACTION_S, end, (number,)))
+            for timer in timers:
+                timer.daemon = True
+                timer.start()
 
     timers: list[threading.Timer] = []
     try:

@@ -8,8 +8,10 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 import torch
@@ -230,6 +232,34 @@ def test_signals_end_a_run_cleanly(settings: Settings, tmp_path: Path, number: i
     expected = f"Interrupted. The checkpoint of update {step} stands: go on with --resume_from_checkpoint latest"
     assert expected in stderr.splitlines()[-1]
     assert json.loads((output_dir / "run.json").read_text())["status"] == "interrupted"
+    wait_for(lambda: not processes_of_session(process.pid), timeout_s=20)
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_processes_of_a_run(settings: Settings, tmp_path: Path) -> None:
+    """As Slurm sends it, unless told otherwise: Ray ends first. The run says how to go on, before it is killed."""
+    out = tmp_path / "out"
+    changed = {
+        "output_dir": str(out),
+        "max_train_steps": 100_000,
+        "checkpoints_total_limit": 2,
+        "cpus_per_worker": None,
+    }
+    values = public_settings(TrainConfig(**settings | changed | {"checkpointing_steps": 5}))
+    command = [sys.executable, "-m", "raycontrolnet", "train"]
+    command += [f"--{name}={value}" for name, value in values.items() if value not in (None, False)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        wait_for((out / "checkpoint-5").exists, timeout_s=120)
+        for each in processes_of_session(process.pid):
+            with suppress(psutil.NoSuchProcess):
+                each.terminate()
+        stderr = process.communicate(timeout=28)[1]  # Slurm kills after 30
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    assert "Interrupted. The checkpoint of update" in stderr.strip().splitlines()[-1]
+    assert json.loads((out / "run.json").read_text())["status"] == "interrupted"
     wait_for(lambda: not processes_of_session(process.pid), timeout_s=20)
 
 

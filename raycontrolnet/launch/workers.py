@@ -59,7 +59,7 @@ def train_here(
 
     job = run.job(use_gpu=use_gpu, threads=threads, loader=run.loader, callback=callback)
     _announce(run, status, stream, use_gpu=use_gpu)
-    with _running(run, job, stream, callback):
+    with _running(run, job, status, stream, callback):
         summary = train_controlnet({"job": job})
     assert summary is not None
     return summary
@@ -116,7 +116,7 @@ def train_on_ray(
     )
     trainer.one_machine = resources.one_machine
     trainer.worker_timeout_s = run.config.hang_timeout_s
-    with _running(run, job, stream, callback):
+    with _running(run, job, status, stream, callback):
         limit_s = run.config.wait_timeout_s
         waiting = waiting_for_workers(trainer.is_waiting, trainer.abort, resources, limit_s, stream)
         with _followed(run, trainer, callback), waiting:
@@ -127,7 +127,9 @@ def train_on_ray(
 
 
 @contextmanager
-def _running(run: CheckedRun, job: Job, stream: TextIO, callback: RunCallback | None) -> Iterator[None]:
+def _running(
+    run: CheckedRun, job: Job, status: RunStatus, stream: TextIO, callback: RunCallback | None
+) -> Iterator[None]:
     """Begin the run, and show its progress unless there is a callback.
 
     An early end is explained by the failure that a worker recorded, or else by Ray's error.
@@ -163,9 +165,15 @@ def _running(run: CheckedRun, job: Job, stream: TextIO, callback: RunCallback | 
             stream.write("\nending with a checkpoint of the current update; Ctrl-C again to end at once\n")
         return True
 
+    def last_words() -> None:
+        with suppress(OSError, ValueError, RuntimeError):
+            status.interrupted()
+            stream.write(f"\nInterrupted. {run.how_to_go_on()}\n")
+            stream.flush()
+
     with explained("The run", run.how_to_go_on, run.output_dir / RUN_LOG, unchanged=()):
         try:
-            with ended_in_order(begin_end, GRACE_S), shown:
+            with ended_in_order(begin_end, GRACE_S, last_words), shown:
                 yield
         except Exception as error:
             if failure := read_failure(run.output_dir) or read_hang(run.output_dir):

@@ -30,6 +30,12 @@ class RunStatus(dict[str, Any]):
         with replacing(self._path) as partial:
             partial.write_text(json.dumps(content, indent=1) + "\n")
 
+    def interrupted(self) -> None:
+        """Write that the run was interrupted, if it is running still."""
+        if self["status"] == "running":
+            self["status"] = "interrupted"
+            self.write()
+
 
 def read_status(output_dir: Path) -> dict[str, Any]:
     """Return run.json; empty if there is none. A run whose process has vanished is `interrupted`."""
