@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -74,10 +75,13 @@ def test_the_driver_is_killed(sweep_settings: Settings, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "signal_whole_group",
-    [pytest.param(False, id="to the driver", marks=pytest.mark.slow), pytest.param(True, id="to the terminal")],
+    ("number", "signal_whole_group"),
+    [
+        pytest.param(signal.SIGTERM, False, id="SIGTERM to the driver", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, True, id="Ctrl-C to the terminal"),
+    ],
 )
-def test_ctrl_c(sweep_settings: Settings, signal_whole_group: bool) -> None:
+def test_signals(sweep_settings: Settings, number: signal.Signals, signal_whole_group: bool) -> None:
     output_dir = Path(sweep_settings["output_dir"])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = tune_command(
@@ -87,8 +91,8 @@ def test_ctrl_c(sweep_settings: Settings, signal_whole_group: bool) -> None:
     def ready() -> bool:
         return states(output_dir).count("running") == 2 and bool(checkpoints(output_dir))
 
-    process, said = ctrl_c(command, ready, whole_group=signal_whole_group, env=environment)
-    assert process.returncode == 130
+    process, said = ctrl_c(command, ready, whole_group=signal_whole_group, env=environment, number=number)
+    assert process.returncode == 128 + number
     assert "Traceback" not in said
     assert said.splitlines()[-1] == (
         "Interrupted. 0 of 4 trials have ended and stand; the others go on from their last checkpoints with the same "
