@@ -40,6 +40,7 @@ from raycontrolnet.training.job import (
     write_timings,
 )
 from raycontrolnet.training.metrics import (
+    LEFT_OUT_FILE,
     MetricsLog,
     OnItsWay,
     PendingMetrics,
@@ -96,8 +97,9 @@ class Worker:
         self.first_sample, self.first_step = state.samples, state.step
         interval_s = 0.0 if state.accelerator.device.type == "cpu" else GPU_METRICS_INTERVAL_S
         self.pending = PendingMetrics(interval_s, schedule.samples_per_update)
-        skips = job.config.on_nan == "skip"
-        self.not_finite = NotFiniteUpdates(state, job.config.resolution, job.config.max_nan if skips else 0)
+        most = job.config.max_nan if job.config.on_nan == "skip" else 0
+        log = job.output_dir / LEFT_OUT_FILE if share.rank == 0 else None
+        self.not_finite = NotFiniteUpdates(state, job.config.resolution, most, log)
         self.last: UpdateMetrics | None = None
         self.notices = OnItsWay(torch.zeros(2))
         """Means over the workers, in the last update: driver asks for the end, nodes that are to be reclaimed."""

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -691,7 +692,9 @@ def test_updates_that_are_not_finite_are_left_out(
         with pytest.raises(RunError, match=r"not taken\. .* More than --max_nan=1 such updates since the start"):
             run(settings, out)
         return
-    run(settings, out)
+    result = fit(TrainConfig(**settings | {"output_dir": str(out)}), stream=(shown := io.StringIO()))
+    assert result.step == 4
+    assert re.findall(r"at update (\d) \(.*; left out, (\d) of at most 2", shown.getvalue()) == [("2", "1"), ("3", "2")]
     assert column(out, "step") == [1, 4]
     assert column(out, "samples") == [4, 16]
     assert "left out, 2 of at most 2" in (out / "run.log").read_text()

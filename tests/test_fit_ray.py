@@ -192,7 +192,7 @@ def test_a_run_whose_workers_never_come(settings: Settings, tmp_path: Path, monk
 
 def test_workers_that_leave_no_cpu_for_loading_are_refused(settings: Settings, tmp_path: Path) -> None:
     """Ray would wait forever, without a word."""
-    with pytest.raises(ConfigError, match=r"--num_workers=3, --cpus_per_worker=1: 3 x 1 of the 3 CPUs leave less"):
+    with pytest.raises(ConfigError, match=r"--num_workers=3, --cpus_per_worker=1: 3 x 1 CPUs and 1 for loading data"):
         run(settings, tmp_path / "out", num_workers="3")
     with pytest.raises(ConfigError, match="--use_gpu=True: the cluster has no GPU"):
         run(settings, tmp_path / "out", use_gpu=True)

@@ -153,7 +153,7 @@ def test_workers_that_leave_nothing_for_loading_are_refused(head: Head) -> None:
     command = f"raycontrolnet train --config job/train.yaml --address {head.address} --num_workers 3"
     result = head.shell(f"{command} --cpus_per_worker 1")
     assert result.returncode == 2
-    assert "3 x 1 of the 3 CPUs leave less than the 1 that loading data needs" in result.stdout
+    assert "3 x 1 CPUs and 1 for loading data are more than the" in result.stdout
 
 
 def test_a_head_that_asks_for_a_token(tmp_path: Path, tiny_base: Path) -> None:

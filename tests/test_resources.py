@@ -70,11 +70,11 @@ def test_a_head_without_cpus(may_come: list[Node] | None, num_workers: str, cpus
     given = share_out(ClusterConfig(num_workers=num_workers, use_gpu=False), [{}], may_come)
     assert (given.cpus_per_worker, given.use_gpu) == (cpus, False)
     assert given.waits_for is not None
-    assert "leave less than the 1 that loading data needs" in given.waits_for
+    assert "and 1 for loading data are more than the" in given.waits_for
 
 
 def test_a_head_without_cpus_and_without_an_autoscaler() -> None:
-    with pytest.raises(ConfigError, match="1 x 1 of the 0 CPUs leave less than the 1 that loading data needs"):
+    with pytest.raises(ConfigError, match="1 x 1 CPUs and 1 for loading data are more than the 0 CPUs"):
         share_out(ClusterConfig(), [{}], [])
 
 
@@ -95,7 +95,7 @@ def test_a_head_without_cpus_and_without_an_autoscaler() -> None:
         (
             {"num_workers": "1", "cpus_per_worker": 2.0},
             [{"CPU": 2}],
-            "--num_workers=1, --cpus_per_worker=2: 1 x 2 of the 2 CPUs leave less than the 1 that loading data needs",
+            "--num_workers=1, --cpus_per_worker=2: 1 x 2 CPUs and 1 for loading data are more than the 2 CPUs there",
         ),
         (
             {"accelerator_type": "H100"},
@@ -114,7 +114,7 @@ def test_more_than_an_autoscaler_may_bring_is_refused() -> None:
     """64 workers, and two nodes at most; where nobody knows what may come, as on KubeRay, the run waits."""
     grown = ", with the 2 nodes that its autoscaler may add,"
     refused = {
-        "64": f"--num_workers=64, --cpus_per_worker=1: 64 x 1 of the 24 CPUs{grown} leave less than the 1",
+        "64": "--num_workers=64: 64 x 1 CPUs and 1 for loading data are more than the 24 CPUs there are, with",
         "4": f"--num_workers=4: the cluster{grown} has room for 2 workers of 1 CPU and a GPU",
     }
     for num_workers, message in refused.items():

@@ -21,6 +21,7 @@ from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.data.folder_source import FolderSource
 from raycontrolnet.data.sources import Source, open_source
 from raycontrolnet.data.transforms import decode_rgb
+from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.errors import DataError
 
 COUNT = 3
@@ -976,3 +977,27 @@ def test_rows_read_at_random_are_those_read_in_order(circles: Path) -> None:
     in_order = [source.read(row) for row in range(len(source))]
     order = np.random.default_rng(0).permutation(len(source))
     assert all(source.read(int(row)) == in_order[row] for row in order)
+
+
+def test_images_that_are_no_files_are_found_at_once(tmp_path: Path) -> None:
+    """Not at their turn in the training: folders, pipes, and base64 that was cut short."""
+    data = write_shapes(tmp_path / "data", 4, resolution=16)
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    rows[2]["image"] = "iVBORw0KGgo" + "A" * 60 + "!!"
+    (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for row, make in ((0, Path.mkdir), (1, os.mkfifo)):
+        (data / rows[row]["image"]).unlink()
+        make(data / rows[row]["image"])
+    with pytest.raises(DataError) as error:
+        open_source(DataConfig(train_data_dir=str(data)))
+    assert [line.rpartition(": ")[2] for line in str(error.value).splitlines()[:3]] == [
+        "is a folder, not an image file",
+        "is a named pipe, not an image file",
+        "neither a file nor base64 that can be decoded",
+    ]
+
+
+def test_a_metadata_file_that_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metadata.jsonl")
+    with pytest.raises(DataError, match=r"It holds: metadata.jsonl. metadata.jsonl is a named pipe, not a file$"):
+        open_source(DataConfig(train_data_dir=str(tmp_path)))

@@ -78,7 +78,9 @@ def wanted_and_there(resources: WorkerResources) -> str:
     each = " and ".join(counted(amount, kind) for kind, amount in resources.per_worker.items())
     kind = f" of type {resources.accelerator_type}" if resources.accelerator_type else ""
     workers = counted(resources.num_workers[0], "worker")
-    return f"{counted(len(up), 'node')} up with {there} free; the run needs {workers} of {each}{kind}"
+    enough = all(free.get(kind, 0.0) >= resources.num_workers[0] * need for kind, need in resources.per_worker.items())
+    starting = "; if a node has room for them, their processes are starting" if enough else ""
+    return f"{counted(len(up), 'node')} up with {there} free; the run needs {workers} of {each}{kind}{starting}"
 
 
 def share_out(cluster: ClusterConfig, nodes: Sequence[Node], may_come: Sequence[Node] | None) -> WorkerResources:
@@ -132,9 +134,11 @@ def _problem(
     if use_gpu and not total("GPU", nodes):
         return no_gpu("the cluster has no GPU")
     if fewest * cpus + LOADING_CPUS > all_cpus:
+        given = "" if cluster.cpus_per_worker is None else f", --cpus_per_worker={cpus:g}"
+        most = max(0, int((all_cpus - LOADING_CPUS) / cpus))
         return (
-            f"--num_workers={cluster.num_workers}, --cpus_per_worker={cpus:g}: {fewest} x {cpus:g} of the "
-            f"{all_cpus:g} CPUs{grown} leave less than the {LOADING_CPUS:g} that loading data needs; lower either"
+            f"--num_workers={cluster.num_workers}{given}: {fewest} x {cpus:g} CPUs and {LOADING_CPUS:g} for loading "
+            f"data are more than the {all_cpus:g} CPUs there are{grown.rstrip(',')}; {most} would fit"
         )
     if room < fewest:
         each = counted(cpus, "CPU") + (" and a GPU" if use_gpu else "")

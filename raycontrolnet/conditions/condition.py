@@ -194,7 +194,7 @@ def _check_bad(task: _Task, bad: Sequence[BadPicture]) -> tuple[BadPicture, ...]
     if len(bad) <= allowed and len(bad) < total:
         return tuple(bad)
     limit = (
-        f"more than --max_bad_fraction={config.max_bad_fraction:g} allows; repair or remove them"
+        f"more than --max_bad_fraction={config.max_bad_fraction:g} allows; repair or remove them, or raise it"
         if config.on_bad_sample == "skip"
         else "repair or remove them, or leave them out with --on_bad_sample skip"
     )

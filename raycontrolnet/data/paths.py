@@ -7,7 +7,9 @@ import binascii
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from raycontrolnet.errors import DataError
@@ -53,13 +55,19 @@ def shown_path(path: str) -> str:
     return path if len(path) <= _LONGEST_SHOWN else f"{path[:half]}...{path[-half:]}"
 
 
+def kind_of_file(mode: int) -> str:
+    """Return what a path leads to, by its `st_mode`, where it is no regular file."""
+    kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
+    return next((name for is_kind, name in kinds if is_kind(mode)), "a device")
+
+
 def missing_files(root: str, paths: Iterable[str]) -> Iterator[tuple[int, str]]:
-    """Yield (index, path) of the `paths`, relative to `root` or absolute, that do not exist.
+    """Yield (index, path) of the `paths`, relative to `root` or absolute, that do not exist, or are no files.
 
     "" and embedded images are no paths and pass. Lists each folder once: a system call per file takes minutes for a
     million files on a network disk.
     """
-    listings: dict[str, frozenset[str]] = {}
+    listings: dict[str, Mapping[str, bool]] = {}
     for index, path in enumerate(paths):
         if not path or is_embedded(path):
             continue
@@ -68,17 +76,22 @@ def missing_files(root: str, paths: Iterable[str]) -> Iterator[tuple[int, str]]:
         if folder not in listings:
             try:
                 with os.scandir(Path(root, folder)) as entries:
-                    listings[folder] = frozenset(entry.name for entry in entries)
+                    listings[folder] = {entry.name: entry.is_symlink() or entry.is_file() for entry in entries}
             except (OSError, ValueError):
-                listings[folder] = frozenset()
+                listings[folder] = {}
         # names are listed as they were made; file systems that ignore case or Unicode forms may find others too
-        if name not in listings[folder] and not (listings[folder] and _exists(Path(root, path))):
+        exists = name in listings[folder] or (listings[folder] and _exists(Path(root, path)))
+        if not (exists and listings[folder].get(name, True)):
             yield index, path
 
 
 def missing_reason(root: str, path: str) -> str:
-    """Return that a path, relative to `root` or absolute, leads nowhere, and what it seems to be instead."""
+    """Return that a path, relative to `root` or absolute, leads to no file, and what it seems to be instead."""
     here, archive = Path(path), Path(root, f"{Path(path).parts[0]}.zip")
+    with suppress(OSError, ValueError):
+        return f"is {kind_of_file(Path(root, path).stat().st_mode)}, not an image file"
+    if len(path) >= _SHORTEST_BASE64 and path.startswith(_BASE64_HEADS):
+        return "neither a file nor base64 that can be decoded"
     if re.match(r"[A-Za-z]:[\\/]", path):
         return "no such file: it is a path of Windows, of another machine; write it relative to the metadata file"
     if "\\" in path and _exists(Path(root, path.replace("\\", "/"))):

@@ -14,6 +14,7 @@ from raycontrolnet.data.hub_source import open_dataset
 from raycontrolnet.data.joined_source import JoinedSource
 from raycontrolnet.data.metadata_file import METADATA_FILES
 from raycontrolnet.data.paired_folder import CONDITIONING_FOLDERS, IMAGES, conditioning_folder, open_pairs
+from raycontrolnet.data.paths import kind_of_file
 from raycontrolnet.data.records import ImageRow
 from raycontrolnet.data.tar_index import shard_files
 from raycontrolnet.data.tar_source import open_tars
@@ -133,6 +134,8 @@ def _what_is_expected(folder: str) -> str:
     more = f" and {len(entries) - _SHOWN_ENTRIES:,} more" if len(entries) > _SHOWN_ENTRIES else ""
     archive = next((entry for entry in entries if entry.suffix in _ARCHIVES), None)
     advice = f". {archive.name} is an archive: unpack it there" if archive else ""
+    if odd := next((entry for entry in entries if entry.name in METADATA_FILES and entry.exists()), None):
+        advice += f". {odd.name} is {kind_of_file(odd.stat().st_mode)}, not a file"
     return (
         f"has no {METADATA_FILES[0]}, one line per image such as "
         '{"image": "images/1.png", "conditioning_image": "edges/1.png", "text": "a caption"}; '

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from raycontrolnet.data.paths import kind_of_file
 from raycontrolnet.data.records import ImageRow, UInt8Image
 from raycontrolnet.errors import DataError
 from raycontrolnet.text import error_message, file_size
@@ -170,7 +171,7 @@ def _read_file(path: str, prefix: str) -> bytes:
     try:
         found = Path(path).stat()
         if not stat.S_ISREG(found.st_mode):  # opening a named pipe waits, reading a device never ends
-            raise DataError(f"{prefix}{path}: is {_kind_of_file(found.st_mode)}, not an image file")
+            raise DataError(f"{prefix}{path}: is {kind_of_file(found.st_mode)}, not an image file")
         if found.st_size > MAX_IMAGE_BYTES:
             raise DataError(
                 f"{prefix}{path}: has {file_size(found.st_size)}, more than the {file_size(MAX_IMAGE_BYTES)} that an "
@@ -181,11 +182,6 @@ def _read_file(path: str, prefix: str) -> bytes:
         raise DataError(f"{prefix}{path}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise DataError(f"{prefix}{path}: cannot be read ({error_message(error)})") from None
-
-
-def _kind_of_file(mode: int) -> str:
-    kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
-    return next((name for is_kind, name in kinds if is_kind(mode)), "a device")
 
 
 def _turn_upright(image: Image.Image) -> None:

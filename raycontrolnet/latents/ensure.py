@@ -110,7 +110,7 @@ def _manifest(plan: LatentPlan, results: list[ShardResult]) -> Manifest:
             partial_file.write_text("".join(f"{sample.reason}\n" for sample in bad), encoding="utf-8")
         lines = shorten([sample.reason for sample in bad], f"bad samples (the whole list: {file})")
         limit = (
-            f"more than --max_bad_fraction={plan.config.max_bad_fraction:g} allows; fix the data"
+            f"more than --max_bad_fraction={plan.config.max_bad_fraction:g} allows; fix the data, or raise it"
             if plan.config.on_bad_sample == "skip"
             else "fix them, or skip them with --on_bad_sample skip"
         )

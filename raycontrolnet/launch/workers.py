@@ -270,9 +270,10 @@ def _announce(run: CheckedRun, status: RunStatus, stream: TextIO, *, use_gpu: bo
         f"{schedule.total_updates}, seed {run.config.seed}\n"
     )
     if run.start and step >= schedule.total_updates:
+        length = "num_train_epochs" if run.config.max_train_steps is None else "max_train_steps"
         stream.write(
-            f"nothing is left to train: {run.start.path.name} has all {step} updates that --max_train_steps or "
-            "--num_train_epochs ask for; raise it to train on\n"
+            f"nothing is left to train: {run.start.path.name} has {step} updates, and --{length}="
+            f"{getattr(run.config, length)} asks for no more; raise it to train on\n"
         )
     if warning := warmup_warning(run.config, schedule.total_updates):
         stream.write(f"{warning}\n")

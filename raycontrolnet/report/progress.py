@@ -57,6 +57,7 @@ class Progress:
         self.status = StatusLine(stream)
         self._metrics = metrics.Tail(output_dir / metrics.METRICS_FILE)
         self._held_out = metrics.Tail(output_dir / held_out.HELD_OUT_FILE)
+        self._left_out = metrics.Tail(output_dir / metrics.LEFT_OUT_FILE)
         self._measured = first_step
         self._validation_steps = validation_steps
         self._scored = scored
@@ -118,7 +119,9 @@ class Progress:
         self._updates.extend(record for record in records if record["step"] > self.first_step)
 
     def _show_measurements(self) -> None:
-        """Print a line for every new measurement of the held-out rows."""
+        """Print a line for every update that was left out, and for every new measurement of the held-out rows."""
+        for record in self._left_out.read()[0]:
+            self.status.say(f"{record['problem']}; {metrics.LEFT_OUT_FILE} and the log have all")
         records, _ = self._held_out.read()
         for record in records:
             if record["step"] > self._measured:

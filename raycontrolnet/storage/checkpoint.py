@@ -183,8 +183,11 @@ def resolve(resume_from_checkpoint: str | None, output_dir: Path) -> Checkpoint 
             return found
         if other := next((path for path in output_dir.glob("checkpoint-*") if _is_of_others(path)), None):
             raise ConfigError([f"{flag}: {_of_others(other)}"])
-        damaged = f"only damaged ones ({names})" if present else "no complete one"
-        raise ConfigError([f"{flag}: {output_dir} holds {damaged}; leave it out to start anew in another --output_dir"])
+        if present:
+            problem = f"holds only damaged checkpoints ({names}); leave the flag out, and name another --output_dir"
+        else:
+            problem = "holds no complete checkpoint; leave the flag out to start anew"
+        raise ConfigError([f"{flag}: {output_dir} {problem}"])
     path = Path(resume_from_checkpoint)
     if not path.is_absolute() and (output_dir / path.name).is_dir() and path.name == str(path):
         path = output_dir / path
@@ -196,7 +199,8 @@ def resolve(resume_from_checkpoint: str | None, output_dir: Path) -> Checkpoint 
         checkpoint = Checkpoint.open(path.resolve())
         checkpoint.check_bytes()
     except (ValueError, OSError) as error:
-        raise ConfigError([f"{flag}: {error}; complete in {output_dir}: {names}"]) from None
+        others = ", ".join(each.path.name for each in present if each.path.resolve() != path.resolve()) or "none"
+        raise ConfigError([f"{flag}: {error}; complete in {output_dir}: {others}"]) from None
     return checkpoint
 
 

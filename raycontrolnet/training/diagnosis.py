@@ -5,10 +5,12 @@ The samples of such an update are done again, one by one.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,10 +33,11 @@ class NotFiniteUpdates:
 
     Args:
         most: number that may be left out; 0 for none.
+        log: the file that gets them; None on other workers than that of rank 0.
     """
 
-    def __init__(self, state: TrainState, resolution: int, most: int):
-        self.state, self.resolution, self.most = state, resolution, most
+    def __init__(self, state: TrainState, resolution: int, most: int, log: Path | None):
+        self.state, self.resolution, self.most, self.log = state, resolution, most, log
         self.count = 0
 
     def add(self, update: UpdateMetrics, problem: str, loader: BatchLoader) -> None:
@@ -49,7 +52,11 @@ class NotFiniteUpdates:
         if self.count > self.most:
             more = f". More than --max_nan={self.most} such updates since the start" if self.most else ""
             raise RunError(said + more)
-        logger.warning("%s; left out, %d of at most %d", said, self.count, self.most)
+        left_out = f"left out, {self.count} of at most {self.most}"
+        logger.warning("%s; %s", said, left_out)
+        if self.log:
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": update.step, "problem": f"{problem}; {left_out}"}) + "\n")
 
 
 def diagnosis(state: TrainState, loader: BatchLoader, resolution: int, samples: Sequence[int]) -> str:

@@ -24,7 +24,7 @@ from raycontrolnet.sampling.pipeline import DrawOptions
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.storage.files import replacing
-from raycontrolnet.training import held_out, validation
+from raycontrolnet.training import held_out, metrics, validation
 from raycontrolnet.training.failures import FAILURE_FILE, HANG_FILE
 
 RUN_LOG = "run.log"
@@ -97,6 +97,7 @@ def begin(job: Job) -> None:
     # Of an earlier run that left no checkpoint.
     if job.start is None:
         shutil.rmtree(job.output_dir / validation.VALIDATION_FOLDER, ignore_errors=True)
+        (job.output_dir / metrics.LEFT_OUT_FILE).unlink(missing_ok=True)
     if job.start is None or job.start.manifest.get("held_out", 0) != job.num_held_out:
         (job.output_dir / held_out.HELD_OUT_FILE).unlink(missing_ok=True)
     end(job.output_dir)  # Ray must not find its records of an earlier run: only the checkpoints on disk count

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 METRICS_FILE = "metrics.jsonl"
+LEFT_OUT_FILE = "left_out.jsonl"
+"""The updates that were not taken: step, and why."""
 
 RATE_WINDOW_S = 30.0
 MIN_UPDATES_FOR_RATE = 3
