@@ -18,6 +18,7 @@ import psutil
 import pytest
 import yaml
 from documents import block, environment, run, write_workspace
+from ray._common.utils import get_ray_address_file
 
 from raycontrolnet.training import metrics
 
@@ -67,6 +68,10 @@ def ray_head(workspace: Path, shell: dict[str, str]) -> Iterator[Head]:
     finally:
         stop_processes_of(temp_dir)
         shutil.rmtree(temp_dir, ignore_errors=True)
+        # `ray stop` would remove it. While it is there, a plain `ray.init()` waits for this head without end.
+        current = Path(get_ray_address_file(None))
+        if current.is_file() and current.read_text().endswith(f":{ports['port']}"):
+            current.unlink()
 
 
 @pytest.fixture(scope="module")
