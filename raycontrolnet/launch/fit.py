@@ -23,12 +23,12 @@ from raycontrolnet.hub.licence import Licence, find_licence
 from raycontrolnet.hub.model_card import write_model_card
 from raycontrolnet.launch.preflight import CheckedRun, check, choose_latents, ensure_latents
 from raycontrolnet.launch.workers import train_here, train_on_ray
-from raycontrolnet.report.background import repeating
 from raycontrolnet.report.live_report import live_report
 from raycontrolnet.signals import ending_signals_raised
 from raycontrolnet.storage.lock import BEAT_INTERVAL_S, locked
 from raycontrolnet.text import duration
 from raycontrolnet.training import held_out, validation
+from raycontrolnet.training.background import repeating
 from raycontrolnet.training.job import RUN_LOG, RunCallback
 from raycontrolnet.training.status import RunStatus, live_status
 

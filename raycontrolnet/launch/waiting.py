@@ -9,8 +9,8 @@ from typing import TextIO
 
 from raycontrolnet.cluster.resources import WorkerResources, wanted_and_there
 from raycontrolnet.errors import RunError
-from raycontrolnet.report.background import repeating
 from raycontrolnet.text import duration
+from raycontrolnet.training.background import repeating
 
 FIRST_NEWS_S = 30.0
 LOOK_INTERVAL_S = 2.0

@@ -14,13 +14,13 @@ from raycontrolnet.data.stream import StreamLayout, batch_bytes, execution_optio
 from raycontrolnet.errors import explained
 from raycontrolnet.launch.preflight import CheckedRun
 from raycontrolnet.launch.waiting import waiting_for_workers
-from raycontrolnet.report.background import repeating
 from raycontrolnet.report.progress import Progress, progress
 from raycontrolnet.sampling.find_controlnet import CONFIG_FILE
 from raycontrolnet.signals import ended_in_order
 from raycontrolnet.storage.files import replacing
 from raycontrolnet.text import counted
 from raycontrolnet.training import held_out, metrics, validation
+from raycontrolnet.training.background import repeating
 from raycontrolnet.training.failures import read_failure, read_hang
 from raycontrolnet.training.job import RUN_LOG, Job, RunCallback, RunStopped, ask_to_stop, begin, end
 from raycontrolnet.training.schedule import due_steps, warmup_warning

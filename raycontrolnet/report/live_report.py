@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from raycontrolnet.report.background import repeating
 from raycontrolnet.report.run_report import write_report
+from raycontrolnet.training.background import repeating
 
 logger = logging.getLogger(__name__)
 

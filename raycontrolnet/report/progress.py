@@ -10,11 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
-from raycontrolnet.report.background import repeating
 from raycontrolnet.sampling import images, scores
 from raycontrolnet.sampling.images import METADATA
 from raycontrolnet.text import StatusLine, counted, duration
 from raycontrolnet.training import held_out, metrics, validation
+from raycontrolnet.training.background import repeating
 from raycontrolnet.training.schedule import due_steps
 
 LINE_INTERVAL_S = 0.5

@@ -5,13 +5,12 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from raycontrolnet.text import duration
+from raycontrolnet.training.background import repeating
 from raycontrolnet.training.failures import record_hang
 
 logger = logging.getLogger(__name__)
@@ -32,33 +31,25 @@ class Watchdog:
         self.who, self.output_dir, self.log, self.timeout_s = who, output_dir, log, timeout_s
         self.phase = ""
         self._since: float | None = None
+        self._looked = 0.0
 
     def progress(self, phase: str) -> None:
         """Note that something was done, and what is being done now."""
         self.phase, self._since = phase, time.monotonic()
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> AbstractContextManager[None]:
         """Watch, in a thread, while the `with` block runs."""
-        over = threading.Event()
-        thread = threading.Thread(target=self._watch, args=(over,), daemon=True, name="watchdog")
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
+        self._looked = time.monotonic()
+        return repeating(self._look, self.timeout_s / LOOKS, "watchdog")
 
-    def _watch(self, over: threading.Event) -> None:
-        interval, looked = self.timeout_s / LOOKS, time.monotonic()
-        while not over.wait(interval):
-            now = time.monotonic()
-            if self._since is not None:
-                if now - looked > self.timeout_s / 2:  # this whole process was stopped
-                    self._since = now
-                if now - self._since > self.timeout_s:
-                    self._end()
-            looked = now
+    def _look(self) -> None:
+        now = time.monotonic()
+        if self._since is not None:
+            if now - self._looked > self.timeout_s / 2:  # this whole process was stopped
+                self._since = now
+            if now - self._since > self.timeout_s:
+                self._end()
+        self._looked = now
 
     def _end(self) -> None:
         message = (
