@@ -163,7 +163,8 @@ def test_the_table_of_what_a_run_leaves(tiny_settings: dict[str, Any], circles: 
     result = fit(TrainConfig(**tiny_settings | changes))
     text = section("outputs.md", "What a run leaves")
     left = {path.name for path in result.output_dir.iterdir() if not path.name.startswith(".")}
-    assert {re.sub(r"-\d+$", "-N", name) for name in left} == names_in_table(text)
+    if_needed = {"left_out.jsonl"}  # of a run that leaves updates out: test_updates_that_are_not_finite_are_left_out
+    assert {re.sub(r"-\d+$", "-N", name) for name in left} == names_in_table(text) - if_needed
     assert result.checkpoint is not None
     assert (result.checkpoint / "controlnet" / "config.json").is_file()
     columns = re.findall(r"`metrics.jsonl` \| one line per update: (.*?) \|", text)[0].split(", ")
