@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raycontrolnet.errors import UserError
 from raycontrolnet.storage.files import PARTIAL_SUFFIX, replacing
+from raycontrolnet.storage.uri import as_path, check_bucket, open_uri, shown_uri
 from raycontrolnet.text import error_message
 
 if TYPE_CHECKING:
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from pyarrow import fs
 
 LEFTOVER_AGE_S = 3600.0
-STORES_WITH_BUCKETS = ("s3", "gcs")
-"""pyarrow's names of file systems in which nothing can be written where there is no bucket."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class CacheFolder:
     @property
     def name(self) -> str:
         """The folder's name in messages."""
-        return self.uri.partition("?")[0].rstrip("/")
+        return shown_uri(self.uri)
 
     def path(self, name: str) -> str:
         """Return the name of the file `name` in messages."""
@@ -130,9 +128,7 @@ def cache_folder(name: str) -> CacheFolder:
     Raises:
         UserError: if it is a file, or of a kind of store that pyarrow does not know.
     """
-    from pyarrow.fs import FileType
-
-    name = name.removeprefix("file://")
+    name = as_path(name)
     if "://" not in name:
         path = Path(name).expanduser().resolve()
         if path.exists() and not path.is_dir():
@@ -143,28 +139,21 @@ def cache_folder(name: str) -> CacheFolder:
             raise unreachable(name, error) from None
         return CacheFolder(str(path))
     try:
-        system, place = _open(name)
-        bucket = place.partition("/")[0]
-        if system.type_name in STORES_WITH_BUCKETS and system.get_file_info(bucket).type == FileType.NotFound:
-            raise FileNotFoundError(f"there is no bucket {bucket}, or it is not yours")
+        check_bucket(name)
     except (OSError, ValueError, ImportError) as error:
         raise unreachable(name, error) from None
     return CacheFolder(name)
 
 
-@lru_cache(maxsize=8)
 def _open(uri: str) -> tuple[fs.FileSystem, str]:
     from pyarrow import fs
 
-    if "://" not in uri:
-        return fs.LocalFileSystem(), uri
-    system, path = fs.FileSystem.from_uri(uri)
-    return system, path.rstrip("/")
+    return open_uri(uri) if "://" in uri else (fs.LocalFileSystem(), uri)
 
 
 def unreachable(uri: str, error: Exception) -> UserError:
     """Return the error for a folder that cannot be used."""
     return UserError(
-        f"--latents_cache_dir={uri.partition('?')[0]}: cannot be used ({error_message(error, 200)}); name a folder, "
+        f"--latents_cache_dir={shown_uri(uri)}: cannot be used ({error_message(error, 200)}); name a folder, "
         "or a URI such as s3://bucket/folder that this machine may read and write"
     )

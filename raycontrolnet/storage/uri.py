@@ -1,0 +1,61 @@
+"""URIs of folders and files in object stores, such as s3://bucket/folder, as pyarrow's file systems read them."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyarrow import fs
+
+STORES_WITH_BUCKETS = ("s3", "gcs")
+"""pyarrow's names of file systems in which nothing can be written where there is no bucket."""
+
+
+def is_uri(name: str) -> bool:
+    """Check whether `name` is a URI, not a path; `file://` URIs are paths, see `as_path`."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name) is not None and not name.startswith("file://")
+
+
+def as_path(name: str) -> str:
+    """Return the path that a `file://` URI names; other names as they are."""
+    return name.removeprefix("file://")
+
+
+def shown_uri(uri: str) -> str:
+    """Return `uri` for messages, without options and the slash at its end."""
+    return uri.partition("?")[0].rstrip("/")
+
+
+def child_uri(uri: str, name: str) -> str:
+    """Return the URI of `name` in the folder `uri`, with the folder's options."""
+    folder, mark, options = uri.partition("?")
+    return f"{folder.rstrip('/')}/{name}{mark}{options}"
+
+
+@lru_cache(maxsize=8)
+def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
+    """Return the file system of `uri`, and the path in it. Of S3, the environment's AWS_* variables have keys and place.
+
+    Raises:
+        OSError, ValueError, ImportError: if pyarrow does not know it, or it cannot be reached.
+    """
+    from pyarrow import fs
+
+    system, path = fs.FileSystem.from_uri(uri)
+    return system, path.rstrip("/")
+
+
+def check_bucket(uri: str) -> None:
+    """Check that the bucket of `uri` is there and may be read.
+
+    Raises:
+        OSError, ValueError, ImportError: if not.
+    """
+    from pyarrow.fs import FileType
+
+    system, path = open_uri(uri)
+    bucket = path.partition("/")[0]
+    if system.type_name in STORES_WITH_BUCKETS and system.get_file_info(bucket).type == FileType.NotFound:
+        raise FileNotFoundError(f"there is no bucket {bucket}, or it is not yours")

@@ -1,0 +1,131 @@
+"""An S3 server in this process, for the tests: moto's, with a bucket; and a proxy to it that fails now and then."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+
+BUCKET = "bucket"
+KEYS = {"AWS_ACCESS_KEY_ID": "an-id-of-the-tests", "AWS_SECRET_ACCESS_KEY": "a-secret-of-the-tests"}
+
+
+class S3Server:
+    """The server; `endpoint` is its address, `client` boto3's client of it."""
+
+    def __init__(self, endpoint: str):
+        import boto3
+
+        self.endpoint = endpoint
+        self.environment = {**KEYS, "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": endpoint}
+        names = {"aws_access_key_id": "AWS_ACCESS_KEY_ID", "aws_secret_access_key": "AWS_SECRET_ACCESS_KEY"}
+        keys = {name: self.environment[variable] for name, variable in names.items()}
+        self.client: Any = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **keys)
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Return the keys of all objects whose keys begin with `prefix`."""
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
+        return [each["Key"] for page in pages for each in page.get("Contents", ())]
+
+    def read(self, key: str) -> bytes:
+        return bytes(self.client.get_object(Bucket=BUCKET, Key=key)["Body"].read())
+
+    def write(self, key: str, content: bytes) -> None:
+        self.client.put_object(Bucket=BUCKET, Key=key, Body=content)
+
+
+@contextmanager
+def s3_server() -> Iterator[S3Server]:
+    """Serve S3 with the bucket `BUCKET`."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line per request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    found = S3Server(f"http://127.0.0.1:{port}")
+    found.client.create_bucket(Bucket=BUCKET)
+    try:
+        yield found
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3Server]:
+    """Serve S3 for a module of tests; import this fixture, and `use_s3` to let a test and its processes find it."""
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def use_s3(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """Set the environment's variables by which S3 is found."""
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3
+
+
+@contextmanager
+def flaky_proxy(endpoint: str, every: int) -> Iterator[str]:
+    """Serve a proxy to `endpoint` that fails one request in `every`: by a 503, or by a connection that is cut."""
+    counted, lock = 0, threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def _answer(self) -> None:
+            nonlocal counted
+            with lock:
+                counted += 1
+                number = counted
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if number % every == 0:
+                if number % (2 * every) == 0:
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    self.close_connection = True
+                    return
+                self._send(503, {}, b"")
+                return
+            headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
+            request = Request(endpoint + self.path, data=body or None, headers=headers, method=self.command)
+            try:
+                with urlopen(request) as answer:
+                    self._send(answer.status, dict(answer.headers), answer.read())
+            except HTTPError as error:
+                self._send(error.code, dict(error.headers), error.read())
+
+        def _send(self, status: int, headers: dict[str, str], body: bytes) -> None:
+            self.send_response(status)
+            length = headers.get("Content-Length") if self.command == "HEAD" else None
+            for name, value in headers.items():
+                if name.lower() not in ("content-length", "connection", "transfer-encoding", "server", "date"):
+                    self.send_header(name, value)
+            self.send_header("Content-Length", length or str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _answer
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
