@@ -117,7 +117,7 @@ def flaky_proxy(endpoint: str, every: int) -> Iterator[str]:
             if self.command != "HEAD":
                 self.wfile.write(body)
 
-        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _answer
+        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _answer  # noqa: N815
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

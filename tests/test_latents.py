@@ -17,7 +17,7 @@ from raycontrolnet.errors import DataError, UserError
 from raycontrolnet.latents import cache as cache_module
 from raycontrolnet.latents.cache import LatentCache, read_contents, read_row, shard_bytes
 from raycontrolnet.latents.manifest import BadSample, Encoding, Manifest, Shard, StoredShard
-from raycontrolnet.storage import folder as folder_module
+from raycontrolnet.storage import uri
 from raycontrolnet.storage.folder import CacheFolder, cache_folder
 
 ENCODING = Encoding(vae="0" * 16, resolution=32, dtype="float16")
@@ -170,7 +170,7 @@ def test_storage_that_fails_is_not_called_damage(monkeypatch: pytest.MonkeyPatch
 
 def test_a_bucket_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is found before anything is encoded."""
-    monkeypatch.setattr(folder_module, "STORES_WITH_BUCKETS", ("mock",))
+    monkeypatch.setattr(uri, "STORES_WITH_BUCKETS", ("mock",))
     with pytest.raises(UserError, match=r"=mock:///gone/cache: cannot be used \(there is no bucket gone, or it is not"):
         cache_folder("mock:///gone/cache")
 

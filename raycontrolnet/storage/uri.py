@@ -36,7 +36,7 @@ def child_uri(uri: str, name: str) -> str:
 
 @lru_cache(maxsize=8)
 def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
-    """Return the file system of `uri`, and the path in it. Of S3, the environment's AWS_* variables have keys and place.
+    """Return the file system of `uri`, and the path in it; for S3 AWS_* variables tell keys and address.
 
     Raises:
         OSError, ValueError, ImportError: if pyarrow does not know it, or it cannot be reached.
