@@ -31,9 +31,9 @@ from raycontrolnet.text import counted
 from raycontrolnet.training.diagnosis import NotFiniteUpdates
 from raycontrolnet.training.failures import failures_recorded, read_failure, retried_if_continued
 from raycontrolnet.training.job import (
-    RUN_LOG,
     Job,
     check_folder_is_shared,
+    log_of,
     logging_to_run_log,
     read_timings,
     stop_asked,
@@ -49,6 +49,7 @@ from raycontrolnet.training.metrics import (
 )
 from raycontrolnet.training.schedule import Schedule, Share
 from raycontrolnet.training.state import accelerator_for, build_state, check_room, save_final_weights, save_state
+from raycontrolnet.training.store_sync import MODEL_CONFIG, RECORDS, WEIGHTS, worker_in_step
 from raycontrolnet.training.trackers import Trackers, open_trackers
 from raycontrolnet.training.validator import Validator
 from raycontrolnet.training.watchdog import Watchdog
@@ -70,10 +71,15 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
     if read_failure(job.output_dir):
         return None  # Ray restarted the workers after a failure that would come again, which the driver reports
     rank, world_size = (0, 1) if job.local else place_among_workers()
-    clock = PhaseClock(read_timings(job.output_dir))  # continued after a restart
-    if not clock.seconds:
-        clock.seconds["start"] = time.time() - job.submitted
-    with logging_to_run_log(job, f"worker {rank}"), failures_recorded(job.output_dir):
+    who = f"worker {rank}"
+    with (
+        worker_in_step(job, rank, log_of(job, who)),
+        logging_to_run_log(job, who),
+        failures_recorded(job.output_dir),
+    ):
+        clock = PhaseClock(read_timings(job.output_dir))  # continued after a restart
+        if not clock.seconds:
+            clock.seconds["start"] = time.time() - job.submitted
         checkpoint = job.current_checkpoint()
         schedule = Schedule.of(job.config, job.num_samples, job.config.most_workers, checkpoint)
         if rank == 0:
@@ -107,12 +113,12 @@ class Worker:
         self.metrics_log: MetricsLog | None = None
         self.trackers: Trackers | None = None
         if share.rank == 0:
-            check_room(state, schedule, job.config)
+            check_room(state, schedule, job.config, job.folder)
             self.metrics_log = MetricsLog(job.output_dir, state.step)
-            self.trackers = open_trackers(job.config, public_settings(job.config), done_steps=state.step)
-        self.watchdog = Watchdog(
-            f"Worker {share.rank}", job.output_dir, job.output_dir / RUN_LOG, job.config.hang_timeout_s
-        )
+            settings = public_settings(job.config)
+            self.trackers = open_trackers(job.config, settings, done_steps=state.step, folder=job.output_dir)
+        log = job.output_dir / log_of(job, f"worker {share.rank}")
+        self.watchdog = Watchdog(f"Worker {share.rank}", job.folder, log, job.config.hang_timeout_s)
         self.validator = Validator(job, share, state, clock, self.trackers, self.watchdog)
 
     def run(self, batches: Iterator[list[PreparedRow]]) -> dict[str, Any] | None:
@@ -250,8 +256,8 @@ class Worker:
             name = checkpoints.name_of(state.step)
             if self.share.rank == 0:
                 assert job.config.seed is not None
-                written = checkpoints.write(
-                    job.output_dir,
+                job.folder.push(*RECORDS)  # of the updates that a run which goes on from here will not do again
+                written = job.folder.write_checkpoint(
                     step=state.step,
                     samples=state.samples,
                     seed=job.config.seed,
@@ -259,8 +265,8 @@ class Worker:
                     save=lambda folder: save_state(state, folder),
                     facts=job.facts,
                 )
-                checkpoints.prune(job.output_dir, job.config.checkpoints_total_limit)
-                saved = written.path
+                job.folder.prune(job.config.checkpoints_total_limit)
+                saved = job.folder.place_of(written)
             if job.local:
                 return
             figures = self.last._asdict() if self.last else {"step": state.step}
@@ -280,6 +286,8 @@ class Worker:
         with self.clock("checkpoint"):
             if self.share.rank == 0:
                 save_final_weights(self.state, self.job.output_dir)
+                self.job.folder.push(WEIGHTS)
+                self.job.folder.push(MODEL_CONFIG)
         self.validator.finish()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import socket
 import threading
@@ -74,52 +75,62 @@ def use_s3(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     return s3
 
 
+class _FlakyProxy(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    endpoint, every = "", 1
+    counted = itertools.count(1)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _answer(self) -> None:
+        number, body = next(self.counted), self._body()
+        if number % self.every == 0:
+            if number % (2 * self.every) == 0:
+                self.connection.shutdown(socket.SHUT_RDWR)
+                self.close_connection = True
+            else:
+                self._send(503, {}, b"")
+            return
+        left = ("connection", "transfer-encoding", "content-length", "expect")
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in left}
+        request = Request(self.endpoint + self.path, data=body or None, headers=headers, method=self.command)
+        try:
+            with urlopen(request) as answer:
+                self._send(answer.status, dict(answer.headers), answer.read())
+        except HTTPError as error:
+            self._send(error.code, dict(error.headers), error.read())
+
+    def _body(self) -> bytes:
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        chunks = []
+        while size := int(self.rfile.readline().partition(b";")[0], 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        while self.rfile.readline().strip():  # trailers
+            pass
+        return b"".join(chunks)
+
+    def _send(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.send_response(status)
+        length = headers.get("Content-Length") if self.command == "HEAD" else None
+        for name, value in headers.items():
+            if name.lower() not in ("content-length", "connection", "transfer-encoding", "server", "date"):
+                self.send_header(name, value)
+        self.send_header("Content-Length", length or str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _answer  # noqa: N815
+
+
 @contextmanager
 def flaky_proxy(endpoint: str, every: int) -> Iterator[str]:
     """Serve a proxy to `endpoint` that fails one request in `every`: by a 503, or by a connection that is cut."""
-    counted, lock = 0, threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-        def _answer(self) -> None:
-            nonlocal counted
-            with lock:
-                counted += 1
-                number = counted
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            if number % every == 0:
-                if number % (2 * every) == 0:
-                    self.connection.shutdown(socket.SHUT_RDWR)
-                    self.close_connection = True
-                    return
-                self._send(503, {}, b"")
-                return
-            headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
-            request = Request(endpoint + self.path, data=body or None, headers=headers, method=self.command)
-            try:
-                with urlopen(request) as answer:
-                    self._send(answer.status, dict(answer.headers), answer.read())
-            except HTTPError as error:
-                self._send(error.code, dict(error.headers), error.read())
-
-        def _send(self, status: int, headers: dict[str, str], body: bytes) -> None:
-            self.send_response(status)
-            length = headers.get("Content-Length") if self.command == "HEAD" else None
-            for name, value in headers.items():
-                if name.lower() not in ("content-length", "connection", "transfer-encoding", "server", "date"):
-                    self.send_header(name, value)
-            self.send_header("Content-Length", length or str(len(body)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _answer  # noqa: N815
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    handler = type("FlakyProxy", (_FlakyProxy,), {"endpoint": endpoint, "every": every, "counted": itertools.count(1)})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -26,7 +26,9 @@ from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.errors import ConfigError, RunError, UserError
 from raycontrolnet.launch.fit import fit
 from raycontrolnet.storage import checkpoint as checkpoints
+from raycontrolnet.storage import resume
 from raycontrolnet.storage.checkpoint import Checkpoint
+from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training.state import save_state
 
 RUN = "the run's id"
@@ -196,7 +198,7 @@ def test_a_process_killed_while_it_writes(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False, timeout=60).returncode == -9
     assert names(tmp_path) == ["checkpoint-2", ".checkpoint-4.partial"]
     assert checkpoints.latest(tmp_path) == former
-    assert checkpoints.resolve("latest", tmp_path) == former
+    assert resume.resolve("latest", RunFolder(str(tmp_path))) == former
     checkpoints.remove_leftovers(tmp_path)
     assert names(tmp_path) == ["checkpoint-2"]
     assert write(tmp_path, 4).step == 4
@@ -345,23 +347,23 @@ BYTES: dict[str, Callable[[Path], Any]] = {
 @pytest.mark.parametrize("damage", BYTES)
 def test_bytes_that_changed_are_not_trained_on(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good, bad = write(tmp_path, 4), write(tmp_path, 6)
-    assert checkpoints.resolve("latest", tmp_path) == bad
+    assert resume.resolve("latest", RunFolder(str(tmp_path))) == bad
     BYTES[damage](bad.path)
     assert checkpoints.latest(tmp_path) == bad, "the size is right: only reading shows it"
     assert checkpoints.latest_sound(tmp_path) == good
     assert checkpoints.latest_sound(tmp_path, RUN) == good
     assert checkpoints.latest_sound(tmp_path, "another run") is None
     caplog.clear()
-    assert checkpoints.resolve("latest", tmp_path) == good
+    assert resume.resolve("latest", RunFolder(str(tmp_path))) == good
     (record,) = caplog.records
     file = "training_state.pt" if "moments" in damage else WEIGHTS
     message = f"{file} is damaged: its bytes are not those that were written"
     assert record.getMessage() == f"{bad.path}: {message}; checkpoint-4 is used instead"
     with pytest.raises(ConfigError, match=f"=checkpoint-6: {message}; complete in {tmp_path}: checkpoint-4$"):
-        checkpoints.resolve("checkpoint-6", tmp_path)
+        resume.resolve("checkpoint-6", RunFolder(str(tmp_path)))
     BYTES[damage](good.path)
     with pytest.raises(ConfigError, match=r"holds only damaged checkpoints \(checkpoint-4, checkpoint-6\)"):
-        checkpoints.resolve("latest", tmp_path)
+        resume.resolve("latest", RunFolder(str(tmp_path)))
 
 
 def test_a_run_goes_on_from_the_newest_undamaged_one(tiny_settings: dict[str, Any]) -> None:
@@ -408,12 +410,12 @@ def test_a_damaged_checkpoint_is_not_chosen(damage: str, tmp_path: Path, caplog:
         assert checkpoints.latest(tmp_path) == good
         assert checkpoints.all_checkpoints(tmp_path) == [good]
     caplog.clear()
-    assert checkpoints.resolve("latest", tmp_path) == good
+    assert resume.resolve("latest", RunFolder(str(tmp_path))) == good
     if damage != "manifest missing":
         assert caplog.messages[0].startswith(f"{bad.path}: {message}")
         assert caplog.messages[0].endswith("; checkpoint-4 is used instead")
     with pytest.raises(ConfigError) as error:
-        checkpoints.resolve("checkpoint-6", tmp_path)
+        resume.resolve("checkpoint-6", RunFolder(str(tmp_path)))
     (problem,) = error.value.problems
     assert problem.startswith(f"--resume_from_checkpoint=checkpoint-6: {message}")
 
@@ -462,12 +464,12 @@ def test_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "./other/checkpoint-4": other / "checkpoint-4",
         "out/../other/checkpoint-4": other / "checkpoint-4",
     }.items():
-        found = checkpoints.resolve(given, output_dir)
+        found = resume.resolve(given, RunFolder(str(output_dir)))
         assert found is not None
         assert found.path == expected
         assert found.path.is_absolute()
     monkeypatch.chdir(other)  # a name is one of output_dir
-    found = checkpoints.resolve("checkpoint-2", output_dir)
+    found = resume.resolve("checkpoint-2", RunFolder(str(output_dir)))
     assert found is not None
     assert found.path == output_dir / "checkpoint-2"
 
@@ -499,25 +501,25 @@ def test_resolve_fails_with_a_message(given: str | None, message: str, tmp_path:
     places = {"out": output_dir, "tmp": tmp_path}
     given = None if given is None else given.format(**places)
     with pytest.raises(ConfigError) as error:
-        checkpoints.resolve(given, output_dir)
+        resume.resolve(given, RunFolder(str(output_dir)))
     prefix = "" if given is None else f"--resume_from_checkpoint={given}: "
     assert error.value.problems == (prefix + message.format(**places),)
 
 
 def test_resolve_in_an_empty_folder(tmp_path: Path) -> None:
-    assert checkpoints.resolve(None, tmp_path) is None
+    assert resume.resolve(None, RunFolder(str(tmp_path))) is None
     with pytest.raises(ConfigError) as error:
-        checkpoints.resolve("latest", tmp_path)
+        resume.resolve("latest", RunFolder(str(tmp_path)))
     (problem,) = error.value.problems
     assert problem.startswith(f"--resume_from_checkpoint=latest: {tmp_path} holds no complete checkpoint; leave")
     with pytest.raises(ConfigError, match=rf"=checkpoint-2: no such folder; complete in {tmp_path}: none"):
-        checkpoints.resolve("checkpoint-2", tmp_path)
+        resume.resolve("checkpoint-2", RunFolder(str(tmp_path)))
 
 
 def test_what_is_no_checkpoint_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "diffusion_pytorch_model.safetensors").write_text("weights")
     with pytest.raises(ConfigError, match="which is no complete checkpoint of raycontrolnet and would be overwritten"):
-        checkpoints.resolve(None, tmp_path)
+        resume.resolve(None, RunFolder(str(tmp_path)))
 
 
 @pytest.mark.parametrize("file", ["optimizer.bin", "random_states_0.pkl", "scheduler.bin"])
@@ -529,7 +531,7 @@ def test_what_another_program_left_is_named_as_that(tmp_path: Path, file: str, g
     (other / "controlnet" / "config.json").write_text("{}")
     (other / file).write_text("moments")
     with pytest.raises(ConfigError) as error:
-        checkpoints.resolve(given, tmp_path)
+        resume.resolve(given, RunFolder(str(tmp_path)))
     assert str(error.value).endswith(
         ": checkpoint-500 was written by another program, such as diffusers' script, and its optimizer cannot be read; "
         f"train its weights on in another --output_dir: add --controlnet_model_name_or_path {other}/controlnet"

@@ -20,6 +20,7 @@ from raycontrolnet.launch.preflight import check, choose_latents
 from raycontrolnet.model.components import load_components
 from raycontrolnet.model.performance import vae_on
 from raycontrolnet.storage.folder import cache_folder
+from raycontrolnet.storage.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_neither_vae_nor_images_are_needed_once_the_cache_is_there(
 def test_auto_caches_what_is_used_more_than_once(
     settings: Settings, tmp_path: Path, changed: Settings, cached: bool
 ) -> None:
-    checked = check(TrainConfig(**settings | {"cache_latents": "auto"} | changed), tmp_path / "out")
+    checked = check(TrainConfig(**settings | {"cache_latents": "auto"} | changed), RunFolder(str(tmp_path / "out")))
     assert (choose_latents(checked, io.StringIO()).latents is not None) == cached
 
 

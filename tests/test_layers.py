@@ -18,7 +18,8 @@ import pytest
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("version", "text", "signals"),
     ("errors", "quiet"),
-    ("config", "storage"),
+    ("storage",),
+    ("config",),
     ("cluster",),
     ("data",),
     ("conditions", "model"),

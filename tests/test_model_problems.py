@@ -20,6 +20,7 @@ from raycontrolnet.latents.prepare import prepare
 from raycontrolnet.launch.preflight import check
 from raycontrolnet.model import files, kinds
 from raycontrolnet.model.problems import model_problems
+from raycontrolnet.storage.run_folder import RunFolder
 
 TOKEN = "hf_TheRightToken"
 BASE = "someone/base"
@@ -165,7 +166,7 @@ def test_the_commands_refuse(base: Path, tiny_settings: dict[str, Any]) -> None:
     out = Path(settings["output_dir"])
     wrong = f"--pretrained_model_name_or_path={base}: is an inpainting model (UNet with 9 input channels)"
     with pytest.raises(ConfigError) as error:
-        check(TrainConfig(**settings), out)
+        check(TrainConfig(**settings), RunFolder(str(out)))
     assert error.value.problems[0].startswith(wrong)
     assert error.value.problems[1:] == ("--mixed_precision=fp16: needs a GPU; use bf16 or no on the CPU",)
     with pytest.raises(ConfigError, match="is an inpainting model"):
@@ -177,7 +178,7 @@ def test_xformers_without_a_gpu_is_told_at_once(tiny_settings: dict[str, Any], m
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     flag = "enable_xformers_memory_efficient_attention"
     with pytest.raises(ConfigError) as error:
-        check(TrainConfig(**(tiny_settings | {flag: True})), Path(tiny_settings["output_dir"]))
+        check(TrainConfig(**(tiny_settings | {flag: True})), RunFolder(tiny_settings["output_dir"]))
     assert error.value.problems == (
         f"--{flag}: xformers is not installed; run pip install 'raycontrolnet[xformers]'",
         f"--{flag}: needs a GPU; leave it out on the CPU",

@@ -50,7 +50,7 @@ from raycontrolnet.cluster.trainer import (
 )
 from raycontrolnet.cluster.tuning import TUNE_ENVIRONMENT, OrderlyEnd, ends_orderly, trial_error, tune_environment
 from raycontrolnet.cluster.worker import (
-    RAY_RECORDS,
+    RECORDS_OF_RAY,
     from_rank_zero,
     remove_ray_records,
     report_checkpoint,
@@ -90,7 +90,7 @@ def test_the_controller_is_made_as_we_make_it() -> None:
 
 
 def test_names_are_rays() -> None:
-    assert set(RAY_RECORDS) == {
+    assert set(RECORDS_OF_RAY) == {
         train_constants.VALIDATE_STORAGE_MARKER_FILENAME,
         train_constants.CHECKPOINT_MANAGER_SNAPSHOT_FILENAME,
     }
@@ -161,7 +161,7 @@ def test_a_run_calls_the_hooks(tmp_path: Path) -> None:
     def work() -> dict[str, Any]:
         folder = tmp_path / "run" / "checkpoint-1"
         folder.mkdir()
-        report_checkpoint({"loss": from_rank_zero(0.5)}, folder.name, folder)
+        report_checkpoint({"loss": from_rank_zero(0.5)}, folder.name, str(folder))
         wait_for_all()
         rows = list(ray.train.get_dataset_shard("train").iter_rows())
         others = {process.name() for process in psutil.Process(os.getppid()).children()}
@@ -198,7 +198,7 @@ def test_a_run_calls_the_hooks(tmp_path: Path) -> None:
     assert (seen["niceness"], seen["cwd"], seen["rows"]) == (os.nice(0), Path.cwd(), [{"item": 3}])
     assert result.metrics["loss"] == 0.5
     assert Path(result.checkpoint.path) == tmp_path / "run" / "checkpoint-1"
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint-1", *RAY_RECORDS}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint-1", *RECORDS_OF_RAY}
     remove_ray_records(tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-1"]
 

@@ -34,6 +34,7 @@ from processes import processes_of_session
 import raycontrolnet
 from raycontrolnet import TrainConfig
 from raycontrolnet.launch.preflight import check
+from raycontrolnet.storage.run_folder import RunFolder
 
 TIMEOUT_S = 400.0
 SAMPLING_INTERVAL_S = 0.1
@@ -176,7 +177,7 @@ def test_what_ray_shows_of_a_run_has_no_token(tiny_settings: dict[str, Any]) -> 
     """Ray Train keeps `str` of what the workers get, for its dashboard and its exported events."""
     hub_token = token("hf_")
     config = TrainConfig(**tiny_settings, hub_token=hub_token)
-    run = check(config, Path(config.output_dir))
+    run = check(config, RunFolder(config.output_dir))
     job = run.job(use_gpu=False, threads=1, loader=run.loader)
     assert (run.token, job.token, job.config.hub_token) == (hub_token, hub_token, None)
     for shown in (config, run, job):

@@ -14,19 +14,21 @@ from processes import last_step, when, workers_called
 from runs import Settings, column, equal, run, weights
 
 from raycontrolnet.errors import RunError
+from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training.failures import read_hang
 from raycontrolnet.training.watchdog import Watchdog
 
 HANGING = """
 import sys, time
 from pathlib import Path
+from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training.watchdog import Watchdog
 
 def a_collective_that_hangs():
     time.sleep(60)
 
 folder = Path(sys.argv[1])
-watchdog = Watchdog("Worker 3", folder, folder / "run.log", 1.0)
+watchdog = Watchdog("Worker 3", RunFolder(str(folder)), folder / "run.log", 1.0)
 with watchdog.watching():
     watchdog.progress("an update")
     a_collective_that_hangs()
@@ -46,7 +48,7 @@ def test_a_process_that_hangs_is_ended(tmp_path: Path) -> None:
 
 def test_one_that_does_not_is_left_alone(tmp_path: Path) -> None:
     """Nor one that waits for its first batch, as for nodes that load data."""
-    watchdog = Watchdog("Worker 0", tmp_path, tmp_path / "run.log", 0.4)
+    watchdog = Watchdog("Worker 0", RunFolder(str(tmp_path)), tmp_path / "run.log", 0.4)
     with watchdog.watching():
         time.sleep(0.8)
         for _ in range(8):

@@ -9,7 +9,6 @@ import itertools
 import logging
 import uuid
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -20,8 +19,9 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.worker_group import worker_group
 from ray.train.v2.api import data_parallel_trainer as private
 
-from raycontrolnet.cluster.worker import remove_ray_records
+from raycontrolnet.cluster.worker import RECORDS_OF_RAY
 from raycontrolnet.errors import RunError
+from raycontrolnet.storage.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,8 @@ class InterruptibleTrainer(TorchTrainer):
 
     worker_timeout_s: float | None = None
     """Seconds after which a worker that does not answer, as a stopped process, is lost; by default Ray's 600."""
+    folder: RunFolder | None = None
+    """The run's folder, from which Ray's records of a lost controller are removed."""
     one_machine: bool = False
     """True if no machine can be reclaimed while others go on: no process looks out for it, which costs 3 s of a CPU."""
     controller: Any = None
@@ -58,9 +60,8 @@ class InterruptibleTrainer(TorchTrainer):
                     raise
                 restarts -= 1
                 logger.warning("Ray Train's controller was lost, and is started again", exc_info=True)
-                assert self.run_config.storage_path
-                assert self.run_config.name
-                remove_ray_records(Path(self.run_config.storage_path, self.run_config.name))
+                if self.folder:
+                    self.folder.delete(*RECORDS_OF_RAY)
             except ray.train.WorkerGroupError as error:
                 if any(isinstance(each, WorkerHealthCheckTimeoutError) for each in error.worker_failures.values()):
                     limit = f"--hang_timeout_s={self.worker_timeout_s:g}"

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-RAY_RECORDS = (".validate_storage_marker", "checkpoint_manager_snapshot.json")
+RECORDS_OF_RAY = (".validate_storage_marker", "checkpoint_manager_snapshot.json")
 """Undocumented files of Ray Train in a run's folder; Tune leaves the first beside its trials. If the second stays, Ray
 continues the next run there from it, with checkpoints that may be gone."""
 
 
 def remove_ray_records(output_dir: Path) -> None:
     """Remove Ray's own records from a run's or a sweep's folder: the checkpoints on disk are the only truth."""
-    for name in RAY_RECORDS:
+    for name in RECORDS_OF_RAY:
         (output_dir / name).unlink(missing_ok=True)
 
 
@@ -40,17 +40,17 @@ def nodes_to_be_reclaimed() -> int:
     return len(info.preempted_node_to_ranks) if info else 0
 
 
-def report_checkpoint(figures: Mapping[str, Any], name: str, folder: Path | None) -> None:
+def report_checkpoint(figures: Mapping[str, Any], name: str, place: str | None) -> None:
     """Report `figures` and the checkpoint `name` to Ray Train; all workers must call it.
 
     Args:
-        folder: the checkpoint's, on rank 0; None on the others.
+        place: path or URI of the checkpoint, on rank 0; None on the others.
     """
     import ray.train
 
     ray.train.report(
         dict(figures),
-        checkpoint=None if folder is None else ray.train.Checkpoint.from_directory(str(folder)),
+        checkpoint=None if place is None else ray.train.Checkpoint(place),
         checkpoint_dir_name=name,
         # Alpha. Without it Ray would copy the checkpoint, which is in its place already, onto itself.
         checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,

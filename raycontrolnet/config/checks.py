@@ -16,6 +16,7 @@ from raycontrolnet.config.rules import path_problem
 from raycontrolnet.config.settings import OptimConfig, StepConfig
 from raycontrolnet.config.train_config import FACTS, TrainConfig, names_with
 from raycontrolnet.errors import ConfigError, UserError
+from raycontrolnet.storage.uri import as_path
 from raycontrolnet.version import __version__
 
 VERSIONS_OF = ("ray", "torch", "diffusers", "transformers", "accelerate", "datasets")
@@ -73,7 +74,7 @@ def absolute(name: str, value: Any) -> Any:
         return tuple(absolute(name, item) for item in value)
     if value is None or kind is None or (kind == "or URI" and "://" in value):
         return value
-    path = resolved(name, value)
+    path = resolved(name, as_path(value))
     return value if kind == "or id" and not path.exists() else str(path)
 
 

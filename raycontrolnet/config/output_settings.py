@@ -38,11 +38,11 @@ class OutputConfig:
         "controlnet-model",
         fixed="is the sweep's folder, and every trial gets its own inside",
         instead="name the sweep's folder with --output_dir",
-        path="local",
+        path="or URI",
         left_out_of_card=True,
         changes_on_resume=True,
     )
-    """Folder for everything the run writes."""
+    """Folder for everything the run writes; also the URI of one in an object store, such as s3://bucket/folder."""
     checkpointing_steps: int = setting(500, fixed=CHECKPOINTS)
     """Write a checkpoint every N updates."""
     checkpoints_total_limit: int | None = setting(None, fixed=CHECKPOINTS)
@@ -62,7 +62,7 @@ class OutputConfig:
 
     def problems(self) -> Problems:
         yield from at_least(self, 1, "checkpointing_steps", "checkpoints_total_limit")
-        yield from folder_problems(self, "output_dir")
+        yield from folder_problems(self, "output_dir", or_uri=True)
         unknown = [name for name in self.trackers if name not in TRACKERS]
         if unknown:
             yield problem_of(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from raycontrolnet.storage.uri import as_path, is_uri, shown_uri
 from raycontrolnet.text import error_message, perhaps
 
 Problems = Iterator[str]
@@ -64,12 +65,21 @@ def path_problem(name: str, path: str) -> str | None:
     return None
 
 
-def folder_problems(config: Any, name: str) -> Problems:
-    """Check that the setting `name` can be a folder for results, without writing to it."""
+def folder_problems(config: Any, name: str, *, or_uri: bool = False) -> Problems:
+    """Check that the setting `name` can be a folder for results, without writing to it.
+
+    Args:
+        or_uri: whether it may be in an object store.
+    """
     folder = getattr(config, name)
     if not folder:
         yield f"--{name}: must name a folder"
-    elif "://" in folder:
+    elif or_uri and is_uri(folder):
+        if holds_secret(folder):
+            yield f"--{name}: {NO_SECRETS}"
+        elif not shown_uri(folder).partition("://")[2].rpartition("/")[0]:
+            yield problem_of(config, name, "names a whole bucket; name a folder in it")
+    elif "://" in as_path(folder):
         yield problem_of(config, name, "must be a local or mounted folder; URIs are not supported yet")
     elif problem := path_problem(name, folder):
         yield problem
@@ -104,6 +114,9 @@ def pairs_of(prompts: tuple[str, ...] | None, images: tuple[str, ...] | None) ->
         return ()
     count = max(len(prompts), len(images))
     return tuple((prompts[i % len(prompts)], images[i % len(images)]) for i in range(count))
+
+
+NO_SECRETS = "leave keys and tokens out of the URI; put them into the machines' environment"
 
 
 def holds_secret(uri: str) -> bool:

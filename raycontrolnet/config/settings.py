@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from raycontrolnet.config.declare import setting
 from raycontrolnet.config.rules import (
+    NO_SECRETS,
     Problems,
     at_least,
     holds_secret,
@@ -125,7 +126,7 @@ class CacheConfig:
         if self.latents_cache_dir == "":
             yield "--latents_cache_dir: must name a folder; leave it out for the default one"
         elif self.latents_cache_dir and holds_secret(self.latents_cache_dir):
-            yield "--latents_cache_dir: leave keys and tokens out of the URI; put them into the machines' environment"
+            yield f"--latents_cache_dir: {NO_SECRETS}"
         if self.cache_latents == "off" and self.on_bad_sample == "skip":
             yield "--on_bad_sample=skip: bad samples are found when latents are cached; leave out --cache_latents=off"
 

@@ -42,6 +42,7 @@ def write_model_card(
     repo_id: str | None = None,
     title: str | None = None,
     licence: Licence | None = None,
+    place: str | None = None,
 ) -> Path:
     """Write README.md and, from the last validation, `images/`; replace those of an earlier run.
 
@@ -51,6 +52,7 @@ def write_model_card(
         repo_id: repository of a later push, for the code that loads the model; without it the code loads `output_dir`.
         title: without a repo_id; by default the folder's name.
         licence: of `find_licence`.
+        place: path or URI of the folder, for the code; by default `output_dir`.
 
     Returns:
         The path of README.md.
@@ -72,11 +74,11 @@ def write_model_card(
     card = ModelCard.from_template(
         metadata,
         template_path=str(TEMPLATE),
-        name=repo_id or title or output_dir.resolve().name,
+        name=repo_id or title or (place or str(output_dir.resolve())).rpartition("/")[2],
         base=_link(base),
         data=_link(dataset, "datasets/") if dataset else _folder(data or settings["train_data_dir"]),
         examples=_copy_examples(output_dir, facts.get("step")),
-        controlnet_path=repo_id or str(output_dir),
+        controlnet_path=repo_id or place or str(output_dir),
         base_path=base if repo_id is None else _without_folders(base),
         load_options={name: settings[name] for name in ("revision", "variant") if name in settings},
         resolution=settings.get("resolution", DataConfig.resolution),

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from raycontrolnet.cluster.logs import logging_to, shown_on
 from raycontrolnet.cluster.resources import worker_resources
 from raycontrolnet.cluster.session import ray_session
-from raycontrolnet.config.checks import check_device, resolved, versions, with_absolute_paths
+from raycontrolnet.config.checks import check_device, versions, with_absolute_paths
 from raycontrolnet.config.train_config import TrainConfig, changed_settings
 from raycontrolnet.errors import RunError, UserError, explained
 from raycontrolnet.hub import push
@@ -25,12 +25,12 @@ from raycontrolnet.launch.preflight import CheckedRun, check, choose_latents, en
 from raycontrolnet.launch.workers import train_here, train_on_ray
 from raycontrolnet.report.live_report import live_report
 from raycontrolnet.signals import ending_signals_raised
-from raycontrolnet.storage.lock import BEAT_INTERVAL_S, locked
+from raycontrolnet.storage.run_folder import RunFolder, run_folder
 from raycontrolnet.text import duration
 from raycontrolnet.training import held_out, validation
-from raycontrolnet.training.background import repeating
 from raycontrolnet.training.job import RUN_LOG, RunCallback
 from raycontrolnet.training.status import RunStatus, live_status
+from raycontrolnet.training.store_sync import MODEL_CONFIG, WEIGHTS, run_folder_open
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ class RunResult:
     """Result of a finished run."""
 
     output_dir: Path
+    """Folder of the run; this machine's part of it if it is in an object store."""
     step: int
     """Optimizer updates done, including earlier parts of the run."""
     samples: int
@@ -54,6 +55,8 @@ class RunResult:
     seconds: float
     timings: dict[str, float]
     """Seconds by phase in the worker of rank 0."""
+    uri: str | None = None
+    """Folder of the run in an object store."""
     hub_url: str | None = None
     """Address of the pushed weights."""
     val_loss: float | None = None
@@ -87,14 +90,15 @@ def fit(config: TrainConfig, *, stream: TextIO | None = None) -> RunResult:
 
 def run_fit(config: TrainConfig, stream: TextIO, callback: RunCallback | None = None) -> RunResult:
     """Train as `fit`, and tell `callback`, which may end the run, of its progress."""
-    output_dir = resolved("output_dir", config.output_dir)
-    with locked(output_dir) as lock, repeating(lock.beat, BEAT_INTERVAL_S, "lock"):
-        return _run_fit(with_absolute_paths(config), output_dir, stream, callback)
+    config = with_absolute_paths(config)
+    folder = run_folder(config.output_dir)
+    with run_folder_open(folder):
+        return _run_fit(config, folder, stream, callback)
 
 
-def _run_fit(config: TrainConfig, output_dir: Path, stream: TextIO, callback: RunCallback | None) -> RunResult:
+def _run_fit(config: TrainConfig, folder: RunFolder, stream: TextIO, callback: RunCallback | None) -> RunResult:
     started = time.time()
-    run = choose_latents(check(config, output_dir), stream)
+    run = choose_latents(check(config, folder), stream)
 
     def train(status: RunStatus) -> Summary:
         if config.in_this_process:
@@ -136,23 +140,24 @@ def run_and_record(run: CheckedRun, train: Callable[[RunStatus], Summary], strea
         status |= {**summary, **measured, "checkpoint": last.path.name if last else None}
         licence = find_licence(run.config.license, run.config, run.token)
         # Named for a push, also one by hand.
-        name = push.repo_name(output_dir, run.config.hub_model_id) if run.config.push_to_hub else None
+        name = push.repo_name(run.folder.shown, run.config.hub_model_id) if run.config.push_to_hub else None
         status["status"] = "finished"  # the weights stand, even if the model card cannot be written
         try:
-            write_model_card(output_dir, changed_settings(run.config), status, repo_id=name, licence=licence)
+            _write_card(run, status, name, licence)
         except OSError as error:
             logger.exception("the model card could not be written")
             status["cause"] = f"The run is finished, but its model card cannot be written ({error.strerror or error})"
             raise RunError(f"{status['cause']}: {output_dir / 'README.md'}. The weights stand.") from error
         hub_url = _push(run, status, licence, stream) if run.config.push_to_hub else None
     seconds = time.time() - started
-    stream.write(f"done in {duration(seconds)}: {summary['step']} updates; weights in {output_dir}\n")
+    stream.write(f"done in {duration(seconds)}: {summary['step']} updates; weights in {run.folder.shown}\n")
     return RunResult(
         output_dir=output_dir,
         step=summary["step"],
         samples=summary["samples"],
         loss=summary["loss"],
         checkpoint=last.path if last else None,
+        uri=run.folder.shown if run.folder.is_stored else None,
         seconds=seconds,
         timings=summary["timings"],
         hub_url=hub_url,
@@ -160,11 +165,17 @@ def run_and_record(run: CheckedRun, train: Callable[[RunStatus], Summary], strea
     )
 
 
+def _write_card(run: CheckedRun, status: dict[str, Any], repo_id: str | None, licence: Licence) -> None:
+    place, settings = run.folder.shown, changed_settings(run.config)
+    write_model_card(run.output_dir, settings, status, repo_id=repo_id, licence=licence, place=place)
+
+
 def _push(run: CheckedRun, status: dict[str, Any], licence: Licence, stream: TextIO) -> str:
     """Push the results; if that fails, the run is finished all the same, and `status` says so."""
     try:
-        repo_id = push.resolve_repo_id(run.output_dir, run.config.hub_model_id, run.token)
-        write_model_card(run.output_dir, changed_settings(run.config), status, repo_id=repo_id, licence=licence)
+        repo_id = push.resolve_repo_id(run.folder.shown, run.config.hub_model_id, run.token)
+        _write_card(run, status, repo_id, licence)
+        run.folder.pull(WEIGHTS, MODEL_CONFIG)
         url = push.push_to_hub(run.output_dir, repo_id=repo_id, token=run.token)
     except RunError as error:
         status["push_failure"] = str(error)

@@ -35,6 +35,8 @@ from raycontrolnet.latents.plan import LatentPlan, prepare_command
 from raycontrolnet.model.problems import model_problems
 from raycontrolnet.sampling import images
 from raycontrolnet.storage import checkpoint as checkpoints
+from raycontrolnet.storage.resume import resolve
+from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training import validation
 from raycontrolnet.training.job import Job, RunCallback
 from raycontrolnet.training.schedule import Schedule
@@ -49,7 +51,7 @@ class CheckedRun:
 
     config: TrainConfig
     """With absolute paths and a seed."""
-    output_dir: Path
+    folder: RunFolder
     source: Source
     start: checkpoints.Checkpoint | None
     token: str | None = dataclasses.field(repr=False)
@@ -62,6 +64,11 @@ class CheckedRun:
     cache: LatentCache | None = None
     """The cache to train from; None for pixels."""
     run_id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def output_dir(self) -> Path:
+        """The folder to write to on this machine."""
+        return self.folder.path
 
     @property
     def bad_rows(self) -> tuple[int, ...]:
@@ -93,20 +100,22 @@ class CheckedRun:
 
     def last_checkpoint(self) -> checkpoints.Checkpoint | None:
         """Return the last checkpoint of this run, or the one it started from."""
-        return checkpoints.latest(self.output_dir, self.run_id) or self.start
+        return self.folder.latest(self.run_id) or self.start
 
     def how_to_go_on(self) -> str:
         """Return what to tell users when the run ends early."""
-        last = self.last_checkpoint()
+        try:
+            last, newest = self.last_checkpoint(), self.folder.latest()
+        except OSError:  # a store that has vanished
+            return f"What stands in {self.folder.shown} cannot be seen now: go on with --resume_from_checkpoint latest."
         if last is None:
             return "There was no checkpoint yet."
-        newest = checkpoints.latest(self.output_dir)
         name = last.path.name if last.path.parent == self.output_dir else str(last.path)
         if newest and newest.path == last.path:
             name = "latest"
         return (
             f"The checkpoint of update {last.step} stands: go on with --resume_from_checkpoint {name} "
-            f"(--output_dir {self.output_dir})."
+            f"(--output_dir {self.folder.shown})."
         )
 
     def job(
@@ -118,11 +127,12 @@ class CheckedRun:
         actor_options: Mapping[str, Any] | None = None,
         callback: RunCallback | None = None,
     ) -> Job:
-        """Return the job for the workers; `loader` is the run's, or a reference to it."""
+        """Return the job for the workers; `loader` is the run's, or a reference to it in Ray's object store."""
         config, order = self.config, self.loader.order
         assert config.seed is not None
         return Job(
             config=dataclasses.replace(config, hub_token=None),
+            folder=self.folder if isinstance(loader, BatchLoader) else self.folder.for_workers(self.run_id),
             run_id=self.run_id,
             num_samples=order.num_samples,
             num_held_out=len(order.held_out),
@@ -147,7 +157,7 @@ class CheckedRun:
         )
 
 
-def check(config: TrainConfig, output_dir: Path) -> CheckedRun:
+def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
     """Check everything that can be checked before Ray starts and models are read.
 
     Raises:
@@ -160,14 +170,14 @@ def check(config: TrainConfig, output_dir: Path) -> CheckedRun:
     if not elsewhere:
         with collected(problems):
             check_device(config.use_gpu, config, has_gpu=torch.cuda.is_available())
-    problems += push.check_push(config, output_dir)
-    if problem := unwritable(output_dir, "output_dir"):
+    problems += push.check_push(config, folder.shown)
+    if problem := unwritable(folder.path, "output_dir"):
         problems.append(problem)
     else:
-        checkpoints.remove_leftovers(output_dir)
+        checkpoints.remove_leftovers(folder.path)
     start, source = None, None
     with collected(problems):
-        start = checkpoints.resolve(config.resume_from_checkpoint, output_dir)
+        start = resolve(config.resume_from_checkpoint, folder)
     with collected(problems):
         images.check(config.validation_pairs, validation.FLAG)
     with collected(problems):
@@ -189,7 +199,7 @@ def check(config: TrainConfig, output_dir: Path) -> CheckedRun:
                 "%s was made with other rows held out: it has seen rows that are measured now, and the order changes",
                 start.path,
             )
-    return CheckedRun(config, output_dir, source, start, token, random_subset=random_subset)
+    return CheckedRun(config, folder, source, start, token, random_subset=random_subset)
 
 
 def choose_latents(run: CheckedRun, stream: TextIO, *, reused: bool = False) -> CheckedRun:

@@ -25,6 +25,7 @@ from raycontrolnet.training.failures import read_failure, read_hang
 from raycontrolnet.training.job import RUN_LOG, Job, RunCallback, RunStopped, ask_to_stop, begin, end
 from raycontrolnet.training.schedule import due_steps, warmup_warning
 from raycontrolnet.training.status import RunStatus
+from raycontrolnet.training.store_sync import records_fetched
 from raycontrolnet.version import __version__
 
 if TYPE_CHECKING:
@@ -105,8 +106,8 @@ def train_on_ray(
             accelerator_type=resources.accelerator_type,
         ),
         run_config=RunConfig(
-            storage_path=str(run.output_dir.parent),
-            name=run.output_dir.name,
+            storage_path=run.folder.parent,
+            name=run.folder.name,
             failure_config=FailureConfig(
                 max_failures=run.config.max_failures, max_preemption_failures=run.config.max_preemption_failures
             ),
@@ -114,12 +115,13 @@ def train_on_ray(
         datasets={"train": _dataset_factory(run, job)},
         dataset_config=DataConfig(execution_options=options, enable_shard_locality=False),
     )
+    trainer.folder = run.folder
     trainer.one_machine = resources.one_machine
     trainer.worker_timeout_s = run.config.hang_timeout_s
     with _running(run, job, status, stream, callback):
         limit_s = run.config.wait_timeout_s
         waiting = waiting_for_workers(trainer.is_waiting, trainer.abort, resources, limit_s, stream)
-        with _followed(run, trainer, callback), waiting:
+        with records_fetched(run.folder), _followed(run, trainer, callback), waiting:
             summary = trainer.fit_or_abort(run.config.max_failures).return_value
         if failure := read_failure(run.output_dir):
             raise failure
@@ -151,14 +153,14 @@ def _running(
             )
         )
     )
-    begin(job)
+    begin(run.folder, job)
     begun = time.time()
 
     def begin_end() -> bool:
         try:
             if (run.output_dir / metrics.METRICS_FILE).stat().st_mtime < begun:  # no worker trains yet
                 return False
-            ask_to_stop(run.output_dir)
+            ask_to_stop(run.folder)
         except OSError:
             return False
         with suppress(OSError, ValueError, RuntimeError):  # a closed terminal, or one that is being written to
@@ -180,7 +182,7 @@ def _running(
                 raise failure from error
             raise
         finally:
-            end(run.output_dir)
+            end(run.folder)
 
 
 @contextmanager
@@ -237,7 +239,7 @@ def _dataset_factory(run: CheckedRun, job: Job) -> Callable[[], ray.data.Dataset
     max_tasks = run.config.dataloader_num_workers * most or None
 
     def dataset() -> ray.data.Dataset:
-        checkpoint = job.current_checkpoint()
+        checkpoint = job.current_checkpoint(here=False)
         step, samples = (checkpoint.step, checkpoint.samples) if checkpoint else (0, 0)
         if fewest == most:
             layout = StreamLayout(samples, run.schedule(checkpoint).batches_per_worker(step), batch_size, most, bundle)

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raycontrolnet.errors import ConfigError
 from raycontrolnet.storage.files import (
     OLD_SUFFIX,
     PARTIAL_SUFFIX,
@@ -34,7 +33,6 @@ from raycontrolnet.storage.files import (
     sha256_of,
     synced,
 )
-from raycontrolnet.text import error_message
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +50,6 @@ _FACTS: dict[str, type | tuple[type, ...]] = {
     "written_at": (int, float),
 }
 """Entries of every manifest."""
-_OF_OTHERS = ("optimizer.bin", "scheduler.bin", "random_states_*.pkl", "optimizer.pt")
-"""Files of checkpoints that accelerate writes, as diffusers' scripts do, and transformers' Trainer."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +73,26 @@ class Checkpoint:
             ValueError: if it is not complete, saying what is missing.
         """
         try:
-            manifest = json.loads((path / MANIFEST_FILE).read_text())
+            manifest = (path / MANIFEST_FILE).read_text()
         except FileNotFoundError:
             raise ValueError(f"has no {MANIFEST_FILE}, so it was not finished") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
+            raise ValueError(f"its {MANIFEST_FILE} cannot be read ({error})") from None
+        return Checkpoint.of(path, manifest, lambda name: _size(path / name))
+
+    @staticmethod
+    def of(path: Path, manifest_text: str, size_of: Callable[[str], int | None]) -> Checkpoint:
+        """Return the checkpoint at `path` with this manifest.
+
+        Args:
+            size_of: returns the bytes of a file in it; None if there is none.
+
+        Raises:
+            ValueError: if it is not complete, saying what is missing.
+        """
+        try:
+            manifest = json.loads(manifest_text)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"its {MANIFEST_FILE} cannot be read ({error})") from None
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             found = manifest.get("format") if isinstance(manifest, dict) else "unknown"
@@ -88,11 +100,10 @@ class Checkpoint:
         if unsaid := sorted(name for name, kind in _FACTS.items() if not isinstance(manifest.get(name), kind)):
             raise ValueError(f"its {MANIFEST_FILE} does not say {', '.join(unsaid)}")
         for name, size in manifest["files"].items():
-            file = path / name
-            if not file.is_file():
+            if (there := size_of(name)) is None:
                 raise ValueError(f"{name} is missing")
-            if file.stat().st_size != size:
-                raise ValueError(f"{name} is truncated: {file.stat().st_size} of {size} bytes")
+            if there != size:
+                raise ValueError(f"{name} is truncated: {there} of {size} bytes")
         return Checkpoint(path, manifest["step"], manifest["samples"], manifest["seed"], manifest["run_id"], manifest)
 
     def check_bytes(self) -> None:
@@ -113,6 +124,11 @@ def name_of(step: int) -> str:
     return f"checkpoint-{step}"
 
 
+def is_name(name: str) -> bool:
+    """Check whether `name` is that of a checkpoint's folder."""
+    return re.fullmatch(r"checkpoint-\d+", name) is not None
+
+
 def all_checkpoints(output_dir: Path) -> list[Checkpoint]:
     """Return the complete checkpoints of a run's folder, by step."""
     found = []
@@ -124,7 +140,7 @@ def all_checkpoints(output_dir: Path) -> list[Checkpoint]:
 
 def _folders(output_dir: Path) -> list[Path]:
     """Return everything that has a checkpoint's name, by step."""
-    numbered = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    numbered = [path for path in output_dir.glob("checkpoint-*") if is_name(path.name)]
     return sorted(numbered, key=lambda path: int(path.name.partition("-")[2]))
 
 
@@ -161,82 +177,6 @@ def latest_sound(output_dir: Path, run_id: str | None = None) -> Checkpoint | No
     return found
 
 
-def resolve(resume_from_checkpoint: str | None, output_dir: Path) -> Checkpoint | None:
-    """Return the checkpoint that `--resume_from_checkpoint` names: `latest`, a name under `output_dir`, or a path.
-
-    Raises:
-        ConfigError: if it is not there, not complete or damaged; or if the setting is not given and `output_dir` holds
-            checkpoints, which a new run would mix with.
-    """
-    present = all_checkpoints(output_dir)
-    names = ", ".join(checkpoint.path.name for checkpoint in present) or "none"
-    if resume_from_checkpoint is None:
-        _check_nothing_is_overwritten(output_dir, present)
-        return None
-    flag = f"--resume_from_checkpoint={resume_from_checkpoint}"
-    if resume_from_checkpoint == "latest":
-        try:
-            found = latest_sound(output_dir)
-        except OSError as error:
-            raise ConfigError([f"{flag}: {output_dir} cannot be read ({error_message(error)})"]) from None
-        if found:
-            return found
-        if other := next((path for path in output_dir.glob("checkpoint-*") if _is_of_others(path)), None):
-            raise ConfigError([f"{flag}: {_of_others(other)}"])
-        if present:
-            problem = f"holds only damaged checkpoints ({names}); leave the flag out, and name another --output_dir"
-        else:
-            problem = "holds no complete checkpoint; leave the flag out to start anew"
-        raise ConfigError([f"{flag}: {output_dir} {problem}"])
-    path = Path(resume_from_checkpoint)
-    if not path.is_absolute() and (output_dir / path.name).is_dir() and path.name == str(path):
-        path = output_dir / path
-    if not path.is_dir():
-        raise ConfigError([f"{flag}: no such folder; complete in {output_dir}: {names}"])
-    if _is_of_others(path):
-        raise ConfigError([f"{flag}: {_of_others(path)}"])
-    try:
-        checkpoint = Checkpoint.open(path.resolve())
-        checkpoint.check_bytes()
-    except (ValueError, OSError) as error:
-        others = ", ".join(each.path.name for each in present if each.path.resolve() != path.resolve()) or "none"
-        raise ConfigError([f"{flag}: {error}; complete in {output_dir}: {others}"]) from None
-    return checkpoint
-
-
-def _check_nothing_is_overwritten(output_dir: Path, present: Sequence[Checkpoint]) -> None:
-    # Of another program, such as diffusers' script, or damaged: not to be overwritten either.
-    others = [*output_dir.glob("checkpoint-[0-9]*"), *output_dir.glob("diffusion_pytorch_model.safetensors")]
-    if present:
-        problem = (
-            f"holds {present[-1].path.name} of an earlier run. Go on with it: add --resume_from_checkpoint latest. "
-            "Start anew: name another --output_dir, or delete that folder"
-        )
-    elif others and _is_of_others(others[0]):
-        problem = _of_others(others[0])
-    elif others:
-        problem = (
-            f"holds {others[0].name}, which is no complete checkpoint of raycontrolnet and would be overwritten; name "
-            "another --output_dir"
-        )
-    else:
-        return
-    raise ConfigError([f"--output_dir={output_dir}: {problem}"])
-
-
-def _is_of_others(path: Path) -> bool:
-    return not (path / MANIFEST_FILE).exists() and any(any(path.glob(pattern)) for pattern in _OF_OTHERS)
-
-
-def _of_others(path: Path) -> str:
-    weights = next((each for each in (path / CONTROLNET_FOLDER, path) if (each / "config.json").exists()), None)
-    train_on = f": add --controlnet_model_name_or_path {weights}" if weights else ""
-    return (
-        f"{path.name} was written by another program, such as diffusers' script, and its optimizer cannot be read; "
-        f"train its weights on in another --output_dir{train_on}"
-    )
-
-
 def write(
     output_dir: Path,
     *,
@@ -246,14 +186,17 @@ def write(
     run_id: str,
     save: Callable[[Path], None],
     facts: Mapping[str, Any],
+    former: Sequence[Checkpoint] | None = None,
 ) -> Checkpoint:
     """Write `checkpoint-<step>`.
 
     Args:
         save: writes the files into the folder it is given.
         facts: added to the manifest: settings, data, versions; no secrets.
+        former: those that were written before; by default the complete ones in `output_dir`.
     """
     final = output_dir / name_of(step)
+    former = all_checkpoints(output_dir) if former is None else former
     with replacing_folder(final) as partial:  # replaces one of an earlier run that went further, or a damaged one
         save_into(partial, save)
         readable_by_umask(partial)
@@ -266,7 +209,7 @@ def write(
             "samples": samples,
             "seed": seed,
             "run_id": run_id,
-            "written_at": max([time.time(), *(_written_at(former) + 1e-3 for former in all_checkpoints(output_dir))]),
+            "written_at": max([time.time(), *(_written_at(each) + 1e-3 for each in former)]),
             "files": {file.relative_to(partial).as_posix(): file.stat().st_size for file in files},
             "sha256": sha256_of(partial, [file.relative_to(partial).as_posix() for file in files]),
             **facts,
@@ -280,9 +223,17 @@ def prune(output_dir: Path, limit: int | None) -> None:
     """Delete all but the `limit` checkpoints written last. Call it only when the newest is complete."""
     if limit is None:
         return
-    by_age = sorted(all_checkpoints(output_dir), key=_written_at)
-    for checkpoint in by_age[:-limit]:
+    for checkpoint in by_age(all_checkpoints(output_dir))[:-limit]:
         remove_folder(checkpoint.path)
+
+
+def by_age(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Return `checkpoints`, those written first at first."""
+    return sorted(checkpoints, key=_written_at)
+
+
+def _size(file: Path) -> int | None:
+    return file.stat().st_size if file.is_file() else None
 
 
 def _written_at(checkpoint: Checkpoint) -> float:

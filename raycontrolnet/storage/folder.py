@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from raycontrolnet.errors import UserError
 from raycontrolnet.storage.files import PARTIAL_SUFFIX, replacing
-from raycontrolnet.storage.uri import as_path, check_bucket, open_uri, shown_uri
-from raycontrolnet.text import error_message
+from raycontrolnet.storage.uri import as_path, check_bucket, open_uri, shown_uri, unusable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -153,7 +152,4 @@ def _open(uri: str) -> tuple[fs.FileSystem, str]:
 
 def unreachable(uri: str, error: Exception) -> UserError:
     """Return the error for a folder that cannot be used."""
-    return UserError(
-        f"--latents_cache_dir={shown_uri(uri)}: cannot be used ({error_message(error, 200)}); name a folder, "
-        "or a URI such as s3://bucket/folder that this machine may read and write"
-    )
+    return UserError(f"--latents_cache_dir={shown_uri(uri)}: {unusable(error)}")

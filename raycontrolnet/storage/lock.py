@@ -63,7 +63,7 @@ class FolderLock:
                 self._beat += 1
                 # In place: the file must not come back if it is removed meanwhile.
                 with self._file.open("r+") as file:
-                    file.write(_content(self._owner, self._beat))
+                    file.write(content_of(self._owner, self._beat))
                     file.truncate()
 
     def release(self) -> None:
@@ -98,11 +98,14 @@ def has_ended(folder: Path, process: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[FolderLock]:
+def locked(folder: Path, shown: str | None = None) -> Iterator[FolderLock]:
     """Hold the lock of `folder`, which is created if need be and removed again if it is then still empty.
 
     A lock whose owner is dead is taken over; on another machine it is watched for `DEAD_AFTER_S` first. Where no file
     can be written there is no lock either.
+
+    Args:
+        shown: the folder's name in messages; by default its path.
 
     Raises:
         ConfigError: another run has the folder.
@@ -113,7 +116,7 @@ def locked(folder: Path) -> Iterator[FolderLock]:
     try:
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            _take(folder / LOCK_FILE, owner)
+            _take(folder / LOCK_FILE, owner, shown or str(folder))
         yield lock
     finally:
         lock.release()
@@ -122,28 +125,32 @@ def locked(folder: Path) -> Iterator[FolderLock]:
                 folder.rmdir()
 
 
-def _take(file: Path, owner: Owner) -> None:
+def _take(file: Path, owner: Owner, shown: str) -> None:
     while True:
         try:
             with file.open("x") as opened:
-                opened.write(_content(owner, 0))
+                opened.write(content_of(owner, 0))
         except FileExistsError:
             found = _read(file)
             if found is None:  # being written, or cut short
                 time.sleep(1.0)
                 found = _read(file)
             if found and _is_alive(found, file):
-                problem = (
-                    f"another run writes there: process {found.pid} on {found.host}, for "
-                    f"{duration(time.time() - found.since)}; wait for its end, stop it, or name another --output_dir "
-                    f"(if there is no such run, delete {file.name} there)"
-                )
-                raise ConfigError([f"--output_dir={file.parent}: {problem}"]) from None
+                raise in_use(shown, found) from None
             _remove(file, found)
         else:
             time.sleep(SETTLED_AFTER_S)
             if (settled := _read(file)) and settled.token == owner.token:
                 return
+
+
+def in_use(shown: str, owner: Owner) -> ConfigError:
+    """Return the error for a folder that another run has."""
+    problem = (
+        f"another run writes there: process {owner.pid} on {owner.host}, for {duration(time.time() - owner.since)}; "
+        f"wait for its end, stop it, or name another --output_dir (if there is no such run, delete {LOCK_FILE} there)"
+    )
+    return ConfigError([f"--output_dir={shown}: {problem}"])
 
 
 def _is_alive(owner: Owner, file: Path) -> bool:
@@ -175,13 +182,22 @@ def _remove(file: Path, dead: Owner | None) -> None:
 def _read(file: Path) -> Owner | None:
     """Return the owner in a lock's file; None if there is none, or it was cut short by a full disk."""
     try:
-        content = json.loads(file.read_text())
-        return Owner(**{field.name: content[field.name] for field in fields(Owner)})
-    except (OSError, ValueError, TypeError, KeyError):
+        return owner_in(file.read_text())
+    except OSError:
         return None
 
 
-def _content(owner: Owner, beat: int) -> str:
+def owner_in(content: str) -> Owner | None:
+    """Return the owner in a lock's content; None if it was cut short."""
+    try:
+        found = json.loads(content)
+        return Owner(**{field.name: found[field.name] for field in fields(Owner)})
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def content_of(owner: Owner, beat: int) -> str:
+    """Return the content of a lock."""
     return json.dumps(asdict(owner) | {"beat": beat})
 
 

@@ -6,6 +6,8 @@ import re
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from raycontrolnet.text import error_message
+
 if TYPE_CHECKING:
     from pyarrow import fs
 
@@ -45,6 +47,14 @@ def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
 
     system, path = fs.FileSystem.from_uri(uri)
     return system, path.rstrip("/")
+
+
+def unusable(error: Exception) -> str:
+    """Return why a URI cannot be used, and the way out, to follow it in a message."""
+    return (
+        f"cannot be used ({error_message(error, 200)}); name a folder, or a URI such as s3://bucket/folder that this "
+        "machine may read and write"
+    )
 
 
 def check_bucket(uri: str) -> None:

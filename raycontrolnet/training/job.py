@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from raycontrolnet.cluster.worker import remove_ray_records
+from raycontrolnet.cluster.worker import RECORDS_OF_RAY
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.errors import UserError
@@ -21,17 +21,22 @@ from raycontrolnet.model.performance import working_precision
 from raycontrolnet.quiet import MODEL_LIBRARIES, no_progress_bars
 from raycontrolnet.sampling.images import ImageItem
 from raycontrolnet.sampling.pipeline import DrawOptions
-from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.storage.files import replacing
+from raycontrolnet.storage.run_folder import RunFolder
+from raycontrolnet.text import error_message
 from raycontrolnet.training import held_out, metrics, validation
 from raycontrolnet.training.failures import FAILURE_FILE, HANG_FILE
+
+logger = logging.getLogger(__name__)
 
 RUN_LOG = "run.log"
 RUN_ID_FILE = ".run_id"
 STOP_FILE = ".stop"
 """File by which the driver asks the workers to write a checkpoint and end."""
 TIMINGS_FILE = ".timings.json"
+FOR_WORKERS = (FAILURE_FILE, HANG_FILE, RUN_ID_FILE, STOP_FILE)
+"""Files that mean something only while a run goes on."""
 SHARED_WITHIN_S = 15.0
 """Time that a network file system may take to show a worker what the driver wrote."""
 MARK_INTERVAL_S = 0.5
@@ -44,6 +49,8 @@ class Job:
 
     config: TrainConfig
     """With absolute paths, a seed, and no hub_token."""
+    folder: RunFolder
+    """The run's folder, as the workers use it."""
     run_id: str
     num_samples: int
     """N, samples per epoch."""
@@ -75,7 +82,8 @@ class Job:
 
     @property
     def output_dir(self) -> Path:
-        return Path(self.config.output_dir)
+        """The folder to write to on this machine."""
+        return self.folder.path
 
     def images_of(self, step: int) -> validation.StepImages:
         """Return the validation images of `step`, to be drawn."""
@@ -87,34 +95,58 @@ class Job:
         )
         return validation.StepImages(self.output_dir, step, self.validation_items, options)
 
-    def current_checkpoint(self) -> Checkpoint | None:
-        """Return this run's last undamaged checkpoint, or its start."""
-        return checkpoints.latest_sound(self.output_dir, self.run_id) or self.start
+    def current_checkpoint(self, *, here: bool = True) -> Checkpoint | None:
+        """Return this run's last undamaged checkpoint, or its start.
+
+        Args:
+            here: whether its files are needed on this machine; without, one in an object store is not read.
+
+        Raises:
+            UserError: if the one in an object store is damaged.
+        """
+        if not self.folder.is_stored:
+            return self.folder.latest_sound(self.run_id) or self.start
+        found = self.folder.latest(self.run_id) or self.start
+        if found is None or not here:
+            return found
+        try:
+            return self.folder.sound(found)
+        except ValueError as error:
+            problem = f"--output_dir={self.folder.shown}: {found.path.name}: {error}"
+            raise UserError(f"{problem}; go on with --resume_from_checkpoint of an earlier one") from None
 
 
-def begin(job: Job) -> None:
-    """Mark the folder as this run's; on the driver, before the workers start."""
+def begin(folder: RunFolder, job: Job) -> None:
+    """Mark the folder as this run's; on the driver, before the workers start.
+
+    Args:
+        folder: as the driver uses it.
+    """
     # Of an earlier run that left no checkpoint.
     if job.start is None:
-        shutil.rmtree(job.output_dir / validation.VALIDATION_FOLDER, ignore_errors=True)
-        (job.output_dir / metrics.LEFT_OUT_FILE).unlink(missing_ok=True)
+        shutil.rmtree(folder.path / validation.VALIDATION_FOLDER, ignore_errors=True)
+        folder.delete(f"{validation.VALIDATION_FOLDER}/*", metrics.LEFT_OUT_FILE)
     if job.start is None or job.start.manifest.get("held_out", 0) != job.num_held_out:
-        (job.output_dir / held_out.HELD_OUT_FILE).unlink(missing_ok=True)
-    end(job.output_dir)  # Ray must not find its records of an earlier run: only the checkpoints on disk count
-    with replacing(job.output_dir / RUN_ID_FILE) as partial:
+        folder.delete(held_out.HELD_OUT_FILE)
+    # Ray must not find its records of an earlier run: only the checkpoints count.
+    folder.delete(*FOR_WORKERS, *RECORDS_OF_RAY, TIMINGS_FILE)
+    with replacing(folder.path / RUN_ID_FILE) as partial:
         partial.write_text(job.run_id)
+    folder.push(RUN_ID_FILE)
 
 
-def end(output_dir: Path) -> None:
+def end(folder: RunFolder) -> None:
     """Remove what was for the workers alone, and Ray Train's own records; on the driver, at the end."""
-    for name in (FAILURE_FILE, HANG_FILE, RUN_ID_FILE, STOP_FILE):
-        (output_dir / name).unlink(missing_ok=True)
-    remove_ray_records(output_dir)
+    try:
+        folder.delete(*FOR_WORKERS, *RECORDS_OF_RAY)
+    except OSError as error:
+        logger.warning("%s: leftovers stay there (%s)", folder.shown, error)
 
 
-def ask_to_stop(output_dir: Path) -> None:
+def ask_to_stop(folder: RunFolder) -> None:
     """Ask the workers to write a checkpoint of the current update, or of the next, and to end."""
-    (output_dir / STOP_FILE).touch()
+    (folder.path / STOP_FILE).touch()
+    folder.push(STOP_FILE, tries=2)
 
 
 def stop_asked(job: Job) -> bool:
@@ -131,7 +163,24 @@ def check_folder_is_shared(job: Job) -> None:
         UserError: if it is another folder of the same name.
     """
     marker = job.output_dir / RUN_ID_FILE
+    if job.folder.is_stored:
+        _check_store_is_seen(job, marker)
+        return
     wait_for_driver(job.output_dir, lambda: marker.is_file() and marker.read_text() == job.run_id, "the driver")
+
+
+def _check_store_is_seen(job: Job, marker: Path) -> None:
+    node = socket.gethostname()
+    try:
+        job.folder.pull(*FOR_WORKERS)
+    except (OSError, ValueError, ImportError) as error:
+        problem = f"the node {node} cannot read it ({error_message(error, 200)})"
+        raise UserError(
+            f"--output_dir={job.folder.shown}: {problem}; give it the right to, as the driver has"
+        ) from None
+    if not (marker.is_file() and marker.read_text() == job.run_id):
+        problem = f"the node {node} finds another store by that name; set its address there as for the driver"
+        raise UserError(f"--output_dir={job.folder.shown}: {problem}, as AWS_ENDPOINT_URL")
 
 
 def wait_for_driver(output_dir: Path, marked: Callable[[], bool], driver: str) -> None:
@@ -163,11 +212,16 @@ def read_timings(output_dir: Path) -> dict[str, float]:
     return {}
 
 
+def log_of(job: Job, who: str) -> str:
+    """Return the name of the log of one worker: run.log, but in an object store, where two cannot write one file."""
+    return RUN_LOG if job.local or not job.folder.is_stored else f"run-{who.replace(' ', '-')}.log"
+
+
 @contextmanager
 def logging_to_run_log(job: Job, who: str) -> Iterator[None]:
     """Log what this package logs in a worker to run.log, without the libraries' progress bars."""
     package = logging.getLogger("raycontrolnet")
-    handler = logging.FileHandler(job.output_dir / RUN_LOG, encoding="utf-8")
+    handler = logging.FileHandler(job.output_dir / log_of(job, who), encoding="utf-8")
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {who}: %(message)s"))
     if not job.local:  # else this is the driver's process, which logs there already
         package.addHandler(handler)

@@ -22,6 +22,7 @@ from raycontrolnet.model.performance import enable_memory_savers, working_precis
 from raycontrolnet.model.step import TrainState
 from raycontrolnet.storage.checkpoint import CONTROLNET_FOLDER, TRAINING_STATE_FILE, Checkpoint
 from raycontrolnet.storage.files import readable_by_umask
+from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.text import counted, file_size
 from raycontrolnet.training.schedule import Schedule, due_steps
 
@@ -167,7 +168,7 @@ def save_state(state: TrainState, folder: Path) -> None:
     )
 
 
-def check_room(state: TrainState, schedule: Schedule, config: TrainConfig) -> None:
+def check_room(state: TrainState, schedule: Schedule, config: TrainConfig, folder: RunFolder) -> None:
     """Check that the disk has room for the checkpoints to come and the final weights.
 
     Raises:
@@ -177,7 +178,7 @@ def check_room(state: TrainState, schedule: Schedule, config: TrainConfig) -> No
     moments = weights // 2 if config.use_8bit_adam else 2 * weights
     to_come = len(due_steps(config.checkpointing_steps, schedule.total_updates, schedule.total_updates))
     to_come -= len(due_steps(config.checkpointing_steps, state.step, schedule.total_updates))
-    output_dir, limit = Path(config.output_dir), config.checkpoints_total_limit
+    output_dir, limit = folder.path, 1 if folder.is_stored else config.checkpoints_total_limit
     usage = shutil.disk_usage(output_dir)
     if not usage.total:  # of a file system that does not tell
         return

@@ -24,6 +24,7 @@ from PIL import Image
 
 from raycontrolnet.config.output_settings import OutputConfig
 from raycontrolnet.config.train_config import names_with
+from raycontrolnet.storage.uri import shown_uri
 
 logger = logging.getLogger(__name__)
 
@@ -239,18 +240,21 @@ class Trackers:
             self._open.pop(name, None)
 
 
-def open_trackers(output: OutputConfig, settings: Mapping[str, Any], *, done_steps: int = 0) -> Trackers:
+def open_trackers(
+    output: OutputConfig, settings: Mapping[str, Any], *, done_steps: int = 0, folder: Path | None = None
+) -> Trackers:
     """Open the trackers that `output` asks for, on rank 0 only.
 
     Args:
         settings: the hyperparameters to store, without the secrets among them.
         done_steps: updates done before this start, if the run resumes.
+        folder: the run's on this machine; by default its output_dir.
     """
     secrets = names_with("secret")
     run = Run(
-        logging_dir=Path(output.output_dir, output.logging_dir).absolute(),
+        logging_dir=Path(folder or output.output_dir, output.logging_dir).absolute(),
         project=output.tracker_project_name,
-        name=Path(output.output_dir).name,
+        name=Path(shown_uri(output.output_dir)).name,
         settings={name: value for name, value in settings.items() if name not in secrets},
         done_steps=done_steps,
         group=output.tracker_group,

@@ -85,6 +85,11 @@ def step_folder(output_dir: str | Path, step: int) -> Path:
     return Path(output_dir) / VALIDATION_FOLDER / f"step-{step:06d}"
 
 
+def files_of(step: int) -> str:
+    """Return a pattern of the names of the validation files of `step`, in a run's folder."""
+    return f"{VALIDATION_FOLDER}/step-{step:06d}/*"
+
+
 def finished_folders(output_dir: str | Path, last_step: int | None = None) -> list[Path]:
     """List the folders of all finished validations up to `last_step`, steps ascending."""
     files = (Path(output_dir) / VALIDATION_FOLDER).glob(f"step-*/{METADATA}")

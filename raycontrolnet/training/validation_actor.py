@@ -19,6 +19,7 @@ from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.performance import enable_memory_savers, working_precision
 from raycontrolnet.sampling.images import PairImages
 from raycontrolnet.text import one_line
+from raycontrolnet.training import validation
 from raycontrolnet.training.job import Job, check_folder_is_shared, logging_to_run_log
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class ValidationActor:
             self.components.controlnet.load_state_dict(weights)
             images.draw(self.components)
             pairs = images.finish()
+            self.job.folder.push(validation.files_of(step))
         return Drawn(step, pairs, time.perf_counter() - start)
 
     def _load(self, token: str | None) -> Components:

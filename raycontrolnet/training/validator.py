@@ -16,13 +16,14 @@ from raycontrolnet.cluster.worker import from_rank_zero, wait_for_all
 from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.model.performance import vae_on
 from raycontrolnet.model.step import TrainState
-from raycontrolnet.sampling import scores
-from raycontrolnet.sampling.images import fidelity_of
+from raycontrolnet.sampling import images, scores
+from raycontrolnet.sampling.images import PairImages, fidelity_of
 from raycontrolnet.training import held_out, validation
 from raycontrolnet.training.job import Job, stop_asked
 from raycontrolnet.training.metrics import MetricsLog, PhaseClock
 from raycontrolnet.training.schedule import Share
 from raycontrolnet.training.state import saved_controlnet, unwrap_controlnet
+from raycontrolnet.training.store_sync import MODEL_CONFIG, WEIGHTS
 from raycontrolnet.training.trackers import Trackers
 from raycontrolnet.training.validation_actor import AsyncValidation, Drawn
 from raycontrolnet.training.watchdog import Watchdog
@@ -94,6 +95,8 @@ class Validator:
         if self.job.validation_items:
             with self.clock("validation_images"):
                 _barrier(self.world_size)  # until they are saved
+                if self.rank > 0:
+                    self.job.folder.pull(WEIGHTS, MODEL_CONFIG)
                 self._draw_together(lambda: saved_controlnet(self.job.output_dir, self.state))
                 if self.actor:
                     self._publish(self.actor.collect(wait=True))
@@ -119,13 +122,22 @@ class Validator:
 
     def _draw_together(self, controlnet: Callable[[], ControlNetModel]) -> None:
         """Draw this worker's share; rank 0 finishes and publishes the images of all."""
-        state, images = self.state, self.job.images_of(self.state.step)
+        state, drawing, folder = self.state, self.job.images_of(self.state.step), self.job.folder
+        files = validation.files_of(state.step)
         with validation.failures_logged(state.step), vae_on(state.components, state.accelerator.device):
             components = replace(state.components, controlnet=controlnet())
-            images.draw(components, self.rank, self.world_size, self._ends_early)
+            drawing.draw(components, self.rank, self.world_size, self._ends_early)
+            if self.world_size > 1:  # who may have no disk in common
+                folder.push(files)
         _barrier(self.world_size)  # Ray's, not the process group's: a slow worker cannot time a collective out
         if self.rank == 0:
-            self._publish(Drawn(state.step, images.finish()))
+            pairs: list[PairImages] = []
+            with validation.failures_logged(state.step):
+                if self.world_size > 1:
+                    folder.pull(files)
+                pairs = drawing.finish()
+                folder.push(files)
+            self._publish(Drawn(state.step, pairs))
 
     def _ends_early(self) -> bool:
         """Check, after every image, for the driver's wish to end, which does not wait for all of them."""
@@ -138,10 +150,14 @@ class Validator:
             return
         if drawn.seconds:
             self.clock.seconds["validation_beside"] += drawn.seconds
-        for pair in drawn.pairs:
+        pairs = drawn.pairs
+        if drawn.seconds and self.job.folder.is_stored:  # by the actor, perhaps on another machine
+            self.job.folder.pull(validation.files_of(drawn.step))
+            pairs = images.results(validation.step_folder(self.job.output_dir, drawn.step))
+        for pair in pairs:
             key = f"{validation.VALIDATION_FOLDER}/{pair.name}"  # not the prompt: equal ones would collide
             self.trackers.images(drawn.step, key, [pair.control, *pair.images], pair.prompt)
-        if fidelity := fidelity_of(drawn.pairs):
+        if fidelity := fidelity_of(pairs):
             self.trackers.scalars(drawn.step, {"control_fidelity": fidelity.mean})
             logger.info("step %d: %s", drawn.step, scores.in_words(fidelity))
 

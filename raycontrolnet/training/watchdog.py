@@ -6,12 +6,13 @@ import faulthandler
 import logging
 import os
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
+from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.text import duration
 from raycontrolnet.training.background import repeating
-from raycontrolnet.training.failures import record_hang
+from raycontrolnet.training.failures import HANG_FILE, record_hang
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +28,8 @@ class Watchdog:
         log: gets the stacks of all threads.
     """
 
-    def __init__(self, who: str, output_dir: Path, log: Path, timeout_s: float):
-        self.who, self.output_dir, self.log, self.timeout_s = who, output_dir, log, timeout_s
+    def __init__(self, who: str, folder: RunFolder, log: Path, timeout_s: float):
+        self.who, self.folder, self.log, self.timeout_s = who, folder, log, timeout_s
         self.phase = ""
         self._since: float | None = None
         self._looked = 0.0
@@ -59,5 +60,7 @@ class Watchdog:
         logger.error("%s", message)
         with self.log.open("a", encoding="utf-8") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        record_hang(self.output_dir, message)
+        record_hang(self.folder.path, message)
+        with suppress(OSError):
+            self.folder.push(HANG_FILE, self.log.name, tries=1)
         os._exit(1)

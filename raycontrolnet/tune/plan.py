@@ -17,6 +17,8 @@ from raycontrolnet.config.sweepable import cache_settings
 from raycontrolnet.config.train_config import TrainConfig, names_that_decide, names_with, public_settings
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.launch.preflight import CheckedRun, check, choose_latents, ensure_latents
+from raycontrolnet.storage.run_folder import RunFolder
+from raycontrolnet.storage.uri import is_uri, shown_uri
 from raycontrolnet.tune import checks
 from raycontrolnet.tune.concurrency import TrialSlots
 from raycontrolnet.tune.lease import SweepLease
@@ -108,6 +110,9 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
     Raises:
         ConfigError: with what is wrong.
     """
+    if is_uri(config.train.output_dir):
+        needed = "a sweep needs a folder on a disk that all its machines see; URIs are for single runs"
+        raise ConfigError([f"--output_dir={shown_uri(config.train.output_dir)}: {needed}"])
     sweep_dir = Path(config.train.output_dir).expanduser().resolve()
     before, space = read_sweep(sweep_dir), config.parsed_space
     if before and not config.resume:
@@ -122,7 +127,7 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
         raise ConfigError(problems)
     runs = {}
     for settings in _cache_variants(space):
-        run = check(dataclasses.replace(train, **settings), sweep_dir)
+        run = check(dataclasses.replace(train, **settings), RunFolder(str(sweep_dir)))
         runs[cache_key(settings)] = choose_latents(run, stream, reused=True)
     for run in runs.values():
         if problem := checks.objective_problem(config.objective, run):

@@ -24,6 +24,7 @@ from raycontrolnet.launch.fit import Summary, run_and_record
 from raycontrolnet.launch.preflight import CheckedRun
 from raycontrolnet.launch.workers import train_here, train_on_ray
 from raycontrolnet.storage import checkpoint as checkpoints
+from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training.job import RunStopped
 from raycontrolnet.training.status import RunStatus
 from raycontrolnet.tune.concurrency import TrialSlots
@@ -60,7 +61,9 @@ class Shared:
         checkpoints.remove_leftovers(folder)
         config = dataclasses.replace(base.config, **record.settings, output_dir=str(folder))
         start = checkpoints.latest_sound(folder)
-        return dataclasses.replace(base, config=config, output_dir=folder, start=start, run_id=uuid.uuid4().hex)
+        return dataclasses.replace(
+            base, config=config, folder=RunFolder(str(folder)), start=start, run_id=uuid.uuid4().hex
+        )
 
 
 def cache_key(settings: Mapping[str, Any]) -> str:

@@ -1,0 +1,148 @@
+"""A folder of an object store: objects that are whole or absent, over a network that fails now and then."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from raycontrolnet.storage.files import replacing
+from raycontrolnet.storage.uri import open_uri, shown_uri
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""Pauses before the next try. pyarrow tries three times itself, within a second or two."""
+AT_A_TIME = 4
+"""Files that are sent or fetched side by side."""
+BLOCK_BYTES = 16 * 2**20
+_FINAL = re.compile(r"ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|HTTP status 40[13]")
+"""Answers that another try does not change."""
+
+
+class Stored(NamedTuple):
+    """An object, as a listing shows it; another one has another size or time."""
+
+    size: int
+    modified_ns: int
+
+
+@dataclass(frozen=True)
+class ObjectStore:
+    """The objects whose names begin with the path of `uri`. Methods raise OSError for a store that fails.
+
+    All operations are repeated, as they have the same result the second time.
+    """
+
+    uri: str
+
+    @property
+    def shown(self) -> str:
+        """The folder's name in messages."""
+        return shown_uri(self.uri)
+
+    def list(self, prefix: str = "") -> dict[str, Stored]:
+        """Return name -> object, of all objects in the folder `prefix` and its folders."""
+        from pyarrow import fs
+
+        system, root = open_uri(self.uri)
+        where = f"{root}/{prefix}".rstrip("/")
+        selector = fs.FileSelector(where, recursive=True, allow_not_found=True)
+        found = retried(lambda: system.get_file_info(selector), f"listing {self.shown}")
+        files = (info for info in found if info.type == fs.FileType.File)
+        return {info.path.removeprefix(f"{root}/"): Stored(info.size, info.mtime_ns or 0) for info in files}
+
+    def read(self, name: str) -> bytes:
+        """Return the content of `name`.
+
+        Raises:
+            FileNotFoundError: if there is none.
+        """
+
+        def read() -> bytes:
+            system, root = open_uri(self.uri)
+            with system.open_input_file(f"{root}/{name}") as file:
+                return bytes(file.read())
+
+        return retried(read, f"reading {self.shown}/{name}")
+
+    def write(self, name: str, content: bytes, *, tries: int = len(PAUSES_S) + 1) -> None:
+        """Write the object `name`."""
+
+        def write() -> None:
+            system, root = open_uri(self.uri)
+            with system.open_output_stream(f"{root}/{name}") as file:
+                file.write(content)
+
+        retried(write, f"writing {self.shown}/{name}", tries)
+
+    def upload(self, file: Path, name: str) -> None:
+        """Write the object `name` with the content of `file`."""
+
+        def upload() -> None:
+            system, root = open_uri(self.uri)
+            with file.open("rb") as read, system.open_output_stream(f"{root}/{name}") as written:
+                shutil.copyfileobj(read, written, BLOCK_BYTES)
+
+        retried(upload, f"writing {self.shown}/{name}")
+
+    def download(self, name: str, file: Path) -> None:
+        """Write the content of `name` to `file`, whole or not at all.
+
+        Raises:
+            FileNotFoundError: if there is none.
+        """
+
+        def download() -> None:
+            system, root = open_uri(self.uri)
+            with (
+                replacing(file, many_writers=True) as partial,
+                system.open_input_file(f"{root}/{name}") as read,
+                partial.open("wb") as written,
+            ):
+                shutil.copyfileobj(read, written, BLOCK_BYTES)
+
+        file.parent.mkdir(parents=True, exist_ok=True)
+        retried(download, f"reading {self.shown}/{name}")
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete objects, in the order of `names`; those that are not there are passed over."""
+
+        def delete(name: str) -> None:
+            system, root = open_uri(self.uri)
+            with suppress(FileNotFoundError):
+                system.delete_file(f"{root}/{name}")
+
+        for name in names:
+            retried(lambda name=name: delete(name), f"deleting {self.shown}/{name}")  # type: ignore[misc]
+
+
+def side_by_side(work: Callable[[str], object], names: Iterable[str]) -> None:
+    """Call `work` with each of `names`, a few at a time; raise the first error once all have ended."""
+    with ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="store") as pool:
+        for done in [pool.submit(work, name) for name in names]:
+            done.result()
+
+
+def retried(attempt: Callable[[], T], what: str, tries: int = len(PAUSES_S) + 1) -> T:
+    """Return what `attempt` returns, trying again after errors that may pass."""
+    for pause_s in PAUSES_S[: tries - 1]:
+        try:
+            return attempt()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if _FINAL.search(str(error)):
+                raise
+            logger.warning("%s failed, and is tried again (%s)", what, error)
+            time.sleep(pause_s)
+    return attempt()

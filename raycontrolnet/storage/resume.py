@@ -1,0 +1,110 @@
+"""The checkpoint that a run goes on from, as `--resume_from_checkpoint` names it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from raycontrolnet.errors import ConfigError
+from raycontrolnet.storage.checkpoint import CONTROLNET_FOLDER, MANIFEST_FILE, Checkpoint
+from raycontrolnet.storage.run_folder import RunFolder
+from raycontrolnet.storage.uri import is_uri
+from raycontrolnet.text import error_message
+
+logger = logging.getLogger(__name__)
+
+_OF_OTHERS = ("optimizer.bin", "scheduler.bin", "random_states_*.pkl", "optimizer.pt")
+"""Files of checkpoints that accelerate writes, as diffusers' scripts do, and transformers' Trainer."""
+
+
+def resolve(resume_from_checkpoint: str | None, folder: RunFolder) -> Checkpoint | None:
+    """Return the checkpoint that `--resume_from_checkpoint` names: `latest`, a name in `folder`, or a path.
+
+    It is on this machine then.
+
+    Raises:
+        ConfigError: if it is not there, not complete or damaged; or if the setting is not given and `folder` holds
+            checkpoints, which a new run would mix with.
+        OSError: if an object store cannot be read.
+    """
+    present = folder.checkpoints()
+    if resume_from_checkpoint is None:
+        _check_nothing_is_overwritten(folder, present)
+        return None
+    flag = f"--resume_from_checkpoint={resume_from_checkpoint}"
+    if resume_from_checkpoint == "latest":
+        return _latest(folder, present, flag)
+    names = _names(present)
+    path, found = Path(resume_from_checkpoint), None
+    if not path.is_absolute() and path.name == str(path):
+        found = next((each for each in present if each.path.name == path.name), None)
+        if found or (folder.path / path.name).is_dir():
+            path = folder.path / path.name
+    if is_uri(resume_from_checkpoint):
+        problem = "must be a name in --output_dir, such as checkpoint-500, or a folder on a disk"
+        raise ConfigError([f"{flag}: {problem}; complete in {folder.shown}: {names}"])
+    if not found and not path.is_dir():
+        raise ConfigError([f"{flag}: no such folder; complete in {folder.shown}: {names}"])
+    if not found and _is_of_others(path):
+        raise ConfigError([f"{flag}: {_of_others(path)}"])
+    try:
+        return folder.sound(found or Checkpoint.open(path.resolve()))
+    except (ValueError, OSError) as error:
+        others = _names([each for each in present if each.path.resolve() != path.resolve()])
+        raise ConfigError([f"{flag}: {error}; complete in {folder.shown}: {others}"]) from None
+
+
+def _latest(folder: RunFolder, present: Sequence[Checkpoint], flag: str) -> Checkpoint:
+    try:
+        found = folder.latest_sound()
+    except OSError as error:
+        raise ConfigError([f"{flag}: {folder.shown} cannot be read ({error_message(error)})"]) from None
+    if found:
+        return found
+    if other := next((path for path in folder.path.glob("checkpoint-*") if _is_of_others(path)), None):
+        raise ConfigError([f"{flag}: {_of_others(other)}"])
+    if present:
+        names = _names(present)
+        problem = f"holds only damaged checkpoints ({names}); leave the flag out, and name another --output_dir"
+    else:
+        problem = "holds no complete checkpoint; leave the flag out to start anew"
+    raise ConfigError([f"{flag}: {folder.shown} {problem}"])
+
+
+def _names(checkpoints: Sequence[Checkpoint]) -> str:
+    return ", ".join(checkpoint.path.name for checkpoint in checkpoints) or "none"
+
+
+def _check_nothing_is_overwritten(folder: RunFolder, present: Sequence[Checkpoint]) -> None:
+    # Of another program, such as diffusers' script, or damaged: not to be overwritten either.
+    patterns = () if folder.is_stored else ("checkpoint-[0-9]*", "diffusion_pytorch_model.safetensors")
+    others = [path for pattern in patterns for path in folder.path.glob(pattern)]
+    if present:
+        problem = (
+            f"holds {present[-1].path.name} of an earlier run. Go on with it: add --resume_from_checkpoint latest. "
+            "Start anew: name another --output_dir, or delete that folder"
+        )
+    elif others and _is_of_others(others[0]):
+        problem = _of_others(others[0])
+    elif others:
+        problem = (
+            f"holds {others[0].name}, which is no complete checkpoint of raycontrolnet and would be overwritten; name "
+            "another --output_dir"
+        )
+    else:
+        return
+    raise ConfigError([f"--output_dir={folder.shown}: {problem}"])
+
+
+def _is_of_others(path: Path) -> bool:
+    return not (path / MANIFEST_FILE).exists() and any(any(path.glob(pattern)) for pattern in _OF_OTHERS)
+
+
+def _of_others(path: Path) -> str:
+    weights = next((each for each in (path / CONTROLNET_FOLDER, path) if (each / "config.json").exists()), None)
+    train_on = f": add --controlnet_model_name_or_path {weights}" if weights else ""
+    return (
+        f"{path.name} was written by another program, such as diffusers' script, and its optimizer cannot be read; "
+        f"train its weights on in another --output_dir{train_on}"
+    )

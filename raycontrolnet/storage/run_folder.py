@@ -1,0 +1,302 @@
+"""The folder of a run: on a disk that all its machines see, or in an object store.
+
+In a store's case the program works in a folder of this machine, and what is written there is sent to the store, which
+alone counts: a run continues from it on fresh machines. Driver and workers have working folders of their own, on one
+machine too, and know of each other by the store alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from raycontrolnet.storage import checkpoint as checkpoints
+from raycontrolnet.storage.checkpoint import MANIFEST_FILE, Checkpoint
+from raycontrolnet.storage.files import PARTIAL_SUFFIX, replacing_folder
+from raycontrolnet.storage.object_store import ObjectStore, Stored, side_by_side
+from raycontrolnet.storage.uri import child_uri, is_uri, shown_uri
+from raycontrolnet.text import error_message
+
+logger = logging.getLogger(__name__)
+
+DRIVER = "driver"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run on a disk that all its machines see."""
+
+    place: str
+    """An absolute path."""
+
+    @property
+    def path(self) -> Path:
+        """The folder to work in on this machine."""
+        return Path(self.place)
+
+    @property
+    def shown(self) -> str:
+        """The folder as users know it."""
+        return self.place
+
+    @property
+    def is_stored(self) -> bool:
+        """True if the folder is one of an object store."""
+        return False
+
+    @property
+    def parent(self) -> str:
+        """The folder that this one is in, a path or URI."""
+        return str(self.path.parent)
+
+    @property
+    def name(self) -> str:
+        """The last part of its name."""
+        return self.shown.rpartition("/")[2]
+
+    def place_of(self, checkpoint: Checkpoint) -> str:
+        """Return the path or URI of a checkpoint that is in this folder."""
+        return str(checkpoint.path)
+
+    def for_workers(self, run_id: str) -> RunFolder:
+        """Return the folder for the workers of a run."""
+        return self
+
+    def checkpoints(self, run_id: str | None = None) -> list[Checkpoint]:
+        """Return the complete checkpoints, by step; with `run_id`, those that the run wrote."""
+        return [each for each in checkpoints.all_checkpoints(self.path) if run_id in (None, each.run_id)]
+
+    def latest(self, run_id: str | None = None) -> Checkpoint | None:
+        """Return the complete checkpoint with most updates; with `run_id`, of those that the run wrote."""
+        found = self.checkpoints(run_id)
+        return found[-1] if found else None
+
+    def latest_sound(self, run_id: str | None = None) -> Checkpoint | None:
+        """Return the newest undamaged checkpoint, on this machine; see `checkpoint.latest_sound`."""
+        return checkpoints.latest_sound(self.path, run_id)
+
+    def sound(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Return `checkpoint` on this machine, its bytes checked.
+
+        Raises:
+            ValueError: naming the damaged file.
+            OSError: if it cannot be read.
+        """
+        found = Checkpoint.open(checkpoint.path)
+        found.check_bytes()
+        return found
+
+    def write_checkpoint(self, **how: Any) -> Checkpoint:
+        """Write a checkpoint; see `checkpoint.write`."""
+        return checkpoints.write(self.path, former=self.checkpoints(), **how)
+
+    def prune(self, limit: int | None) -> None:
+        """Delete all but the `limit` checkpoints written last. Call it only when the newest is complete."""
+        checkpoints.prune(self.path, limit)
+
+    def push(self, *patterns: str, tries: int | None = None) -> None:
+        """Send the files to the store that match one of `patterns` and have changed since; `*` matches `/` too."""
+
+    def pull(self, *patterns: str) -> None:
+        """Make the files that match `patterns` those of the store."""
+
+    def delete(self, *patterns: str) -> None:
+        """Delete the files that match one of `patterns`."""
+        names = [pattern for pattern in patterns if "*" not in pattern]
+        if len(names) < len(patterns):
+            names += _matching(_files(self.path), patterns)
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class StoredFolder(RunFolder):
+    """The folder of a run in an object store; `place` is its URI."""
+
+    role: str = DRIVER
+    """Name of this process's working folder."""
+    _pushed: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
+    """Name -> size and time of the file that was sent last."""
+    _pulled: dict[str, Stored] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def store(self) -> ObjectStore:
+        """The folder in the store."""
+        return ObjectStore(self.place)
+
+    @property
+    def path(self) -> Path:
+        key = hashlib.blake2b(self.shown.encode(), digest_size=4).hexdigest()
+        root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "raycontrolnet" / "runs"
+        return root / f"{self.name}-{key}" / self.role
+
+    @property
+    def shown(self) -> str:
+        return shown_uri(self.place)
+
+    @property
+    def is_stored(self) -> bool:
+        return True
+
+    @property
+    def parent(self) -> str:
+        folder, mark, options = self.place.partition("?")
+        return f"{folder.rstrip('/').rpartition('/')[0]}{mark}{options}"
+
+    def place_of(self, checkpoint: Checkpoint) -> str:
+        return child_uri(self.place, checkpoint.path.name)
+
+    def for_workers(self, run_id: str) -> RunFolder:
+        return StoredFolder(self.place, f"worker-{run_id}")
+
+    def checkpoints(self, run_id: str | None = None) -> list[Checkpoint]:
+        found = []
+        for name, sizes in self._listed().items():
+            with suppress(ValueError):  # unfinished or damaged
+                found.append(self._checkpoint(name, sizes))
+        return sorted((each for each in found if run_id in (None, each.run_id)), key=lambda each: each.step)
+
+    def latest_sound(self, run_id: str | None = None) -> Checkpoint | None:
+        damaged, found = [], None
+        for each in reversed(self.checkpoints(run_id)):
+            try:
+                found = self.sound(each)
+                break
+            except ValueError as error:
+                damaged.append(f"{self.shown}/{each.path.name}: {error}")
+        for problem in damaged:
+            logger.warning("%s%s", problem, f"; {found.path.name} is used instead" if found else "")
+        return found
+
+    def sound(self, checkpoint: Checkpoint) -> Checkpoint:
+        if checkpoint.path.parent.parent.name != self.path.parent.name:  # of another folder, on a disk
+            return super().sound(checkpoint)
+        from filelock import FileLock
+
+        name, local = checkpoint.path.name, self.path / checkpoint.path.name
+        self.path.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path / ".fetching"):  # the workers of a machine share what one of them fetches
+            with suppress(ValueError, OSError):
+                found = super().sound(Checkpoint(local, *_facts(checkpoint)))
+                if found.manifest == checkpoint.manifest:
+                    return found
+            with replacing_folder(local) as partial:
+                names = [*checkpoint.manifest["files"], MANIFEST_FILE]
+                side_by_side(lambda each: self.store.download(f"{name}/{each}", partial / each), names)
+            return super().sound(Checkpoint(local, *_facts(checkpoint)))
+
+    def write_checkpoint(self, **how: Any) -> Checkpoint:
+        """Write a checkpoint, and send it to the store: its files first, then the manifest."""
+        written = super().write_checkpoint(**how)
+        name = written.path.name
+        try:
+            self.store.delete([f"{name}/{MANIFEST_FILE}"])  # of an earlier run that went further
+            files = written.manifest["files"]
+            side_by_side(lambda each: self.store.upload(written.path / each, f"{name}/{each}"), files)
+            sent = self._listed(name).get(name, {})
+            for each, size in files.items():
+                if sent.pop(each, None) != size:
+                    raise OSError(f"{each} has not arrived whole")
+            self.store.upload(written.path / MANIFEST_FILE, f"{name}/{MANIFEST_FILE}")
+            self.store.delete(f"{name}/{each}" for each in sent if each != MANIFEST_FILE)
+        except OSError as error:
+            problem = f"--output_dir={self.shown}: {name} cannot be written there ({error_message(error, 200)})"
+            raise OSError(problem) from error
+        checkpoints.prune(self.path, 1)  # from which this machine goes on without fetching it
+        return written
+
+    def prune(self, limit: int | None) -> None:
+        if limit is None:
+            return
+        listed = self._listed()
+        for each in checkpoints.by_age(self.checkpoints())[:-limit]:
+            name = each.path.name
+            files = sorted(
+                listed.get(name, {}), key=lambda file: file != MANIFEST_FILE
+            )  # what is cut short is no whole
+            self.store.delete(f"{name}/{file}" for file in files)
+
+    def push(self, *patterns: str, tries: int | None = None) -> None:
+        def send(name: str) -> None:
+            file = self.path / name
+            with suppress(FileNotFoundError):  # removed meanwhile
+                state = file.stat().st_size, file.stat().st_mtime_ns
+                if self._pushed.get(name) != state:
+                    if tries is None:
+                        self.store.upload(file, name)
+                    else:
+                        self.store.write(name, file.read_bytes(), tries=tries)
+                    self._pushed[name] = state
+
+        side_by_side(send, _matching(_files(self.path), patterns))
+
+    def pull(self, *patterns: str) -> None:
+        listed = self.store.list()
+        names = _matching(listed, patterns)
+        side_by_side(lambda name: self._fetch(name, listed[name]), names)
+        for name in set(_matching(_files(self.path), patterns)) - set(names):
+            (self.path / name).unlink(missing_ok=True)
+            self._pulled.pop(name, None)
+
+    def delete(self, *patterns: str) -> None:
+        super().delete(*patterns)
+        self.store.delete(_matching(self.store.list(), patterns))
+
+    def _fetch(self, name: str, stored: Stored) -> None:
+        file = self.path / name
+        if self._pulled.get(name) == stored and file.exists():
+            return
+        with suppress(FileNotFoundError):  # deleted meanwhile
+            if file.exists():
+                before, now = file.read_bytes(), self.store.read(name)
+                if now.startswith(before):  # who follows a file that grows goes on where he was
+                    with file.open("ab") as grown:
+                        grown.write(now[len(before) :])
+                    self._pulled[name] = stored
+                    return
+            self.store.download(name, file)
+            self._pulled[name] = stored
+
+    def _listed(self, prefix: str = "") -> dict[str, dict[str, int]]:
+        """Return checkpoint's name -> file's name -> bytes, of all objects in folders with a checkpoint's name."""
+        found: dict[str, dict[str, int]] = {}
+        for name, stored in self.store.list(prefix).items():
+            folder, _, file = name.partition("/")
+            if checkpoints.is_name(folder):
+                found.setdefault(folder, {})[file] = stored.size
+        return found
+
+    def _checkpoint(self, name: str, sizes: dict[str, int]) -> Checkpoint:
+        if MANIFEST_FILE not in sizes:
+            raise ValueError(f"has no {MANIFEST_FILE}, so it was not finished")
+        manifest = self.store.read(f"{name}/{MANIFEST_FILE}").decode(errors="replace")
+        return Checkpoint.of(self.path / name, manifest, sizes.get)
+
+
+def run_folder(place: str) -> RunFolder:
+    """Return the folder that a path or URI names."""
+    return StoredFolder(place) if is_uri(place) else RunFolder(place)
+
+
+def _facts(checkpoint: Checkpoint) -> tuple[Any, ...]:
+    return checkpoint.step, checkpoint.samples, checkpoint.seed, checkpoint.run_id, checkpoint.manifest
+
+
+def _files(folder: Path) -> list[str]:
+    """Return the names of the files in `folder` and its folders, without unfinished ones."""
+    found = []
+    for where, _, names in os.walk(folder):
+        found += [Path(where, name).relative_to(folder).as_posix() for name in names]
+    return [name for name in found if PARTIAL_SUFFIX not in name]
+
+
+def _matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]

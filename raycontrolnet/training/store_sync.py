@@ -1,0 +1,143 @@
+"""A run in an object store: what driver and workers send to it and fetch from it while the run goes on."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from raycontrolnet.errors import ConfigError, RunError
+from raycontrolnet.storage.lock import BEAT_INTERVAL_S, locked
+from raycontrolnet.storage.run_folder import RunFolder, StoredFolder
+from raycontrolnet.storage.store_lock import store_locked
+from raycontrolnet.storage.uri import check_bucket, unusable
+from raycontrolnet.text import error_message
+from raycontrolnet.training import held_out, metrics, validation
+from raycontrolnet.training.background import repeating
+from raycontrolnet.training.failures import FAILURE_FILE, HANG_FILE
+from raycontrolnet.training.job import RUN_LOG, STOP_FILE, TIMINGS_FILE, Job
+
+logger = logging.getLogger(__name__)
+
+RECORDS = (metrics.METRICS_FILE, held_out.HELD_OUT_FILE, metrics.LEFT_OUT_FILE, TIMINGS_FILE)
+"""What the worker of rank 0 writes."""
+VALIDATION = f"{validation.VALIDATION_FOLDER}/*"
+DRIVERS = ("run.json", RUN_LOG, "config.yaml", "report.html", "README.md", "images/*")
+WEIGHTS = "diffusion_pytorch_model*"
+MODEL_CONFIG = "config.json"
+
+FETCH_INTERVAL_S = 3.0
+SEND_INTERVAL_S = 10.0
+DRIVERS_INTERVAL_S = 30.0
+COST_FACTOR = 20.0
+"""The pause after sending or fetching is at least this many times the seconds that it took."""
+
+
+@contextmanager
+def run_folder_open(folder: RunFolder) -> Iterator[None]:
+    """Hold the folder's lock for a run, and keep an object store in step with this machine.
+
+    Raises:
+        ConfigError: another run has the folder, or there is no such store.
+        RunError: if the last records cannot be written.
+    """
+    with locked(folder.path, folder.shown) as lock, repeating(lock.beat, BEAT_INTERVAL_S, "lock"):
+        if not isinstance(folder, StoredFolder):
+            yield
+            return
+        with ExitStack() as stack:
+            try:
+                check_bucket(folder.place)
+                store_lock = stack.enter_context(store_locked(folder.store))
+                stack.enter_context(repeating(store_lock.beat, store_lock.interval_s, "store's lock"))
+                stack.enter_context(_driver_in_step(folder))
+            except (OSError, ValueError, ImportError) as error:
+                raise ConfigError([f"--output_dir={folder.shown}: {unusable(error)}"]) from None
+            yield
+
+
+@contextmanager
+def _driver_in_step(folder: RunFolder) -> Iterator[None]:
+    """Fetch the records of earlier parts of the run; send the driver's files while it goes on, and at the end.
+
+    Raises:
+        OSError: if there is no such store, or it cannot be read.
+        RunError: if the last records cannot be written.
+    """
+    folder.pull(*RECORDS, VALIDATION, *DRIVERS)
+    try:
+        with _repeating(lambda: folder.push(*DRIVERS), DRIVERS_INTERVAL_S, "store"):
+            yield
+    except BaseException:
+        with suppress(OSError):
+            folder.push(*DRIVERS, tries=2)
+            folder.delete(TIMINGS_FILE)  # run.json has them
+        raise
+    try:
+        folder.push(*DRIVERS)
+        folder.delete(TIMINGS_FILE)
+    except OSError as error:
+        problem = f"the run is finished, but its last records cannot be written ({error_message(error, 200)})"
+        raise RunError(f"--output_dir={folder.shown}: {problem}; they are in {folder.path}") from error
+
+
+@contextmanager
+def records_fetched(folder: RunFolder) -> Iterator[None]:
+    """Fetch what the workers write while they are at work, and once more at the end."""
+    if not folder.is_stored:
+        yield
+        return
+
+    def fetch() -> None:
+        folder.pull(*RECORDS, VALIDATION, FAILURE_FILE, HANG_FILE)
+
+    with _and_at_the_end(fetch), _repeating(fetch, FETCH_INTERVAL_S, "records"):
+        yield
+
+
+@contextmanager
+def worker_in_step(job: Job, rank: int, log: str) -> Iterator[None]:
+    """Send what this worker writes, while it is at work and at the end; note the driver's wish to end."""
+    folder = job.folder
+    if not folder.is_stored:
+        yield
+        return
+    sent: tuple[str, ...] = (FAILURE_FILE, log)
+    if rank == 0:
+        if not job.local:
+            folder.pull(*RECORDS)
+        sent += (*RECORDS, f"{Path(job.config.logging_dir).as_posix()}/*")
+    with ExitStack() as stack:
+        stack.enter_context(_and_at_the_end(lambda: folder.push(*sent)))
+        stack.enter_context(_repeating(lambda: folder.push(*sent), SEND_INTERVAL_S, "store"))
+        if not job.local:
+            stack.enter_context(repeating(lambda: folder.pull(STOP_FILE), FETCH_INTERVAL_S, "stop"))
+        yield
+
+
+@contextmanager
+def _and_at_the_end(work: Callable[[], None]) -> Iterator[None]:
+    """Do `work` after the `with` block, however it ends; log its errors."""
+    try:
+        yield
+    finally:
+        try:
+            work()
+        except OSError as error:
+            logger.warning("the last records: %s", error)
+
+
+def _repeating(work: Callable[[], None], interval_s: float, name: str) -> AbstractContextManager[None]:
+    """Do `work` in a thread, with pauses that suit its cost."""
+    next_at = 0.0
+
+    def due() -> None:
+        nonlocal next_at
+        if (started := time.monotonic()) >= next_at:
+            work()
+            ended = time.monotonic()
+            next_at = ended + COST_FACTOR * (ended - started)
+
+    return repeating(due, interval_s, name)
