@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import last_step, when, workers_called
+from processes import when, workers_called
 from runs import Settings, column, run
-from s3_server import BUCKET, KEYS, S3Server, s3, use_s3
+from s3_server import BUCKET, KEYS, S3Server, flaky_proxy, s3, use_s3
 
-from raycontrolnet import TrainConfig, fit
-from raycontrolnet.errors import ConfigError
+from raycontrolnet import GenerateConfig, TrainConfig, fit, generate
+from raycontrolnet.errors import ConfigError, RunError
+from raycontrolnet.sampling import find_controlnet
+from raycontrolnet.storage.lock import Owner, content_of
+from raycontrolnet.storage.object_store import ObjectStore
 from raycontrolnet.storage.run_folder import StoredFolder
+from raycontrolnet.storage.store_lock import store_locked
 
 __all__ = ["s3", "use_s3"]  # fixtures
 
@@ -83,12 +86,13 @@ def test_workers_need_no_disk_in_common(use_s3: S3Server, validated_settings: Se
         "train_batch_size": 2,
         "max_failures": 1,
     }
-    place, folder = f"s3://{BUCKET}/workers", StoredFolder(f"s3://{BUCKET}/workers")
     settings |= {"validation_split": 2, "max_train_steps": 6}
-    with when(
-        lambda: last_step(folder.path) >= 3, lambda: os.kill(workers_called("RayTrainWorker")[0], signal.SIGKILL)
-    ) as done:
-        fit(TrainConfig(**settings | {"output_dir": place}))
+
+    def saved() -> bool:
+        return bool(use_s3.names("workers/checkpoint-2/manifest"))
+
+    with when(saved, lambda: workers_called("RayTrainWorker")[0].kill()) as done:
+        fit(TrainConfig(**settings | {"output_dir": f"s3://{BUCKET}/workers"}))
     assert done
     local = run(settings, tmp_path / "local", num_workers="0", gradient_accumulation_steps=2)
     assert losses(use_s3, "workers") == pytest.approx(column(local, "loss"), rel=0, abs=1e-5)
@@ -111,3 +115,122 @@ def test_it_goes_on_on_another_machine(use_s3: S3Server, run_settings: Settings,
     fit(TrainConfig(**settings | {"resume_from_checkpoint": "latest"}))
     assert losses(use_s3, "moved") == column(whole, "loss")
     assert use_s3.read(f"moved/{WEIGHTS}") == (whole / WEIGHTS).read_bytes()
+
+
+def test_images_are_drawn_from_a_run_in_the_store(
+    use_s3: S3Server, validated_settings: Settings, elsewhere: Any, tmp_path: Path
+) -> None:
+    place = f"s3://{BUCKET}/drawn"
+    fit(TrainConfig(**validated_settings | {"output_dir": place, "max_train_steps": 2}))
+    elsewhere()
+    names = {"prompt": "validation_prompt", "image": "validation_image", "num_images": "num_validation_images"}
+    settings = {name: validated_settings[of_run] for name, of_run in names.items()}
+    for number, uri in enumerate((place, f"{place}/checkpoint-2", f"{place}/checkpoint-2/controlnet/")):
+        out = tmp_path / str(number)
+        pairs = generate(GenerateConfig(controlnet=uri, out=str(out), seed=7, use_gpu=False, **settings))
+        for image in (image for pair in pairs for image in pair.images):
+            assert image.read_bytes() == use_s3.read(f"drawn/validation/step-000002/{image.name}")
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("gone/x", r"cannot be used \(there is no bucket gone, or it is not yours\); name a folder"),
+        (f"{BUCKET}/nothing", "there is no ControlNet; look for its name"),
+        (f"{BUCKET}/drawn/checkpoint-9", "there is no ControlNet; name a checkpoint of it, such as s3://bucket/drawn/"),
+    ],
+)
+def test_a_controlnet_that_is_not_there(use_s3: S3Server, name: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=f"--controlnet=s3://{name}: {problem}"):
+        find_controlnet.find(f"s3://{name}")
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_store_that_answers_now_and_then(
+    use_s3: S3Server, run_settings: Settings, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One request in ten fails."""
+    with flaky_proxy(use_s3.endpoint, 10) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
+        place = f"s3://{BUCKET}/flaky?endpoint_override={proxy.removeprefix('http://')}&scheme=http"
+        fit(TrainConfig(**run_settings | {"output_dir": place}))
+    assert losses(use_s3, "flaky") == column(whole, "loss")
+    assert use_s3.read(f"flaky/{WEIGHTS}") == (whole / WEIGHTS).read_bytes()
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_bucket_that_vanishes_in_mid_run(
+    use_s3: S3Server, run_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run fails with the reason; what was committed stands."""
+    settings = run_settings | {"output_dir": f"s3://{BUCKET}/vanishes"}
+    upload = ObjectStore.upload
+
+    def until_the_second(store: ObjectStore, file: Path, name: str) -> None:
+        if name.startswith("checkpoint-4"):
+            raise OSError("AWS Error NO_SUCH_BUCKET during PutObject operation")
+        upload(store, file, name)
+
+    monkeypatch.setattr(ObjectStore, "upload", until_the_second)
+    with pytest.raises(
+        RunError, match=r"s3://bucket/vanishes: checkpoint-4 cannot be written there \(AWS Error NO_SUCH"
+    ) as e:
+        fit(TrainConfig(**settings))
+    assert "The checkpoint of update 2 stands: go on with --resume_from_checkpoint latest" in str(e.value)
+    assert json.loads(use_s3.read("vanishes/run.json"))["status"] == "failed"
+    monkeypatch.undo()
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize(
+    ("place", "problem"),
+    [
+        ("s3://gone/run", r"cannot be used \(there is no bucket gone, or it is not yours\)"),
+        ("s3://id:word@bucket/run", "leave keys and tokens out of the URI"),
+        ("s3://bucket", "names a whole bucket; name a folder in it"),
+        ("nowhere://bucket/run", "cannot be used"),
+    ],
+)
+def test_places_that_cannot_be_used(use_s3: S3Server, run_settings: Settings, place: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--output_dir.*: {problem}") as error:
+        fit(TrainConfig(**run_settings | {"output_dir": place}))
+    assert "word" not in str(error.value)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_one_run_at_a_time(use_s3: S3Server, run_settings: Settings) -> None:
+    """The lock of a run on this machine, and of one on another that gives no sign of life."""
+    store = ObjectStore(f"s3://{BUCKET}/locked")
+    settings = run_settings | {"output_dir": store.uri, "max_train_steps": 1}
+    with store_locked(store), pytest.raises(ConfigError, match=rf"another run writes there: process {os.getpid()} on "):
+        fit(TrainConfig(**settings))
+    dead = Owner(host="other", machine="another one", pid=1)
+    use_s3.write("locked/.lock.json", content_of(dead, 3).encode())
+    fit(TrainConfig(**settings))
+    assert not [name for name in use_s3.names("locked/") if name.endswith(".lock.json")]
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_damaged_checkpoint_is_passed_over(
+    use_s3: S3Server, run_settings: Settings, whole: Path, elsewhere: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = run_settings | {"output_dir": f"s3://{BUCKET}/damaged"}
+    fit(TrainConfig(**settings | {"max_train_steps": 3, "checkpointing_steps": 1}))
+    weights = "damaged/checkpoint-3/controlnet/diffusion_pytorch_model.safetensors"
+    use_s3.write(weights, bytes(len(use_s3.read(weights))))
+    use_s3.client.delete_object(Bucket=BUCKET, Key="damaged/checkpoint-2/training_state.pt")
+    elsewhere()
+    fit(TrainConfig(**settings | {"resume_from_checkpoint": "latest"}))
+    assert f"s3://{BUCKET}/damaged/checkpoint-3: controlnet/{WEIGHTS} is damaged" in caplog.text
+    assert losses(use_s3, "damaged") == column(whole, "loss")
+    assert use_s3.read(f"damaged/{WEIGHTS}") == (whole / WEIGHTS).read_bytes()
+
+
+def test_the_oldest_checkpoints_are_deleted(use_s3: S3Server, run_settings: Settings, elsewhere: Any) -> None:
+    settings = run_settings | {"output_dir": f"s3://{BUCKET}/pruned", "checkpoints_total_limit": 2}
+    fit(TrainConfig(**settings | {"checkpointing_steps": 1}))
+    found = {name.split("/")[1] for name in use_s3.names("pruned/checkpoint-") if name.count("/") > 1}
+    assert found == {"checkpoint-3", "checkpoint-4"}
+    folder = StoredFolder(f"s3://{BUCKET}/pruned")
+    assert [path.name for path in folder.path.glob("checkpoint-*")] == ["checkpoint-4"], "of no use on this machine"

@@ -22,6 +22,8 @@ from raycontrolnet.config.values import read_yaml, setting_types
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.model.problems import CONTROLNET, file_advice
 from raycontrolnet.storage import checkpoint as checkpoints
+from raycontrolnet.storage.run_folder import folder_containing
+from raycontrolnet.storage.uri import as_path, check_bucket, is_uri, shown_uri, unusable
 
 CONFIG_FILE = "config.yaml"
 
@@ -51,10 +53,12 @@ class FoundControlNet:
 def find(name: str) -> FoundControlNet:
     """Find the ControlNet that a user names: a run's output_dir, a checkpoint-N, a ControlNet's folder, or a Hub id.
 
+    One in an object store is fetched.
+
     Raises:
-        ConfigError: if there is none at that path, or its run's config.yaml cannot be used.
+        ConfigError: if there is none at that path or URI, or its run's config.yaml cannot be used.
     """
-    path = Path(name).expanduser()
+    path = _fetched(name) if is_uri(name) else Path(as_path(name)).expanduser()
     if not path.exists():
         return FoundControlNet(name, {}, None)
     if not path.is_dir():
@@ -62,6 +66,23 @@ def find(name: str) -> FoundControlNet:
     path = path.resolve()
     file = _config_file(path)
     return FoundControlNet(str(_weights_folder(path, name)), _read(file, name) if file else {}, file)
+
+
+def _fetched(uri: str) -> Path:
+    """Fetch a ControlNet and its run's config.yaml, which lie on this machine as they do in the object store."""
+    folder, inner = folder_containing(uri, "controlnet")
+    names = ("config.json", "diffusion_pytorch_model*", *((f"{checkpoints.CONTROLNET_FOLDER}/*",) if inner else ()))
+    try:
+        check_bucket(uri)
+        folder.pull(CONFIG_FILE, *(f"{inner}{name}" for name in names))
+        places = (folder.path / inner, folder.path / inner / checkpoints.CONTROLNET_FOLDER)
+        if not any((place / "config.json").is_file() for place in places):
+            last = folder.latest()
+            advice = f"name a checkpoint of it, such as {folder.place_of(last)}" if last else "look for its name"
+            raise ConfigError([f"--controlnet={shown_uri(uri)}: there is no ControlNet; {advice}"])
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError([f"--controlnet={shown_uri(uri)}: {unusable(error)}"]) from None
+    return folder.path / inner
 
 
 def _weights_folder(path: Path, name: str) -> Path:

@@ -286,6 +286,20 @@ def run_folder(place: str) -> RunFolder:
     return StoredFolder(place) if is_uri(place) else RunFolder(place)
 
 
+def folder_containing(uri: str, role: str) -> tuple[RunFolder, str]:
+    """Return the run's folder that `uri` is, or lies in as a checkpoint or its controlnet/; and the path in it.
+
+    Args:
+        role: name of the working folder on this machine.
+    """
+    place, mark, options = uri.partition("?")
+    parts = place.rstrip("/").split("/")
+    depth = 2 if parts[-1] == checkpoints.CONTROLNET_FOLDER and checkpoints.is_name(parts[-2]) else 0
+    depth = 1 if checkpoints.is_name(parts[-1]) else depth
+    cut = len(parts) - depth
+    return StoredFolder(f"{'/'.join(parts[:cut])}{mark}{options}", role), "".join(f"{part}/" for part in parts[cut:])
+
+
 def _facts(checkpoint: Checkpoint) -> tuple[Any, ...]:
     return checkpoint.step, checkpoint.samples, checkpoint.seed, checkpoint.run_id, checkpoint.manifest
 
