@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +134,11 @@ def test_every_node_installs_the_package(prepared: dict[str, Any]) -> None:
         assert any("pip install" in command and "raycontrolnet" in command for command in prepared[commands])
 
 
-def test_the_shared_disk_is_in_one_place() -> None:
+def test_the_nodes_need_no_disk_in_common(prepared: dict[str, Any]) -> None:
+    """Everything that a run reads and writes is in S3, which the head may use by Ray's profile, and workers by theirs."""
     head, _, settings = CLUSTER_YAML.read_text(encoding="utf-8").partition("\ncluster_name: ")
-    assert "--output_dir /mnt/shared/" in head
-    before, storage = settings.split("\n# --- Storage: ")
-    storage, after = storage.split("\n# --- End of storage.")
-    assert "/mnt/shared" in storage
-    assert "/mnt/shared" not in before + after
+    assert re.findall(r"--(\w+) s3://BUCKET/", head) == ["train_data_dir", "latents_cache_dir", "output_dir"]
+    assert "/mnt/" not in settings
+    for name in ("gpu_worker", "cpu_worker"):
+        profile = prepared["available_node_types"][name]["node_config"]["IamInstanceProfile"]
+        assert profile["Arn"].endswith("/ray-autoscaler-v1")

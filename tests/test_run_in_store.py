@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import when, workers_called
-from runs import Settings, column, run
+from processes import ctrl_c, kill_9, when, workers_called
+from runs import Settings, column, flags, run
 from s3_server import BUCKET, KEYS, S3Server, flaky_proxy, s3, use_s3
 
 from raycontrolnet import GenerateConfig, TrainConfig, fit, generate
@@ -88,10 +90,10 @@ def test_workers_need_no_disk_in_common(use_s3: S3Server, validated_settings: Se
     }
     settings |= {"validation_split": 2, "max_train_steps": 6}
 
-    def saved() -> bool:
-        return bool(use_s3.names("workers/checkpoint-2/manifest"))
+    def drawn() -> bool:
+        return bool(use_s3.names("workers/validation/step-000002/metadata"))
 
-    with when(saved, lambda: workers_called("RayTrainWorker")[0].kill()) as done:
+    with when(drawn, lambda: workers_called("RayTrainWorker")[0].kill()) as done:
         fit(TrainConfig(**settings | {"output_dir": f"s3://{BUCKET}/workers"}))
     assert done
     local = run(settings, tmp_path / "local", num_workers="0", gradient_accumulation_steps=2)
@@ -230,7 +232,43 @@ def test_a_damaged_checkpoint_is_passed_over(
 def test_the_oldest_checkpoints_are_deleted(use_s3: S3Server, run_settings: Settings, elsewhere: Any) -> None:
     settings = run_settings | {"output_dir": f"s3://{BUCKET}/pruned", "checkpoints_total_limit": 2}
     fit(TrainConfig(**settings | {"checkpointing_steps": 1}))
-    found = {name.split("/")[1] for name in use_s3.names("pruned/checkpoint-") if name.count("/") > 1}
+    found = {name.split("/")[1] for name in use_s3.names("pruned/checkpoint-")}
     assert found == {"checkpoint-3", "checkpoint-4"}
     folder = StoredFolder(f"s3://{BUCKET}/pruned")
     assert [path.name for path in folder.path.glob("checkpoint-*")] == ["checkpoint-4"], "of no use on this machine"
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_killed_in_the_middle_it_goes_on(
+    use_s3: S3Server, run_settings: Settings, elsewhere: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`kill -9` after the first checkpoint; then on another machine, from another folder, by the URI alone."""
+    settings = run_settings | {"output_dir": f"s3://{BUCKET}/killed", "max_train_steps": 60, "checkpointing_steps": 5}
+    command = [sys.executable, "-m", "raycontrolnet", "train", *flags(settings)]
+    kill_9(command, lambda: use_s3.names("killed/checkpoint-10/manifest"))
+    assert json.loads(use_s3.read("killed/run.json"))["status"] == "running"
+    elsewhere()
+    monkeypatch.chdir(tmp_path)
+    fit(TrainConfig(**settings | {"resume_from_checkpoint": "latest"}))
+    local = run(settings, tmp_path / "local")
+    assert losses(use_s3, "killed") == column(local, "loss")
+    assert use_s3.read(f"killed/{WEIGHTS}") == (local / WEIGHTS).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("elsewhere")
+def test_sigterm_to_the_driver(use_s3: S3Server, run_settings: Settings) -> None:
+    """The workers, which see no disk of the driver's, write a checkpoint of the current update."""
+    settings = run_settings | {"output_dir": f"s3://{BUCKET}/ended", "num_workers": "1", "max_train_steps": 5000}
+    settings |= {"checkpointing_steps": 10_000}
+    command = [sys.executable, "-m", "raycontrolnet", "train", *flags(settings)]
+
+    def trains() -> bool:
+        return any(name.endswith("metrics.jsonl") for name in use_s3.names("ended/"))
+
+    process, stderr = ctrl_c(command, trains, whole_group=False, number=signal.SIGTERM)
+    assert process.returncode == 143, stderr
+    (step,) = {int(name.split("/")[1].partition("-")[2]) for name in use_s3.names("ended/checkpoint-")}
+    assert len(losses(use_s3, "ended")) == step
+    assert json.loads(use_s3.read("ended/run.json"))["status"] == "interrupted"
+    assert f"(--output_dir s3://{BUCKET}/ended)" in stderr

@@ -125,6 +125,16 @@ class ObjectStore:
         for name in names:
             retried(lambda name=name: delete(name), f"deleting {self.shown}/{name}")  # type: ignore[misc]
 
+    def delete_folder(self, name: str) -> None:
+        """Delete all objects in the folder `name`."""
+
+        def delete() -> None:
+            system, root = open_uri(self.uri)
+            with suppress(FileNotFoundError):
+                system.delete_dir(f"{root}/{name}")
+
+        retried(delete, f"deleting {self.shown}/{name}")
+
 
 def side_by_side(work: Callable[[str], object], names: Iterable[str]) -> None:
     """Call `work` with each of `names`, a few at a time; raise the first error once all have ended."""

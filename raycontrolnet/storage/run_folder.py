@@ -209,20 +209,18 @@ class StoredFolder(RunFolder):
             self.store.delete(f"{name}/{each}" for each in sent if each != MANIFEST_FILE)
         except OSError as error:
             problem = f"--output_dir={self.shown}: {name} cannot be written there ({error_message(error, 200)})"
-            raise OSError(problem) from error
+            raise OSError(problem) from None  # else the cause alone would be shown
         checkpoints.prune(self.path, 1)  # from which this machine goes on without fetching it
         return written
 
     def prune(self, limit: int | None) -> None:
         if limit is None:
             return
-        listed = self._listed()
         for each in checkpoints.by_age(self.checkpoints())[:-limit]:
             name = each.path.name
-            files = sorted(
-                listed.get(name, {}), key=lambda file: file != MANIFEST_FILE
-            )  # what is cut short is no whole
-            self.store.delete(f"{name}/{file}" for file in files)
+            # The manifest at first: a deletion that is cut short leaves no checkpoint.
+            self.store.delete([f"{name}/{MANIFEST_FILE}"])
+            self.store.delete_folder(name)
 
     def push(self, *patterns: str, tries: int | None = None) -> None:
         def send(name: str) -> None:

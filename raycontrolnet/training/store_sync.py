@@ -22,7 +22,7 @@ from raycontrolnet.training.job import RUN_LOG, STOP_FILE, TIMINGS_FILE, Job
 logger = logging.getLogger(__name__)
 
 RECORDS = (metrics.METRICS_FILE, held_out.HELD_OUT_FILE, metrics.LEFT_OUT_FILE, TIMINGS_FILE)
-"""What the worker of rank 0 writes."""
+"""Files of the worker of rank 0."""
 VALIDATION = f"{validation.VALIDATION_FOLDER}/*"
 DRIVERS = ("run.json", RUN_LOG, "config.yaml", "report.html", "README.md", "images/*")
 WEIGHTS = "diffusion_pytorch_model*"
