@@ -135,7 +135,7 @@ def test_every_node_installs_the_package(prepared: dict[str, Any]) -> None:
 
 
 def test_the_nodes_need_no_disk_in_common(prepared: dict[str, Any]) -> None:
-    """Everything that a run reads and writes is in S3, which the head may use by Ray's profile, and workers by theirs."""
+    """Everything that a run reads and writes is in S3, which the head may use by Ray's profile, and so may workers."""
     head, _, settings = CLUSTER_YAML.read_text(encoding="utf-8").partition("\ncluster_name: ")
     assert re.findall(r"--(\w+) s3://BUCKET/", head) == ["train_data_dir", "latents_cache_dir", "output_dir"]
     assert "/mnt/" not in settings

@@ -20,6 +20,7 @@ from raycontrolnet.sampling import images
 from raycontrolnet.sampling.images import METADATA, ImageItem, PairImages, fidelity_of
 from raycontrolnet.sampling.pipeline import DrawOptions
 from raycontrolnet.sampling.scores import Fidelity
+from raycontrolnet.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from raycontrolnet.model.components import Components
@@ -88,6 +89,13 @@ def step_folder(output_dir: str | Path, step: int) -> Path:
 def files_of(step: int) -> str:
     """Return a pattern of the names of the validation files of `step`, in a run's folder."""
     return f"{VALIDATION_FOLDER}/step-{step:06d}/*"
+
+
+def send(folder: RunFolder, step: int) -> None:
+    """Send the validation of `step` to an object store: what counts as finished is there whole."""
+    images, metadata = files_of(step).replace("*", "*.png"), files_of(step).replace("*", METADATA)
+    folder.push(images)
+    folder.push(metadata)
 
 
 def finished_folders(output_dir: str | Path, last_step: int | None = None) -> list[Path]:

@@ -74,7 +74,7 @@ class ValidationActor:
             self.components.controlnet.load_state_dict(weights)
             images.draw(self.components)
             pairs = images.finish()
-            self.job.folder.push(validation.files_of(step))
+            validation.send(self.job.folder, step)
         return Drawn(step, pairs, time.perf_counter() - start)
 
     def _load(self, token: str | None) -> Components:

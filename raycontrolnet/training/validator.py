@@ -136,7 +136,7 @@ class Validator:
                 if self.world_size > 1:
                     folder.pull(files)
                 pairs = drawing.finish()
-                folder.push(files)
+                validation.send(folder, state.step)
             self._publish(Drawn(state.step, pairs))
 
     def _ends_early(self) -> bool:
