@@ -270,7 +270,7 @@ def test_example_from_pictures_to_the_hub(
 ) -> None:
     """From start to end, on the package's small base model: pictures, edges, training, push, images.
 
-    It trains in this process, as the blocks show that training on Ray is started alike.
+    It trains in this process: README's first command shows that a run starts on Ray.
     """
     for name, value in {"MAX_TRAIN_STEPS": "2", "HUB_MODEL_ID": "someone/edges", "HF_TOKEN": "hf_example"}.items():
         monkeypatch.setenv(name, value)

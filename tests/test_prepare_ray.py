@@ -48,27 +48,42 @@ def test_a_pool_of_encoders_makes_what_one_process_makes(settings: Settings, tmp
     assert f"{num_rows}/{num_rows} images" in shown.getvalue()
 
 
-def test_two_workers_learn_from_a_cache_without_its_bad_samples(settings: Settings, tmp_path: Path) -> None:
-    """They are listed, or skipped; and then two workers learn what one does, that is, what it learns from pixels."""
+@pytest.mark.slow
+def test_two_workers_learn_from_the_cache_what_one_does(settings: Settings, tmp_path: Path) -> None:
+    """Without a sample that is skipped; and what one learns from pixels."""
     data = Path(shutil.copytree(settings["train_data_dir"], tmp_path / "data"))
-    rows = (data / "metadata.jsonl").read_text().splitlines()
-    bad = data / json.loads(rows[2])["conditioning_image"]
-    content = bad.read_bytes()
-    bad.write_bytes(b"")
-    settings |= {"train_data_dir": str(data), "max_train_steps": 8, "checkpointing_steps": 100}
-    settings |= {"proportion_empty_prompts": 0.3}
-    with pytest.raises(UserError, match=r"metadata.jsonl:3, conditioning image: .* is empty\n1 of 13 samples cannot"):
-        run(settings, tmp_path / "two")
-    settings |= {"on_bad_sample": "skip", "max_bad_fraction": 0.1}
+    bad, content = spoil_the_third(data)
+    settings |= {"train_data_dir": str(data), "on_bad_sample": "skip", "max_bad_fraction": 0.1}
+    settings |= {"max_train_steps": 8, "checkpointing_steps": 100, "proportion_empty_prompts": 0.3}
     two = losses(run(settings, tmp_path / "two", num_workers="2", train_batch_size=2))
     one = losses(run(settings, tmp_path / "one", num_workers="0"))
     assert len(two) == 8
     assert two == pytest.approx(one, rel=0, abs=1e-5)
     bad.write_bytes(content)
+    rows = (data / "metadata.jsonl").read_text().splitlines()
     (data / "metadata.jsonl").write_text("\n".join(rows[:2] + rows[3:]) + "\n")
     pixels = losses(run(settings, tmp_path / "pixels", cache_latents="off", num_workers="0"))
     assert pixels == pytest.approx(one, rel=1e-3)
     assert pixels != one
+
+
+def test_bad_samples_are_listed_and_the_rest_is_there(settings: Settings, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(settings["train_data_dir"], tmp_path / "data"))
+    spoil_the_third(data)
+    settings["train_data_dir"] = str(data)
+    with pytest.raises(UserError, match=r"metadata.jsonl:3, conditioning image: .* is empty\n1 of 13 samples cannot"):
+        run(settings, tmp_path / "out")
+    skipped = settings | {"on_bad_sample": "skip", "max_bad_fraction": 0.1, "num_workers": "0"}
+    assert len(losses(run(skipped, tmp_path / "out"))) == 4
+
+
+def spoil_the_third(data: Path) -> tuple[Path, bytes]:
+    """Empty the conditioning image of the third sample; return its path, and what it held."""
+    row = json.loads((data / "metadata.jsonl").read_text().splitlines()[2])
+    path = data / row["conditioning_image"]
+    content = path.read_bytes()
+    path.write_bytes(b"")
+    return path, content
 
 
 def test_a_vae_that_cannot_be_loaded_is_the_users_to_mend(settings: Settings, tiny_base: Path, tmp_path: Path) -> None:
