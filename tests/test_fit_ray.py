@@ -71,6 +71,7 @@ def test_two_workers_learn_what_one_does(settings: Settings, tmp_path: Path) -> 
         assert measured[1] == pytest.approx(measured[0], rel=0, abs=2e-6)
 
 
+@pytest.mark.slow
 def test_resume_on_ray_is_exact(settings: Settings, tmp_path: Path) -> None:
     """Stopped off Ray after 2 of 4 updates, in the middle of an epoch, and continued on it: the run in one piece.
 

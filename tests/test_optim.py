@@ -23,7 +23,6 @@ from raycontrolnet.model.optim import build_lr_scheduler, build_optimizer
 from raycontrolnet.training.schedule import Schedule, Share
 from raycontrolnet.training.state import accelerator_for, build_state
 
-ACCUMULATIONS = (1, 3)
 UPDATES = 6
 CURVE: dict[str, Any] = {
     "max_train_steps": UPDATES,
@@ -61,7 +60,7 @@ def test_the_expected_curves_are_six_different_ones() -> None:
         assert curve[:3] == [0, 0.5, 1]
 
 
-@pytest.mark.parametrize("accumulation", ACCUMULATIONS)
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("scheduler", LR_SCHEDULERS)
 def test_curves_of_a_run(scheduler: str, accumulation: int, tiny_settings: dict[str, Any], tmp_path: Path) -> None:
     settings = tiny_settings | CURVE | {"lr_scheduler": scheduler, "gradient_accumulation_steps": accumulation}

@@ -80,10 +80,11 @@ def test_the_driver_is_killed(sweep_settings: Settings, tmp_path: Path) -> None:
         assert measured[0] == measured[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "signal_whole_group"),
     [
-        pytest.param(signal.SIGTERM, False, id="SIGTERM to the driver", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, False, id="SIGTERM to the driver"),
         pytest.param(signal.SIGINT, True, id="Ctrl-C to the terminal"),
     ],
 )
@@ -128,6 +129,7 @@ def test_more_trials_than_cpus_of_two_workers_each(sweep_settings: Settings) -> 
     wait_for(lambda: not trial_processes(), timeout_s=20)
 
 
+@pytest.mark.slow
 def test_a_trial_is_killed(sweep_settings: Settings) -> None:
     """Its process, by the kernel's memory killer say: it goes on from its checkpoint, in another."""
     train = TrainConfig(**sweep_settings | {"max_train_steps": 20, "cpus_per_worker": 1})
