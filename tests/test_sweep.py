@@ -138,6 +138,7 @@ def test_no_secret_is_left(eight: SweepResult) -> None:
     assert not [path for path in files if b"hf_secretsecret" in path.read_bytes()]
 
 
+@pytest.mark.slow
 def test_optuna_proposes_from_what_it_has_seen(sweep_settings: Settings) -> None:
     pytest.importorskip("optuna")
     config = SweepConfig(
