@@ -29,7 +29,7 @@ from raycontrolnet.training import metrics
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FIRST, *OTHERS = (found for found in BLOCKS if found.kind == "run")
-HERE = ("--num_workers", "0")
+HERE = ("--num_workers", "0", "--resolution", "64")
 SLOW = [found for found in BLOCKS if found.kind == "slow"]
 
 Call = Callable[..., str]
