@@ -104,7 +104,7 @@ def worker(rank: int, folder: str, settings: dict[str, Any]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     found: dict[str, Any] = {}
-    for scheduler, accumulation in [(each, 3) for each in LR_SCHEDULERS] + [("linear", 1)]:
+    for scheduler, accumulation in [(each, 1) for each in LR_SCHEDULERS] + [("linear", 3)]:
         config = TrainConfig(**settings | {"lr_scheduler": scheduler, "gradient_accumulation_steps": accumulation})
         plan = Schedule.of(config, 13, 2)
         with accelerator_for(config, use_gpu=False, world_size=2) as accelerator:
