@@ -28,7 +28,7 @@ Settings = dict[str, Any]
 
 
 def test_the_planted_learning_rate_wins(sweep_settings: Settings) -> None:
-    rates = [4e-3, 1e-9, 0.3, 1e-8]
+    rates = [4e-3, 1e-9, 0.3, 1e-8, 0.2, 1e-7]
     space = {"learning_rate": {"grid": rates}}
     train = TrainConfig(**sweep_settings | {"max_train_steps": 16, "validation_steps": 4})
     result = run_sweep(SweepConfig(train=train, space=space, num_samples=1, max_concurrent_trials=1))
