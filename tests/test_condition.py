@@ -553,6 +553,7 @@ def num_recorded(out: Path) -> int:
     return sum(made.key != "" for made in ConditionFolder(out).made.values())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_local_ray")
 def test_killed_in_the_middle_it_goes_on(tmp_path: Path) -> None:
     """Kill -9 the driver and its Ray, and run it again: the result is that of a run that was not killed."""

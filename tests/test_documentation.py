@@ -5,7 +5,9 @@ The blocks of `run` share one Ray and what README's first command made; see docu
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import re
 import runpy
@@ -27,6 +29,7 @@ from raycontrolnet.training import metrics
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FIRST, *OTHERS = (found for found in BLOCKS if found.kind == "run")
+HERE = ("--num_workers", "0", "--resolution", "64")
 SLOW = [found for found in BLOCKS if found.kind == "slow"]
 
 Call = Callable[..., str]
@@ -43,12 +46,25 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iter
 
 @pytest.fixture(scope="module")
 def trained(workspace: Path) -> Path:
-    """`workspace` after README's first training command, in a shell and on a Ray of its own."""
-    output = run_in_shell(FIRST, workspace)
+    """`workspace` after README's first training command, in this process."""
+    with contextlib.redirect_stderr(io.StringIO()) as shown:
+        run_command(FIRST, *HERE)
+    assert_first_command(shown.getvalue(), workspace)
+    return workspace
+
+
+def assert_first_command(output: str, workspace: Path) -> None:
     assert "step 1/1 | loss" in output
     assert "done in" in output
     assert steps(workspace / "my-controlnet") == [1]
-    return workspace
+
+
+def run_command(found: Block, *flags: str) -> None:
+    """Run a block of one command, with more flags, in this process."""
+    assert not set("$|&;<>#`") & set(found.text), "a shell would read more into it"
+    program, *arguments = shlex.split(found.text.replace("\\\n", " "))
+    assert program == "raycontrolnet"
+    assert cli.main([*arguments, *flags]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -63,19 +79,16 @@ def _ray(workspace: Path, request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
-def call(trained: Path, request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]) -> Call:
+def call(request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]) -> Call:
     """call(block, *flags): run a block with more flags in this process, on the shared Ray; returns what it prints."""
-    request.getfixturevalue("_ray")  # after the first command, which has its own
+    request.getfixturevalue("_ray")
 
     def call(found: Block, *flags: str) -> str:
         capfd.readouterr()
         if found.language == "python":
             exec(compile(found.text, found.name, "exec"), {"__name__": "__main__"})
         else:
-            assert not set("$|&;<>#`") & set(found.text), "a shell would read more into it"
-            program, *arguments = shlex.split(found.text.replace("\\\n", " "))
-            assert program == "raycontrolnet"
-            assert cli.main([*arguments, *flags]) == 0
+            run_command(found, *flags)
         return "".join(capfd.readouterr())
 
     return call
@@ -106,7 +119,8 @@ def names_in_table(text: str) -> set[str]:
 
 @pytest.mark.parametrize("found", OTHERS, ids=lambda found: found.name)
 def test_block_runs(found: Block, call: Call, trained: Path) -> None:
-    output = call(found, *("--num_inference_steps", "2") * ("raycontrolnet generate" in found.command))
+    short = {"train": HERE, "prepare": HERE, "generate": ("--num_inference_steps", "2")}
+    output = call(found, *next((more for name, more in short.items() if f"raycontrolnet {name}" in found.command), ()))
     if "--resume_from_checkpoint latest" in found.command:
         assert "updates 1 to 2" in output
         assert steps(trained / "my-controlnet") == [1, 2]
@@ -125,6 +139,13 @@ def test_block_runs(found: Block, call: Call, trained: Path) -> None:
         assert "raycontrolnet prepare" in found.command, "an expectation is missing here"
         assert "latents: 2 samples, " in output
         assert len(list((trained / "my-latents").glob("*.arrow"))) == 1
+
+
+@pytest.mark.slow
+def test_the_first_command_in_a_shell(tmp_path: Path, tiny_base: Path) -> None:
+    """On a Ray of its own."""
+    workspace = write_workspace(tmp_path / "reader", tiny_base)
+    assert_first_command(run_in_shell(FIRST, workspace), workspace)
 
 
 @pytest.mark.slow
@@ -184,6 +205,7 @@ def test_the_sweep_and_what_it_leaves(call: Call, trained: Path) -> None:
     assert cli.parse("train", ["--config", f"{output_dir}/best/config.yaml"]).max_train_steps == 2
 
 
+@pytest.mark.slow
 def test_the_sweep_from_python(call: Call, trained: Path) -> None:
     found = block("sweep.py")
     changes = {
@@ -265,15 +287,21 @@ def test_example_script_as_it_is(tmp_path: Path, tiny_base: Path) -> None:
 def test_example_from_pictures_to_the_hub(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From start to end, on the package's small base model: pictures, edges, training, push, images."""
+    """From start to end, on the package's small base model: pictures, edges, training, push, images.
+
+    It trains in this process: others show that a run starts on Ray.
+    """
     for name, value in {"MAX_TRAIN_STEPS": "2", "HUB_MODEL_ID": "someone/edges", "HF_TOKEN": "hf_example"}.items():
         monkeypatch.setenv(name, value)
     with HubStandIn("hf_example") as hub:
         take_for_hub(hub.url, monkeypatch)
         example = Path("examples/from_pictures_to_hub.py")
-        example.write_text(
-            shortened(example.read_text(encoding="utf-8"), {"range(512)": "range(24)"}), encoding="utf-8"
-        )
+        changes = {
+            "range(512)": "range(24)",
+            "seed=0,": 'seed=0, num_workers="0", num_validation_images=1,',
+            "num_images=2,": "num_images=2, num_inference_steps=2,",
+        }
+        example.write_text(shortened(example.read_text(encoding="utf-8"), changes), encoding="utf-8")
         runpy.run_path(str(example), run_name="__main__")
         pushed = hub.files["someone/edges"]
     assert pushed["README.md"].startswith(b"---")

@@ -357,16 +357,3 @@ def test_earlier_scores_are_not_shown_as_new(validated_run: Run) -> None:
     with progress(Progress(validated_run.folder, 8, 2, stream, scored=True)):
         pass
     assert "control fidelity" not in stream.getvalue()
-
-
-@pytest.mark.usefixtures("_local_ray")
-def test_beside_the_training_scores_are_the_same(validated_run: Run, settings: Settings) -> None:
-    out, result, shown = train(settings | {"num_workers": "1", "cpus_per_worker": 1.0})
-    assert json.loads((out / "run.json").read_text())["timings"]["validation_beside_s"] > 0
-    for step in (2, 4):
-        folder = validation.step_folder(out, step)
-        assert [line["control_fidelity"] for line in metadata(folder)] == measured_again(folder, "shape")
-        assert f"step {step}: control fidelity" in shown
-    assert result.control_fidelity == pytest.approx(validated_run.result.control_fidelity, abs=0.05)
-    events = EventAccumulator(str(out / "logs" / "train_controlnet")).Reload()
-    assert sorted(event.step for event in events.Scalars("control_fidelity")) == [2, 4]

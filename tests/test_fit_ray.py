@@ -47,18 +47,23 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def test_two_workers_learn_what_one_does(settings: Settings, tmp_path: Path) -> None:
-    """1 worker x batch 4 and 2 workers x batch 2: the same losses over 10 updates, across the ends of epochs."""
+    """1 worker x batch 4 and 2 workers x 2 batches of 1: the same losses over 10 updates, across the ends of epochs.
+
+    And the learning rate, which a schedule changes, counts updates, neither workers nor batches.
+    """
     changes: Settings = {"max_train_steps": 10, "checkpointing_steps": 100, "proportion_empty_prompts": 0.3}
-    changes |= {"validation_split": 5, "validation_steps": 5}
+    changes |= {"validation_split": 5, "validation_steps": 5, "lr_scheduler": "cosine", "lr_warmup_steps": 2}
     base = Path(settings["pretrained_model_name_or_path"])
     changes |= {"controlnet_model_name_or_path": str(write_trained_controlnet(base, tmp_path / "controlnet"))}
     one = run(settings, tmp_path / "one", **changes, num_workers="0")
-    two = run(settings, tmp_path / "two", **changes, num_workers="2", train_batch_size=2)
+    changes |= {"num_workers": "2", "train_batch_size": 1, "gradient_accumulation_steps": 2}
+    two = run(settings, tmp_path / "two", **changes)
     status = json.loads((two / "run.json").read_text())
     assert status["started"] + status["seconds"] - column(two, "time")[-1] < 10, "Ray Train waits for something"
     assert column(one, "samples") == column(two, "samples") == [4 * update for update in range(1, 11)]
     assert column(two, "loss") == pytest.approx(column(one, "loss"), rel=0, abs=1e-5)
     assert len(set(column(one, "loss"))) == 10
+    assert column(two, "lr") == pytest.approx(cosine_curve(settings["learning_rate"], 2, 10), rel=1e-12)
     for name in ("val_loss", "val_loss_shuffled", "control_gap"):
         measured = [[line[name] for line in held_out.read(folder)] for folder in (one, two)]
         assert len(measured[0]) == 2
@@ -66,27 +71,16 @@ def test_two_workers_learn_what_one_does(settings: Settings, tmp_path: Path) -> 
         assert measured[1] == pytest.approx(measured[0], rel=0, abs=2e-6)
 
 
-def test_learning_rate_counts_updates_not_workers(settings: Settings, tmp_path: Path) -> None:
-    from diffusers.optimization import get_scheduler
+@pytest.mark.slow
+def test_resume_on_ray_is_exact(settings: Settings, tmp_path: Path) -> None:
+    """Stopped off Ray after 2 of 4 updates, in the middle of an epoch, and continued on it: the run in one piece.
 
-    updates = {"max_train_steps": 6, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "gradient_accumulation_steps": 3}
-    done = run(settings, tmp_path / "out", **updates, num_workers="2", train_batch_size=1)
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=settings["learning_rate"])
-    scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=2, num_training_steps=6)
-    expected = []
-    for _ in range(6):
-        expected.append(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
-    assert column(done, "lr") == pytest.approx(expected, rel=1e-12)
-    assert column(done, "samples") == [6 * update for update in range(1, 7)]
-
-
-def test_resume_is_exact_on_ray_and_off_it(settings: Settings, tmp_path: Path) -> None:
-    """Stopped after 2 of 4 updates, in the middle of an epoch, and continued: bit for bit the run in one piece."""
+    The other way round is that of a run with a corrupt image.
+    """
     changes = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
-    whole = run(settings | {"num_workers": "0"}, tmp_path / "whole", **changes)
-    parts = run(settings, tmp_path / "parts", **changes, max_train_steps=2)
+    here = settings | {"num_workers": "0"}
+    whole = run(here, tmp_path / "whole", **changes)
+    parts = run(here, tmp_path / "parts", **changes, max_train_steps=2)
     run(settings, parts, **changes, resume_from_checkpoint="latest")
     assert_same_run(whole, parts)
 
@@ -106,6 +100,7 @@ def test_killed_processes_cost_nothing(settings: Settings, tmp_path: Path) -> No
     assert_same_run(undisturbed, disturbed)
 
 
+@pytest.mark.slow
 def test_without_allowed_failures_a_killed_worker_ends_the_run(settings: Settings, tmp_path: Path) -> None:
     changes = {"max_train_steps": 30, "checkpointing_steps": 10, "max_failures": 0}
     message = "The checkpoint of update (10|20) stands: go on with --resume_from_checkpoint latest"
@@ -117,31 +112,31 @@ def test_without_allowed_failures_a_killed_worker_ends_the_run(settings: Setting
     assert killed == [True], "no worker was killed"
 
 
-def test_an_elastic_run_keeps_the_curve(settings: Settings, tmp_path: Path) -> None:
-    """On 3, 2 and 1 of 3 workers, with no CPU left for loading: the updates are those of 3, within epochs and across.
+@pytest.mark.parametrize("numbers", [(2, 1), pytest.param((3, 2, 1), marks=pytest.mark.slow)], ids=str)
+def test_an_elastic_run_keeps_the_curve(numbers: tuple[int, ...], settings: Settings, tmp_path: Path) -> None:
+    """Two updates on each number of 3 workers: they are those of 3, within epochs and across.
 
-    Two workers do three micro-batches of an update, and one of them has two.
+    At first no CPU is left for loading. Two workers do three micro-batches of an update, and one of them has two.
     """
     base = Path(settings["pretrained_model_name_or_path"])
+    last = 2 * len(numbers)
     settings |= {"controlnet_model_name_or_path": str(write_trained_controlnet(base, tmp_path / "controlnet"))}
-    settings |= {"train_batch_size": 2, "scale_lr": True, "learning_rate": 1e-4, "max_train_steps": 6}
+    settings |= {"train_batch_size": 2, "scale_lr": True, "learning_rate": 1e-4, "max_train_steps": last}
     whole = run(settings, tmp_path / "whole", num_workers="0", gradient_accumulation_steps=3)
     settings |= {"num_workers": "1:3", "dataloader_num_workers": 1}
-    for updates, cpus in ((2, 1.0), (4, 1.5), (6, 2.0)):
+    for done, number in zip(range(0, last, 2), numbers, strict=True):
         out = run(
-            settings, tmp_path / "out",
-            max_train_steps=updates, cpus_per_worker=cpus, resume_from_checkpoint="latest" if updates > 2 else None,
+            settings, tmp_path / "out", max_train_steps=done + 2, cpus_per_worker={3: 1.0, 2: 1.5, 1: 2.0}[number],
+            resume_from_checkpoint="latest" if done else None,
         )  # fmt: skip
     assert re.findall(r"update (\d) on: (\d) worker", (out / "run.log").read_text()) == [
-        ("0", "3"),
-        ("2", "2"),
-        ("4", "1"),
+        (str(done), str(number)) for done, number in zip(range(0, last, 2), numbers, strict=True)
     ]
-    assert column(out, "samples") == column(whole, "samples") == [6 * update for update in range(1, 7)]
+    assert column(out, "samples") == column(whole, "samples") == [6 * update for update in range(1, last + 1)]
     assert column(out, "lr") == column(whole, "lr")
     for name in ("loss", "grad_norm"):
         assert column(out, name) == pytest.approx(column(whole, name), rel=0, abs=1e-5)
-    assert len(set(column(out, "loss"))) == 6
+    assert len(set(column(out, "loss"))) == last
 
 
 def test_a_corrupt_image_ends_the_run_with_its_name(settings: Settings, tmp_path: Path) -> None:
@@ -187,7 +182,8 @@ def test_a_run_whose_workers_never_come(settings: Settings, tmp_path: Path, monk
     assert str(error.value).startswith(
         f"The workers have not started within --wait_timeout_s=5: {state}. Lower --num_workers, or wait longer"
     )
-    run(settings, tmp_path / "out")
+    wait_for(lambda: ray.available_resources().get("CPU") == 3, timeout_s=30)
+    run(settings, tmp_path / "out", num_workers="0")
 
 
 def test_workers_that_leave_no_cpu_for_loading_are_refused(settings: Settings, tmp_path: Path) -> None:
@@ -204,7 +200,7 @@ def test_workers_that_leave_no_cpu_for_loading_are_refused(settings: Settings, t
     ("number", "group"),
     [
         pytest.param(signal.SIGTERM, False, id="SIGTERM to the driver"),
-        pytest.param(signal.SIGINT, True, id="Ctrl-C to the terminal's processes"),
+        pytest.param(signal.SIGINT, True, id="Ctrl-C to the terminal's processes", marks=pytest.mark.slow),
     ],
 )
 def test_signals_end_a_run_cleanly(settings: Settings, tmp_path: Path, number: int, group: bool) -> None:
@@ -264,6 +260,20 @@ def test_a_signal_to_all_processes_of_a_run(settings: Settings, tmp_path: Path) 
 
 
 # Helpers
+
+
+def cosine_curve(learning_rate: float, warmup: int, updates: int) -> list[float]:
+    """Return the learning rate of each update, by diffusers."""
+    from diffusers.optimization import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=learning_rate)
+    scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=warmup, num_training_steps=updates)
+    expected = []
+    for _ in range(updates):
+        expected.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return expected
 
 
 def first_image_of_update(update: int, data: Path, settings: Settings) -> Path:

@@ -23,7 +23,6 @@ from raycontrolnet.model.optim import build_lr_scheduler, build_optimizer
 from raycontrolnet.training.schedule import Schedule, Share
 from raycontrolnet.training.state import accelerator_for, build_state
 
-ACCUMULATIONS = (1, 3)
 UPDATES = 6
 CURVE: dict[str, Any] = {
     "max_train_steps": UPDATES,
@@ -61,7 +60,7 @@ def test_the_expected_curves_are_six_different_ones() -> None:
         assert curve[:3] == [0, 0.5, 1]
 
 
-@pytest.mark.parametrize("accumulation", ACCUMULATIONS)
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("scheduler", LR_SCHEDULERS)
 def test_curves_of_a_run(scheduler: str, accumulation: int, tiny_settings: dict[str, Any], tmp_path: Path) -> None:
     settings = tiny_settings | CURVE | {"lr_scheduler": scheduler, "gradient_accumulation_steps": accumulation}
@@ -105,26 +104,25 @@ def worker(rank: int, folder: str, settings: dict[str, Any]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     found: dict[str, Any] = {}
-    for scheduler in LR_SCHEDULERS:
-        for accumulation in ACCUMULATIONS:
-            config = TrainConfig(**settings | {"lr_scheduler": scheduler, "gradient_accumulation_steps": accumulation})
-            plan = Schedule.of(config, 13, 2)
-            with accelerator_for(config, use_gpu=False, world_size=2) as accelerator:
-                assert accelerator.num_processes == 2
-                state = build_state(config, plan, accelerator, None, None)
-                batches = []
-                for micro_step in range(UPDATES * accumulation):
-                    first = Share(rank, 2, plan.micro_batches).place(micro_step) * plan.batch_size
-                    batches.append(fake_rows(*range(first, first + plan.batch_size)))
-                results = steps(state, *batches)
-                weights = torch.cat([value.flatten() for value in state.components.controlnet.parameters()])
-                found[f"{scheduler} {accumulation}"] = {
-                    "lr": [result.lr for result in results if result.grad_norm is not None],
-                    "grad_norm": [float(result.grad_norm) for result in results if result.grad_norm is not None],
-                    "losses": [float(accelerator.reduce(result.loss, reduction="mean")) for result in results],
-                    "weights": weights.double().sum().item(),
-                    "samples": state.samples,
-                }
+    for scheduler, accumulation in [(each, 1) for each in LR_SCHEDULERS] + [("linear", 3)]:
+        config = TrainConfig(**settings | {"lr_scheduler": scheduler, "gradient_accumulation_steps": accumulation})
+        plan = Schedule.of(config, 13, 2)
+        with accelerator_for(config, use_gpu=False, world_size=2) as accelerator:
+            assert accelerator.num_processes == 2
+            state = build_state(config, plan, accelerator, None, None)
+            batches = []
+            for micro_step in range(UPDATES * accumulation):
+                first = Share(rank, 2, plan.micro_batches).place(micro_step) * plan.batch_size
+                batches.append(fake_rows(*range(first, first + plan.batch_size)))
+            results = steps(state, *batches)
+            weights = torch.cat([value.flatten() for value in state.components.controlnet.parameters()])
+            found[f"{scheduler} {accumulation}"] = {
+                "lr": [result.lr for result in results if result.grad_norm is not None],
+                "grad_norm": [float(result.grad_norm) for result in results if result.grad_norm is not None],
+                "losses": [float(accelerator.reduce(result.loss, reduction="mean")) for result in results],
+                "weights": weights.double().sum().item(),
+                "samples": state.samples,
+            }
     Path(folder, f"rank-{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
@@ -134,7 +132,7 @@ def test_curves_of_two_workers(tiny_settings: dict[str, Any], tmp_path: Path) ->
     settings = tiny_settings | CURVE
     spawn(worker, (str(tmp_path), settings), nprocs=2)
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
-    assert len(first) == 12
+    assert len(first) == 7
     assert first == second, "both workers hold the same weights"
     for key, found in first.items():
         scheduler, accumulation = key.split()

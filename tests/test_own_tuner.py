@@ -79,6 +79,7 @@ def test_a_trial_of_two_workers(train: TrainConfig, tmp_path: Path) -> None:
     assert losses(folder_of(result)) == losses(tmp_path / "plain")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_local_ray")
 def test_population_based_training(train: TrainConfig, tmp_path: Path) -> None:
     """The worse trial continues from the checkpoint of the better one, with settings of its own."""
@@ -168,6 +169,7 @@ def test_a_restored_checkpoint_that_is_gone(tmp_path: Path) -> None:
         _start(own, gone)
 
 
+@pytest.mark.slow
 def test_the_example(tmp_path: Path) -> None:
     """It ends with the weights of the best trial."""
     from diffusers import ControlNetModel

@@ -22,11 +22,6 @@ pytestmark = pytest.mark.usefixtures("_local_ray")
 NUM_SHARDS = 20
 
 
-@pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shapes(tmp_path_factory.mktemp("many"), NUM_SHARDS * SHARD_ROWS, resolution=16)
-
-
 @pytest.fixture
 def settings(tiny_settings: Settings, tmp_path: Path) -> Settings:
     changed = {"num_workers": "1", "cpus_per_worker": 1.0, "cache_latents": "on"}
@@ -37,38 +32,58 @@ def shards_in(folder: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(folder).glob("*.arrow")}
 
 
-def test_two_workers_learn_from_the_cache_what_one_does(settings: Settings, tmp_path: Path) -> None:
-    changed = {"max_train_steps": 8, "checkpointing_steps": 100, "proportion_empty_prompts": 0.3}
-    two = losses(run(settings, tmp_path / "two", **changed, num_workers="2", train_batch_size=2))
-    one = losses(run(settings, tmp_path / "one", **changed, num_workers="0"))
-    pixels = losses(run(settings, tmp_path / "pixels", **changed, cache_latents="off", num_workers="0"))
-    assert two == pytest.approx(one, rel=0, abs=1e-5)
-    assert pixels == pytest.approx(one, rel=1e-3)
-    assert pixels != one
-
-
-def test_a_pool_of_encoders_makes_what_one_process_makes(settings: Settings, many: Path, tmp_path: Path) -> None:
-    settings |= {"train_data_dir": str(many), "resolution": 16}
+def test_a_pool_of_encoders_makes_what_one_process_makes(settings: Settings, tmp_path: Path) -> None:
+    num_shards = 5
+    num_rows = num_shards * SHARD_ROWS
+    settings |= {"train_data_dir": str(write_shapes(tmp_path / "data", num_rows, resolution=16)), "resolution": 16}
     shown = io.StringIO()
     result = prepare(TrainConfig(**settings | {"num_workers": "2"}), stream=shown)
-    assert result.num_encoded == NUM_SHARDS * SHARD_ROWS
+    assert result.num_encoded == num_rows
     here = settings | {"num_workers": "0", "latents_cache_dir": str(tmp_path / "here")}
     prepare(TrainConfig(**here), stream=io.StringIO())
     on_ray, in_process = shards_in(settings["latents_cache_dir"]), shards_in(here["latents_cache_dir"])
     assert on_ray.keys() == in_process.keys()
-    assert len(on_ray) == NUM_SHARDS
+    assert len(on_ray) == num_shards
     assert on_ray == in_process
-    assert f"{NUM_SHARDS * SHARD_ROWS}/{NUM_SHARDS * SHARD_ROWS} images" in shown.getvalue()
+    assert f"{num_rows}/{num_rows} images" in shown.getvalue()
+
+
+@pytest.mark.slow
+def test_two_workers_learn_from_the_cache_what_one_does(settings: Settings, tmp_path: Path) -> None:
+    """Without a sample that is skipped; and what one learns from pixels."""
+    data = Path(shutil.copytree(settings["train_data_dir"], tmp_path / "data"))
+    bad, content = spoil_the_third(data)
+    settings |= {"train_data_dir": str(data), "on_bad_sample": "skip", "max_bad_fraction": 0.1}
+    settings |= {"max_train_steps": 8, "checkpointing_steps": 100, "proportion_empty_prompts": 0.3}
+    two = losses(run(settings, tmp_path / "two", num_workers="2", train_batch_size=2))
+    one = losses(run(settings, tmp_path / "one", num_workers="0"))
+    assert len(two) == 8
+    assert two == pytest.approx(one, rel=0, abs=1e-5)
+    bad.write_bytes(content)
+    rows = (data / "metadata.jsonl").read_text().splitlines()
+    (data / "metadata.jsonl").write_text("\n".join(rows[:2] + rows[3:]) + "\n")
+    pixels = losses(run(settings, tmp_path / "pixels", cache_latents="off", num_workers="0"))
+    assert pixels == pytest.approx(one, rel=1e-3)
+    assert pixels != one
 
 
 def test_bad_samples_are_listed_and_the_rest_is_there(settings: Settings, tmp_path: Path) -> None:
     data = Path(shutil.copytree(settings["train_data_dir"], tmp_path / "data"))
-    row = json.loads((data / "metadata.jsonl").read_text().splitlines()[2])
-    (data / row["conditioning_image"]).write_bytes(b"")
+    spoil_the_third(data)
     settings["train_data_dir"] = str(data)
     with pytest.raises(UserError, match=r"metadata.jsonl:3, conditioning image: .* is empty\n1 of 13 samples cannot"):
         run(settings, tmp_path / "out")
-    assert len(losses(run(settings | {"on_bad_sample": "skip", "max_bad_fraction": 0.1}, tmp_path / "out"))) == 4
+    skipped = settings | {"on_bad_sample": "skip", "max_bad_fraction": 0.1, "num_workers": "0"}
+    assert len(losses(run(skipped, tmp_path / "out"))) == 4
+
+
+def spoil_the_third(data: Path) -> tuple[Path, bytes]:
+    """Empty the conditioning image of the third sample; return its path, and what it held."""
+    row = json.loads((data / "metadata.jsonl").read_text().splitlines()[2])
+    path = data / row["conditioning_image"]
+    content = path.read_bytes()
+    path.write_bytes(b"")
+    return path, content
 
 
 def test_a_vae_that_cannot_be_loaded_is_the_users_to_mend(settings: Settings, tiny_base: Path, tmp_path: Path) -> None:
@@ -93,9 +108,11 @@ def test_a_cache_that_cannot_be_written_fails_with_the_reason(settings: Settings
         prepare(config, stream=io.StringIO())
 
 
-def test_killed_in_the_middle_it_goes_on(settings: Settings, many: Path) -> None:
+@pytest.mark.slow
+def test_killed_in_the_middle_it_goes_on(settings: Settings, tmp_path: Path) -> None:
     """Kill -9 of the driver and of its Ray; then the same command to the end."""
-    settings |= {"train_data_dir": str(many), "resolution": 16}
+    data = write_shapes(tmp_path / "data", NUM_SHARDS * SHARD_ROWS, resolution=16)
+    settings |= {"train_data_dir": str(data), "resolution": 16}
     folder = settings["latents_cache_dir"]
     kill_9([sys.executable, "-m", "raycontrolnet", "prepare", *flags(settings)], lambda: shards_in(folder))
     before = shards_in(folder)

@@ -21,8 +21,8 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from runs import contents, flags
 from safetensors.torch import load_file
 
+from raycontrolnet import SweepConfig, TrainConfig, sweep
 from raycontrolnet.config.checks import find_token
-from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.errors import RunError
 from raycontrolnet.hub import push
 from raycontrolnet.hub.push import check_push, push_command, push_to_hub, resolve_repo_id
@@ -79,18 +79,23 @@ def shell(tmp_path: Path) -> Shell:
 
 
 @pytest.fixture
-def command(tiny_settings: dict[str, Any], circles: Path, tmp_path: Path) -> list[str]:
-    """`raycontrolnet train ... --push_to_hub` of a short run with a validation, on a base model with a licence."""
+def settings(tiny_settings: dict[str, Any], circles: Path, tmp_path: Path) -> dict[str, Any]:
+    """Return the settings of a short run with a validation, on a base model with a licence."""
     base = shutil.copytree(tiny_settings["pretrained_model_name_or_path"], tmp_path / "base")
     (base / "README.md").write_text("---\nlicense: openrail++\n---\n# A base model\n")
-    settings = tiny_settings | {
-        "pretrained_model_name_or_path": base,
+    return tiny_settings | {
+        "pretrained_model_name_or_path": str(base),
         "max_train_steps": 1,
         "validation_prompt": "red circle",
-        "validation_image": circles / "conditioning" / "00000.png",
+        "validation_image": str(circles / "conditioning" / "00000.png"),
         "num_validation_images": 1,
         "report_to": "tensorboard",
     }
+
+
+@pytest.fixture
+def command(settings: dict[str, Any]) -> list[str]:
+    """`raycontrolnet train ... --push_to_hub`."""
     return [sys.executable, "-m", "raycontrolnet", "train", *flags(settings), "--push_to_hub"]
 
 
@@ -255,7 +260,13 @@ def test_names_made_of_folders(folder: str, name: str, tmp_path: Path, monkeypat
     assert check_push(dataclasses.replace(settings, hub_model_id="a/b"), tmp_path / folder) == []
 
 
-def test_find_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    login = tmp_path / "token"
+    login.write_text("hf_of_login")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(login))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    assert find_token(None) == "hf_of_login"
     monkeypatch.setenv("HF_TOKEN", "hf_of_environment")
     assert find_token(None) == "hf_of_environment"
     assert find_token(TOKEN) == TOKEN
@@ -264,7 +275,9 @@ def test_find_token(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- whole runs, in processes of their own ---
 
 
-@pytest.mark.parametrize("given", ["by flag", "by environment", "by login"])
+@pytest.mark.parametrize(
+    "given", ["by flag", *(pytest.param(given, marks=pytest.mark.slow) for given in ("by environment", "by login"))]
+)
 def test_a_run_that_pushes(
     given: str, hub: HubStandIn, command: list[str], out: Path, shell: Shell, tmp_path: Path
 ) -> None:
@@ -293,15 +306,21 @@ def test_a_run_that_pushes(
         assert not [path for path, content in contents(out).items() if secret.encode() in content]
 
 
-def test_a_sweep_that_pushes_its_best(hub: HubStandIn, command: list[str], out: Path, shell: Shell) -> None:
+@pytest.mark.usefixtures("_local_ray")
+def test_a_sweep_that_pushes_its_best(
+    hub: HubStandIn,
+    settings: dict[str, Any],
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     """The best alone, once, under the sweep's name; and the token nowhere else."""
-    space = out.with_name("space.yaml")
-    space.write_text("learning_rate: {grid: [1.0e-3, 1.0e-9]}\n")
-    command[command.index("train")] = "tune"
-    command += flags(space=space, num_samples=1, objective="loss", scheduler="none", num_workers=1, hub_token=TOKEN)
-    done = shell(hub, command, HF_TOKEN=WRONG)
-    assert done.returncode == 0, done.stderr
-    assert f"\npushed to {hub.url}/someone/out\ndone in " in done.stderr
+    monkeypatch.setenv("HF_TOKEN", WRONG)
+    train = TrainConfig(**settings | {"num_workers": "1", "push_to_hub": True, "hub_token": TOKEN})
+    space = {"learning_rate": {"grid": [1e-3, 1e-9]}}
+    sweep(SweepConfig(train=train, space=space, num_samples=1, objective="loss", scheduler="none"))
+    shown = "".join(capfd.readouterr())
+    assert f"\npushed to {hub.url}/someone/out\ndone in " in shown
     assert_arrived(hub, "someone/out", out / "best")
     card = hub.files["someone/out"]["README.md"].decode()
     assert "\n# someone/out\n" in card
@@ -310,7 +329,7 @@ def test_a_sweep_that_pushes_its_best(hub: HubStandIn, command: list[str], out: 
     assert [request.path for request in hub.calls if "/commit/" in request.path] == [
         "/api/models/someone/out/commit/main"
     ]
-    assert TOKEN not in done.stdout + done.stderr
+    assert TOKEN not in shown
     assert not [path for path, content in contents(out).items() if TOKEN.encode() in content]
 
 
@@ -318,10 +337,15 @@ def test_a_sweep_that_pushes_its_best(hub: HubStandIn, command: list[str], out: 
     ("where", "failure", "repo_id", "reason"),
     [
         ("/api/whoami-v2", 401, "out", "the Hub does not accept the token (401)"),
-        ("/api/repos/create", 403, "someone/out", "the token may not write there (403)"),
-        ("/commit/", 500, "someone/out", "the Hub answers with an error of its own (500)"),
-        pytest.param("/storage/", "half", "someone/out", "Error)", marks=pytest.mark.slow),
-        pytest.param("/storage/", "stop", "someone/out", "Error)", marks=pytest.mark.slow),
+        *(
+            pytest.param(*failure, marks=pytest.mark.slow)
+            for failure in (
+                ("/api/repos/create", 403, "someone/out", "the token may not write there (403)"),
+                ("/commit/", 500, "someone/out", "the Hub answers with an error of its own (500)"),
+                ("/storage/", "half", "someone/out", "Error)"),
+                ("/storage/", "stop", "someone/out", "Error)"),
+            )
+        ),
     ],
 )
 def test_a_push_that_fails_costs_nothing(

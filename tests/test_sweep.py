@@ -44,19 +44,19 @@ def test_the_planted_learning_rate_wins(sweep_settings: Settings) -> None:
     check_leaderboard(result)
 
 
-def test_a_trial_is_a_run_of_fit(eight: SweepResult, tmp_path: Path) -> None:
-    """The same losses and measurements, bit for bit, as `fit` in this process and on Ray, from the trial's own file."""
+@pytest.mark.parametrize("num_workers", ["0", pytest.param("1", marks=pytest.mark.slow)])
+def test_a_trial_is_a_run_of_fit(num_workers: str, eight: SweepResult, tmp_path: Path) -> None:
+    """The same losses and measurements, bit for bit, as `fit` in this process or on Ray, from the trial's own file."""
     trial = eight.trials[0]
     assert trial.record.state == "finished"
     own = yaml.safe_load((trial.folder / "config.yaml").read_text())
     assert own["proportion_empty_prompts"] == trial.record.settings["proportion_empty_prompts"]
-    for num_workers in ("0", "1"):
-        output_dir = tmp_path / f"plain-{num_workers}"
-        fit(TrainConfig(**own | {"output_dir": str(output_dir), "num_workers": num_workers}), stream=io.StringIO())
-        for name in (metrics.METRICS_FILE, "validation.jsonl"):
-            assert untimed(output_dir / name) == untimed(trial.folder / name)
-        weights = "diffusion_pytorch_model.safetensors"
-        assert (output_dir / weights).read_bytes() == (trial.folder / weights).read_bytes()
+    output_dir = tmp_path / "plain"
+    fit(TrainConfig(**own | {"output_dir": str(output_dir), "num_workers": num_workers}), stream=io.StringIO())
+    for name in (metrics.METRICS_FILE, "validation.jsonl"):
+        assert untimed(output_dir / name) == untimed(trial.folder / name)
+    weights = "diffusion_pytorch_model.safetensors"
+    assert (output_dir / weights).read_bytes() == (trial.folder / weights).read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +138,7 @@ def test_no_secret_is_left(eight: SweepResult) -> None:
     assert not [path for path in files if b"hf_secretsecret" in path.read_bytes()]
 
 
+@pytest.mark.slow
 def test_optuna_proposes_from_what_it_has_seen(sweep_settings: Settings) -> None:
     pytest.importorskip("optuna")
     config = SweepConfig(
@@ -242,6 +243,7 @@ def test_models_that_are_not_there(sweep_settings: Settings, tmp_path: Path) -> 
     assert error.value.problems == (f"--space={file}: {problem}",)
 
 
+@pytest.mark.slow
 def test_data_sets_are_tried(sweep_settings: Settings, sweep_rows: Path, circles: Path, tmp_path: Path) -> None:
     """Each with a latent cache of its own, from which its trials learn what `fit` learns."""
     own = {"latents_cache_dir": None, "max_train_steps": None, "num_train_epochs": 2, "validation_steps": 4}

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from processes import ctrl_c, kill_9, wait_for, when, workers_called
 from sweep_trials import losses
 from sweeps import check_leaderboard, leaderboard, run_sweep, trial_processes
 
 from raycontrolnet import SweepConfig, TrainConfig, fit, sweep
 from raycontrolnet.errors import RunError
-from raycontrolnet.training import metrics
+from raycontrolnet.training import held_out, metrics
 from raycontrolnet.tune import records
 from raycontrolnet.tune.lease import SweepLease
 
@@ -53,31 +54,37 @@ def test_a_sweep_goes_on_with_what_is_left(sweep_settings: Settings) -> None:
 
 
 def test_the_driver_is_killed(sweep_settings: Settings, tmp_path: Path) -> None:
-    """With -9, in the midst; the sweep that goes on ends with the figures of one that was never disturbed."""
+    """With -9, in the midst; the trials of the sweep that goes on end as runs of their settings that nobody killed."""
     flags = {**sweep_settings, "num_samples": 3, "scheduler": "none", "max_train_steps": 12, "cpus_per_worker": 1}
-    own = {name: value for name, value in flags.items() if name not in ("num_samples", "scheduler")}
-    train = TrainConfig(**own | {"output_dir": str(tmp_path / "undisturbed")})
-    run_sweep(SweepConfig(train=train, num_samples=3, scheduler="none"))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     disturbed = Path(sweep_settings["output_dir"])
     command = tune_command(flags)
     kill_9(command, lambda: "finished" in states(disturbed) and "running" in states(disturbed))
+    begun = {record.index: record.settings for record in records.read_records(disturbed)}
     finished = [record for record in records.read_records(disturbed) if ran_to_its_end(disturbed, record)]
     before = {record.index: (records.folder_of(disturbed, record) / "run.json").read_bytes() for record in finished}
     again = subprocess.run([*command, "--resume"], check=True, capture_output=True, text=True, env=environment)
     assert f"sweep: {3 - len(finished)} trial" in again.stderr
     for record in finished:
         assert (records.folder_of(disturbed, record) / "run.json").read_bytes() == before[record.index]
-    one, other = (records.read_trials(path, 2) for path in (disturbed, tmp_path / "undisturbed"))
-    assert [trial.record.state for trial in one] == ["finished"] * 3
-    assert [figures(trial) for trial in one] == [figures(trial) for trial in other]
-    assert losses(one[2].folder) == losses(other[2].folder)
+    trials = records.read_trials(disturbed, 2)
+    assert [trial.record.state for trial in trials] == ["finished"] * 3
+    assert begun.items() <= {trial.record.index: trial.record.settings for trial in trials}.items()
+    for trial in trials:
+        own = yaml.safe_load((trial.folder / "config.yaml").read_text())
+        undisturbed = tmp_path / trial.record.name
+        fit(TrainConfig(**own | {"output_dir": str(undisturbed), "num_workers": "0"}), stream=io.StringIO())
+        assert losses(trial.folder) == losses(undisturbed)
+        measured = [[line["val_loss"] for line in held_out.read(path)] for path in (trial.folder, undisturbed)]
+        assert len(measured[0]) == 6
+        assert measured[0] == measured[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "signal_whole_group"),
     [
-        pytest.param(signal.SIGTERM, False, id="SIGTERM to the driver", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, False, id="SIGTERM to the driver"),
         pytest.param(signal.SIGINT, True, id="Ctrl-C to the terminal"),
     ],
 )
@@ -122,6 +129,7 @@ def test_more_trials_than_cpus_of_two_workers_each(sweep_settings: Settings) -> 
     wait_for(lambda: not trial_processes(), timeout_s=20)
 
 
+@pytest.mark.slow
 def test_a_trial_is_killed(sweep_settings: Settings) -> None:
     """Its process, by the kernel's memory killer say: it goes on from its checkpoint, in another."""
     train = TrainConfig(**sweep_settings | {"max_train_steps": 20, "cpus_per_worker": 1})
@@ -143,6 +151,7 @@ def test_a_trial_is_killed(sweep_settings: Settings) -> None:
     assert losses(folder) == losses(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_trial_whose_process_is_lost_too_often(sweep_settings: Settings) -> None:
     train = TrainConfig(**sweep_settings | {"max_train_steps": 16, "max_failures": 0})
     config = SweepConfig(train=train, num_samples=2, max_concurrent_trials=1, scheduler="none", resume=True)
@@ -155,6 +164,7 @@ def test_a_trial_whose_process_is_lost_too_often(sweep_settings: Settings) -> No
     assert result.trials[1].record.cause == cause
 
 
+@pytest.mark.slow
 def test_a_trial_that_goes_on_is_not_judged_again_for_what_it_was(sweep_settings: Settings) -> None:
     """The first trial passed the rung alone; of those that came later, all were better."""
     space = {"learning_rate": {"grid": [1e-9, 4e-3, 0.2]}}

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 from processes import kill_a_train_worker, last_step, when, workers_called
-from runs import Settings, losses, run
+from runs import Run, Settings, losses, metadata, run, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from raycontrolnet.cluster.resources import share_out, worker_resources
 from raycontrolnet.config.settings import ClusterConfig
+from raycontrolnet.training.validation import step_folder
 
 GPU_BOX = {"CPU": 16, "GPU": 4, "accelerator_type:H100": 1}
 
@@ -37,24 +39,47 @@ def images(output_dir: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.usefixtures("_local_ray")
-@pytest.mark.parametrize(("workers", "cpus"), [("1", 1.0), pytest.param("2", 0.5, marks=pytest.mark.slow)])
-def test_the_images_are_those_of_the_workers(
-    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: str, cpus: float
+def test_images_and_scores_are_those_of_the_worker(
+    validated_settings: Settings, validated_run: Run, tmp_path: Path
 ) -> None:
-    options = {"num_workers": workers, "train_batch_size": 4 // int(workers), "cpus_per_worker": cpus}
+    on_ray = {"output_dir": str(tmp_path / "beside"), "num_workers": "1", "cpus_per_worker": 1.0}
+    beside, result, shown = train(validated_settings | on_ray)
+    alone = validated_run.folder
+    assert_the_same(beside, alone)
+    assert len(images(beside)) == 2 * 2 * (2 + 2)
+    for step in (2, 4):
+        scored, expected = (metadata(step_folder(folder, step)) for folder in (beside, alone))
+        assert len([line["control_fidelity"] for line in scored]) == 4
+        assert scored == expected
+        assert f"step {step}: control fidelity" in shown
+    assert result.control_fidelity == validated_run.result.control_fidelity
+    events = EventAccumulator(str(beside / "logs" / "train_controlnet")).Reload()
+    assert sorted(event.step for event in events.Scalars("control_fidelity")) == [2, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_local_ray")
+def test_the_images_are_those_of_two_workers(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: Settings = {"num_workers": "2", "train_batch_size": 2, "cpus_per_worker": 0.5}
     beside = run(settings, tmp_path / "beside", **options)
     monkeypatch.setattr(
         "raycontrolnet.launch.fit.worker_resources", lambda config: replace(worker_resources(config), spare=False)
     )
-    alone = run(settings, tmp_path / "alone", **options | ({"num_workers": "0"} if workers == "1" else {}))
+    assert_the_same(beside, run(settings, tmp_path / "alone", **options))
+    assert len(images(beside)) == 4 * 2 * 3
+
+
+def assert_the_same(beside: Path, alone: Path) -> None:
     timings = [json.loads((folder / "run.json").read_text())["timings"] for folder in (beside, alone)]
     assert timings[0]["validation_beside_s"] > 0
     assert "validation_beside_s" not in timings[1]
     assert losses(beside) == losses(alone)
     assert images(beside) == images(alone)
-    assert len(images(beside)) == 4 * 2 * 3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_local_ray")
 def test_a_lost_actor_is_replaced_by_the_workers(settings: Settings, tmp_path: Path) -> None:
     """Kill it as soon as it runs: the images that it was sent first are lost, the later ones are not."""
@@ -68,6 +93,7 @@ def test_a_lost_actor_is_replaced_by_the_workers(settings: Settings, tmp_path: P
     assert "validation beside the training failed" in (out / "run.log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_local_ray")
 def test_a_lost_worker_finds_its_place_again(settings: Settings, tmp_path: Path) -> None:
     """The actor ends with the worker that owns it, so it does not hold the resources that the next worker needs."""
