@@ -18,6 +18,7 @@ import ray
 import ray.train
 import torch
 
+from raycontrolnet.cluster.versions import check_versions_here
 from raycontrolnet.cluster.worker import nodes_to_be_reclaimed, place_among_workers, report_checkpoint
 from raycontrolnet.config.train_config import public_settings
 from raycontrolnet.data.records import PreparedRow
@@ -74,6 +75,7 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
     if not clock.seconds:
         clock.seconds["start"] = time.time() - job.submitted
     with logging_to_run_log(job, f"worker {rank}"), failures_recorded(job.output_dir):
+        check_versions_here(job.facts["versions"])  # of a node that has joined late
         checkpoint = job.current_checkpoint()
         schedule = Schedule.of(job.config, job.num_samples, job.config.most_workers, checkpoint)
         if rank == 0:

@@ -148,7 +148,7 @@ def run(photos: Path, shown: io.StringIO) -> Make:
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the images in this process, where Ray's part is not tested."""
 
-    def make_here(items: Sequence[ToMake], recipe: Recipe, folder: str) -> Iterator[list[Outcome]]:
+    def make_here(items: Sequence[ToMake], recipe: Recipe, folder: str, _: object) -> Iterator[list[Outcome]]:
         yield [make(item, recipe, folder) for item in items]
 
     monkeypatch.setattr(condition_images, "make_on_ray", make_here)
@@ -508,7 +508,7 @@ def test_half_a_line_of_the_journal_does_no_harm(run: Make) -> None:
 
 @contextmanager
 def ends_after_one_image(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    def make_one(items: Sequence[ToMake], recipe: Recipe, folder: str) -> Iterator[list[Outcome]]:
+    def make_one(items: Sequence[ToMake], recipe: Recipe, folder: str, _: object) -> Iterator[list[Outcome]]:
         yield [make(items[0], recipe, folder)]
         raise error
 

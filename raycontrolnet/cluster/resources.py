@@ -47,6 +47,10 @@ class WorkerResources:
             options["accelerator_type"] = self.accelerator_type
         return options
 
+    def fit_on(self, node: Node) -> bool:
+        """Check whether a node has room for a worker when it is idle."""
+        return _room(node, self.cpus_per_worker, self.use_gpu, self.accelerator_type) > 0
+
     @property
     def threads(self) -> int:
         """CPU threads of a worker."""

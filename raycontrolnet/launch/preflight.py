@@ -15,6 +15,8 @@ import torch
 
 from raycontrolnet.cluster.resources import WorkerResources
 from raycontrolnet.cluster.session import on_a_cluster
+from raycontrolnet.cluster.shared_files import SharedFiles, check_nodes_see
+from raycontrolnet.cluster.versions import check_versions
 from raycontrolnet.config.checks import (
     check_device,
     collected,
@@ -25,14 +27,14 @@ from raycontrolnet.config.checks import (
 )
 from raycontrolnet.config.train_config import TrainConfig, public_settings
 from raycontrolnet.data.order import SampleOrder
-from raycontrolnet.data.sources import Source, open_source
+from raycontrolnet.data.sources import Source, open_source, shared_files
 from raycontrolnet.data.stream import BatchLoader, PixelRows
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.hub import push
 from raycontrolnet.latents.cache import LatentCache
 from raycontrolnet.latents.ensure import SEVERAL_MACHINES, ensure
 from raycontrolnet.latents.plan import LatentPlan, prepare_command
-from raycontrolnet.model.problems import model_problems
+from raycontrolnet.model.problems import model_files, model_problems
 from raycontrolnet.sampling import images
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.training import validation
@@ -61,6 +63,8 @@ class CheckedRun:
     """The cache to train from, not yet encoded; None also if the cluster must be seen before it can be chosen."""
     cache: LatentCache | None = None
     """The cache to train from; None for pixels."""
+    files: SharedFiles | None = None
+    """Files that the driver sees, and that a node must see to load samples."""
     run_id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
@@ -85,6 +89,7 @@ class CheckedRun:
             batch_size=config.train_batch_size,
             proportion_empty_prompts=config.proportion_empty_prompts,
             source=self.source,
+            files=self.files,
         )
 
     def schedule(self, checkpoint: checkpoints.Checkpoint | None) -> Schedule:
@@ -189,7 +194,8 @@ def check(config: TrainConfig, output_dir: Path) -> CheckedRun:
                 "%s was made with other rows held out: it has seen rows that are measured now, and the order changes",
                 start.path,
             )
-    return CheckedRun(config, output_dir, source, start, token, random_subset=random_subset)
+    files = shared_files(source, config)
+    return CheckedRun(config, output_dir, source, start, token, random_subset=random_subset, files=files)
 
 
 def choose_latents(run: CheckedRun, stream: TextIO, *, reused: bool = False) -> CheckedRun:
@@ -240,21 +246,33 @@ def _fitting_cache(run: CheckedRun, stream: TextIO, *, one_machine: bool = True)
 
 
 def ensure_latents(run: CheckedRun, workers: WorkerResources | None, stream: TextIO) -> CheckedRun:
-    """Return the run with its cache complete, or as it is if it trains from pixels.
+    """Return the run with its cache complete, or as it is if it trains from pixels; look at the nodes.
 
     Args:
         workers: of the connected Ray; None to encode in this process.
 
     Raises:
-        ConfigError: if the run needs a cache, and there is no place for it that all machines see.
+        ConfigError: if the run needs a cache, and there is no place for it that all machines see; or if a node has
+            other versions, or does not see the data, the cache or the models.
         UserError, RunError: as `prepare`.
     """
+    if workers is None:
+        return _with_cache(run, None, stream)
+    check_versions()
+    check_nodes_see(model_files(run.config), of=workers.fit_on)
+    run = _with_cache(run, workers, stream)
+    check_nodes_see([run.files] if run.files else [])
+    return run
+
+
+def _with_cache(run: CheckedRun, workers: WorkerResources | None, stream: TextIO) -> CheckedRun:
     latents = run.latents
     if run.cached and latents is None:
         latents = _fitting_cache(run, stream, one_machine=workers is None or workers.one_machine)
     if latents is None:
         return run
-    run = dataclasses.replace(run, cache=ensure(latents, workers, stream), latents=None)
+    cache = ensure(latents, workers, stream)
+    run = dataclasses.replace(run, cache=cache, files=cache.files(), latents=None)
     if run.start is not None and run.start.manifest.get("left_out", []) != list(run.bad_rows):
         logger.warning("%s was made with other bad samples left out: the order of samples changes", run.start.path)
     return run
