@@ -48,8 +48,9 @@ from raycontrolnet.training.metrics import (
     PhaseClock,
     UpdateMetrics,
 )
+from raycontrolnet.training.room import check_room
 from raycontrolnet.training.schedule import Schedule, Share
-from raycontrolnet.training.state import accelerator_for, build_state, check_room, save_final_weights, save_state
+from raycontrolnet.training.state import accelerator_for, build_state, controlnet_bytes, save_final_weights, save_state
 from raycontrolnet.training.trackers import Trackers, open_trackers
 from raycontrolnet.training.validator import Validator
 from raycontrolnet.training.watchdog import Watchdog
@@ -109,7 +110,7 @@ class Worker:
         self.metrics_log: MetricsLog | None = None
         self.trackers: Trackers | None = None
         if share.rank == 0:
-            check_room(state, schedule, job.config)
+            check_room(job.output_dir, controlnet_bytes(state), schedule, state.step, job.config)
             self.metrics_log = MetricsLog(job.output_dir, state.step)
             self.trackers = open_trackers(job.config, public_settings(job.config), done_steps=state.step)
         self.watchdog = Watchdog(

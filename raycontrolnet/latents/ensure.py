@@ -25,6 +25,7 @@ from raycontrolnet.latents.plan import LatentPlan, prepare_command
 from raycontrolnet.latents.shards import EncodeJob, ShardResult, load_shard
 from raycontrolnet.model.problems import model_files
 from raycontrolnet.storage.files import replacing
+from raycontrolnet.storage.quota import quota_forbids
 from raycontrolnet.text import Counter, file_size, shorten
 
 SAMPLED_SHARD_ROWS = 4
@@ -172,10 +173,13 @@ def _announce(plan: LatentPlan, there: dict[str, ShardResult], stream: TextIO) -
         f"conditioning image, {file_size(ROW_OVERHEAD_BYTES)} of index)\n"
     )
     free = plan.folder.free_bytes()
+    lack = None
     if free is not None and free < missing:
-        problem = (
-            f"--latents_cache_dir={plan.folder.uri}: {file_size(missing)} are needed there and {file_size(free)} free"
-        )
+        lack = f"{file_size(missing)} are needed there and {file_size(free)} free"
+    elif plan.folder.is_local and quota_forbids(Path(plan.folder.uri), missing):
+        lack = f"{file_size(missing)} are needed there, which your quota does not allow"
+    if lack:
+        problem = f"--latents_cache_dir={plan.folder.uri}: {lack}"
         advice = "name a folder with more room, or train from pixels with --cache_latents off"
         raise ConfigError([f"{problem}; {advice}"])
 

@@ -35,10 +35,12 @@ from raycontrolnet.latents.cache import LatentCache
 from raycontrolnet.latents.ensure import SEVERAL_MACHINES, ensure
 from raycontrolnet.latents.plan import LatentPlan, prepare_command
 from raycontrolnet.model.problems import model_files, model_problems
+from raycontrolnet.model.size import controlnet_bytes_at_least
 from raycontrolnet.sampling import images
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.training import validation
 from raycontrolnet.training.job import Job, RunCallback
+from raycontrolnet.training.room import check_room
 from raycontrolnet.training.schedule import Schedule
 from raycontrolnet.training.trackers import check_trackers
 
@@ -195,7 +197,10 @@ def check(config: TrainConfig, output_dir: Path) -> CheckedRun:
                 start.path,
             )
     files = shared_files(source, config)
-    return CheckedRun(config, output_dir, source, start, token, random_subset=random_subset, files=files)
+    run = CheckedRun(config, output_dir, source, start, token, random_subset=random_subset, files=files)
+    weights = controlnet_bytes_at_least(config)
+    check_room(output_dir, weights, run.schedule(start), start.step if start else 0, config, least=True)
+    return run
 
 
 def choose_latents(run: CheckedRun, stream: TextIO, *, reused: bool = False) -> CheckedRun:
