@@ -26,6 +26,7 @@ from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.errors import ConfigError, RunError, UserError
 from raycontrolnet.launch.fit import fit
 from raycontrolnet.storage import checkpoint as checkpoints
+from raycontrolnet.storage import quota
 from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.training.state import save_state
 
@@ -169,6 +170,34 @@ def test_a_full_disk_by_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match=r"No space left on device: .*: 10.2 kB of the checkpoint were written, 1 kB are"):
         write(tmp_path, 4, full)
+    assert checkpoints.all_checkpoints(tmp_path) == [former]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+        ValueError("Error while serializing: I/O error: Disk quota exceeded (os error 122)"),
+    ],
+)
+def test_a_used_up_quota(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk has room; a library's own words do not say why it failed."""
+    former = write(tmp_path, 2)
+
+    def fail(folder: Path) -> None:
+        save(folder)
+        raise error
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quota.os, "fsync", refuse)
+        with pytest.raises(
+            OSError, match=r"Disk quota exceeded: .*: 10.2 kB of the checkpoint were written, your quota"
+        ):
+            write(tmp_path, 4, fail)
     assert checkpoints.all_checkpoints(tmp_path) == [former]
 
 
