@@ -118,8 +118,8 @@ This process on node 10.0.0.7 was started with:
         (
             ("2.60.0", "3.10.14"),
             (
-                "the cluster runs Python 3.10.14, this process Python 3.12.3; start the run with Python 3.10.14, or use "
-                "`ray job submit`"
+                "the cluster runs Python 3.10.14, this process Python 3.12.3; start the run with Python 3.10.14, or "
+                "use `ray job submit`"
             ),
         ),
         (
