@@ -76,7 +76,8 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
     if not clock.seconds:
         clock.seconds["start"] = time.time() - job.submitted
     with logging_to_run_log(job, f"worker {rank}"), failures_recorded(job.output_dir):
-        check_versions_here(job.facts["versions"])  # of a node that has joined late
+        if not job.local:
+            check_versions_here(job.facts["versions"])  # the node may have joined late
         checkpoint = job.current_checkpoint()
         schedule = Schedule.of(job.config, job.num_samples, job.config.most_workers, checkpoint)
         if rank == 0:

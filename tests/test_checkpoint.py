@@ -26,7 +26,6 @@ from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.errors import ConfigError, RunError, UserError
 from raycontrolnet.launch.fit import fit
 from raycontrolnet.storage import checkpoint as checkpoints
-from raycontrolnet.storage import quota
 from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.training.state import save_state
 
@@ -193,7 +192,7 @@ def test_a_used_up_quota(error: Exception, tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
     with monkeypatch.context() as patch:
-        patch.setattr(quota.os, "fsync", refuse)
+        patch.setattr(os, "fsync", refuse)
         with pytest.raises(
             OSError, match=r"Disk quota exceeded: .*: 10.2 kB of the checkpoint were written, your quota"
         ):

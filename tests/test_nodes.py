@@ -14,8 +14,8 @@ from runs import Settings, run
 
 from raycontrolnet import ConditionConfig, TrainConfig, condition, prepare
 from raycontrolnet.cluster import each_node, shared_files, versions
+from raycontrolnet.config import checks
 from raycontrolnet.errors import ConfigError, UserError
-from raycontrolnet.launch import preflight
 
 pytestmark = pytest.mark.slow
 
@@ -78,7 +78,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Pat
 @pytest.fixture
 def node(cluster: tuple[str, Path]) -> Iterator[Callable[..., None]]:
     """Return node(hidden=..., versions=..., no_package=...): the node is so."""
-    yield lambda **rules: cluster[1].write_text(json.dumps(rules)) and None
+
+    def node(**rules: object) -> None:
+        cluster[1].write_text(json.dumps(rules))
+
+    yield node
     cluster[1].write_text("{}")
 
 
@@ -111,7 +115,7 @@ def test_a_node_like_the_driver(settings: Settings, tmp_path: Path) -> None:
 @pytest.mark.parametrize("release", ["2.12.1+cu126", "1.0"])
 def test_another_torch(node: Callable[..., None], refused: Callable[..., str], release: str) -> None:
     node(versions={"torch": release})
-    here = preflight.versions()["torch"].partition("+")[0]
+    here = checks.versions()["torch"].partition("+")[0]
     message = refused()
     assert message.startswith("torch: the node ")
     assert f" has {release}, this process has " in message.replace("has torch ", "has ")
@@ -168,7 +172,12 @@ def test_prepare_and_condition(
     cached = {"cache_latents": "on", "latents_cache_dir": str(tmp_path / "latents"), "on_bad_sample": "skip"}
     with pytest.raises(ConfigError, match=r"^--train_data_dir=.*: the node .* does not see .*; name a folder"):
         prepare(TrainConfig(**settings | cached), stream=io.StringIO())
-    images = {"images": str(circles / "images"), "caption": "a photo", "out": str(tmp_path / "canny"), "resolution": 32}
+    images: dict[str, Any] = {
+        "images": str(circles / "images"),
+        "caption": "a photo",
+        "out": str(tmp_path / "canny"),
+        "resolution": 32,
+    }
     with pytest.raises(ConfigError, match=r"^--images=.*: the node .* does not see .*; name a folder"):
         condition(
             ConditionConfig(**images, condition="canny", address=cluster[0], on_bad_sample="skip"), stream=io.StringIO()

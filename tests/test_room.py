@@ -122,7 +122,7 @@ def test_reserving_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_the_size_before_weights_are_read(tiny_settings: Settings, tiny_base: Path, tmp_path: Path) -> None:
-    """Of a ControlNet all; of a UNet what is copied; of the Hub's models, and other formats, nothing is known."""
+    """All of a ControlNet, what is copied of a UNet; nothing is known of the Hub's models, and of other formats."""
     from diffusers import ControlNetModel, UNet2DConditionModel
 
     copy = ControlNetModel.from_unet(UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet"))

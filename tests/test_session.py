@@ -168,7 +168,7 @@ except ConfigError as error:
 
 @pytest.mark.slow
 def test_the_usual_ports_may_be_in_use() -> None:
-    """Those of a head, its dashboard, its client server and its agents: a Ray of our own picks free ones."""
+    """A head's, its dashboard's, its client server's, its agents' and torch's: a Ray of our own picks free ones."""
     code = """
 from raycontrolnet.cluster.session import ray_session
 with ray_session(None):
