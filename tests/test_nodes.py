@@ -69,10 +69,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Pat
     os.environ["RAY_AUTH_MODE"] = "disabled"
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     path = f"{folder}:{os.environ.get('PYTHONPATH', '')}"
-    cluster.add_node(num_cpus=3, env_vars={RULES: str(rules), "PYTHONPATH": path})
-    yield cluster.address, rules
-    cluster.shutdown()
-    del os.environ["RAY_AUTH_MODE"]
+    try:
+        cluster.add_node(num_cpus=3, env_vars={RULES: str(rules), "PYTHONPATH": path})
+        yield cluster.address, rules
+    finally:
+        cluster.shutdown()
+        del os.environ["RAY_AUTH_MODE"]
 
 
 @pytest.fixture
