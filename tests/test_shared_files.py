@@ -60,7 +60,7 @@ def embedded(data: Path) -> dict[str, Any]:
     return {"train_data_dir": str(data)}
 
 
-FORMS = {
+FORMS: dict[Callable[[Path], dict[str, Any]], list[str]] = {
     tars: ["one.tar", "two.tar"],
     folder: ["images/00007.png", "conditioning/00007.png"],
     folders: ["one/images/00007.png", "two/conditioning/00007.png"],
