@@ -18,6 +18,7 @@ import ray
 import ray.train
 import torch
 
+from raycontrolnet.cluster.versions import check_versions_here
 from raycontrolnet.cluster.worker import nodes_to_be_reclaimed, place_among_workers, report_checkpoint
 from raycontrolnet.config.train_config import public_settings
 from raycontrolnet.data.records import PreparedRow
@@ -47,8 +48,9 @@ from raycontrolnet.training.metrics import (
     PhaseClock,
     UpdateMetrics,
 )
+from raycontrolnet.training.room import check_room
 from raycontrolnet.training.schedule import Schedule, Share
-from raycontrolnet.training.state import accelerator_for, build_state, check_room, save_final_weights, save_state
+from raycontrolnet.training.state import accelerator_for, build_state, controlnet_bytes, save_final_weights, save_state
 from raycontrolnet.training.store_sync import MODEL_CONFIG, RECORDS, WEIGHTS, worker_in_step
 from raycontrolnet.training.trackers import Trackers, open_trackers
 from raycontrolnet.training.validator import Validator
@@ -80,6 +82,8 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
         clock = PhaseClock(read_timings(job.output_dir))  # continued after a restart
         if not clock.seconds:
             clock.seconds["start"] = time.time() - job.submitted
+        if not job.local:
+            check_versions_here(job.facts["versions"])  # the node may have joined late
         checkpoint = job.current_checkpoint()
         schedule = Schedule.of(job.config, job.num_samples, job.config.most_workers, checkpoint)
         if rank == 0:
@@ -113,7 +117,7 @@ class Worker:
         self.metrics_log: MetricsLog | None = None
         self.trackers: Trackers | None = None
         if share.rank == 0:
-            check_room(state, schedule, job.config, job.folder)
+            check_room(job.folder, controlnet_bytes(state), schedule, state.step, job.config)
             self.metrics_log = MetricsLog(job.output_dir, state.step)
             settings = public_settings(job.config)
             self.trackers = open_trackers(job.config, settings, done_steps=state.step, folder=job.output_dir)

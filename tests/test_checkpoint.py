@@ -174,6 +174,34 @@ def test_a_full_disk_by_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert checkpoints.all_checkpoints(tmp_path) == [former]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+        ValueError("Error while serializing: I/O error: Disk quota exceeded (os error 122)"),
+    ],
+)
+def test_a_used_up_quota(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk has room; a library's own words do not say why it failed."""
+    former = write(tmp_path, 2)
+
+    def fail(folder: Path) -> None:
+        save(folder)
+        raise error
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        with pytest.raises(
+            OSError, match=r"Disk quota exceeded: .*: 10.2 kB of the checkpoint were written, your quota"
+        ):
+            write(tmp_path, 4, fail)
+    assert checkpoints.all_checkpoints(tmp_path) == [former]
+
+
 def test_others_may_read_what_the_umask_lets_them(tiny_settings: dict[str, Any]) -> None:
     before = os.umask(0o027)
     try:

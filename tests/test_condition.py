@@ -17,10 +17,13 @@ from runs import contents, flags, metadata, states
 
 from raycontrolnet import ConditionConfig, ConditionResult, TrainConfig, condition, fit
 from raycontrolnet.cli import main, parse
+from raycontrolnet.cluster import shared_files, versions
+from raycontrolnet.cluster.blocks import from_block, to_block
+from raycontrolnet.cluster.shared_files import SharedFiles
 from raycontrolnet.conditions import condition as condition_images
 from raycontrolnet.conditions import recipes as conditions
 from raycontrolnet.conditions.folder import JOURNAL, ConditionFolder, png_name
-from raycontrolnet.conditions.make import Outcome, ToMake, make
+from raycontrolnet.conditions.make import Outcome, ToMake, _make, make
 from raycontrolnet.conditions.recipes import Recipe
 from raycontrolnet.config.condition_config import CONDITIONS
 from raycontrolnet.data.folder_source import FolderSource
@@ -148,7 +151,7 @@ def run(photos: Path, shown: io.StringIO) -> Make:
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the images in this process, where Ray's part is not tested."""
 
-    def make_here(items: Sequence[ToMake], recipe: Recipe, folder: str) -> Iterator[list[Outcome]]:
+    def make_here(items: Sequence[ToMake], recipe: Recipe, folder: str, _: object) -> Iterator[list[Outcome]]:
         yield [make(item, recipe, folder) for item in items]
 
     monkeypatch.setattr(condition_images, "make_on_ray", make_here)
@@ -508,7 +511,7 @@ def test_half_a_line_of_the_journal_does_no_harm(run: Make) -> None:
 
 @contextmanager
 def ends_after_one_image(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    def make_one(items: Sequence[ToMake], recipe: Recipe, folder: str) -> Iterator[list[Outcome]]:
+    def make_one(items: Sequence[ToMake], recipe: Recipe, folder: str, _: object) -> Iterator[list[Outcome]]:
         yield [make(items[0], recipe, folder)]
         raise error
 
@@ -630,3 +633,27 @@ def test_a_conditioning_image_of_another_shape_than_square_fits_its_picture(tmp_
         row = ImageRow(str(path), str(tmp_path / "made.png"), ("",), "here")
         image, conditioning_image = prepare_images(row, RESOLUTION)
         assert np.array_equal(conditioning_image, conditions.grey(image))
+
+
+def test_a_node_that_does_not_see_the_pictures(run: Make, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not bad pictures, which would be left out."""
+    monkeypatch.setattr(condition_images, "ray_session", lambda address: nullcontext())
+    monkeypatch.setattr(versions, "on_each_node", lambda *_, **__: [])
+    monkeypatch.setattr(
+        shared_files, "on_each_node", lambda *_, **__: [("one", None), ("two", str(photos / "clear.png"))]
+    )
+    with pytest.raises(ConfigError) as error:
+        run(on_bad_sample="skip", caption="a photo")
+    assert str(error.value) == (
+        f"--images={photos}: the node two does not see {photos / 'clear.png'}; name a folder on storage that all nodes "
+        "share"
+    )
+
+
+def test_a_node_that_joins_late_and_does_not_see_the_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_files, "APPEARS_WITHIN_S", 0.0)
+    pictures = SharedFiles("--images=/photos", ("/photos/1.png",))
+    items = to_block([ToMake("/photos/1.png", "1.png")])
+    found = from_block(_make(items, Recipe("canny", RESOLUTION, ()), "/out", pictures))
+    assert isinstance(found, UserError)
+    assert "does not see /photos/1.png; name a folder" in str(found)

@@ -27,6 +27,7 @@ import ray.tune
 from processes import wait_for
 from ray._common import constants
 from ray._private import ray_constants
+from ray._private.utils import check_version_info
 from ray.experimental import internal_kv
 from ray.train._internal.session import _TrainSession
 from ray.train.v2._internal import constants as train_constants
@@ -97,6 +98,7 @@ def test_names_are_rays() -> None:
     assert constants.HEAD_NODE_RESOURCE_NAME == nodes.HEAD
     assert f'"{nodes.BOOTSTRAP_CONFIG}"' in inspect.getsource(cluster_info)
     assert ray_constants.RAY_WORKER_NICENESS in session.ENVIRONMENT
+    assert f'"{session.MATCH_LEVEL}", "patch"' in inspect.getsource(check_version_info)
 
 
 def test_raylet_reads_our_environment_variables() -> None:

@@ -110,6 +110,55 @@ def test_what_cannot_fit_is_refused(settings: dict[str, Any], nodes: list[Node],
         share_out(ClusterConfig(**settings), nodes, [])
 
 
+@pytest.mark.parametrize(
+    ("settings", "nodes", "way_out"),
+    [
+        ({"num_workers": "4"}, [{"CPU": 16, "GPU": 1}], "; 1 would fit"),
+        (
+            {"cpus_per_worker": 6.0},
+            [{"CPU": 4}, {"CPU": 4}],
+            "; no such node has more than 4 CPUs: lower --cpus_per_worker",
+        ),
+        (
+            {"accelerator_type": "H100"},
+            [CPU_HEAD, GPU_NODE],
+            "; no node has such GPUs: correct --accelerator_type, or le",
+        ),
+        (
+            {"cpus_per_worker": 8.0},
+            [{"CPU": 16}, {"CPU": 4, "GPU": 8}],
+            "; no node with GPUs has 8 CPUs: lower --cpus_per_worker",
+        ),
+        (
+            {"accelerator_type": "A10G", "cpus_per_worker": 12.0},
+            [{"CPU": 16}, GPU_NODE],
+            "; no such node has more than 8 CPUs: lower --cpus_per_worker",
+        ),
+    ],
+)
+def test_the_way_out_of_what_cannot_fit(settings: dict[str, Any], nodes: list[Node], way_out: str) -> None:
+    """There are CPUs enough, but on no node as many as a worker takes; it is the same for nodes that may come."""
+    for up, may_come in ((nodes, []), ([], nodes)):
+        with pytest.raises(ConfigError, match=re.escape(way_out)) as error:
+            share_out(ClusterConfig(**settings), up, may_come)
+        assert error.value.exit_code == 2
+        assert len(str(error.value)) < 250
+
+
+def test_an_autoscaler_that_has_started_all_it_may(bootstrap_config: Path) -> None:
+    """Its maximum counts the nodes that are up; those of one type count for that type's."""
+    bootstrap_config.write_text(
+        "available_node_types: {gpu: {resources: {CPU: 8, GPU: 1}, max_workers: 2}, cpu: {resources: {CPU: 16}}}\n"
+        "max_workers: 3\n"
+    )
+    gpu, cpu = {"CPU": 8.0, "GPU": 1.0}, {"CPU": 16.0}
+    assert nodes.nodes_that_may_come(ClusterConfig(), [gpu]) == [gpu, cpu]
+    assert nodes.nodes_that_may_come(ClusterConfig(), [gpu, cpu, cpu]) == []
+    up = [gpu, gpu, cpu]
+    with pytest.raises(ConfigError, match=r"^--num_workers=3: the cluster has room for 2 workers of .*; 2 would fit$"):
+        share_out(ClusterConfig(num_workers="3"), up, nodes.nodes_that_may_come(ClusterConfig(), up))
+
+
 def test_more_than_an_autoscaler_may_bring_is_refused() -> None:
     """64 workers, and two nodes at most; where nobody knows what may come, as on KubeRay, the run waits."""
     grown = ", with the 2 nodes that its autoscaler may add,"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -91,3 +94,93 @@ def test_a_folder_whose_name_is_too_long(
         "folder, such as /tmp"
     )
     assert len(calls) == 1
+
+
+MISMATCH = """Version mismatch: The cluster was started with:
+    Ray: {}
+    Python: {}
+This process on node 10.0.0.7 was started with:
+    Ray: 2.60.0
+    Python: 3.12.3
+"""
+
+
+@pytest.mark.parametrize(
+    ("cluster", "message"),
+    [
+        (
+            ("2.59.1", "3.12.3"),
+            (
+                "the cluster runs Ray 2.59.1, this process Ray 2.60.0; run pip install "
+                "'ray[data,default,train,tune]==2.59.1' here, or use `ray job submit`"
+            ),
+        ),
+        (
+            ("2.60.0", "3.10.14"),
+            (
+                "the cluster runs Python 3.10.14, this process Python 3.12.3; start the run with Python 3.10.14, or "
+                "use `ray job submit`"
+            ),
+        ),
+        (
+            ("2.60.0", "3.12.9"),
+            (
+                "the cluster runs Python 3.12.9, this process Python 3.12.3; start the run with Python 3.12.9, or set "
+                "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL=minor, or use `ray job submit`"
+            ),
+        ),
+    ],
+)
+def test_a_cluster_of_another_version(
+    starts: Callable[..., list[dict[str, Any]]], cluster: tuple[str, str], message: str
+) -> None:
+    starts(RuntimeError(MISMATCH.format(*cluster)))
+    with pytest.raises(ConfigError) as error, ray_session("auto"):
+        pass
+    assert str(error.value) == f"--address=auto: {message}"
+    assert error.value.exit_code == 2
+
+
+@pytest.mark.usefixtures("_local_ray")
+@pytest.mark.parametrize(("setting", "shown"), [("ray.__version__ = '2.3.4'", "Ray 2.3.4"), ("", "")])
+def test_rays_own_refusal_is_understood(setting: str, shown: str) -> None:
+    """The words are those of the Ray that is installed."""
+    address = ray.get_runtime_context().gcs_address
+    code = f"""
+import ray
+{setting}
+from raycontrolnet.cluster.session import ray_session
+from raycontrolnet.errors import ConfigError
+try:
+    with ray_session({address!r}):
+        print("connected")
+except ConfigError as error:
+    print(error)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    if not shown:
+        assert done.stdout.strip() == "connected"
+    else:
+        expected = f"--address={address}: the cluster runs Ray {ray.__version__}, this process {shown}; run pip install"
+        assert done.stdout.startswith(expected), done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_usual_ports_may_be_in_use() -> None:
+    """A head's, its dashboard's, its client server's, its agents' and torch's: a Ray of our own picks free ones."""
+    code = """
+from raycontrolnet.cluster.session import ray_session
+with ray_session(None):
+    import ray
+    print(ray.get(ray.remote(lambda: "works").remote()))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with contextlib.ExitStack() as taken:
+        for port in (6379, 8265, 10001, 52365, 29500):
+            with contextlib.suppress(OSError):  # in use already
+                taken.enter_context(socket.create_server(("0.0.0.0", port)))
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
+        )
+    assert done.stdout.strip() == "works", done.stderr

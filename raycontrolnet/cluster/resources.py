@@ -47,6 +47,10 @@ class WorkerResources:
             options["accelerator_type"] = self.accelerator_type
         return options
 
+    def fit_on(self, node: Node) -> bool:
+        """Check whether a node has room for a worker when it is idle."""
+        return _room(node, self.cpus_per_worker, self.use_gpu, self.accelerator_type) > 0
+
     @property
     def threads(self) -> int:
         """CPU threads of a worker."""
@@ -144,8 +148,21 @@ def _problem(
         each = counted(cpus, "CPU") + (" and a GPU" if use_gpu else "")
         each += f" of type {cluster.accelerator_type}" if cluster.accelerator_type else ""
         there = f"the cluster{grown} has room for {counted(room, 'worker')} of {each}"
-        return f"--num_workers={cluster.num_workers}: {there}"
+        return f"--num_workers={cluster.num_workers}: {there}; {_way_out(cluster, nodes, cpus, room)}"
     return None
+
+
+def _way_out(cluster: ClusterConfig, nodes: Sequence[Node], cpus: float, room: int) -> str:
+    """Return what to do where fewer workers fit on the nodes than are asked for."""
+    if room:
+        return f"{room} would fit"
+    suited = [node for node in nodes if has_type(node, cluster.accelerator_type)]
+    if not suited:
+        return "no node has such GPUs: correct --accelerator_type, or leave it out"
+    largest = max(node.get("CPU", 0.0) for node in suited)
+    if largest < cpus:
+        return f"no such node has more than {counted(largest, 'CPU')}: lower --cpus_per_worker"
+    return f"no node with GPUs has {counted(cpus, 'CPU')}: lower --cpus_per_worker"
 
 
 def _room(node: Node, cpus: float, use_gpu: bool, accelerator_type: str | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -32,6 +33,11 @@ ENVIRONMENT = {
 }
 STARTUP_CONCURRENCY = "RAY_worker_maximum_startup_concurrency"
 """Undocumented. Ray warns of more than four times as many processes as this; a run on two CPUs has ten."""
+
+MATCH_LEVEL = "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL"
+"""Undocumented. With the value "minor", Ray takes a Python that differs in the third number alone."""
+RAYS_VERSIONS = re.compile(r"Ray: (\S+)\s+Python: (\S+)")
+"""In Ray's message, for the cluster and then for this process."""
 
 
 _own = False
@@ -63,7 +69,7 @@ def ray_session(address: str | None) -> Iterator[None]:
     At the end, what was started or connected to here is left again; what was there before stays.
 
     Raises:
-        ConfigError: if there is no cluster at the address.
+        ConfigError: if there is no cluster at the address, or one of another version.
         RunError: if none can be started here.
     """
     import ray
@@ -85,6 +91,8 @@ def ray_session(address: str | None) -> Iterator[None]:
             ray.init(address=target, log_to_driver=False)
     except (OSError, ValueError, RuntimeError) as error:
         origin = "--address" if address else "RAY_ADDRESS"
+        if refusal := _version_refused(error):
+            raise ConfigError([f"{origin}={target}: {refusal}"]) from error
         problem = (
             f"{origin}={target}: no Ray cluster answers there ({error_message(error, 200)}). Start one with "
             "`ray start --head`, or leave the address out to train on this machine alone"
@@ -128,6 +136,23 @@ def _start_here() -> None:
 
 def _target(address: str | None) -> str:
     return address or os.environ.get("RAY_ADDRESS") or LOCAL
+
+
+def _version_refused(error: BaseException) -> str | None:
+    """Return what to tell users if `error` is Ray's refusal of another version of Ray or Python; else None."""
+    found = RAYS_VERSIONS.findall(str(error))
+    if "Version mismatch" not in str(error) or len(found) != 2:
+        return None
+    (ray_there, python_there), (ray_here, python_here) = found
+    if ray_there != ray_here:
+        name, there, here = "Ray", ray_there, ray_here
+        way_out = f"run pip install 'ray[data,default,train,tune]=={there}' here"
+    else:
+        name, there, here = "Python", python_there, python_here
+        way_out = f"start the run with Python {there}"
+        if there.split(".")[:2] == here.split(".")[:2]:
+            way_out += f", or set {MATCH_LEVEL}=minor"
+    return f"the cluster runs {name} {there}, this process {name} {here}; {way_out}, or use `ray job submit`"
 
 
 def _check_somebody_answers(address: str) -> None:

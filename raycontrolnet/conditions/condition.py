@@ -17,6 +17,7 @@ from typing import TextIO
 
 from raycontrolnet.cluster.logs import logging_to, shown_on
 from raycontrolnet.cluster.session import ray_session
+from raycontrolnet.cluster.shared_files import SharedFiles
 from raycontrolnet.conditions.folder import BAD_PICTURES_FILE, CONDITIONING, ConditionFolder, Made, png_name
 from raycontrolnet.conditions.make import Outcome, ToMake, make_on_ray
 from raycontrolnet.conditions.pictures import PictureRow, find_rows
@@ -28,6 +29,8 @@ from raycontrolnet.text import Counter, duration, shorten
 from raycontrolnet.version import __version__
 
 LOG = "condition.log"
+LOOKED_AT_PICTURES = 32
+"""Pictures, about, that are looked for on the nodes of a cluster."""
 
 
 @dataclass(frozen=True)
@@ -154,10 +157,12 @@ def _make(task: _Task, stream: TextIO) -> dict[str, str]:
     task.out.remove_leftovers()
     task.out.begin([item.name for item in task.missing])
     problems: dict[str, str] = {}
+    seen = [item.picture for item in task.missing[:: -(-len(task.missing) // LOOKED_AT_PICTURES)]]
+    pictures = SharedFiles.of(f"--images={task.config.folder}", [str(task.config.folder), *seen])
     with ray_session(task.config.address):
         counter = Counter(task.config.condition, "images", len(task.names), len(task.names) - len(task.missing), stream)
         try:
-            for outcomes in make_on_ray(task.missing, task.recipe, str(task.out.conditioning)):
+            for outcomes in make_on_ray(task.missing, task.recipe, str(task.out.conditioning), pictures):
                 problems |= {done.name: done.problem for done in outcomes if done.problem is not None}
                 _record(task, [done for done in outcomes if done.problem is None])
                 counter.advance(len(outcomes))

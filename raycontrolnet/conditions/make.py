@@ -13,6 +13,8 @@ import pyarrow as pa
 
 from raycontrolnet.cluster.blocks import WHOLE_BLOCKS, catch, from_block, generate, results, to_block
 from raycontrolnet.cluster.cpus import COUNT_CPUS
+from raycontrolnet.cluster.shared_files import SharedFiles, check_nodes_see
+from raycontrolnet.cluster.versions import check_versions
 from raycontrolnet.conditions.recipes import Recipe
 from raycontrolnet.data.transforms import encode_conditioning
 from raycontrolnet.errors import DataError, RunError
@@ -46,19 +48,23 @@ class Outcome(NamedTuple):
     """Reason why the picture cannot be used."""
 
 
-def make_on_ray(items: Sequence[ToMake], recipe: Recipe, folder: str) -> Iterator[list[Outcome]]:
+def make_on_ray(items: Sequence[ToMake], recipe: Recipe, folder: str, pictures: SharedFiles) -> Iterator[list[Outcome]]:
     """Make conditioning images on the connected Ray cluster; yield results as tasks finish.
 
     Args:
         folder: absolute path of the conditioning images' folder.
+        pictures: some of them, which the nodes must see.
 
     Raises:
+        UserError: if a node does not see the pictures (which are not bad), or has another version of this package.
         RunError: if one cannot be written.
     """
     import ray
 
+    check_versions()
+    check_nodes_see([pictures])
     dataset = generate(_chunks, ray.put(items)).map_batches(
-        _make, fn_args=(recipe, folder), num_cpus=MAKING_CPUS, **WHOLE_BLOCKS
+        _make, fn_args=(recipe, folder, pictures), num_cpus=MAKING_CPUS, **WHOLE_BLOCKS
     )
     yield from results(dataset)
 
@@ -71,11 +77,16 @@ def _chunks(items_ref: ray.ObjectRef[Sequence[ToMake]]) -> Iterator[Sequence[ToM
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _make(table: pa.Table, recipe: Recipe, folder: str) -> pa.Table:
+def _make(table: pa.Table, recipe: Recipe, folder: str, pictures: SharedFiles) -> pa.Table:
     import cv2
 
     cv2.setNumThreads(1)  # there are as many tasks as CPUs
-    return to_block(catch(lambda items: [make(item, recipe, folder) for item in items], from_block(table)))
+
+    def make_all(items: Sequence[ToMake]) -> list[Outcome]:
+        pictures.check_here()
+        return [make(item, recipe, folder) for item in items]
+
+    return to_block(catch(make_all, from_block(table)))
 
 
 def make(item: ToMake, recipe: Recipe, folder: str) -> Outcome:

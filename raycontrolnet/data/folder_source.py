@@ -76,6 +76,11 @@ class FolderSource:
         columns = {column: self._column(column) for column in ("image", "conditioning_image")}
         yield from missing_problems(self.folder, columns, self._place)
 
+    def files(self, row: int) -> tuple[str, ...]:
+        """Return the paths of the row's images, unless they are in the metadata file."""
+        texts = (self.table[name][row].as_py() for name in ("image", "conditioning_image"))
+        return tuple(str(Path(self.folder, text)) for text in texts if not is_embedded(text))
+
     def fingerprint(self) -> str:
         """Return a hash of the metadata file's content and the columns read. A folder may be moved."""
         return self.content_hash

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -95,6 +96,16 @@ class HubSource:
         names = (self.columns.image, self.columns.conditioning_image)
         columns = {name: _paths(table.column(name)) for name in names}
         yield from missing_problems(self.location.folder, columns, lambda row: f"{self.location.shown}, row {row}")
+
+    def files(self, row: int) -> tuple[str, ...]:
+        """Return the path of a local data set, and of the row's images if it holds paths; none of one on the Hub."""
+        if not self.location.is_local:
+            return ()
+        images: tuple[str | bytes, ...] = ()
+        with suppress(DataError):
+            loaded = self.read(row)
+            images = loaded.image, loaded.conditioning_image
+        return (self.location.name, *(image for image in images if isinstance(image, str)))
 
     def fingerprint(self) -> str:
         """Return a hash of the name (of a Hub data set; a local one may move), size and columns, and of a few rows."""

@@ -36,6 +36,11 @@ class JoinedSource:
         for part in self.parts:
             yield from part.problems()
 
+    def files(self, row: int) -> tuple[str, ...]:
+        """Return the paths of the row's images."""
+        part, own = self._part(row)
+        return self.parts[part].files(own)
+
     def fingerprint(self) -> str:
         """Return a hash of those of the parts."""
         return hashlib.sha256("".join(part.fingerprint() for part in self.parts).encode()).hexdigest()[:16]

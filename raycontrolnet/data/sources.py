@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from raycontrolnet.cluster.shared_files import SharedFiles
 from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.data.folder_source import has_metadata, open_folder
 from raycontrolnet.data.hub_source import open_dataset
@@ -27,6 +28,8 @@ _DATASETS_FILES = ("*.parquet", "*/*.parquet", "*.arrow", "state.json", "dataset
 _ARCHIVES = frozenset((".zip", ".gz", ".7z", ".rar"))
 _SPLITS_NOT_TRAINED_ON = frozenset(("val", "valid", "validation", "dev", "eval", "test", "testing"))
 _SHOWN_ENTRIES = 5
+LOOKED_AT_ROWS = 32
+"""Rows, about, whose files are looked for on the nodes of a cluster."""
 
 
 class Source(Protocol):
@@ -44,6 +47,9 @@ class Source(Protocol):
 
     def problems(self) -> Iterator[str]:
         """Yield what keeps rows from being read on this machine, as far as can be seen without opening images."""
+
+    def files(self, row: int) -> tuple[str, ...]:
+        """Return the absolute paths of the files that `row` is read from; none if every machine fetches its own."""
 
     def fingerprint(self) -> str:
         """Return a short hash of the data, not of its place, for the checkpoints' manifests."""
@@ -76,6 +82,15 @@ def open_source(
             problems.append("fix the data, or skip such rows with --on_bad_sample skip")
         raise DataError("\n".join(problems))
     return source
+
+
+def shared_files(source: Source, data: DataConfig) -> SharedFiles:
+    """Return files of `source`, those of a few rows, that every machine must see that loads its rows."""
+    name = "dataset_name" if data.train_data_dir is None else "train_data_dir"
+    value = getattr(data, name)
+    rows = range(0, len(source), -(-len(source) // LOOKED_AT_ROWS))
+    paths = [path for row in rows for path in source.files(row)]
+    return SharedFiles.of(f"--{name}={value}", [value, *paths] if paths else [])
 
 
 def _open(data: DataConfig, cache_dir: str | None, token: str | None) -> Source:

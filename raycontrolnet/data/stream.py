@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from raycontrolnet.cluster.blocks import WHOLE_BLOCKS, from_block, generate, to_block
 from raycontrolnet.cluster.cpus import COUNT_CPUS, TASK_CPUS, let_training_go_first
+from raycontrolnet.cluster.shared_files import SharedFiles
 from raycontrolnet.data.order import Purpose, SampleOrder, keyed_rng
 from raycontrolnet.data.records import DecodedRow, PreparedRow
 from raycontrolnet.data.sources import Source
@@ -118,6 +119,8 @@ class BatchLoader:
     proportion_empty_prompts: float
     source: Source | None = None
     """Source of the rows, for messages."""
+    files: SharedFiles | None = None
+    """Files that a machine must see to make batches."""
 
     def place(self, sample_index: int) -> str:
         """Return where the row of the k-th sample stands, for messages."""
@@ -159,7 +162,13 @@ class BatchLoader:
         )
 
     def batch(self, first_sample: int) -> list[PreparedRow]:
-        """Return samples [first_sample, first_sample + batch_size)."""
+        """Return samples [first_sample, first_sample + batch_size).
+
+        Raises:
+            UserError: if this machine does not see the data, or a row cannot be used.
+        """
+        if self.files:
+            self.files.check_here()
         indices = range(first_sample, first_sample + self.batch_size)
         if self.rows.remote:
             with ThreadPoolExecutor(REMOTE_READS) as pool:

@@ -100,6 +100,10 @@ class TarSource:
         changed = [f"{shard.shown}: {reason}" for shard in self.shards if (reason := _change(shard))]
         yield from shorten(changed, "tars are missing or others")
 
+    def files(self, row: int) -> tuple[str, ...]:
+        """Return the path of the row's tar."""
+        return (self._shard(row).path,)
+
     def fingerprint(self) -> str:
         """Return a hash of the samples' keys and files' sizes, and of a few rows. Tars may be moved and repacked."""
         names = ("key", *(f"{name}_size" for name in _FILES))

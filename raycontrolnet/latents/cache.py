@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from raycontrolnet.cluster.shared_files import SharedFiles
 from raycontrolnet.data.records import DecodedRow, EncodedRow
 from raycontrolnet.data.transforms import decode_conditioning
 from raycontrolnet.errors import DataError
@@ -28,6 +29,8 @@ from raycontrolnet.text import error_message
 
 ROW_OVERHEAD_BYTES = 1000
 """Bytes that Arrow adds to a row, about."""
+LOOKED_AT_SHARDS = 32
+"""Shards, about, that are looked for on the nodes of a cluster."""
 OPEN_SHARDS = 64
 """Shards that a process keeps open; each index takes a few kilobytes."""
 
@@ -81,6 +84,11 @@ class LatentCache:
     @property
     def remote(self) -> bool:
         return not self.folder.is_local
+
+    def files(self) -> SharedFiles:
+        """Return some of its files, which every machine must see that reads from it."""
+        names = self.shard_names[:: -(-len(self.shard_names) // LOOKED_AT_SHARDS) or 1] if self.folder.is_local else ()
+        return SharedFiles.of(f"--latents_cache_dir={self.folder.name}", [self.folder.path(name) for name in names])
 
     def read(self, row: int) -> EncodedRow:
         """Return the source's row `row`, verified.

@@ -13,14 +13,19 @@ from statistics import fmean
 from typing import TextIO
 
 from raycontrolnet.cluster.resources import WorkerResources
+from raycontrolnet.cluster.shared_files import check_nodes_see
+from raycontrolnet.cluster.versions import check_versions
 from raycontrolnet.config.checks import versions
+from raycontrolnet.data.sources import shared_files
 from raycontrolnet.errors import ConfigError, DataError, RunError, UserError, explained
 from raycontrolnet.latents.cache import ROW_OVERHEAD_BYTES, LatentCache
 from raycontrolnet.latents.encode import encode_here, encode_on_ray
 from raycontrolnet.latents.manifest import Manifest, Shard
 from raycontrolnet.latents.plan import LatentPlan, prepare_command
 from raycontrolnet.latents.shards import EncodeJob, ShardResult, load_shard
+from raycontrolnet.model.problems import model_files
 from raycontrolnet.storage.files import replacing
+from raycontrolnet.storage.quota import quota_forbids
 from raycontrolnet.text import Counter, file_size, shorten
 
 SAMPLED_SHARD_ROWS = 4
@@ -76,6 +81,7 @@ def _encode(
     stored = plan.folder.sizes()
     job = EncodeJob(
         source=plan.source,
+        files=shared_files(plan.source, plan.config),
         folder=plan.folder,
         encoding=plan.encoding,
         # Shuffled: a second process at work on the same cache then seldom makes the same shard.
@@ -85,6 +91,10 @@ def _encode(
         batch_size=plan.config.latents_batch_size,
         token=plan.token,
     )
+    if workers:
+        check_versions()
+        check_nodes_see([job.files])
+        check_nodes_see(model_files(plan.config), of=workers.fit_on)
     results = {}
     done = plan.num_rows - sum(len(shard.rows) for shard in missing)
     counter = Counter("latents", "images", plan.num_rows, done, stream)
@@ -163,10 +173,13 @@ def _announce(plan: LatentPlan, there: dict[str, ShardResult], stream: TextIO) -
         f"conditioning image, {file_size(ROW_OVERHEAD_BYTES)} of index)\n"
     )
     free = plan.folder.free_bytes()
+    lack = None
     if free is not None and free < missing:
-        problem = (
-            f"--latents_cache_dir={plan.folder.uri}: {file_size(missing)} are needed there and {file_size(free)} free"
-        )
+        lack = f"{file_size(missing)} are needed there and {file_size(free)} free"
+    elif plan.folder.is_local and quota_forbids(Path(plan.folder.uri), missing):
+        lack = f"{file_size(missing)} are needed there, which your quota does not allow"
+    if lack:
+        problem = f"--latents_cache_dir={plan.folder.uri}: {lack}"
         advice = "name a folder with more room, or train from pixels with --cache_latents off"
         raise ConfigError([f"{problem}; {advice}"])
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from raycontrolnet.cluster.shared_files import SharedFiles
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.data.records import EncodedRow, UInt8Image
 from raycontrolnet.data.sources import Source
@@ -81,6 +82,8 @@ class EncodeJob:
     """The shards to encode, and how. Plain data for tasks and actors."""
 
     source: Source
+    files: SharedFiles
+    """Files of the source that a machine must see to load a shard."""
     folder: CacheFolder
     encoding: Encoding
     shards: tuple[Shard, ...]
@@ -101,7 +104,12 @@ class EncodeJob:
         return LatentEncoder(self.model, device=device, batch_size=self.batch_size, token=self.token)
 
     def load(self, shard: Shard) -> LoadedShard | ShardResult:
-        """Load the shard's rows, or what is stored if another process was faster."""
+        """Load the shard's rows, or what is stored if another process was faster.
+
+        Raises:
+            UserError: if this machine does not see the data: its rows are not bad.
+        """
+        self.files.check_here()
         if shard.name not in self.replaced and (size := self.folder.size(shard.name)) is not None:
             with suppress(DataError):
                 return ShardResult(*read_contents(self.folder, shard.name, size))

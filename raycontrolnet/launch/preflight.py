@@ -15,6 +15,8 @@ import torch
 
 from raycontrolnet.cluster.resources import WorkerResources
 from raycontrolnet.cluster.session import on_a_cluster
+from raycontrolnet.cluster.shared_files import SharedFiles, check_nodes_see
+from raycontrolnet.cluster.versions import check_versions
 from raycontrolnet.config.checks import (
     check_device,
     collected,
@@ -25,20 +27,22 @@ from raycontrolnet.config.checks import (
 )
 from raycontrolnet.config.train_config import TrainConfig, public_settings
 from raycontrolnet.data.order import SampleOrder
-from raycontrolnet.data.sources import Source, open_source
+from raycontrolnet.data.sources import Source, open_source, shared_files
 from raycontrolnet.data.stream import BatchLoader, PixelRows
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.hub import push
 from raycontrolnet.latents.cache import LatentCache
 from raycontrolnet.latents.ensure import SEVERAL_MACHINES, ensure
 from raycontrolnet.latents.plan import LatentPlan, prepare_command
-from raycontrolnet.model.problems import model_problems
+from raycontrolnet.model.problems import model_files, model_problems
+from raycontrolnet.model.size import controlnet_bytes_at_least
 from raycontrolnet.sampling import images
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.resume import resolve
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training import validation
 from raycontrolnet.training.job import Job, RunCallback
+from raycontrolnet.training.room import check_room
 from raycontrolnet.training.schedule import Schedule
 from raycontrolnet.training.trackers import check_trackers
 
@@ -63,6 +67,8 @@ class CheckedRun:
     """The cache to train from, not yet encoded; None also if the cluster must be seen before it can be chosen."""
     cache: LatentCache | None = None
     """The cache to train from; None for pixels."""
+    files: SharedFiles | None = None
+    """Files that the driver sees, and that a node must see to load samples."""
     run_id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
@@ -92,6 +98,7 @@ class CheckedRun:
             batch_size=config.train_batch_size,
             proportion_empty_prompts=config.proportion_empty_prompts,
             source=self.source,
+            files=self.files,
         )
 
     def schedule(self, checkpoint: checkpoints.Checkpoint | None) -> Schedule:
@@ -199,7 +206,12 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
                 "%s was made with other rows held out: it has seen rows that are measured now, and the order changes",
                 start.path,
             )
-    return CheckedRun(config, folder, source, start, token, random_subset=random_subset)
+    files = shared_files(source, config)
+    run = CheckedRun(config, folder, source, start, token, random_subset=random_subset, files=files)
+    if not folder.is_stored:
+        weights = controlnet_bytes_at_least(config)
+        check_room(folder, weights, run.schedule(start), start.step if start else 0, config, least=True)
+    return run
 
 
 def choose_latents(run: CheckedRun, stream: TextIO, *, reused: bool = False) -> CheckedRun:
@@ -250,21 +262,33 @@ def _fitting_cache(run: CheckedRun, stream: TextIO, *, one_machine: bool = True)
 
 
 def ensure_latents(run: CheckedRun, workers: WorkerResources | None, stream: TextIO) -> CheckedRun:
-    """Return the run with its cache complete, or as it is if it trains from pixels.
+    """Return the run with its cache complete, or as it is if it trains from pixels; look at the nodes.
 
     Args:
         workers: of the connected Ray; None to encode in this process.
 
     Raises:
-        ConfigError: if the run needs a cache, and there is no place for it that all machines see.
+        ConfigError: if the run needs a cache, and there is no place for it that all machines see; or if a node has
+            other versions, or does not see the data, the cache or the models.
         UserError, RunError: as `prepare`.
     """
+    if workers is None:
+        return _with_cache(run, None, stream)
+    check_versions()
+    check_nodes_see(model_files(run.config), of=workers.fit_on)
+    run = _with_cache(run, workers, stream)
+    check_nodes_see([run.files] if run.files else [])
+    return run
+
+
+def _with_cache(run: CheckedRun, workers: WorkerResources | None, stream: TextIO) -> CheckedRun:
     latents = run.latents
     if run.cached and latents is None:
         latents = _fitting_cache(run, stream, one_machine=workers is None or workers.one_machine)
     if latents is None:
         return run
-    run = dataclasses.replace(run, cache=ensure(latents, workers, stream), latents=None)
+    cache = ensure(latents, workers, stream)
+    run = dataclasses.replace(run, cache=cache, files=cache.files(), latents=None)
     if run.start is not None and run.start.manifest.get("left_out", []) != list(run.bad_rows):
         logger.warning("%s was made with other bad samples left out: the order of samples changes", run.start.path)
     return run

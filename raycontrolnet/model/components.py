@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,9 @@ def loaded(flag: str, name: str, load: Callable[..., Loaded], **options: Any) ->
     try:
         return load(name, **options)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError, EOFError) as error:
+        if Path(name).is_absolute() and not Path(name).is_dir():  # the driver has made sure that it is there
+            problem = f"the node {socket.gethostname()} does not see it; name a folder on storage that all nodes share"
+            raise UserError(f"--{flag}={name}: {problem}") from error
         what = f" ({options['subfolder']})" if "subfolder" in options else ""
         advice = "" if Path(name).is_dir() else "; if it is private, give --hub_token or `hf auth login`"
         reason = error_message(error, 110).rstrip(".")

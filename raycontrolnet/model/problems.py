@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from raycontrolnet.cluster.shared_files import SharedFiles
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.config.train_config import FACTS, names_with
 from raycontrolnet.model import kinds
@@ -53,6 +54,14 @@ def model_problems(
                 yield f"--{flag}={value}: {error}"
     if problem := mismatch(configs.get(CONTROLNET, {}), configs.get(BASE, {})):
         yield f"--{controlnet_flag}={model.controlnet_model_name_or_path}: {problem}"
+
+
+def model_files(model: ModelConfig) -> Iterator[SharedFiles]:
+    """Yield a file of each local model, which every machine must see that loads it."""
+    for name, main_file in MAIN_FILES.items():
+        value = getattr(model, name)
+        if value and Path(value).is_absolute():
+            yield SharedFiles.of(f"--{name}={value}", [str(Path(value, main_file))])
 
 
 def mismatch(controlnet: Mapping[str, Any], unet: Mapping[str, Any]) -> str | None:

@@ -14,12 +14,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from raycontrolnet.storage.quota import full_errno
 from raycontrolnet.text import file_size
 
 PARTIAL_SUFFIX = ".partial"
 """End of the name of what is being written."""
-FULL_BYTES = 2**20
-"""A disk with less is full."""
 OLD_SUFFIX = ".old"
 """End of the name of a folder that is being deleted."""
 
@@ -114,17 +113,18 @@ def save_into(folder: Path, save: Callable[[Path], None]) -> None:
     """Let `save` write a checkpoint's files into `folder`.
 
     Raises:
-        OSError: on a full disk, whatever the libraries call that.
+        OSError: on a full disk, or with a used-up quota, whatever the libraries call that.
     """
     try:
         save(folder)
     except Exception as error:
-        free = shutil.disk_usage(folder).free
-        if free > FULL_BYTES and getattr(error, "errno", None) != errno.ENOSPC:
+        if (number := full_errno(folder, error)) is None:
             raise
         written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        state = f"{file_size(written)} of the checkpoint were written, {file_size(free)} are free"
-        raise OSError(errno.ENOSPC, f"No space left on device: {folder.parent}: {state}") from error
+        quota = number == errno.EDQUOT
+        left = "your quota there is used up" if quota else f"{file_size(shutil.disk_usage(folder).free)} are free"
+        state = f"{file_size(written)} of the checkpoint were written, {left}"
+        raise OSError(number, f"{os.strerror(number)}: {folder.parent}: {state}") from error
 
 
 def synced(path: Path) -> None:

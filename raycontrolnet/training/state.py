@@ -22,9 +22,7 @@ from raycontrolnet.model.performance import enable_memory_savers, working_precis
 from raycontrolnet.model.step import TrainState
 from raycontrolnet.storage.checkpoint import CONTROLNET_FOLDER, TRAINING_STATE_FILE, Checkpoint
 from raycontrolnet.storage.files import readable_by_umask
-from raycontrolnet.storage.run_folder import RunFolder
-from raycontrolnet.text import counted, file_size
-from raycontrolnet.training.schedule import Schedule, due_steps
+from raycontrolnet.training.schedule import Schedule
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -168,31 +166,9 @@ def save_state(state: TrainState, folder: Path) -> None:
     )
 
 
-def check_room(state: TrainState, schedule: Schedule, config: TrainConfig, folder: RunFolder) -> None:
-    """Check that the disk has room for the checkpoints to come and the final weights.
-
-    Raises:
-        UserError: if not, before the first update.
-    """
-    weights = sum(value.numel() * value.element_size() for value in state.components.controlnet.parameters())
-    moments = weights // 2 if config.use_8bit_adam else 2 * weights
-    to_come = len(due_steps(config.checkpointing_steps, schedule.total_updates, schedule.total_updates))
-    to_come -= len(due_steps(config.checkpointing_steps, state.step, schedule.total_updates))
-    output_dir, limit = folder.path, 1 if folder.is_stored else config.checkpoints_total_limit
-    usage = shutil.disk_usage(output_dir)
-    if not usage.total:  # of a file system that does not tell
-        return
-    free = usage.free
-    if limit is not None:
-        there = [path for path in output_dir.glob("checkpoint-*") if path.is_dir()]
-        free += sum(file.stat().st_size for path in there for file in path.rglob("*") if file.is_file())
-        to_come = min(len(there) + to_come, limit + 1)  # the oldest is deleted once the newest is whole
-    if (needed := to_come * (weights + moments) + weights) > free:
-        what = f"{counted(to_come, 'checkpoint')} of {file_size(weights + moments)} and the weights"
-        raise UserError(
-            f"--output_dir={output_dir}: {what} need {file_size(needed)}, and {file_size(free)} are free; keep fewer "
-            "with --checkpoints_total_limit, or name another folder"
-        )
+def controlnet_bytes(state: TrainState) -> int:
+    """Return the bytes of the ControlNet's weights."""
+    return sum(value.numel() * value.element_size() for value in state.components.controlnet.parameters())
 
 
 def save_final_weights(state: TrainState, output_dir: Path) -> None:
