@@ -10,16 +10,18 @@ import sys
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from raycontrolnet.data.metadata_file import METADATA_FILES
+from raycontrolnet.data.remote_path import AnyPath, RemotePath, listed
 from raycontrolnet.text import counted, error_message
 
 TAR_SUFFIX = ".tar"
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 """First bytes of a compressed file -> the program's name."""
+HEADER_BYTES = 2**16
+"""Bytes that are fetched of a tar in an object store for a header; the next ones are often among them."""
 _LONGEST_END = 2**20
 """Most bytes of zeros at the end of a tar: writers fill up a record, of 10 kB by default."""
 
@@ -47,31 +49,34 @@ class ShardIndex:
     """A file by which it is an archive of an ordinary data folder."""
 
 
-def shard_files(path: str) -> list[Path]:
+def shard_files(path: AnyPath) -> list[AnyPath]:
     """Return the tars that `path` names, by name: of a folder, or of `train` in it, or itself; compressed ones too."""
-    if is_tar(Path(path)):
-        return [Path(path)]
-    for folder in (Path(path), Path(path, "train")):
-        if folder.is_dir() and (found := sorted(entry for entry in folder.iterdir() if is_tar(entry))):
+    if is_tar(path):
+        return [path]
+    for folder in (path, path / "train"):
+        if folder.is_dir() and (found := [entry for entry in listed(folder) if is_tar(entry)]):
             return found
     return []
 
 
-def is_tar(path: Path) -> bool:
+def is_tar(path: AnyPath) -> bool:
     """Check whether a regular file has the name of a tar, compressed or not."""
     name = path.name.lower()
     return not name.startswith(".") and name.endswith((TAR_SUFFIX, *COMPRESSED_SUFFIXES)) and path.is_file()
 
 
-def read_index(path: Path) -> ShardIndex:
+def read_index(path: AnyPath) -> ShardIndex:
     """Return the files in the tar `path`; reads its headers alone, and follows no links."""
     index, whole = ShardIndex(), 0
     tar: tarfile.TarFile | None = None
     try:
         num_bytes = path.stat().st_size
-        if fault := _unreadable(path):
-            return ShardIndex(fault=fault)
-        with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as tar:
+        with path.open("rb", HEADER_BYTES if isinstance(path, RemotePath) else -1) as file:
+            if fault := _unreadable(file, path.name):
+                return ShardIndex(fault=fault)
+            tar = tarfile.open(  # noqa: SIM115 - holds nothing but the file
+                None, "r:", file, encoding="utf-8", errors="surrogateescape"
+            )
             for entry in _entries(tar):
                 is_whole = entry.offset_data + entry.size <= num_bytes
                 whole += is_whole and entry.isreg()
@@ -97,21 +102,21 @@ def split_name(name: str) -> tuple[str, str] | None:
     return (f"{folder}{slash}{stem}", sys.intern(extension.lower())) if extension else None
 
 
-def extensions_of(shards: Mapping[Path, ShardIndex]) -> dict[str, None]:
+def extensions_of(shards: Mapping[AnyPath, ShardIndex]) -> dict[str, None]:
     """Return all extensions, as they first come."""
     return {
         member.extension: None for index in shards.values() for members in index.samples.values() for member in members
     }
 
 
-def _unreadable(path: Path) -> str:
-    """Return why a file cannot be a tar that is read, by its first bytes; empty if it can."""
-    with path.open("rb") as file:
-        head = file.read(8)
+def _unreadable(file: IO[bytes], name: str) -> str:
+    """Return why a file cannot be a tar that is read, by its first bytes; empty if it can. Leaves it at its start."""
+    head = file.read(8)
+    file.seek(0)
     if not head:
         return "is empty (0 bytes); copy it again"
     program = next((name for first, name in _COMPRESSIONS.items() if head.startswith(first)), None)
-    if program or path.name.lower().endswith(COMPRESSED_SUFFIXES):
+    if program or name.lower().endswith(COMPRESSED_SUFFIXES):
         how = f"with {program}" if program else "by its name"
         return f"is compressed ({how}), which allows no random access; decompress it to a .tar"
     return ""
