@@ -41,7 +41,7 @@ class Location:
     token: str | None = field(default=None, repr=False)
     """Only if the user gave one and the data set is on the Hub; otherwise each machine uses its own login."""
     copy: RemoteCopy | None = None
-    """Of a data set in an object store."""
+    """The data set's files, if it is in an object store."""
 
     @property
     def is_local(self) -> bool:

@@ -18,7 +18,7 @@ from raycontrolnet.errors import DataError
 from raycontrolnet.text import SHOWN_PROBLEMS, shorten
 
 Root = str | RemotePath
-"""Where the relative paths in a data set's cells begin."""
+"""Folder in which the relative paths in a data set's cells begin."""
 
 _BASE64_HEADS = ("iVBORw0KGgo", "/9j/", "UklGR", "R0lGOD")
 """First letters of a PNG, JPEG, WebP and GIF file in base64."""

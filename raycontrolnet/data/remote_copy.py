@@ -84,8 +84,8 @@ class RemoteCopy:
 
     def _folder(self, cache_dir: str | None) -> Path:
         key = hashlib.blake2b(repr((self.root.root, self.files)).encode(), digest_size=8).hexdigest()
-        cache = Path(cache_dir or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        return cache / "raycontrolnet" / "datasets" / f"{self.root.name[:60]}-{key}"
+        place = Path(cache_dir or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        return place / "raycontrolnet" / "datasets" / f"{self.root.name[:60]}-{key}"
 
     def _local(self, file: CopiedFile, folder: Path) -> Path:
         return folder / (self.root.name if self.is_file else file.path)
@@ -101,8 +101,8 @@ class RemoteCopy:
             raise DataError(f"{source}: has changed since the run was started")
         path.parent.mkdir(parents=True, exist_ok=True)
         with (
-            replacing(path) as partial_file,
+            replacing(path) as partial_path,
             source.open("rb", _BLOCK_BYTES) as stream,
-            partial_file.open("wb") as file_,
+            partial_path.open("wb") as copy,
         ):
-            shutil.copyfileobj(stream, file_, _BLOCK_BYTES)
+            shutil.copyfileobj(stream, copy, _BLOCK_BYTES)

@@ -10,10 +10,11 @@ import sys
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import IO, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 from raycontrolnet.data.metadata_file import METADATA_FILES
-from raycontrolnet.data.remote_path import AnyPath, RemotePath, listed
+from raycontrolnet.data.remote_path import AnyPath, listed
 from raycontrolnet.text import counted, error_message
 
 TAR_SUFFIX = ".tar"
@@ -71,12 +72,10 @@ def read_index(path: AnyPath) -> ShardIndex:
     tar: tarfile.TarFile | None = None
     try:
         num_bytes = path.stat().st_size
-        with path.open("rb", HEADER_BYTES if isinstance(path, RemotePath) else -1) as file:
-            if fault := _unreadable(file, path.name):
-                return ShardIndex(fault=fault)
-            tar = tarfile.open(  # noqa: SIM115 - holds nothing but the file
-                None, "r:", file, encoding="utf-8", errors="surrogateescape"
-            )
+        if fault := _unreadable(path):
+            return ShardIndex(fault=fault)
+        place, file = (path, None) if isinstance(path, Path) else (None, path.open("rb", HEADER_BYTES))
+        with tarfile.open(place, "r:", file, encoding="utf-8", errors="surrogateescape") as tar:
             for entry in _entries(tar):
                 is_whole = entry.offset_data + entry.size <= num_bytes
                 whole += is_whole and entry.isreg()
@@ -109,14 +108,14 @@ def extensions_of(shards: Mapping[AnyPath, ShardIndex]) -> dict[str, None]:
     }
 
 
-def _unreadable(file: IO[bytes], name: str) -> str:
-    """Return why a file cannot be a tar that is read, by its first bytes; empty if it can. Leaves it at its start."""
-    head = file.read(8)
-    file.seek(0)
+def _unreadable(path: AnyPath) -> str:
+    """Return why a file cannot be a tar that is read, by its first bytes; empty if it can."""
+    with path.open("rb", HEADER_BYTES) as file:
+        head = file.read(8)
     if not head:
         return "is empty (0 bytes); copy it again"
     program = next((name for first, name in _COMPRESSIONS.items() if head.startswith(first)), None)
-    if program or name.lower().endswith(COMPRESSED_SUFFIXES):
+    if program or path.name.lower().endswith(COMPRESSED_SUFFIXES):
         how = f"with {program}" if program else "by its name"
         return f"is compressed ({how}), which allows no random access; decompress it to a .tar"
     return ""
