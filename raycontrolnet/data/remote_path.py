@@ -148,7 +148,7 @@ class RemotePath:
         return io.TextIOWrapper(io.BytesIO(self.read_bytes()), encoding).read()
 
     def _entry(self) -> Entry | None:
-        system, top = open_uri(self.root)
+        system, top = reached(lambda: open_uri(self.root))
         key = self.key
         if key == top:
             return _entry_of(reached(lambda: system.get_file_info(key), again=False))
@@ -235,13 +235,15 @@ def listed(folder: AnyPath) -> list[AnyPath]:
 
 
 def check_uri(uri: str) -> None:
-    """Check that a store can be read: its kind, its bucket and the keys for it.
+    """Check that a store can be read: its kind, the keys for it, and its bucket.
 
     Raises:
         OSError: if not.
     """
     forget_listings()
-    reached(lambda: check_bucket(uri), again=False)
+    path = RemotePath(uri)
+    if not (path.exists() and path.key):  # keys may be for one folder of a bucket alone
+        reached(lambda: check_bucket(uri), again=False)
 
 
 def forget_listings() -> None:

@@ -29,7 +29,7 @@ _DATASETS_FILES = ("*.parquet", "*/*.parquet", "*.arrow", "state.json", "dataset
 _ARCHIVES = frozenset((".zip", ".gz", ".7z", ".rar"))
 _SPLITS_NOT_TRAINED_ON = frozenset(("val", "valid", "validation", "dev", "eval", "test", "testing"))
 _SHOWN_ENTRIES = 5
-_ACCESS = "check the URI, and keys and address in this machine's environment, such as AWS_ENDPOINT_URL"
+_ACCESS = "check the URI, and keys and address in the environment"
 
 
 class Source(Protocol):

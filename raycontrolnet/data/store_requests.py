@@ -16,7 +16,9 @@ WAITS_S = (1.0, 2.0)
 """Seconds to wait before a request that failed is made again."""
 REQUESTS = 32
 """Requests that a process makes at a time: each of them is mostly waiting."""
-_LONGEST_REASON = 200
+_LONGEST_REASON = 120
+_NOISE = re.compile(r"^When .*?: (?=AWS Error)| \(Request ID: .*$")
+"""Parts of pyarrow's reasons that help nobody."""
 _LASTING = re.compile(
     "ACCESS_DENIED|PERMISSION_DENIED|UNAUTHENTICATED|NO_SUCH_|NOT_FOUND|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH"
 )
@@ -47,7 +49,7 @@ def reached(attempt: Callable[[], T], *, again: bool = True) -> T:
 
 
 def _reason(error: Exception) -> str:
-    text = error_message(error)
+    text = _NOISE.sub("", error_message(error))
     for secret in filter(None, map(os.environ.get, _SECRET_VARIABLES)):
         text = text.replace(secret, "***")
     return text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 3]}..."
