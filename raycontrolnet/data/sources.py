@@ -15,7 +15,7 @@ from raycontrolnet.data.metadata_file import METADATA_FILES
 from raycontrolnet.data.paired_folder import CONDITIONING_FOLDERS, IMAGES, conditioning_folder, open_pairs
 from raycontrolnet.data.paths import kind_of_file
 from raycontrolnet.data.records import ImageRow
-from raycontrolnet.data.remote_path import AnyPath, RemotePath, check_uri, data_path, listed
+from raycontrolnet.data.remote_path import AnyPath, RemotePath, check_uri, data_path, forget_listings, listed
 from raycontrolnet.data.tar_index import shard_files
 from raycontrolnet.data.tar_source import open_tars
 from raycontrolnet.errors import DataError
@@ -93,6 +93,8 @@ def open_source(
         if not is_uri(name):
             raise
         raise DataError(f"{shown}: cannot be read ({error_message(error)}); {_ACCESS}") from None
+    finally:
+        forget_listings()
     if problems:
         if len(source):
             problems.append("fix the data, or skip such rows with --on_bad_sample skip")
