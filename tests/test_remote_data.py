@@ -23,13 +23,16 @@ from test_tar_source import tar_of, write_tar
 
 from raycontrolnet import TrainConfig, prepare
 from raycontrolnet.cli import main
+from raycontrolnet.config.checks import absolute
 from raycontrolnet.config.settings import DataConfig
+from raycontrolnet.config.sweep_config import SweepConfig
 from raycontrolnet.data import byte_ranges, remote_copy, remote_path, store_requests
 from raycontrolnet.data.remote_copy import RemoteCopy
 from raycontrolnet.data.remote_path import RemotePath
 from raycontrolnet.data.sources import Source, open_source
 from raycontrolnet.data.transforms import prepare_images
-from raycontrolnet.errors import DataError
+from raycontrolnet.errors import ConfigError, DataError
+from raycontrolnet.hub.model_card import write_model_card
 from raycontrolnet.storage.uri import open_uri
 
 __all__ = ["s3", "use_s3"]
@@ -169,6 +172,41 @@ def test_a_file_uri_is_a_path(local: dict[str, Path], tiny_settings: Settings, t
         assert not open_source(DataConfig(**settings)).remote
     out = run(tiny_settings, tmp_path / "out", train_data_dir=f"file://{local['metadata']}", max_train_steps=1)
     assert f"train_data_dir: {local['metadata']}\n" in (out / "config.yaml").read_text()
+
+
+def test_paths_and_uris_in_the_settings(local: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(local["tars"].parent)
+    for name in ("train_data_dir", "dataset_name"):
+        for uri in ("s3://bucket/a//b", "gs://bucket/a?x=y", "hf://datasets/a/b"):
+            assert absolute(name, uri) == uri
+        for path in ("tars", f"file://{local['tars']}", f"{local['tars']}/"):
+            assert absolute(name, path) == str(local["tars"])
+    assert absolute("dataset_name", "owner/name") == "owner/name"
+    assert absolute("output_dir", "tars") == str(local["tars"])
+
+
+def test_a_sweep_over_data_sets() -> None:
+    train = TrainConfig(pretrained_model_name_or_path="base", train_data_dir="s3://bucket/a", cache_latents="off")
+    space = {"train_data_dir": {"choice": ["s3://bucket/a", "s3://id:pass@bucket/b"]}}
+    with pytest.raises(ConfigError) as caught:
+        SweepConfig(train=train, space=space)
+    problem = "a URI: --train_data_dir: leave keys and tokens out of the URI; put them into the machines' environment"
+    assert caught.value.problems == (f"--space: train_data_dir: {problem.replace('--train_data_dir: ', '')}",)
+
+
+def test_the_model_card_names_no_bucket(tmp_path: Path) -> None:
+    for name in ("train_data_dir", "dataset_name"):
+        settings = {"pretrained_model_name_or_path": "owner/base", name: "s3://bucket/a/faces?endpoint_override=h:1"}
+        text = write_model_card(tmp_path, settings, {}).read_text()
+        assert "trained with raycontrolnet on `faces`" in text
+        assert f'`{name}`: `"faces"`' in text
+        assert "bucket" not in text
+
+
+def test_pictures_are_local(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["condition", *flags(images="s3://bucket/photos", condition="canny")]) == 2
+    problem = "must be a local or mounted folder; copy the pictures to this machine"
+    assert capsys.readouterr().err == f"error: --images=s3://bucket/photos: {problem}\n"
 
 
 # --- requests ---
