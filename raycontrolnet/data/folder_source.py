@@ -174,7 +174,8 @@ def has_metadata(folder: AnyPath) -> bool:
 
 def _metadata_file(folder: AnyPath) -> AnyPath | None:
     # Image folders with several splits keep this one in `train`.
-    paths = (place / name for place in (folder, folder / "train") for name in METADATA_FILES)
+    places = (place for place in (folder, folder / "train") if place.is_dir())
+    paths = (place / name for place in places for name in METADATA_FILES)
     return next((path for path in paths if path.is_file()), None)
 
 

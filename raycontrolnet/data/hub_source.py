@@ -221,7 +221,8 @@ def _load(location: Location) -> datasets.Dataset:
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001 - datasets raises some twenty kinds, among them bare ValueErrors
-        raise DataError(f"{location.shown}: {_reason(error, location)}") from None
+        reason = _reason(error, location)
+        raise DataError(f"{location.shown}: {reason.replace(name, location.name)}") from None
 
 
 def is_remote_table(path: AnyPath) -> bool:
