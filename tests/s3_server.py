@@ -15,6 +15,8 @@ from urllib.request import Request, urlopen
 
 import pytest
 
+from raycontrolnet.storage.uri import open_uri
+
 BUCKET = "bucket"
 KEYS = {"AWS_ACCESS_KEY_ID": "an-id-of-the-tests", "AWS_SECRET_ACCESS_KEY": "a-secret-of-the-tests"}
 
@@ -72,6 +74,7 @@ def use_s3(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """Set the environment's variables by which S3 is found."""
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
+    open_uri.cache_clear()  # those of another address
     return s3
 
 

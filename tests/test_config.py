@@ -287,6 +287,14 @@ OTHER_RULES: list[tuple[Settings, str]] = [
         "--latents_cache_dir: leave keys and tokens out of the URI; put them into the machines' environment",
     ),
     (
+        {"train_data_dir": "s3://id:key@bucket/x"},
+        "--train_data_dir: leave keys and tokens out of the URI; put them into the machines' environment",
+    ),
+    (
+        {"train_data_dir": None, "dataset_name": "s3://bucket/x?endpoint_override=id:key@host"},
+        "--dataset_name: leave keys and tokens out of the URI; put them into the machines' environment",
+    ),
+    (
         {"cache_latents": "off", "on_bad_sample": "skip"},
         "--on_bad_sample=skip: bad samples are found when latents are cached; leave out --cache_latents=off",
     ),

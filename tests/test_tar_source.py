@@ -24,6 +24,7 @@ from raycontrolnet.cli import main
 from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.data import byte_ranges, tar_source
 from raycontrolnet.data.folder_source import FolderSource
+from raycontrolnet.data.records import EncodedImage
 from raycontrolnet.data.sources import Source, open_source
 from raycontrolnet.data.tar_index import split_name
 from raycontrolnet.data.tar_source import TarSource
@@ -66,7 +67,7 @@ def opened(folder: Path, *, skip_bad: bool = False, **settings: Any) -> TarSourc
     return source
 
 
-def contents(source: Source, row: int) -> tuple[bytes | str, bytes | str, tuple[str, ...]]:
+def contents(source: Source, row: int) -> tuple[EncodedImage, EncodedImage, tuple[str, ...]]:
     values = source.read(row)
     return values.image, values.conditioning_image, values.captions
 
@@ -661,7 +662,7 @@ def test_tars_of_other_splits_are_not_trained_on(tmp_path: Path, caplog: pytest.
     for name in ("train-0", "val-0", "x_test_1", "contest-0"):
         write_tar(tmp_path / f"{name}.tar", {name.replace("-", "_") + key: content for key, content in FILES.items()})
     source = opened(tmp_path)
-    assert [Path(shard.path).name for shard in source.shards] == ["contest-0.tar", "train-0.tar"]
+    assert [Path(str(shard.path)).name for shard in source.shards] == ["contest-0.tar", "train-0.tar"]
     assert caplog.messages == [f"{tmp_path}: val-0.tar and x_test_1.tar are not trained on, by their names"]
     (tmp_path / "only").mkdir()
     (tmp_path / "val-0.tar").rename(tmp_path / "only" / "val-0.tar")

@@ -378,7 +378,7 @@ def test_a_sample_from_pixels() -> None:
     clear = encoded(Image.new("RGBA", (40, 20), (1, 2, 3, 0)))
 
     def samples(row: ImageRow, empty: float) -> list[PreparedRow]:
-        rows = PixelRows(cast("Source", SimpleNamespace(read=lambda _: row)), 16)
+        rows = PixelRows(cast("Source", SimpleNamespace(read=lambda _: row, remote=False)), 16)
         return BatchLoader(rows, SampleOrder(1, seed=0), 5, empty).batch(5)
 
     row = ImageRow(clear, clear, ("a", "b"), "metadata.jsonl:7")

@@ -72,9 +72,12 @@ def absolute(name: str, value: Any) -> Any:
     kind = FACTS[name].get("path")
     if isinstance(value, tuple):
         return tuple(absolute(name, item) for item in value)
-    if value is None or kind is None or (kind == "or URI" and "://" in value):
+    if value is None or kind is None:
         return value
-    path = resolved(name, as_path(value))
+    value = as_path(value)
+    if kind != "local" and "://" in value:
+        return value
+    path = resolved(name, value)
     return value if kind == "or id" and not path.exists() else str(path)
 
 

@@ -50,6 +50,8 @@ class PicturesConfig:
     def problems(self) -> Problems:
         if not self.images:
             yield "--images: required; the folder with the pictures"
+        elif "://" in self.images:
+            yield problem_of(self, "images", "must be a local or mounted folder; copy the pictures to this machine")
         elif problem := path_problem("images", self.images):
             yield problem
         elif self.folder.is_file():

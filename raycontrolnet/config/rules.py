@@ -75,9 +75,8 @@ def folder_problems(config: Any, name: str, *, or_uri: bool = False) -> Problems
     if not folder:
         yield f"--{name}: must name a folder"
     elif or_uri and is_uri(folder):
-        if holds_secret(folder):
-            yield f"--{name}: {NO_SECRETS}"
-        elif not shown_uri(folder).partition("://")[2].rpartition("/")[0]:
+        yield from secret_problems(config, name)
+        if not shown_uri(folder).partition("://")[2].rpartition("/")[0]:
             yield problem_of(config, name, "names a whole bucket; name a folder in it")
     elif "://" in as_path(folder):
         yield problem_of(config, name, "must be a local or mounted folder; URIs are not supported yet")
@@ -116,12 +115,16 @@ def pairs_of(prompts: tuple[str, ...] | None, images: tuple[str, ...] | None) ->
     return tuple((prompts[i % len(prompts)], images[i % len(images)]) for i in range(count))
 
 
-NO_SECRETS = "leave keys and tokens out of the URI; put them into the machines' environment"
+def secret_problems(config: Any, *names: str) -> Problems:
+    """Check that the settings `names` are no URIs with keys in them, as settings are written to files."""
+    for name in names:
+        if holds_secret(getattr(config, name) or ""):
+            yield f"--{name}: leave keys and tokens out of the URI; put them into the machines' environment"
 
 
 def holds_secret(uri: str) -> bool:
-    """Check whether a URI has a password or an option that looks like a key, as settings are written to files."""
+    """Check whether a URI has a password or an option that looks like a key; False for what is no URI."""
     authority, _, options = uri.partition("://")[2].partition("?")
     user = authority.partition("/")[0].rpartition("@")[0]
     words = ("secret", "token", "key", "password", "sig", "credential")
-    return ":" in user or any(word in options.lower() for word in words)
+    return ":" in user or "@" in options or any(word in options.lower() for word in words)

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 
 from raycontrolnet.config.declare import setting
 from raycontrolnet.config.rules import (
-    NO_SECRETS,
     Problems,
     at_least,
-    holds_secret,
     in_unit_interval,
     one_of,
     problem_of,
     resolution_problems,
+    secret_problems,
     seed_problems,
 )
 
@@ -69,11 +68,11 @@ class DataConfig:
     """Data: the data set, and what is taken from it."""
 
     dataset_name: str | None = setting(None, sweepable=True, decides="latents", path="or id")
-    """A data set's Hub id, or a local path that datasets.load_dataset reads (or a saved arrow data set)."""
+    """A data set's Hub id, or the path or URI (s3://, gs://, ...) of one that datasets.load_dataset reads."""
     dataset_config_name: str | None = setting(None, sweepable=True, decides="latents")
     """Name of the data set's configuration, if it has several."""
-    train_data_dir: str | None = setting(None, sweepable=True, decides="latents", path="local")
-    """A folder with images and metadata.jsonl (or the original ControlNet's prompt.json), or of WebDataset tars."""
+    train_data_dir: str | None = setting(None, sweepable=True, decides="latents", path="or URI")
+    """A folder, by path or URI (s3://, gs://, ...), with images and metadata.jsonl, or of WebDataset tars."""
     image_column: str = setting("image", sweepable=True, decides="latents")
     """Column of the target images; in tars, their extension."""
     conditioning_image_column: str = setting("conditioning_image", sweepable=True, decides="latents")
@@ -93,6 +92,7 @@ class DataConfig:
         if (self.dataset_name is None) == (self.train_data_dir is None):
             given = "neither is given" if self.dataset_name is None else "both are given"
             yield f"--train_data_dir, --dataset_name: give one of them ({given})"
+        yield from secret_problems(self, "train_data_dir", "dataset_name")
         yield from in_unit_interval(self, "proportion_empty_prompts")
         yield from resolution_problems(self)
         if self.dataset_config_name is not None and self.dataset_name is None:
@@ -125,8 +125,7 @@ class CacheConfig:
         yield from in_unit_interval(self, "max_bad_fraction")
         if self.latents_cache_dir == "":
             yield "--latents_cache_dir: must name a folder; leave it out for the default one"
-        elif self.latents_cache_dir and holds_secret(self.latents_cache_dir):
-            yield f"--latents_cache_dir: {NO_SECRETS}"
+        yield from secret_problems(self, "latents_cache_dir")
         if self.cache_latents == "off" and self.on_bad_sample == "skip":
             yield "--on_bad_sample=skip: bad samples are found when latents are cached; leave out --cache_latents=off"
 

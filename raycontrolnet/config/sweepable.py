@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from raycontrolnet.config.rules import holds_secret
 from raycontrolnet.config.settings import CacheConfig
 from raycontrolnet.config.train_config import FACTS, TrainConfig, names_that_decide
 from raycontrolnet.errors import ConfigError
@@ -59,5 +60,6 @@ def run_problems(name: str, value: Any, train: TrainConfig) -> list[str]:
         dataclasses.replace(train, **{name: value})
     except ConfigError as error:
         flag = rf"--{name}(={re.escape(str(value))}|={re.escape(repr(value))})?: "
-        return [f"{str(value) or repr(value)}: {re.sub(f'^{flag}', '', problem)}" for problem in error.problems]
+        shown = "a URI" if holds_secret(str(value)) else str(value) or repr(value)
+        return [f"{shown}: {re.sub(f'^{flag}', '', problem)}" for problem in error.problems]
     return []

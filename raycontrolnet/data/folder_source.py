@@ -14,8 +14,17 @@ from typing import TYPE_CHECKING, Any
 from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.data.columns import Columns, find_columns, read_captions
 from raycontrolnet.data.metadata_file import METADATA_FILES, metadata_rows, read_path
-from raycontrolnet.data.paths import file_identity, is_embedded, missing_problems, path_or_image, shown_path
-from raycontrolnet.data.records import ImageRow
+from raycontrolnet.data.paths import (
+    Root,
+    file_bytes,
+    file_identity,
+    is_embedded,
+    missing_problems,
+    path_or_image,
+    shown_path,
+)
+from raycontrolnet.data.records import EncodedImage, ImageRow
+from raycontrolnet.data.remote_path import AnyPath, RemotePath, joined
 from raycontrolnet.errors import DataError
 from raycontrolnet.text import error_message, shorten
 
@@ -36,14 +45,14 @@ class FolderSource:
     Paths are resolved where they are read: the folder must have the same name on all machines.
     """
 
-    folder: str
+    folder: Root
     """Absolute path of the metadata file's folder, in which its paths begin."""
     metadata_file: str
     """Path of the metadata file as the user knows it, for messages."""
     table: pa.Table
     """image, conditioning_image: large_string paths, relative to the folder or absolute, or images in base64;
     captions: large_list of large_string; line: int64, of the metadata file, from 1 (of parquet and JSON arrays: the
-    row); 0 without a metadata file."""
+    row); 0 without a metadata file. In an object store also image_bytes, conditioning_image_bytes: int64."""
     content_hash: str
     """Hash of the metadata file and the columns read from it."""
     bad_rows: Mapping[int, str] = field(default_factory=dict)
@@ -51,6 +60,10 @@ class FolderSource:
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
+
+    @property
+    def remote(self) -> bool:
+        return isinstance(self.folder, RemotePath)
 
     def read(self, row: int) -> ImageRow:
         """Return row 0 <= `row` < len, in constant time; opens no file.
@@ -79,7 +92,7 @@ class FolderSource:
     def files(self, row: int) -> tuple[str, ...]:
         """Return the paths of the row's images, unless they are in the metadata file."""
         texts = (self.table[name][row].as_py() for name in ("image", "conditioning_image"))
-        return tuple(str(Path(self.folder, text)) for text in texts if not is_embedded(text))
+        return tuple(str(Path(str(self.folder), text)) for text in texts if not is_embedded(text))
 
     def fingerprint(self) -> str:
         """Return a hash of the metadata file's content and the columns read. A folder may be moved."""
@@ -88,9 +101,7 @@ class FolderSource:
     def identities(self, rows: Sequence[int]) -> Iterator[str]:
         """See `Source.identities`."""
         for row in rows:
-            image, conditioning_image = (
-                file_identity(self.folder, self.table[name][row].as_py()) for name in ("image", "conditioning_image")
-            )
+            image, conditioning_image = (self._identity(row, name) for name in ("image", "conditioning_image"))
             yield json.dumps([*image, *conditioning_image, self.table["captions"][row].as_py()])
 
     def paths_outside(self) -> list[str]:
@@ -101,14 +112,20 @@ class FolderSource:
         for column in ("image", "conditioning_image"):
             paths = self.table[column]
             found += paths.filter(pc.match_substring_regex(paths, r"^/|(^|/)\.\.(/|$)")).to_pylist()
-        inside = f"{self.folder.rstrip('/')}/"
+        inside = f"{str(self.folder).rstrip('/')}/"
         return [path for path in found if not is_embedded(path) and not _is_inside(path, inside)]
 
     def _place(self, row: int) -> str:
         line = self.table["line"][row].as_py()
-        return f"{self.metadata_file}:{line}" if line else str(Path(self.folder, self.table["image"][row].as_py()))
+        return f"{self.metadata_file}:{line}" if line else str(joined(self.folder, self.table["image"][row].as_py()))
 
-    def _image(self, row: int, column: str) -> bytes | str:
+    def _identity(self, row: int, column: str) -> tuple[str, int | None]:
+        text = self.table[column][row].as_py()
+        if not self.remote or is_embedded(text):
+            return file_identity(self.folder, text)
+        return text, self.table[f"{column}_bytes"][row].as_py()
+
+    def _image(self, row: int, column: str) -> EncodedImage:
         text = self.table[column][row].as_py()
         return path_or_image(self.folder, text, f"{self._place(row)}: {column}")
 
@@ -116,7 +133,7 @@ class FolderSource:
         return (text for chunk in self.table[name].chunks for text in chunk.to_pylist())
 
 
-def open_folder(folder: str, data: DataConfig) -> FolderSource:
+def open_folder(folder: AnyPath, data: DataConfig) -> FolderSource:
     """Read the rows of `folder`; opens no image.
 
     Raises:
@@ -131,7 +148,7 @@ def open_folder(folder: str, data: DataConfig) -> FolderSource:
         content_hash = _content_hash(path, columns)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error_message(error)})") from None
-    source = FolderSource(str(path.parent.absolute()), str(path), table, content_hash, bad_rows)
+    source = folder_source(path.parent, str(path), table, content_hash, bad_rows)
     if outside := source.paths_outside():
         logger.warning(
             "%s: %s of its images lie outside of its folder, as %s; they are read there",
@@ -142,18 +159,33 @@ def open_folder(folder: str, data: DataConfig) -> FolderSource:
     return source
 
 
-def has_metadata(folder: str) -> bool:
+def folder_source(
+    folder: AnyPath, metadata_file: str, table: pa.Table, content_hash: str, bad_rows: Mapping[int, str]
+) -> FolderSource:
+    """Return the rows of `table`; in an object store, folders are listed for the sizes of the files."""
+    import pyarrow as pa
+
+    root = folder if isinstance(folder, RemotePath) else str(folder.absolute())
+    if isinstance(root, RemotePath):
+        for column in ("image", "conditioning_image"):
+            sizes = [_num_bytes(root, path) for chunk in table[column].chunks for path in chunk.to_pylist()]
+            table = table.append_column(f"{column}_bytes", pa.array(sizes, pa.int64()))
+    return FolderSource(root, metadata_file, table, content_hash, bad_rows)
+
+
+def has_metadata(folder: AnyPath) -> bool:
     """Check whether `open_folder` finds a metadata file in `folder`."""
     return _metadata_file(folder) is not None
 
 
-def _metadata_file(folder: str) -> Path | None:
+def _metadata_file(folder: AnyPath) -> AnyPath | None:
     # Image folders with several splits keep this one in `train`.
-    paths = (Path(folder, split, name) for split in (".", "train") for name in METADATA_FILES)
+    places = (place for place in (folder, folder / "train") if place.is_dir())
+    paths = (place / name for place in places for name in METADATA_FILES)
     return next((path for path in paths if path.is_file()), None)
 
 
-def _read_table(path: Path, data: DataConfig) -> tuple[Columns | None, pa.Table, dict[int, str]]:
+def _read_table(path: AnyPath, data: DataConfig) -> tuple[Columns | None, pa.Table, dict[int, str]]:
     """Read the rows as `FolderSource.table` and `bad_rows`; find the columns by the first row that can be parsed."""
     import pyarrow as pa
 
@@ -175,6 +207,13 @@ def _read_table(path: Path, data: DataConfig) -> tuple[Columns | None, pa.Table,
     tables.append(rows_table(rows))
     table = pa.concat_tables(tables).combine_chunks()  # one chunk per column: finding a row takes no search
     return columns, table, bad_rows
+
+
+def _num_bytes(root: RemotePath, path: str) -> int | None:
+    if not path or is_embedded(path):
+        return None
+    place = joined(root, path)
+    return place.num_bytes() if isinstance(place, RemotePath) else file_bytes("", path)
 
 
 def _read_row(row: dict[str, Any], columns: Columns) -> tuple[str, str, tuple[str, ...]]:
@@ -207,7 +246,7 @@ def rows_table(rows: Sequence[_TableRow]) -> pa.Table:
     return pa.table(arrays, schema=pa.schema(types))
 
 
-def _content_hash(path: Path, columns: Columns | None) -> str:
+def _content_hash(path: AnyPath, columns: Columns | None) -> str:
     digest = hashlib.sha256(repr(("folder", columns)).encode())
     with path.open("rb") as file:
         while block := file.read(1 << 20):

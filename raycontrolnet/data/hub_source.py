@@ -8,19 +8,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.data.columns import Columns, find_columns, read_captions
-from raycontrolnet.data.paths import file_identity, missing_problems, path_or_image
-from raycontrolnet.data.records import ImageRow
+from raycontrolnet.data.image_columns import holds_images, image_identity, paths_in, value_type
+from raycontrolnet.data.paths import Root, missing_problems, path_or_image
+from raycontrolnet.data.records import EncodedImage, ImageRow
+from raycontrolnet.data.remote_copy import RemoteCopy
+from raycontrolnet.data.remote_path import AnyPath, RemotePath
 from raycontrolnet.errors import DataError
 from raycontrolnet.text import error_message
 
 if TYPE_CHECKING:
     import datasets
-    import pyarrow as pa
 
 _FILE_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
 _SAVED_MARKS = ("state.json", "dataset_dict.json")
@@ -32,21 +34,26 @@ class Location:
     """Arguments of `datasets.load_dataset`."""
 
     name: str
-    """A Hub id, or an absolute path: workers have another working directory."""
+    """A Hub id, or an absolute path: workers have another working directory. With `copy` a URI."""
     shown: str
     """`--dataset_name=...` as the user gave it, for messages."""
     config_name: str | None = None
     cache_dir: str | None = None
     token: str | None = field(default=None, repr=False)
     """Only if the user gave one and the data set is on the Hub; otherwise each machine uses its own login."""
+    copy: RemoteCopy | None = None
+    """The data set's files, if it is in an object store."""
 
     @property
     def is_local(self) -> bool:
-        return Path(self.name).is_absolute()
+        """True if the data set is not on the Hub, and its images may be files."""
+        return self.copy is not None or Path(self.name).is_absolute()
 
     @property
-    def folder(self) -> str:
-        """Folder in which a local data set's relative paths begin."""
+    def folder(self) -> Root:
+        """Folder in which the relative paths of a data set that is not on the Hub begin."""
+        if self.copy is not None:
+            return self.copy.root / ".." if self.copy.is_file else self.copy.root
         return self.name if Path(self.name).is_dir() else str(Path(self.name).parent)
 
 
@@ -57,6 +64,10 @@ class HubSource:
     location: Location
     columns: Columns
     num_rows: int
+
+    @property
+    def remote(self) -> bool:
+        return self.location.copy is not None  # its images may be files
 
     def __len__(self) -> int:
         return self.num_rows
@@ -94,14 +105,14 @@ class HubSource:
             if empty := table.column(column).null_count:
                 yield f"{self.location.shown}: {column} is null in {empty:,} of {len(dataset):,} rows"
         names = (self.columns.image, self.columns.conditioning_image)
-        columns = {name: _paths(table.column(name)) for name in names}
+        columns = {name: paths_in(table.column(name)) for name in names}
         yield from missing_problems(self.location.folder, columns, lambda row: f"{self.location.shown}, row {row}")
 
     def files(self, row: int) -> tuple[str, ...]:
         """Return the path of a local data set, and of the row's images if it holds paths; none of one on the Hub."""
         if not self.location.is_local:
             return ()
-        images: tuple[str | bytes, ...] = ()
+        images: tuple[object, ...] = ()
         with suppress(DataError):
             loaded = self.read(row)
             images = loaded.image, loaded.conditioning_image
@@ -121,7 +132,7 @@ class HubSource:
                 digest.update(str(error).encode())
                 continue
             for value in (values.image, values.conditioning_image):  # paths in a cache differ between machines
-                digest.update(value if isinstance(value, bytes) else Path(value).name.encode())
+                digest.update(value if isinstance(value, bytes) else PurePath(str(value)).name.encode())
             digest.update(repr(values.captions).encode())
         return digest.hexdigest()[:16]
 
@@ -130,7 +141,7 @@ class HubSource:
         table = self._dataset().with_format("arrow")[list(rows)]
         names = (self.columns.image, self.columns.conditioning_image)
         for place in range(len(rows)):
-            images = [(name, *_image_identity(table[name][place], self.location.folder)) for name in names]
+            images = [(name, *image_identity(table[name][place], self.location.folder)) for name in names]
             yield json.dumps([*images, table[self.columns.caption][place].as_py()])
 
     def _dataset(self) -> datasets.Dataset:
@@ -142,7 +153,7 @@ class HubSource:
             )
         return dataset
 
-    def _encoded(self, value: Any, place: str) -> bytes | str:
+    def _encoded(self, value: Any, place: str) -> EncodedImage:
         if isinstance(value, dict):
             value = value["bytes"] if value["bytes"] is not None else value["path"]
         if isinstance(value, str) and value:
@@ -152,21 +163,26 @@ class HubSource:
         raise DataError(f"{place} is empty")
 
 
-def open_dataset(shown: str, name: str, data: DataConfig, cache_dir: str | None, token: str | None) -> HubSource:
+def open_dataset(
+    shown: str, name: str | RemotePath, data: DataConfig, cache_dir: str | None, token: str | None
+) -> HubSource:
     """Open the split `train` of the data set `name`, and download it if need be; `shown` is its name in messages.
 
     Raises:
         DataError: if it cannot be opened, or with all problems of its columns.
     """
-    is_local = Path(name).exists()
-    if not is_local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+    copy = RemoteCopy.of(name) if isinstance(name, RemotePath) else None
+    name = str(name)
+    is_local = copy is None and Path(name).exists()
+    if not (copy or is_local) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise DataError(f"{shown}: no such file or folder")
     location = Location(
         name=str(Path(name).absolute()) if is_local else name,
         shown=shown,
         config_name=data.dataset_config_name,
         cache_dir=str(Path(cache_dir).absolute()) if cache_dir else None,
-        token=None if is_local else token,
+        token=None if copy or is_local else token,
+        copy=copy,
     )
     _open.cache_clear()  # what was opened for an earlier run may have changed since
     dataset = _load(location)
@@ -195,6 +211,8 @@ def _load(location: Location) -> datasets.Dataset:
     import datasets
 
     name, options = location.name, {"cache_dir": location.cache_dir, "split": "train"}
+    if location.copy is not None:
+        name = str(location.copy.fetched(location.cache_dir))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)  # datasets leaves metadata files to the garbage collector
@@ -214,7 +232,13 @@ def _load(location: Location) -> datasets.Dataset:
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001 - datasets raises some twenty kinds, among them bare ValueErrors
-        raise DataError(f"{location.shown}: {_reason(error, location)}") from None
+        reason = _reason(error, location)
+        raise DataError(f"{location.shown}: {reason.replace(name, location.name)}") from None
+
+
+def is_remote_table(path: AnyPath) -> bool:
+    """Check for a file in an object store that is a data set by itself."""
+    return isinstance(path, RemotePath) and path.suffix in _FILE_BUILDERS and path.is_file()
 
 
 def _reason(error: Exception, location: Location) -> str:
@@ -245,8 +269,8 @@ def _reason(error: Exception, location: Location) -> str:
 
 def _type_problems(features: datasets.Features, columns: Columns, location: Location) -> Iterator[str]:
     for column in (columns.image, columns.conditioning_image):
-        kind = _value_type(features[column])
-        if not _holds_images(features[column]) and kind not in ("string", "binary"):
+        kind = value_type(features[column])
+        if not holds_images(features[column]) and kind not in ("string", "binary"):
             yield f"{location.shown}: {column} must hold images or paths of images, is {features[column]}"
         elif kind == "string" and not location.is_local:
             yield (
@@ -255,44 +279,5 @@ def _type_problems(features: datasets.Features, columns: Columns, location: Loca
             )
     feature = features[columns.caption]
     item = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", feature)
-    if _value_type(item) != "string":
+    if value_type(item) != "string":
         yield f"{location.shown}: {columns.caption} must hold a text or a list of texts, is {feature}"
-
-
-def _value_type(feature: Any) -> str:
-    return str(getattr(feature, "dtype", "")).removeprefix("large_")
-
-
-def _holds_images(feature: Any) -> bool:
-    """Check for images; true also for their fields in a parquet file that does not say that it holds images."""
-    import datasets
-
-    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and {"bytes", "path"} <= set(feature))
-
-
-def _image_identity(cell: pa.Scalar, folder: str) -> tuple[str | None, int | None]:
-    """Return (name, bytes) of an image in an Arrow column of images or texts."""
-    import pyarrow as pa
-
-    path = cell.get("path").as_py() if isinstance(cell, pa.StructScalar) else None
-    data = cell.get("bytes") if isinstance(cell, pa.StructScalar) else cell
-    if isinstance(data, (pa.BinaryScalar, pa.LargeBinaryScalar)) and data.is_valid:
-        return path and Path(path).name, len(data.as_buffer())
-    path = path if isinstance(cell, pa.StructScalar) else cell.as_py()
-    name, num_bytes = file_identity(folder, path or "")
-    return name and Path(name).name, num_bytes
-
-
-def _paths(column: Any) -> Iterator[str]:
-    """Yield the paths in an Arrow column of images or texts; "" for embedded images."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    for chunk in column.chunks:
-        if pa.types.is_struct(chunk.type):
-            embedded = pc.is_valid(chunk.field("bytes"))
-            chunk = pc.if_else(embedded, "", pc.cast(chunk.field("path"), pa.large_string()))
-        elif not (pa.types.is_string(chunk.type) or pa.types.is_large_string(chunk.type)):
-            continue
-        for path in chunk.to_pylist():
-            yield path or ""

@@ -19,6 +19,10 @@ class JoinedSource:
 
     parts: tuple[FolderSource, ...]
 
+    @property
+    def remote(self) -> bool:
+        return any(part.remote for part in self.parts)
+
     def __len__(self) -> int:
         return self._ends[-1]
 

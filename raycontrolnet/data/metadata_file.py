@@ -7,6 +7,7 @@ whichever that is (seen in 5.2).
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from raycontrolnet.data.columns import kind_name
+from raycontrolnet.data.remote_path import AnyPath
 from raycontrolnet.errors import DataError
 from raycontrolnet.text import error_message
 
@@ -30,7 +32,7 @@ _BOM = b"\xef\xbb\xbf"
 _ONE_PER_LINE = "the file holds one object per line"
 
 
-def metadata_rows(path: Path) -> Iterator[tuple[int, Row]]:
+def metadata_rows(path: AnyPath) -> Iterator[tuple[int, Row]]:
     """Yield line number, from 1, and content of every row; a ValueError for one that cannot be parsed.
 
     In parquet and in a JSON array the number is the row's.
@@ -59,7 +61,7 @@ def read_path(row: dict[str, Any], column: str) -> str:
     raise ValueError(f"{column} must be the path of an image, is {'empty' if path == '' else kind_name(path)}")
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, Row]]:
+def _json_rows(path: AnyPath) -> Iterator[tuple[int, Row]]:
     """Parse line by line: a million take seconds, and an error belongs to its line."""
     with path.open("rb") as file:
         first = next((line for line in file if not line.isspace()), b"").removeprefix(_BOM).strip()
@@ -77,7 +79,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Row]]:
                     yield number, error
 
 
-def _array_rows(path: Path) -> Iterator[tuple[int, Row]]:
+def _array_rows(path: AnyPath) -> Iterator[tuple[int, Row]]:
     try:
         rows = parse_json(path.read_bytes())
     except ValueError as error:
@@ -120,12 +122,12 @@ def _object(row: Any) -> dict[str, Any]:
     return row
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
+def _csv_rows(path: AnyPath) -> Iterator[tuple[int, Row]]:
     """Read the rows strictly: a quote or comma too many must not shift or swallow texts."""
     header: list[str] | None = None
     csv.field_size_limit(LONGEST_FIELD)
     # Bytes that are no UTF-8 become half surrogates, which `_csv_row` finds: an error belongs to its line.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with io.TextIOWrapper(path.open("rb"), "utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, strict=True, skipinitialspace=True)
         while True:
             number = reader.line_num + 1
@@ -201,12 +203,12 @@ def _swallowed_row(header: Sequence[str], values: Sequence[str]) -> str | None:
     return None
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Row]]:
+def _parquet_rows(path: AnyPath) -> Iterator[tuple[int, Row]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
+        with path.open("rb") as opened, pq.ParquetFile(opened) as file:
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
             yield from enumerate(rows, 1)
     except pa.ArrowInvalid as error:

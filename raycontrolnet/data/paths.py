@@ -12,8 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from raycontrolnet.data.records import EncodedImage
+from raycontrolnet.data.remote_path import AnyPath, RemotePath, joined
 from raycontrolnet.errors import DataError
 from raycontrolnet.text import SHOWN_PROBLEMS, shorten
+
+Root = str | RemotePath
+"""Folder in which the relative paths in a data set's cells begin."""
 
 _BASE64_HEADS = ("iVBORw0KGgo", "/9j/", "UklGR", "R0lGOD")
 """First letters of a PNG, JPEG, WebP and GIF file in base64."""
@@ -61,7 +66,7 @@ def kind_of_file(mode: int) -> str:
     return next((name for is_kind, name in kinds if is_kind(mode)), "a device")
 
 
-def missing_files(root: str, paths: Iterable[str]) -> Iterator[tuple[int, str]]:
+def missing_files(root: Root, paths: Iterable[str]) -> Iterator[tuple[int, str]]:
     """Yield (index, path) of the `paths`, relative to `root` or absolute, that do not exist, or are no files.
 
     "" and embedded images are no paths and pass. Lists each folder once: a system call per file takes minutes for a
@@ -74,27 +79,34 @@ def missing_files(root: str, paths: Iterable[str]) -> Iterator[tuple[int, str]]:
         cut = path.rfind("/") + 1
         folder, name = path[:cut], path[cut:]
         if folder not in listings:
-            try:
-                with os.scandir(Path(root, folder)) as entries:
-                    listings[folder] = {entry.name: entry.is_symlink() or entry.is_file() for entry in entries}
-            except (OSError, ValueError):
-                listings[folder] = {}
+            listings[folder] = _files_in(joined(root, folder))
         # names are listed as they were made; file systems that ignore case or Unicode forms may find others too
-        exists = name in listings[folder] or (listings[folder] and _exists(Path(root, path)))
+        exists = name in listings[folder] or (listings[folder] and _exists(joined(root, path)))
         if not (exists and listings[folder].get(name, True)):
             yield index, path
 
 
-def missing_reason(root: str, path: str) -> str:
+def _files_in(folder: AnyPath) -> Mapping[str, bool]:
+    """Return name -> whether it is a file, of all in a folder; empty if it cannot be listed."""
+    if isinstance(folder, RemotePath):
+        return {name: stat.S_ISREG(entry.st_mode) for name, entry in folder.entries().items()}
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.is_symlink() or entry.is_file() for entry in entries}
+    except (OSError, ValueError):
+        return {}
+
+
+def missing_reason(root: Root, path: str) -> str:
     """Return that a path, relative to `root` or absolute, leads to no file, and what it seems to be instead."""
-    here, archive = Path(path), Path(root, f"{Path(path).parts[0]}.zip")
+    here, archive = Path(path), joined(root, f"{Path(path).parts[0]}.zip")
     with suppress(OSError, ValueError):
-        return f"is {kind_of_file(Path(root, path).stat().st_mode)}, not an image file"
+        return f"is {kind_of_file(joined(root, path).stat().st_mode)}, not an image file"
     if len(path) >= _SHORTEST_BASE64 and path.startswith(_BASE64_HEADS):
         return "neither a file nor base64 that can be decoded"
     if re.match(r"[A-Za-z]:[\\/]", path):
         return "no such file: it is a path of Windows, of another machine; write it relative to the metadata file"
-    if "\\" in path and _exists(Path(root, path.replace("\\", "/"))):
+    if "\\" in path and _exists(joined(root, path.replace("\\", "/"))):
         return "no such file: it is there with / in place of \\; write it so"
     if _exists(archive):
         return f"no such file: unzip {archive} there"
@@ -103,7 +115,7 @@ def missing_reason(root: str, path: str) -> str:
     return "no such file"
 
 
-def missing_problems(root: str, columns: Mapping[str, Iterable[str]], place: Callable[[int], str]) -> Iterator[str]:
+def missing_problems(root: Root, columns: Mapping[str, Iterable[str]], place: Callable[[int], str]) -> Iterator[str]:
     """Yield a line for each of the first paths that lead nowhere, by rows, and their number.
 
     Args:
@@ -118,7 +130,7 @@ def missing_problems(root: str, columns: Mapping[str, Iterable[str]], place: Cal
     yield from shorten(reasons, "files are missing", len(missing))
 
 
-def path_or_image(root: str, text: str, place: str) -> str | bytes:
+def path_or_image(root: Root, text: str, place: str) -> EncodedImage:
     """Return the path that `text` is, relative to `root` or absolute, or the image that it holds.
 
     Raises:
@@ -128,25 +140,28 @@ def path_or_image(root: str, text: str, place: str) -> str | bytes:
         embedded = embedded_image(text)
     except ValueError as error:
         raise DataError(f"{place} {error}") from None
-    return str(Path(root, text)) if embedded is None else embedded
+    if embedded is not None:
+        return embedded
+    path = joined(root, text)
+    return path if isinstance(path, RemotePath) else str(path)
 
 
-def file_identity(root: str, text: str) -> tuple[str, int | None]:
+def file_identity(root: Root, text: str) -> tuple[str, int | None]:
     """Return (path, bytes) of the file `text`, relative to `root` or absolute; for an embedded image its hash."""
     if is_embedded(text):
         return hashlib.sha256(text.encode()).hexdigest()[:32], len(text)
     return text, file_bytes(root, text)
 
 
-def file_bytes(root: str, path: str) -> int | None:
+def file_bytes(root: Root, path: str) -> int | None:
     """Return the size of the file `path`, relative to `root` or absolute; None if it cannot be seen."""
     try:
-        return Path(root, path).stat().st_size
+        return joined(root, path).stat().st_size
     except (OSError, ValueError):
         return None
 
 
-def _exists(path: Path) -> bool:
+def _exists(path: AnyPath) -> bool:
     try:
         return path.exists()
     except (OSError, ValueError):  # a name that is too long, or holds a NUL

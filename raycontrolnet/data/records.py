@@ -11,7 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from raycontrolnet.data.remote_path import RemotePath
+
 UInt8Image = NDArray[np.uint8]
+EncodedImage = bytes | str | RemotePath
 Posterior = NDArray[np.float16] | NDArray[np.float32]
 
 
@@ -19,9 +22,9 @@ Posterior = NDArray[np.float16] | NDArray[np.float32]
 class ImageRow:
     """One row of a source, not decoded."""
 
-    image: bytes | str
+    image: EncodedImage
     """Encoded image file (png, jpeg, ...) as bytes, or the path of one."""
-    conditioning_image: bytes | str
+    conditioning_image: EncodedImage
     """The same for the conditioning image."""
     captions: tuple[str, ...]
     """At least one; one of them is drawn for every use."""

@@ -5,21 +5,23 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Protocol
 
 from raycontrolnet.cluster.shared_files import SharedFiles
 from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.data.folder_source import has_metadata, open_folder
-from raycontrolnet.data.hub_source import open_dataset
+from raycontrolnet.data.hub_source import is_remote_table, open_dataset
 from raycontrolnet.data.joined_source import JoinedSource
 from raycontrolnet.data.metadata_file import METADATA_FILES
 from raycontrolnet.data.paired_folder import CONDITIONING_FOLDERS, IMAGES, conditioning_folder, open_pairs
 from raycontrolnet.data.paths import kind_of_file
 from raycontrolnet.data.records import ImageRow
+from raycontrolnet.data.remote_path import AnyPath, RemotePath, check_uri, data_path, forget_listings, listed
 from raycontrolnet.data.tar_index import shard_files
 from raycontrolnet.data.tar_source import open_tars
 from raycontrolnet.errors import DataError
+from raycontrolnet.storage.uri import as_path, is_uri, shown_uri
+from raycontrolnet.text import error_message
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +32,16 @@ _SPLITS_NOT_TRAINED_ON = frozenset(("val", "valid", "validation", "dev", "eval",
 _SHOWN_ENTRIES = 5
 LOOKED_AT_ROWS = 32
 """Rows, about, whose files are looked for on the nodes of a cluster."""
+_ACCESS = "check the URI, and keys and address in the environment"
 
 
 class Source(Protocol):
     """Rows that can be read in any order, on any machine that sees the same files. Pickles small, or without a copy."""
+
+    @property
+    def remote(self) -> bool:
+        """True if rows are read over the network: slow one by one, so many at a time."""
+        ...
 
     def __len__(self) -> int:
         """Return the number of rows; opens nothing."""
@@ -66,8 +74,9 @@ def open_source(
 ) -> Source:
     """Open the source that `data` asks for, and check it with `Source.problems`.
 
-    A local folder with a metadata file, with images that pair by name, or with tars is read in the same way whichever
-    flag names it; so are folders of folders with metadata files, and a tar by itself. `datasets` reads the rest.
+    A folder with a metadata file, with images that pair by name, or with tars is read in the same way whichever flag
+    names it, by path or URI; so are folders of folders with metadata files, and a tar by itself. `datasets` reads the
+    rest.
 
     Args:
         token: for private data sets on the Hub, if this machine is not logged in.
@@ -76,8 +85,23 @@ def open_source(
     Raises:
         DataError: with all problems that can be seen without opening images, one per line.
     """
-    source = _open(data, cache_dir, token)
-    if not (skip_bad and len(source)) and (problems := list(source.problems())):
+    name = data.dataset_name if data.train_data_dir is None else data.train_data_dir
+    if name is None:
+        raise DataError("--train_data_dir, --dataset_name: give one of them")
+    flag = "train_data_dir" if data.train_data_dir is not None else "dataset_name"
+    shown = f"--{flag}={shown_uri(name) if is_uri(name) else name}"
+    try:
+        if is_uri(name):
+            check_uri(name)
+        source = _open(name, shown, data, cache_dir, token)
+        problems = [] if skip_bad and len(source) else list(source.problems())
+    except OSError as error:
+        if not is_uri(name):
+            raise
+        raise DataError(f"{shown}: cannot be read ({error_message(error)}); {_ACCESS}") from None
+    finally:
+        forget_listings()
+    if problems:
         if len(source):
             problems.append("fix the data, or skip such rows with --on_bad_sample skip")
         raise DataError("\n".join(problems))
@@ -89,50 +113,46 @@ def shared_files(source: Source, data: DataConfig) -> SharedFiles:
     name = "dataset_name" if data.train_data_dir is None else "train_data_dir"
     value = getattr(data, name)
     rows = range(0, len(source), -(-len(source) // LOOKED_AT_ROWS))
-    paths = [path for row in rows for path in source.files(row)]
+    paths = [] if source.remote else [path for row in rows for path in source.files(row)]
     return SharedFiles.of(f"--{name}={value}", [value, *paths] if paths else [])
 
 
-def _open(data: DataConfig, cache_dir: str | None, token: str | None) -> Source:
-    if data.train_data_dir is not None:
-        folder, shown = data.train_data_dir, f"--train_data_dir={data.train_data_dir}"
-        if not (Path(folder).is_dir() or shard_files(folder)):
-            is_file = Path(folder).exists()
-            raise DataError(f"{shown}: {'is a file; name the folder that it is in' if is_file else 'no such folder'}")
-        if (source := _open_files(folder, data)) is not None:
-            return source
-        if not any(any(Path(folder).glob(pattern)) for pattern in _DATASETS_FILES):
-            raise DataError(f"{shown}: {_what_is_expected(folder)}")
-        return open_dataset(shown, folder, data, cache_dir, token)
-    if data.dataset_name is None:
-        raise DataError("--train_data_dir, --dataset_name: give one of them")
-    if data.dataset_config_name is None and (source := _open_files(data.dataset_name, data)) is not None:
+def _open(name: str, shown: str, data: DataConfig, cache_dir: str | None, token: str | None) -> Source:
+    path = data_path(name)
+    is_place = data.train_data_dir is not None or isinstance(path, RemotePath)  # else it may be a Hub id
+    if is_place and not (path.is_dir() or shard_files(path) or is_remote_table(path)):
+        is_file = path.exists()
+        raise DataError(f"{shown}: {'is a file; name the folder that it is in' if is_file else 'no such folder'}")
+    by_datasets = data.train_data_dir is None and data.dataset_config_name is not None
+    if not by_datasets and (source := _open_files(path, data)) is not None:
         return source
-    return open_dataset(f"--dataset_name={data.dataset_name}", data.dataset_name, data, cache_dir, token)
+    if is_place and path.is_dir() and not any(any(path.glob(pattern)) for pattern in _DATASETS_FILES):
+        raise DataError(f"{shown}: {_what_is_expected(path)}")
+    return open_dataset(shown, path if isinstance(path, RemotePath) else as_path(name), data, cache_dir, token)
 
 
-def _open_files(folder: str, data: DataConfig) -> Source | None:
+def _open_files(folder: AnyPath, data: DataConfig) -> Source | None:
     """Open the images and texts of `folder`; None if it has none in a layout that is read without `datasets`."""
     if has_metadata(folder):
         return open_folder(folder, data)
-    if Path(folder).is_file() and (shards := shard_files(folder)):
-        return open_tars(folder, shards, data)
-    if not Path(folder).is_dir() or any(any(Path(folder).glob(pattern)) for pattern in _DATASETS_FILES):
+    if folder.is_file() and (shards := shard_files(folder)):
+        return open_tars(str(folder), shards, data)
+    if not folder.is_dir() or any(any(folder.glob(pattern)) for pattern in _DATASETS_FILES):
         return None
     if conditioning_folder(folder):
         return open_pairs(folder)
-    parts = [entry for entry in sorted(Path(folder).iterdir()) if entry.is_dir() and has_metadata(str(entry))]
+    parts = [entry for entry in listed(folder) if entry.is_dir() and has_metadata(entry)]
     if held_back := [part.name for part in parts if part.name.lower() in _SPLITS_NOT_TRAINED_ON]:
         logger.warning("%s: %s is not trained on, by its name", folder, " and ".join(held_back))
     parts = [part for part in parts if part.name not in held_back]
     if not parts:
         shards = _trained_on(folder, shard_files(folder))
-        return open_tars(folder, shards, data) if shards else None
+        return open_tars(str(folder), shards, data) if shards else None
     logger.info("%s: the rows of %s", folder, ", ".join(part.name for part in parts))
-    return JoinedSource(tuple(open_folder(str(part), data) for part in parts))
+    return JoinedSource(tuple(open_folder(part, data) for part in parts))
 
 
-def _trained_on(folder: str, shards: list[Path]) -> list[Path]:
+def _trained_on(folder: AnyPath, shards: list[AnyPath]) -> list[AnyPath]:
     """Return the tars that are not named after another split, as val-0001.tar; all if no other is left."""
     held_back = [shard for shard in shards if set(re.split(r"[^a-z]+", shard.name.lower())) & _SPLITS_NOT_TRAINED_ON]
     if len(held_back) in (0, len(shards)):
@@ -143,8 +163,8 @@ def _trained_on(folder: str, shards: list[Path]) -> list[Path]:
     return [shard for shard in shards if shard not in held_back]
 
 
-def _what_is_expected(folder: str) -> str:
-    entries = sorted(Path(folder).iterdir())
+def _what_is_expected(folder: AnyPath) -> str:
+    entries = listed(folder)
     holds = ", ".join(entry.name for entry in entries[:_SHOWN_ENTRIES]) or "nothing"
     more = f" and {len(entries) - _SHOWN_ENTRIES:,} more" if len(entries) > _SHOWN_ENTRIES else ""
     archive = next((entry for entry in entries if entry.suffix in _ARCHIVES), None)

@@ -35,7 +35,7 @@ TICKET_BYTES = 256 * 1024
 """Ballast of a ticket. Ray Data holds a task back by the bytes of its waiting output, not by their number: without
 ballast, the first task would run millions of tiny tickets ahead."""
 REMOTE_READS = 16
-"""Rows that one loading task reads at a time from a cache in an object store."""
+"""Rows that one loading task reads at a time from an object store."""
 ELASTIC_TASKS = 4
 """Loading tasks at a time that reserve no CPU."""
 READ_AHEAD_BATCHES = 8
@@ -101,7 +101,10 @@ class PixelRows:
 
     source: Source
     resolution: int
-    remote = False
+
+    @property
+    def remote(self) -> bool:
+        return self.source.remote
 
     def decode(self, row: int) -> DecodedRow:
         source_row = self.source.read(row)

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from raycontrolnet.data.metadata_file import METADATA_FILES
+from raycontrolnet.data.remote_path import AnyPath, listed
 from raycontrolnet.text import counted, error_message
 
 TAR_SUFFIX = ".tar"
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 """First bytes of a compressed file -> the program's name."""
+HEADER_BYTES = 2**16
+"""Bytes that are fetched of a tar in an object store for a header; the next ones are often among them."""
 _LONGEST_END = 2**20
 """Most bytes of zeros at the end of a tar: writers fill up a record, of 10 kB by default."""
 
@@ -47,23 +50,23 @@ class ShardIndex:
     """A file by which it is an archive of an ordinary data folder."""
 
 
-def shard_files(path: str) -> list[Path]:
+def shard_files(path: AnyPath) -> list[AnyPath]:
     """Return the tars that `path` names, by name: of a folder, or of `train` in it, or itself; compressed ones too."""
-    if is_tar(Path(path)):
-        return [Path(path)]
-    for folder in (Path(path), Path(path, "train")):
-        if folder.is_dir() and (found := sorted(entry for entry in folder.iterdir() if is_tar(entry))):
+    if is_tar(path):
+        return [path]
+    for folder in (path, path / "train"):
+        if folder.is_dir() and (found := [entry for entry in listed(folder) if is_tar(entry)]):
             return found
     return []
 
 
-def is_tar(path: Path) -> bool:
+def is_tar(path: AnyPath) -> bool:
     """Check whether a regular file has the name of a tar, compressed or not."""
     name = path.name.lower()
     return not name.startswith(".") and name.endswith((TAR_SUFFIX, *COMPRESSED_SUFFIXES)) and path.is_file()
 
 
-def read_index(path: Path) -> ShardIndex:
+def read_index(path: AnyPath) -> ShardIndex:
     """Return the files in the tar `path`; reads its headers alone, and follows no links."""
     index, whole = ShardIndex(), 0
     tar: tarfile.TarFile | None = None
@@ -71,7 +74,8 @@ def read_index(path: Path) -> ShardIndex:
         num_bytes = path.stat().st_size
         if fault := _unreadable(path):
             return ShardIndex(fault=fault)
-        with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as tar:
+        place, file = (path, None) if isinstance(path, Path) else (None, path.open("rb", HEADER_BYTES))
+        with tarfile.open(place, "r:", file, encoding="utf-8", errors="surrogateescape") as tar:
             for entry in _entries(tar):
                 is_whole = entry.offset_data + entry.size <= num_bytes
                 whole += is_whole and entry.isreg()
@@ -97,16 +101,16 @@ def split_name(name: str) -> tuple[str, str] | None:
     return (f"{folder}{slash}{stem}", sys.intern(extension.lower())) if extension else None
 
 
-def extensions_of(shards: Mapping[Path, ShardIndex]) -> dict[str, None]:
+def extensions_of(shards: Mapping[AnyPath, ShardIndex]) -> dict[str, None]:
     """Return all extensions, as they first come."""
     return {
         member.extension: None for index in shards.values() for members in index.samples.values() for member in members
     }
 
 
-def _unreadable(path: Path) -> str:
+def _unreadable(path: AnyPath) -> str:
     """Return why a file cannot be a tar that is read, by its first bytes; empty if it can."""
-    with path.open("rb") as file:
+    with path.open("rb", HEADER_BYTES) as file:
         head = file.read(8)
     if not head:
         return "is empty (0 bytes); copy it again"

@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raycontrolnet.config.settings import DataConfig
-from raycontrolnet.data.byte_ranges import close_files, read_range
+from raycontrolnet.data.byte_ranges import Version, close_files, read_ranges
 from raycontrolnet.data.columns import find_column, kind_name, read_captions
 from raycontrolnet.data.metadata_file import parse_json
 from raycontrolnet.data.paths import shown_path
 from raycontrolnet.data.records import ImageRow
+from raycontrolnet.data.remote_path import AnyPath, RemotePath
 from raycontrolnet.data.sample_files import SampleFiles, is_json
-from raycontrolnet.data.tar_index import Member, ShardIndex, extensions_of, read_index
+from raycontrolnet.data.store_requests import REQUESTS
+from raycontrolnet.data.tar_index import ShardIndex, extensions_of, read_index
+from raycontrolnet.data.tar_table import FILES, tar_rows
 from raycontrolnet.errors import DataError
 from raycontrolnet.text import counted, error_message, printable, shorten
 
@@ -31,22 +34,17 @@ logger = logging.getLogger(__name__)
 INDEX_THREADS = 8
 """Tars whose headers are read at a time: on a network disk, that is waiting."""
 _FINGERPRINT_ROWS = 16
-_FILES = ("image", "conditioning_image", "caption")
-_BAD_ROW = (Member("", 0, 0),) * 3
-
-_TableRow = tuple[str, Member, Member, Member]
 
 
 @dataclass(frozen=True)
 class TarShard:
     """A tar, as it was when its headers were read."""
 
-    path: str
+    path: str | RemotePath
     """Absolute path: workers have another working directory."""
     shown: str
     """Path as the user knows it, for messages."""
-    num_bytes: int
-    modified_ns: int
+    version: Version
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,10 @@ class TarSource:
     bad_rows: Mapping[int, str] = field(default_factory=dict)
     """Row -> reason, of the rows that cannot be used whatever their files hold."""
 
+    @property
+    def remote(self) -> bool:
+        return any(isinstance(shard.path, RemotePath) for shard in self.shards[:1])
+
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
@@ -80,12 +82,8 @@ class TarSource:
         if row in self.bad_rows:
             raise DataError(f"{place}: {self.bad_rows[row]}")
         try:
-            return ImageRow(
-                image=self._bytes(row, "image"),
-                conditioning_image=self._bytes(row, "conditioning_image"),
-                captions=self._captions(row),
-                place=place,
-            )
+            image, conditioning_image, caption = self._bytes(row, *FILES)
+            return ImageRow(image, conditioning_image, self._captions(row, caption), place)
         except (OSError, EOFError) as error:
             raise DataError(f"{place}: cannot be read ({error_message(error)})") from None
         except ValueError as error:
@@ -102,11 +100,11 @@ class TarSource:
 
     def files(self, row: int) -> tuple[str, ...]:
         """Return the path of the row's tar."""
-        return (self._shard(row).path,)
+        return (str(self._shard(row).path),)
 
     def fingerprint(self) -> str:
         """Return a hash of the samples' keys and files' sizes, and of a few rows. Tars may be moved and repacked."""
-        names = ("key", *(f"{name}_size" for name in _FILES))
+        names = ("key", *(f"{name}_size" for name in FILES))
         digest = hashlib.sha256(b"tars")
         for batch in self.table.select(names).to_batches(max_chunksize=65_536):
             digest.update(repr([column.to_pylist() for column in batch.columns]).encode())
@@ -118,10 +116,9 @@ class TarSource:
 
     def identities(self, rows: Sequence[int]) -> Iterator[str]:
         """See `Source.identities`. Captions are read, images are not."""
-        for row in rows:
-            captions = None
-            with suppress(OSError, EOFError, ValueError):
-                captions = self._captions(row) if row not in self.bad_rows else None
+        with ThreadPoolExecutor(REQUESTS if self.remote else 1) as pool:
+            all_captions = pool.map(self._captions_if_any, rows)
+        for row, captions in zip(rows, all_captions, strict=True):
             sizes = [self.table[f"{name}_size"][row].as_py() for name in ("image", "conditioning_image")]
             yield json.dumps([self.table["key"][row].as_py(), *sizes, captions])
 
@@ -132,10 +129,12 @@ class TarSource:
     def _shard(self, row: int) -> TarShard:
         return self.shards[self.table["shard"][row].as_py()]
 
-    def _bytes(self, row: int, name: str) -> bytes:
+    def _bytes(self, row: int, *names: str) -> list[bytes]:
         shard = self._shard(row)
-        offset, size = (self.table[f"{name}_{part}"][row].as_py() for part in ("offset", "size"))
-        return read_range(shard.path, offset, size, shard.modified_ns)
+        ranges = [
+            (self.table[f"{name}_offset"][row].as_py(), self.table[f"{name}_size"][row].as_py()) for name in names
+        ]
+        return read_ranges(shard.path, ranges, shard.version)
 
     def check_json(self) -> None:
         """Check that the first caption in JSON has the column that the user asks for.
@@ -148,27 +147,41 @@ class TarSource:
         row = pc.index(pc.ends_with(self.table["caption_extension"], "json"), True).as_py()
         values = None
         with suppress(OSError, EOFError, ValueError):
-            values = self._json(row) if row >= 0 else None
+            values = self._json(row, *self._bytes(row, "caption")) if row >= 0 else None
         if values is not None:
             try:
                 find_column("caption_column", self.caption_column, list(values), f"the JSON of {self._place(row)}")
             except ValueError as error:
                 raise DataError(str(error)) from None
 
-    def _captions(self, row: int) -> tuple[str, ...]:
-        """Return the captions of a row that is not bad.
+    def _captions_if_any(self, row: int) -> tuple[str, ...] | None:
+        """Return the captions of a row; None if it is bad.
+
+        Raises:
+            DataError: if the store cannot be reached.
+        """
+        try:
+            return self._captions(row, *self._bytes(row, "caption")) if row not in self.bad_rows else None
+        except (OSError, EOFError) as error:
+            if self.remote:
+                raise DataError(f"{self._place(row)}: cannot be read ({error_message(error)})") from None
+        except ValueError:
+            pass
+        return None
+
+    def _captions(self, row: int, content: bytes) -> tuple[str, ...]:
+        """Return the captions in the file of a row that is not bad.
 
         Raises:
             ValueError: if there are none in a form that is read; says what there is.
-            OSError, EOFError: if the tar cannot be read.
         """
         extension = self._extension(row)
         if not is_json(extension):
             try:
-                return (self._bytes(row, "caption").decode("utf-8-sig").strip(),)
+                return (content.decode("utf-8-sig").strip(),)
             except UnicodeDecodeError:
                 raise ValueError(f"its {extension} is not UTF-8 text") from None
-        values = self._json(row)
+        values = self._json(row, content)
         column = find_column("caption_column", self.caption_column, list(values), f"its {extension}")
         try:
             captions = read_captions(values[column])
@@ -180,9 +193,9 @@ class TarSource:
             raise ValueError(f"its {extension} holds a text that is not valid Unicode") from None
         return captions
 
-    def _json(self, row: int) -> dict[str, Any]:
+    def _json(self, row: int, content: bytes) -> dict[str, Any]:
         try:
-            values = parse_json(self._bytes(row, "caption"))
+            values = parse_json(content)
         except ValueError as error:
             raise ValueError(f"its {self._extension(row)} {error}") from None
         if not isinstance(values, dict):
@@ -193,7 +206,7 @@ class TarSource:
         return str(self.table["caption_extension"][row])
 
 
-def open_tars(shown: str, paths: Sequence[Path], data: DataConfig) -> TarSource:
+def open_tars(shown: str, paths: Sequence[AnyPath], data: DataConfig) -> TarSource:
     """Read the headers of the tars `paths`, whose samples are the rows: by tar, then as they first come in it.
 
     `TarSource.problems` names samples that lack a file, and tars that cannot be read to their end.
@@ -204,36 +217,38 @@ def open_tars(shown: str, paths: Sequence[Path], data: DataConfig) -> TarSource:
     close_files()  # of an earlier run, which may have been removed since
     shards = tuple(_shard(path) for path in paths)
     logger.info("%s: reading the headers of %s", shown, counted(len(shards), "tar"))
-    with ThreadPoolExecutor(INDEX_THREADS) as pool:
+    with ThreadPoolExecutor(REQUESTS if isinstance(paths[0], RemotePath) else INDEX_THREADS) as pool:
         indices = dict(zip(paths, pool.map(read_index, paths), strict=True))
     files = SampleFiles.of(data)
     _check_extensions(files, indices, shown)
-    table, bad_rows = _rows(files, list(indices.values()))
+    table, bad_rows = tar_rows(files, list(indices.values()))
     source = TarSource(shown, shards, table, files.json_caption, bad_rows)
     source.check_json()
     _say_keys_in_several(source)
     return source
 
 
-def _shard(path: Path) -> TarShard:
+def _shard(path: AnyPath) -> TarShard:
     try:
         found = path.stat()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error_message(error)})") from None
-    return TarShard(str(path.absolute()), str(path), found.st_size, found.st_mtime_ns)
+    place = path if isinstance(path, RemotePath) else str(path.absolute())
+    return TarShard(place, str(path), (found.st_size, found.st_mtime_ns))
 
 
 def _change(shard: TarShard) -> str | None:
     try:
-        num_bytes = Path(shard.path).stat().st_size
+        path = Path(shard.path) if isinstance(shard.path, str) else shard.path
+        num_bytes = path.stat().st_size
     except OSError as error:
         return f"cannot be read ({error_message(error)})"
-    if num_bytes != shard.num_bytes:
-        return f"has {num_bytes:,} bytes on this machine and {shard.num_bytes:,} where the run was started"
+    if num_bytes != shard.version[0]:
+        return f"has {num_bytes:,} bytes on this machine and {shard.version[0]:,} where the run was started"
     return None
 
 
-def _check_extensions(files: SampleFiles, indices: Mapping[Path, ShardIndex], shown: str) -> None:
+def _check_extensions(files: SampleFiles, indices: Mapping[AnyPath, ShardIndex], shown: str) -> None:
     """Raise a DataError if there are files, but none of an extension that is looked for."""
     for path, index in indices.items():
         if not (index.samples or index.fault):
@@ -246,41 +261,6 @@ def _check_extensions(files: SampleFiles, indices: Mapping[Path, ShardIndex], sh
         problems = [f"{archive}: holds {name}, so it is an archive of a data folder: unpack it there"]
     faults = [f"{path}: {index.fault}" for path, index in indices.items() if index.fault]
     raise DataError("\n".join([*problems, *shorten(faults, "tars cannot be read")]))
-
-
-def _rows(files: SampleFiles, indices: Sequence[ShardIndex]) -> tuple[pa.Table, dict[int, str]]:
-    """Return `TarSource.table` and `bad_rows`; what cannot be read of a tar is its last row. Empties `indices`."""
-    import pyarrow as pa
-
-    tables, bad_rows, count = [_rows_table(0, [])], {}, 0
-    for number, index in enumerate(indices):
-        rows: list[_TableRow] = []
-        for key, members in index.samples.items():
-            if files.is_sample(members):
-                try:
-                    rows.append((key, *files.find(members)))
-                except ValueError as error:
-                    bad_rows[count + len(rows)] = str(error)
-                    rows.append((key, *_BAD_ROW))
-        if index.fault:
-            bad_rows[count + len(rows)] = index.fault
-            rows.append(("", *_BAD_ROW))
-        index.samples.clear()
-        tables.append(_rows_table(number, rows))
-        count += len(rows)
-    return pa.concat_tables(tables).combine_chunks(), bad_rows  # one chunk per column: finding a row takes no search
-
-
-def _rows_table(shard: int, rows: Sequence[_TableRow]) -> pa.Table:
-    import pyarrow as pa
-
-    columns = {"shard": pa.array([shard] * len(rows), pa.int32())}
-    columns["key"] = pa.array([row[0] for row in rows], pa.large_string())
-    for place, name in enumerate(_FILES, 1):
-        for part in ("offset", "size"):
-            columns[f"{name}_{part}"] = pa.array([getattr(row[place], part) for row in rows], pa.int64())
-    columns["caption_extension"] = pa.array([row[3].extension for row in rows], pa.large_string())
-    return pa.table(columns)
 
 
 def _say_keys_in_several(source: TarSource) -> None:

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from raycontrolnet.data.paths import kind_of_file
-from raycontrolnet.data.records import ImageRow, UInt8Image
+from raycontrolnet.data.records import EncodedImage, ImageRow, UInt8Image
+from raycontrolnet.data.remote_path import RemotePath
 from raycontrolnet.errors import DataError
 from raycontrolnet.text import error_message, file_size
 
@@ -55,7 +56,7 @@ _GREY_LEVEL = {"L;2": 85, "L;4": 17}
 _UNMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 
 
-def decode_rgb(image: bytes | str, *, background: Colour, place: str = "") -> Image.Image:
+def decode_rgb(image: EncodedImage, *, background: Colour, place: str = "") -> Image.Image:
     """Decode the first frame of an image (bytes, or the path of a file) as 8-bit RGB, upright as its EXIF data says.
 
     Transparent pixels show `background`. Modes deeper than 8 bits are scaled, not clipped; see `to_8_bit`. Colour
@@ -65,8 +66,8 @@ def decode_rgb(image: bytes | str, *, background: Colour, place: str = "") -> Im
         DataError: `place: reason`, one line, if there is no such file or it cannot be decoded.
     """
     prefix = f"{place}: " if place else ""
-    data = _read_file(image, prefix) if isinstance(image, str) else image
-    name = f"{prefix}{image}" if isinstance(image, str) else f"{prefix}image of {len(data):,} bytes"
+    data = image if isinstance(image, bytes) else _read_file(image, prefix)
+    name = f"{prefix}image of {len(data):,} bytes" if isinstance(image, bytes) else f"{prefix}{image}"
     if not data:
         raise DataError(f"{name} is empty")
     try:
@@ -167,21 +168,27 @@ def prepare_images(row: ImageRow, resolution: int) -> tuple[UInt8Image, UInt8Ima
     return resize_and_crop(image, resolution), resize_and_crop(conditioning_image, resolution)
 
 
-def _read_file(path: str, prefix: str) -> bytes:
+def _read_file(path: str | RemotePath, prefix: str) -> bytes:
     try:
+        if isinstance(path, RemotePath):
+            file = path.open_file()
+            _check_size(file.size, f"{prefix}{path}")
+            return file.read(file.size, 0)
         found = Path(path).stat()
         if not stat.S_ISREG(found.st_mode):  # opening a named pipe waits, reading a device never ends
             raise DataError(f"{prefix}{path}: is {kind_of_file(found.st_mode)}, not an image file")
-        if found.st_size > MAX_IMAGE_BYTES:
-            raise DataError(
-                f"{prefix}{path}: has {file_size(found.st_size)}, more than the {file_size(MAX_IMAGE_BYTES)} that an "
-                "image may have"
-            )
+        _check_size(found.st_size, f"{prefix}{path}")
         return Path(path).read_bytes()
     except FileNotFoundError:
         raise DataError(f"{prefix}{path}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise DataError(f"{prefix}{path}: cannot be read ({error_message(error)})") from None
+
+
+def _check_size(num_bytes: int, name: str) -> None:
+    if num_bytes > MAX_IMAGE_BYTES:
+        most = file_size(MAX_IMAGE_BYTES)
+        raise DataError(f"{name}: has {file_size(num_bytes)}, more than the {most} that an image may have")
 
 
 def _turn_upright(image: Image.Image) -> None:

@@ -14,6 +14,7 @@ from raycontrolnet.config.train_config import names_with
 from raycontrolnet.hub.licence import Licence, is_hub_id
 from raycontrolnet.sampling.images import PairImages
 from raycontrolnet.storage.files import replacing
+from raycontrolnet.storage.uri import is_uri, shown_uri
 from raycontrolnet.training import validation
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -113,10 +114,10 @@ def _copy_examples(output_dir: Path, last_step: int | None) -> list[PairImages]:
 
 
 def _without_folders(value: Any) -> Any:
-    """Shorten absolute paths to their last part: the folders of somebody's machine are private."""
+    """Shorten absolute paths and URIs to their last part: somebody's folders and buckets are private."""
     if isinstance(value, list):
         return [_without_folders(item) for item in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+    return _last_part(value) if isinstance(value, str) and (is_uri(value) or Path(value).is_absolute()) else value
 
 
 def _link(name: str, prefix: str = "") -> str:
@@ -126,7 +127,11 @@ def _link(name: str, prefix: str = "") -> str:
 
 
 def _folder(path: str) -> str:
-    return _code(Path(path).name)
+    return _code(_last_part(path))
+
+
+def _last_part(path: str) -> str:
+    return Path(shown_uri(path) if is_uri(path) else path).name
 
 
 def _plain(value: Any) -> str:

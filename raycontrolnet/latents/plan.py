@@ -24,6 +24,7 @@ from raycontrolnet.latents.manifest import SHARD_ROWS, BadSample, Encoding, Mani
 from raycontrolnet.latents.shards import ShardResult
 from raycontrolnet.latents.vae_files import VaeFiles
 from raycontrolnet.storage.folder import CacheFolder, cache_folder, unreachable
+from raycontrolnet.storage.uri import is_uri, shown_uri
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,8 @@ def _default_folder(data: DataConfig, encoding: Encoding) -> Path:
     name = data.train_data_dir or data.dataset_name or ""
     key = hashlib.blake2b(repr((name, data.dataset_config_name, encoding)).encode(), digest_size=4).hexdigest()
     root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return root / "raycontrolnet" / "latents" / f"{Path(name).name}-{encoding.resolution}px-{key}"
+    own = Path(shown_uri(name) if is_uri(name) else name).name
+    return root / "raycontrolnet" / "latents" / f"{own}-{encoding.resolution}px-{key}"
 
 
 def prepare_command(config: TrainConfig, **others: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from raycontrolnet.cluster.shared_files import SharedFiles
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.data.records import EncodedRow, UInt8Image
 from raycontrolnet.data.sources import Source
+from raycontrolnet.data.stream import REMOTE_READS
 from raycontrolnet.data.transforms import encode_conditioning, prepare_images
 from raycontrolnet.errors import DataError, RunError, out_of_memory
 from raycontrolnet.latents.cache import read_contents, shard_bytes
@@ -64,17 +66,27 @@ class EncodedShard:
 
 def load_shard(source: Source, shard: Shard, resolution: int) -> LoadedShard:
     """Decode and transform the images of a shard; rows that cannot be used become bad samples."""
-    rows, bad_samples = [], []
-    for row, identity in zip(shard.rows, source.identities(shard.rows), strict=True):
+
+    def load(row: int, identity: str) -> LoadedRow | BadSample:
         try:
             loaded = source.read(row)
             image, conditioning_image = prepare_images(loaded, resolution)
         except DataError as error:
-            bad_samples.append(BadSample(row, str(error)))
-        else:
-            png = encode_conditioning(conditioning_image)
-            rows.append(LoadedRow(row, image, png, loaded.captions, identity, loaded.place))
-    return LoadedShard(shard.name, rows, bad_samples)
+            return BadSample(row, str(error))
+        png = encode_conditioning(conditioning_image)
+        return LoadedRow(row, image, png, loaded.captions, identity, loaded.place)
+
+    identities = source.identities(shard.rows)
+    if source.remote:
+        with ThreadPoolExecutor(REMOTE_READS) as pool:
+            rows = list(pool.map(load, shard.rows, identities))
+    else:
+        rows = list(map(load, shard.rows, identities))
+    return LoadedShard(
+        shard.name,
+        [row for row in rows if isinstance(row, LoadedRow)],
+        [row for row in rows if isinstance(row, BadSample)],
+    )
 
 
 @dataclass(frozen=True)

@@ -67,5 +67,9 @@ def check_bucket(uri: str) -> None:
 
     system, path = open_uri(uri)
     bucket = path.partition("/")[0]
-    if system.type_name in STORES_WITH_BUCKETS and system.get_file_info(bucket).type == FileType.NotFound:
+    if system.type_name not in STORES_WITH_BUCKETS:
+        return
+    if not bucket:
+        raise FileNotFoundError("it names no bucket")
+    if system.get_file_info(bucket).type == FileType.NotFound:
         raise FileNotFoundError(f"there is no bucket {bucket}, or it is not yours")

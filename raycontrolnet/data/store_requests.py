@@ -1,0 +1,55 @@
+"""Requests to an object store: tried again where the network failed, and explained in a line without keys."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from raycontrolnet.text import error_message
+
+T = TypeVar("T")
+
+WAITS_S = (1.0, 2.0)
+"""Seconds to wait before a request that failed is made again."""
+REQUESTS = 32
+"""Requests that a process makes at a time: each of them is mostly waiting."""
+_LONGEST_REASON = 120
+_NOISE = re.compile(r"^When .*?: (?=AWS Error)| \(Request ID: .*$")
+"""Parts of pyarrow's reasons that help nobody."""
+_LASTING = re.compile(
+    "ACCESS_DENIED|PERMISSION_DENIED|UNAUTHENTICATED|NO_SUCH_|NOT_FOUND|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH"
+)
+"""Errors of stores that another try cannot change."""
+_SECRET_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+
+
+def reached(attempt: Callable[[], T], *, again: bool = True) -> T:
+    """Return what `attempt` gets from a store.
+
+    Args:
+        again: whether to try again, after a while, if the network is to blame.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: if there is no such thing.
+        OSError: with the reason in one bounded line, without keys.
+    """
+    waits = list(WAITS_S) if again else []
+    while True:
+        try:
+            return attempt()
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except Exception as error:  # noqa: BLE001 - pyarrow and fsspec raise ValueError, ImportError and more
+            if not waits or not isinstance(error, OSError) or _LASTING.search(str(error)):
+                raise OSError(_reason(error)) from None
+        time.sleep(waits.pop(0))
+
+
+def _reason(error: Exception) -> str:
+    text = _NOISE.sub("", error_message(error))
+    for secret in filter(None, map(os.environ.get, _SECRET_VARIABLES)):
+        text = text.replace(secret, "***")
+    return text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 3]}..."
