@@ -205,7 +205,7 @@ class Worker:
                 self.watchdog.progress("an update")
         with self.clock("step"):
             # In one message: the workers end, or write a checkpoint, after the same update.
-            seen = [float(stop_asked(self.job)), float(self.nodes_to_be_reclaimed())]
+            seen = [float(stop_asked(self.job)), 0.0 if self.job.local else float(nodes_to_be_reclaimed())]
             notices = torch.tensor(seen, device=losses[0].device)
             figures = torch.cat([(torch.stack(losses).mean() * weight)[None], notices])
             loss, *_ = figures = state.accelerator.reduce(figures, reduction="mean")
@@ -218,9 +218,6 @@ class Worker:
             self.record()
         if self.job.callback:
             self.job.callback.updated()
-
-    def nodes_to_be_reclaimed(self) -> int:
-        return 0 if self.job.local else nodes_to_be_reclaimed()
 
     def next_input(self, inputs: Iterator[tuple[Batch, Draws]]) -> tuple[Batch, Draws]:
         """Return the next micro-step's batch and draws."""

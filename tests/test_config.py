@@ -256,7 +256,7 @@ RULES: dict[str, list[tuple[str, Any]]] = {
     "must be in [0, 1)": [("adam_beta1", 1.0), ("adam_beta2", -0.5)],
     "must be above 0": [("max_grad_norm", 0.0), ("cpus_per_worker", 0)],
     "must be in [0, 2**63)": [("seed", -1), ("seed", 2**63)],
-    "must be a local or mounted folder; URIs are not supported yet": [("output_dir", "s3://bucket/out")],
+    "names a whole bucket; name a folder in it": [("output_dir", "s3://bucket"), ("output_dir", "gs://bucket/")],
     f"must be one of the Hub's short names, such as apache-2.0 ({LICENCES})": [
         ("license", ""), ("license", "MIT Licence"), ("license", "LICENSE.md"),
     ],
