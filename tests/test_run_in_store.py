@@ -20,8 +20,8 @@ from raycontrolnet.errors import ConfigError, RunError
 from raycontrolnet.sampling import find_controlnet
 from raycontrolnet.storage.lock import Owner, content_of
 from raycontrolnet.storage.object_store import ObjectStore
-from raycontrolnet.storage.run_folder import StoredFolder
 from raycontrolnet.storage.store_lock import store_locked
+from raycontrolnet.storage.stored_folder import StoredFolder
 
 __all__ = ["s3", "use_s3"]  # fixtures
 

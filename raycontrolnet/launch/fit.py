@@ -25,7 +25,8 @@ from raycontrolnet.launch.preflight import CheckedRun, check, choose_latents, en
 from raycontrolnet.launch.workers import train_here, train_on_ray
 from raycontrolnet.report.live_report import live_report
 from raycontrolnet.signals import ending_signals_raised
-from raycontrolnet.storage.run_folder import RunFolder, run_folder
+from raycontrolnet.storage.run_folder import RunFolder
+from raycontrolnet.storage.stored_folder import run_folder
 from raycontrolnet.text import duration
 from raycontrolnet.training import held_out, validation
 from raycontrolnet.training.job import RUN_LOG, RunCallback

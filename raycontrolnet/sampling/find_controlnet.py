@@ -22,7 +22,7 @@ from raycontrolnet.config.values import read_yaml, setting_types
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.model.problems import CONTROLNET, file_advice
 from raycontrolnet.storage import checkpoint as checkpoints
-from raycontrolnet.storage.run_folder import folder_containing
+from raycontrolnet.storage.stored_folder import folder_containing
 from raycontrolnet.storage.uri import as_path, check_bucket, is_uri, shown_uri, unusable
 
 CONFIG_FILE = "config.yaml"

@@ -11,10 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from raycontrolnet.storage.files import replacing
 from raycontrolnet.storage.uri import open_uri, shown_uri
+
+if TYPE_CHECKING:
+    from pyarrow import fs
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +61,13 @@ class ObjectStore:
         where = f"{root}/{prefix}".rstrip("/")
         selector = fs.FileSelector(where, recursive=True, allow_not_found=True)
         found = retried(lambda: system.get_file_info(selector), f"listing {self.shown}")
-        files = (info for info in found if info.type == fs.FileType.File)
-        return {info.path.removeprefix(f"{root}/"): Stored(info.size, info.mtime_ns or 0) for info in files}
+        return _objects(found, root)
+
+    def find(self, names: Iterable[str]) -> dict[str, Stored]:
+        """Return name -> object, of those of `names` that there are."""
+        system, root = open_uri(self.uri)
+        paths = [f"{root}/{name}" for name in names]
+        return _objects(retried(lambda: system.get_file_info(paths), f"listing {self.shown}"), root)
 
     def read(self, name: str) -> bytes:
         """Return the content of `name`.
@@ -134,6 +142,11 @@ class ObjectStore:
                 system.delete_dir(f"{root}/{name}")
 
         retried(delete, f"deleting {self.shown}/{name}")
+
+
+def _objects(found: Iterable[fs.FileInfo], root: str) -> dict[str, Stored]:
+    files = (info for info in found if info.is_file)
+    return {info.path.removeprefix(f"{root}/"): Stored(info.size, info.mtime_ns or 0) for info in files}
 
 
 def side_by_side(work: Callable[[str], object], names: Iterable[str]) -> None:

@@ -1,33 +1,18 @@
-"""The folder of a run: on a disk that all its machines see, or in an object store.
-
-In a store's case the program works in a folder of this machine, and what is written there is sent to the store, which
-alone counts: a run continues from it on fresh machines. Driver and workers have working folders of their own, on one
-machine too, and know of each other by the store alone.
-"""
+"""The folder of a run on a disk that all its machines see; see stored_folder for one in an object store."""
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import os
+import re
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from raycontrolnet.storage import checkpoint as checkpoints
-from raycontrolnet.storage.checkpoint import MANIFEST_FILE, Checkpoint
-from raycontrolnet.storage.files import PARTIAL_SUFFIX, replacing_folder
-from raycontrolnet.storage.object_store import ObjectStore, Stored, side_by_side
-from raycontrolnet.storage.uri import child_uri, is_uri, shown_uri
-from raycontrolnet.text import error_message
-
-logger = logging.getLogger(__name__)
-
-DRIVER = "driver"
+from raycontrolnet.storage.checkpoint import Checkpoint
+from raycontrolnet.storage.files import PARTIAL_SUFFIX
 
 
 @dataclass(frozen=True)
@@ -70,6 +55,14 @@ class RunFolder:
         """Return the folder for the workers of a run."""
         return self
 
+    def child(self, name: str, role: str) -> RunFolder:
+        """Return the folder of another run in this one.
+
+        Args:
+            role: name of the working folder on this machine, for an object store.
+        """
+        return RunFolder(str(self.path / name))
+
     def checkpoints(self, run_id: str | None = None) -> list[Checkpoint]:
         """Return the complete checkpoints, by step; with `run_id`, those that the run wrote."""
         return [each for each in checkpoints.all_checkpoints(self.path) if run_id in (None, each.run_id)]
@@ -108,207 +101,31 @@ class RunFolder:
     def pull(self, *patterns: str) -> None:
         """Make the files that match `patterns` those of the store."""
 
+    def mirror(self, *patterns: str) -> None:
+        """Make the store's files that match `patterns` those of this machine."""
+
     def delete(self, *patterns: str) -> None:
         """Delete the files that match one of `patterns`."""
         names = [pattern for pattern in patterns if "*" not in pattern]
         if len(names) < len(patterns):
-            names += _matching(_files(self.path), patterns)
+            names += matching(files_in(self.path, folder_of(patterns)), patterns)
         for name in names:
             (self.path / name).unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class StoredFolder(RunFolder):
-    """The folder of a run in an object store; `place` is its URI."""
-
-    role: str = DRIVER
-    """Name of this process's working folder."""
-    _pushed: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
-    """Name -> size and time of the file that was sent last."""
-    _pulled: dict[str, Stored] = field(default_factory=dict, compare=False, repr=False)
-
-    @cached_property
-    def store(self) -> ObjectStore:
-        """The folder in the store."""
-        return ObjectStore(self.place)
-
-    @property
-    def path(self) -> Path:
-        key = hashlib.blake2b(self.shown.encode(), digest_size=4).hexdigest()
-        root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "raycontrolnet" / "runs"
-        return root / f"{self.name}-{key}" / self.role
-
-    @property
-    def shown(self) -> str:
-        return shown_uri(self.place)
-
-    @property
-    def is_stored(self) -> bool:
-        return True
-
-    @property
-    def parent(self) -> str:
-        folder, mark, options = self.place.partition("?")
-        return f"{folder.rstrip('/').rpartition('/')[0]}{mark}{options}"
-
-    def place_of(self, checkpoint: Checkpoint) -> str:
-        return child_uri(self.place, checkpoint.path.name)
-
-    def for_workers(self, run_id: str) -> RunFolder:
-        return StoredFolder(self.place, f"worker-{run_id}")
-
-    def checkpoints(self, run_id: str | None = None) -> list[Checkpoint]:
-        found = []
-        for name, sizes in self._listed().items():
-            with suppress(ValueError):  # unfinished or damaged
-                found.append(self._checkpoint(name, sizes))
-        return sorted((each for each in found if run_id in (None, each.run_id)), key=lambda each: each.step)
-
-    def latest_sound(self, run_id: str | None = None) -> Checkpoint | None:
-        damaged, found = [], None
-        for each in reversed(self.checkpoints(run_id)):
-            try:
-                found = self.sound(each)
-                break
-            except ValueError as error:
-                damaged.append(f"{self.shown}/{each.path.name}: {error}")
-        for problem in damaged:
-            logger.warning("%s%s", problem, f"; {found.path.name} is used instead" if found else "")
-        return found
-
-    def sound(self, checkpoint: Checkpoint) -> Checkpoint:
-        if checkpoint.path.parent.parent.name != self.path.parent.name:  # of another folder, on a disk
-            return super().sound(checkpoint)
-        from filelock import FileLock
-
-        name, local = checkpoint.path.name, self.path / checkpoint.path.name
-        self.path.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path / ".fetching"):  # the workers of a machine share what one of them fetches
-            with suppress(ValueError, OSError):
-                found = super().sound(Checkpoint(local, *_facts(checkpoint)))
-                if found.manifest == checkpoint.manifest:
-                    return found
-            with replacing_folder(local) as partial:
-                names = [*checkpoint.manifest["files"], MANIFEST_FILE]
-                side_by_side(lambda each: self.store.download(f"{name}/{each}", partial / each), names)
-            return super().sound(Checkpoint(local, *_facts(checkpoint)))
-
-    def write_checkpoint(self, **how: Any) -> Checkpoint:
-        """Write a checkpoint, and send it to the store: its files first, then the manifest."""
-        written = super().write_checkpoint(**how)
-        name = written.path.name
-        try:
-            self.store.delete([f"{name}/{MANIFEST_FILE}"])  # of an earlier run that went further
-            files = written.manifest["files"]
-            side_by_side(lambda each: self.store.upload(written.path / each, f"{name}/{each}"), files)
-            sent = self._listed(name).get(name, {})
-            for each, size in files.items():
-                if sent.pop(each, None) != size:
-                    raise OSError(f"{each} has not arrived whole")
-            self.store.upload(written.path / MANIFEST_FILE, f"{name}/{MANIFEST_FILE}")
-            self.store.delete(f"{name}/{each}" for each in sent if each != MANIFEST_FILE)
-        except OSError as error:
-            problem = f"--output_dir={self.shown}: {name} cannot be written there ({error_message(error, 200)})"
-            raise OSError(problem) from None  # else the cause alone would be shown
-        checkpoints.prune(self.path, 1)  # from which this machine goes on without fetching it
-        return written
-
-    def prune(self, limit: int | None) -> None:
-        if limit is None:
-            return
-        for each in checkpoints.by_age(self.checkpoints())[:-limit]:
-            name = each.path.name
-            # The manifest at first: a deletion that is cut short leaves no checkpoint.
-            self.store.delete([f"{name}/{MANIFEST_FILE}"])
-            self.store.delete_folder(name)
-
-    def push(self, *patterns: str, tries: int | None = None) -> None:
-        def send(name: str) -> None:
-            file = self.path / name
-            with suppress(FileNotFoundError):  # removed meanwhile
-                state = file.stat().st_size, file.stat().st_mtime_ns
-                if self._pushed.get(name) != state:
-                    if tries is None:
-                        self.store.upload(file, name)
-                    else:
-                        self.store.write(name, file.read_bytes(), tries=tries)
-                    self._pushed[name] = state
-
-        side_by_side(send, _matching(_files(self.path), patterns))
-
-    def pull(self, *patterns: str) -> None:
-        listed = self.store.list()
-        names = _matching(listed, patterns)
-        side_by_side(lambda name: self._fetch(name, listed[name]), names)
-        for name in set(_matching(_files(self.path), patterns)) - set(names):
-            (self.path / name).unlink(missing_ok=True)
-            self._pulled.pop(name, None)
-
-    def delete(self, *patterns: str) -> None:
-        super().delete(*patterns)
-        self.store.delete(_matching(self.store.list(), patterns))
-
-    def _fetch(self, name: str, stored: Stored) -> None:
-        file = self.path / name
-        if self._pulled.get(name) == stored and file.exists():
-            return
-        with suppress(FileNotFoundError):  # deleted meanwhile
-            if file.exists():
-                before, now = file.read_bytes(), self.store.read(name)
-                if now.startswith(before):  # who follows a file that grows goes on where he was
-                    with file.open("ab") as grown:
-                        grown.write(now[len(before) :])
-                    self._pulled[name] = stored
-                    return
-            self.store.download(name, file)
-            self._pulled[name] = stored
-
-    def _listed(self, prefix: str = "") -> dict[str, dict[str, int]]:
-        """Return checkpoint's name -> file's name -> bytes, of all objects in folders with a checkpoint's name."""
-        found: dict[str, dict[str, int]] = {}
-        for name, stored in self.store.list(prefix).items():
-            folder, _, file = name.partition("/")
-            if checkpoints.is_name(folder):
-                found.setdefault(folder, {})[file] = stored.size
-        return found
-
-    def _checkpoint(self, name: str, sizes: dict[str, int]) -> Checkpoint:
-        if MANIFEST_FILE not in sizes:
-            raise ValueError(f"has no {MANIFEST_FILE}, so it was not finished")
-        manifest = self.store.read(f"{name}/{MANIFEST_FILE}").decode(errors="replace")
-        return Checkpoint.of(self.path / name, manifest, sizes.get)
-
-
-def run_folder(place: str) -> RunFolder:
-    """Return the folder that a path or URI names."""
-    return StoredFolder(place) if is_uri(place) else RunFolder(place)
-
-
-def folder_containing(uri: str, role: str) -> tuple[RunFolder, str]:
-    """Return the run's folder that `uri` is, or lies in as a checkpoint or its controlnet/; and the path in it.
-
-    Args:
-        role: name of the working folder on this machine.
-    """
-    place, mark, options = uri.partition("?")
-    parts = place.rstrip("/").split("/")
-    depth = 2 if parts[-1] == checkpoints.CONTROLNET_FOLDER and checkpoints.is_name(parts[-2]) else 0
-    depth = 1 if checkpoints.is_name(parts[-1]) else depth
-    cut = len(parts) - depth
-    return StoredFolder(f"{'/'.join(parts[:cut])}{mark}{options}", role), "".join(f"{part}/" for part in parts[cut:])
-
-
-def _facts(checkpoint: Checkpoint) -> tuple[Any, ...]:
-    return checkpoint.step, checkpoint.samples, checkpoint.seed, checkpoint.run_id, checkpoint.manifest
-
-
-def _files(folder: Path) -> list[str]:
-    """Return the names of the files in `folder` and its folders, without unfinished ones."""
+def files_in(folder: Path, inside: str = "") -> list[str]:
+    """Return the names of the files in `folder`, or in its folder `inside`, at any depth, without unfinished ones."""
     found = []
-    for where, _, names in os.walk(folder):
+    for where, _, names in os.walk(folder / inside):
         found += [Path(where, name).relative_to(folder).as_posix() for name in names]
     return [name for name in found if PARTIAL_SUFFIX not in name]
 
 
-def _matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """Return those of `names` that match one of `patterns`."""
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def folder_of(patterns: Sequence[str]) -> str:
+    """Return the folder in which all files lie that match one of `patterns`; empty if they lie anywhere."""
+    return os.path.commonpath([re.split(r"[*?[]", pattern)[0].rpartition("/")[0] for pattern in patterns] or [""])

@@ -162,25 +162,31 @@ def check_folder_is_shared(job: Job) -> None:
     Raises:
         UserError: if it is another folder of the same name.
     """
-    marker = job.output_dir / RUN_ID_FILE
     if job.folder.is_stored:
-        _check_store_is_seen(job, marker)
+        check_store_is_seen(job.folder, RUN_ID_FILE, job.run_id, *FOR_WORKERS)
         return
+    marker = job.output_dir / RUN_ID_FILE
     wait_for_driver(job.output_dir, lambda: marker.is_file() and marker.read_text() == job.run_id, "the driver")
 
 
-def _check_store_is_seen(job: Job, marker: Path) -> None:
-    node = socket.gethostname()
+def check_store_is_seen(folder: RunFolder, marker: str, content: str, *also: str) -> None:
+    """Check, on a worker, that the file `marker` in an object store has the `content` that the driver wrote.
+
+    Args:
+        also: files to fetch as well.
+
+    Raises:
+        UserError: if it cannot be read, or is another one.
+    """
+    node, file = socket.gethostname(), folder.path / marker
     try:
-        job.folder.pull(*FOR_WORKERS)
+        folder.pull(marker, *also)
     except (OSError, ValueError, ImportError) as error:
         problem = f"the node {node} cannot read it ({error_message(error, 200)})"
-        raise UserError(
-            f"--output_dir={job.folder.shown}: {problem}; give it the right to, as the driver has"
-        ) from None
-    if not (marker.is_file() and marker.read_text() == job.run_id):
+        raise UserError(f"--output_dir={folder.shown}: {problem}; give it the right to, as the driver has") from None
+    if not (file.is_file() and file.read_text() == content):
         problem = f"the node {node} finds another store by that name; set its address there as for the driver"
-        raise UserError(f"--output_dir={job.folder.shown}: {problem}, as AWS_ENDPOINT_URL")
+        raise UserError(f"--output_dir={folder.shown}: {problem}, as AWS_ENDPOINT_URL")
 
 
 def wait_for_driver(output_dir: Path, marked: Callable[[], bool], driver: str) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from raycontrolnet.errors import ConfigError, RunError
 from raycontrolnet.storage.lock import BEAT_INTERVAL_S, locked
-from raycontrolnet.storage.run_folder import RunFolder, StoredFolder
+from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.storage.store_lock import store_locked
+from raycontrolnet.storage.stored_folder import StoredFolder
 from raycontrolnet.storage.uri import check_bucket, unusable
 from raycontrolnet.text import error_message
 from raycontrolnet.training import held_out, metrics, validation
@@ -52,23 +53,28 @@ def run_folder_open(folder: RunFolder) -> Iterator[None]:
                 check_bucket(folder.place)
                 store_lock = stack.enter_context(store_locked(folder.store))
                 stack.enter_context(repeating(store_lock.beat, store_lock.interval_s, "store's lock"))
-                stack.enter_context(_driver_in_step(folder))
+                stack.enter_context(driver_in_step(folder))
             except (OSError, ValueError, ImportError) as error:
                 raise ConfigError([f"--output_dir={folder.shown}: {unusable(error)}"]) from None
             yield
 
 
 @contextmanager
-def _driver_in_step(folder: RunFolder) -> Iterator[None]:
-    """Fetch the records of earlier parts of the run; send the driver's files while it goes on, and at the end.
+def driver_in_step(folder: RunFolder) -> Iterator[None]:
+    """Keep a run's folder in step with an object store, if it is in one.
+
+    Fetch the records of earlier parts of the run; send the driver's files while it goes on, and at the end.
 
     Raises:
         OSError: if there is no such store, or it cannot be read.
         RunError: if the last records cannot be written.
     """
+    if not folder.is_stored:
+        yield
+        return
     folder.pull(*RECORDS, VALIDATION, *DRIVERS)
     try:
-        with _repeating(lambda: folder.push(*DRIVERS), DRIVERS_INTERVAL_S, "store"):
+        with repeating_by_cost(lambda: folder.push(*DRIVERS), DRIVERS_INTERVAL_S, "store"):
             yield
     except BaseException:
         with suppress(OSError):
@@ -93,7 +99,7 @@ def records_fetched(folder: RunFolder) -> Iterator[None]:
     def fetch() -> None:
         folder.pull(*RECORDS, VALIDATION, FAILURE_FILE, HANG_FILE)
 
-    with _and_at_the_end(fetch), _repeating(fetch, FETCH_INTERVAL_S, "records"):
+    with _and_at_the_end(fetch), repeating_by_cost(fetch, FETCH_INTERVAL_S, "records"):
         yield
 
 
@@ -111,7 +117,7 @@ def worker_in_step(job: Job, rank: int, log: str) -> Iterator[None]:
         sent += (*RECORDS, f"{Path(job.config.logging_dir).as_posix()}/*")
     with ExitStack() as stack:
         stack.enter_context(_and_at_the_end(lambda: folder.push(*sent)))
-        stack.enter_context(_repeating(lambda: folder.push(*sent), SEND_INTERVAL_S, "store"))
+        stack.enter_context(repeating_by_cost(lambda: folder.push(*sent), SEND_INTERVAL_S, "store"))
         if not job.local:
             stack.enter_context(repeating(lambda: folder.pull(STOP_FILE), FETCH_INTERVAL_S, "stop"))
         yield
@@ -129,7 +135,7 @@ def _and_at_the_end(work: Callable[[], None]) -> Iterator[None]:
             logger.warning("the last records: %s", error)
 
 
-def _repeating(work: Callable[[], None], interval_s: float, name: str) -> AbstractContextManager[None]:
+def repeating_by_cost(work: Callable[[], None], interval_s: float, name: str) -> AbstractContextManager[None]:
     """Do `work` in a thread, with pauses that suit its cost."""
     next_at = 0.0
 
