@@ -15,6 +15,7 @@ from runs import Settings
 from raycontrolnet import TrainConfig, prepare
 from raycontrolnet.errors import ConfigError, UserError
 from raycontrolnet.launch import preflight
+from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.model.components import load_controlnet
 from raycontrolnet.model.size import controlnet_bytes_at_least
 from raycontrolnet.storage import quota
@@ -22,10 +23,10 @@ from raycontrolnet.storage.run_folder import RunFolder
 
 
 @pytest.fixture
-def check(tiny_settings: Settings) -> Callable[..., preflight.CheckedRun]:
+def check(tiny_settings: Settings) -> Callable[..., CheckedRun]:
     """Return check(**settings): what is checked before Ray starts and models are read."""
 
-    def check(**changed: object) -> preflight.CheckedRun:
+    def check(**changed: object) -> CheckedRun:
         settings = tiny_settings | {"checkpointing_steps": 1} | changed
         return preflight.check(TrainConfig(**settings), RunFolder(settings["output_dir"]))
 

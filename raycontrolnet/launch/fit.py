@@ -21,7 +21,8 @@ from raycontrolnet.errors import RunError, UserError, explained
 from raycontrolnet.hub import push
 from raycontrolnet.hub.licence import Licence, find_licence
 from raycontrolnet.hub.model_card import write_model_card
-from raycontrolnet.launch.preflight import CheckedRun, check, choose_latents, ensure_latents
+from raycontrolnet.launch.checked_run import CheckedRun
+from raycontrolnet.launch.preflight import check, choose_latents, ensure_latents
 from raycontrolnet.launch.workers import train_here, train_on_ray
 from raycontrolnet.report.live_report import live_report
 from raycontrolnet.signals import ending_signals_raised

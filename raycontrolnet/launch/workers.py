@@ -12,7 +12,7 @@ from raycontrolnet.cluster.resources import WorkerResources
 from raycontrolnet.config.train_config import changed_settings, public_settings
 from raycontrolnet.data.stream import StreamLayout, batch_bytes, execution_options, ray_dataset
 from raycontrolnet.errors import explained
-from raycontrolnet.launch.preflight import CheckedRun
+from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.launch.waiting import waiting_for_workers
 from raycontrolnet.report.progress import Progress, progress
 from raycontrolnet.sampling.find_controlnet import CONFIG_FILE

@@ -15,7 +15,7 @@ from raycontrolnet.config.settings import OptimConfig
 from raycontrolnet.config.space import Space, num_trials, place_of, to_grammar
 from raycontrolnet.config.sweep_config import SweepConfig
 from raycontrolnet.config.train_config import TrainConfig, names_with
-from raycontrolnet.launch.preflight import CheckedRun
+from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.model.problems import model_path_problem, model_problems
 from raycontrolnet.training.schedule import warmup_warning
 

@@ -16,7 +16,8 @@ from raycontrolnet.config.sweep_config import OBJECTIVES, SweepConfig, SweepSett
 from raycontrolnet.config.sweepable import cache_settings
 from raycontrolnet.config.train_config import TrainConfig, names_that_decide, names_with, public_settings
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.launch.preflight import CheckedRun, check, choose_latents, ensure_latents
+from raycontrolnet.launch.checked_run import CheckedRun
+from raycontrolnet.launch.preflight import check, choose_latents, ensure_latents
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.storage.uri import is_uri, shown_uri
 from raycontrolnet.tune import checks

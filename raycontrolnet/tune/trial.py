@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 from raycontrolnet.cluster.resources import worker_resources
 from raycontrolnet.config.sweepable import cache_settings
 from raycontrolnet.errors import RunError, UserError
+from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.launch.fit import Summary, run_and_record
-from raycontrolnet.launch.preflight import CheckedRun
 from raycontrolnet.launch.workers import train_here, train_on_ray
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.run_folder import RunFolder

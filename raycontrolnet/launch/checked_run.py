@@ -1,0 +1,142 @@
+"""A run that has passed the checks: its settings, data and start, and what follows from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raycontrolnet.cluster.shared_files import SharedFiles
+from raycontrolnet.config.checks import (
+    versions,
+)
+from raycontrolnet.config.train_config import TrainConfig, public_settings
+from raycontrolnet.data.order import SampleOrder
+from raycontrolnet.data.sources import Source
+from raycontrolnet.data.stream import BatchLoader, PixelRows
+from raycontrolnet.latents.cache import LatentCache
+from raycontrolnet.latents.plan import LatentPlan
+from raycontrolnet.sampling import images
+from raycontrolnet.storage import checkpoint as checkpoints
+from raycontrolnet.storage.run_folder import RunFolder
+from raycontrolnet.training import validation
+from raycontrolnet.training.job import Job, RunCallback
+from raycontrolnet.training.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """A run whose input has been checked."""
+
+    config: TrainConfig
+    """With absolute paths and a seed."""
+    folder: RunFolder
+    source: Source
+    start: checkpoints.Checkpoint | None
+    token: str | None = dataclasses.field(repr=False)
+    random_subset: bool = False
+    """True if max_train_samples takes other rows in every run, because no seed was given."""
+    cached: bool = False
+    """True if the run trains from cached latents, provided that there is a folder for them."""
+    latents: LatentPlan | None = None
+    """The cache to train from, not yet encoded; None also if the cluster must be seen before it can be chosen."""
+    cache: LatentCache | None = None
+    """The cache to train from; None for pixels."""
+    files: SharedFiles | None = None
+    """Files that the driver sees, and that a node must see to load samples."""
+    run_id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def output_dir(self) -> Path:
+        """The folder to write to on this machine."""
+        return self.folder.path
+
+    @property
+    def bad_rows(self) -> tuple[int, ...]:
+        """Rows that the cache left out."""
+        return self.cache.bad_rows if self.cache else ()
+
+    @property
+    def loader(self) -> BatchLoader:
+        """The run's samples and batches."""
+        assert self.config.seed is not None
+        config = self.config
+        return BatchLoader(
+            rows=self.cache or PixelRows(self.source, config.resolution),
+            order=SampleOrder(
+                len(self.source),
+                self.config.seed,
+                config.max_train_samples,
+                self.bad_rows,
+                config.num_held_out(len(self.source)),
+            ),
+            batch_size=config.train_batch_size,
+            proportion_empty_prompts=config.proportion_empty_prompts,
+            source=self.source,
+            files=self.files,
+        )
+
+    def schedule(self, checkpoint: checkpoints.Checkpoint | None) -> Schedule:
+        """Return the schedule from `checkpoint` on."""
+        return Schedule.of(self.config, self.loader.order.num_samples, self.config.most_workers, checkpoint)
+
+    def last_checkpoint(self) -> checkpoints.Checkpoint | None:
+        """Return the last checkpoint of this run, or the one it started from."""
+        return self.folder.latest(self.run_id) or self.start
+
+    def how_to_go_on(self) -> str:
+        """Return what to tell users when the run ends early."""
+        try:
+            last, newest = self.last_checkpoint(), self.folder.latest()
+        except OSError:  # a store that has vanished
+            return f"What stands in {self.folder.shown} cannot be seen now: go on with --resume_from_checkpoint latest."
+        if last is None:
+            return "There was no checkpoint yet."
+        name = last.path.name if last.path.parent == self.output_dir else str(last.path)
+        if newest and newest.path == last.path:
+            name = "latest"
+        return (
+            f"The checkpoint of update {last.step} stands: go on with --resume_from_checkpoint {name} "
+            f"(--output_dir {self.folder.shown})."
+        )
+
+    def job(
+        self,
+        *,
+        use_gpu: bool,
+        threads: int | None,
+        loader: Any,
+        actor_options: Mapping[str, Any] | None = None,
+        callback: RunCallback | None = None,
+    ) -> Job:
+        """Return the job for the workers; `loader` is the run's, or a reference to it in Ray's object store."""
+        config, order = self.config, self.loader.order
+        assert config.seed is not None
+        return Job(
+            config=dataclasses.replace(config, hub_token=None),
+            folder=self.folder if isinstance(loader, BatchLoader) else self.folder.for_workers(self.run_id),
+            run_id=self.run_id,
+            num_samples=order.num_samples,
+            num_held_out=len(order.held_out),
+            start=self.start,
+            use_gpu=use_gpu,
+            cached=self.cache is not None,
+            threads=threads,
+            validation_items=tuple(
+                images.plan(config.validation_pairs, config.num_validation_images, config.seed, validation.FLAG)
+            ),
+            facts={
+                "settings": public_settings(config),
+                "data": self.source.fingerprint(),
+                "left_out": list(self.bad_rows),
+                "held_out": config.num_held_out(len(self.source)),
+                "versions": versions(),
+            },
+            token=self.token,
+            loader=loader,
+            actor_options=actor_options,
+            callback=callback,
+        )
