@@ -20,7 +20,6 @@ import torch
 
 from raycontrolnet.cluster.versions import check_versions_here
 from raycontrolnet.cluster.worker import nodes_to_be_reclaimed, place_among_workers, report_checkpoint
-from raycontrolnet.config.train_config import public_settings
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.stream import local_batches, ray_batches, read_ahead
 from raycontrolnet.errors import RunError, UserError
@@ -113,14 +112,13 @@ class Worker:
         self.last: UpdateMetrics | None = None
         self.notices = OnItsWay(torch.zeros(2))
         """Means over the workers, in the last update: driver asks for the end, nodes that are to be reclaimed."""
-        self.reclaimed = 0
+        self.reclaimed, self.saved_step = 0, -1
         self.metrics_log: MetricsLog | None = None
         self.trackers: Trackers | None = None
         if share.rank == 0:
             check_room(job.folder, controlnet_bytes(state), schedule, state.step, job.config)
             self.metrics_log = MetricsLog(job.output_dir, state.step)
-            settings = public_settings(job.config)
-            self.trackers = open_trackers(job.config, settings, done_steps=state.step, folder=job.output_dir)
+            self.trackers = open_trackers(job.config, job.facts["settings"], state.step, job.output_dir)
         log = job.output_dir / log_of(job, f"worker {share.rank}")
         self.watchdog = Watchdog(f"Worker {share.rank}", job.folder, log, job.config.hang_timeout_s)
         self.validator = Validator(job, share, state, clock, self.trackers, self.watchdog)
@@ -250,11 +248,14 @@ class Worker:
     def checkpoint(self) -> None:
         """Write and report a checkpoint of the current update."""
         state, job = self.state, self.job
-        self.watchdog.progress("a checkpoint")
+        if self.saved_step == state.step:
+            return
+        self.saved_step = state.step
+        # With a store the others wait for rank 0, which sends it as fast as the network is.
+        self.watchdog.progress("a checkpoint", timed=not job.folder.is_stored)
         self.record(force=True)  # a diverged model is not worth a checkpoint
         with self.clock("checkpoint"):
             saved = None
-            name = checkpoints.name_of(state.step)
             if self.share.rank == 0:
                 assert job.config.seed is not None
                 job.folder.push(*RECORDS)  # of the updates that a run which goes on from here will not do again
@@ -273,7 +274,7 @@ class Worker:
             figures = self.last._asdict() if self.last else {"step": state.step}
             if (measured := self.validator.last) and measured.step == state.step:
                 figures = measured._asdict() | figures
-            report_checkpoint(figures, name, saved)
+            report_checkpoint(figures, checkpoints.name_of(state.step), saved)
 
     def rest_from_training(self) -> None:
         """Leave out of the next update's time what came since the last; write the seconds by phase."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,7 +101,7 @@ def test_workers_need_no_disk_in_common(use_s3: S3Server, validated_settings: Se
     assert losses(use_s3, "workers") == pytest.approx(column(local, "loss"), rel=0, abs=1e-5)
     names = {name.removeprefix("workers/") for name in use_s3.names("workers/") if not name.endswith("/")}
     there = {path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file()}
-    logs = {"run-worker-0.log", "run-worker-1.log"}
+    logs = {f"run-worker-{rank}-{socket.gethostname()}.log" for rank in range(2)}
     assert {name for name in names if "tfevents" not in name} - logs == {
         name for name in there if "tfevents" not in name
     }
@@ -169,10 +170,10 @@ def test_a_bucket_that_vanishes_in_mid_run(
     settings = run_settings | {"output_dir": f"s3://{BUCKET}/vanishes"}
     upload = ObjectStore.upload
 
-    def until_the_second(store: ObjectStore, file: Path, name: str) -> None:
+    def until_the_second(store: ObjectStore, file: Path, name: str, tries: int | None = None) -> None:
         if name.startswith("checkpoint-4"):
             raise OSError("AWS Error NO_SUCH_BUCKET during PutObject operation")
-        upload(store, file, name)
+        upload(store, file, name, tries)
 
     monkeypatch.setattr(ObjectStore, "upload", until_the_second)
     with pytest.raises(

@@ -61,7 +61,8 @@ class InterruptibleTrainer(TorchTrainer):
                 restarts -= 1
                 logger.warning("Ray Train's controller was lost, and is started again", exc_info=True)
                 if self.folder:
-                    self.folder.delete(*RECORDS_OF_RAY)
+                    with suppress(OSError):  # a store that fails for a moment: Ray then says what it finds
+                        self.folder.delete(*RECORDS_OF_RAY)
             except ray.train.WorkerGroupError as error:
                 if any(isinstance(each, WorkerHealthCheckTimeoutError) for each in error.worker_failures.values()):
                     limit = f"--hang_timeout_s={self.worker_timeout_s:g}"

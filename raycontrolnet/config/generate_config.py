@@ -18,6 +18,7 @@ from raycontrolnet.config.rules import (
     pairs_of,
     problem_of,
     resolution_problems,
+    secret_problems,
     seed_problems,
 )
 from raycontrolnet.config.settings import MIXED_PRECISIONS
@@ -52,6 +53,7 @@ class PicturesConfig:
     def problems(self) -> Problems:
         if not self.controlnet:
             yield "--controlnet: required; a run's output_dir, a checkpoint-N of it, a ControlNet's folder, or a Hub id"
+        yield from secret_problems(self, "controlnet")
         if not self.prompt:
             yield "--prompt: required; one for every control image, or one for all"
         if not self.image:

@@ -15,6 +15,7 @@ from raycontrolnet.config.rules import (
     pair_problems,
     pairs_of,
     problem_of,
+    secret_problems,
 )
 
 # Reasons why all trials of a sweep share a value
@@ -63,6 +64,7 @@ class OutputConfig:
     def problems(self) -> Problems:
         yield from at_least(self, 1, "checkpointing_steps", "checkpoints_total_limit")
         yield from folder_problems(self, "output_dir", or_uri=True)
+        yield from secret_problems(self, "resume_from_checkpoint")
         unknown = [name for name in self.trackers if name not in TRACKERS]
         if unknown:
             yield problem_of(

@@ -78,7 +78,7 @@ def folder_problems(config: Any, name: str, *, or_uri: bool = False) -> Problems
         yield from secret_problems(config, name)
         if not shown_uri(folder).partition("://")[2].rpartition("/")[0]:
             yield problem_of(config, name, "names a whole bucket; name a folder in it")
-    elif "://" in as_path(folder):
+    elif "://" in (as_path(folder) if or_uri else folder):
         yield problem_of(config, name, "must be a local or mounted folder; URIs are not supported yet")
     elif problem := path_problem(name, folder):
         yield problem
@@ -127,4 +127,5 @@ def holds_secret(uri: str) -> bool:
     authority, _, options = uri.partition("://")[2].partition("?")
     user = authority.partition("/")[0].rpartition("@")[0]
     words = ("secret", "token", "key", "password", "sig", "credential")
-    return ":" in user or "@" in options or any(word in options.lower() for word in words)
+    names = [option.partition("=")[0].lower() for option in options.split("&")]
+    return ":" in user or "@" in options or any(word in name for word in words for name in names)

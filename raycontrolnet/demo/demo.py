@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raycontrolnet.errors import ConfigError, RunError
+from raycontrolnet.storage.uri import is_uri
 from raycontrolnet.text import plus_minus
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ def run_demo(config: TrainConfig) -> RunResult:
         raise ConfigError([problem]) from None
     if own:
         config = dataclasses.replace(config, **_own_settings(config))
+    if is_uri(config.output_dir):
+        raise ConfigError([f"--output_dir={config.output_dir}: the demo draws from a folder on this machine; name one"])
     if config.output_dir == demo_settings["output_dir"] and config.resume_from_checkpoint is None:
         config = dataclasses.replace(config, output_dir=_fresh_folder(Path(config.output_dir)))
 

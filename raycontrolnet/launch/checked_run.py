@@ -100,7 +100,7 @@ class CheckedRun:
             name = "latest"
         return (
             f"The checkpoint of update {last.step} stands: go on with --resume_from_checkpoint {name} "
-            f"(--output_dir {self.folder.shown})."
+            f"(--output_dir {self.folder.place})."
         )
 
     def job(
@@ -117,7 +117,7 @@ class CheckedRun:
         assert config.seed is not None
         return Job(
             config=dataclasses.replace(config, hub_token=None),
-            folder=self.folder if isinstance(loader, BatchLoader) else self.folder.for_workers(self.run_id),
+            folder=self.folder if isinstance(loader, BatchLoader) else self.folder.for_workers(),
             run_id=self.run_id,
             num_samples=order.num_samples,
             num_held_out=len(order.held_out),

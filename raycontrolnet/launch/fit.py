@@ -53,7 +53,7 @@ class RunResult:
     loss: float | None
     """Loss of the last update, the mean over workers and accumulation; None if there was nothing left to do."""
     checkpoint: Path | None
-    """The last checkpoint."""
+    """The last checkpoint; it may be in the object store alone."""
     seconds: float
     timings: dict[str, float]
     """Seconds by phase in the worker of rank 0."""
@@ -168,7 +168,9 @@ def run_and_record(run: CheckedRun, train: Callable[[RunStatus], Summary], strea
 
 
 def _write_card(run: CheckedRun, status: dict[str, Any], repo_id: str | None, licence: Licence) -> None:
-    place, settings = run.folder.shown, changed_settings(run.config)
+    # diffusers' code in it reads a folder: a copy of what is in an object store.
+    place = run.folder.name if run.folder.is_stored else run.folder.shown
+    settings = changed_settings(run.config)
     write_model_card(run.output_dir, settings, status, repo_id=repo_id, licence=licence, place=place)
 
 

@@ -25,7 +25,7 @@ from raycontrolnet.training.failures import read_failure, read_hang
 from raycontrolnet.training.job import RUN_LOG, Job, RunCallback, RunStopped, ask_to_stop, begin, end
 from raycontrolnet.training.schedule import due_steps, warmup_warning
 from raycontrolnet.training.status import RunStatus
-from raycontrolnet.training.store_sync import records_fetched
+from raycontrolnet.training.store_sync import DRIVERS, records_fetched
 from raycontrolnet.version import __version__
 
 if TYPE_CHECKING:
@@ -154,6 +154,7 @@ def _running(
         )
     )
     begin(run.folder, job)
+    run.folder.push(*DRIVERS)
     begun = time.time()
 
     def begin_end() -> bool:
@@ -170,7 +171,9 @@ def _running(
     def last_words() -> None:
         with suppress(OSError, ValueError, RuntimeError):
             status.interrupted()
-            stream.write(f"\nInterrupted. {run.how_to_go_on()}\n")
+            # Without asking an object store, which may not answer.
+            last = "Go on with --resume_from_checkpoint latest." if run.folder.is_stored else run.how_to_go_on()
+            stream.write(f"\nInterrupted. {last}\n")
             stream.flush()
 
     with explained("The run", run.how_to_go_on, run.output_dir / RUN_LOG, unchanged=()):

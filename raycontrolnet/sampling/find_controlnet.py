@@ -23,7 +23,7 @@ from raycontrolnet.errors import ConfigError
 from raycontrolnet.model.problems import CONTROLNET, file_advice
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.stored_folder import folder_containing
-from raycontrolnet.storage.uri import as_path, check_bucket, is_uri, shown_uri, unusable
+from raycontrolnet.storage.uri import UNUSABLE, as_path, check_bucket, is_uri, shown_uri, unusable
 
 CONFIG_FILE = "config.yaml"
 
@@ -80,7 +80,7 @@ def _fetched(uri: str) -> Path:
             last = folder.latest()
             advice = f"name a checkpoint of it, such as {folder.place_of(last)}" if last else "look for its name"
             raise ConfigError([f"--controlnet={shown_uri(uri)}: there is no ControlNet; {advice}"])
-    except (OSError, ValueError, ImportError) as error:
+    except UNUSABLE as error:
         raise ConfigError([f"--controlnet={shown_uri(uri)}: {unusable(error)}"]) from None
     return folder.path / inner
 

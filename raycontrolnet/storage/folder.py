@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from raycontrolnet.errors import UserError
 from raycontrolnet.storage.files import PARTIAL_SUFFIX, replacing
-from raycontrolnet.storage.uri import as_path, check_bucket, open_uri, shown_uri, unusable
+from raycontrolnet.storage.uri import UNUSABLE, as_path, check_bucket, open_uri, shown_uri, unusable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -139,7 +139,7 @@ def cache_folder(name: str) -> CacheFolder:
         return CacheFolder(str(path))
     try:
         check_bucket(name)
-    except (OSError, ValueError, ImportError) as error:
+    except UNUSABLE as error:
         raise unreachable(name, error) from None
     return CacheFolder(name)
 

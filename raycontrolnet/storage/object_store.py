@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from raycontrolnet.storage.files import replacing
-from raycontrolnet.storage.uri import open_uri, shown_uri
+from raycontrolnet.storage.uri import check_bucket, open_uri, shown_uri
 
 if TYPE_CHECKING:
     from pyarrow import fs
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)
-"""Pauses before the next try. pyarrow tries three times itself, within a second or two."""
+"""Pauses before the next try. pyarrow itself tries three times, within two seconds if nobody answers."""
 AT_A_TIME = 4
 """Files that are sent or fetched side by side."""
 BLOCK_BYTES = 16 * 2**20
@@ -57,17 +57,24 @@ class ObjectStore:
         """Return name -> object, of all objects in the folder `prefix` and its folders."""
         from pyarrow import fs
 
-        system, root = open_uri(self.uri)
-        where = f"{root}/{prefix}".rstrip("/")
-        selector = fs.FileSelector(where, recursive=True, allow_not_found=True)
-        found = retried(lambda: system.get_file_info(selector), f"listing {self.shown}")
-        return _objects(found, root)
+        def list_() -> dict[str, Stored]:
+            system, root = open_uri(self.uri)
+            where = f"{root}/{prefix}".rstrip("/")
+            found = system.get_file_info(fs.FileSelector(where, recursive=True, allow_not_found=True))
+            if not found:  # which a bucket that is gone looks like, too
+                check_bucket(self.uri)
+            return _objects(found, root)
+
+        return retried(list_, f"listing {self.shown}")
 
     def find(self, names: Iterable[str]) -> dict[str, Stored]:
         """Return name -> object, of those of `names` that there are."""
-        system, root = open_uri(self.uri)
-        paths = [f"{root}/{name}" for name in names]
-        return _objects(retried(lambda: system.get_file_info(paths), f"listing {self.shown}"), root)
+
+        def find() -> dict[str, Stored]:
+            system, root = open_uri(self.uri)
+            return _objects(system.get_file_info([f"{root}/{name}" for name in names]), root)
+
+        return retried(find, f"listing {self.shown}")
 
     def read(self, name: str) -> bytes:
         """Return the content of `name`.
@@ -83,7 +90,7 @@ class ObjectStore:
 
         return retried(read, f"reading {self.shown}/{name}")
 
-    def write(self, name: str, content: bytes, *, tries: int = len(PAUSES_S) + 1) -> None:
+    def write(self, name: str, content: bytes, tries: int | None = None) -> None:
         """Write the object `name`."""
 
         def write() -> None:
@@ -93,7 +100,7 @@ class ObjectStore:
 
         retried(write, f"writing {self.shown}/{name}", tries)
 
-    def upload(self, file: Path, name: str) -> None:
+    def upload(self, file: Path, name: str, tries: int | None = None) -> None:
         """Write the object `name` with the content of `file`."""
 
         def upload() -> None:
@@ -101,7 +108,7 @@ class ObjectStore:
             with file.open("rb") as read, system.open_output_stream(f"{root}/{name}") as written:
                 shutil.copyfileobj(read, written, BLOCK_BYTES)
 
-        retried(upload, f"writing {self.shown}/{name}")
+        retried(upload, f"writing {self.shown}/{name}", tries)
 
     def download(self, name: str, file: Path) -> None:
         """Write the content of `name` to `file`, whole or not at all.
@@ -150,15 +157,19 @@ def _objects(found: Iterable[fs.FileInfo], root: str) -> dict[str, Stored]:
 
 
 def side_by_side(work: Callable[[str], object], names: Iterable[str]) -> None:
-    """Call `work` with each of `names`, a few at a time; raise the first error once all have ended."""
+    """Call `work` with each of `names`, a few at a time; at the first error, begin no more."""
     with ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="store") as pool:
-        for done in [pool.submit(work, name) for name in names]:
-            done.result()
+        try:
+            for done in [pool.submit(work, name) for name in names]:
+                done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def retried(attempt: Callable[[], T], what: str, tries: int = len(PAUSES_S) + 1) -> T:
-    """Return what `attempt` returns, trying again after errors that may pass."""
-    for pause_s in PAUSES_S[: tries - 1]:
+def retried(attempt: Callable[[], T], what: str, tries: int | None = None) -> T:
+    """Return what `attempt` returns, trying again after errors that may pass; by default six times in all."""
+    for pause_s in PAUSES_S[: None if tries is None else tries - 1]:
         try:
             return attempt()
         except FileNotFoundError:

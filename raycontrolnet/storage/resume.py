@@ -9,7 +9,7 @@ from pathlib import Path
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.storage.checkpoint import CONTROLNET_FOLDER, MANIFEST_FILE, Checkpoint
 from raycontrolnet.storage.run_folder import RunFolder
-from raycontrolnet.storage.uri import is_uri
+from raycontrolnet.storage.uri import is_uri, unusable
 from raycontrolnet.text import error_message
 
 logger = logging.getLogger(__name__)
@@ -25,10 +25,12 @@ def resolve(resume_from_checkpoint: str | None, folder: RunFolder) -> Checkpoint
 
     Raises:
         ConfigError: if it is not there, not complete or damaged; or if the setting is not given and `folder` holds
-            checkpoints, which a new run would mix with.
-        OSError: if an object store cannot be read.
+            checkpoints, which a new run would mix with; or if an object store cannot be read.
     """
-    present = folder.checkpoints()
+    try:
+        present = folder.checkpoints()
+    except OSError as error:
+        raise ConfigError([f"--output_dir={folder.shown}: {unusable(error)}"]) from None
     if resume_from_checkpoint is None:
         _check_nothing_is_overwritten(folder, present)
         return None
@@ -39,7 +41,7 @@ def resolve(resume_from_checkpoint: str | None, folder: RunFolder) -> Checkpoint
     path, found = Path(resume_from_checkpoint), None
     if not path.is_absolute() and path.name == str(path):
         found = next((each for each in present if each.path.name == path.name), None)
-        if found or (folder.path / path.name).is_dir():
+        if found or (not folder.is_stored and (folder.path / path.name).is_dir()):
             path = folder.path / path.name
     if is_uri(resume_from_checkpoint):
         problem = "must be a name in --output_dir, such as checkpoint-500, or a folder on a disk"

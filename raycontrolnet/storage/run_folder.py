@@ -51,7 +51,7 @@ class RunFolder:
         """Return the path or URI of a checkpoint that is in this folder."""
         return str(checkpoint.path)
 
-    def for_workers(self, run_id: str) -> RunFolder:
+    def for_workers(self) -> RunFolder:
         """Return the folder for the workers of a run."""
         return self
 

@@ -32,7 +32,9 @@ class StoreLock:
         found = _read(self._store)
         if found and found.token == self._owner.token:
             self._beat += 1
-            self._store.write(LOCK_FILE, content_of(self._owner, self._beat).encode())
+            self._store.write(LOCK_FILE, content_of(self._owner, self._beat).encode(), tries=1)
+        elif found:
+            logger.error("%s: process %d on %s writes there as well: end one", self._store.shown, found.pid, found.host)
 
     def release(self) -> None:
         """Remove the object, if it is still this process's."""

@@ -10,16 +10,17 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.checkpoint import MANIFEST_FILE, Checkpoint
-from raycontrolnet.storage.files import replacing_folder
+from raycontrolnet.storage.files import remove_folder, replacing_folder
 from raycontrolnet.storage.object_store import ObjectStore, Stored, side_by_side
 from raycontrolnet.storage.run_folder import RunFolder, files_in, folder_of, matching
 from raycontrolnet.storage.uri import child_uri, is_uri, shown_uri
@@ -27,7 +28,11 @@ from raycontrolnet.text import error_message
 
 logger = logging.getLogger(__name__)
 
-DRIVER = "driver"
+DRIVER, WORKER = "driver", "worker"
+FETCHING_FILE = ".fetching"
+
+_pushing = threading.Lock()
+"""Else a file that grows could be sent by two threads, and the older state arrive last."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class StoredFolder(RunFolder):
     def path(self) -> Path:
         key = hashlib.blake2b(self.shown.encode(), digest_size=4).hexdigest()
         root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "raycontrolnet" / "runs"
-        return root / f"{self.name}-{key}" / self.role
+        return root / f"{self.name}-{key}" / self.role / self.name
 
     @property
     def shown(self) -> str:
@@ -67,8 +72,8 @@ class StoredFolder(RunFolder):
     def place_of(self, checkpoint: Checkpoint) -> str:
         return child_uri(self.place, checkpoint.path.name)
 
-    def for_workers(self, run_id: str) -> RunFolder:
-        return StoredFolder(self.place, f"worker-{run_id}")
+    def for_workers(self) -> RunFolder:
+        return StoredFolder(self.place, WORKER)
 
     def child(self, name: str, role: str) -> RunFolder:
         return StoredFolder(child_uri(self.place, name), role)
@@ -76,7 +81,7 @@ class StoredFolder(RunFolder):
     def checkpoints(self, run_id: str | None = None) -> list[Checkpoint]:
         found = []
         for name, sizes in self._listed().items():
-            with suppress(ValueError):  # unfinished or damaged
+            with suppress(ValueError, FileNotFoundError):  # unfinished or damaged; or deleted meanwhile
                 found.append(self._checkpoint(name, sizes))
         return sorted((each for each in found if run_id in (None, each.run_id)), key=lambda each: each.step)
 
@@ -93,21 +98,41 @@ class StoredFolder(RunFolder):
         return found
 
     def sound(self, checkpoint: Checkpoint) -> Checkpoint:
-        if checkpoint.path.parent.parent.name != self.path.parent.name:  # of another folder, on a disk
+        if checkpoint.path.parents[2].name != self.path.parents[1].name:  # of another folder, on a disk
             return super().sound(checkpoint)
-        from filelock import FileLock
-
-        name, local = checkpoint.path.name, self.path / checkpoint.path.name
-        self.path.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path / ".fetching"):  # the workers of a machine share what one of them fetches
+        here = replace(checkpoint, path=self.path / checkpoint.path.name)
+        with self.alone():
             with suppress(ValueError, OSError):
-                found = super().sound(Checkpoint(local, *_facts(checkpoint)))
+                found = super().sound(here)
                 if found.manifest == checkpoint.manifest:
                     return found
-            with replacing_folder(local) as partial:
-                names = [*checkpoint.manifest["files"], MANIFEST_FILE]
-                side_by_side(lambda each: self.store.download(f"{name}/{each}", partial / each), names)
-            return super().sound(Checkpoint(local, *_facts(checkpoint)))
+            for other in self.path.glob("checkpoint-*"):
+                remove_folder(other)
+            with suppress(ValueError):  # damaged on its way
+                self._download(here)
+                return super().sound(here)
+            self._download(here)
+            return super().sound(here)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes of this machine, which share its working folder, from fetching meanwhile."""
+        from filelock import FileLock
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path / FETCHING_FILE):
+            yield
+
+    def _download(self, here: Checkpoint) -> None:
+        name, names = here.path.name, [*here.manifest["files"], MANIFEST_FILE]
+        with replacing_folder(here.path) as partial:
+            side_by_side(lambda each: self.store.download(f"{name}/{each}", partial / each), names)
+
+    def start_anew(self) -> None:
+        """Empty the working folder of what an earlier run left there, but keep its checkpoint."""
+        for name in files_in(self.path):
+            if not checkpoints.is_name(name.partition("/")[0]) and name != FETCHING_FILE:
+                (self.path / name).unlink(missing_ok=True)
 
     def write_checkpoint(self, **how: Any) -> Checkpoint:
         """Write a checkpoint, and send it to the store: its files first, then the manifest."""
@@ -144,17 +169,17 @@ class StoredFolder(RunFolder):
             with suppress(FileNotFoundError):  # removed meanwhile
                 state = _state(file)
                 if self._pushed.get(name) != state:
-                    if tries is None:
-                        self.store.upload(file, name)
-                    else:
-                        self.store.write(name, file.read_bytes(), tries=tries)
+                    self.store.upload(file, name, tries)
                     self._pushed[name] = state
 
-        side_by_side(send, self._here(patterns))
+        with _pushing:
+            side_by_side(send, self._here(patterns))
 
     def pull(self, *patterns: str) -> None:
         there = self._there(patterns)
-        side_by_side(lambda name: self._fetch(name, there[name]), there)
+        records = [name for name in there if name.endswith(".jsonl")]  # which may say that the others are there
+        for names in (there.keys() - records, records):
+            side_by_side(lambda name: self._fetch(name, there[name]), names)
         for name in set(self._here(patterns)) - there.keys():
             (self.path / name).unlink(missing_ok=True)
             self._pulled.pop(name, None)
@@ -233,10 +258,6 @@ def folder_containing(uri: str, role: str) -> tuple[RunFolder, str]:
     depth = 1 if checkpoints.is_name(parts[-1]) else depth
     cut = len(parts) - depth
     return StoredFolder(f"{'/'.join(parts[:cut])}{mark}{options}", role), "".join(f"{part}/" for part in parts[cut:])
-
-
-def _facts(checkpoint: Checkpoint) -> tuple[Any, ...]:
-    return checkpoint.step, checkpoint.samples, checkpoint.seed, checkpoint.run_id, checkpoint.manifest
 
 
 def _state(file: Path) -> tuple[int, int]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from functools import lru_cache
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 from raycontrolnet.text import error_message
 
 if TYPE_CHECKING:
     from pyarrow import fs
 
+UNUSABLE = (OSError, ValueError, ImportError, NotImplementedError)
+"""Errors of pyarrow for a URI that it does not know, or cannot reach."""
 STORES_WITH_BUCKETS = ("s3", "gcs")
 """pyarrow's names of file systems in which nothing can be written where there is no bucket."""
 
@@ -22,12 +26,16 @@ def is_uri(name: str) -> bool:
 
 def as_path(name: str) -> str:
     """Return the path that a `file://` URI names; other names as they are."""
-    return name.removeprefix("file://")
+    return unquote(name.removeprefix("file://")) if name.startswith("file://") else name
 
 
 def shown_uri(uri: str) -> str:
-    """Return `uri` for messages, without options and the slash at its end."""
-    return uri.partition("?")[0].rstrip("/")
+    """Return `uri` for messages, without user and options, and the slash at its end; paths as they are."""
+    if not is_uri(uri):
+        return uri
+    kind, _, rest = uri.partition("?")[0].rstrip("/").partition("://")
+    authority, slash, path = rest.partition("/")
+    return f"{kind}://{authority.rpartition('@')[2]}{slash}{path}"
 
 
 def child_uri(uri: str, name: str) -> str:
@@ -46,6 +54,9 @@ def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
     from pyarrow import fs
 
     system, path = fs.FileSystem.from_uri(uri)
+    if system.type_name == "s3":
+        # from_uri takes Arrow's patience of thirty tries, up to minutes; a copy has that of pyarrow's own constructor.
+        system = pickle.loads(pickle.dumps(system))
     return system, path.rstrip("/")
 
 

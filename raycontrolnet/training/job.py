@@ -24,6 +24,8 @@ from raycontrolnet.sampling.pipeline import DrawOptions
 from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.storage.files import replacing
 from raycontrolnet.storage.run_folder import RunFolder
+from raycontrolnet.storage.stored_folder import StoredFolder
+from raycontrolnet.storage.uri import UNUSABLE
 from raycontrolnet.text import error_message
 from raycontrolnet.training import held_out, metrics, validation
 from raycontrolnet.training.failures import FAILURE_FILE, HANG_FILE
@@ -145,8 +147,7 @@ def end(folder: RunFolder) -> None:
 
 def ask_to_stop(folder: RunFolder) -> None:
     """Ask the workers to write a checkpoint of the current update, or of the next, and to end."""
-    (folder.path / STOP_FILE).touch()
-    folder.push(STOP_FILE, tries=2)
+    (folder.path / STOP_FILE).touch()  # no more: in a signal handler
 
 
 def stop_asked(job: Job) -> bool:
@@ -162,10 +163,14 @@ def check_folder_is_shared(job: Job) -> None:
     Raises:
         UserError: if it is another folder of the same name.
     """
-    if job.folder.is_stored:
-        check_store_is_seen(job.folder, RUN_ID_FILE, job.run_id, *FOR_WORKERS)
-        return
     marker = job.output_dir / RUN_ID_FILE
+    if isinstance(job.folder, StoredFolder):
+        if not job.local:
+            with job.folder.alone():
+                if not (marker.is_file() and marker.read_text() == job.run_id):
+                    job.folder.start_anew()
+                check_store_is_seen(job.folder, RUN_ID_FILE, job.run_id, *FOR_WORKERS)
+        return
     wait_for_driver(job.output_dir, lambda: marker.is_file() and marker.read_text() == job.run_id, "the driver")
 
 
@@ -181,7 +186,7 @@ def check_store_is_seen(folder: RunFolder, marker: str, content: str, *also: str
     node, file = socket.gethostname(), folder.path / marker
     try:
         folder.pull(marker, *also)
-    except (OSError, ValueError, ImportError) as error:
+    except UNUSABLE as error:
         problem = f"the node {node} cannot read it ({error_message(error, 200)})"
         raise UserError(f"--output_dir={folder.shown}: {problem}; give it the right to, as the driver has") from None
     if not (file.is_file() and file.read_text() == content):
@@ -220,14 +225,20 @@ def read_timings(output_dir: Path) -> dict[str, float]:
 
 def log_of(job: Job, who: str) -> str:
     """Return the name of the log of one worker: run.log, but in an object store, where two cannot write one file."""
-    return RUN_LOG if job.local or not job.folder.is_stored else f"run-{who.replace(' ', '-')}.log"
+    if job.local or not job.folder.is_stored:
+        return RUN_LOG
+    return f"run-{who.replace(' ', '-')}-{socket.gethostname()}.log"
 
 
 @contextmanager
 def logging_to_run_log(job: Job, who: str) -> Iterator[None]:
     """Log what this package logs in a worker to run.log, without the libraries' progress bars."""
     package = logging.getLogger("raycontrolnet")
-    handler = logging.FileHandler(job.output_dir / log_of(job, who), encoding="utf-8")
+    log = job.output_dir / log_of(job, who)
+    log.parent.mkdir(parents=True, exist_ok=True)  # of a validation actor on a machine without a worker
+    if not log.exists():
+        job.folder.pull(log.name)  # of an earlier part of the run
+    handler = logging.FileHandler(log, encoding="utf-8")
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {who}: %(message)s"))
     if not job.local:  # else this is the driver's process, which logs there already
         package.addHandler(handler)

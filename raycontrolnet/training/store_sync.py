@@ -13,7 +13,7 @@ from raycontrolnet.storage.lock import BEAT_INTERVAL_S, locked
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.storage.store_lock import store_locked
 from raycontrolnet.storage.stored_folder import StoredFolder
-from raycontrolnet.storage.uri import check_bucket, unusable
+from raycontrolnet.storage.uri import UNUSABLE, check_bucket, unusable
 from raycontrolnet.text import error_message
 from raycontrolnet.training import held_out, metrics, validation
 from raycontrolnet.training.background import repeating
@@ -29,6 +29,7 @@ DRIVERS = ("run.json", RUN_LOG, "config.yaml", "report.html", "README.md", "imag
 WEIGHTS = "diffusion_pytorch_model*"
 MODEL_CONFIG = "config.json"
 
+PASS_ON_INTERVAL_S = 0.5
 FETCH_INTERVAL_S = 3.0
 SEND_INTERVAL_S = 10.0
 DRIVERS_INTERVAL_S = 30.0
@@ -54,7 +55,7 @@ def run_folder_open(folder: RunFolder) -> Iterator[None]:
                 store_lock = stack.enter_context(store_locked(folder.store))
                 stack.enter_context(repeating(store_lock.beat, store_lock.interval_s, "store's lock"))
                 stack.enter_context(driver_in_step(folder))
-            except (OSError, ValueError, ImportError) as error:
+            except UNUSABLE as error:
                 raise ConfigError([f"--output_dir={folder.shown}: {unusable(error)}"]) from None
             yield
 
@@ -91,7 +92,7 @@ def driver_in_step(folder: RunFolder) -> Iterator[None]:
 
 @contextmanager
 def records_fetched(folder: RunFolder) -> Iterator[None]:
-    """Fetch what the workers write while they are at work, and once more at the end."""
+    """Fetch what the workers write while they are at work, and once more at the end; pass on the wish to end."""
     if not folder.is_stored:
         yield
         return
@@ -99,7 +100,15 @@ def records_fetched(folder: RunFolder) -> Iterator[None]:
     def fetch() -> None:
         folder.pull(*RECORDS, VALIDATION, FAILURE_FILE, HANG_FILE)
 
-    with _and_at_the_end(fetch), repeating_by_cost(fetch, FETCH_INTERVAL_S, "records"):
+    def pass_on() -> None:
+        if (folder.path / STOP_FILE).exists():
+            folder.push(STOP_FILE, tries=2)
+
+    with (
+        _and_at_the_end(fetch),
+        repeating_by_cost(fetch, FETCH_INTERVAL_S, "records"),
+        repeating(pass_on, PASS_ON_INTERVAL_S, "stop"),
+    ):
         yield
 
 
@@ -110,7 +119,7 @@ def worker_in_step(job: Job, rank: int, log: str) -> Iterator[None]:
     if not folder.is_stored:
         yield
         return
-    sent: tuple[str, ...] = (FAILURE_FILE, log)
+    sent: tuple[str, ...] = (FAILURE_FILE,) if job.local else (FAILURE_FILE, log)
     if rank == 0:
         if not job.local:
             folder.pull(*RECORDS)

@@ -241,7 +241,7 @@ class Trackers:
 
 
 def open_trackers(
-    output: OutputConfig, settings: Mapping[str, Any], *, done_steps: int = 0, folder: Path | None = None
+    output: OutputConfig, settings: Mapping[str, Any], done_steps: int = 0, folder: Path | None = None
 ) -> Trackers:
     """Open the trackers that `output` asks for, on rank 0 only.
 

@@ -20,7 +20,7 @@ from raycontrolnet.model.performance import enable_memory_savers, working_precis
 from raycontrolnet.sampling.images import PairImages
 from raycontrolnet.text import one_line
 from raycontrolnet.training import validation
-from raycontrolnet.training.job import Job, check_folder_is_shared, logging_to_run_log
+from raycontrolnet.training.job import Job, check_folder_is_shared, log_of, logging_to_run_log
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,14 +67,16 @@ class ValidationActor:
             token: for a private base model. Not an argument of the constructor, because Ray keeps those.
         """
         start, images = time.perf_counter(), self.job.images_of(step)
+        if self.components is None:
+            check_folder_is_shared(self.job)
         with logging_to_run_log(self.job, "validation"):
             if self.components is None:
-                check_folder_is_shared(self.job)
                 self.components = self._load(token)
             self.components.controlnet.load_state_dict(weights)
             images.draw(self.components)
             pairs = images.finish()
             validation.send(self.job.folder, step)
+            self.job.folder.push(log_of(self.job, "validation"))
         return Drawn(step, pairs, time.perf_counter() - start)
 
     def _load(self, token: str | None) -> Components:

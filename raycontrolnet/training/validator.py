@@ -95,9 +95,7 @@ class Validator:
         if self.job.validation_items:
             with self.clock("validation_images"):
                 _barrier(self.world_size)  # until they are saved
-                if self.rank > 0:
-                    self.job.folder.pull(WEIGHTS, MODEL_CONFIG)
-                self._draw_together(lambda: saved_controlnet(self.job.output_dir, self.state))
+                self._draw_together(self._saved_controlnet)
                 if self.actor:
                     self._publish(self.actor.collect(wait=True))
 
@@ -124,6 +122,8 @@ class Validator:
         """Draw this worker's share; rank 0 finishes and publishes the images of all."""
         state, drawing, folder = self.state, self.job.images_of(self.state.step), self.job.folder
         files = validation.files_of(state.step)
+        if folder.is_stored:
+            self._forget(files)
         with validation.failures_logged(state.step), vae_on(state.components, state.accelerator.device):
             components = replace(state.components, controlnet=controlnet())
             drawing.draw(components, self.rank, self.world_size, self._ends_early)
@@ -139,6 +139,18 @@ class Validator:
                 validation.send(folder, state.step)
             self._publish(Drawn(state.step, pairs))
 
+    def _saved_controlnet(self) -> ControlNetModel:
+        if self.rank > 0:
+            self.job.folder.pull(WEIGHTS, MODEL_CONFIG)
+        return saved_controlnet(self.job.output_dir, self.state)
+
+    def _forget(self, files: str) -> None:
+        """Delete the images of an earlier part of the run, which would be taken for these."""
+        if self.rank == 0:
+            with validation.failures_logged(self.state.step):
+                self.job.folder.delete(files)
+        _barrier(self.world_size)
+
     def _ends_early(self) -> bool:
         """Check, after every image, for the driver's wish to end, which does not wait for all of them."""
         self.watchdog.progress("validation images")
@@ -151,9 +163,11 @@ class Validator:
         if drawn.seconds:
             self.clock.seconds["validation_beside"] += drawn.seconds
         pairs = drawn.pairs
-        if drawn.seconds and self.job.folder.is_stored:  # by the actor, perhaps on another machine
-            self.job.folder.pull(validation.files_of(drawn.step))
-            pairs = images.results(validation.step_folder(self.job.output_dir, drawn.step))
+        if pairs and drawn.seconds and self.job.folder.is_stored:  # by the actor, perhaps on another machine
+            pairs = []
+            with validation.failures_logged(drawn.step):
+                self.job.folder.pull(validation.files_of(drawn.step))
+                pairs = images.results(validation.step_folder(self.job.output_dir, drawn.step))
         for pair in pairs:
             key = f"{validation.VALIDATION_FOLDER}/{pair.name}"  # not the prompt: equal ones would collide
             self.trackers.images(drawn.step, key, [pair.control, *pair.images], pair.prompt)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import threading
 import time
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -16,6 +17,8 @@ from raycontrolnet.training.failures import HANG_FILE, record_hang
 
 logger = logging.getLogger(__name__)
 
+SENDING_S = 20.0
+"""Time to tell an object store of a hang."""
 LOOKS = 20
 """Looks in the time that is allowed."""
 
@@ -34,9 +37,9 @@ class Watchdog:
         self._since: float | None = None
         self._looked = 0.0
 
-    def progress(self, phase: str) -> None:
-        """Note that something was done, and what is being done now."""
-        self.phase, self._since = phase, time.monotonic()
+    def progress(self, phase: str, *, timed: bool = True) -> None:
+        """Note that something was done, and what is being done now; if not `timed`, it may take as long as it does."""
+        self.phase, self._since = phase, time.monotonic() if timed else None
 
     def watching(self) -> AbstractContextManager[None]:
         """Watch, in a thread, while the `with` block runs."""
@@ -61,6 +64,11 @@ class Watchdog:
         with self.log.open("a", encoding="utf-8") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         record_hang(self.folder.path, message)
-        with suppress(OSError):
-            self.folder.push(HANG_FILE, self.log.name, tries=1)
+        sending = threading.Thread(target=self._send, daemon=True)
+        sending.start()
+        sending.join(SENDING_S)
         os._exit(1)
+
+    def _send(self) -> None:
+        with suppress(Exception):  # the process ends in any case
+            self.folder.push(HANG_FILE, self.log.name, tries=1)

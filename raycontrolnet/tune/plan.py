@@ -19,7 +19,7 @@ from raycontrolnet.errors import ConfigError
 from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.launch.preflight import check, choose_latents, ensure_latents
 from raycontrolnet.storage.run_folder import RunFolder
-from raycontrolnet.storage.uri import is_uri, shown_uri
+from raycontrolnet.storage.uri import as_path, is_uri, shown_uri
 from raycontrolnet.tune import checks
 from raycontrolnet.tune.concurrency import TrialSlots
 from raycontrolnet.tune.lease import SweepLease
@@ -114,7 +114,7 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
     if is_uri(config.train.output_dir):
         needed = "a sweep needs a folder on a disk that all its machines see; URIs are for single runs"
         raise ConfigError([f"--output_dir={shown_uri(config.train.output_dir)}: {needed}"])
-    sweep_dir = Path(config.train.output_dir).expanduser().resolve()
+    sweep_dir = Path(as_path(config.train.output_dir)).expanduser().resolve()
     before, space = read_sweep(sweep_dir), config.parsed_space
     if before and not config.resume:
         raise ConfigError([f"--output_dir={sweep_dir}: holds a sweep; resume it with --resume, or name another folder"])
