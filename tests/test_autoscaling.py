@@ -1,0 +1,50 @@
+"""Runs on a cluster that has a head alone, whose autoscaler starts nodes for them.
+
+The nodes have CPUs: a GPU that is only declared cannot be trained on.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from autoscaling_cluster import AutoscalingCluster, autoscaling_cluster
+from processes import wait_for, when
+from runs import Settings, losses, run
+
+from raycontrolnet import TrainConfig, fit
+from raycontrolnet.cluster import nodes
+
+pytestmark = pytest.mark.slow
+
+GONE_TIMEOUT_S = 90.0
+"""For the nodes to go, after IDLE_MINUTES and what Ray takes."""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AutoscalingCluster]:
+    ray.shutdown()  # that of other tests
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        types = {"cpu": {"resources": {"CPU": 1}, "max_workers": 3}}
+        with autoscaling_cluster(tmp_path_factory.mktemp("cluster"), types) as found:
+            patch.setattr(nodes, "BOOTSTRAP_CONFIG", found.config)
+            ray.init(address=found.address, log_to_driver=False)
+            yield found
+            ray.shutdown()
+
+
+def test_nodes_come_for_a_run_and_go(cluster: AutoscalingCluster, tiny_settings: Settings, tmp_path: Path) -> None:
+    settings = tiny_settings | {"num_workers": "2", "cpus_per_worker": 0.75, "train_batch_size": 2}
+    assert cluster.num_nodes() == 0
+    said, out = io.StringIO(), tmp_path / "out"
+    with when(lambda: cluster.num_nodes() >= 2, lambda: None) as both_came:
+        fit(TrainConfig(**settings | {"output_dir": str(out)}), stream=said)
+    assert both_came
+    assert "waiting for the autoscaler: --num_workers=2" in said.getvalue()
+    whole = run(settings, tmp_path / "whole", num_workers="0", gradient_accumulation_steps=2)
+    assert losses(out) == pytest.approx(losses(whole), rel=0, abs=1e-5)
+    wait_for(lambda: cluster.num_nodes() == 0, GONE_TIMEOUT_S)
