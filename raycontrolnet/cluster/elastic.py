@@ -20,7 +20,8 @@ class ElasticPolicy(private.ElasticScalingPolicy):
     """
 
     def _count_possible_workers(self, reserved_resources: dict[str, dict[str, float]]) -> int:
-        usable = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - set(private_state.state.get_draining_nodes())
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        usable = alive - set(private_state.state.get_draining_nodes())
         on_usable = {node: resources for node, resources in reserved_resources.items() if node in usable}
         count: int = super()._count_possible_workers(on_usable)
         return count
