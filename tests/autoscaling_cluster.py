@@ -18,8 +18,8 @@ from documents import ROOT
 from heads import free_ports, started_head
 from ray.autoscaler._private.fake_multi_node import node_provider
 
-IDLE_MINUTES = 0.1
-"""After which a node goes."""
+IDLE_MINUTES = 0.5
+"""After which a node goes: more than a process takes to start on a busy machine, as long as which it is idle."""
 
 UNUSED = ("setup_commands", "head_setup_commands", "worker_setup_commands", "cluster_synced_files")
 """Lists that Ray asks for."""
@@ -76,6 +76,7 @@ def autoscaling_cluster(folder: Path, node_types: Mapping[str, dict[str, Any]]) 
         "RAY_CLOUD_INSTANCE_ID": node_provider.FAKE_HEAD_NODE_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": node_provider.FAKE_HEAD_NODE_ID,
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_raylet_start_wait_time_s": "60",  # on a busy machine
     }
     flags = ["--num-cpus=0", "--include-dashboard=false", f"--autoscaling-config={config}"]
     with started_head(folder, env, *flags, port=port) as addresses:

@@ -73,6 +73,26 @@ def test_a_head_without_cpus(may_come: list[Node] | None, num_workers: str, cpus
     assert "and 1 for loading data are more than the" in given.waits_for
 
 
+@pytest.mark.parametrize(
+    ("num_workers", "nodes", "may_come", "cpus"),
+    [
+        ("1:4", [CPU_HEAD], [{"CPU": 8}] * 3, 7),
+        ("1:4", [CPU_HEAD], [{"CPU": 16}] * 3, 7),  # the head has room for one now
+        ("2:4", [CPU_HEAD], [{"CPU": 16}] * 3, 3.5),
+        ("1:4", [CPU_HEAD], [{"CPU": 4}], 2.25),
+        ("1:4", [CPU_HEAD, {"CPU": 16}], [], 5),
+        ("1:4", [CPU_HEAD], None, 7),  # on KubeRay nobody knows what may come
+        ("4", [CPU_HEAD], [{"CPU": 16}] * 3, 1.75),  # as many as fit need not wait
+    ],
+)
+def test_an_autoscaler_may_bring_the_cpus(
+    num_workers: str, nodes: list[Node], may_come: list[Node] | None, cpus: float
+) -> None:
+    """The most workers do not all fit on the nodes that are up: the cluster would not grow for them."""
+    given = share_out(ClusterConfig(num_workers=num_workers), nodes, may_come)
+    assert (given.cpus_per_worker, given.waits_for) == (cpus, None)
+
+
 def test_a_head_without_cpus_and_without_an_autoscaler() -> None:
     with pytest.raises(ConfigError, match="1 x 1 CPUs and 1 for loading data are more than the 0 CPUs"):
         share_out(ClusterConfig(), [{}], [])
