@@ -17,7 +17,7 @@ from autoscaling_cluster import AutoscalingCluster, autoscaling_cluster
 from processes import wait_for, when
 from runs import Settings, contents, losses, run
 
-from raycontrolnet import TrainConfig, fit, prepare
+from raycontrolnet import SweepConfig, TrainConfig, fit, prepare, sweep
 from raycontrolnet.cluster import nodes
 from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.latents import ensure
@@ -86,3 +86,17 @@ def test_nodes_come_for_latents(
     cached = [{name: file for name, file in contents(of).items() if name.endswith(".arrow")} for of in (folder, here)]
     assert len(cached[0]) == NUM_SHARDS
     assert cached[0] == cached[1]
+
+
+def test_nodes_come_for_trials(cluster: AutoscalingCluster, sweep_settings: Settings) -> None:
+    """Two of three trials have room at a time; the third gets the node of one that has ended, or was stopped."""
+    train = TrainConfig(**sweep_settings | {"cache_latents": "off", "max_train_steps": 16, "validation_steps": 4})
+    space = {"learning_rate": {"grid": [4e-3, 1e-9, 0.3]}}
+    said = io.StringIO()
+    with when(lambda: cluster.num_nodes() >= 2, lambda: None) as both_came:
+        result = sweep(SweepConfig(train=train, space=space, num_samples=1), stream=said)
+    assert both_came
+    assert "2 at a time" in said.getvalue()
+    assert {trial.record.state for trial in result.trials} <= {"finished", "stopped"}
+    assert len([trial for trial in result.trials if trial.reports]) == 3
+    wait_for(lambda: cluster.num_nodes() == 0, GONE_TIMEOUT_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from pathlib import Path
@@ -52,8 +53,15 @@ def test_an_autoscaler_may_bring_the_gpus() -> None:
     """No GPU node is up yet: the run waits for them, and says so, instead of training on the head's CPUs."""
     given = share_out(ClusterConfig(num_workers="4"), [CPU_HEAD], [GPU_NODE] * 4)
     assert (given.use_gpu, given.cpus_per_worker) == (True, 1)
-    assert given.waits_for is not None
-    assert "the cluster has no GPU" in given.waits_for
+    said = io.StringIO()
+    given.say_what_is_awaited(said)
+    assert re.fullmatch(r"waiting for the autoscaler: --use_gpu=True: the cluster has no GPU.*\n", said.getvalue())
+
+
+def test_nothing_is_awaited_where_the_workers_have_room() -> None:
+    said = io.StringIO()
+    share_out(ClusterConfig(), [CPU_HEAD], []).say_what_is_awaited(said)
+    assert said.getvalue() == ""
 
 
 @pytest.mark.parametrize(
