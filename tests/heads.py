@@ -7,7 +7,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,12 +71,15 @@ def stop_processes_of(temp_dir: str) -> None:
     found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter(["cmdline"]):
         if any(temp_dir in argument for argument in process.info["cmdline"] or ()):
-            found |= {one.pid: one for one in [process, *process.children(recursive=True)]}
+            with suppress(psutil.NoSuchProcess):  # it has ended by itself
+                found |= {one.pid: one for one in [process, *process.children(recursive=True)]}
     assert len(found) >= 3, "the head's processes were not found"
     for process in found.values():
-        process.terminate()
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
     _, alive = psutil.wait_procs(found.values(), timeout=STOP_TIMEOUT_S)
     for process in alive:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     _, alive = psutil.wait_procs(alive, timeout=STOP_TIMEOUT_S)
     assert not alive
