@@ -49,6 +49,13 @@ def test_as_many_workers_as_cpus_on_a_gpu_machine() -> None:
     assert (given.use_gpu, given.cpus_per_worker) == (True, 0.75)
 
 
+def test_more_gpus_than_cpus_where_nobody_knows_what_may_come() -> None:
+    """An elastic run uses all four, as a fixed one does."""
+    for num_workers in ("4", "1:4"):
+        given = share_out(ClusterConfig(num_workers=num_workers), [{"CPU": 2, "GPU": 4}], None)
+        assert (given.use_gpu, given.cpus_per_worker) == (True, 0.25)
+
+
 def test_an_autoscaler_may_bring_the_gpus() -> None:
     """No GPU node is up yet: the run waits for them, and says so, instead of training on the head's CPUs."""
     given = share_out(ClusterConfig(num_workers="4"), [CPU_HEAD], [GPU_NODE] * 4)

@@ -106,7 +106,7 @@ def share_out(cluster: ClusterConfig, nodes: Sequence[Node], may_come: Sequence[
         use_gpu = there_are_gpus or total("GPU", may_come or ()) > 0
     cpus = cluster.cpus_per_worker
     if cpus is None:
-        cpus = _cpus_per_worker(fewest, most, nodes, may_come)
+        cpus = _cpus_per_worker(fewest, most, nodes, may_come, use_gpu=use_gpu)
         if use_gpu:
             cpus = min(1.0, cpus) if there_are_gpus else 1.0
     room = sum(_room(node, cpus, use_gpu, cluster.accelerator_type) for node in nodes)
@@ -160,14 +160,17 @@ def _room(node: Node, cpus: float, use_gpu: bool, accelerator_type: str | None) 
     return min(room, int(node.get("GPU", 0.0))) if use_gpu else room
 
 
-def _cpus_per_worker(fewest: int, most: int, nodes: Sequence[Node], may_come: Sequence[Node] | None) -> float:
+def _cpus_per_worker(
+    fewest: int, most: int, nodes: Sequence[Node], may_come: Sequence[Node] | None, *, use_gpu: bool
+) -> float:
     """Return the share of a worker.
 
-    The most workers are to fill what there may be, not what is up already: the cluster would never grow for them.
+    On CPUs, the most workers are to fill what there may be, not what is up already: the cluster would never grow for
+    them.
     """
     if not total("CPU", nodes):  # a head without CPUs says nothing of the workers' nodes
         return _cpu_share(may_come, most) if may_come else 1.0
-    if fewest == most or may_come == []:
+    if use_gpu or fewest == most or may_come == []:
         return _cpu_share(nodes, most)
     now = _cpu_share(nodes, fewest)
     return min(now, _cpu_share([*nodes, *may_come], most)) if may_come else now
