@@ -57,7 +57,7 @@ def test_nodes_come_for_a_run_and_go(cluster: AutoscalingCluster, tiny_settings:
     wait_for(lambda: cluster.num_nodes() == 0, GONE_TIMEOUT_S)
 
 
-NUM_SHARDS = 40
+NUM_SHARDS = 30
 ENCODING_S = 3.0
 
 
