@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import json
-import random
 import re
-import shutil
-import socket
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 from documents import block, environment, run, write_workspace
-from ray._common.utils import get_ray_address_file
+from heads import free_ports, started_head
 
 from raycontrolnet.training import metrics
 
 pytestmark = pytest.mark.slow
 
-PORTS = range(25000, 30000)
-"""Ray hands 10002 to 19999 to its workers."""
-STOP_TIMEOUT_S = 10.0
 UPDATES = 2
 """Updates of `job/train.yaml`, which `write_workspace` writes."""
 
@@ -55,23 +47,8 @@ class Head:
 @contextmanager
 def ray_head(workspace: Path, shell: dict[str, str]) -> Iterator[Head]:
     """Start a head with three CPUs: loading takes a whole one, which the workers must leave."""
-    temp_dir = tempfile.mkdtemp(prefix="rcn", dir="/tmp")  # short: Ray makes sockets below it
-    names = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port")
-    ports = dict(zip(names, free_ports(len(names)), strict=True))
-    flags = [f"--{name}={port}" for name, port in ports.items()]
-    command = ["ray", "start", "--head", "--num-cpus=3", f"--temp-dir={temp_dir}", "--disable-usage-stats", *flags]
-    try:
-        started = run(command, workspace, shell)
-        assert started.returncode == 0, started.stdout
-        address, dashboard = (f"127.0.0.1:{ports[name]}" for name in ("port", "dashboard-port"))
-        yield Head(address, f"http://{dashboard}", workspace, shell)
-    finally:
-        stop_processes_of(temp_dir)
-        shutil.rmtree(temp_dir, ignore_errors=True)
-        # `ray stop` would remove it. While it is there, a plain `ray.init()` waits for this head without end.
-        current = Path(get_ray_address_file(None))
-        if current.is_file() and current.read_text().endswith(f":{ports['port']}"):
-            current.unlink()
+    with started_head(workspace, shell, "--num-cpus=3") as addresses:
+        yield Head(addresses.head, addresses.dashboard, workspace, shell)
 
 
 @pytest.fixture(scope="module")
@@ -80,33 +57,6 @@ def head(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterator[
     workspace = write_workspace(tmp_path_factory.mktemp("cluster"), tiny_base)
     with ray_head(workspace, environment(workspace)) as head:
         yield head
-
-
-def free_ports(count: int) -> list[int]:
-    found: list[int] = []
-    for port in random.sample(PORTS, len(PORTS)):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                found.append(port)
-        if len(found) == count:
-            return found
-    raise RuntimeError("no free ports")
-
-
-def stop_processes_of(temp_dir: str) -> None:
-    """Stop what has the head's folder in its command line, and all that it started; no other Ray is touched."""
-    found: dict[int, psutil.Process] = {}
-    for process in psutil.process_iter(["cmdline"]):
-        if any(temp_dir in argument for argument in process.info["cmdline"] or ()):
-            found |= {one.pid: one for one in [process, *process.children(recursive=True)]}
-    assert len(found) >= 3, "the head's processes were not found"
-    for process in found.values():
-        process.terminate()
-    _, alive = psutil.wait_procs(found.values(), timeout=STOP_TIMEOUT_S)
-    for process in alive:
-        process.kill()
-    _, alive = psutil.wait_procs(alive, timeout=STOP_TIMEOUT_S)
-    assert not alive
 
 
 def assert_trained(output_dir: Path, output: str) -> None:

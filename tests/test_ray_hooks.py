@@ -32,6 +32,7 @@ from ray.experimental import internal_kv
 from ray.train._internal.session import _TrainSession
 from ray.train.v2._internal import constants as train_constants
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.tune.execution import cluster_info
 from ray.tune.experiment import Trial
@@ -42,6 +43,7 @@ import raycontrolnet
 from raycontrolnet.cluster import nodes, session, tuning
 from raycontrolnet.cluster import trainer as cluster_trainer
 from raycontrolnet.cluster.blocks import generate, results
+from raycontrolnet.cluster.elastic import ElasticPolicy
 from raycontrolnet.cluster.idle import RestWhenIdle
 from raycontrolnet.cluster.trainer import (
     CONTROLLER_ENVIRONMENT,
@@ -78,7 +80,7 @@ def parameters(function: Any) -> list[str]:
 def test_the_controller_is_made_as_we_make_it() -> None:
     own = inspect.signature(DataParallelTrainer._initialize_and_run_controller).parameters
     assert [(name, each.kind.name) for name, each in own.items()][1:] == [("controller_init_kwargs", "VAR_KEYWORD")]
-    assert "callbacks" in parameters(TrainController)
+    assert {"callbacks", "scaling_policy"} <= {*parameters(TrainController)}
     for name, is_async in {"run": True, "abort": True, "get_result": False}.items():
         method = getattr(TrainController, name)
         # An earlier test may have made it an actor's class, to whose methods Ray adds its tracing.
@@ -88,6 +90,8 @@ def test_the_controller_is_made_as_we_make_it() -> None:
     assert list(CONTROLLER_ENVIRONMENT) == [constants.RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR]
     assert train_constants.get_env_vars_to_propagate().items() <= os.environ.items()
     assert train_constants.is_v2_enabled()
+    own_methods = {name for name in vars(ElasticPolicy) if not name.startswith("__")}
+    assert own_methods <= vars(ElasticScalingPolicy).keys()
 
 
 def test_names_are_rays() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from pathlib import Path
@@ -48,12 +49,26 @@ def test_as_many_workers_as_cpus_on_a_gpu_machine() -> None:
     assert (given.use_gpu, given.cpus_per_worker) == (True, 0.75)
 
 
+def test_more_gpus_than_cpus_where_nobody_knows_what_may_come() -> None:
+    """An elastic run uses all four, as a fixed one does."""
+    for num_workers in ("4", "1:4"):
+        given = share_out(ClusterConfig(num_workers=num_workers), [{"CPU": 2, "GPU": 4}], None)
+        assert (given.use_gpu, given.cpus_per_worker) == (True, 0.25)
+
+
 def test_an_autoscaler_may_bring_the_gpus() -> None:
     """No GPU node is up yet: the run waits for them, and says so, instead of training on the head's CPUs."""
     given = share_out(ClusterConfig(num_workers="4"), [CPU_HEAD], [GPU_NODE] * 4)
     assert (given.use_gpu, given.cpus_per_worker) == (True, 1)
-    assert given.waits_for is not None
-    assert "the cluster has no GPU" in given.waits_for
+    said = io.StringIO()
+    given.say_what_is_awaited(said)
+    assert re.fullmatch(r"waiting for the autoscaler: --use_gpu=True: the cluster has no GPU.*\n", said.getvalue())
+
+
+def test_nothing_is_awaited_where_the_workers_have_room() -> None:
+    said = io.StringIO()
+    share_out(ClusterConfig(), [CPU_HEAD], []).say_what_is_awaited(said)
+    assert said.getvalue() == ""
 
 
 @pytest.mark.parametrize(
@@ -71,6 +86,26 @@ def test_a_head_without_cpus(may_come: list[Node] | None, num_workers: str, cpus
     assert (given.cpus_per_worker, given.use_gpu) == (cpus, False)
     assert given.waits_for is not None
     assert "and 1 for loading data are more than the" in given.waits_for
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "nodes", "may_come", "cpus"),
+    [
+        ("1:4", [CPU_HEAD], [{"CPU": 8}] * 3, 7),
+        ("1:4", [CPU_HEAD], [{"CPU": 16}] * 3, 7),  # the head has room for one now
+        ("2:4", [CPU_HEAD], [{"CPU": 16}] * 3, 3.5),
+        ("1:4", [CPU_HEAD], [{"CPU": 4}], 2.25),
+        ("1:4", [CPU_HEAD, {"CPU": 16}], [], 5),
+        ("1:4", [CPU_HEAD], None, 7),  # on KubeRay nobody knows what may come
+        ("4", [CPU_HEAD], [{"CPU": 16}] * 3, 1.75),  # as many as fit need not wait
+    ],
+)
+def test_an_autoscaler_may_bring_the_cpus(
+    num_workers: str, nodes: list[Node], may_come: list[Node] | None, cpus: float
+) -> None:
+    """The most workers do not all fit on the nodes that are up: the cluster would not grow for them."""
+    given = share_out(ClusterConfig(num_workers=num_workers), nodes, may_come)
+    assert (given.cpus_per_worker, given.waits_for) == (cpus, None)
 
 
 def test_a_head_without_cpus_and_without_an_autoscaler() -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 from raycontrolnet.cluster.cpus import LOADING_CPUS, MIN_CPU_SHARE, threads_for
 from raycontrolnet.cluster.nodes import Node, cluster_nodes, has_type, nodes_that_are_up, total
@@ -55,6 +55,11 @@ class WorkerResources:
     def threads(self) -> int:
         """CPU threads of a worker."""
         return threads_for(self.cpus_per_worker)
+
+    def say_what_is_awaited(self, stream: TextIO) -> None:
+        """Say on `stream` which resources the cluster does not have yet, if any."""
+        if self.waits_for:
+            stream.write(f"waiting for {self.waits_for}\n")
 
 
 def worker_resources(cluster: ClusterConfig) -> WorkerResources:
@@ -105,8 +110,7 @@ def share_out(cluster: ClusterConfig, nodes: Sequence[Node], may_come: Sequence[
         use_gpu = there_are_gpus or total("GPU", may_come or ()) > 0
     cpus = cluster.cpus_per_worker
     if cpus is None:
-        with_cpus = nodes if total("CPU", nodes) else may_come  # a head without CPUs says nothing of the workers' nodes
-        cpus = _cpu_share([node.get("CPU", 0.0) for node in with_cpus], most) if with_cpus else 1.0
+        cpus = _cpus_per_worker(fewest, most, nodes, may_come, use_gpu=use_gpu)
         if use_gpu:
             cpus = min(1.0, cpus) if there_are_gpus else 1.0
     room = sum(_room(node, cpus, use_gpu, cluster.accelerator_type) for node in nodes)
@@ -173,9 +177,25 @@ def _room(node: Node, cpus: float, use_gpu: bool, accelerator_type: str | None) 
     return min(room, int(node.get("GPU", 0.0))) if use_gpu else room
 
 
-def _cpu_share(node_cpus: Sequence[float], num_workers: int) -> float:
+def _cpus_per_worker(
+    fewest: int, most: int, nodes: Sequence[Node], may_come: Sequence[Node] | None, *, use_gpu: bool
+) -> float:
+    """Return the share of a worker.
+
+    On CPUs, the most workers are to fill what there may be, not what is up already: the cluster would never grow for
+    them.
+    """
+    if not total("CPU", nodes):  # a head without CPUs says nothing of the workers' nodes
+        return _cpu_share(may_come, most) if may_come else 1.0
+    if use_gpu or fewest == most or may_come == []:
+        return _cpu_share(nodes, most)
+    now = _cpu_share(nodes, fewest)
+    return min(now, _cpu_share([*nodes, *may_come], most)) if may_come else now
+
+
+def _cpu_share(nodes: Sequence[Node], num_workers: int) -> float:
     """Return the largest equal share, a multiple of 1/4 CPU, that fits `num_workers` times beside loading data."""
-    spare = [max(0.0, cpus - LOADING_CPUS) for cpus in node_cpus]
+    spare = [max(0.0, node.get("CPU", 0.0) - LOADING_CPUS) for node in nodes]
     share = math.floor(max(spare, default=1.0) / MIN_CPU_SHARE) * MIN_CPU_SHARE
     while share > MIN_CPU_SHARE and sum(cpus // share for cpus in spare) < num_workers:
         share -= MIN_CPU_SHARE

@@ -14,11 +14,16 @@ from typing import Any
 import ray
 from ray._private.services import get_webui_url_from_internal_kv
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR, WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR
+from ray.train.v2._internal.constants import (
+    ENABLE_PREEMPTION_WATCHER_ENV_VAR,
+    WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
+    WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR,
+)
 from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.worker_group import worker_group
 from ray.train.v2.api import data_parallel_trainer as private
 
+from raycontrolnet.cluster.elastic import ElasticPolicy
 from raycontrolnet.cluster.worker import RECORDS_OF_RAY
 from raycontrolnet.errors import RunError
 from raycontrolnet.storage.run_folder import RunFolder
@@ -26,6 +31,9 @@ from raycontrolnet.storage.run_folder import RunFolder
 logger = logging.getLogger(__name__)
 
 ABORT_TIMEOUT_S = 10.0
+ELASTIC_START_TIMEOUT_S = 15.0
+"""Time after which an elastic run whose workers got no place counts the nodes again; Ray's 60 is for nodes to come, but
+an elastic run starts on those that are up."""
 CONTROLLER_ENVIRONMENT = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"}
 """As Ray's own. Without it Ray warns of its own code in the controller's log."""
 
@@ -121,6 +129,9 @@ class InterruptibleTrainer(TorchTrainer):
             environment.setdefault(WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR, str(self.worker_timeout_s))
         if self.one_machine:
             environment.setdefault(ENABLE_PREEMPTION_WATCHER_ENV_VAR, "0")
+        if self.scaling_config.elasticity_enabled:
+            options["scaling_policy"] = ElasticPolicy(self.scaling_config)
+            environment.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, str(ELASTIC_START_TIMEOUT_S))
         self._groups_name = f"raycontrolnet-{uuid.uuid4().hex}-"
         self.controller = ray.remote(
             num_cpus=0,

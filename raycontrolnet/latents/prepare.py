@@ -78,6 +78,7 @@ def _prepare(config: TrainConfig, stream: TextIO) -> PrepareResult:
                 resources = worker_resources(config)
                 if not resources.one_machine and config.latents_cache_dir is None:
                     raise ConfigError([f"--latents_cache_dir: {SEVERAL_MACHINES}"])
+                resources.say_what_is_awaited(stream)
                 manifest = complete(plan, there, missing, resources, stream)
     return PrepareResult(
         folder=plan.folder.uri,

@@ -112,6 +112,7 @@ def _run_fit(config: TrainConfig, folder: RunFolder, stream: TextIO, callback: R
         with ray_session(config.address):
             resources = worker_resources(config)
             check_device(resources.use_gpu, config, has_gpu=resources.use_gpu)
+            resources.say_what_is_awaited(stream)
             cached = ensure_latents(run, resources, stream)
             return train_on_ray(cached, resources, status, stream, callback=callback)
 

@@ -93,8 +93,6 @@ def train_on_ray(
     actor_options = resources.actor_options if has_spare and run.config.validation_pairs else None
     job = run.job(use_gpu=resources.use_gpu, threads=threads, loader=loader_ref, actor_options=actor_options)
     _announce(run, status, stream, use_gpu=resources.use_gpu)
-    if resources.waits_for:
-        stream.write(f"waiting for {resources.waits_for}\n")
     options = execution_options(batch_bytes(run.config.train_batch_size, run.config.resolution), most)
     trainer = InterruptibleTrainer(
         train_controlnet,
