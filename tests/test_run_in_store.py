@@ -101,11 +101,9 @@ def test_workers_need_no_disk_in_common(use_s3: S3Server, validated_settings: Se
     assert losses(use_s3, "workers") == pytest.approx(column(local, "loss"), rel=0, abs=1e-5)
     names = {name.removeprefix("workers/") for name in use_s3.names("workers/") if not name.endswith("/")}
     there = {path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file()}
-    logs = {f"run-worker-{rank}-{socket.gethostname()}.log" for rank in range(2)}
-    assert {name for name in names if "tfevents" not in name} - logs == {
-        name for name in there if "tfevents" not in name
-    }
-    assert logs <= names
+    logs, events = ({name for name in names | there if part in name} for part in ("run-", "tfevents"))
+    assert names - logs - events == there - events
+    assert {f"run-worker-{rank}-{socket.gethostname()}.log" for rank in range(2)} <= logs
     assert json.loads(use_s3.read("workers/run.json"))["control_fidelity"] > 0
 
 
