@@ -26,13 +26,14 @@ from raycontrolnet.cli import main
 from raycontrolnet.config.checks import absolute
 from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.config.sweep_config import SweepConfig
-from raycontrolnet.data import byte_ranges, remote_copy, remote_path, store_requests
+from raycontrolnet.data import byte_ranges, remote_copy, remote_path
 from raycontrolnet.data.remote_copy import RemoteCopy
 from raycontrolnet.data.remote_path import RemotePath
 from raycontrolnet.data.sources import Source, open_source
 from raycontrolnet.data.transforms import prepare_images
 from raycontrolnet.errors import ConfigError, DataError
 from raycontrolnet.hub.model_card import write_model_card
+from raycontrolnet.storage import store_requests
 from raycontrolnet.storage.uri import open_uri
 
 __all__ = ["s3", "use_s3"]
@@ -93,7 +94,7 @@ def remote(s3: S3Server, local: dict[str, Path]) -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def surroundings(use_s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(store_requests, "WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(store_requests, "READ_WAITS_S", (0.0, 0.0))
 
 
 def data_of(place: str | Path, **settings: Any) -> DataConfig:
@@ -398,7 +399,7 @@ REFUSED: dict[str, str] = {
     "s3://gone/x": "--{}=s3://gone/x: cannot be read (there is no bucket gone, or it is not yours)" + CHECK,
     "s3://bucket/none": "--{}=s3://bucket/none: no such folder",
     "s3://bucket/none?scheme=http": "--{}=s3://bucket/none: no such folder",
-    "s3://": "--{}=s3:: cannot be read (it names no bucket)" + CHECK,
+    "s3://": "--{}=s3://: cannot be read (it names no bucket)" + CHECK,
     "s3://bucket/a/x.txt": "--{}=s3://bucket/a/x.txt: is a file; name the folder that it is in",
     "ftp://x/y": "--{}=ftp://x/y: cannot be read (Unrecognized filesystem type in URI: ftp://x/y)" + CHECK,
     "s3://bucket/x?endpoint=h": "--{}=s3://bucket/x: cannot be read (Unexpected query parameter in S3 URI: "

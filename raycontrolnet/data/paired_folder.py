@@ -12,7 +12,7 @@ from functools import partial
 
 from raycontrolnet.data.folder_source import FolderSource, folder_source, rows_table
 from raycontrolnet.data.remote_path import AnyPath, RemotePath, listed
-from raycontrolnet.data.store_requests import REQUESTS
+from raycontrolnet.storage.store_requests import REQUESTS
 from raycontrolnet.text import error_message
 
 IMAGES = "images"

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from raycontrolnet.data.store_requests import reached
+from raycontrolnet.storage.store_requests import reached
 from raycontrolnet.storage.uri import as_path, check_bucket, is_uri, open_uri, shown_uri
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class RemotePath:
         system, top = reached(lambda: open_uri(self.root))
         key = self.key
         if key == top:
-            return _entry_of(reached(lambda: system.get_file_info(key), again=False))
+            return _entry_of(reached(lambda: system.get_file_info(key), ()))
         return (_listing(self.root, posixpath.dirname(key)) or {}).get(posixpath.basename(key))
 
 
@@ -243,7 +243,7 @@ def check_uri(uri: str) -> None:
     forget_listings()
     path = RemotePath(uri)
     if not (path.exists() and path.key):  # keys may be for one folder of a bucket alone
-        reached(lambda: check_bucket(uri), again=False)
+        reached(lambda: check_bucket(uri), ())
 
 
 def forget_listings() -> None:

@@ -20,10 +20,10 @@ from raycontrolnet.data.paths import shown_path
 from raycontrolnet.data.records import ImageRow
 from raycontrolnet.data.remote_path import AnyPath, RemotePath
 from raycontrolnet.data.sample_files import SampleFiles, is_json
-from raycontrolnet.data.store_requests import REQUESTS
 from raycontrolnet.data.tar_index import ShardIndex, extensions_of, read_index
 from raycontrolnet.data.tar_table import FILES, tar_rows
 from raycontrolnet.errors import DataError
+from raycontrolnet.storage.store_requests import REQUESTS
 from raycontrolnet.text import counted, error_message, printable, shorten
 
 if TYPE_CHECKING:

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-import re
 import shutil
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 from raycontrolnet.storage.files import replacing
+from raycontrolnet.storage.store_requests import RUN_WAITS_S, reached
 from raycontrolnet.storage.uri import check_bucket, open_uri, shown_uri
 
 if TYPE_CHECKING:
     from pyarrow import fs
 
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)
-"""Pauses before the next try. pyarrow itself tries three times, within two seconds if nobody answers."""
 AT_A_TIME = 4
 """Files that are sent or fetched side by side."""
 BLOCK_BYTES = 16 * 2**20
-_FINAL = re.compile(r"ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|HTTP status 40[13]")
-"""Answers that another try does not change."""
 
 
 class Stored(NamedTuple):
@@ -65,7 +55,7 @@ class ObjectStore:
                 check_bucket(self.uri)
             return _objects(found, root)
 
-        return retried(list_, f"listing {self.shown}")
+        return reached(list_, RUN_WAITS_S)
 
     def find(self, names: Iterable[str]) -> dict[str, Stored]:
         """Return name -> object, of those of `names` that there are."""
@@ -74,7 +64,7 @@ class ObjectStore:
             system, root = open_uri(self.uri)
             return _objects(system.get_file_info([f"{root}/{name}" for name in names]), root)
 
-        return retried(find, f"listing {self.shown}")
+        return reached(find, RUN_WAITS_S)
 
     def read(self, name: str) -> bytes:
         """Return the content of `name`.
@@ -88,7 +78,7 @@ class ObjectStore:
             with system.open_input_file(f"{root}/{name}") as file:
                 return bytes(file.read())
 
-        return retried(read, f"reading {self.shown}/{name}")
+        return reached(read, RUN_WAITS_S)
 
     def write(self, name: str, content: bytes, tries: int | None = None) -> None:
         """Write the object `name`."""
@@ -98,7 +88,7 @@ class ObjectStore:
             with system.open_output_stream(f"{root}/{name}") as file:
                 file.write(content)
 
-        retried(write, f"writing {self.shown}/{name}", tries)
+        reached(write, _waits(tries))
 
     def upload(self, file: Path, name: str, tries: int | None = None) -> None:
         """Write the object `name` with the content of `file`."""
@@ -108,7 +98,7 @@ class ObjectStore:
             with file.open("rb") as read, system.open_output_stream(f"{root}/{name}") as written:
                 shutil.copyfileobj(read, written, BLOCK_BYTES)
 
-        retried(upload, f"writing {self.shown}/{name}", tries)
+        reached(upload, _waits(tries))
 
     def download(self, name: str, file: Path) -> None:
         """Write the content of `name` to `file`, whole or not at all.
@@ -127,7 +117,7 @@ class ObjectStore:
                 shutil.copyfileobj(read, written, BLOCK_BYTES)
 
         file.parent.mkdir(parents=True, exist_ok=True)
-        retried(download, f"reading {self.shown}/{name}")
+        reached(download, RUN_WAITS_S)
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects, in the order of `names`; those that are not there are passed over."""
@@ -138,7 +128,7 @@ class ObjectStore:
                 system.delete_file(f"{root}/{name}")
 
         for name in names:
-            retried(lambda name=name: delete(name), f"deleting {self.shown}/{name}")  # type: ignore[misc]
+            reached(lambda name=name: delete(name), RUN_WAITS_S)  # type: ignore[misc]
 
     def delete_folder(self, name: str) -> None:
         """Delete all objects in the folder `name`."""
@@ -148,7 +138,7 @@ class ObjectStore:
             with suppress(FileNotFoundError):
                 system.delete_dir(f"{root}/{name}")
 
-        retried(delete, f"deleting {self.shown}/{name}")
+        reached(delete, RUN_WAITS_S)
 
 
 def _objects(found: Iterable[fs.FileInfo], root: str) -> dict[str, Stored]:
@@ -167,16 +157,5 @@ def side_by_side(work: Callable[[str], object], names: Iterable[str]) -> None:
             raise
 
 
-def retried(attempt: Callable[[], T], what: str, tries: int | None = None) -> T:
-    """Return what `attempt` returns, trying again after errors that may pass; by default six times in all."""
-    for pause_s in PAUSES_S[: None if tries is None else tries - 1]:
-        try:
-            return attempt()
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            if _FINAL.search(str(error)):
-                raise
-            logger.warning("%s failed, and is tried again (%s)", what, error)
-            time.sleep(pause_s)
-    return attempt()
+def _waits(tries: int | None) -> Sequence[float]:
+    return RUN_WAITS_S if tries is None else RUN_WAITS_S[: tries - 1]

@@ -33,8 +33,8 @@ def shown_uri(uri: str) -> str:
     """Return `uri` for messages, without user and options, and the slash at its end; paths as they are."""
     if not is_uri(uri):
         return uri
-    kind, _, rest = uri.partition("?")[0].rstrip("/").partition("://")
-    authority, slash, path = rest.partition("/")
+    kind, _, rest = uri.partition("?")[0].partition("://")
+    authority, slash, path = rest.rstrip("/").partition("/")
     return f"{kind}://{authority.rpartition('@')[2]}{slash}{path}"
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from raycontrolnet.text import error_message
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
-WAITS_S = (1.0, 2.0)
-"""Seconds to wait before a request that failed is made again."""
+READ_WAITS_S = (1.0, 2.0)
+"""Seconds to wait before a read that failed is tried again: a sample that cannot be read may be left out."""
+RUN_WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""The same for what a run writes, and goes on from. pyarrow itself tries three times, within two seconds."""
 REQUESTS = 32
 """Requests that a process makes at a time: each of them is mostly waiting."""
 _LONGEST_REASON = 120
@@ -26,17 +31,18 @@ _LASTING = re.compile(
 _SECRET_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
-def reached(attempt: Callable[[], T], *, again: bool = True) -> T:
+def reached(attempt: Callable[[], T], waits_s: Sequence[float] | None = None) -> T:
     """Return what `attempt` gets from a store.
 
     Args:
-        again: whether to try again, after a while, if the network is to blame.
+        waits_s: seconds to wait before it is tried again, once for each, if the network is to blame; by default
+            `READ_WAITS_S`.
 
     Raises:
         FileNotFoundError, NotADirectoryError: if there is no such thing.
         OSError: with the reason in one bounded line, without keys.
     """
-    waits = list(WAITS_S) if again else []
+    waits = list(READ_WAITS_S if waits_s is None else waits_s)
     while True:
         try:
             return attempt()
@@ -45,6 +51,7 @@ def reached(attempt: Callable[[], T], *, again: bool = True) -> T:
         except Exception as error:  # noqa: BLE001 - pyarrow and fsspec raise ValueError, ImportError and more
             if not waits or not isinstance(error, OSError) or _LASTING.search(str(error)):
                 raise OSError(_reason(error)) from None
+            logger.warning("an object store failed, and is tried again: %s", _reason(error))
         time.sleep(waits.pop(0))
 
 
