@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -19,7 +18,7 @@ import ray.train
 import torch
 
 from raycontrolnet.cluster.versions import check_versions_here
-from raycontrolnet.cluster.worker import nodes_to_be_reclaimed, place_among_workers, report_checkpoint
+from raycontrolnet.cluster.worker import ReclaimNotices, place_among_workers, report_checkpoint
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.stream import local_batches, ray_batches, read_ahead
 from raycontrolnet.errors import RunError, UserError
@@ -111,8 +110,8 @@ class Worker:
         self.not_finite = NotFiniteUpdates(state, job.config.resolution, most, log)
         self.last: UpdateMetrics | None = None
         self.notices = OnItsWay(torch.zeros(2))
-        """Means over the workers, in the last update: driver asks for the end, nodes that are to be reclaimed."""
-        self.reclaimed, self.saved_step = 0, -1
+        """Means over the workers, in the last update: driver asks for the end, a lost machine for a checkpoint."""
+        self.reclaims, self.saved_step = ReclaimNotices(), -1
         self.metrics_log: MetricsLog | None = None
         self.trackers: Trackers | None = None
         if share.rank == 0:
@@ -134,13 +133,12 @@ class Worker:
                     before = self.notices
                     self.update(inputs)
                     # On a GPU those of the update before, so that this one need not be waited for.
-                    asked_to_end, reclaimed = map(math.ceil, (self.notices if on_cpu else before).read())
+                    asked_to_end, asked_to_save = (self.notices if on_cpu else before).read()
                     if asked_to_end:
                         self.checkpoint()
                         return None
                     validates = schedule.is_due(config.validation_steps, state.step)
-                    saves = schedule.is_due(config.checkpointing_steps, state.step) or reclaimed > self.reclaimed
-                    self.reclaimed = reclaimed
+                    saves = schedule.is_due(config.checkpointing_steps, state.step) or asked_to_save > 0
                     if validates:
                         self.record(force=True)
                         self.validator.measure()  # before the checkpoint, which is reported with the figures
@@ -158,12 +156,11 @@ class Worker:
             for part in (self.metrics_log, self.validator, self.trackers):
                 if part:
                     part.close()
-        loss = None if self.last is None else self.last.loss
         return {
             "step": state.step,
             "total_updates": schedule.total_updates,
             "samples": state.samples,
-            "loss": loss,
+            "loss": self.last.loss if self.last else None,
             "timings": self.clock.rounded(),
         }
 
@@ -203,7 +200,7 @@ class Worker:
                 self.watchdog.progress("an update")
         with self.clock("step"):
             # In one message: the workers end, or write a checkpoint, after the same update.
-            seen = [float(stop_asked(self.job)), 0.0 if self.job.local else float(nodes_to_be_reclaimed())]
+            seen = [float(stop_asked(self.job)), float(self.asks_to_save())]
             notices = torch.tensor(seen, device=losses[0].device)
             figures = torch.cat([(torch.stack(losses).mean() * weight)[None], notices])
             loss, *_ = figures = state.accelerator.reduce(figures, reduction="mean")
@@ -216,6 +213,9 @@ class Worker:
             self.record()
         if self.job.callback:
             self.job.callback.updated()
+
+    def asks_to_save(self) -> bool:
+        return not self.job.local and self.reclaims.ask_for_checkpoint()
 
     def next_input(self, inputs: Iterator[tuple[Batch, Draws]]) -> tuple[Batch, Draws]:
         """Return the next micro-step's batch and draws."""

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raycontrolnet import RunResult, TrainConfig, fit, train_controlnet
+from raycontrolnet.cluster import worker
 from raycontrolnet.config.train_config import public_settings
 from raycontrolnet.data.order import SampleOrder
 from raycontrolnet.data.records import PreparedRow
@@ -835,10 +836,21 @@ def test_a_signal_while_images_are_drawn(
 
 def test_a_machine_that_is_to_be_reclaimed(tiny_settings: Settings, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One checkpoint at each notice; the run goes on."""
-    told = iter([0, 0.5, 1, 1, 2, 2])
-    monkeypatch.setattr(Worker, "nodes_to_be_reclaimed", lambda self: next(told))
+    told = iter([0, 0.5, 0, 0, 1, 0])  # 0.5: one of two workers knows
+    monkeypatch.setattr(Worker, "asks_to_save", lambda self: next(told))
     run(tiny_settings, out, checkpointing_steps=100, max_train_steps=6)
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-5", "checkpoint-6"]
+
+
+def test_notices_ask_for_checkpoints_until_the_machine_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a notice, after the time that may be lost, at the next notice; not once no machine is going."""
+    clock, going = 1000.0, 0
+    monkeypatch.setattr(worker, "nodes_to_be_reclaimed", lambda: going)
+    notices, asked = worker.ReclaimNotices(lambda: clock), []
+    for seconds, going in ((0, 0), (1, 1), (1, 1), (20, 1), (1, 1), (1, 2), (30, 0), (1, 1)):  # noqa: B007
+        clock += seconds
+        asked.append(notices.ask_for_checkpoint())
+    assert asked == [False, True, False, True, False, True, False, True]
 
 
 def test_a_closed_terminal(tiny_settings: Settings, out: Path, before_step: Any) -> None:

@@ -5,10 +5,13 @@ Each name here stands in tests/test_ray_hooks.py, which fails when a new Ray has
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+RECLAIM_INTERVAL_S = 20.0
+"""Seconds of work, about, that the loss of a machine may cost: its notice comes up to two minutes before."""
 RECORDS_OF_RAY = (".validate_storage_marker", "checkpoint_manager_snapshot.json")
 """Undocumented files of Ray Train in a run's folder; Tune leaves the first beside its trials. If the second stays, Ray
 continues the next run there from it, with checkpoints that may be gone."""
@@ -38,6 +41,23 @@ def nodes_to_be_reclaimed() -> int:
 
     info = get_train_context().preemption_context.preemption_info
     return len(info.preempted_node_to_ranks) if info else 0
+
+
+class ReclaimNotices:
+    """Notices that machines of the workers are about to be taken away."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock, self._known, self._asked_at = clock, 0, 0.0
+
+    def ask_for_checkpoint(self) -> bool:
+        """Check whether to write a checkpoint now: at a notice, and now and then until the machine is gone."""
+        going = nodes_to_be_reclaimed()
+        late = self._clock() - self._asked_at > RECLAIM_INTERVAL_S
+        asks = going > self._known or (going > 0 and late)
+        self._known = going
+        if asks:
+            self._asked_at = self._clock()
+        return asks
 
 
 def report_checkpoint(figures: Mapping[str, Any], name: str, place: str | None) -> None:
