@@ -20,6 +20,7 @@ from raycontrolnet import TrainConfig, fit
 from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.errors import ConfigError, UserError
 from raycontrolnet.storage import checkpoint as checkpoints
+from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.tune import checkpoint_folder, trainable
 from raycontrolnet.tune.trial_function import TuneCallback, _start
 
@@ -147,13 +148,13 @@ def test_the_checkpoint_that_a_report_names(tmp_path: Path) -> None:
     own.mkdir()
     donor.mkdir()
     abandoned, start = written(own, 2, "before"), written(donor, 4, "donor")
-    assert TuneCallback(own, 2)._checkpoint(4) == abandoned  # continues from it
-    callback = TuneCallback(own, 2, str(start.path))
+    assert TuneCallback(RunFolder(str(own)), 2)._checkpoint(4) == abandoned  # continues from it
+    callback = TuneCallback(RunFolder(str(own)), 2, str(start.path))
     assert callback._checkpoint(5) == start
     new = written(own, 6, "now")
     assert callback._checkpoint(5) == start
     assert callback._checkpoint(6) == new
-    assert TuneCallback(tmp_path / "empty", 2)._checkpoint(6) is None
+    assert TuneCallback(RunFolder(str(tmp_path / "empty")), 2)._checkpoint(6) is None
 
 
 def test_a_restored_checkpoint_that_is_gone(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from sweeps import check_leaderboard, leaderboard, run_sweep, trial_processes
 
 from raycontrolnet import SweepConfig, TrainConfig, fit, sweep
 from raycontrolnet.errors import RunError
+from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training import held_out, metrics
 from raycontrolnet.tune import records
 from raycontrolnet.tune.lease import SweepLease
@@ -188,7 +189,9 @@ def test_another_driver_takes_over(sweep_settings: Settings) -> None:
     """The first one ends, and says why, and does not touch what is the other's now."""
     output_dir = Path(sweep_settings["output_dir"])
     train = TrainConfig(**sweep_settings | {"max_train_steps": 100_000, "checkpoints_total_limit": 100})
-    take_over = when(lambda: bool(checkpoints(output_dir)), lambda: SweepLease(output_dir, "another").set())
+    take_over = when(
+        lambda: bool(checkpoints(output_dir)), lambda: SweepLease(RunFolder(str(output_dir)), "another").set()
+    )
     with take_over as done, pytest.raises(RunError, match="Another driver goes on with the sweep in "):
         run_sweep(SweepConfig(train=train, num_samples=2))
     assert done

@@ -8,10 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from raycontrolnet.storage import checkpoint
 from raycontrolnet.storage.files import replacing
+from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.text import printable
-from raycontrolnet.tune.records import TRIALS_FOLDER, Trial, as_text, ranked, settings_of
+from raycontrolnet.tune.records import TRIALS_FOLDER, Trial, as_text, ranked, run_folder_of, settings_of
 
 LEADERBOARD_FILE = "leaderboard.csv"
 SETTING = "setting:"
@@ -29,12 +29,18 @@ FORMULA_SIGNS = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "\t", "\r", "\n
 """A spreadsheet takes a text with such a beginning for a formula."""
 
 
-def write_leaderboard(sweep_dir: Path, trials: Sequence[Trial], objective: str) -> Path:
+def write_leaderboard(
+    sweep_dir: Path, trials: Sequence[Trial], objective: str, folder: RunFolder | None = None
+) -> Path:
     """Write leaderboard.csv, whole or not at all: a row per trial, in the order of `records.ranked`.
 
     Numbers are written in full, settings as in trial.json; unknown values are empty. A text that a spreadsheet would
     take for a formula gets an apostrophe in front.
+
+    Args:
+        folder: the sweep's folder, if it is in an object store.
     """
+    sweep = folder or RunFolder(str(sweep_dir))
     settings = [SETTING + printable(name) for name in settings_of(trials)]
     figures = dict.fromkeys((objective, *FIGURES))
     names = ["rank", "trial", "state", "stopped_at", "step", *figures, "seconds", "checkpoint", *settings, "cause"]
@@ -46,11 +52,11 @@ def write_leaderboard(sweep_dir: Path, trials: Sequence[Trial], objective: str) 
         writer = csv.DictWriter(file, names, restval="", extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         for rank, trial in enumerate(ranked(trials, objective), start=1):
-            writer.writerow({"rank": rank, **_row(trial)})
+            writer.writerow({"rank": rank, **_row(sweep, trial)})
     return path
 
 
-def _row(trial: Trial) -> dict[str, str]:
+def _row(sweep: RunFolder, trial: Trial) -> dict[str, str]:
     """Return the known values of a trial, by column."""
     record = trial.record
     known = {
@@ -61,17 +67,17 @@ def _row(trial: Trial) -> dict[str, str]:
         "step": trial.step,
         "control_appeared_at_step": trial.control_since,
         "seconds": record.seconds,
-        "checkpoint": _checkpoint(trial),
+        "checkpoint": _checkpoint(sweep, trial),
         "cause": None if record.cause is None else printable(record.cause),
     }
     settings = {SETTING + printable(name): _value(value) for name, value in record.settings.items()}
     return {name: _value(value) for name, value in known.items() if value is not None} | settings
 
 
-def _checkpoint(trial: Trial) -> str | None:
+def _checkpoint(sweep: RunFolder, trial: Trial) -> str | None:
     """Return the run's last complete checkpoint, relative to the sweep's folder."""
     with suppress(OSError):  # it was just deleted: there is a newer one
-        if found := checkpoint.latest(trial.folder):
+        if found := run_folder_of(sweep, trial.record).latest():
             return f"{TRIALS_FOLDER}/{trial.record.name}/{found.path.name}"
     return None
 

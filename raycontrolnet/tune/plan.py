@@ -19,12 +19,12 @@ from raycontrolnet.errors import ConfigError
 from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.launch.preflight import check, choose_latents, ensure_latents
 from raycontrolnet.storage.run_folder import RunFolder
-from raycontrolnet.storage.uri import as_path, is_uri, shown_uri
 from raycontrolnet.tune import checks
 from raycontrolnet.tune.concurrency import TrialSlots
 from raycontrolnet.tune.lease import SweepLease
 from raycontrolnet.tune.recorder import mark_interrupted
 from raycontrolnet.tune.records import TrialRecord, read_records, read_sweep
+from raycontrolnet.tune.store_sync import open_sweep
 from raycontrolnet.tune.trial import Shared, cache_key
 
 
@@ -34,7 +34,7 @@ class SweepPlan:
 
     config: SweepConfig
     """As given."""
-    sweep_dir: Path
+    folder: RunFolder
     space: Space
     num_trials: int
     runs: Mapping[str, CheckedRun]
@@ -44,6 +44,11 @@ class SweepPlan:
     total_updates: int
     grace_period: int | None
     """Updates before a trial may be stopped; None if none is."""
+
+    @property
+    def sweep_dir(self) -> Path:
+        """The sweep's folder on this machine."""
+        return self.folder.path
 
     @property
     def run(self) -> CheckedRun:
@@ -80,7 +85,7 @@ class SweepPlan:
         config = self.config
         names = ("searcher", "scheduler", "objective", "num_samples", "reduction_factor")
         return {
-            "name": self.sweep_dir.name,
+            "name": self.folder.name,
             **{name: getattr(config, name) for name in names},
             "mode": self.mode,
             "space": to_grammar(self.space),
@@ -111,16 +116,15 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
     Raises:
         ConfigError: with what is wrong.
     """
-    if is_uri(config.train.output_dir):
-        needed = "a sweep needs a folder on a disk that all its machines see; URIs are for single runs"
-        raise ConfigError([f"--output_dir={shown_uri(config.train.output_dir)}: {needed}"])
-    sweep_dir = Path(as_path(config.train.output_dir)).expanduser().resolve()
-    before, space = read_sweep(sweep_dir), config.parsed_space
+    train = with_absolute_paths(config.train)
+    folder = open_sweep(train.output_dir, train.logging_dir)
+    before, space = read_sweep(folder.path), config.parsed_space
     if before and not config.resume:
-        raise ConfigError([f"--output_dir={sweep_dir}: holds a sweep; resume it with --resume, or name another folder"])
+        instead = "resume it with --resume, or name another folder"
+        raise ConfigError([f"--output_dir={folder.shown}: holds a sweep; {instead}"])
     if config.resume and not before:
-        stream.write(f"sweep: there is nothing to resume in {sweep_dir}: a new sweep starts\n")
-    train = _shared_settings(config.train, sweep_dir, before)
+        stream.write(f"sweep: there is nothing to resume in {folder.shown}: a new sweep starts\n")
+    train = _shared_settings(train, folder, before)
     space = {name: _with_absolute_paths(name, dimension) for name, dimension in space.items()}
     changed = checks.differences(before, config, public_settings(train), space)
     problems = [*changed, *checks.problems(config, space)]
@@ -128,7 +132,7 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
         raise ConfigError(problems)
     runs = {}
     for settings in _cache_variants(space):
-        run = check(dataclasses.replace(train, **settings), RunFolder(str(sweep_dir)))
+        run = check(dataclasses.replace(train, **settings), folder)
         runs[cache_key(settings)] = choose_latents(run, stream, reused=True)
     for run in runs.values():
         if problem := checks.objective_problem(config.objective, run):
@@ -139,25 +143,24 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
         stream.write(f"sweep: {warning}\n")
     return SweepPlan(
         config=config,
-        sweep_dir=sweep_dir,
+        folder=folder,
         space=space,
         num_trials=num_trials(space, config.num_samples),
         runs=runs,
-        records=[mark_interrupted(sweep_dir, record) for record in read_records(sweep_dir)] if before else [],
+        records=[mark_interrupted(folder.path, record) for record in read_records(folder.path)] if before else [],
         total_updates=total_updates,
         grace_period=_grace_period(config, train.validation_steps, total_updates, stream),
     )
 
 
-def _shared_settings(train: TrainConfig, sweep_dir: Path, before: Mapping[str, Any]) -> TrainConfig:
-    """Complete `train`: absolute paths, the sweep's seed, its name as the trackers' group, one worker instead of 0."""
-    train = with_absolute_paths(train)
+def _shared_settings(train: TrainConfig, folder: RunFolder, before: Mapping[str, Any]) -> TrainConfig:
+    """Complete `train`: the sweep's seed, its name as the trackers' group, one worker instead of 0."""
     seed = before.get("seed", secrets.randbelow(2**31)) if train.seed is None else train.seed
     return dataclasses.replace(
         train,
         num_workers="1" if train.in_this_process else train.num_workers,  # a trial has a process of its own in any case
         seed=seed,
-        tracker_group=sweep_dir.name if train.tracker_group is None else train.tracker_group,
+        tracker_group=folder.name if train.tracker_group is None else train.tracker_group,
     )
 
 
@@ -211,4 +214,4 @@ def share(plan: SweepPlan, slots: TrialSlots, lease: SweepLease, resources: Work
             complete.config, cpus_per_worker=slots.cpus_per_worker, push_to_hub=False, resume_from_checkpoint=None
         )
         runs[key] = dataclasses.replace(complete, config=config)
-    return Shared(lease=lease, runs=runs, slots=slots, retries=plan.config.trial_retries)
+    return Shared(lease=lease.for_trials(), runs=runs, slots=slots, retries=plan.config.trial_retries)

@@ -19,7 +19,16 @@ from raycontrolnet.text import one_line
 from raycontrolnet.training.status import STATUS_FILE
 from raycontrolnet.tune.lease import SweepLease
 from raycontrolnet.tune.live import LiveTable
-from raycontrolnet.tune.records import Trial, TrialRecord, folder_of, read_trial, write_record
+from raycontrolnet.tune.records import (
+    TRIAL_FILE,
+    TRIALS_FOLDER,
+    Trial,
+    TrialRecord,
+    folder_of,
+    read_trial,
+    write_record,
+)
+from raycontrolnet.tune.store_sync import fetch_records
 from raycontrolnet.tune.trial import record_from
 
 logger = logging.getLogger(__name__)
@@ -88,10 +97,22 @@ class TrialRecorder(NotPickled, tune.Callback):
         return dataclasses.replace(record, seconds=record.seconds + now - before)
 
     def _write(self, record: TrialRecord) -> None:
+        known = self.trials.get(record.index)
         if self._lease.stands():
             write_record(self._sweep_dir, record)
+            if known is None or known.record.state != record.state:
+                self._send(record)
         self._read(record)
         self._show()
+
+    def _send(self, record: TrialRecord) -> None:
+        """Send trial.json to an object store at once: a trial whose settings are unknown cannot go on."""
+        try:
+            self._lease.folder.push(f"{TRIALS_FOLDER}/{record.name}/{TRIAL_FILE}", tries=2)
+            if record.ended:
+                fetch_records(self._lease.folder, record.name)
+        except OSError as error:  # it is sent again with the others
+            logger.warning("trial %s: %s", record.name, error)
 
     def _read(self, record: TrialRecord) -> None:
         self.trials[record.index] = read_trial(self._sweep_dir, record, self._validation_steps)

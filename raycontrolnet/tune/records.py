@@ -22,6 +22,8 @@ from raycontrolnet.errors import ConfigError
 from raycontrolnet.report import run_history
 from raycontrolnet.report.run_history import RunHistory, number
 from raycontrolnet.storage.files import replacing
+from raycontrolnet.storage.run_folder import RunFolder
+from raycontrolnet.storage.stored_folder import DRIVER
 from raycontrolnet.training import held_out
 from raycontrolnet.training.schedule import due_steps
 
@@ -98,6 +100,11 @@ class Trial:
     def value(self, objective: str) -> float:
         """Return the objective at the last report; nan if it was not measured."""
         return self.last.get(objective, math.nan)
+
+
+def run_folder_of(sweep: RunFolder, record: TrialRecord, role: str = DRIVER) -> RunFolder:
+    """Return the folder of the trial's run; see `RunFolder.child`."""
+    return sweep.child(f"{TRIALS_FOLDER}/{record.name}", role)
 
 
 def folder_of(sweep_dir: Path, record: TrialRecord) -> Path:

@@ -20,7 +20,7 @@ from raycontrolnet.training import validation
 from raycontrolnet.tune.hparams import write_hparams
 from raycontrolnet.tune.leaderboard import write_leaderboard
 from raycontrolnet.tune.plan import SweepPlan
-from raycontrolnet.tune.records import Report, Trial, control_appeared, ranked, read_trials
+from raycontrolnet.tune.records import Report, Trial, control_appeared, ranked, read_trials, run_folder_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +42,17 @@ def write_results(plan: SweepPlan, trials: Sequence[Trial], facts: dict[str, Any
         facts: content of sweep.json; gets the name of the best trial.
     """
     objective, train = plan.config.objective, plan.train
-    write_leaderboard(plan.sweep_dir, trials, objective)
-    best = next((trial for trial in trials if weights_of(trial)), None)
+    write_leaderboard(plan.sweep_dir, trials, objective, plan.folder)
+    best = next((trial for trial in trials if weights_of(plan, trial)), None)
     facts["best"] = best.record.name if best else None
     if best:
         write_best(plan, best)
+        plan.folder.mirror(f"{BEST_FOLDER}/*")
     if "tensorboard" in train.trackers:
         try:
             for trial in trials:
                 write_hparams(plan.sweep_dir / train.logging_dir, trial, objective)
+            plan.folder.mirror(f"{train.logging_dir}/*")
         except OSError:  # the trials' own files have all of it
             logger.warning("TensorBoard's files could not be written", exc_info=True)
 
@@ -62,21 +64,37 @@ def push_best(plan: SweepPlan, best: Trial) -> str:
         RunError: the push failed; the sweep is finished all the same.
     """
     token = plan.run.token
-    repo_id = push.resolve_repo_id(plan.sweep_dir, plan.train.hub_model_id, token)
-    return push.push_to_hub(write_best(plan, best, repo_id), repo_id=repo_id, token=token)
+    repo_id = push.resolve_repo_id(plan.folder.shown, plan.train.hub_model_id, token)
+    folder = write_best(plan, best, repo_id)
+    try:
+        plan.folder.mirror(f"{BEST_FOLDER}/*")
+    except OSError as error:
+        logger.warning("%s: the model card there does not name the repository (%s)", plan.folder.shown, error)
+    return push.push_to_hub(folder, repo_id=repo_id, token=token)
 
 
-def weights_of(trial: Trial) -> tuple[Path, Report] | None:
+def weights_of(plan: SweepPlan, trial: Trial) -> tuple[Path, Report] | None:
     """Return the folder with a trial's weights, final or of its last checkpoint, and the last report up to them.
+
+    Weights in an object store are fetched.
 
     Returns:
         None if there are no weights yet.
     """
-    found = [(trial.folder, trial.last)] if trial.record.state == "finished" else []
-    if last := checkpoints.latest(trial.folder):
+    folder = run_folder_of(plan.folder, trial.record)
+    if trial.record.state == "finished":
+        folder.pull(*push.WEIGHTS)
+        if _has_weights(folder.path):
+            return folder.path, trial.last
+    last = folder.latest_sound() if folder.is_stored else folder.latest()
+    if last and _has_weights(weights := last.path / checkpoints.CONTROLNET_FOLDER):
         reports = [report for report in trial.reports if report["step"] <= last.step]
-        found.append((last.path / checkpoints.CONTROLNET_FOLDER, reports[-1] if reports else {}))
-    return next((each for each in found if all((each[0] / name).is_file() for name in push.WEIGHTS)), None)
+        return weights, reports[-1] if reports else {}
+    return None
+
+
+def _has_weights(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in push.WEIGHTS)
 
 
 def write_best(plan: SweepPlan, trial: Trial, repo_id: str | None = None) -> Path:
@@ -87,7 +105,7 @@ def write_best(plan: SweepPlan, trial: Trial, repo_id: str | None = None) -> Pat
     """
     import yaml
 
-    found = weights_of(trial)
+    found = weights_of(plan, trial)
     assert found is not None
     weights, figures = found
     best, step, config = plan.sweep_dir / BEST_FOLDER, int(figures.get("step", 0)), plan.config_of(trial.record)
@@ -95,9 +113,10 @@ def write_best(plan: SweepPlan, trial: Trial, repo_id: str | None = None) -> Pat
         for name in push.WEIGHTS:
             shutil.copyfile(weights / name, new / name)
         settings = {name: value for name, value in public_settings(config).items() if name not in LEFT_OUT_OF_BEST}
+        file = CONFIG_FILE if plan.folder.is_stored else best / CONFIG_FILE
         head = (
             f"# Settings of trial {trial.record.name}, the best of a sweep. To train anew with them:\n"
-            f"#   raycontrolnet train --config {best / CONFIG_FILE} --output_dir FOLDER\n"
+            f"#   raycontrolnet train --config {file} --output_dir FOLDER\n"
         )
         (new / CONFIG_FILE).write_text(head + yaml.safe_dump(settings, sort_keys=False))
         if drawn := validation.finished_folders(trial.folder, step):
@@ -106,6 +125,6 @@ def write_best(plan: SweepPlan, trial: Trial, repo_id: str | None = None) -> Pat
     if "control_gap" in figures:
         facts["control_appeared_at_step"] = control_appeared([one for one in trial.reports if one["step"] <= step])
     licence = find_licence(config.license, config, find_token(config.hub_token))
-    shown = changed_settings(config)
-    model_card.write_model_card(best, shown, facts, repo_id=repo_id, title=plan.sweep_dir.name, licence=licence)
+    shown, title, place = changed_settings(config), plan.folder.name, f"{plan.folder.shown}/{BEST_FOLDER}"
+    model_card.write_model_card(best, shown, facts, repo_id=repo_id, title=title, licence=licence, place=place)
     return best

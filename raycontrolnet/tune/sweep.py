@@ -48,12 +48,12 @@ from raycontrolnet.tune.records import (
 from raycontrolnet.tune.report.history import too_early
 from raycontrolnet.tune.report.sweep_report import write_report
 from raycontrolnet.tune.results import BEST_FOLDER, push_best, ranked_trials, write_results
+from raycontrolnet.tune.store_sync import SWEEP_LOG, fetch_records, sweep_in_step
 from raycontrolnet.tune.table import trial_table
 from raycontrolnet.tune.tuner import run_trials
 
 logger = logging.getLogger(__name__)
 
-SWEEP_LOG = "sweep.log"
 MOST_SHOWN = 10
 """Trials of a finished sweep that the terminal shows; leaderboard.csv has all."""
 
@@ -63,6 +63,7 @@ class SweepResult:
     """The results of a finished sweep."""
 
     output_dir: Path
+    """Folder of the sweep; this machine's part of it if it is in an object store."""
     trials: Sequence[Trial]
     """The best first."""
     best: Trial | None
@@ -74,6 +75,8 @@ class SweepResult:
     grid: tune.ResultGrid | None = None
     """Ray Tune's results of the trials, ended ones included; None if nothing was left to run. `checkpoint_folder` of
     `raycontrolnet.tune` leads from a result's checkpoint to the weights."""
+    uri: str | None = None
+    """Folder of the sweep in an object store."""
 
     @property
     def value(self) -> float | None:
@@ -102,17 +105,20 @@ def sweep(config: SweepConfig, *, stream: TextIO | None = None) -> SweepResult:
 def _sweep(config: SweepConfig, stream: TextIO) -> SweepResult:
     started = time.time()
     plan = plan_sweep(config, stream)
-    lease = SweepLease(plan.sweep_dir, uuid.uuid4().hex)
-    with logging_to(plan.sweep_dir / SWEEP_LOG):
-        lease.set()
-        with _recorded(plan, lease, started) as facts:
-            _settle(plan)  # trials of a part that was killed
-            grid = _run(plan, lease, facts, stream) if plan.num_left else None
-            trials = ranked_trials(plan)
-            if not any(trial.reports for trial in trials):
-                cause = next((trial.record.cause for trial in trials if trial.record.cause), "none is known")
-                raise RunError(f"No trial has come to a validation. The first cause: {cause}")
-            write_results(plan, trials, facts)
+    lease = SweepLease(plan.folder, uuid.uuid4().hex)
+    with (
+        logging_to(plan.sweep_dir / SWEEP_LOG),
+        sweep_in_step(plan.folder, lease),
+        _recorded(plan, lease, started) as facts,
+    ):
+        _settle(plan)  # trials of a part that was killed
+        grid = _run(plan, lease, facts, stream) if plan.num_left else None
+        fetch_records(plan.folder)
+        trials = ranked_trials(plan)
+        if not any(trial.reports for trial in trials):
+            cause = next((trial.record.cause for trial in trials if trial.record.cause), "none is known")
+            raise RunError(f"No trial has come to a validation. The first cause: {cause}")
+        write_results(plan, trials, facts)
     return _finish(plan, trials, facts, grid, stream)
 
 
@@ -128,14 +134,14 @@ def _run(plan: SweepPlan, lease: SweepLease, facts: dict[str, Any], stream: Text
         facts |= {"concurrency": slots.at_a_time, "reason": slots.reason}
         with _table(plan, stream) as table, ended_in_order(partial(_end, lease)):
             recorder = TrialRecorder(lease, plan.records, train.validation_steps, table)
-            grid = run_trials(plan, shared, recorder)
+            grid = run_trials(plan, shared, recorder, lease)
         if not lease.stands():
-            raise Replaced(f"Another driver goes on with the sweep in {plan.sweep_dir}; this one has ended.")
+            raise Replaced(f"Another driver goes on with the sweep in {plan.folder.shown}; this one has ended.")
     return grid
 
 
 def _table(plan: SweepPlan, stream: TextIO) -> LiveTable:
-    name, objective = plan.sweep_dir.name, plan.config.objective
+    name, objective = plan.folder.name, plan.config.objective
     return LiveTable(name, objective, stream, total_trials=plan.num_trials, total_steps=plan.total_updates)
 
 
@@ -194,6 +200,7 @@ def _results_so_far(plan: SweepPlan, facts: dict[str, Any]) -> Iterator[None]:
         raise
     except BaseException as error:
         try:
+            fetch_records(plan.folder)
             _settle(plan)
             write_results(plan, ranked_trials(plan), facts)
         except Exception:
@@ -211,7 +218,7 @@ def _how_to_go_on(plan: SweepPlan) -> str:
     ended = sum(record.ended for record in records)
     return (
         f"{ended} of {plan.num_trials} trials have ended and stand; the others go on from their last checkpoints with "
-        f"the same command and --resume (--output_dir {plan.sweep_dir})."
+        f"the same command and --resume (--output_dir {plan.folder.shown})."
     )
 
 
@@ -243,10 +250,11 @@ def _finish(
         objective=plan.config.objective,
         seconds=facts["seconds"],
         grid=grid,
+        uri=plan.folder.shown if plan.folder.is_stored else None,
     )
     if plan.train.push_to_hub and best:
         stream.write(f"pushed to {push_best(plan, best)}\n")
-    learned = f"the best is in {result.best_dir}" if best else "no trial has weights"
+    learned = f"the best is in {plan.folder.shown}/{BEST_FOLDER}" if best else "no trial has weights"
     taken = duration(result.seconds) + (" altogether" if plan.records else "")  # with the parts before
-    stream.write(f"done in {taken}: {learned}; report in {plan.sweep_dir / REPORT_FILE}\n")
+    stream.write(f"done in {taken}: {learned}; report in {plan.folder.shown}/{REPORT_FILE}\n")
     return result

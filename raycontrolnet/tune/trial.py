@@ -11,9 +11,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +27,12 @@ from raycontrolnet.launch.fit import Summary, run_and_record
 from raycontrolnet.launch.workers import train_here, train_on_ray
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.run_folder import RunFolder
+from raycontrolnet.training import store_sync
 from raycontrolnet.training.job import RunStopped
 from raycontrolnet.training.status import RunStatus
 from raycontrolnet.tune.concurrency import TrialSlots
 from raycontrolnet.tune.lease import SweepLease
-from raycontrolnet.tune.records import Report, TrialRecord, folder_of, read_reports
+from raycontrolnet.tune.records import Report, TrialRecord, read_reports, run_folder_of
 from raycontrolnet.tune.trial_function import TuneCallback
 
 logger = logging.getLogger(__name__)
@@ -56,14 +59,13 @@ class Shared:
 
     def run_of(self, record: TrialRecord) -> CheckedRun:
         """Return the run of a trial, which starts at its last checkpoint."""
-        base, folder = self.runs[cache_key(record.settings)], folder_of(self.lease.sweep_dir, record)
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoints.remove_leftovers(folder)
-        config = dataclasses.replace(base.config, **record.settings, output_dir=str(folder))
-        start = checkpoints.latest_sound(folder)
-        return dataclasses.replace(
-            base, config=config, folder=RunFolder(str(folder)), start=start, run_id=uuid.uuid4().hex
-        )
+        base = self.runs[cache_key(record.settings)]
+        folder = run_folder_of(self.lease.folder, record, f"trial-{self.lease.sweep_id}")
+        folder.path.mkdir(parents=True, exist_ok=True)
+        checkpoints.remove_leftovers(folder.path)
+        config = dataclasses.replace(base.config, **record.settings, output_dir=folder.place)
+        start = None if record.ended else folder.latest_sound()
+        return dataclasses.replace(base, config=config, folder=folder, start=start, run_id=uuid.uuid4().hex)
 
 
 def cache_key(settings: Mapping[str, Any]) -> str:
@@ -101,18 +103,42 @@ def run_trial(config: Mapping[str, Any], shared: Shared) -> None:
     if _failed_on_gpu:
         raise RuntimeError("The previous trial failed on this GPU; restarting in a new process.")
     record = record_from(config)
-    shared.lease.check()
-    run = shared.run_of(record)
-    callback = TuneCallback(run.output_dir, run.config.validation_steps, goes_on=shared.lease.stands)
-    known = _known(run, record)
-    for report in known[:-1] if record.ended else known:
-        callback.report({**report, REPLAYED: True}, with_checkpoint=False)
-    if record.ended:
-        last: Mapping[str, Any] = {**(known[-1] if known else {}), REPLAYED: True, "state": record.state}
-    else:
-        outcome = _train(run, record, shared, callback)
-        last = {**(callback.last_report() if outcome.state == "finished" else {}), **outcome._asdict()}
-    callback.report({**last, "done": True})
+    with shared.lease.followed():
+        shared.lease.check()
+        run = shared.run_of(record)
+        callback = TuneCallback(
+            run.folder,
+            run.config.validation_steps,
+            goes_on=shared.lease.stands,
+            sent=store_sync.RECORDS if shared.slots.in_process else (),  # else the workers send them
+        )
+        with _in_step(run.folder):
+            known = _known(run, record)
+            for report in known[:-1] if record.ended else known:
+                callback.report({**report, REPLAYED: True}, with_checkpoint=False)
+            if record.ended:
+                last: Mapping[str, Any] = {**(known[-1] if known else {}), REPLAYED: True, "state": record.state}
+            else:
+                outcome = _train(run, record, shared, callback)
+                last = {**(callback.last_report() if outcome.state == "finished" else {}), **outcome._asdict()}
+        callback.report({**last, "done": True})
+
+
+@contextmanager
+def _in_step(folder: RunFolder) -> Iterator[None]:
+    """Keep the trial's folder in step with an object store; what is there does not stay on this machine."""
+    try:
+        with store_sync.driver_in_step(folder):
+            yield
+    except RunStopped:
+        _remove_working_folder(folder)
+        raise
+    _remove_working_folder(folder)
+
+
+def _remove_working_folder(folder: RunFolder) -> None:
+    if folder.is_stored:
+        shutil.rmtree(folder.path, ignore_errors=True)
 
 
 def _known(run: CheckedRun, record: TrialRecord) -> list[Report]:

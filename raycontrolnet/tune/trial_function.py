@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import secrets
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,14 @@ from raycontrolnet.config.values import setting_types, unknown_names
 from raycontrolnet.errors import ConfigError, UserError
 from raycontrolnet.launch.fit import run_fit
 from raycontrolnet.storage import checkpoint as checkpoints
+from raycontrolnet.storage.run_folder import RunFolder
+from raycontrolnet.storage.stored_folder import folder_containing
+from raycontrolnet.storage.uri import is_uri, shown_uri
 from raycontrolnet.training.job import RunStopped
 from raycontrolnet.tune.concurrency import TrialSlots
 from raycontrolnet.tune.records import Report, read_reports
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_FILE = "raycontrolnet.json"
 """The one file of a Tune checkpoint: names the checkpoint folder of the run."""
@@ -74,6 +80,9 @@ def trainable(train_config: TrainConfig) -> Callable[[dict[str, Any]], None]:
     given = [name for name in NOT_FOR_TRIALS if getattr(train_config, name) and name != "output_dir"]
     if given:
         raise ConfigError([f"--{name}: {NOT_FOR_TRIALS[name]}" for name in given])
+    if is_uri(train_config.output_dir):
+        problem = "trials of a Tuner of your own need a folder on a disk; `sweep` takes URIs"
+        raise ConfigError([f"--output_dir={shown_uri(train_config.output_dir)}: {problem}"])
     shared = with_absolute_paths(train_config)
     if shared.seed is None:
         shared = dataclasses.replace(shared, seed=secrets.randbelow(2**31))
@@ -82,7 +91,7 @@ def trainable(train_config: TrainConfig) -> Callable[[dict[str, Any]], None]:
         folder = Path(shared.output_dir) / tune.get_context().get_trial_id()
         train = _with_settings(shared, config, folder)
         start = train.resume_from_checkpoint
-        callback = TuneCallback(folder, train.validation_steps, None if start == "latest" else start)
+        callback = TuneCallback(RunFolder(str(folder)), train.validation_steps, None if start == "latest" else start)
         with Path(os.devnull).open("w") as nowhere:
             run_fit(train, nowhere, callback)
         callback.report(callback.last_report())
@@ -93,14 +102,26 @@ def trainable(train_config: TrainConfig) -> Callable[[dict[str, Any]], None]:
 def checkpoint_folder(checkpoint: tune.Checkpoint) -> Path:
     """Return the folder `checkpoint-N` that a trial's Tune checkpoint names; the weights are in its `controlnet/`.
 
+    One in an object store is fetched.
+
     Raises:
-        UserError: another trainable wrote the checkpoint.
+        UserError: another trainable wrote the checkpoint, or it is gone from the object store.
     """
     with checkpoint.as_directory() as directory:
         file = Path(directory) / CHECKPOINT_FILE
         if not file.is_file():
             raise UserError(f"{checkpoint.path}: has no {file.name}, so no trial of raycontrolnet wrote it")
-        return Path(json.loads(file.read_text())["folder"])
+        place = json.loads(file.read_text())["folder"]
+    return _fetched(place) if is_uri(place) else Path(place)
+
+
+def _fetched(uri: str) -> Path:
+    """Return a folder of this machine with the checkpoint that `uri` names."""
+    folder, inner = folder_containing(uri, "tune")
+    found = next((each for each in folder.checkpoints() if each.path.name == inner.rstrip("/")), None)
+    if found is None:
+        raise UserError(f"{shown_uri(uri)}: this checkpoint is gone")
+    return folder.sound(found).path
 
 
 class TuneCallback:
@@ -108,22 +129,25 @@ class TuneCallback:
 
     def __init__(
         self,
-        folder: Path,
+        folder: RunFolder,
         validation_steps: int,
         start: str | None = None,
         *,
         goes_on: Callable[[], bool] = lambda: True,
+        sent: Sequence[str] = (),
     ):
         """Begin with the run.
 
         Args:
+            folder: the run's.
             start: checkpoint that the run starts from, if it is not the last one in `folder`.
             goes_on: called now and then; the run ends once it returns False.
+            sent: files that are sent to an object store before a report, for who gets it reads them there.
         """
         self._folder, self._validation_steps = folder, validation_steps
-        self._goes_on, self._asked_at = goes_on, 0.0
+        self._goes_on, self._asked_at, self._sent = goes_on, 0.0, sent
         self._start = checkpoints.Checkpoint.open(Path(start)) if start else None
-        self._earlier = {checkpoint.run_id for checkpoint in checkpoints.all_checkpoints(folder)}
+        self._earlier = {checkpoint.run_id for checkpoint in folder.checkpoints()}
         self.stopped = False
         """True once Tune has stopped the trial; it takes no report after that."""
 
@@ -146,7 +170,7 @@ class TuneCallback:
 
     def last_report(self) -> Report:
         """Return the measures of the last validation; empty before the first."""
-        reports = read_reports(self._folder, self._validation_steps)
+        reports = read_reports(self._folder.path, self._validation_steps)
         return reports[-1] if reports else {}
 
     def report(self, figures: Mapping[str, Any], *, with_checkpoint: bool = True) -> None:
@@ -157,11 +181,15 @@ class TuneCallback:
         """
         last = self._checkpoint(figures.get("step")) if with_checkpoint else None
         try:
+            self._folder.push(*self._sent, tries=2)
+        except OSError as error:  # they are sent again later
+            logger.warning("the records of %s: %s", self._folder.shown, error)
+        try:
             if last is None:
                 tune.report(dict(figures))
                 return
             with tempfile.TemporaryDirectory() as directory:
-                content = {"folder": str(last.path), "step": last.step}
+                content = {"folder": self._folder.place_of(last), "step": last.step}
                 (Path(directory) / CHECKPOINT_FILE).write_text(json.dumps(content) + "\n")
                 tune.report(dict(figures), checkpoint=tune.Checkpoint.from_directory(directory))
         except SystemExit:  # Tune's way to end the thread that reports, which may not be the one that trains
@@ -173,7 +201,7 @@ class TuneCallback:
 
         Population based training may have gone back, or to another trial's checkpoint: others in the folder are void.
         """
-        found = [each for each in checkpoints.all_checkpoints(self._folder) if step is None or each.step <= step]
+        found = [each for each in self._folder.checkpoints() if step is None or each.step <= step]
         own = [each for each in found if each.run_id not in self._earlier]
         candidates = own or ([self._start] if self._start else found)
         return candidates[-1] if candidates else None

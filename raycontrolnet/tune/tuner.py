@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-from pathlib import Path
+from fnmatch import fnmatchcase
 from typing import Any
 
 from ray import tune
@@ -11,6 +12,8 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
 from raycontrolnet.cluster import tuning
 from raycontrolnet.cluster.worker import remove_ray_records
+from raycontrolnet.storage.run_folder import RunFolder
+from raycontrolnet.storage.stored_folder import StoredFolder
 from raycontrolnet.tune.lease import SweepLease
 from raycontrolnet.tune.plan import SweepPlan
 from raycontrolnet.tune.recorder import NotPickled, TrialRecorder
@@ -18,6 +21,8 @@ from raycontrolnet.tune.records import TRIALS_FOLDER
 from raycontrolnet.tune.searcher import searcher_of
 from raycontrolnet.tune.trial import REPLAYED, Shared, record_from, run_trial
 from raycontrolnet.tune.trial_function import trial_function
+
+logger = logging.getLogger(__name__)
 
 STEP = "step"
 """The figure by which Tune's schedulers count; every report has it."""
@@ -38,14 +43,13 @@ class _EndsWithLease(NotPickled, tune.Stopper):
         return not self._lease.stands()
 
 
-def run_trials(plan: SweepPlan, shared: Shared, recorder: TrialRecorder) -> tune.ResultGrid:
+def run_trials(plan: SweepPlan, shared: Shared, recorder: TrialRecorder, lease: SweepLease) -> tune.ResultGrid:
     """Run the trials that are left, until all have ended or the sweep is no longer this driver's.
 
     Tune stores its checkpoints, which name ours, in the trials' own folders: there its results lead to.
     """
-    trials, slots = plan.sweep_dir / TRIALS_FOLDER, shared.slots
-    for checkpoint in trials.glob(f"*/{TUNE_CHECKPOINT}"):
-        shutil.rmtree(checkpoint, ignore_errors=True)  # of an earlier part, with the same names
+    slots = shared.slots
+    _remove_tunes_checkpoints(plan.folder)
     trainable = tune.with_resources(
         tune.with_parameters(trial_function(run_trial), shared=shared),
         tune.PlacementGroupFactory([slots.resources()]),
@@ -68,21 +72,38 @@ def run_trials(plan: SweepPlan, shared: Shared, recorder: TrialRecorder) -> tune
                 ),
                 run_config=tune.RunConfig(
                     name=TRIALS_FOLDER,
-                    storage_path=str(plan.sweep_dir),
+                    storage_path=plan.folder.place,
                     failure_config=tune.FailureConfig(max_failures=max_failures),
                     checkpoint_config=tune.CheckpointConfig(num_to_keep=1, checkpoint_at_end=False),
                     callbacks=[recorder],
-                    stop=_EndsWithLease(shared.lease),
+                    stop=_EndsWithLease(lease),
                     verbose=0,
                 ),
             ).fit()
     finally:
-        if not shared.lease.taken_over():
-            _remove_tunes_files(trials)
+        if not lease.taken_over():
+            _remove_tunes_files(plan.folder)
 
 
-def _remove_tunes_files(trials: Path) -> None:
+def _remove_tunes_checkpoints(folder: RunFolder) -> None:
+    """Remove Tune's checkpoints of an earlier part of the sweep, which have the same names."""
+    if folder.is_stored:
+        folder.delete(f"{TRIALS_FOLDER}/*/{TUNE_CHECKPOINT}")
+    for checkpoint in folder.path.glob(f"{TRIALS_FOLDER}/*/{TUNE_CHECKPOINT}"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _remove_tunes_files(folder: RunFolder) -> None:
     """Remove Ray's own records, which the trials' folders replace."""
+    if isinstance(folder, StoredFolder):
+        names = [name.removeprefix(f"{TRIALS_FOLDER}/") for name in folder.store.list(TRIALS_FOLDER)]
+        own = [name for name in names if "/" not in name or fnmatchcase(name, "*/error.*")]
+        try:
+            folder.store.delete(f"{TRIALS_FOLDER}/{name}" for name in own)
+        except OSError as error:
+            logger.warning("%s: Ray's own records stay there (%s)", folder.shown, error)
+        return
+    trials = folder.path / TRIALS_FOLDER
     remove_ray_records(trials)
     for file in (*trials.glob("[!.]*"), *trials.glob("*/error.*")):
         if file.is_file():
