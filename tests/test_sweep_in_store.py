@@ -5,15 +5,25 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from processes import kill_9, when
 from s3_server import BUCKET, KEYS, S3Server, s3
 from sweeps import leaderboard, run_sweep
 
-from raycontrolnet import SweepConfig, SweepResult, TrainConfig, cli
+from raycontrolnet import SweepConfig, SweepResult, TrainConfig, cli, sweep
+from raycontrolnet.config.train_config import public_settings
+from raycontrolnet.errors import RunError
+from raycontrolnet.storage.stored_folder import StoredFolder
+from raycontrolnet.tune import checkpoint_folder
+from raycontrolnet.tune.lease import LEASE_FILE, SweepLease
 
 __all__ = ["s3"]  # a fixture
 
@@ -113,3 +123,74 @@ def test_a_bucket_that_is_not_there(tiny_sweep: SweepConfig, capsys: pytest.Capt
     assert cli.main(["tune", *(word for name, value in flags.items() for word in (f"--{name}", value))]) == 2
     said = capsys.readouterr().err
     assert "--output_dir=s3://gone/sweep: cannot be used (there is no bucket gone, or it is not yours)" in said
+
+
+@pytest.mark.slow
+def test_it_goes_on_on_another_machine(s3: S3Server, tiny_sweep: SweepConfig, elsewhere: Any, tmp_path: Path) -> None:
+    """`kill -9` in the midst; then by the URI alone. What had finished is not trained again."""
+    train = replace(tiny_sweep.train, max_train_steps=8, report_to="none")
+    config = replace(tiny_sweep, train=train, max_concurrent_trials=1, resume=True)
+    config_file, space_file = tmp_path / "train.yaml", tmp_path / "space.yaml"
+    config_file.write_text(yaml.safe_dump(public_settings(train) | {"output_dir": f"s3://{BUCKET}/killed"}))
+    space_file.write_text(yaml.safe_dump(config.space))
+    flags = {"config": config_file, "space": space_file, "num_samples": 1, "scheduler": "none"}
+    flags |= {"max_concurrent_trials": 1}
+    words = (str(word) for name, value in flags.items() for word in (f"--{name}", value))
+
+    def in_the_midst() -> bool:
+        time.sleep(0.5)  # the server shares this process's time
+        return bool(s3.names("killed/trials/0001/checkpoint-2/manifest"))
+
+    kill_9([sys.executable, "-m", "raycontrolnet", "tune", *words], in_the_midst)
+    finished = s3.read("killed/trials/0000/run.json")
+    elsewhere()
+    said = io.StringIO()
+    sweep(into(config, f"s3://{BUCKET}/killed"), stream=said)
+    assert "sweep: 1 trial," in said.getvalue()
+    assert s3.read("killed/trials/0000/run.json") == finished
+    assert states(s3, "killed") == ["finished"] * 2
+    compare(s3, "killed", run_sweep(config))
+
+
+@pytest.mark.slow
+def test_another_driver_takes_over(s3: S3Server, tiny_sweep: SweepConfig, elsewhere: Any) -> None:
+    """The first one ends, and leaves the store to the other."""
+    elsewhere()
+    place = f"s3://{BUCKET}/taken"
+    config = into(tiny_sweep, place)
+    config = replace(config, train=replace(config.train, max_train_steps=5000))
+    other = SweepLease(StoredFolder(place, "other"), "another")
+    other.sweep_dir.mkdir(parents=True)
+
+    def begun() -> bool:
+        time.sleep(0.5)
+        return bool(s3.names("taken/trials/0000/checkpoint-2/manifest"))
+
+    with (
+        when(begun, other.set),
+        pytest.raises(RunError, match="Another driver goes on with the sweep in s3://bucket/taken; this one has ended"),
+    ):
+        run_sweep(config)
+    assert s3.read(f"taken/{LEASE_FILE}") == b"another"
+    assert json.loads(s3.read("taken/sweep.json"))["status"] == "running"
+    assert states(s3, "taken") == ["running"] * 2
+
+
+@pytest.mark.slow
+def test_trials_of_two_workers_some_of_which_are_stopped(s3: S3Server, tiny_sweep: SweepConfig, elsewhere: Any) -> None:
+    """Tune's results lead to the weights, on another machine too."""
+    changes = {"num_workers": "2", "cpus_per_worker": 0.5, "train_batch_size": 2, "max_train_steps": 8}
+    train = replace(tiny_sweep.train, **changes)
+    config = replace(tiny_sweep, train=train, scheduler="asha", grace_period=2, max_concurrent_trials=1)
+    result = run_sweep(into(config, f"s3://{BUCKET}/stopped"))
+    assert states(s3, "stopped") == ["finished", "stopped"]
+    assert json.loads(s3.read("stopped/trials/0001/run.json"))["status"] == "stopped"
+    local = run_sweep(config)
+    assert [row["state"] for row in figures(board(s3, "stopped"))] == ["finished", "stopped"]
+    for stored, here in zip(result.trials, local.trials, strict=True):
+        assert stored.last["val_loss"] == pytest.approx(here.last["val_loss"], rel=0, abs=1e-5)
+    elsewhere()
+    assert result.grid is not None
+    (best,) = [each for each in result.grid if each.metrics["val_loss"] == result.value]
+    weights = checkpoint_folder(best.checkpoint) / "controlnet" / WEIGHTS
+    assert weights.read_bytes() == s3.read(f"stopped/trials/0000/checkpoint-8/controlnet/{WEIGHTS}")
