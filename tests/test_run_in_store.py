@@ -21,6 +21,7 @@ from raycontrolnet.errors import ConfigError, RunError
 from raycontrolnet.sampling import find_controlnet
 from raycontrolnet.storage.lock import Owner, content_of
 from raycontrolnet.storage.object_store import ObjectStore
+from raycontrolnet.storage.run_folder import folder_of
 from raycontrolnet.storage.store_lock import store_locked
 from raycontrolnet.storage.stored_folder import StoredFolder
 
@@ -271,3 +272,20 @@ def test_sigterm_to_the_driver(use_s3: S3Server, run_settings: Settings) -> None
     assert len(losses(use_s3, "ended")) == step
     assert json.loads(use_s3.read("ended/run.json"))["status"] == "interrupted"
     assert f"(--output_dir s3://{BUCKET}/ended)" in stderr
+
+
+@pytest.mark.parametrize(
+    ("patterns", "folder"),
+    [
+        (["run.json"], ""),
+        (["trials/*/run.json", "trials/*/validation/*"], "trials"),
+        (["trials/0001/metrics.jsonl", "trials/0001/validation/*"], "trials/0001"),
+        (["trials/000[1-3]/run.json"], "trials"),
+        (["trials/*", "run.json"], ""),
+        (["/elsewhere/logs/*", "run.json"], ""),
+        (["../logs/*"], ""),
+        ([], ""),
+    ],
+)
+def test_only_the_folder_of_the_patterns_is_listed(patterns: list[str], folder: str) -> None:
+    assert folder_of(patterns) == folder

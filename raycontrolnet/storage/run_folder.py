@@ -128,4 +128,7 @@ def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
 
 def folder_of(patterns: Sequence[str]) -> str:
     """Return the folder in which all files lie that match one of `patterns`; empty if they lie anywhere."""
-    return os.path.commonpath([re.split(r"[*?[]", pattern)[0].rpartition("/")[0] for pattern in patterns] or [""])
+    folders = [re.split(r"[*?[]", pattern)[0].rpartition("/")[0] for pattern in patterns]
+    if any(folder.startswith(("/", "..")) for folder in folders):  # outside, as a logging_dir may be: nothing matches
+        return ""
+    return os.path.commonpath(folders or [""])
