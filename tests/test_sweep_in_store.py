@@ -180,7 +180,7 @@ def test_another_driver_takes_over(s3: S3Server, tiny_sweep: SweepConfig, elsewh
 @pytest.mark.slow
 def test_trials_of_two_workers_some_of_which_are_stopped(s3: S3Server, tiny_sweep: SweepConfig, elsewhere: Any) -> None:
     """Tune's results lead to the weights, on another machine too."""
-    changes = {"num_workers": "2", "cpus_per_worker": 0.5, "train_batch_size": 2, "max_train_steps": 8}
+    changes: dict[str, Any] = {"num_workers": "2", "cpus_per_worker": 0.5, "train_batch_size": 2, "max_train_steps": 8}
     train = replace(tiny_sweep.train, **changes)
     config = replace(tiny_sweep, train=train, scheduler="asha", grace_period=2, max_concurrent_trials=1)
     result = run_sweep(into(config, f"s3://{BUCKET}/stopped"))

@@ -33,7 +33,7 @@ class SweepLease:
 
     def for_trials(self) -> SweepLease:
         """Return the lease for the sweep's trials."""
-        return replace(self, folder=self.folder.for_workers(self.sweep_id))
+        return replace(self, folder=self.folder.for_workers())
 
     def set(self) -> None:
         """Take the sweep over."""
