@@ -104,7 +104,7 @@ def test_an_earlier_leaderboard_stays_until_the_new_one_is_whole(
     trials = some_trials(tmp_path)
     before = write_leaderboard(tmp_path, trials, "val_loss").read_text()
 
-    def fail(trial: Trial) -> str:
+    def fail(_: object, trial: Trial) -> str:
         if trial.record.index == 0:
             raise RuntimeError("in the middle")
         return ""
