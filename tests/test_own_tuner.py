@@ -109,6 +109,10 @@ def test_population_based_training(train: TrainConfig, tmp_path: Path) -> None:
     [
         ({"hub_token": "hf_secret"}, "--hub_token: Tune would write it to its files; set HF_TOKEN where Ray runs"),
         ({"push_to_hub": True}, "--push_to_hub: trials would overwrite each other; push the best by hand"),
+        (
+            {"output_dir": "s3://bucket/trials?region=eu"},
+            "--output_dir=s3://bucket/trials: trials of a Tuner of your own need a folder on a disk; `sweep` takes URIs",
+        ),
     ],
 )
 def test_settings_that_are_not_for_trials(tiny_settings: dict[str, Any], changes: dict[str, Any], words: str) -> None:
