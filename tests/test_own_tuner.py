@@ -111,7 +111,7 @@ def test_population_based_training(train: TrainConfig, tmp_path: Path) -> None:
         ({"push_to_hub": True}, "--push_to_hub: trials would overwrite each other; push the best by hand"),
         (
             {"output_dir": "s3://bucket/trials?region=eu"},
-            "--output_dir=s3://bucket/trials: trials of a Tuner of your own need a folder on a disk; `sweep` takes URIs",
+            "--output_dir=s3://bucket/trials: trials of a Tuner of your own need a folder on a disk; sweep takes URIs",
         ),
     ],
 )

@@ -81,7 +81,7 @@ def trainable(train_config: TrainConfig) -> Callable[[dict[str, Any]], None]:
     if given:
         raise ConfigError([f"--{name}: {NOT_FOR_TRIALS[name]}" for name in given])
     if is_uri(train_config.output_dir):
-        problem = "trials of a Tuner of your own need a folder on a disk; `sweep` takes URIs"
+        problem = "trials of a Tuner of your own need a folder on a disk; sweep takes URIs"
         raise ConfigError([f"--output_dir={shown_uri(train_config.output_dir)}: {problem}"])
     shared = with_absolute_paths(train_config)
     if shared.seed is None:
