@@ -49,12 +49,10 @@ def _network_only_if_marked(request: pytest.FixtureRequest, monkeypatch: pytest.
 def _local_ray() -> None:
     """Start one Ray for the whole session, at the first test that needs it: two CPUs for workers, one for loading."""
     import ray
-
-    from raycontrolnet.cluster.session import set_up_environment
+    from processes import start_ray
 
     if not ray.is_initialized():
-        set_up_environment()
-        ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+        start_ray()
 
 
 @pytest.fixture(scope="session", autouse=True)

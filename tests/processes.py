@@ -126,3 +126,20 @@ def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
     while not condition():
         assert time.monotonic() < end, f"not within {timeout_s} s"
         time.sleep(0.1)
+
+
+def start_ray(num_cpus: int = 3) -> None:
+    """Start a Ray in this process: two CPUs for workers, one for loading; once more if the machine was too busy."""
+    import ray
+
+    from raycontrolnet.cluster.session import set_up_environment
+
+    set_up_environment()
+    for is_last in (False, True):
+        try:
+            ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False)
+            return
+        except Exception:  # Ray raises bare ones
+            ray.shutdown()
+            if is_last:
+                raise

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import ctrl_c, kill_9, when, workers_called
+from processes import ctrl_c, kill_9, start_ray, when, workers_called
 from runs import Settings, column, flags, run
 from s3_server import BUCKET, KEYS, S3Server, flaky_proxy, s3, use_s3
 
@@ -72,11 +72,8 @@ def ray_in_store(use_s3: S3Server) -> Iterator[None]:
     """Start a Ray whose workers find the server."""
     import ray
 
-    from raycontrolnet.cluster.session import set_up_environment
-
     ray.shutdown()  # that of other tests
-    set_up_environment()
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+    start_ray()
     yield
     ray.shutdown()
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from processes import start_ray
 
 from raycontrolnet.cluster.blocks import to_block
 from raycontrolnet.data.records import PreparedRow
@@ -52,7 +53,7 @@ def _local_ray() -> Iterator[None]:
 
     ray.shutdown()  # that of other tests, which has more CPUs
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # tests are not installed where tasks run
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    start_ray(num_cpus=1)
     yield
     ray.shutdown()
 

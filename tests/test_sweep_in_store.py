@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from processes import kill_9, when
+from processes import kill_9, start_ray, when
 from s3_server import BUCKET, KEYS, S3Server, s3
 from sweeps import leaderboard, run_sweep
 
@@ -37,14 +37,11 @@ def _ray_in_store(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """Start a Ray whose processes find the server, for all tests here."""
     import ray
 
-    from raycontrolnet.cluster.session import set_up_environment
-
     ray.shutdown()  # that of other tests
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**s3.environment, "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("nodes"))}.items():
             patch.setenv(name, value)
-        set_up_environment()
-        ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+        start_ray()
         yield
         ray.shutdown()
 
