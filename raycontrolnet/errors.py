@@ -54,7 +54,8 @@ def root_cause(error: BaseException) -> BaseException:
     if failures:
         error = next(iter(failures.values()))
     while not isinstance(error, (UserError, RunError)):
-        cause = getattr(error, "cause", None) or error.__cause__
+        # In this order: a task's, that of Ray Train's controller, Python's own.
+        cause = getattr(error, "cause", None) or getattr(error, "controller_failure", None) or error.__cause__
         if cause is None:
             break
         error = cause

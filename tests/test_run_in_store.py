@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from processes import ctrl_c, kill_9, start_ray, when, workers_called
 from runs import Settings, column, flags, run
 from s3_server import BUCKET, KEYS, S3Server, flaky_proxy, s3, use_s3
 
-from raycontrolnet import GenerateConfig, TrainConfig, fit, generate
+from raycontrolnet import GenerateConfig, TrainConfig, cli, fit, generate
 from raycontrolnet.errors import ConfigError, RunError
 from raycontrolnet.sampling import find_controlnet
 from raycontrolnet.storage.lock import Owner, content_of
@@ -111,8 +112,11 @@ def test_it_goes_on_on_another_machine(use_s3: S3Server, run_settings: Settings,
     elsewhere()
     with pytest.raises(ConfigError, match=r"--output_dir=s3://bucket/moved: holds checkpoint-2 of an earlier run"):
         fit(TrainConfig(**settings))
-    fit(TrainConfig(**settings | {"resume_from_checkpoint": "latest"}))
+    config = cli.parse("train", ["--config", f"{settings['output_dir']}/config.yaml", "--max_train_steps", "4"])
+    fit(dataclasses.replace(config, resume_from_checkpoint="latest"))
     assert losses(use_s3, "moved") == column(whole, "loss")
+    for folder in ("moved", "moved/checkpoint-4/controlnet"):  # no path of a machine
+        assert use_s3.read(f"{folder}/config.json") == (whole / "config.json").read_bytes()
     assert use_s3.read(f"moved/{WEIGHTS}") == (whole / WEIGHTS).read_bytes()
 
 
@@ -137,6 +141,7 @@ def test_images_are_drawn_from_a_run_in_the_store(
     [
         ("gone/x", r"cannot be used \(there is no bucket gone, or it is not yours\); name a folder"),
         (f"{BUCKET}/nothing", "there is no ControlNet; look for its name"),
+        (f"{BUCKET}/drawn/chekpoint-2", "there is no ControlNet; name a checkpoint of it, such as s3://bucket/drawn/"),
         (f"{BUCKET}/drawn/checkpoint-9", "there is no ControlNet; name a checkpoint of it, such as s3://bucket/drawn/"),
     ],
 )
@@ -195,6 +200,18 @@ def test_places_that_cannot_be_used(use_s3: S3Server, run_settings: Settings, pl
     with pytest.raises(ConfigError, match=rf"--output_dir.*: {problem}") as error:
         fit(TrainConfig(**run_settings | {"output_dir": place}))
     assert "word" not in str(error.value)
+    assert not use_s3.names("run"), "what is refused leaves nothing"
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_nobody_answers(run_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    place = "s3://bucket/silent"
+    problem = (
+        rf"--output_dir={place}: cannot be used \(http://127.0.0.1:1 does not answer: Failed to connect .*\); name a "
+    )
+    with pytest.raises(ConfigError, match=problem):
+        fit(TrainConfig(**run_settings | {"output_dir": place}))
 
 
 @pytest.mark.usefixtures("elsewhere")

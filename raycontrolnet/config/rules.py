@@ -103,6 +103,8 @@ def pair_problems(config: Any, prompt: str, image: str) -> Problems:
     for path in images:
         if problem := path_problem(image, path):
             yield problem
+        elif is_uri(path):
+            yield f"--{image}={shown_uri(path)}: must be a file on a disk; copy it to this machine"
         elif not Path(path).is_file():
             yield f"--{image}={path}: no such file"
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Union
 
 from raycontrolnet.errors import ConfigError
+from raycontrolnet.storage.object_store import ObjectStore
+from raycontrolnet.storage.uri import UNUSABLE, is_uri
 from raycontrolnet.text import error_message, perhaps
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
@@ -102,8 +104,16 @@ def unknown_names(settings: Mapping[Any, Any], known: Mapping[str, Any], place: 
     return [f"{place}: unknown setting {name}{perhaps(str(name), known) or advice}" for name in unknown]
 
 
+def _text(path: str) -> str:
+    if not is_uri(path):
+        return Path(path).read_text(encoding="utf-8")
+    folder, _, name = path.partition("?")[0].rpartition("/")
+    options = path.partition("?")[2]
+    return ObjectStore(f"{folder}?{options}" if options else folder).read(name).decode()
+
+
 def read_yaml(path: str | Path, place: str) -> dict[Any, Any]:
-    """Return the content of a YAML file of `name: value` lines, whatever the names.
+    """Return the content of a YAML file of `name: value` lines, on a disk or in an object store, whatever the names.
 
     Raises:
         ConfigError: names `place`, the flag that the file is from, if it cannot be read or is not a mapping.
@@ -111,8 +121,8 @@ def read_yaml(path: str | Path, place: str) -> dict[Any, Any]:
     import yaml
 
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError) as error:
+        settings = yaml.safe_load(_text(str(path))) or {}
+    except UNUSABLE as error:
         raise ConfigError([f"{place}: cannot be read ({error_message(error)})"]) from None
     except yaml.YAMLError as error:
         raise ConfigError([f"{place}: is not valid YAML ({error_message(error)})"]) from None

@@ -105,6 +105,8 @@ def choose_latents(run: CheckedRun, stream: TextIO, *, reused: bool = False) -> 
     # Bad samples must be known before the first update.
     wanted = {"on": True, "off": False, "auto": reuses_rows or config.on_bad_sample == "skip"}
     if not wanted[config.cache_latents]:
+        if config.cache_latents == "auto" and config.latents_cache_dir:
+            stream.write("latents: not cached, as no image is used twice; --cache_latents on caches them\n")
         return run
     if run.random_subset:
         stream.write("latents: not cached, because --max_train_samples draws other rows without --seed\n")

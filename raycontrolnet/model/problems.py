@@ -11,6 +11,7 @@ from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.config.train_config import FACTS, names_with
 from raycontrolnet.model import kinds
 from raycontrolnet.model.files import ModelFiles, NotKnown, NotThere, Unreachable, hub_files, local_files
+from raycontrolnet.storage.uri import is_uri, shown_uri
 from raycontrolnet.text import error_message
 
 BASE = "pretrained_model_name_or_path"
@@ -100,6 +101,8 @@ def model_path_problem(name: str, value: Any, flag: str | None = None) -> str | 
         return f"{start}is an address; give the Hub id: {'/'.join(value.removeprefix(HUB_ADDRESS).split('/')[:2])}"
     if value.endswith(SINGLE_FILES):
         return f"{start}no such file, and not a Hub id (owner/name); correct the path"
+    if is_uri(value):
+        return f"--{flag or name}={shown_uri(value)}: must be a folder on a disk, or a Hub id; copy it to this machine"
     if not _is_hub_id(value):
         return f"{start}no such folder, and not the form of a Hub id (owner/name)"
     return None

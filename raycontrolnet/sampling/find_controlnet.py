@@ -77,6 +77,8 @@ def _fetched(uri: str) -> Path:
         folder.pull(CONFIG_FILE, *(f"{inner}{name}" for name in names))
         places = (folder.path / inner, folder.path / inner / checkpoints.CONTROLNET_FOLDER)
         if not any((place / "config.json").is_file() for place in places):
+            if re.fullmatch(r"\w+-\d+", folder.name):  # a typo in checkpoint-N
+                folder, _ = folder_containing(folder.parent, "controlnet")
             last = folder.latest()
             advice = f"name a checkpoint of it, such as {folder.place_of(last)}" if last else "look for its name"
             raise ConfigError([f"--controlnet={shown_uri(uri)}: there is no ControlNet; {advice}"])

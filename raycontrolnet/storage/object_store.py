@@ -136,9 +136,14 @@ class ObjectStore:
         def delete() -> None:
             system, root = open_uri(self.uri)
             with suppress(FileNotFoundError):
-                system.delete_dir(f"{root}/{name}")
+                system.delete_dir(f"{root}/{name}".rstrip("/"))
 
         reached(delete, RUN_WAITS_S)
+
+    def delete_if_empty(self) -> None:
+        """Delete the mark of a folder without objects, which stores that know no folders keep."""
+        if not self.list():
+            self.delete_folder("")
 
 
 def _objects(found: Iterable[fs.FileInfo], root: str) -> dict[str, Stored]:

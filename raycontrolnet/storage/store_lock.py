@@ -42,6 +42,7 @@ class StoreLock:
             found = _read(self._store)
             if found and found.token == self._owner.token:
                 self._store.delete([LOCK_FILE])
+                self._store.delete_if_empty()
         except OSError as error:
             logger.warning("%s/%s stays there (%s)", self._store.shown, LOCK_FILE, error)
 

@@ -50,13 +50,18 @@ def reached(attempt: Callable[[], T], waits_s: Sequence[float] | None = None) ->
             raise
         except Exception as error:  # noqa: BLE001 - pyarrow and fsspec raise ValueError, ImportError and more
             if not waits or not isinstance(error, OSError) or _LASTING.search(str(error)):
-                raise OSError(_reason(error)) from None
-            logger.warning("an object store failed, and is tried again: %s", _reason(error))
+                raise OSError(reason(error)) from None
+            logger.warning("an object store failed, and is tried again: %s", reason(error))
         time.sleep(waits.pop(0))
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception, longest: int = _LONGEST_REASON) -> str:
+    """Return why a request to a store failed, in at most `longest` letters, without keys."""
     text = _NOISE.sub("", error_message(error))
+    if "NETWORK_CONNECTION" in text:
+        address = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        details = text.rpartition("Details: ")[2].rstrip(": ")
+        text = f"{address or 'the store'} does not answer: {details}"
     for secret in filter(None, map(os.environ.get, _SECRET_VARIABLES)):
         text = text.replace(secret, "***")
-    return text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 3]}..."
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-from raycontrolnet.text import error_message
+from raycontrolnet.storage.store_requests import reason
 
 if TYPE_CHECKING:
     from pyarrow import fs
@@ -63,8 +63,8 @@ def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
 def unusable(error: Exception) -> str:
     """Return why a URI cannot be used, and the way out, to follow it in a message."""
     return (
-        f"cannot be used ({error_message(error, 200)}); name a folder, or a URI such as s3://bucket/folder that this "
-        "machine may read and write"
+        f"cannot be used ({reason(error, 160)}); name a folder, or a URI such as s3://bucket/folder, with keys and "
+        "address in the environment"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -153,7 +154,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, accelerator: Accelerator, 
 
 def save_state(state: TrainState, folder: Path) -> None:
     """Write into a checkpoint's folder what `build_state` reads back."""
-    unwrap_controlnet(state).save_pretrained(folder / CONTROLNET_FOLDER)
+    _save_controlnet(state, folder / CONTROLNET_FOLDER)
     scaler: Any = state.accelerator.scaler
     torch.save(
         {
@@ -166,6 +167,15 @@ def save_state(state: TrainState, folder: Path) -> None:
     )
 
 
+def _save_controlnet(state: TrainState, folder: Path) -> None:
+    """Write the ControlNet in diffusers' form, without the path that diffusers notes where it was read from."""
+    unwrap_controlnet(state).save_pretrained(folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config.pop("_name_or_path", None) is not None:
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def controlnet_bytes(state: TrainState) -> int:
     """Return the bytes of the ControlNet's weights."""
     return sum(value.numel() * value.element_size() for value in state.components.controlnet.parameters())
@@ -175,7 +185,7 @@ def save_final_weights(state: TrainState, output_dir: Path) -> None:
     """Write the ControlNet in diffusers' form to the root of `output_dir`, each file whole or not at all."""
     partial = output_dir / ".final.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    unwrap_controlnet(state).save_pretrained(partial)
+    _save_controlnet(state, partial)
     readable_by_umask(partial)
     for file in sorted(partial.iterdir(), reverse=True):  # the weights before config.json
         os.replace(file, output_dir / file.name)
