@@ -49,6 +49,9 @@ def bootstrapped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str,
         images = boto3.client("ec2", region_name=config["provider"]["region"]).describe_images()["Images"]
         for kind in config["available_node_types"].values():
             kind["node_config"]["ImageId"] = images[0]["ImageId"]
+        # Which `_configure_iam_role` makes for the head.
+        profile = config["available_node_types"]["gpu_worker"]["node_config"]["IamInstanceProfile"]["Name"]
+        boto3.client("iam").create_instance_profile(InstanceProfileName=profile)
         provider_cls = _get_node_provider_cls(config["provider"])
         yield provider_cls.bootstrap_config(provider_cls.fillout_available_node_types_resources(config))
 
