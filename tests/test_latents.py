@@ -208,7 +208,7 @@ def test_unfinished_files_of_another_process_are_not_seen(folder: CacheFolder) -
 
 def test_an_object_store_is_a_folder_like_any_other() -> None:
     """Pyarrow's store in memory takes the way of S3 and GCS: streams, not files that are renamed."""
-    folder = cache_folder("mock:///bucket/cache")
+    folder = cache_folder("mock:///bucket/rows")
     assert not folder.is_local
     assert folder.sizes() == {}
     cache = cache_of(folder, [0, 1, 2], [3])
