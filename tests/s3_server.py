@@ -6,7 +6,7 @@ import itertools
 import logging
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -129,10 +129,28 @@ class _FlakyProxy(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _answer  # noqa: N815
 
 
+@pytest.fixture
+def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Return a function that lets what comes see no folder of what was: another machine."""
+
+    def move() -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("machine")))
+
+    move()
+    return move
+
+
 @contextmanager
 def flaky_proxy(endpoint: str, every: int) -> Iterator[str]:
     """Serve a proxy to `endpoint` that fails one request in `every`: by a 503, or by a connection that is cut."""
     handler = type("FlakyProxy", (_FlakyProxy,), {"endpoint": endpoint, "every": every, "counted": itertools.count(1)})
+    with serving(handler) as address:
+        yield address
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Serve HTTP by `handler`, at the address that is given."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, daemon=True)

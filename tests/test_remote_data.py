@@ -11,14 +11,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
 from runs import Settings, contents, flags, losses, metadata, run
-from s3_server import BUCKET, KEYS, S3Server, flaky_proxy, s3, use_s3
+from s3_server import BUCKET, KEYS, S3Server, flaky_proxy, s3, serving, use_s3
 from test_tar_source import tar_of, write_tar
 
 from raycontrolnet import TrainConfig, prepare
@@ -383,15 +382,8 @@ def refusing_server(code: bytes) -> Iterator[str]:
 
         do_HEAD = do_GET  # noqa: N815
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serving(Handler) as address:
+        yield address
 
 
 CHECK = "; check the URI, and keys and address in the environment"

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from processes import ctrl_c, kill_9, start_ray, when, workers_called
 from runs import Settings, column, flags, run
-from s3_server import BUCKET, KEYS, S3Server, flaky_proxy, s3, use_s3
+from s3_server import BUCKET, KEYS, S3Server, elsewhere, flaky_proxy, s3, use_s3
 
 from raycontrolnet import GenerateConfig, TrainConfig, cli, fit, generate
 from raycontrolnet.errors import ConfigError, RunError
@@ -26,7 +26,7 @@ from raycontrolnet.storage.run_folder import folder_of
 from raycontrolnet.storage.store_lock import store_locked
 from raycontrolnet.storage.stored_folder import StoredFolder
 
-__all__ = ["s3", "use_s3"]  # fixtures
+__all__ = ["elsewhere", "s3", "use_s3"]  # fixtures
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -37,17 +37,6 @@ def whole(run_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
     out = tmp_path_factory.mktemp("whole") / "out"
     fit(TrainConfig(**run_settings | {"output_dir": str(out)}))
     return out
-
-
-@pytest.fixture
-def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a function that lets what comes see no folder of what was: another machine."""
-
-    def move() -> None:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("machine")))
-
-    move()
-    return move
 
 
 def losses(server: S3Server, name: str) -> list[float]:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from processes import kill_9, start_ray, when
-from s3_server import BUCKET, KEYS, S3Server, s3
+from s3_server import BUCKET, KEYS, S3Server, elsewhere, s3
 from sweeps import leaderboard, run_sweep
 
 from raycontrolnet import SweepConfig, SweepResult, TrainConfig, cli, sweep
@@ -26,7 +26,7 @@ from raycontrolnet.storage.stored_folder import StoredFolder
 from raycontrolnet.tune import checkpoint_folder
 from raycontrolnet.tune.lease import LEASE_FILE, SweepLease
 
-__all__ = ["s3"]  # a fixture
+__all__ = ["elsewhere", "s3"]  # fixtures
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MEASURED_TIMES = ("seconds", "images_per_second")
@@ -47,17 +47,6 @@ def _ray_in_store(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 pytestmark = pytest.mark.usefixtures("_ray_in_store")
-
-
-@pytest.fixture
-def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a function that lets the driver see no folder of what was: another machine."""
-
-    def move() -> None:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("machine")))
-
-    move()
-    return move
 
 
 @pytest.fixture

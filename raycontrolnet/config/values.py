@@ -13,7 +13,7 @@ from typing import Any, Union
 
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.storage.object_store import ObjectStore
-from raycontrolnet.storage.uri import UNUSABLE, is_uri
+from raycontrolnet.storage.uri import UNUSABLE, is_uri, split_uri
 from raycontrolnet.text import error_message, perhaps
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
@@ -107,9 +107,8 @@ def unknown_names(settings: Mapping[Any, Any], known: Mapping[str, Any], place: 
 def _text(path: str) -> str:
     if not is_uri(path):
         return Path(path).read_text(encoding="utf-8")
-    folder, _, name = path.partition("?")[0].rpartition("/")
-    options = path.partition("?")[2]
-    return ObjectStore(f"{folder}?{options}" if options else folder).read(name).decode()
+    folder, name = split_uri(path)
+    return ObjectStore(folder).read(name).decode()
 
 
 def read_yaml(path: str | Path, place: str) -> dict[Any, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 from raycontrolnet.data.remote_path import RemotePath
 from raycontrolnet.errors import DataError
-from raycontrolnet.storage.files import replacing
+from raycontrolnet.storage.files import replacing, user_cache
 from raycontrolnet.text import counted, error_message, file_size
 
 logger = logging.getLogger(__name__)
@@ -84,7 +83,7 @@ class RemoteCopy:
 
     def _folder(self, cache_dir: str | None) -> Path:
         key = hashlib.blake2b(repr((self.root.root, self.files)).encode(), digest_size=8).hexdigest()
-        place = Path(cache_dir or os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        place = Path(cache_dir).expanduser() if cache_dir else user_cache()
         return place / "raycontrolnet" / "datasets" / f"{self.root.name[:60]}-{key}"
 
     def _local(self, file: CopiedFile, folder: Path) -> Path:

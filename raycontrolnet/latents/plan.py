@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import os
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -23,6 +22,7 @@ from raycontrolnet.latents.cache import read_contents, read_identities
 from raycontrolnet.latents.manifest import SHARD_ROWS, BadSample, Encoding, Manifest, Shard, plan_shards
 from raycontrolnet.latents.shards import ShardResult
 from raycontrolnet.latents.vae_files import VaeFiles
+from raycontrolnet.storage.files import user_cache
 from raycontrolnet.storage.folder import CacheFolder, cache_folder, unreachable
 from raycontrolnet.storage.uri import is_uri, shown_uri
 
@@ -156,9 +156,8 @@ def _default_folder(data: DataConfig, encoding: Encoding) -> Path:
     """Return a folder of its own for each data set, model and size, named after the data."""
     name = data.train_data_dir or data.dataset_name or ""
     key = hashlib.blake2b(repr((name, data.dataset_config_name, encoding)).encode(), digest_size=4).hexdigest()
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     own = Path(shown_uri(name) if is_uri(name) else name).name
-    return root / "raycontrolnet" / "latents" / f"{own}-{encoding.resolution}px-{key}"
+    return user_cache() / "raycontrolnet" / "latents" / f"{own}-{encoding.resolution}px-{key}"
 
 
 def prepare_command(config: TrainConfig, **others: Any) -> str:

@@ -23,6 +23,11 @@ OLD_SUFFIX = ".old"
 """End of the name of a folder that is being deleted."""
 
 
+def user_cache() -> Path:
+    """Return the user's folder for what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+
+
 @contextmanager
 def replacing(path: Path, *, sync: bool = False, many_writers: bool = False) -> Iterator[Path]:
     """Give a path to write to, beside `path`; at the end the file written there replaces `path`.

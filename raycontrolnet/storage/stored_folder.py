@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,10 +19,10 @@ from typing import Any
 
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.checkpoint import MANIFEST_FILE, Checkpoint
-from raycontrolnet.storage.files import remove_folder, replacing_folder
+from raycontrolnet.storage.files import remove_folder, replacing_folder, user_cache
 from raycontrolnet.storage.object_store import ObjectStore, Stored, side_by_side
 from raycontrolnet.storage.run_folder import RunFolder, files_in, folder_of, matching
-from raycontrolnet.storage.uri import child_uri, is_uri, shown_uri
+from raycontrolnet.storage.uri import child_uri, is_uri, shown_uri, split_uri
 from raycontrolnet.text import error_message
 
 logger = logging.getLogger(__name__)
@@ -53,8 +52,7 @@ class StoredFolder(RunFolder):
     @property
     def path(self) -> Path:
         key = hashlib.blake2b(self.shown.encode(), digest_size=4).hexdigest()
-        root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "raycontrolnet" / "runs"
-        return root / f"{self.name}-{key}" / self.role / self.name
+        return user_cache() / "raycontrolnet" / "runs" / f"{self.name}-{key}" / self.role / self.name
 
     @property
     def shown(self) -> str:
@@ -66,8 +64,7 @@ class StoredFolder(RunFolder):
 
     @property
     def parent(self) -> str:
-        folder, mark, options = self.place.partition("?")
-        return f"{folder.rstrip('/').rpartition('/')[0]}{mark}{options}"
+        return split_uri(self.place)[0]
 
     def place_of(self, checkpoint: Checkpoint) -> str:
         return child_uri(self.place, checkpoint.path.name)
@@ -252,12 +249,13 @@ def folder_containing(uri: str, role: str) -> tuple[RunFolder, str]:
     Args:
         role: name of the working folder on this machine.
     """
-    place, mark, options = uri.partition("?")
-    parts = place.rstrip("/").split("/")
-    depth = 2 if parts[-1] == checkpoints.CONTROLNET_FOLDER and checkpoints.is_name(parts[-2]) else 0
-    depth = 1 if checkpoints.is_name(parts[-1]) else depth
-    cut = len(parts) - depth
-    return StoredFolder(f"{'/'.join(parts[:cut])}{mark}{options}", role), "".join(f"{part}/" for part in parts[cut:])
+    parent, name = split_uri(uri)
+    if checkpoints.is_name(name):
+        return StoredFolder(parent, role), f"{name}/"
+    grandparent, checkpoint = split_uri(parent)
+    if name == checkpoints.CONTROLNET_FOLDER and checkpoints.is_name(checkpoint):
+        return StoredFolder(grandparent, role), f"{checkpoint}/{name}/"
+    return StoredFolder(uri, role), ""
 
 
 def _state(file: Path) -> tuple[int, int]:

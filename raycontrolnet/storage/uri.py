@@ -44,6 +44,13 @@ def child_uri(uri: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}{mark}{options}"
 
 
+def split_uri(uri: str) -> tuple[str, str]:
+    """Return the URI of the folder that `uri` lies in, with its options, and the last part of its name."""
+    place, mark, options = uri.partition("?")
+    folder, _, name = place.rstrip("/").rpartition("/")
+    return f"{folder}{mark}{options}", name
+
+
 @lru_cache(maxsize=8)
 def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
     """Return the file system of `uri`, and the path in it; for S3 AWS_* variables tell keys and address.
