@@ -55,6 +55,9 @@ def s3_server() -> Iterator[S3Server]:
     server.start()
     _, port = server.get_host_and_port()
     found = S3Server(f"http://127.0.0.1:{port}")
+    # moto keeps its buckets for the whole process: those of an earlier server, too.
+    urlopen(Request(f"{found.endpoint}/moto-api/reset", method="POST")).close()
+    open_uri.cache_clear()  # those of another address
     found.client.create_bucket(Bucket=BUCKET)
     try:
         yield found
@@ -74,7 +77,7 @@ def use_s3(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """Set the environment's variables by which S3 is found."""
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
-    open_uri.cache_clear()  # those of another address
+    open_uri.cache_clear()  # those of a test's proxy
     return s3
 
 
