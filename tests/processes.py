@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +16,9 @@ from pathlib import Path
 import psutil
 
 from raycontrolnet.training import metrics
+
+START_TIMEOUT_S = 300.0
+"""For a command with a Ray of its own to be at work, on a busy machine."""
 
 
 def processes_of_session(leader: int) -> list[psutil.Process]:
@@ -68,7 +73,7 @@ def ctrl_c(
     """
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=env)
     try:
-        wait_for(ready, timeout_s=120)
+        wait_for(ready, timeout_s=START_TIMEOUT_S)
         (os.killpg if whole_group else os.kill)(process.pid, number)
         _, stderr = process.communicate(timeout=60)
     finally:
@@ -143,3 +148,6 @@ def start_ray(num_cpus: int = 3) -> None:
             ray.shutdown()
             if is_last:
                 raise
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ResourceWarning)
+                gc.collect()  # Ray's processes, which end by themselves

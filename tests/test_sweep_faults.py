@@ -56,7 +56,8 @@ def test_a_sweep_goes_on_with_what_is_left(sweep_settings: Settings) -> None:
 
 def test_the_driver_is_killed(sweep_settings: Settings, tmp_path: Path) -> None:
     """With -9, in the midst; the trials of the sweep that goes on end as runs of their settings that nobody killed."""
-    flags = {**sweep_settings, "num_samples": 3, "scheduler": "none", "max_train_steps": 12, "cpus_per_worker": 1}
+    flags = {**sweep_settings, "num_samples": 2, "scheduler": "none", "max_train_steps": 12, "cpus_per_worker": 1}
+    flags["max_concurrent_trials"] = 1  # so that one has ended
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     disturbed = Path(sweep_settings["output_dir"])
     command = tune_command(flags)
@@ -65,11 +66,11 @@ def test_the_driver_is_killed(sweep_settings: Settings, tmp_path: Path) -> None:
     finished = [record for record in records.read_records(disturbed) if ran_to_its_end(disturbed, record)]
     before = {record.index: (records.folder_of(disturbed, record) / "run.json").read_bytes() for record in finished}
     again = subprocess.run([*command, "--resume"], check=True, capture_output=True, text=True, env=environment)
-    assert f"sweep: {3 - len(finished)} trial" in again.stderr
+    assert f"sweep: {2 - len(finished)} trial" in again.stderr
     for record in finished:
         assert (records.folder_of(disturbed, record) / "run.json").read_bytes() == before[record.index]
     trials = records.read_trials(disturbed, 2)
-    assert [trial.record.state for trial in trials] == ["finished"] * 3
+    assert [trial.record.state for trial in trials] == ["finished"] * 2
     assert begun.items() <= {trial.record.index: trial.record.settings for trial in trials}.items()
     for trial in trials:
         own = yaml.safe_load((trial.folder / "config.yaml").read_text())
@@ -209,7 +210,7 @@ def test_all_trials_fail(sweep_settings: Settings) -> None:
 
 def test_median_with_a_trial_that_diverges(sweep_settings: Settings) -> None:
     """It is tried again, marked, and the sweep goes on."""
-    space = {"learning_rate": {"grid": [1e38, 1e-3, 2e-3, 4e-3, 0.2]}}
+    space = {"learning_rate": {"grid": [1e38, 1e-3, 4e-3, 0.2]}}
     config = SweepConfig(
         train=TrainConfig(**sweep_settings),
         space=space,
@@ -221,7 +222,7 @@ def test_median_with_a_trial_that_diverges(sweep_settings: Settings) -> None:
     result = run_sweep(config)
     found = {trial.record.settings["learning_rate"]: trial.record for trial in result.trials}
     states = {rate: record.state for rate, record in found.items()}
-    assert states == {1e38: "failed", 1e-3: "finished", 2e-3: "finished", 4e-3: "finished", 0.2: "stopped"}
+    assert states == {1e38: "failed", 1e-3: "finished", 4e-3: "finished", 0.2: "stopped"}
     failed = found[1e38]
     assert failed.attempts == 2
     assert failed.cause is not None
