@@ -535,19 +535,19 @@ def test_resolve_fails_with_a_message(given: str | None, message: str, tmp_path:
 
 
 def test_resolve_in_an_empty_folder(tmp_path: Path) -> None:
-    assert resume.resolve(None, RunFolder(str(tmp_path))) is None
-    with pytest.raises(ConfigError) as error:
-        resume.resolve("latest", RunFolder(str(tmp_path)))
-    (problem,) = error.value.problems
-    assert problem.startswith(f"--resume_from_checkpoint=latest: {tmp_path} holds no complete checkpoint; leave")
+    (tmp_path / ".checkpoint-2.partial").mkdir()
+    for given in (None, "latest"):
+        assert resume.resolve(given, RunFolder(str(tmp_path))) is None
     with pytest.raises(ConfigError, match=rf"=checkpoint-2: no such folder; complete in {tmp_path}: none"):
         resume.resolve("checkpoint-2", RunFolder(str(tmp_path)))
 
 
-def test_what_is_no_checkpoint_is_not_written_over(tmp_path: Path) -> None:
-    (tmp_path / "diffusion_pytorch_model.safetensors").write_text("weights")
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "checkpoint-2"])
+@pytest.mark.parametrize("given", [None, "latest"])
+def test_what_is_no_checkpoint_is_not_written_over(tmp_path: Path, name: str, given: str | None) -> None:
+    (tmp_path / name).write_text("weights")
     with pytest.raises(ConfigError, match="which is no complete checkpoint of raycontrolnet and would be overwritten"):
-        resume.resolve(None, RunFolder(str(tmp_path)))
+        resume.resolve(given, RunFolder(str(tmp_path)))
 
 
 @pytest.mark.parametrize("file", ["optimizer.bin", "random_states_0.pkl", "scheduler.bin"])

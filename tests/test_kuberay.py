@@ -160,16 +160,12 @@ def test_a_checkpoint_has_the_time_that_it_needs(kind: str) -> None:
             assert "ray drain-node" in command
 
 
-@pytest.mark.parametrize("is_retry", [False, True])
-def test_a_retry_of_the_job_goes_on(tmp_path: Path, *, is_retry: bool) -> None:
-    """The entrypoint as the shell on the head sees it; `latest` alone is refused where there is none."""
+def test_a_retry_of_the_job_goes_on(tmp_path: Path) -> None:
+    """The entrypoint as the shell on the head sees it."""
     spec = read("rayjob.yaml")["spec"]
     assert spec["backoffLimit"] > 0
     assert spec["shutdownAfterJobFinishes"]
     assert spec["submissionMode"] == "HTTPMode"
-    if is_retry:
-        (tmp_path / "my-controlnet" / "checkpoint-10").mkdir(parents=True)
-        (tmp_path / "my-controlnet" / "checkpoint-10" / "manifest.json").touch()
     settings = "pretrained_model_name_or_path: base\ntrain_data_dir: data\n"
     (tmp_path / "train.yaml").write_text(settings, encoding="utf-8")
     entrypoint = spec["entrypoint"].replace("/mnt/shared", str(tmp_path))
@@ -177,5 +173,5 @@ def test_a_retry_of_the_job_goes_on(tmp_path: Path, *, is_retry: bool) -> None:
     command, *flags = subprocess.run(["sh", "-c", shell], check=True, capture_output=True, text=True).stdout.split()
     assert command == "train"
     config = cli.parse(command, flags)
-    assert config.resume_from_checkpoint == ("latest" if is_retry else None)
+    assert config.resume_from_checkpoint == "latest"
     assert (config.num_workers, config.use_gpu) == ("1:4", True)

@@ -51,7 +51,7 @@ class OutputConfig:
     resume_from_checkpoint: str | None = setting(
         None, fixed="is for single runs, as trials start from the beginning", instead="resume a sweep with --resume"
     )
-    """`latest`, a `checkpoint-N` of output_dir, or a path."""
+    """`latest` (a new start if there is none yet), a `checkpoint-N` of output_dir, or a path."""
     logging_dir: str = setting("logs", fixed=METRICS, left_out_of_card=True)
     """TensorBoard files, under output_dir."""
     report_to: str = setting("tensorboard", fixed=METRICS)

@@ -272,6 +272,8 @@ def _announce(run: CheckedRun, status: RunStatus, stream: TextIO, *, use_gpu: bo
         f"{schedule.batch_size} x accumulation {schedule.accumulation_steps}, updates {step} to "
         f"{schedule.total_updates}, seed {run.config.seed}\n"
     )
+    if run.config.resume_from_checkpoint and run.start is None:
+        stream.write("no checkpoint is there yet: the run starts anew\n")
     if run.start and step >= schedule.total_updates:
         length = "num_train_epochs" if run.config.max_train_steps is None else "max_train_steps"
         stream.write(

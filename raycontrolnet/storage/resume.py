@@ -21,7 +21,8 @@ _OF_OTHERS = ("optimizer.bin", "scheduler.bin", "random_states_*.pkl", "optimize
 def resolve(resume_from_checkpoint: str | None, folder: RunFolder) -> Checkpoint | None:
     """Return the checkpoint that `--resume_from_checkpoint` names: `latest`, a name in `folder`, or a path.
 
-    It is on this machine then.
+    It is on this machine then. None for a new run, which is what `latest` means before the first checkpoint: the same
+    command then starts a run, and goes on with it wherever it was cut off.
 
     Raises:
         ConfigError: if it is not there, not complete or damaged; or if the setting is not given and `folder` holds
@@ -57,7 +58,7 @@ def resolve(resume_from_checkpoint: str | None, folder: RunFolder) -> Checkpoint
         raise ConfigError([f"{flag}: {error}; complete in {folder.shown}: {others}"]) from None
 
 
-def _latest(folder: RunFolder, present: Sequence[Checkpoint], flag: str) -> Checkpoint:
+def _latest(folder: RunFolder, present: Sequence[Checkpoint], flag: str) -> Checkpoint | None:
     try:
         found = folder.latest_sound()
     except OSError as error:
@@ -67,11 +68,10 @@ def _latest(folder: RunFolder, present: Sequence[Checkpoint], flag: str) -> Chec
     if other := next((path for path in folder.path.glob("checkpoint-*") if _is_of_others(path)), None):
         raise ConfigError([f"{flag}: {_of_others(other)}"])
     if present:
-        names = _names(present)
-        problem = f"holds only damaged checkpoints ({names}); leave the flag out, and name another --output_dir"
-    else:
-        problem = "holds no complete checkpoint; leave the flag out to start anew"
-    raise ConfigError([f"{flag}: {folder.shown} {problem}"])
+        problem = f"holds only damaged checkpoints ({_names(present)})"
+        raise ConfigError([f"{flag}: {folder.shown} {problem}; leave the flag out, and name another --output_dir"])
+    _check_nothing_is_overwritten(folder, present)
+    return None
 
 
 def _names(checkpoints: Sequence[Checkpoint]) -> str:
