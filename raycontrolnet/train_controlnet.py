@@ -7,6 +7,7 @@ due a checkpoint or validation images; at the end the final weights.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -169,7 +170,7 @@ class Worker:
         components, device, seed = self.state.components, self.state.accelerator.device, self.job.config.seed
         assert seed is not None
         # A copy: padding and truncation are states of a tokenizer, which validation uses in another thread.
-        tokenizer = copy.deepcopy(components.tokenizer)
+        own = dataclasses.replace(components, tokenizers=copy.deepcopy(components.tokenizers))
         num_timesteps = components.noise_scheduler.config["num_train_timesteps"]
         shape = latent_shape(components, self.job.config.resolution)
         for micro_step, rows in enumerate(batches):
@@ -180,9 +181,9 @@ class Worker:
                     "order. Please report this with the output folder's run.log"
                 )
             for row in rows:
-                warn_if_cut(tokenizer, row.prompt)
+                warn_if_cut(own.tokenizers, row.prompt)
             indices = [row.sample_index for row in rows]
-            yield make_batch(rows, tokenizer, device), draw(seed, indices, shape, num_timesteps, device)
+            yield make_batch(rows, own, device), draw(seed, indices, shape, num_timesteps, device)
 
     def update(self, inputs: Iterator[tuple[Batch, Draws]]) -> None:
         """Do one optimizer update."""

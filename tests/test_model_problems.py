@@ -19,6 +19,7 @@ from raycontrolnet.errors import ConfigError
 from raycontrolnet.latents.prepare import prepare
 from raycontrolnet.launch.preflight import check
 from raycontrolnet.model import files, kinds
+from raycontrolnet.model.families.registry import TRAINED
 from raycontrolnet.model.problems import model_problems
 from raycontrolnet.storage.run_folder import RunFolder
 
@@ -101,9 +102,9 @@ KINDS = [
 @pytest.mark.parametrize(("changed", "kind"), KINDS, ids=[kind for _, kind in KINDS])
 def test_kinds_of_unets(changed: dict[str, Any], kind: str, base: Path, hub: HubStandIn, tmp_path: Path) -> None:
     change(base / "unet" / "config.json", **changed)
-    assert problem(base) == f"is {kind}; {kinds.TRAINED}"
+    assert problem(base) == f"is {kind}; {TRAINED}"
     upload(hub, base)
-    assert problem(BASE, cache_dir=str(tmp_path / "cache")) == f"is {kind}; {kinds.TRAINED}"
+    assert problem(BASE, cache_dir=str(tmp_path / "cache")) == f"is {kind}; {TRAINED}"
 
 
 PIPELINES = [
@@ -122,7 +123,7 @@ def test_other_pipelines(
     change(base / "model_index.json", _class_name=name, **parts)
     if parts.get("unet", "") is None:
         (base / "unet").rename(base / "transformer")
-    message = f"is a {name} (its {shown}); {kinds.TRAINED}"
+    message = f"is a {name} (its {shown}); {TRAINED}"
     assert problem(base) == message
     upload(hub, base)
     assert problem(BASE, cache_dir=str(tmp_path / "cache")) == message

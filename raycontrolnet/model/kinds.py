@@ -8,8 +8,6 @@ from typing import Any
 
 from raycontrolnet.model.diffusion import PREDICTION_TYPES
 
-TRAINED = "only Stable Diffusion 1.x and 2.x text-to-image bases can be trained"
-
 BY_INPUT_CHANNELS = {
     3: "a pixel-space model",
     5: "a depth-to-image model",
@@ -25,40 +23,14 @@ MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")
 SDXL_EMBEDDING, SDXL_WIDTH = "text_time", 2048
 """`addition_embed_type` of SDXL and its refiner, and `cross_attention_dim` of SDXL itself."""
 
-PART_CLASSES = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
-}
-"""Part of a pipeline -> classes that are loaded."""
-
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+?))?(?P<shard>-\d+-of-\d+)?"
     r"(?:\.(?P<old_variant>\w+?))?\.(?P<ending>safetensors|bin)"
 )
 
 
-def pipeline_problem(index: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with a base of this model_index.json: another kind of pipeline; None if nothing is."""
-    pipeline = index.get("_class_name")
-    if not isinstance(pipeline, str):
-        return None
-    for part, classes in PART_CLASSES.items():
-        given = index.get(part)
-        found = given[1] if isinstance(given, list) and len(given) == 2 else None
-        if found not in classes:
-            return f"is a {pipeline} (its {part}: {found or 'none'}); {TRAINED}"
-    return None
-
-
-def unet_problem(config: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with a base whose UNet has this config.json: its kind; None if nothing is."""
-    kind = _kind_of(config)
-    return f"is {kind}; {TRAINED}" if kind else None
-
-
-def _kind_of(config: Mapping[str, Any]) -> str | None:
-    """Return the kind of a UNet's base if it is not a text-to-image Stable Diffusion 1.x or 2.x."""
+def kind_of_unet(config: Mapping[str, Any]) -> str | None:
+    """Return the kind of the base with this UNet if it is not a text-to-image Stable Diffusion 1.x or 2.x."""
     own = config.get("_class_name", "UNet2DConditionModel")
     extra, channels = config.get("addition_embed_type"), config.get("in_channels", 4)
     if own != "UNet2DConditionModel":

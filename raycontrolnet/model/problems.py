@@ -10,19 +10,20 @@ from raycontrolnet.cluster.shared_files import SharedFiles
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.config.train_config import FACTS, names_with
 from raycontrolnet.model import kinds
+from raycontrolnet.model.families.registry import FAMILIES, denoiser_problem, family_of, pipeline_problem
 from raycontrolnet.model.files import ModelFiles, NotKnown, NotThere, Unreachable, hub_files, local_files
+from raycontrolnet.model.loading import BASE
 from raycontrolnet.storage.uri import is_uri, shown_uri
 from raycontrolnet.text import error_message
 
-BASE = "pretrained_model_name_or_path"
 CONTROLNET = "controlnet_model_name_or_path"
 TOKENIZER = "tokenizer_name"
 MAIN_FILES = {BASE: "unet/config.json", CONTROLNET: "config.json", TOKENIZER: "tokenizer_config.json"}
 """Setting -> a file that its model has, for models whose files are looked at."""
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 HUB_ADDRESS = "https://huggingface.co/"
-PARTS = {BASE: tuple(kinds.PART_CLASSES), CONTROLNET: ("",)}
-"""Setting -> folders with weights."""
+SINGLE_FILES_OF = (BASE, CONTROLNET)
+"""Settings whose models also come as single files."""
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -95,7 +96,7 @@ def model_path_problem(name: str, value: Any, flag: str | None = None) -> str | 
         missing = [folder for folder in folders if not (path / folder).is_dir()]
         if not missing:
             return None
-        kind = kinds.pipeline_problem(local_files(path).read_json("model_index.json")) if name == BASE else None
+        kind = pipeline_problem(local_files(path).read_json("model_index.json")) if name == BASE else None
         return start + (kind or f"no {', '.join(missing)} in that folder; it must be in diffusers' layout")
     if value.startswith(HUB_ADDRESS):
         return f"{start}is an address; give the Hub id: {'/'.join(value.removeprefix(HUB_ADDRESS).split('/')[:2])}"
@@ -114,7 +115,7 @@ def file_advice(path: Path, name: str) -> str:
         return f"is a file; name the folder that it is in: {path.parent}"
     if name == BASE and (path.parent.parent / "model_index.json").is_file():
         return f"is a file of a part; name the model's folder: {path.parent.parent}"
-    if path.suffix not in SINGLE_FILES or name not in PARTS:
+    if path.suffix not in SINGLE_FILES or name not in SINGLE_FILES_OF:
         return "is a file; name the folder that it is in"
     cls = "StableDiffusionPipeline" if name == BASE else "ControlNetModel"
     code = f"from diffusers import {cls} as C; C.from_single_file('{path.name}').save_pretrained('{path.stem}')"
@@ -163,23 +164,26 @@ def _checked_config(name: str, value: str, model: ModelConfig, token: str | None
 
 
 def _base_problem(files: ModelFiles, model: ModelConfig) -> str | None:
-    names = files.names
+    names, index = files.names, files.read_json("model_index.json")
     if names is not None and "unet/config.json" not in names:
-        kind = kinds.pipeline_problem(files.read_json("model_index.json"))
-        return kind or "has no unet/config.json; a base model must be in diffusers' layout"
+        return pipeline_problem(index) or "has no unet/config.json; a base model must be in diffusers' layout"
+    unet = files.read_json("unet/config.json")
+    family = family_of(unet) or FAMILIES[0]
     if problem := (
-        kinds.unet_problem(files.read_json("unet/config.json"))
-        or kinds.pipeline_problem(files.read_json("model_index.json"))
+        denoiser_problem(unet)
+        or pipeline_problem(index, family)
         or kinds.scheduler_problem(files.read_json("scheduler/scheduler_config.json"))
     ):
         return problem
-    for part in PARTS[BASE] if names is not None else ():
+    for part in family.part_classes if names is not None else ():
         if problem := kinds.weights_problem(names or (), part, model.variant, variant_flag=True) or _pointer(
             files, part
         ):
             return problem
-    if names is not None and model.tokenizer_name is None and not any(name.startswith("tokenizer/") for name in names):
-        return "has no tokenizer; add that folder, or give --tokenizer_name"
+    if names is not None and model.tokenizer_name is None:
+        for folder in family.tokenizers:
+            if not any(name.startswith(f"{folder}/") for name in names):
+                return f"has no {folder}; add that folder, or give --tokenizer_name"
     return None
 
 

@@ -22,8 +22,9 @@ from raycontrolnet.config.generate_config import GenerateConfig
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.errors import ConfigError, explained, out_of_memory
 from raycontrolnet.model.components import Components, load_components
+from raycontrolnet.model.loading import BASE
 from raycontrolnet.model.performance import working_precision
-from raycontrolnet.model.problems import BASE, model_problems
+from raycontrolnet.model.problems import model_problems
 from raycontrolnet.model.prompts import cut
 from raycontrolnet.quiet import MODEL_LIBRARIES, no_progress_bars
 from raycontrolnet.sampling import find_controlnet, images, scores
@@ -96,7 +97,7 @@ def _generate(config: GenerateConfig, stream: TextIO) -> list[PairImages]:
                 controlnet_flag="controlnet",
             )
             for prompt in dict.fromkeys(config.prompt or ()):
-                if problem := cut(components.tokenizer, prompt):
+                if problem := cut(components.tokenizers, prompt):
                     stream.write(f"{problem}\n")
             results = _draw(task, components, drawn, stream)
     seconds = time.monotonic() - started

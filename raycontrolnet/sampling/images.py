@@ -157,6 +157,7 @@ def draw_items(
     while batch := list(islice(waiting, options.batch_size)):
         images = draw(
             pipeline,
+            components,
             [item.prompt for item in batch],
             [item.control(options.resolution) for item in batch],
             [item.seed for item in batch],

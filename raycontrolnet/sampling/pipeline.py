@@ -37,32 +37,20 @@ class DrawOptions:
 
 
 def build_pipeline(components: Components) -> Any:
-    """Build a StableDiffusionControlNetPipeline with UniPC on the models in memory; load and copy nothing.
+    """Build the family's ControlNet pipeline with UniPC on the models in memory; load and copy nothing.
 
     Args:
         components: the models themselves, not wrapped in DistributedDataParallel.
     """
     with only_errors():  # importing the pipelines makes transformers log about torchvision
-        from diffusers import StableDiffusionControlNetPipeline, UniPCMultistepScheduler
-
-        pipeline = StableDiffusionControlNetPipeline(
-            vae=components.vae,
-            text_encoder=components.text_encoder,
-            tokenizer=components.tokenizer,
-            unet=components.unet,
-            controlnet=components.controlnet,
-            # the configuration says what the UNet predicts (epsilon or v), so both kinds of base work
-            scheduler=UniPCMultistepScheduler.from_config(components.noise_scheduler.config),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        pipeline = components.family.build_pipeline(components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def draw(
     pipeline: Any,
+    components: Components,
     prompts: Sequence[str],
     controls: Sequence[Image.Image],
     seeds: Sequence[int],
@@ -75,15 +63,15 @@ def draw(
     their mode (training or evaluation) and their gradients.
 
     Args:
-        pipeline: of `build_pipeline`.
+        pipeline: of `build_pipeline`, for `components`.
         controls: RGB, of one size, width and height divisible by 8; as many as prompts and seeds.
         options: `resolution`, `batch_size` and `measure` are not used here.
     """
-    modules = (pipeline.text_encoder, pipeline.vae, pipeline.unet, pipeline.controlnet)
+    modules = (*components.frozen(), components.controlnet)
     for prompt in prompts:
-        warn_if_cut(pipeline.tokenizer, prompt)
+        warn_if_cut(components.tokenizers, prompt)
     is_mixed = options.precision != torch.float32
-    autocast = torch.autocast(pipeline.unet.device.type, dtype=options.precision) if is_mixed else nullcontext()
+    autocast = torch.autocast(components.unet.device.type, dtype=options.precision) if is_mixed else nullcontext()
     with only_errors(), evaluating(modules), torch.no_grad(), autocast:
         images: list[Image.Image] = pipeline(
             list(prompts),

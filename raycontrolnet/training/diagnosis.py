@@ -76,7 +76,7 @@ def diagnosis(state: TrainState, loader: BatchLoader, resolution: int, samples: 
         except UserError:  # which the run will say itself
             continue
         done += 1
-        batch = with_posterior(components, make_batch([row], components.tokenizer, device))
+        batch = with_posterior(components, make_batch([row], components, device))
         assert batch.posterior is not None
         draws = draw(loader.order.seed, [index], shape, num_timesteps["num_train_timesteps"], device)
         if not batch.posterior.isfinite().all():

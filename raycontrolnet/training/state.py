@@ -200,5 +200,5 @@ def unwrap_controlnet(state: TrainState) -> ControlNetModel:
 
 def saved_controlnet(folder: Path, like: TrainState) -> ControlNetModel:
     """Return the ControlNet of `folder`, frozen, on the device of `like`."""
-    controlnet = load_controlnet(str(folder), flag="output_dir")
+    controlnet = load_controlnet(str(folder), like.components.family, flag="output_dir")
     return controlnet.requires_grad_(False).eval().to(like.accelerator.device)
