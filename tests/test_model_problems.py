@@ -80,12 +80,17 @@ KINDS = [
     ({"num_class_embeds": 10}, "a model conditioned on classes (UNet with num_class_embeds 10)"),
     ({"time_cond_proj_dim": 256}, "an LCM-distilled model (UNet with time_cond_proj_dim)"),
     (
-        {"addition_embed_type": "text_time", "cross_attention_dim": 2048},
-        "an SDXL model (addition_embed_type text_time)",
+        {
+            "addition_embed_type": "text_time",
+            "cross_attention_dim": 1280,
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2560,
+        },
+        "an SDXL refiner, which only finishes images",
     ),
     (
-        {"addition_embed_type": "text_time", "cross_attention_dim": 1280},
-        "an SDXL refiner or a model like it (addition_embed_type text_time)",
+        {"addition_embed_type": "text_time", "in_channels": 9},
+        "an inpainting model (UNet with 9 input channels), of SDXL",
     ),
     ({"addition_embed_type": "image"}, "a model of another family (UNet with addition_embed_type image)"),
     ({"encoder_hid_dim_type": "text_proj"}, "a model of another family (UNet with encoder_hid_dim_type text_proj)"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from raycontrolnet.errors import UserError
 from raycontrolnet.model import kinds
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.families.registry import TRAINED, denoiser_problem, family_of
-from raycontrolnet.model.loading import BASE, loaded, part
+from raycontrolnet.model.loading import BASE, VAE, loaded, part
 from raycontrolnet.model.problems import mismatch
 from raycontrolnet.text import error_message
 
@@ -39,6 +40,10 @@ class Components:
     def frozen(self) -> tuple[torch.nn.Module, ...]:
         """Return the modules that training does not change."""
         return *self.text_encoders, self.vae, self.unet
+
+    def with_own_tokenizers(self) -> Components:
+        """Return the components with copies of the tokenizers, of which padding and truncation are states."""
+        return replace(self, tokenizers=copy.deepcopy(self.tokenizers))
 
 
 def load_components(
@@ -70,7 +75,8 @@ def load_components(
     if problem := kinds.scheduler_problem(noise_scheduler.config):
         raise _unsuitable(model, problem)
     tokenizers, text_encoders = family.load_text(model, token, dtype)
-    vae = load_vae(model, dtype=dtype, token=token)
+    vae_dtype = family.vae_dtype(dtype, named=model.pretrained_vae_model_name_or_path is not None)
+    vae = load_vae(model, dtype=vae_dtype, token=token)
     if controlnet_path:
         controlnet = load_controlnet(controlnet_path, family)
     elif model.controlnet_model_name_or_path:
@@ -106,15 +112,23 @@ def _family(model: ModelConfig, token: str | None) -> Family:
 
 
 def load_vae(model: ModelConfig, *, dtype: torch.dtype, token: str | None = None) -> AutoencoderKL:
-    """Load the base model's VAE on the CPU.
+    """Load the VAE that the settings name, or else the base model's, on the CPU.
 
     Raises:
         UserError: if it is missing or unreadable.
     """
     from diffusers import AutoencoderKL
 
-    weights: dict[str, Any] = {"subfolder": "vae", "variant": model.variant, "torch_dtype": dtype}
-    return part(model, token, AutoencoderKL.from_pretrained, **weights)
+    weights: dict[str, Any] = {"variant": model.variant, "torch_dtype": dtype}
+    if model.pretrained_vae_model_name_or_path is None:
+        return part(model, token, AutoencoderKL.from_pretrained, subfolder="vae", **weights)
+    try:
+        return part(model, token, AutoencoderKL.from_pretrained, VAE, **weights)
+    except UserError:
+        if model.variant is None:
+            raise
+    # The variant is the base model's: few VAEs that come alone have it.
+    return part(model, token, AutoencoderKL.from_pretrained, VAE, torch_dtype=dtype)
 
 
 def encode_images(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,25 +20,23 @@ BY_INPUT_CHANNELS = {
 MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")
 """Middle blocks that diffusers' ControlNetModel can have; the first is the default."""
 
-SDXL_EMBEDDING, SDXL_WIDTH = "text_time", 2048
-"""`addition_embed_type` of SDXL and its refiner, and `cross_attention_dim` of SDXL itself."""
-
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+?))?(?P<shard>-\d+-of-\d+)?"
     r"(?:\.(?P<old_variant>\w+?))?\.(?P<ending>safetensors|bin)"
 )
 
 
-def kind_of_unet(config: Mapping[str, Any]) -> str | None:
-    """Return the kind of the base with this UNet if it is not a text-to-image Stable Diffusion 1.x or 2.x."""
+def kind_of_unet(config: Mapping[str, Any], *, added: str | None = None) -> str | None:
+    """Return the kind of the base with this UNet if it is not a text-to-image Stable Diffusion; None if it is.
+
+    Args:
+        added: `addition_embed_type` of its family.
+    """
     own = config.get("_class_name", "UNet2DConditionModel")
     extra, channels = config.get("addition_embed_type"), config.get("in_channels", 4)
     if own != "UNet2DConditionModel":
         return f"a model with a {own}"
-    if extra == SDXL_EMBEDDING:
-        sdxl = config.get("cross_attention_dim") == SDXL_WIDTH
-        return f"{'an SDXL model' if sdxl else 'an SDXL refiner or a model like it'} (addition_embed_type {extra})"
-    if extra is not None:
+    if extra != added:
         return f"a model of another family (UNet with addition_embed_type {extra})"
     if channels != 4:
         return f"{BY_INPUT_CHANNELS.get(channels, 'a model of another family')} (UNet with {channels} input channels)"

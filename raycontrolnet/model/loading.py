@@ -15,6 +15,7 @@ from raycontrolnet.text import error_message
 Loaded = TypeVar("Loaded")
 
 BASE = "pretrained_model_name_or_path"
+VAE = "pretrained_vae_model_name_or_path"
 
 
 def part(

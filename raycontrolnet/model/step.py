@@ -31,6 +31,8 @@ class Batch(NamedTuple):
     """uint8 [B, H, W, 3] RGB."""
     tokens: tuple[Tensor, ...]
     """int64 [B, T] of each tokenizer: the prompts, padded and truncated to its maximum length T."""
+    size_conditions: Tensor | None = None
+    """fp32 [B, 6]: as in `PreparedRow`, for families that have them."""
     posterior: Tensor | None = None
     """fp16 or fp32 [B, 2, 4, H/8, W/8]: mean and log-variance from the latent cache; None to encode `images`."""
 
@@ -93,6 +95,7 @@ def make_batch(rows: Sequence[PreparedRow], components: Components, device: torc
         images=_stacked([row.image for row in rows], device),
         conditioning_images=_to_device(torch.from_numpy(np.stack([row.conditioning_image for row in rows])), device),
         tokens=tuple(_to_device(ids, device) for ids in tokens),
+        size_conditions=_size_conditions(rows, device) if components.family.has_size_conditions else None,
         posterior=_stacked([row.posterior for row in rows], device),
     )
 
@@ -101,6 +104,10 @@ def _stacked(arrays: Sequence[NDArray[Any] | None], device: torch.device) -> Ten
     """Stack the arrays on the device; None if the rows have none."""
     there = [array for array in arrays if array is not None]
     return _to_device(torch.from_numpy(np.stack(there)), device) if there else None
+
+
+def _size_conditions(rows: Sequence[PreparedRow], device: torch.device) -> Tensor:
+    return _to_device(torch.tensor([row.size_conditions for row in rows], dtype=torch.float32), device)
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -34,6 +34,8 @@ class DrawOptions:
     """Images drawn at a time. It changes them by rounding only."""
     measure: str | None = None
     """Measure of `control_fidelity`; None for no scores."""
+    interpolation: str = "bilinear"
+    """Resizing of control images."""
 
 
 def build_pipeline(components: Components) -> Any:
@@ -65,22 +67,32 @@ def draw(
     Args:
         pipeline: of `build_pipeline`, for `components`.
         controls: RGB, of one size, width and height divisible by 8; as many as prompts and seeds.
-        options: `resolution`, `batch_size` and `measure` are not used here.
+        options: `resolution`, `batch_size`, `measure` and `interpolation` are not used here.
     """
     modules = (*components.frozen(), components.controlnet)
     for prompt in prompts:
         warn_if_cut(components.tokenizers, prompt)
     is_mixed = options.precision != torch.float32
     autocast = torch.autocast(components.unet.device.type, dtype=options.precision) if is_mixed else nullcontext()
-    with only_errors(), evaluating(modules), torch.no_grad(), autocast:
-        images: list[Image.Image] = pipeline(
-            list(prompts),
-            image=list(controls),
-            num_inference_steps=options.num_inference_steps,
-            guidance_scale=options.guidance_scale,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        ).images
-        return images
+    decodes_apart = is_mixed and components.vae.dtype == torch.float32
+    with only_errors(), evaluating(modules), torch.no_grad():
+        with autocast:
+            images: Any = pipeline(
+                list(prompts),
+                image=list(controls),
+                num_inference_steps=options.num_inference_steps,
+                guidance_scale=options.guidance_scale,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                output_type="latent" if decodes_apart else "pil",
+            ).images
+        return _decoded(pipeline, images) if decodes_apart else list(images)
+
+
+def _decoded(pipeline: Any, latents: torch.Tensor) -> list[Image.Image]:
+    """Return the images of `latents`, decoded in fp32: autocast would run the VAE in half precision."""
+    vae = pipeline.vae
+    pixels = vae.decode(latents.to(vae.dtype) / vae.config["scaling_factor"], return_dict=False)[0]
+    return list(pipeline.image_processor.postprocess(pixels, output_type="pil"))
 
 
 @contextmanager

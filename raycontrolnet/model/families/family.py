@@ -3,7 +3,7 @@
 A family has no state: it is told the models and the batch. The training step is written in its terms:
 
     latents = sample of the VAE's posterior, scaled             scale_latents
-    conditioning = captions, encoded                            tokenize (on the host), encode_prompts (on the device)
+    conditioning = captions, encoded, and perhaps sizes         tokenize (on the host), encode_prompts (on the device)
     noisy_latents, target = latents and noise at a timestep     diffuse
     prediction = model(noisy_latents, conditioning, control)    predict
 
@@ -47,6 +47,12 @@ class Family(ABC):
     """Folders of the tokenizers."""
     pipeline: str
     """Class of diffusers that draws with a ControlNet."""
+    tags: tuple[str, ...]
+    """Tags of its model cards, besides those of every family."""
+    interpolation: str = "bilinear"
+    """Resizing of images unless --image_interpolation_mode says otherwise: that of diffusers' script."""
+    has_size_conditions: bool = False
+    """Batches carry the images' sizes and crops."""
 
     # --- which bases are of this family ---
 
@@ -73,6 +79,14 @@ class Family(ABC):
     @abstractmethod
     def controlnet_class(self) -> type[ControlNetModel]:
         """Return the class of the ControlNet, which can be made of the denoiser (`from_unet`) or read."""
+
+    def vae_dtype(self, dtype: torch.dtype, *, named: bool) -> torch.dtype:
+        """Return the precision of the VAE in training, by that of the other frozen models.
+
+        Args:
+            named: the VAE is not the base model's own.
+        """
+        return dtype
 
     # --- a training step ---
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.families.stable_diffusion import STABLE_DIFFUSION
+from raycontrolnet.model.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
 from raycontrolnet.model.kinds import kind_of_unet
 
-FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION,)
+FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION, STABLE_DIFFUSION_XL)
 
 TRAINED = f"only {' or '.join(family.title for family in FAMILIES)} text-to-image bases can be trained"
 
@@ -34,6 +35,8 @@ def pipeline_problem(index: Mapping[str, Any], family: Family = FAMILIES[0]) -> 
     for part, classes in family.part_classes.items():
         given = index.get(part)
         found = given[1] if isinstance(given, list) and len(given) == 2 else None
+        if found is None and part != "unet":
+            return f"has no {part}, which {family.title} needs; complete it, or name another base model"
         if found not in classes:
             return f"is a {pipeline} (its {part}: {found or 'none'}); {TRAINED}"
     return None

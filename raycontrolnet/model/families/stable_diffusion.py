@@ -57,4 +57,5 @@ STABLE_DIFFUSION = StableDiffusion(
     part_classes={"unet": UNET, "vae": VAE, "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection")},
     tokenizers=("tokenizer",),
     pipeline="StableDiffusionControlNetPipeline",
+    tags=("stable-diffusion", "stable-diffusion-diffusers"),
 )
