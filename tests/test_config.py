@@ -288,7 +288,8 @@ RULES: dict[str, list[tuple[str, Any]]] = {
     ],
     "must be at least 0": [
         ("lr_warmup_steps", -1), ("max_failures", -1), ("dataloader_num_workers", -1), ("learning_rate", -1),
-        ("adam_weight_decay", -1), ("adam_epsilon", -1), ("crops_coords_top_left_h", -1), ("crops_coords_top_left_w", -8),
+        ("adam_weight_decay", -1), ("adam_epsilon", -1),
+        ("crops_coords_top_left_h", -1), ("crops_coords_top_left_w", -8),
     ],
 }  # fmt: skip
 """Rule -> (setting, value) that breaks it."""
