@@ -19,10 +19,13 @@ from reference_xl import encode_prompt, reference_loss
 from runs import Run, Settings, equal, lines, losses, run, train, weights
 
 from raycontrolnet import GenerateConfig, generate
-from raycontrolnet.config.settings import ModelConfig
+from raycontrolnet.config.settings import INTERPOLATION_MODES, ModelConfig
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.size_conditioning import SizeConditioning
-from raycontrolnet.model.components import Components, load_components
+from raycontrolnet.data.transforms import resize_and_crop
+from raycontrolnet.errors import ConfigError, RunError
+from raycontrolnet.latents.vae_files import VaeFiles
+from raycontrolnet.model.components import Components, load_components, load_vae
 from raycontrolnet.model.step import controlnet_loss, draw, make_batch
 from raycontrolnet.quiet import only_errors
 
@@ -139,6 +142,18 @@ def test_size_conditions() -> None:
     assert real.conditions((32, 37)) == (32, 37, 0, 2, 32, 32)
 
 
+@pytest.mark.parametrize("mode", INTERPOLATION_MODES)
+def test_interpolation_is_torchvisions(mode: str) -> None:
+    """In Pillow, which torchvision's transforms of the script resize pictures with; pixels at any odds are wrong."""
+    pixels = np.random.default_rng(0).integers(0, 256, (45, 70, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    # torchvision's Resize(32) makes 49 x 32, its CenterCrop(32) then begins at round(8.5) = 8
+    filters = {name.lower(): value for name, value in Image.Resampling.__members__.items()}
+    resized = picture.resize((49, 32), filters["nearest" if mode == "nearest_exact" else mode])
+    expected = np.asarray(resized)[:, 8:40]
+    assert np.array_equal(resize_and_crop(picture, 32, mode), expected)
+
+
 # --- runs ---
 
 
@@ -243,3 +258,39 @@ def test_cached_latents_give_the_same_losses(xl_run: Run, xl_settings: Settings,
     assert losses(fixed) != pytest.approx(losses(xl_run.folder), rel=1e-5)
     manifest = json.loads((tmp_path / "latents" / "manifest.json").read_text())
     assert manifest["encoding"]["interpolation"] == "lanczos"
+    bilinear = {"image_interpolation_mode": "bilinear"}
+    with pytest.raises(ConfigError, match=r"the cache there does not fit this run \(interpolation: lanczos, not bilin"):
+        run(xl_settings | cache | bilinear, tmp_path / "bilinear")
+    vae = {"pretrained_vae_model_name_or_path": str(write_other_vae(xl_settings, tmp_path / "vae"))}
+    with pytest.raises(ConfigError, match=r"the cache there does not fit this run \(vae: "):
+        run(xl_settings | cache | vae, tmp_path / "vae_run")
+
+
+def write_other_vae(settings: Settings, folder: Path, factor: float = 1.01) -> Path:
+    """Write the base model's VAE with other weights."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(settings["pretrained_model_name_or_path"], subfolder="vae")
+    with torch.no_grad():
+        vae.quant_conv.weight *= factor
+    vae.save_pretrained(folder)
+    return folder
+
+
+def test_a_named_vae_is_the_one_that_encodes(xl_run: Run, xl_settings: Settings, tmp_path: Path) -> None:
+    """From pixels and from the cache; it need not have the base model's variant."""
+    vae = write_other_vae(xl_settings, tmp_path / "vae")
+    names = {"pretrained_model_name_or_path": "someone/base", "pretrained_vae_model_name_or_path": str(vae)}
+    with_variant = ModelConfig(**names, variant="fp16")
+    assert load_vae(with_variant, dtype=torch.float16).dtype == torch.float16
+    assert VaeFiles.find(with_variant, None) == VaeFiles.find(ModelConfig(**names), None)
+    named = {"pretrained_vae_model_name_or_path": str(vae), "max_train_steps": 1, "validation_steps": 100}
+    for name in ("validation_prompt", "validation_image", "control_fidelity"):
+        named[name] = None
+    out = run(xl_settings, tmp_path / "pixels", **named)
+    assert losses(out)[0] != losses(xl_run.folder)[0]
+    cache = {"cache_latents": "on", "latents_cache_dir": str(tmp_path / "latents"), "latents_dtype": "float32"}
+    assert losses(run(xl_settings | cache, tmp_path / "cached", **named)) == pytest.approx(losses(out), rel=1e-5)
+    broken = write_other_vae(xl_settings, tmp_path / "broken", float("inf"))
+    with pytest.raises(RunError, match="The VAE gives latents that are not finite in float32 for "):
+        run(xl_settings, tmp_path / "nan", **named | {"pretrained_vae_model_name_or_path": str(broken)})
