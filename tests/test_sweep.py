@@ -246,7 +246,7 @@ def test_models_that_are_not_there(sweep_settings: Settings, tmp_path: Path) -> 
 def test_trials_of_sdxl(sweep_settings: Settings, tiny_xl_base: Path, tmp_path: Path) -> None:
     own = {"max_train_steps": 1, "validation_steps": 1, "checkpointing_steps": 1, "latents_cache_dir": str(tmp_path)}
     train = TrainConfig(**sweep_settings | own | {"pretrained_model_name_or_path": str(tiny_xl_base)})
-    space = {"size_conditioning": {"grid": ["fixed", "real"]}}
+    space = {"crops_coords_top_left_h": {"grid": [0, 64]}}
     result = run_sweep(SweepConfig(train=train, space=space, num_samples=1, scheduler="none"))
     assert [trial.record.state for trial in result.trials] == ["finished"] * 2
     losses = [metrics.read(trial.folder / metrics.METRICS_FILE)[0]["loss"] for trial in result.trials]
