@@ -28,6 +28,8 @@ from raycontrolnet.latents.vae_files import VaeFiles
 from raycontrolnet.model.components import Components, load_components, load_vae
 from raycontrolnet.model.step import controlnet_loss, draw, make_batch
 from raycontrolnet.quiet import only_errors
+from raycontrolnet.sampling import images
+from raycontrolnet.sampling.pipeline import DrawOptions
 
 RESOLUTION = 32
 CAPTIONS = ["red circle with blue background", "", "green square"]
@@ -249,6 +251,25 @@ def test_generate_draws_the_last_validation(xl_run: Run, xl_settings: Settings, 
     assert pair.control.read_bytes() == (validated / "pair-00-control.png").read_bytes()
 
 
+def test_half_precision_images_are_decoded_in_fp32(
+    tiny_xl_base: Path, controlnet_folder: Path, xl_settings: Settings
+) -> None:
+    """Autocast, which the fp32 ControlNet needs, would run the VAE in half precision, in which SDXL's overflows."""
+    pairs = [(xl_settings["validation_prompt"][0], xl_settings["validation_image"][0])]
+    items = images.plan(pairs, 1, 0, "--image")
+    drawn, dtypes = [], set()
+    for dtype in (torch.float32, torch.bfloat16):
+        components = load(tiny_xl_base, controlnet_folder, dtype)
+        for name in ("conv_in", "conv_out"):
+            layer = getattr(components.vae.decoder, name)
+            layer.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+        options = DrawOptions(RESOLUTION, num_inference_steps=2, precision=dtype, interpolation="lanczos")
+        drawn += [np.asarray(image).astype(float) for _, image in images.draw_items(components, items, options)]
+    assert dtypes == {torch.float32}
+    assert drawn[0].std() > 1
+    assert np.abs(drawn[0] - drawn[1]).mean() < 3
+
+
 def test_cached_latents_give_the_same_losses(xl_run: Run, xl_settings: Settings, tmp_path: Path) -> None:
     """With each image's own size, which the cache keeps."""
     cache = {"cache_latents": "on", "latents_cache_dir": str(tmp_path / "latents"), "latents_dtype": "float32"}
@@ -292,5 +313,7 @@ def test_a_named_vae_is_the_one_that_encodes(xl_run: Run, xl_settings: Settings,
     cache = {"cache_latents": "on", "latents_cache_dir": str(tmp_path / "latents"), "latents_dtype": "float32"}
     assert losses(run(xl_settings | cache, tmp_path / "cached", **named)) == pytest.approx(losses(out), rel=1e-5)
     broken = write_other_vae(xl_settings, tmp_path / "broken", float("inf"))
-    with pytest.raises(RunError, match="The VAE gives latents that are not finite in float32 for "):
-        run(xl_settings, tmp_path / "nan", **named | {"pretrained_vae_model_name_or_path": str(broken)})
+    named |= {"pretrained_vae_model_name_or_path": str(broken), "mixed_precision": "bf16"}
+    with pytest.raises(RunError, match="The VAE gives latents that are not finite in bfloat16 for ") as error:
+        run(xl_settings, tmp_path / "nan", **named)
+    assert "leave out --pretrained_vae_model_name_or_path: the base model's own runs in fp32" in str(error.value)

@@ -8,7 +8,7 @@ from pathlib import Path
 from raycontrolnet.config.settings import DataConfig, ModelConfig
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.families.registry import FAMILIES, family_of
-from raycontrolnet.model.files import NotKnown, NotThere, hub_files, local_files
+from raycontrolnet.model.files import NotKnown, NotThere, cached_files, hub_files, local_files
 
 MAIN_FILE = "unet/config.json"
 SIZE_SETTINGS = ("size_conditioning", "crops_coords_top_left_h", "crops_coords_top_left_w")
@@ -22,7 +22,10 @@ def base_family(model: ModelConfig, token: str | None) -> Family | None:
         if folder.is_dir():
             files = local_files(folder)
         else:
-            files = hub_files(name, MAIN_FILE, revision=model.revision, cache_dir=model.cache_dir, token=token)
+            cached = cached_files(name, revision=model.revision, cache_dir=model.cache_dir)
+            there = cached.find(MAIN_FILE) is not None  # looked at before, or used
+            hub = {"revision": model.revision, "cache_dir": model.cache_dir, "token": token}
+            files = cached if there else hub_files(name, MAIN_FILE, **hub)
         config = files.read_json(MAIN_FILE)
     except (NotKnown, NotThere, OSError):
         return None

@@ -38,7 +38,7 @@ class Family(ABC):
     """A family of base models."""
 
     name: str
-    """Short name, for run.json."""
+    """Short name, which no other family has."""
     title: str
     """Its name in messages, --help and README."""
     part_classes: Mapping[str, tuple[str, ...]]
