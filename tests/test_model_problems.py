@@ -19,7 +19,7 @@ from raycontrolnet.errors import ConfigError
 from raycontrolnet.latents.prepare import prepare
 from raycontrolnet.launch.preflight import check
 from raycontrolnet.model import files, kinds
-from raycontrolnet.model.families.registry import TRAINED
+from raycontrolnet.model.families.registry import TRAINED, denoiser_problem
 from raycontrolnet.model.problems import model_problems
 from raycontrolnet.storage.run_folder import RunFolder
 
@@ -142,6 +142,11 @@ def test_what_else_a_base_lacks(base: Path, hub: HubStandIn, tmp_path: Path) -> 
     assert problem(BASE, cache_dir=str(tmp_path / "cache")) == wrong
     change(base / "scheduler" / "scheduler_config.json", prediction_type="epsilon")
     assert problem(base) is None
+    own = json.loads((base / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+    for name in ("EDMDPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"):
+        change(base / "scheduler" / "scheduler_config.json", _class_name=name)
+        assert problem(base) == f"its scheduler is {name}; only DDPM's noise can be trained"
+    change(base / "scheduler" / "scheduler_config.json", _class_name=own)
     shutil.rmtree(base / "tokenizer")
     assert problem(base) == "has no tokenizer; add that folder, or give --tokenizer_name"
     (base / "unet" / "config.json").unlink()
@@ -166,6 +171,8 @@ def test_good_bases_pass(tiny_base: Path, tiny_base_v: Path, hub: HubStandIn, tm
 def test_an_xl_base(tiny_xl_base: Path, hub: HubStandIn, tmp_path: Path) -> None:
     """Complete it passes; each of its parts that is missing is named."""
     assert problem(tiny_xl_base) is None
+    full_size = {"cross_attention_dim": 2048, "projection_class_embeddings_input_dim": 2816}
+    assert denoiser_problem({"addition_embed_type": "text_time", "addition_time_embed_dim": 256, **full_size}) is None
     upload(hub, tiny_xl_base)
     assert problem(BASE, cache_dir=str(tmp_path / "cache")) is None
     base = shutil.copytree(tiny_xl_base, tmp_path / "base")

@@ -20,6 +20,9 @@ BY_INPUT_CHANNELS = {
 MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")
 """Middle blocks that diffusers' ControlNetModel can have; the first is the default."""
 
+OTHER_NOISE = ("EDM", "FlowMatch")
+"""Beginnings of the schedulers' names for models that take their noise otherwise than DDPM, as Playground v2.5."""
+
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+?))?(?P<shard>-\d+-of-\d+)?"
     r"(?:\.(?P<old_variant>\w+?))?\.(?P<ending>safetensors|bin)"
@@ -59,6 +62,8 @@ def kind_of_unet(config: Mapping[str, Any], *, added: str | None = None) -> str 
 
 def scheduler_problem(config: Mapping[str, Any]) -> str | None:
     """Return what is wrong with a base of this scheduler_config.json; None if nothing is."""
+    if (name := str(config.get("_class_name", ""))).startswith(OTHER_NOISE):
+        return f"its scheduler is {name}; only DDPM's noise can be trained"
     predicted = config.get("prediction_type", PREDICTION_TYPES[0])
     if predicted in PREDICTION_TYPES:
         return None
