@@ -26,6 +26,7 @@ from raycontrolnet.data.transforms import resize_and_crop
 from raycontrolnet.errors import ConfigError, RunError
 from raycontrolnet.latents.vae_files import VaeFiles
 from raycontrolnet.model.components import Components, load_components, load_vae
+from raycontrolnet.model.families.stable_diffusion_xl import StableDiffusionXL
 from raycontrolnet.model.step import controlnet_loss, draw, make_batch
 from raycontrolnet.quiet import only_errors
 from raycontrolnet.sampling import images
@@ -85,6 +86,22 @@ def test_the_loss_is_the_scripts(
             controlnet_loss(components, components.controlnet, _other_tokens(batch, 1), draws).mean(),
         ):
             assert abs(float(wrong - expected)) > 1e-5
+
+
+def test_the_pooled_caption_has_a_say(components: Components, monkeypatch: pytest.MonkeyPatch) -> None:
+    draws, batch = draw(0, [0, 1, 2], LATENT_SHAPE, 1000, CPU), make_batch(rows(), components, CPU)
+    encode_prompts = StableDiffusionXL.encode_prompts
+
+    def others(*arguments: Any) -> Any:
+        conditioning = encode_prompts(*arguments)
+        added = conditioning["added_cond_kwargs"]
+        return conditioning | {"added_cond_kwargs": added | {"text_embeds": added["text_embeds"].flip(0)}}
+
+    with torch.no_grad():
+        found = controlnet_loss(components, components.controlnet, batch, draws)
+        monkeypatch.setattr(StableDiffusionXL, "encode_prompts", others)
+        changed = controlnet_loss(components, components.controlnet, batch, draws)
+    assert ((found - changed).abs() > 1e-5).tolist() == [True, False, True]
 
 
 def _other_tokens(batch: Any, place: int) -> Any:
