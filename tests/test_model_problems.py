@@ -194,7 +194,12 @@ def test_a_refiner(tiny_xl_base: Path, tmp_path: Path) -> None:
     """Told from the base by its UNet alone, whatever its width."""
     base = shutil.copytree(tiny_xl_base, tmp_path / "base")
     change(base / "unet" / "config.json", cross_attention_dim=24, projection_class_embeddings_input_dim=24 + 5 * 8)
-    assert problem(base) == f"is an SDXL refiner, which only finishes images; {TRAINED}"
+    refused = f"is an SDXL refiner, which only finishes images; {TRAINED}"
+    assert problem(base) == refused
+    for part in ("text_encoder", "tokenizer"):  # as the refiner is published
+        shutil.rmtree(base / part)
+    change(base / "model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline", text_encoder=[None, None])
+    assert problem(base) == refused
 
 
 def test_controlnets_of_another_family(tiny_base: Path, tiny_xl_base: Path, tmp_path: Path) -> None:

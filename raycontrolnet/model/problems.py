@@ -11,6 +11,7 @@ from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.config.train_config import FACTS, names_with
 from raycontrolnet.model import kinds
 from raycontrolnet.model.base_family import MAIN_FILE
+from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.families.registry import FAMILIES, denoiser_problem, family_of, pipeline_problem
 from raycontrolnet.model.files import ModelFiles, NotKnown, NotThere, Unreachable, hub_files, local_files
 from raycontrolnet.model.loading import BASE, VAE
@@ -105,7 +106,7 @@ def model_path_problem(name: str, value: Any, flag: str | None = None) -> str | 
         missing = [folder for folder in folders if not (path / folder).is_dir()]
         if not missing:
             return None
-        kind = pipeline_problem(local_files(path).read_json("model_index.json")) if name == BASE else None
+        kind = _kind_problem(local_files(path)) if name == BASE else None
         return start + (kind or f"no {', '.join(missing)} in that folder; it must be in diffusers' layout")
     if value.startswith(HUB_ADDRESS):
         return f"{start}is an address; give the Hub id: {'/'.join(value.removeprefix(HUB_ADDRESS).split('/')[:2])}"
@@ -172,17 +173,21 @@ def _checked_config(name: str, value: str, model: ModelConfig, token: str | None
     return config
 
 
+def _kind_problem(files: ModelFiles) -> str | None:
+    """Return why a base model cannot be trained, or which part it lacks, by its UNet and its model_index.json."""
+    unet = files.read_json(MAIN_FILE)
+    return denoiser_problem(unet) or pipeline_problem(files.read_json("model_index.json"), _family(files))
+
+
+def _family(files: ModelFiles) -> Family:
+    return family_of(files.read_json(MAIN_FILE)) or FAMILIES[0]
+
+
 def _base_problem(files: ModelFiles, model: ModelConfig) -> str | None:
-    names, index = files.names, files.read_json("model_index.json")
-    if names is not None and "unet/config.json" not in names:
-        return pipeline_problem(index) or "has no unet/config.json; a base model must be in diffusers' layout"
-    unet = files.read_json("unet/config.json")
-    family = family_of(unet) or FAMILIES[0]
-    if problem := (
-        denoiser_problem(unet)
-        or pipeline_problem(index, family)
-        or kinds.scheduler_problem(files.read_json("scheduler/scheduler_config.json"))
-    ):
+    names, family, problem = files.names, _family(files), _kind_problem(files)
+    if names is not None and MAIN_FILE not in names:
+        return problem or f"has no {MAIN_FILE}; a base model must be in diffusers' layout"
+    if problem := problem or kinds.scheduler_problem(files.read_json("scheduler/scheduler_config.json")):
         return problem
     for part in family.part_classes if names is not None else ():
         if problem := kinds.weights_problem(names or (), part, model.variant, variant_flag=True) or _pointer(
