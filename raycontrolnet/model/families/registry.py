@@ -16,7 +16,7 @@ TRAINED = f"only {' or '.join(family.title for family in FAMILIES)} text-to-imag
 
 
 def family_of(config: Mapping[str, Any]) -> Family | None:
-    """Return the family of a base whose denoiser, or of a ControlNet which, has this config.json; None if no one's."""
+    """Return the family of the denoiser or ControlNet with this config.json; None if it is of none."""
     return next((family for family in FAMILIES if family.recognizes(config)), None)
 
 
