@@ -36,6 +36,8 @@ raycontrolnet {__version__}: the ControlNet trainer for Ray
   raycontrolnet demo [FLAGS]                         train a small one on data made here, to see that it works
   raycontrolnet --version
 """
+WITHOUT_USE = {"enable_npu_flash_attention": "is for Ascend NPUs, on which raycontrolnet does not run"}
+"""Flags of diffusers' scripts that make no sense here -> the reason."""
 WITH_FILE = "--config FILE.yaml reads the same settings from a file; flags override it."
 
 
@@ -140,7 +142,9 @@ def parse(command: str, argv: Sequence[str]) -> Any:
     if problems := unknown_names(given, known, place) + problems:
         raise ConfigError(problems)
     defaults = {**(_load(found.defaults) if found.defaults else {}), **from_file}
-    flags = _whole_flags(flags, known)
+    flags = _whole_flags(flags, {*known, *WITHOUT_USE})
+    if problems := _without_use(flags):
+        raise ConfigError(problems)
     settings = _parsed(flags, found.groups, defaults, f"raycontrolnet {command}", found.description)
     if space is not None and settings["space"] is None:
         settings["space"] = space
@@ -164,6 +168,12 @@ def _whole_flags(argv: Sequence[str], known: Iterable[str]) -> list[str]:
         meant = [other for other in names if other.startswith(name)] if flag != name and name not in names else []
         whole.append(f"--{meant[0]}{has_value}{value}" if len(meant) == 1 and name else argument)
     return whole
+
+
+def _without_use(flags: Iterable[str]) -> list[str]:
+    """Return a problem for each flag of diffusers' scripts that makes no sense here."""
+    names = [flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")]
+    return [f"--{name}: {WITHOUT_USE[name]}; leave it out" for name in names if name in WITHOUT_USE]
 
 
 def _parsed(

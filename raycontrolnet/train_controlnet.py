@@ -6,7 +6,6 @@ due a checkpoint or validation images; at the end the final weights.
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -92,7 +91,8 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
                 torch.set_num_threads(job.threads)
             torch.backends.cuda.matmul.allow_tf32 = job.config.allow_tf32
             with clock("model"), retried_if_continued(continued=checkpoint is not job.start):
-                state = build_state(job.config, schedule, accelerator, checkpoint, job.token, encodes=not job.cached)
+                how: dict[str, Any] = {"encodes": not job.cached, "interpolation": job.interpolation}
+                state = build_state(job.config, schedule, accelerator, checkpoint, job.token, **how)
             share = Share(rank, world_size, schedule.micro_batches)
             return Worker(job, schedule, share, state, clock).run(batches)
 
@@ -168,8 +168,7 @@ class Worker:
         """Yield each micro-step's batch and draws on the device; runs in a thread, one ahead of the step."""
         components, device, seed = self.state.components, self.state.accelerator.device, self.job.config.seed
         assert seed is not None
-        # A copy: padding and truncation are states of a tokenizer, which validation uses in another thread.
-        tokenizer = copy.deepcopy(components.tokenizer)
+        own = components.with_own_tokenizers()  # validation uses the others in another thread
         num_timesteps = components.noise_scheduler.config["num_train_timesteps"]
         shape = latent_shape(components, self.job.config.resolution)
         for micro_step, rows in enumerate(batches):
@@ -180,9 +179,9 @@ class Worker:
                     "order. Please report this with the output folder's run.log"
                 )
             for row in rows:
-                warn_if_cut(tokenizer, row.prompt)
+                warn_if_cut(own.tokenizers, row.prompt)
             indices = [row.sample_index for row in rows]
-            yield make_batch(rows, tokenizer, device), draw(seed, indices, shape, num_timesteps, device)
+            yield make_batch(rows, own, device), draw(seed, indices, shape, num_timesteps, device)
 
     def update(self, inputs: Iterator[tuple[Batch, Draws]]) -> None:
         """Do one optimizer update."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from raycontrolnet.demo.shapes import COLOURS, SHAPES
 
@@ -87,6 +87,46 @@ def write_random_base(
     return write_parts(folder, parts)
 
 
+def write_random_xl_base(folder: Path, *, prediction_type: PredictionType = "epsilon", seed: int = 0) -> Path:
+    """Write a tiny Stable Diffusion XL with random weights to `folder`, as `write_random_base`."""
+    folder = Path(folder)
+    tokenizers = [write_tokenizer(folder / name, pad) for name, pad in (("tokenizer", END), ("tokenizer_2", "!"))]
+    shape = _SIZES["tiny"]
+    second = replace(shape, text_width=24)
+    sizes_width = 8  # of each of the six
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        vae = _vae(shape)
+        vae.register_to_config(force_upcast=True)
+        parts = {
+            "text_encoder": _text_encoder(shape, tokenizers[0], layers=2),
+            "text_encoder_2": _text_encoder(second, tokenizers[1], layers=2, cls=CLIPTextModelWithProjection),
+            "vae": vae,
+            # Like SDXL: no attention at the highest resolution, more layers of it at lower ones, linear projections.
+            "unet": UNet2DConditionModel(
+                sample_size=shape.resolution // 8,
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                block_out_channels=shape.unet_channels,
+                layers_per_block=1,
+                transformer_layers_per_block=(1, 2),
+                norm_num_groups=shape.unet_groups,
+                cross_attention_dim=shape.text_width + second.text_width,
+                attention_head_dim=(2, 4),
+                use_linear_projection=True,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=sizes_width,
+                projection_class_embeddings_input_dim=second.text_width + 6 * sizes_width,
+            ),
+            "scheduler": EulerDiscreteScheduler(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type,
+                steps_offset=1, timestep_spacing="leading",
+            ),
+        }  # fmt: skip
+        parts["scheduler"].register_to_config(clip_sample=False)
+    return write_parts(folder, parts, "StableDiffusionXLPipeline")
+
+
 def build_parts(size: Size, tokenizer: CLIPTokenizer, prediction_type: PredictionType = "epsilon") -> dict[str, Any]:
     """Build text_encoder, vae, unet and scheduler, with weights drawn from torch's random state."""
     shape = _SIZES[size]
@@ -98,17 +138,17 @@ def build_parts(size: Size, tokenizer: CLIPTokenizer, prediction_type: Predictio
     }
 
 
-def write_parts(folder: Path, parts: Mapping[str, Any]) -> Path:
-    """Write the parts of `build_parts` to `folder`, which holds the tokenizer, and return `folder`."""
+def write_parts(folder: Path, parts: Mapping[str, Any], pipeline: str = "StableDiffusionPipeline") -> Path:
+    """Write the parts of `build_parts` to `folder`, which holds the tokenizers, and return `folder`."""
     for name, part in parts.items():
         part.save_pretrained(folder / name)
     # Not by StableDiffusionPipeline, which takes seconds to import.
     index = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": pipeline,
         "_diffusers_version": diffusers.__version__,
-        "requires_safety_checker": False,
-        **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), (None, None)),
-        "tokenizer": ("transformers", "CLIPTokenizer"),
+        **({} if "text_encoder_2" in parts else {"requires_safety_checker": False, "safety_checker": (None, None)}),
+        **dict.fromkeys(("feature_extractor", "image_encoder"), (None, None)),
+        **{path.name: ("transformers", "CLIPTokenizer") for path in sorted(folder.glob("tokenizer*"))},
         **{name: (type(part).__module__.partition(".")[0], type(part).__name__) for name, part in parts.items()},
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -168,13 +208,15 @@ def _normalize_latents(vae: AutoencoderKL) -> None:
     layer.bias.sub_(mean).mul_(scale)
 
 
-def _text_encoder(shape: _Size, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def _text_encoder(
+    shape: _Size, tokenizer: CLIPTokenizer, layers: int | None = None, cls: type[Any] = CLIPTextModel
+) -> Any:
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=shape.text_width,
         intermediate_size=4 * shape.text_width,
         projection_dim=shape.text_width,
-        num_hidden_layers=shape.text_layers,
+        num_hidden_layers=layers or shape.text_layers,
         num_attention_heads=shape.text_heads,
         max_position_embeddings=CONTEXT_LENGTH,
         hidden_act="quick_gelu",
@@ -182,7 +224,7 @@ def _text_encoder(shape: _Size, tokenizer: CLIPTokenizer) -> CLIPTextModel:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return CLIPTextModel(config).eval()
+    return cls(config).eval()
 
 
 def _scheduler(prediction_type: str) -> PNDMScheduler | DDIMScheduler:
@@ -204,7 +246,7 @@ def _scheduler(prediction_type: str) -> PNDMScheduler | DDIMScheduler:
     return scheduler
 
 
-def write_tokenizer(folder: Path) -> CLIPTokenizer:
+def write_tokenizer(folder: Path, pad: str = END) -> CLIPTokenizer:
     """Write CLIP's byte-level BPE with a small vocabulary, and return it loaded.
 
     Any text can be encoded; each word of the shapes' captions is one token.
@@ -223,7 +265,7 @@ def write_tokenizer(folder: Path) -> CLIPTokenizer:
                 "do_lower_case": True,
                 "bos_token": START,
                 "eos_token": END,
-                "pad_token": END,
+                "pad_token": pad,
                 "unk_token": END,
             }
         ),

@@ -93,6 +93,14 @@ def tiny_base_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_xl_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a Stable Diffusion XL of a few thousand random weights that predicts the noise."""
+    from base_model import write_random_xl_base
+
+    return write_random_xl_base(tmp_path_factory.mktemp("tiny_xl_base"))
+
+
+@pytest.fixture(scope="session")
 def circles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """13 rows, so that epochs end within a batch. Do not write into it."""
     return write_shapes(tmp_path_factory.mktemp("circles"), 13, resolution=TINY_RESOLUTION)

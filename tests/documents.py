@@ -25,6 +25,7 @@ import sys
 from pathlib import Path
 
 import yaml
+from base_model import write_random_xl_base
 
 from raycontrolnet.demo.shapes import draw_row
 
@@ -81,8 +82,10 @@ def section(name: str, heading: str) -> str:
 
 
 def write_workspace(folder: Path, base: Path) -> Path:
-    """Write a folder in which the blocks run: base model, my-images, my-photos, examples, job, and the program."""
+    """Write a folder in which the blocks run: base models, my-images, my-photos, examples, job, and the program."""
     write_base(base, folder / "stable-diffusion-v1-5" / "stable-diffusion-v1-5")
+    xl_base = write_random_xl_base(folder / "stabilityai" / "stable-diffusion-xl-base-1.0")
+    shutil.copytree(xl_base / "vae", folder / "madebyollin" / "sdxl-vae-fp16-fix")
     shutil.copytree(ROOT / "examples", folder / "examples")
     write_data(folder / "my-images", "metadata.jsonl", block("metadata.jsonl").text, ("image", "conditioning_image"))
     (folder / "my-photos").mkdir()

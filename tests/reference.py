@@ -112,7 +112,7 @@ def steps(state: TrainState, *batches: list[PreparedRow], seed: int = 0, weight:
     return [
         train_step(
             state,
-            make_batch(rows, state.components.tokenizer, CPU),
+            make_batch(rows, state.components, CPU),
             draw(seed, [row.sample_index for row in rows], LATENT_SHAPE, 1000, CPU),
             weight,
         )

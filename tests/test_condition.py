@@ -206,7 +206,7 @@ def test_the_command_makes_a_data_set_that_trains(
         row = source.read(index)
         assert isinstance(row.image, str)
         assert Path(row.image).samefile(photos / name)
-        image, conditioning_image = prepare_images(row, RESOLUTION)
+        image, conditioning_image, _ = prepare_images(row, RESOLUTION)
         assert np.array_equal(conditioning_image, conditions.grey(image)), name  # the same pixels of both
         assert np.ptp(image) > 30
     settings = tiny_settings | {"train_data_dir": str(out), "resolution": RESOLUTION, "max_train_steps": 1}
@@ -631,7 +631,7 @@ def test_a_conditioning_image_of_another_shape_than_square_fits_its_picture(tmp_
         assert min(made.shape[:2]) == RESOLUTION
         Image.fromarray(made).save(tmp_path / "made.png")
         row = ImageRow(str(path), str(tmp_path / "made.png"), ("",), "here")
-        image, conditioning_image = prepare_images(row, RESOLUTION)
+        image, conditioning_image, _ = prepare_images(row, RESOLUTION)
         assert np.array_equal(conditioning_image, conditions.grey(image))
 
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from runs import flags
 
-from raycontrolnet.cli import parse
+from raycontrolnet.cli import main, parse
 from raycontrolnet.config.declare import title
 from raycontrolnet.config.settings import LR_SCHEDULERS
 from raycontrolnet.config.train_config import GROUPS, TrainConfig, changed_settings, public_settings
@@ -56,7 +56,7 @@ OWN_FLAGS: dict[str, dict[str, Any]] = {
         "num_workers": "1", "accelerator_type": None, "address": None, "cache_latents": "auto",
         "latents_cache_dir": None, "latents_dtype": "float16", "on_bad_sample": "fail", "license": None,
         "on_nan": "fail",
-        "control_fidelity": None, "tracker_group": None,
+        "control_fidelity": None, "tracker_group": None, "size_conditioning": "fixed",
     },
     "BOOL": {
         "use_gpu": None,
@@ -69,7 +69,16 @@ OWN_FLAGS: dict[str, dict[str, Any]] = {
         "max_failures": 3, "max_preemption_failures": -1, "latents_batch_size": 4, "max_nan": 10,
     },
 }  # fmt: skip
-KINDS = {name: kind for flags in (FLAGS, OWN_FLAGS) for kind, names in flags.items() for name in names}
+XL_FLAGS: dict[str, dict[str, Any]] = {
+    "STR": {
+        "pretrained_vae_model_name_or_path": None, "image_interpolation_mode": None,
+    },
+    "INT": {
+        "crops_coords_top_left_h": 0, "crops_coords_top_left_w": 0,
+    },
+}  # fmt: skip
+"""Flags that the script for SDXL has besides; there the default of image_interpolation_mode is lanczos."""
+KINDS = {name: kind for flags in (FLAGS, XL_FLAGS, OWN_FLAGS) for kind, names in flags.items() for name in names}
 
 Settings = dict[str, Any]
 MINIMAL: Settings = {"pretrained_model_name_or_path": "base", "train_data_dir": "data"}
@@ -114,12 +123,13 @@ def parsed(*flags: str) -> TrainConfig:
 
 def test_there_are_52_flags_and_our_own() -> None:
     assert sum(map(len, FLAGS.values())) == 52
+    assert sum(map(len, XL_FLAGS.values())) == 4
     assert KINDS.keys() == DEFAULTS.keys()
 
 
 def test_defaults() -> None:
     types = {"STR": str, "INT": int, "FLOAT": float, "FLAG": bool}
-    for kind, names in [*FLAGS.items(), *OWN_FLAGS.items()]:
+    for kind, names in [*FLAGS.items(), *XL_FLAGS.items(), *OWN_FLAGS.items()]:
         assert {name: DEFAULTS[name] for name in names} == names
         assert {type(DEFAULTS[name]) for name in names} <= {types.get(kind), type(None)}
 
@@ -187,7 +197,7 @@ def other_values(image: str) -> Settings:
     own = {
         "lr_scheduler": "cosine", "mixed_precision": "bf16", "report_to": "wandb", "num_workers": "2:4",
         "cache_latents": "on", "latents_dtype": "float32", "on_bad_sample": "skip", "on_nan": "skip",
-        "license": "openrail++",
+        "license": "openrail++", "image_interpolation_mode": "lanczos", "size_conditioning": "real",
         "control_fidelity": "shape", "validation_image": (image, image), "resolution": 256,
     }  # fmt: skip
     values = {name: own.get(name, kinds[kind](index)) for index, (name, kind) in enumerate(KINDS.items())}
@@ -217,6 +227,14 @@ def test_settings_arrive(form: str, without: tuple[str, ...], image: str, file: 
         assert type(getattr(found, name)) is type(value)
 
 
+@pytest.mark.parametrize("argument", ["--enable_npu_flash_attention", "--enable-npu-flash-attention", "--enable_npu"])
+def test_flags_that_make_no_sense_here(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The script for SDXL has one."""
+    assert main(["train", *flags(MINIMAL), argument]) == 2
+    message = "--enable_npu_flash_attention: is for Ascend NPUs, on which raycontrolnet does not run; leave it out"
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind == "FLAG"])
 def test_a_switch_turns_itself_alone(name: str) -> None:
     assert changed_settings(parsed(*flags(MINIMAL), f"--{name}")) == MINIMAL | {name: True}
@@ -232,6 +250,10 @@ RULES: dict[str, list[tuple[str, Any]]] = {
     ],
     "must be one of auto, on, off": [("cache_latents", "yes")],
     "must be one of float16, float32": [("latents_dtype", "half")],
+    "must be one of fixed, real": [("size_conditioning", "own")],
+    "must be one of nearest, nearest_exact, bilinear, bicubic, box, hamming, lanczos; perhaps you meant lanczos": [
+        ("image_interpolation_mode", "lanczo"),
+    ],
     "must be one of fail, skip": [("on_bad_sample", "drop"), ("on_nan", "stop")],
     "must be a fraction below 1, a count of at least 2, or 0 for none": [
         ("validation_split", -0.1), ("validation_split", 1), ("validation_split", 2.5),
@@ -267,6 +289,7 @@ RULES: dict[str, list[tuple[str, Any]]] = {
     "must be at least 0": [
         ("lr_warmup_steps", -1), ("max_failures", -1), ("dataloader_num_workers", -1), ("learning_rate", -1),
         ("adam_weight_decay", -1), ("adam_epsilon", -1),
+        ("crops_coords_top_left_h", -1), ("crops_coords_top_left_w", -8),
     ],
 }  # fmt: skip
 """Rule -> (setting, value) that breaks it."""

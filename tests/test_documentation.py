@@ -124,6 +124,9 @@ def test_block_runs(found: Block, call: Call, trained: Path) -> None:
     if "--resume_from_checkpoint latest" in found.command:
         assert "updates 1 to 2" in output
         assert steps(trained / "my-controlnet") == [1, 2]
+    elif "xl-base" in found.command:
+        config = json.loads((trained / "my-sdxl-controlnet" / "config.json").read_text())
+        assert config["addition_embed_type"] == "text_time"
     elif "image.save" in found.command:
         assert (trained / "house.png").is_file()
     elif "raycontrolnet generate" in found.command:

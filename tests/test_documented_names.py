@@ -17,6 +17,7 @@ from raycontrolnet.config.space import read_space
 from raycontrolnet.config.sweep_config import SweepSettings
 from raycontrolnet.config.values import setting_types
 from raycontrolnet.errors import Interrupted, RunError, UserError
+from raycontrolnet.model.families.registry import FAMILIES
 
 MAKE_SETTINGS = ROOT / "examples" / "guides" / "make_settings.py"
 CHANGELOG, CONTRIBUTING = ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"
@@ -27,7 +28,7 @@ def test_the_documents_are_read() -> None:
     assert len(TEXTS["README.md"].splitlines()) <= 200
     assert len(GUIDES) >= 7
     assert Counter(found.kind for found in BLOCKS) == {
-        "run": 7, "slow": 7, "job": 1, "cluster": 1, "runtime_env": 1, "skip": 7, "sweep": 1, "sweep.py": 1,
+        "run": 8, "slow": 7, "job": 1, "cluster": 1, "runtime_env": 1, "skip": 7, "sweep": 1, "sweep.py": 1,
         "metadata.jsonl": 1, "space.yaml": 1,
     }  # fmt: skip
     fences = sum(len(re.findall(r"^```\w+$", text, re.M)) for text in TEXTS.values())
@@ -53,11 +54,19 @@ def test_settings_are_those_of_the_code() -> None:
         assert sorted(listed) == sorted(setting_types(config))
 
 
+def test_families_are_listed() -> None:
+    """In the README's table, and in the help."""
+    rows = re.findall(r"^\| \[?(Stable [^|\]]*?)(?:\]\(\S+\))? \| `(\w+)` \|$", TEXTS["README.md"], re.M)
+    assert rows == [(family.title, family.pipeline) for family in FAMILIES]
+    (meaning,) = re.findall(r"^\| `--pretrained_model_name_or_path` \* \| .* \| (.*) \|$", TEXTS["settings.md"], re.M)
+    assert [family.title for family in FAMILIES if family.title not in meaning] == []
+
+
 def test_flags_exist() -> None:
     """Ours have underscores or are one word; what has hyphens belongs to others."""
     of_others = {"logdir", "head", "region", "query", "output", "name", "port", "ulimit"}
     of_others |= {"signal", "submit", "install", "reason"}  # Slurm, train_on_cluster.py, ray drain-node
-    ours = {"config", "help", *setting_types(SweepSettings)}
+    ours = {"config", "help", *cli.WITHOUT_USE, *setting_types(SweepSettings)}
     ours |= {name for config in (TrainConfig, GenerateConfig, ConditionConfig) for name in setting_types(config)}
     ours |= {f"no_{name}" for name in ours}
     others = {path.name: path.read_text(encoding="utf-8") for path in (*EXAMPLES, CHANGELOG, ROOT / "cluster.yaml")}

@@ -39,6 +39,17 @@ def test_the_losses_are_those_from_pixels(settings: Settings, tmp_path: Path) ->
         assert cached != pixels, "from the cache?"
 
 
+def test_a_named_vae_that_is_the_base_models_own(settings: Settings, tmp_path: Path) -> None:
+    """Its cache is the same, and so is all that is learned."""
+    made = prepare(TrainConfig(**settings), stream=io.StringIO())
+    vae = Path(settings["pretrained_model_name_or_path"], "vae")
+    named = settings | {"pretrained_vae_model_name_or_path": str(shutil.copytree(vae, tmp_path / "vae"))}
+    result = prepare(TrainConfig(**named), stream=io.StringIO())
+    assert (made.num_encoded, result.num_encoded) == (13, 0)
+    outs = [run(given, tmp_path / name, cache_latents="off") for name, given in (("own", settings), ("named", named))]
+    assert losses(outs[0]) == losses(outs[1])
+
+
 def test_resume_is_exact(settings: Settings, tmp_path: Path) -> None:
     """The run stops after 2 of 8 updates, in the middle of an epoch."""
     changed = {"train_batch_size": 2, "max_train_steps": 8, "checkpointing_steps": 2}

@@ -355,11 +355,13 @@ def test_a_folder_without_settings(tiny_base: Path, own_run: Path, config: Make,
 def test_settings_are_those_of_the_run_unless_given(controls: Controls, own_run: Path, tmp_path: Path) -> None:
     settings = {
         "pretrained_model_name_or_path": "me/base",
+        "pretrained_vae_model_name_or_path": "me/vae",
         "revision": "v2",
         "variant": "fp16",
         "tokenizer_name": "me/tokenizer",
         "cache_dir": str(tmp_path),
         "resolution": 64,
+        "image_interpolation_mode": "box",
         "mixed_precision": "bf16",
         "allow_tf32": True,
     }
@@ -368,11 +370,13 @@ def test_settings_are_those_of_the_run_unless_given(controls: Controls, own_run:
     found = find_controlnet.find(str(own_run))
     assert found == find_controlnet.FoundControlNet(str(own_run), settings, file)
     assert found.settings_with(None) == found.settings_with("me/base") == settings
-    assert found.settings_with("other/base") == {"resolution": 64, "mixed_precision": "bf16", "allow_tf32": True}
+    of_the_run = {name: settings[name] for name in list(settings)[-4:]}
+    assert found.settings_with("other/base") == of_the_run
 
     given = GenerateConfig(controlnet="c", prompt=("a",), image=controls, resolution=8, seed=3)
     filled = given.with_defaults(settings)
     assert (filled.resolution, filled.seed, filled.mixed_precision, filled.revision) == (8, 3, "bf16", "v2")
+    assert filled.pretrained_vae_model_name_or_path == "me/vae"
 
     settings["cache_dir"] = str(tmp_path / "of another machine")
     file.write_text(yaml.safe_dump(settings))

@@ -67,8 +67,8 @@ def test_it_is_the_mean_of_the_training_loss_with_pinned_draws(settings: Setting
         rows = [loader.held_out_sample(index) for index in range(NUM_HELD_OUT)]
         right, shuffled = [], []
         for index, row in enumerate(rows):
-            batch = make_batch([row], components.tokenizer, torch.device("cpu"))
-            other = make_batch([rows[(index + 1) % NUM_HELD_OUT]], components.tokenizer, torch.device("cpu"))
+            batch = make_batch([row], components, torch.device("cpu"))
+            other = make_batch([rows[(index + 1) % NUM_HELD_OUT]], components, torch.device("cpu"))
             draws = draw(0, [index], (4, 4, 4), 1000, torch.device("cpu"), Purpose.HELD_OUT)
             draws = draws._replace(timesteps=torch.tensor([[100, 300, 500, 700, 900][index]]))
             with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import pickle
@@ -9,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from raycontrolnet.data.order import SampleOrder
 from raycontrolnet.data.records import EncodedRow
+from raycontrolnet.data.size_conditioning import SizeConditioning
+from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.data.transforms import decode_conditioning, encode_conditioning
 from raycontrolnet.errors import DataError, UserError
 from raycontrolnet.latents import cache as cache_module
@@ -32,6 +37,7 @@ def encoded_row(row: int, *, dtype: str = "float16", shape: tuple[int, ...] = (2
         conditioning_png=encode_conditioning(control),
         captions=("a rød circle", f"number {row}"),
         identity=f'["{row}.png", {row}]',
+        original_size=(600 + row, 800),
     )
 
 
@@ -39,9 +45,22 @@ def same(row: EncodedRow, other: EncodedRow) -> bool:
     return (
         row.posterior.dtype == other.posterior.dtype
         and np.array_equal(row.posterior, other.posterior)
-        and (row.row, row.conditioning_png, row.captions, row.identity)
-        == (other.row, other.conditioning_png, other.captions, other.identity)
+        and (row.row, row.conditioning_png, row.captions, row.identity, row.original_size)
+        == (other.row, other.conditioning_png, other.captions, other.identity, other.original_size)
     )
+
+
+def test_shards_of_versions_that_did_not_keep_sizes(folder: CacheFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read as they were; only who asks for sizes is told."""
+    names = [name for name in cache_module._SCHEMA.names if name != "original_size"]
+    with monkeypatch.context() as earlier:
+        earlier.setattr(cache_module, "_SCHEMA", pa.schema([cache_module._SCHEMA.field(name) for name in names]))
+        cache = cache_of(folder, [0, 1])
+    assert same(cache.read(1), dataclasses.replace(encoded_row(1), original_size=None))
+    order = SampleOrder(2, seed=0)
+    assert BatchLoader(cache, order, 1, 0.0, sizes=SizeConditioning(32)).sample(0).size_conditions is not None
+    with pytest.raises(DataError, match="--size_conditioning=real: the latent cache was made by an earlier version"):
+        BatchLoader(cache, order, 1, 0.0, sizes=SizeConditioning(32, real=True)).sample(0)
 
 
 @pytest.fixture

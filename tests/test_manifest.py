@@ -49,6 +49,22 @@ def shards_of(data: Path, encoding: Encoding = ENCODING) -> list[Shard]:
     return list(plan_shards(source, range(len(source)), encoding))
 
 
+def test_what_came_later_leaves_earlier_caches_valid(data: Path) -> None:
+    """The interpolation decides the names only where it is not bilinear, as it always was."""
+    text = f"Encoding(vae={'0' * 16!r}, resolution=32, dtype='float16', subset=None, transforms=1, format=1)"
+    assert repr(ENCODING) == text
+    lanczos = dataclasses.replace(ENCODING, interpolation="lanczos")
+    assert repr(lanczos) == f"{text[:-1]}, interpolation='lanczos')"
+    assert not {shard.name for shard in shards_of(data)} & {shard.name for shard in shards_of(data, lanczos)}
+    folder = cache_folder(str(data / "cache"))
+    manifest_of(data).write(folder)
+    stored = json.loads(folder.read(MANIFEST_FILE))
+    del stored["encoding"]["interpolation"]
+    folder.write(MANIFEST_FILE, json.dumps(stored).encode())
+    assert Manifest.read(folder) == manifest_of(data)
+    assert ENCODING.differences(lanczos) == ["interpolation: bilinear, not lanczos"]
+
+
 def rewrite(data: Path, row: int, **values: Any) -> None:
     path = data / "metadata.jsonl"
     lines = path.read_text().splitlines()

@@ -19,6 +19,7 @@ from raycontrolnet.errors import ConfigError
 from raycontrolnet.latents.prepare import prepare
 from raycontrolnet.launch.preflight import check
 from raycontrolnet.model import files, kinds
+from raycontrolnet.model.families.registry import TRAINED, denoiser_problem
 from raycontrolnet.model.problems import model_problems
 from raycontrolnet.storage.run_folder import RunFolder
 
@@ -79,12 +80,17 @@ KINDS = [
     ({"num_class_embeds": 10}, "a model conditioned on classes (UNet with num_class_embeds 10)"),
     ({"time_cond_proj_dim": 256}, "an LCM-distilled model (UNet with time_cond_proj_dim)"),
     (
-        {"addition_embed_type": "text_time", "cross_attention_dim": 2048},
-        "an SDXL model (addition_embed_type text_time)",
+        {
+            "addition_embed_type": "text_time",
+            "cross_attention_dim": 1280,
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2560,
+        },
+        "an SDXL refiner, which only finishes images",
     ),
     (
-        {"addition_embed_type": "text_time", "cross_attention_dim": 1280},
-        "an SDXL refiner or a model like it (addition_embed_type text_time)",
+        {"addition_embed_type": "text_time", "in_channels": 9},
+        "an inpainting model (UNet with 9 input channels), of SDXL",
     ),
     ({"addition_embed_type": "image"}, "a model of another family (UNet with addition_embed_type image)"),
     ({"encoder_hid_dim_type": "text_proj"}, "a model of another family (UNet with encoder_hid_dim_type text_proj)"),
@@ -101,9 +107,9 @@ KINDS = [
 @pytest.mark.parametrize(("changed", "kind"), KINDS, ids=[kind for _, kind in KINDS])
 def test_kinds_of_unets(changed: dict[str, Any], kind: str, base: Path, hub: HubStandIn, tmp_path: Path) -> None:
     change(base / "unet" / "config.json", **changed)
-    assert problem(base) == f"is {kind}; {kinds.TRAINED}"
+    assert problem(base) == f"is {kind}; {TRAINED}"
     upload(hub, base)
-    assert problem(BASE, cache_dir=str(tmp_path / "cache")) == f"is {kind}; {kinds.TRAINED}"
+    assert problem(BASE, cache_dir=str(tmp_path / "cache")) == f"is {kind}; {TRAINED}"
 
 
 PIPELINES = [
@@ -122,7 +128,7 @@ def test_other_pipelines(
     change(base / "model_index.json", _class_name=name, **parts)
     if parts.get("unet", "") is None:
         (base / "unet").rename(base / "transformer")
-    message = f"is a {name} (its {shown}); {kinds.TRAINED}"
+    message = f"is a {name} (its {shown}); {TRAINED}"
     assert problem(base) == message
     upload(hub, base)
     assert problem(BASE, cache_dir=str(tmp_path / "cache")) == message
@@ -136,6 +142,11 @@ def test_what_else_a_base_lacks(base: Path, hub: HubStandIn, tmp_path: Path) -> 
     assert problem(BASE, cache_dir=str(tmp_path / "cache")) == wrong
     change(base / "scheduler" / "scheduler_config.json", prediction_type="epsilon")
     assert problem(base) is None
+    own = json.loads((base / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+    for name in ("EDMDPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"):
+        change(base / "scheduler" / "scheduler_config.json", _class_name=name)
+        assert problem(base) == f"its scheduler is {name}; only DDPM's noise can be trained"
+    change(base / "scheduler" / "scheduler_config.json", _class_name=own)
     shutil.rmtree(base / "tokenizer")
     assert problem(base) == "has no tokenizer; add that folder, or give --tokenizer_name"
     (base / "unet" / "config.json").unlink()
@@ -152,6 +163,95 @@ def test_good_bases_pass(tiny_base: Path, tiny_base_v: Path, hub: HubStandIn, tm
         assert problem(BASE, cache_dir=str(tmp_path / "cache")) is None
     downloaded = [request.path for request in hub.calls if request.method == "GET" and "/resolve/" in request.path]
     assert {path.rpartition(".")[2] for path in downloaded} == {"json"}
+
+
+# --- Stable Diffusion XL ---
+
+
+def test_an_xl_base(tiny_xl_base: Path, hub: HubStandIn, tmp_path: Path) -> None:
+    """Complete it passes; each of its parts that is missing is named."""
+    assert problem(tiny_xl_base) is None
+    full_size = {"cross_attention_dim": 2048, "projection_class_embeddings_input_dim": 2816}
+    assert denoiser_problem({"addition_embed_type": "text_time", "addition_time_embed_dim": 256, **full_size}) is None
+    upload(hub, tiny_xl_base)
+    assert problem(BASE, cache_dir=str(tmp_path / "cache")) is None
+    base = shutil.copytree(tiny_xl_base, tmp_path / "base")
+    shutil.rmtree(base / "tokenizer_2")
+    assert problem(base) == "has no tokenizer_2; add that folder"
+    assert problem(base, tokenizer_name=str(base / "tokenizer")) == "has no tokenizer_2; add that folder"
+    shutil.rmtree(base / "text_encoder_2")
+    assert problem(base) == "its text_encoder_2 has no weights (.safetensors or .bin)"
+    change(base / "model_index.json", text_encoder_2=[None, None])
+    lacks = "has no text_encoder_2, which Stable Diffusion XL needs; complete it, or name another base model"
+    assert problem(base) == lacks
+    upload(hub, base)
+    assert problem(BASE, cache_dir=str(tmp_path / "other_cache")) == lacks
+    change(base / "model_index.json", text_encoder_2=["transformers", "T5EncoderModel"])
+    assert problem(base) == f"is a StableDiffusionXLPipeline (its text_encoder_2: T5EncoderModel); {TRAINED}"
+
+
+def test_a_refiner(tiny_xl_base: Path, tmp_path: Path) -> None:
+    """Told from the base by its UNet alone, whatever its width."""
+    base = shutil.copytree(tiny_xl_base, tmp_path / "base")
+    change(base / "unet" / "config.json", cross_attention_dim=24, projection_class_embeddings_input_dim=24 + 5 * 8)
+    refused = f"is an SDXL refiner, which only finishes images; {TRAINED}"
+    assert problem(base) == refused
+    for part in ("text_encoder", "tokenizer"):  # as the refiner is published
+        shutil.rmtree(base / part)
+    change(base / "model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline", text_encoder=[None, None])
+    assert problem(base) == refused
+
+
+def test_controlnets_of_another_family(tiny_base: Path, tiny_xl_base: Path, tmp_path: Path) -> None:
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    families = {tiny_base: "Stable Diffusion 1.x and 2.x", tiny_xl_base: "Stable Diffusion XL"}
+    for base, other in ((tiny_base, tiny_xl_base), (tiny_xl_base, tiny_base)):
+        controlnet = tmp_path / base.name
+        ControlNetModel.from_unet(UNet2DConditionModel.from_pretrained(base, subfolder="unet")).save_pretrained(
+            controlnet
+        )
+        names = {"controlnet_model_name_or_path": str(controlnet)}
+        assert list(model_problems(ModelConfig(pretrained_model_name_or_path=str(base), **names), None)) == []
+        (found,) = model_problems(ModelConfig(pretrained_model_name_or_path=str(other), **names), None)
+        assert found == (
+            f"--controlnet_model_name_or_path={controlnet}: made for another family of base models "
+            f"({families[base]}; the base model is {families[other]})"
+        )
+
+
+def test_vaes(tiny_base: Path, tiny_xl_base: Path, tmp_path: Path) -> None:
+    def found(name: Path | str, **settings: Any) -> list[str]:
+        flag = "pretrained_vae_model_name_or_path"
+        names = {"pretrained_model_name_or_path": str(tiny_xl_base), flag: str(name)}
+        problems = model_problems(ModelConfig(**names | settings), None)
+        return [problem.removeprefix(f"--{flag}={name}: ") for problem in problems]
+
+    vae = shutil.copytree(tiny_base / "vae", tmp_path / "vae")
+    assert found(vae) == []
+    assert found(tiny_base) == ["name the folder vae in it"]
+    assert found(tiny_base / "unet") == ["holds a UNet2DConditionModel, not an AutoencoderKL"]
+    assert found(tiny_base / "tokenizer") == ["has no config.json; a VAE must be in diffusers' layout"]
+    assert found(vae / "config.json") == [f"is a file; name the folder that it is in: {vae}"]
+    change(vae / "config.json", latent_channels=16)
+    channels = "its latents have 16 channels, the base model's UNet takes 4; name a VAE of the base model's family"
+    assert found(vae) == [channels]
+    (vae / f"{WEIGHTS}.safetensors").unlink()
+    assert found(vae) == ["it has no weights (.safetensors or .bin)"]
+
+
+def test_sizes_for_a_base_that_knows_none(tiny_settings: dict[str, Any], tiny_xl_base: Path) -> None:
+    given = {"size_conditioning": "real", "crops_coords_top_left_w": 8}
+    with pytest.raises(ConfigError) as error:
+        check(TrainConfig(**tiny_settings | given), RunFolder(tiny_settings["output_dir"]))
+    end = "Stable Diffusion 1.x and 2.x is not conditioned on sizes; leave it out"
+    assert error.value.problems == (f"--size_conditioning=real: {end}", f"--crops_coords_top_left_w=8: {end}")
+    given["pretrained_model_name_or_path"] = str(tiny_xl_base)
+    with pytest.raises(ConfigError) as error:
+        check(TrainConfig(**tiny_settings | given), RunFolder(tiny_settings["output_dir"]))
+    assert error.value.problems == (
+        "--crops_coords_top_left_w=8: with --size_conditioning real, each image has its own; leave out one of the two",
+    )
 
 
 # --- the commands ---

@@ -104,7 +104,7 @@ def test_the_cache_holds_what_the_pixels_give(settings: Settings, run: Prepare, 
     rows = range(SHARD_ROWS, SHARD_ROWS + 4)  # one batch of the encoder: what else is in it changes the last digits
     prepared = [prepare_images(source.read(row), 16) for row in rows]
     with torch.no_grad():
-        images = torch.from_numpy(np.stack([image for image, _ in prepared]))
+        images = torch.from_numpy(np.stack([image for image, *_ in prepared]))
         posterior = vae.encode(images.permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
     expected = torch.stack([posterior.mean, posterior.logvar], dim=1).numpy()
     for index, row in enumerate(rows):

@@ -17,6 +17,7 @@ from raycontrolnet.errors import ConfigError, UserError
 from raycontrolnet.launch import preflight
 from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.model.components import load_controlnet
+from raycontrolnet.model.families.stable_diffusion import STABLE_DIFFUSION
 from raycontrolnet.model.size import controlnet_bytes_at_least
 from raycontrolnet.storage import quota
 from raycontrolnet.storage.run_folder import RunFolder
@@ -129,7 +130,8 @@ def test_the_size_before_weights_are_read(tiny_settings: Settings, tiny_base: Pa
 
     copy = ControlNetModel.from_unet(UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet"))
     copy.save_pretrained(tmp_path / "controlnet")
-    whole = 4 * sum(value.numel() for value in load_controlnet(str(tmp_path / "controlnet")).parameters())
+    loaded = load_controlnet(str(tmp_path / "controlnet"), STABLE_DIFFUSION)
+    whole = 4 * sum(value.numel() for value in loaded.parameters())
     own = 4 * sum(value.numel() for name, value in copy.named_parameters() if name.startswith("controlnet_"))
     config = TrainConfig(**tiny_settings)
     assert controlnet_bytes_at_least(config) == whole - own

@@ -61,6 +61,8 @@ OTHERS: dict[str, Any] = {
     "pretrained_model_name_or_path": "other", "revision": "other", "variant": "fp16", "dataset_name": "other",
     "dataset_config_name": "other", "train_data_dir": "other", "image_column": "other",
     "conditioning_image_column": "other", "caption_column": "other", "resolution": 256, "latents_dtype": "float32",
+    "pretrained_vae_model_name_or_path": "other", "image_interpolation_mode": "lanczos", "size_conditioning": "real",
+    "crops_coords_top_left_h": 8, "crops_coords_top_left_w": 8,
 }  # fmt: skip
 """Name of a setting -> a value that is not its default."""
 

@@ -45,7 +45,7 @@ def load_tiny(settings: dict[str, Any], seed: int = 0) -> Components:
 
 
 def losses(components: Components, *sample_indices: int) -> Tensor:
-    batch = make_batch(fake_rows(*sample_indices), components.tokenizer, CPU)
+    batch = make_batch(fake_rows(*sample_indices), components, CPU)
     draws = draw(0, sample_indices, LATENT_SHAPE, 1000, CPU)
     return controlnet_loss(components, components.controlnet, batch, draws)
 
@@ -70,9 +70,7 @@ def test_the_loss_is_the_references(
         draws = draw(0, indices, LATENT_SHAPE, 1000, CPU)
         with torch.no_grad():
             expected = reference_loss(base, controlnet_folder, rows, draws)
-            loss = controlnet_loss(
-                components, components.controlnet, make_batch(rows, components.tokenizer, CPU), draws
-            )
+            loss = controlnet_loss(components, components.controlnet, make_batch(rows, components, CPU), draws)
         assert loss.dtype == torch.float32
         assert loss.shape == (len(indices),)
         assert abs(float(loss.mean() - expected)) <= 1e-6
@@ -99,14 +97,16 @@ def test_the_gradients_are_the_references(
 
 def test_every_input_has_a_say(components: Components) -> None:
     """Agreement with the reference is worth something: each part of batch, draws and ControlNet moves the loss."""
-    batch = make_batch(fake_rows(0, 1), components.tokenizer, CPU)
+    batch = make_batch(fake_rows(0, 1), components, CPU)
     draws = draw(0, [0, 1], LATENT_SHAPE, 1000, CPU)
-    other_batch = make_batch(fake_rows(2, 3), components.tokenizer, CPU)
+    other_batch = make_batch(fake_rows(2, 3), components, CPU)
     other_draws = draw(0, [2, 3], LATENT_SHAPE, 1000, CPU)
     with torch.no_grad():
         loss = controlnet_loss(components, components.controlnet, batch, draws)
+        assert batch.size_conditions is None  # of other families
+        names = [name for name in batch._fields if name not in ("size_conditions", "posterior")]
         inputs = [
-            *((batch._replace(**{name: getattr(other_batch, name)}), draws) for name in batch._fields[:-1]),
+            *((batch._replace(**{name: getattr(other_batch, name)}), draws) for name in names),
             (batch._replace(posterior=torch.randn(2, 2, *LATENT_SHAPE)), draws),
             *((batch, draws._replace(**{name: getattr(other_draws, name)})) for name in draws._fields),
         ]
@@ -138,7 +138,7 @@ def test_gradients_reach_only_the_controlnet(settings: dict[str, Any]) -> None:
 def test_training_changes_only_the_controlnet(settings: dict[str, Any]) -> None:
     with training(settings) as state:
         parts = {"controlnet": state.components.controlnet, "unet": state.components.unet,
-                 "vae": state.components.vae, "text_encoder": state.components.text_encoder}  # fmt: skip
+                 "vae": state.components.vae, "text_encoder": state.components.text_encoders[0]}  # fmt: skip
         before = {name: [value.clone() for value in part.state_dict().values()] for name, part in parts.items()}
         steps(state, fake_rows(0, 1), fake_rows(2, 3))
         changed = {

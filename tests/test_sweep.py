@@ -243,6 +243,20 @@ def test_models_that_are_not_there(sweep_settings: Settings, tmp_path: Path) -> 
     assert error.value.problems == (f"--space={file}: {problem}",)
 
 
+def test_a_trial_of_sdxl(sweep_settings: Settings, tiny_xl_base: Path, tmp_path: Path) -> None:
+    """Trained from pixels, to be short; one of them also as `fit` trains it."""
+    own = {"max_train_steps": 1, "validation_steps": 1, "checkpointing_steps": 1, "cache_latents": "off"}
+    shared = sweep_settings | own | {"pretrained_model_name_or_path": str(tiny_xl_base), "latents_cache_dir": None}
+    space = {"crops_coords_top_left_h": {"grid": [64]}}
+    config = SweepConfig(train=TrainConfig(**shared), space=space, num_samples=1, scheduler="none")
+    (trial,) = run_sweep(config).trials
+    assert trial.record.state == "finished"
+    plain = shared | {"crops_coords_top_left_h": 64, "output_dir": str(tmp_path / "plain"), "num_workers": "0"}
+    fit(TrainConfig(**plain), stream=io.StringIO())
+    ((alone,), (swept,)) = (untimed(folder / metrics.METRICS_FILE) for folder in (tmp_path / "plain", trial.folder))
+    assert swept["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+
+
 @pytest.mark.slow
 def test_data_sets_are_tried(sweep_settings: Settings, sweep_rows: Path, circles: Path, tmp_path: Path) -> None:
     """Each with a latent cache of its own, from which its trials learn what `fit` learns."""

@@ -188,7 +188,7 @@ def test_models_and_random_state_stay_as_they_were(
     components: Components, config: ValidationConfig, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """And nothing is printed."""
-    modules = (components.text_encoder, components.vae, components.unet, components.controlnet)
+    modules = (components.text_encoders[0], components.vae, components.unet, components.controlnet)
     components.unet.train()
     components.unet.mid_block.eval()  # also where the modes of the parts differ
 
@@ -279,7 +279,7 @@ def test_a_failure_is_logged_and_leaves_what_there_is(
     real: Callable[..., list[Image.Image]] = pipeline.draw
 
     def out_of_memory(*arguments: Any, **named: Any) -> list[Image.Image]:
-        if arguments[3] == [items[1].seed]:
+        if arguments[4] == [items[1].seed]:
             raise torch.OutOfMemoryError("no memory left")
         return real(*arguments, **named)
 

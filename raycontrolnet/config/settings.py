@@ -30,6 +30,8 @@ MIXED_PRECISIONS = ("no", "fp16", "bf16")
 CACHE_MODES = ("auto", "on", "off")
 LATENTS_DTYPES = ("float16", "float32")
 BAD_SAMPLES = ("fail", "skip")
+INTERPOLATION_MODES = ("nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
+SIZE_CONDITIONINGS = ("fixed", "real")
 BASE_FOLDERS = ("unet", "vae", "text_encoder", "scheduler")
 """Folders of a base model in diffusers' layout."""
 
@@ -46,7 +48,11 @@ class ModelConfig:
     pretrained_model_name_or_path: str = setting(
         "", sweepable=True, decides="latents", path="or id", model_folders=BASE_FOLDERS
     )
-    """Base model: a local folder or a Hub id, Stable Diffusion 1.x or 2.x. Required."""
+    """Base model: a local folder or a Hub id, Stable Diffusion 1.x and 2.x or Stable Diffusion XL. Required."""
+    pretrained_vae_model_name_or_path: str | None = setting(
+        None, sweepable=True, decides="latents", path="or id", model_folders=()
+    )
+    """VAE instead of the base model's own: a local folder or a Hub id. It runs in the precision of training."""
     controlnet_model_name_or_path: str | None = setting(None, sweepable=True, path="or id", model_folders=())
     """ControlNet to start from; without it, its weights are copied from the base model's UNet."""
     revision: str | None = setting(None, sweepable=True, decides="latents")
@@ -54,7 +60,7 @@ class ModelConfig:
     variant: str | None = setting(None, sweepable=True, decides="latents")
     """File variant of the base model, such as fp16."""
     tokenizer_name: str | None = setting(None, sweepable=True, path="or id", model_folders=())
-    """Tokenizer, if not the base model's: a local folder or a Hub id."""
+    """Tokenizer, if not the base model's (first) one: a local folder or a Hub id."""
     cache_dir: str | None = setting(None, fixed=FILES, in_prepare=True, path="local", left_out_of_card=True)
     """Folder for downloaded models and data sets."""
 
@@ -87,6 +93,14 @@ class DataConfig:
     """Share of prompts replaced by the empty one, in [0, 1]."""
     resolution: int = setting(512, sweepable=True, decides="latents")
     """Images are resized (short side) and centre-cropped to this many pixels; divisible by 8."""
+    image_interpolation_mode: str | None = setting(None, sweepable=True, decides="latents")
+    """nearest, bilinear, bicubic, box, hamming or lanczos; by default bilinear, for Stable Diffusion XL lanczos."""
+    size_conditioning: str = setting("fixed", sweepable=True)
+    """Sizes that SDXL is told: fixed (the resolution, and the corner below) or real (each image's size and crop)."""
+    crops_coords_top_left_h: int = setting(0, sweepable=True)
+    """Top of the crop that SDXL is told with --size_conditioning fixed."""
+    crops_coords_top_left_w: int = setting(0, sweepable=True)
+    """Left of the crop that SDXL is told with --size_conditioning fixed."""
 
     def problems(self) -> Problems:
         if (self.dataset_name is None) == (self.train_data_dir is None):
@@ -95,6 +109,9 @@ class DataConfig:
         yield from secret_problems(self, "train_data_dir", "dataset_name")
         yield from in_unit_interval(self, "proportion_empty_prompts")
         yield from resolution_problems(self)
+        yield from one_of(self, "image_interpolation_mode", INTERPOLATION_MODES)
+        yield from one_of(self, "size_conditioning", SIZE_CONDITIONINGS)
+        yield from at_least(self, 0, "crops_coords_top_left_h", "crops_coords_top_left_w")
         if self.dataset_config_name is not None and self.dataset_name is None:
             yield problem_of(self, "dataset_config_name", "needs --dataset_name")
         yield from at_least(self, 1, "max_train_samples")

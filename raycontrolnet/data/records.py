@@ -16,6 +16,10 @@ from raycontrolnet.data.remote_path import RemotePath
 UInt8Image = NDArray[np.uint8]
 EncodedImage = bytes | str | RemotePath
 Posterior = NDArray[np.float16] | NDArray[np.float32]
+Size = tuple[int, int]
+"""(height, width), or a place in an image as (top, left), in pixels."""
+SizeConditions = tuple[int, int, int, int, int, int]
+"""Height and width of the image in its file, top and left of the crop, height and width after it."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class EncodedRow:
     captions: tuple[str, ...]
     identity: str
     """`Source.identities` of the row when it was encoded."""
+    original_size: Size | None = None
+    """Size of the image in its file, upright; None in caches of versions before it was stored."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,8 @@ class DecodedRow:
     """[resolution, resolution, 3] RGB; None if `posterior` is there."""
     posterior: Posterior | None = None
     """As in `EncodedRow`; None if `image` is there."""
+    original_size: Size | None = None
+    """As in `EncodedRow`."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +82,19 @@ class PreparedRow:
     """The caption drawn for this use, or the empty prompt."""
     posterior: Posterior | None = None
     """As in `EncodedRow`; None if the sample comes from pixels."""
+    size_conditions: SizeConditions | None = None
+    """For base models that are conditioned on sizes; None if nobody asked for them."""
 
     @staticmethod
     def fake(sample_index: int = 0, resolution: int = 16) -> PreparedRow:
         """Return a valid record with made-up content, for tests."""
         rng = np.random.default_rng(sample_index)
         image, conditioning_image = rng.integers(0, 256, (2, resolution, resolution, 3), dtype=np.uint8)
-        return PreparedRow(sample_index, image, conditioning_image, f"prompt {sample_index}")
+        sizes = (*rng.integers(resolution, 9 * resolution, 2).tolist(), *rng.integers(0, 99, 2).tolist())
+        return PreparedRow(
+            sample_index,
+            image,
+            conditioning_image,
+            f"prompt {sample_index}",
+            size_conditions=(*sizes, resolution, resolution),
+        )

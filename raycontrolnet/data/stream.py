@@ -19,6 +19,7 @@ from raycontrolnet.cluster.cpus import COUNT_CPUS, TASK_CPUS, let_training_go_fi
 from raycontrolnet.cluster.shared_files import SharedFiles
 from raycontrolnet.data.order import Purpose, SampleOrder, keyed_rng
 from raycontrolnet.data.records import DecodedRow, PreparedRow
+from raycontrolnet.data.size_conditioning import SizeConditioning
 from raycontrolnet.data.sources import Source
 from raycontrolnet.data.transforms import choose_prompt, prepare_images
 from raycontrolnet.errors import DataError, UserError
@@ -101,6 +102,7 @@ class PixelRows:
 
     source: Source
     resolution: int
+    interpolation: str = "bilinear"
 
     @property
     def remote(self) -> bool:
@@ -108,8 +110,10 @@ class PixelRows:
 
     def decode(self, row: int) -> DecodedRow:
         source_row = self.source.read(row)
-        image, conditioning_image = prepare_images(source_row, self.resolution)
-        return DecodedRow(source_row.captions, conditioning_image, image)
+        images = prepare_images(source_row, self.resolution, self.interpolation)
+        return DecodedRow(
+            source_row.captions, images.conditioning_image, images.image, original_size=images.original_size
+        )
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,8 @@ class BatchLoader:
     """Source of the rows, for messages."""
     files: SharedFiles | None = None
     """Files that a machine must see to make batches."""
+    sizes: SizeConditioning | None = None
+    """Rule for the samples' size conditions; None for none."""
 
     def place(self, sample_index: int) -> str:
         """Return where the row of the k-th sample stands, for messages."""
@@ -162,6 +168,7 @@ class BatchLoader:
             conditioning_image=decoded.conditioning_image,
             prompt=choose_prompt(decoded.captions, keyed_rng(self.order.seed, purpose, index), empty),
             posterior=decoded.posterior,
+            size_conditions=self.sizes.conditions(decoded.original_size) if self.sizes else None,
         )
 
     def batch(self, first_sample: int) -> list[PreparedRow]:

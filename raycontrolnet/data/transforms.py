@@ -12,14 +12,16 @@ import stat
 import warnings
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from raycontrolnet.data.paths import kind_of_file
-from raycontrolnet.data.records import EncodedImage, ImageRow, UInt8Image
+from raycontrolnet.data.records import EncodedImage, ImageRow, Size, UInt8Image
 from raycontrolnet.data.remote_path import RemotePath
+from raycontrolnet.data.size_conditioning import crop_corner, resized_size
 from raycontrolnet.errors import DataError
 from raycontrolnet.text import error_message, file_size
 
@@ -123,25 +125,25 @@ def to_8_bit(values: NDArray[np.generic]) -> UInt8Image:
     return np.rint(np.clip(scaled, 0, 255)).astype(np.uint8)
 
 
-def resize_and_crop(image: Image.Image, resolution: int) -> UInt8Image:
+def resize_and_crop(image: Image.Image, resolution: int, interpolation: str = "bilinear") -> UInt8Image:
     """Return the middle of an RGB image as uint8 [resolution, resolution, 3].
 
-    Its short side is resized to `resolution`, bilinear with antialiasing, then the centre is cropped. The rounding is
-    that of torchvision's `Resize(resolution)` and `CenterCrop(resolution)` on PIL images: the long side is cut off to
-    whole pixels, the crop's offset is rounded half to even.
+    Its short side is resized to `resolution`, with antialiasing, then the centre is cropped. The rounding is that of
+    torchvision's `Resize(resolution)` and `CenterCrop(resolution)` on PIL images.
+
+    Args:
+        interpolation: one of `INTERPOLATION_MODES`.
     """
-    image = resize_short_side(image, resolution)
-    left, top = (round((side - resolution) / 2) for side in image.size)
+    top, left = crop_corner((image.height, image.width), resolution)
+    image = resize_short_side(image, resolution, interpolation)
     return np.array(image.crop((left, top, left + resolution, top + resolution)))
 
 
-def resize_short_side(image: Image.Image, resolution: int) -> Image.Image:
+def resize_short_side(image: Image.Image, resolution: int, interpolation: str = "bilinear") -> Image.Image:
     """Resize an RGB image so that its short side is `resolution`, the first half of `resize_and_crop`."""
-    width, height = image.size
-    short, long = min(width, height), max(width, height)
-    new_long = int(resolution * long / short)
-    new_size = (resolution, new_long) if width <= height else (new_long, resolution)
-    return image if new_size == image.size else image.resize(new_size, Image.Resampling.BILINEAR)
+    height, width = resized_size((image.height, image.width), resolution)
+    filter_ = Image.Resampling[interpolation.removesuffix("_exact").upper()]
+    return image if (width, height) == image.size else image.resize((width, height), filter_)
 
 
 def choose_prompt(captions: tuple[str, ...], rng: np.random.Generator, proportion_empty_prompts: float) -> str:
@@ -155,8 +157,19 @@ def choose_prompt(captions: tuple[str, ...], rng: np.random.Generator, proportio
     return "" if empty else caption
 
 
-def prepare_images(row: ImageRow, resolution: int) -> tuple[UInt8Image, UInt8Image]:
-    """Return image and conditioning image of a row, uint8 [resolution, resolution, 3].
+class PreparedImages(NamedTuple):
+    """The images of a row."""
+
+    image: UInt8Image
+    """[resolution, resolution, 3] RGB."""
+    conditioning_image: UInt8Image
+    """[resolution, resolution, 3] RGB."""
+    original_size: Size
+    """Size of the image in its file, upright."""
+
+
+def prepare_images(row: ImageRow, resolution: int, interpolation: str = "bilinear") -> PreparedImages:
+    """Return image and conditioning image of a row, resized and cropped.
 
     Raises:
         DataError: naming the row's place, if one of its images cannot be decoded.
@@ -165,7 +178,11 @@ def prepare_images(row: ImageRow, resolution: int) -> tuple[UInt8Image, UInt8Ima
     conditioning_image = decode_rgb(
         row.conditioning_image, background=CONDITIONING_BACKGROUND, place=f"{row.place}, conditioning image"
     )
-    return resize_and_crop(image, resolution), resize_and_crop(conditioning_image, resolution)
+    return PreparedImages(
+        resize_and_crop(image, resolution, interpolation),
+        resize_and_crop(conditioning_image, resolution, interpolation),
+        (image.height, image.width),
+    )
 
 
 def _read_file(path: str | RemotePath, prefix: str) -> bytes:

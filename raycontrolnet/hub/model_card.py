@@ -12,6 +12,7 @@ from typing import Any
 from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.config.train_config import names_with
 from raycontrolnet.hub.licence import Licence, is_hub_id
+from raycontrolnet.model.base_family import family_of_saved
 from raycontrolnet.sampling.images import PairImages
 from raycontrolnet.storage.files import replacing
 from raycontrolnet.storage.uri import is_uri, shown_uri
@@ -19,9 +20,8 @@ from raycontrolnet.training import validation
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
-TAGS = (
-    "stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "controlnet", "diffusers-training",
-)  # fmt: skip
+TAGS = ("text-to-image", "diffusers", "controlnet", "diffusers-training")
+"""Tags besides those of the base model's family."""
 
 FIGURES = {
     "step": "updates",
@@ -62,13 +62,13 @@ def write_model_card(
 
     output_dir, licence = Path(output_dir), licence or Licence()
     base, data = settings["pretrained_model_name_or_path"], settings.get("dataset_name", "")
-    dataset = data if is_hub_id(data) else None
+    dataset, family = data if is_hub_id(data) else None, family_of_saved(output_dir)
     metadata = ModelCardData(
         **licence.metadata(),
         library_name="diffusers",
         base_model=base if is_hub_id(base) else None,  # the Hub refuses a card that names a local folder
         datasets=[dataset] if dataset else None,
-        tags=list(TAGS),
+        tags=[*family.tags, *TAGS],
         inference=True,
     )
     shown = {name: value for name, value in settings.items() if name not in names_with("left_out_of_card")}
@@ -81,6 +81,7 @@ def write_model_card(
         examples=_copy_examples(output_dir, facts.get("step")),
         controlnet_path=repo_id or place or str(output_dir),
         base_path=base if repo_id is None else _without_folders(base),
+        pipeline=family.pipeline,
         load_options={name: settings[name] for name in ("revision", "variant") if name in settings},
         resolution=settings.get("resolution", DataConfig.resolution),
         figures={title: facts[name] for name, title in FIGURES.items() if facts.get(name) is not None},

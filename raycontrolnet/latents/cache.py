@@ -20,14 +20,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raycontrolnet.cluster.shared_files import SharedFiles
-from raycontrolnet.data.records import DecodedRow, EncodedRow
+from raycontrolnet.data.records import DecodedRow, EncodedRow, Size
 from raycontrolnet.data.transforms import decode_conditioning
 from raycontrolnet.errors import DataError
 from raycontrolnet.latents.manifest import BadSample, Manifest, Shard, StoredShard
 from raycontrolnet.storage.folder import CacheFolder, unreachable
 from raycontrolnet.text import error_message
 
-ROW_OVERHEAD_BYTES = 1000
+ROW_OVERHEAD_BYTES = 1150
 """Bytes that Arrow adds to a row, about."""
 LOOKED_AT_SHARDS = 32
 """Shards, about, that are looked for on the nodes of a cluster."""
@@ -43,9 +43,11 @@ _SCHEMA = pa.schema(
         "conditioning_png": pa.large_binary(),
         "captions": pa.list_(pa.string()),
         "identity": pa.string(),
+        "original_size": pa.list_(pa.int64()),
         "checksum": pa.int64(),
     }
 )
+"""Columns of a shard; those of earlier versions have no original_size."""
 RETRIES_AFTER_S = (1.0, 5.0)
 """Pauses before storage that cannot be reached is tried again; the file systems try a few times themselves."""
 _BAD_SAMPLES = b"bad_samples"
@@ -108,7 +110,12 @@ class LatentCache:
         """
         encoded = self.read(row)
         control = decode_conditioning(encoded.conditioning_png)
-        return DecodedRow(captions=encoded.captions, conditioning_image=control, posterior=encoded.posterior)
+        return DecodedRow(
+            captions=encoded.captions,
+            conditioning_image=control,
+            posterior=encoded.posterior,
+            original_size=encoded.original_size,
+        )
 
 
 def shard_bytes(rows: Sequence[EncodedRow], bad_samples: Sequence[BadSample]) -> pa.Buffer:
@@ -126,6 +133,7 @@ def shard_bytes(rows: Sequence[EncodedRow], bad_samples: Sequence[BadSample]) ->
                 "conditioning_png": row.conditioning_png,
                 "captions": list(row.captions),
                 "identity": row.identity,
+                "original_size": row.original_size and list(row.original_size),
             }
             values["checksum"] = _checksum(values)
             file.write_batch(pa.record_batch([[values[name]] for name in schema.names], schema=schema))
@@ -136,7 +144,7 @@ def _checksum(values: dict[str, object]) -> int:
     """Return the CRC-32 of everything else in a row."""
     total = 0
     for name in _SCHEMA.names:
-        if name != "checksum":
+        if name in values:
             value = values[name]
             total = zlib.crc32(value if isinstance(value, bytes) else json.dumps(value).encode(), total)
     return total
@@ -165,7 +173,12 @@ def read_row(folder: CacheFolder, shard: str, slot: int, row: int) -> EncodedRow
         conditioning_png=values["conditioning_png"],
         captions=tuple(values["captions"]),
         identity=values["identity"],
+        original_size=_size(values.get("original_size")),
     )
+
+
+def _size(stored: list[int] | None) -> Size | None:
+    return (stored[0], stored[1]) if stored else None
 
 
 def _verified(reader: pa.RecordBatchFileReader, slot: int, row: int) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def _announce(plan: LatentPlan, there: dict[str, ShardResult], stream: TextIO) -
         ConfigError: if the disk has no room for it.
     """
     few = dataclasses.replace(plan.shards[0], rows=plan.shards[0].rows[:SAMPLED_SHARD_ROWS])
-    first = load_shard(plan.source, few, plan.config.resolution)
+    first = load_shard(plan.source, few, plan.encoding)
     control_bytes = fmean([len(row.conditioning_png) for row in first.rows] or [0.0])
     sample_bytes = plan.posterior_bytes + control_bytes + ROW_OVERHEAD_BYTES
     wanted = round(plan.num_rows * sample_bytes)

@@ -36,6 +36,15 @@ class Encoding:
     """(seed, number of rows) if only a random subset of the data is encoded."""
     transforms: int = TRANSFORMS_VERSION
     format: int = FORMAT
+    interpolation: str = "bilinear"
+    """Resizing of the images."""
+
+    def __repr__(self) -> str:
+        """Return the text that names are hashed from: what was added later shows only where it is not as before."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.interpolation == "bilinear":
+            del fields["interpolation"]
+        return f"Encoding({', '.join(f'{name}={value!r}' for name, value in fields.items())})"
 
     def differences(self, other: Encoding) -> list[str]:
         """Return in words what `other` has instead."""

@@ -22,6 +22,7 @@ from raycontrolnet.latents.cache import read_contents, read_identities
 from raycontrolnet.latents.manifest import SHARD_ROWS, BadSample, Encoding, Manifest, Shard, plan_shards
 from raycontrolnet.latents.shards import ShardResult
 from raycontrolnet.latents.vae_files import VaeFiles
+from raycontrolnet.model.base_family import interpolation_of
 from raycontrolnet.storage.files import user_cache
 from raycontrolnet.storage.folder import CacheFolder, cache_folder, unreachable
 from raycontrolnet.storage.uri import is_uri, shown_uri
@@ -57,7 +58,13 @@ class LatentPlan:
                 problem = f"--max_train_samples={config.max_train_samples}: needs --seed, which decides the rows"
                 raise ConfigError([problem])
             subset = (config.seed, num_used)
-        encoding = Encoding(vae.fingerprint, config.resolution, config.latents_dtype, subset)
+        encoding = Encoding(
+            vae.fingerprint,
+            config.resolution,
+            config.latents_dtype,
+            subset,
+            interpolation=interpolation_of(config, config.image_interpolation_mode, token),
+        )
         folder = _folder(config.latents_cache_dir, config, encoding)
         manifest = Manifest.read(folder)
         if manifest is not None and manifest.encoding == dataclasses.replace(encoding, subset=None):
@@ -130,7 +137,7 @@ class LatentPlan:
     def _is_bad(self, sample: BadSample) -> bool:
         """Check whether a bad sample is still unreadable."""
         try:
-            prepare_images(self.source.read(sample.row), self.config.resolution)
+            prepare_images(self.source.read(sample.row), self.encoding.resolution, self.encoding.interpolation)
         except DataError:
             return True
         return False

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from raycontrolnet.cluster.shared_files import SharedFiles
 from raycontrolnet.config.settings import ModelConfig
-from raycontrolnet.data.records import EncodedRow, UInt8Image
+from raycontrolnet.data.records import EncodedRow, Size, UInt8Image
 from raycontrolnet.data.sources import Source
 from raycontrolnet.data.stream import REMOTE_READS
 from raycontrolnet.data.transforms import encode_conditioning, prepare_images
@@ -37,6 +37,8 @@ class LoadedRow:
     identity: str
     place: str
     """Place of the row in its source, for messages."""
+    original_size: Size
+    """As in `EncodedRow`."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,17 @@ class EncodedShard:
     content: pa.Buffer
 
 
-def load_shard(source: Source, shard: Shard, resolution: int) -> LoadedShard:
+def load_shard(source: Source, shard: Shard, encoding: Encoding) -> LoadedShard:
     """Decode and transform the images of a shard; rows that cannot be used become bad samples."""
 
     def load(row: int, identity: str) -> LoadedRow | BadSample:
         try:
             loaded = source.read(row)
-            image, conditioning_image = prepare_images(loaded, resolution)
+            images = prepare_images(loaded, encoding.resolution, encoding.interpolation)
         except DataError as error:
             return BadSample(row, str(error))
-        png = encode_conditioning(conditioning_image)
-        return LoadedRow(row, image, png, loaded.captions, identity, loaded.place)
+        png = encode_conditioning(images.conditioning_image)
+        return LoadedRow(row, images.image, png, loaded.captions, identity, loaded.place, images.original_size)
 
     identities = source.identities(shard.rows)
     if source.remote:
@@ -125,7 +127,7 @@ class EncodeJob:
         if shard.name not in self.replaced and (size := self.folder.size(shard.name)) is not None:
             with suppress(DataError):
                 return ShardResult(*read_contents(self.folder, shard.name, size))
-        return load_shard(self.source, shard, self.encoding.resolution)
+        return load_shard(self.source, shard, self.encoding)
 
     def encode(self, loaded: LoadedShard | ShardResult, encoder: LatentEncoder) -> EncodedShard | ShardResult:
         """Encode the shard's images; rows whose posterior is not finite are bad samples."""
@@ -142,7 +144,8 @@ class EncodeJob:
             with np.errstate(over="ignore"):
                 posterior = exact.astype(dtype)
             if np.isfinite(posterior).all():
-                rows.append(EncodedRow(row.row, posterior, row.conditioning_png, row.captions, row.identity))
+                encoded = (row.row, posterior, row.conditioning_png, row.captions, row.identity, row.original_size)
+                rows.append(EncodedRow(*encoded))
             else:
                 if np.isfinite(exact).all():
                     why = f"latents that {dtype} cannot hold; use --latents_dtype float32"

@@ -1,4 +1,4 @@
-"""The files of a base model's VAE, looked at without torch or reading the model."""
+"""The files of the VAE that encodes, looked at without reading the model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.errors import UserError
+from raycontrolnet.model.loading import BASE, VAE
 from raycontrolnet.text import error_message
 
 VAE_CONFIG = "config.json"
@@ -29,11 +30,12 @@ class VaeFiles:
 
     @staticmethod
     def find(model: ModelConfig, token: str | None) -> VaeFiles:
-        """Find the VAE of the base model in a local folder, or download its files from the Hub.
+        """Find the VAE, named or the base model's, in a local folder, or download its files from the Hub.
 
         Raises:
             UserError: if they are not there.
         """
+        flag = VAE if model.pretrained_vae_model_name_or_path else BASE
         try:
             config_path, weights = _file(model, VAE_CONFIG, token), _weights(model, token)
             config: dict[str, Any] = json.loads(config_path.read_bytes())
@@ -44,7 +46,7 @@ class VaeFiles:
             )
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"--pretrained_model_name_or_path={model.pretrained_model_name_or_path}: its VAE cannot be read "
+                f"--{flag}={getattr(model, flag)}: its VAE cannot be read "
                 f"({error_message(error, 110)}); if it is private, give --hub_token or `hf auth login`"
             ) from None
 
@@ -53,8 +55,10 @@ def _weights(model: ModelConfig, token: str | None) -> Path:
     """Return the file that diffusers would load."""
     from huggingface_hub.errors import EntryNotFoundError
 
-    variant = f".{model.variant}" if model.variant else ""
-    names = [f"diffusion_pytorch_model{variant}.{kind}" for kind in ("safetensors", "bin")]
+    # A VAE that comes alone may lack the base model's variant.
+    variants = [model.variant, None] if model.pretrained_vae_model_name_or_path else [model.variant]
+    endings = [f".{variant}" if variant else "" for variant in dict.fromkeys(variants)]
+    names = [f"diffusion_pytorch_model{end}.{kind}" for end in endings for kind in ("safetensors", "bin")]
     for name in names:
         with suppress(FileNotFoundError, EntryNotFoundError):
             return _file(model, name, token)
@@ -62,17 +66,17 @@ def _weights(model: ModelConfig, token: str | None) -> Path:
 
 
 def _file(model: ModelConfig, name: str, token: str | None) -> Path:
-    base = model.pretrained_model_name_or_path
-    if Path(base).is_dir():
-        path = Path(base, "vae", name)
+    named = model.pretrained_vae_model_name_or_path
+    place, subfolder = (named, None) if named else (model.pretrained_model_name_or_path, "vae")
+    if Path(place).is_dir():
+        path = Path(place, subfolder or "", name)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
         return path
     from huggingface_hub import hf_hub_download
 
-    return Path(
-        hf_hub_download(base, name, subfolder="vae", revision=model.revision, cache_dir=model.cache_dir, token=token)
-    )
+    options: dict[str, Any] = {"revision": model.revision, "cache_dir": model.cache_dir, "token": token}
+    return Path(hf_hub_download(place, name, subfolder=subfolder, **options))
 
 
 def _hash(*paths: Path) -> str:

@@ -15,6 +15,7 @@ from raycontrolnet.config.checks import (
 )
 from raycontrolnet.config.train_config import TrainConfig, public_settings
 from raycontrolnet.data.order import SampleOrder
+from raycontrolnet.data.size_conditioning import SizeConditioning
 from raycontrolnet.data.sources import Source
 from raycontrolnet.data.stream import BatchLoader, PixelRows
 from raycontrolnet.latents.cache import LatentCache
@@ -37,6 +38,8 @@ class CheckedRun:
     source: Source
     start: checkpoints.Checkpoint | None
     token: str | None = dataclasses.field(repr=False)
+    interpolation: str = "bilinear"
+    """Resizing of images, as asked for or as the base model's family has it."""
     random_subset: bool = False
     """True if max_train_samples takes other rows in every run, because no seed was given."""
     cached: bool = False
@@ -65,7 +68,7 @@ class CheckedRun:
         assert self.config.seed is not None
         config = self.config
         return BatchLoader(
-            rows=self.cache or PixelRows(self.source, config.resolution),
+            rows=self.cache or PixelRows(self.source, config.resolution, self.interpolation),
             order=SampleOrder(
                 len(self.source),
                 self.config.seed,
@@ -77,6 +80,11 @@ class CheckedRun:
             proportion_empty_prompts=config.proportion_empty_prompts,
             source=self.source,
             files=self.files,
+            sizes=SizeConditioning(
+                config.resolution,
+                (config.crops_coords_top_left_h, config.crops_coords_top_left_w),
+                real=config.size_conditioning == "real",
+            ),
         )
 
     def schedule(self, checkpoint: checkpoints.Checkpoint | None) -> Schedule:
@@ -124,6 +132,7 @@ class CheckedRun:
             start=self.start,
             use_gpu=use_gpu,
             cached=self.cache is not None,
+            interpolation=self.interpolation,
             threads=threads,
             validation_items=tuple(
                 images.plan(config.validation_pairs, config.num_validation_images, config.seed, validation.FLAG)

@@ -172,6 +172,7 @@ def _write_card(run: CheckedRun, status: dict[str, Any], repo_id: str | None, li
     # diffusers' code in it reads a folder: a copy of what is in an object store.
     place = run.folder.name if run.folder.is_stored else run.folder.shown
     settings = changed_settings(run.config)
+    run.folder.pull(MODEL_CONFIG)  # of which the card's code depends
     write_model_card(run.output_dir, settings, status, repo_id=repo_id, licence=licence, place=place)
 
 

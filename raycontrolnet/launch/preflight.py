@@ -27,6 +27,8 @@ from raycontrolnet.hub import push
 from raycontrolnet.latents.ensure import SEVERAL_MACHINES, ensure
 from raycontrolnet.latents.plan import LatentPlan, prepare_command
 from raycontrolnet.launch.checked_run import CheckedRun
+from raycontrolnet.model.base_family import base_family, conditioning_problems
+from raycontrolnet.model.families.registry import FAMILIES
 from raycontrolnet.model.problems import model_files, model_problems
 from raycontrolnet.model.size import controlnet_bytes_at_least
 from raycontrolnet.sampling import images
@@ -65,6 +67,8 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
         images.check(config.validation_pairs, validation.FLAG)
     with collected(problems):
         source = open_source(config, cache_dir=config.cache_dir, token=token, skip_bad=config.on_bad_sample == "skip")
+    family = base_family(config, token) if not problems else None
+    problems += conditioning_problems(config, family)
     if problems or source is None:
         raise ConfigError(problems)
     config = _with_held_out_rows(config, len(source), start)
@@ -83,7 +87,8 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
                 start.path,
             )
     files = shared_files(source, config)
-    run = CheckedRun(config, folder, source, start, token, random_subset=random_subset, files=files)
+    interpolation = config.image_interpolation_mode or (family or FAMILIES[0]).interpolation
+    run = CheckedRun(config, folder, source, start, token, interpolation, random_subset, files=files)
     if not folder.is_stored:
         weights = controlnet_bytes_at_least(config)
         check_room(folder, weights, run.schedule(start), start.step if start else 0, config, least=True)

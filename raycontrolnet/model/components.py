@@ -1,13 +1,10 @@
-"""The base model, a Stable Diffusion 1.x or 2.x, with a ControlNet: loaded, checked, copied, frozen."""
+"""The base model with a ControlNet: loaded, checked, copied, frozen. What differs between families is in families/."""
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, TypeVar
+import copy
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,22 +12,25 @@ from torch import Tensor
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.errors import UserError
 from raycontrolnet.model import kinds
-from raycontrolnet.model.problems import BASE, mismatch
+from raycontrolnet.model.families.family import Family
+from raycontrolnet.model.families.registry import TRAINED, denoiser_problem, family_of
+from raycontrolnet.model.loading import BASE, VAE, loaded, part
+from raycontrolnet.model.problems import mismatch
 from raycontrolnet.text import error_message
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-Loaded = TypeVar("Loaded")
+    from transformers import CLIPTokenizer
 
 
 @dataclass
 class Components:
     """All models of a training step or a validation image; all but `controlnet` are frozen."""
 
-    tokenizer: CLIPTokenizer
-    text_encoder: CLIPTextModel
+    family: Family
+    tokenizers: tuple[CLIPTokenizer, ...]
+    text_encoders: tuple[Any, ...]
+    """One for each tokenizer."""
     vae: AutoencoderKL
     unet: UNet2DConditionModel
     noise_scheduler: DDPMScheduler
@@ -39,7 +39,11 @@ class Components:
 
     def frozen(self) -> tuple[torch.nn.Module, ...]:
         """Return the modules that training does not change."""
-        return self.text_encoder, self.vae, self.unet
+        return *self.text_encoders, self.vae, self.unet
+
+    def with_own_tokenizers(self) -> Components:
+        """Return the components with copies of the tokenizers, of which padding and truncation are states."""
+        return replace(self, tokenizers=copy.deepcopy(self.tokenizers))
 
 
 def load_components(
@@ -66,87 +70,65 @@ def load_components(
     Raises:
         UserError: if a part is missing or unreadable, or the model is of a kind that cannot be trained.
     """
-    from diffusers import DDPMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextModel
-
-    noise_scheduler = _part(model, token, DDPMScheduler.from_pretrained, subfolder="scheduler")
-    unet_options: dict[str, Any] = {"subfolder": "unet", "variant": model.variant, "torch_dtype": torch.float32}
-    unet = _part(model, token, UNet2DConditionModel.from_pretrained, **unet_options)
-    _check_trainable(model, unet, noise_scheduler)
-    text_options: dict[str, Any] = {"subfolder": "text_encoder", "variant": model.variant, "dtype": dtype}
-    text_encoder = _part(model, token, CLIPTextModel.from_pretrained, **text_options)
-    tokenizer = _load_tokenizer(model, token, text_encoder)
-    vae = load_vae(model, dtype=dtype, token=token)
+    family = _family(model, token)
+    unet, noise_scheduler = family.load_denoiser(model, token)
+    if problem := kinds.scheduler_problem(noise_scheduler.config):
+        raise _unsuitable(model, problem)
+    tokenizers, text_encoders = family.load_text(model, token, dtype)
+    vae_dtype = family.vae_dtype(dtype, named=model.pretrained_vae_model_name_or_path is not None)
+    vae = load_vae(model, dtype=vae_dtype, token=token)
     if controlnet_path:
-        controlnet = load_controlnet(controlnet_path)
+        controlnet = load_controlnet(controlnet_path, family)
     elif model.controlnet_model_name_or_path:
-        controlnet = _named_controlnet(model, unet, token, controlnet_flag)
+        controlnet = _named_controlnet(model, family, unet, token, controlnet_flag)
     else:  # before the UNet's weights are rounded
-        controlnet = _copied_controlnet(model, unet, seed)
-    for module in (text_encoder, vae, unet):
+        controlnet = _copied_controlnet(model, family, unet, seed)
+    for module in (*text_encoders, vae, unet):
         module.requires_grad_(False).eval().to((vae_device or device) if module is vae else device)
     # Convolutions are faster in this layout: 11% of a step on a CPU (tests/benchmarks/RESULTS.md). The ControlNet's
     # activations follow it; its weights stay as they are saved.
     unet.to(dtype=dtype, memory_format=torch.channels_last)
     controlnet.requires_grad_(True).train().to(device)
-    return Components(tokenizer, text_encoder, vae, unet, noise_scheduler, controlnet)
+    return Components(family, tokenizers, text_encoders, vae, unet, noise_scheduler, controlnet)
+
+
+def _unsuitable(model: ModelConfig, problem: str) -> UserError:
+    return UserError(f"--{BASE}={model.pretrained_model_name_or_path}: {problem}")
+
+
+def _family(model: ModelConfig, token: str | None) -> Family:
+    """Return the family of the base model, by its small files.
+
+    Raises:
+        UserError: if they are missing, or it is of a kind that cannot be trained.
+    """
+    from diffusers import UNet2DConditionModel
+
+    config: dict[str, Any] = part(model, token, UNet2DConditionModel.load_config, subfolder="unet")
+    family, problem = family_of(config), denoiser_problem(config)
+    if problem or family is None:
+        raise _unsuitable(model, problem or f"is of no family that is known; {TRAINED}")
+    return family
 
 
 def load_vae(model: ModelConfig, *, dtype: torch.dtype, token: str | None = None) -> AutoencoderKL:
-    """Load the base model's VAE on the CPU.
+    """Load the VAE that the settings name, or else the base model's, on the CPU.
 
     Raises:
         UserError: if it is missing or unreadable.
     """
     from diffusers import AutoencoderKL
 
-    weights: dict[str, Any] = {"subfolder": "vae", "variant": model.variant, "torch_dtype": dtype}
-    return _part(model, token, AutoencoderKL.from_pretrained, **weights)
-
-
-def _part(
-    model: ModelConfig, token: str | None, load: Callable[..., Loaded], flag: str = BASE, **options: Any
-) -> Loaded:
-    """Load a part of the model that the setting `flag` names."""
-    hub = {"revision": model.revision, "cache_dir": model.cache_dir, "token": token}
-    return loaded(flag, getattr(model, flag), load, **hub, **options)
-
-
-def loaded(flag: str, name: str, load: Callable[..., Loaded], **options: Any) -> Loaded:
-    """Call `load(name, **options)`; turn the libraries' many errors into one that names the flag."""
-    from safetensors import SafetensorError
-
+    weights: dict[str, Any] = {"variant": model.variant, "torch_dtype": dtype}
+    if model.pretrained_vae_model_name_or_path is None:
+        return part(model, token, AutoencoderKL.from_pretrained, subfolder="vae", **weights)
     try:
-        return load(name, **options)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError, EOFError) as error:
-        if Path(name).is_absolute() and not Path(name).is_dir():  # the driver has made sure that it is there
-            problem = f"the node {socket.gethostname()} does not see it; name a folder on storage that all nodes share"
-            raise UserError(f"--{flag}={name}: {problem}") from error
-        what = f" ({options['subfolder']})" if "subfolder" in options else ""
-        advice = "" if Path(name).is_dir() else "; if it is private, give --hub_token or `hf auth login`"
-        reason = error_message(error, 110).rstrip(".")
-        raise UserError(f"--{flag}={name}: cannot be loaded{what}: {reason}{advice}") from error
-
-
-def _check_trainable(model: ModelConfig, unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler) -> None:
-    problem = kinds.unet_problem(unet.config) or kinds.scheduler_problem(noise_scheduler.config)
-    if problem:
-        raise UserError(f"--{BASE}={model.pretrained_model_name_or_path}: {problem}")
-
-
-def _load_tokenizer(model: ModelConfig, token: str | None, text_encoder: CLIPTextModel) -> CLIPTokenizer:
-    from transformers import CLIPTokenizer
-
-    flag, folder = ("tokenizer_name", {}) if model.tokenizer_name else (BASE, {"subfolder": "tokenizer"})
-    tokenizer = _part(model, token, CLIPTokenizer.from_pretrained, flag, **folder)
-    # Of a folder without a tokenizer, Transformers makes an empty one, of endless length.
-    most = text_encoder.config.max_position_embeddings
-    if tokenizer.model_max_length > most:
-        raise UserError(
-            f"--{flag}={getattr(model, flag)}: its tokenizer is missing or of another model (model_max_length "
-            f"{tokenizer.model_max_length:.4g}, the text encoder takes {most} tokens)"
-        )
-    return tokenizer
+        return part(model, token, AutoencoderKL.from_pretrained, VAE, **weights)
+    except UserError:
+        if model.variant is None:
+            raise
+    # The variant is the base model's: few VAEs that come alone have it.
+    return part(model, token, AutoencoderKL.from_pretrained, VAE, torch_dtype=dtype)
 
 
 def encode_images(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,11 +137,12 @@ def encode_images(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
     return posterior.mean, posterior.logvar
 
 
-def load_controlnet(name_or_path: str, flag: str = "controlnet_model_name_or_path", **options: Any) -> ControlNetModel:
+def load_controlnet(
+    name_or_path: str, family: Family, flag: str = "controlnet_model_name_or_path", **options: Any
+) -> ControlNetModel:
     """Load a ControlNet from a folder or the Hub, in fp32."""
-    from diffusers import ControlNetModel
-
-    controlnet = loaded(flag, name_or_path, ControlNetModel.from_pretrained, torch_dtype=torch.float32, **options)
+    cls = family.controlnet_class()
+    controlnet = loaded(flag, name_or_path, cls.from_pretrained, torch_dtype=torch.float32, **options)
     # Copied, because MKL rounds differently at the odd addresses of a mapped file, and a resumed run must compute what
     # it would have computed.
     for weight in controlnet.parameters():
@@ -167,22 +150,22 @@ def load_controlnet(name_or_path: str, flag: str = "controlnet_model_name_or_pat
     return controlnet
 
 
-def _named_controlnet(model: ModelConfig, unet: UNet2DConditionModel, token: str | None, flag: str) -> ControlNetModel:
+def _named_controlnet(
+    model: ModelConfig, family: Family, unet: UNet2DConditionModel, token: str | None, flag: str
+) -> ControlNetModel:
     name_or_path = model.controlnet_model_name_or_path
     assert name_or_path
-    controlnet = load_controlnet(name_or_path, flag, cache_dir=model.cache_dir, token=token)
+    controlnet = load_controlnet(name_or_path, family, flag, cache_dir=model.cache_dir, token=token)
     if problem := mismatch(controlnet.config, unet.config):
         raise UserError(f"--{flag}={name_or_path}: {problem}")
     return controlnet
 
 
-def _copied_controlnet(model: ModelConfig, unet: UNet2DConditionModel, seed: int) -> ControlNetModel:
-    from diffusers import ControlNetModel
-
+def _copied_controlnet(model: ModelConfig, family: Family, unet: UNet2DConditionModel, seed: int) -> ControlNetModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return ControlNetModel.from_unet(unet)
+            return family.controlnet_class().from_unet(unet)
         except (ValueError, RuntimeError, AttributeError) as error:
-            problem = f"its UNet cannot be copied into a ControlNet ({error_message(error, 100)}); {kinds.TRAINED}"
-            raise UserError(f"--{BASE}={model.pretrained_model_name_or_path}: {problem}") from error
+            problem = f"its UNet cannot be copied into a ControlNet ({error_message(error, 100)}); {TRAINED}"
+            raise _unsuitable(model, problem) from error

@@ -55,6 +55,17 @@ def local_files(folder: Path) -> ModelFiles:
     return ModelFiles(names, lambda name: folder / name if name in names else None, folder)
 
 
+def cached_files(name: str, *, revision: str | None, cache_dir: str | None) -> ModelFiles:
+    """Return the files of a model in the Hub's cache; arguments as of `hub_files`."""
+    from huggingface_hub import try_to_load_from_cache
+
+    def find(file: str) -> Path | None:
+        found = try_to_load_from_cache(name, file, cache_dir=cache_dir, revision=revision)
+        return Path(found) if isinstance(found, str) else None
+
+    return ModelFiles(None, find)
+
+
 def hub_files(
     name: str, main_file: str, *, revision: str | None, cache_dir: str | None, token: str | None
 ) -> ModelFiles:
@@ -72,11 +83,7 @@ def hub_files(
         Unreachable: if it is not in the cache, and the Hub cannot be reached.
         NotKnown: if it is not in the cache, and the Hub gives no answer to go by.
     """
-    from huggingface_hub import try_to_load_from_cache
-
-    def cached(file: str) -> Path | None:
-        found = try_to_load_from_cache(name, file, cache_dir=cache_dir, revision=revision)
-        return Path(found) if isinstance(found, str) else None
+    cached = cached_files(name, revision=revision, cache_dir=cache_dir)
 
     def download(file: str) -> Path | None:
         return _download(name, file, revision, cache_dir, token) if names is None or file in names else None
@@ -84,8 +91,8 @@ def hub_files(
     try:
         names = _names_on_hub(name, revision, token)
     except (NotThere, NotKnown):
-        if cached(main_file):
-            return ModelFiles(None, cached)
+        if cached.find(main_file):
+            return cached
         raise
     return ModelFiles(names, download)
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from raycontrolnet.model.diffusion import PREDICTION_TYPES
 
-TRAINED = "only Stable Diffusion 1.x and 2.x text-to-image bases can be trained"
-
 BY_INPUT_CHANNELS = {
     3: "a pixel-space model",
     5: "a depth-to-image model",
@@ -22,15 +20,8 @@ BY_INPUT_CHANNELS = {
 MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")
 """Middle blocks that diffusers' ControlNetModel can have; the first is the default."""
 
-SDXL_EMBEDDING, SDXL_WIDTH = "text_time", 2048
-"""`addition_embed_type` of SDXL and its refiner, and `cross_attention_dim` of SDXL itself."""
-
-PART_CLASSES = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
-}
-"""Part of a pipeline -> classes that are loaded."""
+OTHER_NOISE = ("EDM", "FlowMatch")
+"""Beginnings of the schedulers' names for models that take their noise otherwise than DDPM, as Playground v2.5."""
 
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+?))?(?P<shard>-\d+-of-\d+)?"
@@ -38,35 +29,17 @@ _WEIGHTS = re.compile(
 )
 
 
-def pipeline_problem(index: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with a base of this model_index.json: another kind of pipeline; None if nothing is."""
-    pipeline = index.get("_class_name")
-    if not isinstance(pipeline, str):
-        return None
-    for part, classes in PART_CLASSES.items():
-        given = index.get(part)
-        found = given[1] if isinstance(given, list) and len(given) == 2 else None
-        if found not in classes:
-            return f"is a {pipeline} (its {part}: {found or 'none'}); {TRAINED}"
-    return None
+def kind_of_unet(config: Mapping[str, Any], *, added: str | None = None) -> str | None:
+    """Return the kind of the base with this UNet if it is not a text-to-image Stable Diffusion; None if it is.
 
-
-def unet_problem(config: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with a base whose UNet has this config.json: its kind; None if nothing is."""
-    kind = _kind_of(config)
-    return f"is {kind}; {TRAINED}" if kind else None
-
-
-def _kind_of(config: Mapping[str, Any]) -> str | None:
-    """Return the kind of a UNet's base if it is not a text-to-image Stable Diffusion 1.x or 2.x."""
+    Args:
+        added: `addition_embed_type` of its family.
+    """
     own = config.get("_class_name", "UNet2DConditionModel")
     extra, channels = config.get("addition_embed_type"), config.get("in_channels", 4)
     if own != "UNet2DConditionModel":
         return f"a model with a {own}"
-    if extra == SDXL_EMBEDDING:
-        sdxl = config.get("cross_attention_dim") == SDXL_WIDTH
-        return f"{'an SDXL model' if sdxl else 'an SDXL refiner or a model like it'} (addition_embed_type {extra})"
-    if extra is not None:
+    if extra != added:
         return f"a model of another family (UNet with addition_embed_type {extra})"
     if channels != 4:
         return f"{BY_INPUT_CHANNELS.get(channels, 'a model of another family')} (UNet with {channels} input channels)"
@@ -89,6 +62,8 @@ def _kind_of(config: Mapping[str, Any]) -> str | None:
 
 def scheduler_problem(config: Mapping[str, Any]) -> str | None:
     """Return what is wrong with a base of this scheduler_config.json; None if nothing is."""
+    if (name := str(config.get("_class_name", ""))).startswith(OTHER_NOISE):
+        return f"its scheduler is {name}; only DDPM's noise can be trained"
     predicted = config.get("prediction_type", PREDICTION_TYPES[0])
     if predicted in PREDICTION_TYPES:
         return None

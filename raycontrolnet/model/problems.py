@@ -10,19 +10,23 @@ from raycontrolnet.cluster.shared_files import SharedFiles
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.config.train_config import FACTS, names_with
 from raycontrolnet.model import kinds
+from raycontrolnet.model.base_family import MAIN_FILE
+from raycontrolnet.model.families.family import Family
+from raycontrolnet.model.families.registry import FAMILIES, denoiser_problem, family_of, pipeline_problem
 from raycontrolnet.model.files import ModelFiles, NotKnown, NotThere, Unreachable, hub_files, local_files
+from raycontrolnet.model.loading import BASE, VAE
 from raycontrolnet.storage.uri import is_uri, shown_uri
 from raycontrolnet.text import error_message
 
-BASE = "pretrained_model_name_or_path"
 CONTROLNET = "controlnet_model_name_or_path"
 TOKENIZER = "tokenizer_name"
-MAIN_FILES = {BASE: "unet/config.json", CONTROLNET: "config.json", TOKENIZER: "tokenizer_config.json"}
+MAIN_FILES = {BASE: MAIN_FILE, VAE: "config.json", CONTROLNET: "config.json", TOKENIZER: "tokenizer_config.json"}
 """Setting -> a file that its model has, for models whose files are looked at."""
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 HUB_ADDRESS = "https://huggingface.co/"
-PARTS = {BASE: tuple(kinds.PART_CLASSES), CONTROLNET: ("",)}
-"""Setting -> folders with weights."""
+VAE_CLASSES = FAMILIES[0].part_classes["vae"]
+SINGLE_FILES_OF = (BASE, CONTROLNET)
+"""Settings whose models also come as single files."""
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -55,6 +59,10 @@ def model_problems(
                 yield f"--{flag}={value}: {error}"
     if problem := mismatch(configs.get(CONTROLNET, {}), configs.get(BASE, {})):
         yield f"--{controlnet_flag}={model.controlnet_model_name_or_path}: {problem}"
+    channels, taken = configs.get(VAE, {}).get("latent_channels"), configs.get(BASE, {}).get("in_channels")
+    if None not in (channels, taken) and channels != taken:
+        problem = f"its latents have {channels} channels, the base model's UNet takes {taken}"
+        yield f"--{VAE}={model.pretrained_vae_model_name_or_path}: {problem}; name a VAE of the base model's family"
 
 
 def model_files(model: ModelConfig) -> Iterator[SharedFiles]:
@@ -67,6 +75,9 @@ def model_files(model: ModelConfig) -> Iterator[SharedFiles]:
 
 def mismatch(controlnet: Mapping[str, Any], unet: Mapping[str, Any]) -> str | None:
     """Return why a ControlNet does not fit the base model's UNet, by their configurations; None if it may."""
+    one, other = (family_of(config) if config else None for config in (controlnet, unet))
+    if one and other and one.name != other.name:
+        return f"made for another family of base models ({one.title}; the base model is {other.title})"
     for name in ("cross_attention_dim", "block_out_channels", "layers_per_block"):
         own, wanted = (_listed(config.get(name)) for config in (controlnet, unet))
         if None not in (own, wanted) and own != wanted:
@@ -95,7 +106,7 @@ def model_path_problem(name: str, value: Any, flag: str | None = None) -> str | 
         missing = [folder for folder in folders if not (path / folder).is_dir()]
         if not missing:
             return None
-        kind = kinds.pipeline_problem(local_files(path).read_json("model_index.json")) if name == BASE else None
+        kind = _kind_problem(local_files(path)) if name == BASE else None
         return start + (kind or f"no {', '.join(missing)} in that folder; it must be in diffusers' layout")
     if value.startswith(HUB_ADDRESS):
         return f"{start}is an address; give the Hub id: {'/'.join(value.removeprefix(HUB_ADDRESS).split('/')[:2])}"
@@ -114,7 +125,7 @@ def file_advice(path: Path, name: str) -> str:
         return f"is a file; name the folder that it is in: {path.parent}"
     if name == BASE and (path.parent.parent / "model_index.json").is_file():
         return f"is a file of a part; name the model's folder: {path.parent.parent}"
-    if path.suffix not in SINGLE_FILES or name not in PARTS:
+    if path.suffix not in SINGLE_FILES or name not in SINGLE_FILES_OF:
         return "is a file; name the folder that it is in"
     cls = "StableDiffusionPipeline" if name == BASE else "ControlNetModel"
     code = f"from diffusers import {cls} as C; C.from_single_file('{path.name}').save_pretrained('{path.stem}')"
@@ -145,7 +156,7 @@ def _checked_config(name: str, value: str, model: ModelConfig, token: str | None
             files = local_files(folder)
         else:
             files = hub_files(value, main_file, revision=revision, cache_dir=model.cache_dir, token=token)
-        problem = _base_problem(files, model) if name == BASE else _PROBLEMS[name](files)
+        problem = _PROBLEMS[name](files, model)
         config = files.read_json(main_file)
     except NotKnown:
         return {}
@@ -162,28 +173,36 @@ def _checked_config(name: str, value: str, model: ModelConfig, token: str | None
     return config
 
 
+def _kind_problem(files: ModelFiles) -> str | None:
+    """Return why a base model cannot be trained, or which part it lacks, by its UNet and its model_index.json."""
+    unet = files.read_json(MAIN_FILE)
+    return denoiser_problem(unet) or pipeline_problem(files.read_json("model_index.json"), _family(files))
+
+
+def _family(files: ModelFiles) -> Family:
+    return family_of(files.read_json(MAIN_FILE)) or FAMILIES[0]
+
+
 def _base_problem(files: ModelFiles, model: ModelConfig) -> str | None:
-    names = files.names
-    if names is not None and "unet/config.json" not in names:
-        kind = kinds.pipeline_problem(files.read_json("model_index.json"))
-        return kind or "has no unet/config.json; a base model must be in diffusers' layout"
-    if problem := (
-        kinds.unet_problem(files.read_json("unet/config.json"))
-        or kinds.pipeline_problem(files.read_json("model_index.json"))
-        or kinds.scheduler_problem(files.read_json("scheduler/scheduler_config.json"))
-    ):
+    names, family, problem = files.names, _family(files), _kind_problem(files)
+    if names is not None and MAIN_FILE not in names:
+        return problem or f"has no {MAIN_FILE}; a base model must be in diffusers' layout"
+    if problem := problem or kinds.scheduler_problem(files.read_json("scheduler/scheduler_config.json")):
         return problem
-    for part in PARTS[BASE] if names is not None else ():
+    for part in family.part_classes if names is not None else ():
         if problem := kinds.weights_problem(names or (), part, model.variant, variant_flag=True) or _pointer(
             files, part
         ):
             return problem
-    if names is not None and model.tokenizer_name is None and not any(name.startswith("tokenizer/") for name in names):
-        return "has no tokenizer; add that folder, or give --tokenizer_name"
+    for folder in family.tokenizers if names is not None else ():
+        replaced = model.tokenizer_name is not None and folder == family.tokenizers[0]
+        if not replaced and not any(name.startswith(f"{folder}/") for name in names or ()):
+            advice = ", or give --tokenizer_name" if folder == family.tokenizers[0] else ""
+            return f"has no {folder}; add that folder{advice}"
     return None
 
 
-def _controlnet_problem(files: ModelFiles) -> str | None:
+def _controlnet_problem(files: ModelFiles, _: ModelConfig) -> str | None:
     names = files.names
     if names is not None and "config.json" not in names:
         inside = "controlnet/config.json" in names
@@ -196,7 +215,21 @@ def _controlnet_problem(files: ModelFiles) -> str | None:
     return kinds.weights_problem(names, "", None, variant_flag=False) or _pointer(files, "")
 
 
-def _tokenizer_problem(files: ModelFiles) -> str | None:
+def _vae_problem(files: ModelFiles, model: ModelConfig) -> str | None:
+    names = files.names
+    if names is not None and "config.json" not in names:
+        inside = "vae/config.json" in names
+        return "name the folder vae in it" if inside else "has no config.json; a VAE must be in diffusers' layout"
+    kind = files.read_json("config.json").get("_class_name", VAE_CLASSES[0])
+    if kind not in VAE_CLASSES:
+        return f"holds a {kind}, not an {VAE_CLASSES[0]}"
+    if names is None:
+        return None
+    variant = model.variant if model.variant and any(f".{model.variant}." in name for name in names) else None
+    return kinds.weights_problem(names, "", variant, variant_flag=True) or _pointer(files, "")
+
+
+def _tokenizer_problem(files: ModelFiles, _: ModelConfig) -> str | None:
     names = files.names
     if names is None or names & {"vocab.json", "tokenizer.json"}:
         return None
@@ -204,7 +237,7 @@ def _tokenizer_problem(files: ModelFiles) -> str | None:
     return "name the folder tokenizer in it" if inside else "has no vocab.json; it must hold a CLIP tokenizer"
 
 
-_PROBLEMS = {CONTROLNET: _controlnet_problem, TOKENIZER: _tokenizer_problem}
+_PROBLEMS = {BASE: _base_problem, VAE: _vae_problem, CONTROLNET: _controlnet_problem, TOKENIZER: _tokenizer_problem}
 
 
 def _pointer(files: ModelFiles, part: str) -> str | None:

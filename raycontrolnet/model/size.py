@@ -8,7 +8,7 @@ from pathlib import Path
 from raycontrolnet.config.settings import ModelConfig
 
 FP32_BYTES = 4
-COPIED = ("conv_in.", "time_embedding.", "down_blocks.", "mid_block.")
+COPIED = ("conv_in.", "time_embedding.", "add_embedding.", "down_blocks.", "mid_block.")
 """Beginnings of the names of the UNet's weights that a ControlNet has as well."""
 
 

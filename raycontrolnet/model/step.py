@@ -15,12 +15,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from raycontrolnet.data.order import Purpose, keyed_rng
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.model.components import Components, encode_images
-from raycontrolnet.model.diffusion import add_noise, per_sample_loss, prediction_target, sample_posterior
+from raycontrolnet.model.diffusion import per_sample_loss, sample_posterior
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
-    from transformers import CLIPTokenizer
 
 
 class Batch(NamedTuple):
@@ -30,8 +29,10 @@ class Batch(NamedTuple):
     """uint8 [B, H, W, 3] RGB; None if `posterior` is there."""
     conditioning_images: Tensor
     """uint8 [B, H, W, 3] RGB."""
-    input_ids: Tensor
-    """int64 [B, T], padded and truncated to the tokenizer's maximum length T."""
+    tokens: tuple[Tensor, ...]
+    """int64 [B, T] of each tokenizer: the prompts, padded and truncated to its maximum length T."""
+    size_conditions: Tensor | None = None
+    """fp32 [B, 6]: as in `PreparedRow`, for families that have them."""
     posterior: Tensor | None = None
     """fp16 or fp32 [B, 2, 4, H/8, W/8]: mean and log-variance from the latent cache; None to encode `images`."""
 
@@ -83,19 +84,18 @@ class StepMetrics(NamedTuple):
     """Learning rate of the update."""
 
 
-def make_batch(rows: Sequence[PreparedRow], tokenizer: CLIPTokenizer, device: torch.device) -> Batch:
-    """Stack prepared rows on the device, still uint8: a quarter of the bytes to copy."""
-    tokens = tokenizer(
-        [row.prompt for row in rows],
-        max_length=tokenizer.model_max_length,
-        padding="max_length",
-        truncation=True,
-        return_tensors="pt",
-    )
+def make_batch(rows: Sequence[PreparedRow], components: Components, device: torch.device) -> Batch:
+    """Stack prepared rows on the device, still uint8: a quarter of the bytes to copy.
+
+    Args:
+        components: of which the tokenizers are used.
+    """
+    tokens = components.family.tokenize(components.tokenizers, [row.prompt for row in rows])
     return Batch(
         images=_stacked([row.image for row in rows], device),
         conditioning_images=_to_device(torch.from_numpy(np.stack([row.conditioning_image for row in rows])), device),
-        input_ids=_to_device(tokens.input_ids, device),
+        tokens=tuple(_to_device(ids, device) for ids in tokens),
+        size_conditions=_size_conditions(rows, device) if components.family.has_size_conditions else None,
         posterior=_stacked([row.posterior for row in rows], device),
     )
 
@@ -104,6 +104,10 @@ def _stacked(arrays: Sequence[NDArray[Any] | None], device: torch.device) -> Ten
     """Stack the arrays on the device; None if the rows have none."""
     there = [array for array in arrays if array is not None]
     return _to_device(torch.from_numpy(np.stack(there)), device) if there else None
+
+
+def _size_conditions(rows: Sequence[PreparedRow], device: torch.device) -> Tensor:
+    return _to_device(torch.tensor([row.size_conditions for row in rows], dtype=torch.float32), device)
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -148,32 +152,15 @@ def controlnet_loss(components: Components, controlnet: torch.nn.Module, batch: 
 
     ControlNet (Zhang et al. 2023, arXiv:2302.05543), eq. 5.
     """
-    dtype = components.unet.dtype
+    family = components.family
     with torch.no_grad():
         mean, logvar = _posterior(components, batch)
-        latents = sample_posterior(mean, logvar, draws.posterior_noise)
-        latents = latents * components.vae.config["scaling_factor"]
-        encoder_hidden_states = components.text_encoder(batch.input_ids, return_dict=False)[0]
+        latents = family.scale_latents(components.vae, sample_posterior(mean, logvar, draws.posterior_noise))
+        conditioning = family.encode_prompts(components, batch)
 
-    alphas_cumprod = components.noise_scheduler.alphas_cumprod.to(draws.timesteps.device)[draws.timesteps]
-    noisy_latents = add_noise(latents, draws.noise, alphas_cumprod).to(dtype)
-    down_residuals, mid_residual = controlnet(
-        noisy_latents,
-        draws.timesteps,
-        encoder_hidden_states=encoder_hidden_states,
-        controlnet_cond=(batch.conditioning_images.permute(0, 3, 1, 2).float() / 255.0).to(dtype),
-        return_dict=False,
-    )
-    prediction = components.unet(
-        noisy_latents,
-        draws.timesteps,
-        encoder_hidden_states=encoder_hidden_states,
-        down_block_additional_residuals=[residual.to(dtype) for residual in down_residuals],
-        mid_block_additional_residual=mid_residual.to(dtype),
-        return_dict=False,
-    )[0]
-    prediction_type = components.noise_scheduler.config["prediction_type"]
-    target = prediction_target(prediction_type, latents, draws.noise, alphas_cumprod)
+    noisy_latents, target = family.diffuse(components.noise_scheduler, latents, draws)
+    control = batch.conditioning_images.permute(0, 3, 1, 2).float() / 255.0
+    prediction = family.predict(components, controlnet, noisy_latents, draws.timesteps, control, conditioning)
     return per_sample_loss(prediction, target)
 
 

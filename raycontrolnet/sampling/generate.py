@@ -21,9 +21,11 @@ from raycontrolnet.config.checks import check_device, collected, find_token, unw
 from raycontrolnet.config.generate_config import GenerateConfig
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.errors import ConfigError, explained, out_of_memory
+from raycontrolnet.model.base_family import interpolation_of
 from raycontrolnet.model.components import Components, load_components
+from raycontrolnet.model.loading import BASE
 from raycontrolnet.model.performance import working_precision
-from raycontrolnet.model.problems import BASE, model_problems
+from raycontrolnet.model.problems import model_problems
 from raycontrolnet.model.prompts import cut
 from raycontrolnet.quiet import MODEL_LIBRARIES, no_progress_bars
 from raycontrolnet.sampling import find_controlnet, images, scores
@@ -96,7 +98,7 @@ def _generate(config: GenerateConfig, stream: TextIO) -> list[PairImages]:
                 controlnet_flag="controlnet",
             )
             for prompt in dict.fromkeys(config.prompt or ()):
-                if problem := cut(components.tokenizer, prompt):
+                if problem := cut(components.tokenizers, prompt):
                     stream.write(f"{problem}\n")
             results = _draw(task, components, drawn, stream)
     seconds = time.monotonic() - started
@@ -144,11 +146,12 @@ def _check(config: GenerateConfig) -> _Task:
     if problems or model is None:
         raise ConfigError(problems)
     device = torch.device("cuda" if use_gpu else "cpu")
-    allow_tf32 = settings.get("allow_tf32", False)
-    return _Task(config, model, items, _options(config), out, device, allow_tf32, find_token(config.hub_token))
+    allow_tf32, token = settings.get("allow_tf32", False), find_token(config.hub_token)
+    options = _options(config, interpolation_of(model, settings.get("image_interpolation_mode"), token))
+    return _Task(config, model, items, options, out, device, allow_tf32, token)
 
 
-def _options(config: GenerateConfig) -> DrawOptions:
+def _options(config: GenerateConfig, interpolation: str) -> DrawOptions:
     guidance_scale = DrawOptions.guidance_scale if config.guidance_scale is None else config.guidance_scale
     return DrawOptions(
         config.resolution or DEFAULT_RESOLUTION,
@@ -157,6 +160,7 @@ def _options(config: GenerateConfig) -> DrawOptions:
         working_precision(config.mixed_precision),
         config.batch_size,
         config.control_fidelity,
+        interpolation,
     )
 
 
@@ -172,6 +176,7 @@ def _model(
     base = str(Path(base).expanduser()) if base and Path(base).expanduser().exists() else base
     model = ModelConfig(
         pretrained_model_name_or_path=base or "",
+        pretrained_vae_model_name_or_path=config.pretrained_vae_model_name_or_path,
         controlnet_model_name_or_path=found.name_or_path,
         revision=config.revision,
         variant=config.variant,

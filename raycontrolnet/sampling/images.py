@@ -74,10 +74,10 @@ class ImageItem:
     def grid_file_name(self) -> str:
         return self.pair_name + GRID_ENDING
 
-    def control(self, resolution: int) -> Image.Image:
-        """Return the control image as the model gets it: RGB, `resolution` x `resolution`."""
+    def control(self, resolution: int, interpolation: str = "bilinear") -> Image.Image:
+        """Return the control image as the model gets it: RGB, resized and cropped."""
         image = decode_rgb(self.control_bytes, background=CONDITIONING_BACKGROUND)
-        return Image.fromarray(resize_and_crop(image, resolution))
+        return Image.fromarray(resize_and_crop(image, resolution, interpolation))
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,9 @@ def draw_items(
     while batch := list(islice(waiting, options.batch_size)):
         images = draw(
             pipeline,
+            components,
             [item.prompt for item in batch],
-            [item.control(options.resolution) for item in batch],
+            [item.control(options.resolution, options.interpolation) for item in batch],
             [item.seed for item in batch],
             options,
         )
@@ -194,7 +195,7 @@ def finish(
     lines = []
     for pair in dict.fromkeys(item.pair for item in there):
         of_pair = [item for item in there if item.pair == pair]
-        control = of_pair[0].control(options.resolution)
+        control = of_pair[0].control(options.resolution, options.interpolation)
         pictures = [_open(folder / item.file_name) for item in of_pair]
         _save(control, folder / of_pair[0].control_file_name)
         _save(_grid([control, *pictures]), folder / of_pair[0].grid_file_name)

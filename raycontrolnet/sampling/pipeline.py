@@ -34,35 +34,25 @@ class DrawOptions:
     """Images drawn at a time. It changes them by rounding only."""
     measure: str | None = None
     """Measure of `control_fidelity`; None for no scores."""
+    interpolation: str = "bilinear"
+    """Resizing of control images."""
 
 
 def build_pipeline(components: Components) -> Any:
-    """Build a StableDiffusionControlNetPipeline with UniPC on the models in memory; load and copy nothing.
+    """Build the family's ControlNet pipeline with UniPC on the models in memory; load and copy nothing.
 
     Args:
         components: the models themselves, not wrapped in DistributedDataParallel.
     """
     with only_errors():  # importing the pipelines makes transformers log about torchvision
-        from diffusers import StableDiffusionControlNetPipeline, UniPCMultistepScheduler
-
-        pipeline = StableDiffusionControlNetPipeline(
-            vae=components.vae,
-            text_encoder=components.text_encoder,
-            tokenizer=components.tokenizer,
-            unet=components.unet,
-            controlnet=components.controlnet,
-            # the configuration says what the UNet predicts (epsilon or v), so both kinds of base work
-            scheduler=UniPCMultistepScheduler.from_config(components.noise_scheduler.config),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        pipeline = components.family.build_pipeline(components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def draw(
     pipeline: Any,
+    components: Components,
     prompts: Sequence[str],
     controls: Sequence[Image.Image],
     seeds: Sequence[int],
@@ -75,24 +65,34 @@ def draw(
     their mode (training or evaluation) and their gradients.
 
     Args:
-        pipeline: of `build_pipeline`.
+        pipeline: of `build_pipeline`, for `components`.
         controls: RGB, of one size, width and height divisible by 8; as many as prompts and seeds.
-        options: `resolution`, `batch_size` and `measure` are not used here.
+        options: `resolution`, `batch_size`, `measure` and `interpolation` are not used here.
     """
-    modules = (pipeline.text_encoder, pipeline.vae, pipeline.unet, pipeline.controlnet)
+    modules = (*components.frozen(), components.controlnet)
     for prompt in prompts:
-        warn_if_cut(pipeline.tokenizer, prompt)
+        warn_if_cut(components.tokenizers, prompt)
     is_mixed = options.precision != torch.float32
-    autocast = torch.autocast(pipeline.unet.device.type, dtype=options.precision) if is_mixed else nullcontext()
-    with only_errors(), evaluating(modules), torch.no_grad(), autocast:
-        images: list[Image.Image] = pipeline(
-            list(prompts),
-            image=list(controls),
-            num_inference_steps=options.num_inference_steps,
-            guidance_scale=options.guidance_scale,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        ).images
-        return images
+    autocast = torch.autocast(components.unet.device.type, dtype=options.precision) if is_mixed else nullcontext()
+    decodes_apart = is_mixed and components.vae.dtype == torch.float32
+    with only_errors(), evaluating(modules), torch.no_grad():
+        with autocast:
+            images: Any = pipeline(
+                list(prompts),
+                image=list(controls),
+                num_inference_steps=options.num_inference_steps,
+                guidance_scale=options.guidance_scale,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                output_type="latent" if decodes_apart else "pil",
+            ).images
+        return _decoded(pipeline, images) if decodes_apart else list(images)
+
+
+def _decoded(pipeline: Any, latents: torch.Tensor) -> list[Image.Image]:
+    """Return the images of `latents`, decoded in fp32: autocast would run the VAE in half precision."""
+    vae = pipeline.vae
+    pixels = vae.decode(latents.to(vae.dtype) / vae.config["scaling_factor"], return_dict=False)[0]
+    return list(pipeline.image_processor.postprocess(pixels, output_type="pil"))
 
 
 @contextmanager

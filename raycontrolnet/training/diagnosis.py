@@ -17,6 +17,7 @@ import torch
 
 from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.errors import RunError, UserError
+from raycontrolnet.model.loading import VAE
 from raycontrolnet.model.step import TrainState, controlnet_loss, draw, latent_shape, make_batch, with_posterior
 from raycontrolnet.text import SHOWN_PROBLEMS
 from raycontrolnet.training.metrics import UpdateMetrics
@@ -76,7 +77,7 @@ def diagnosis(state: TrainState, loader: BatchLoader, resolution: int, samples: 
         except UserError:  # which the run will say itself
             continue
         done += 1
-        batch = with_posterior(components, make_batch([row], components.tokenizer, device))
+        batch = with_posterior(components, make_batch([row], components, device))
         assert batch.posterior is not None
         draws = draw(loader.order.seed, [index], shape, num_timesteps["num_train_timesteps"], device)
         if not batch.posterior.isfinite().all():
@@ -87,10 +88,10 @@ def diagnosis(state: TrainState, loader: BatchLoader, resolution: int, samples: 
                 not_finite.append(place)
     if unencoded:
         kind = str(components.vae.dtype).removeprefix("torch.")
-        return (
-            f"The VAE gives latents that are not finite in {kind} for {_listed(unencoded)}: add --cache_latents on, "
-            "which encodes in fp32, or use --mixed_precision bf16"
-        )
+        advice = "add --cache_latents on, which encodes in fp32, or use --mixed_precision bf16"
+        if components.family.vae_dtype(components.vae.dtype, named=False) != components.vae.dtype:
+            advice = f"leave out --{VAE}: the base model's own runs in fp32"
+        return f"The VAE gives latents that are not finite in {kind} for {_listed(unencoded)}: {advice}"
     if not_finite and len(not_finite) < done:
         where = f", from {modules[0]} on" if modules else ""
         found = f"The loss is not finite for {_listed(not_finite)}{where}, and is for the others"

@@ -92,7 +92,7 @@ def measure(
         for samples in _batches(_with_others(loader, share), loader.batch_size):
             rows, others = [row for row, _ in samples], [other for _, other in samples]
             indices = [row.sample_index for row in rows]
-            batch = with_posterior(models, make_batch(rows, components.tokenizer, accelerator.device))
+            batch = with_posterior(models, make_batch(rows, components, accelerator.device))
             draws = draw(
                 loader.order.seed,
                 indices,

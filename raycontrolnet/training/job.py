@@ -62,6 +62,8 @@ class Job:
     use_gpu: bool
     cached: bool
     """True if samples come from the latent cache."""
+    interpolation: str
+    """Resizing of images."""
     threads: int | None
     """CPU threads of a worker; None leaves them."""
     validation_items: tuple[ImageItem, ...]
@@ -94,6 +96,7 @@ class Job:
             guidance_scale=self.config.guidance_scale,
             precision=working_precision(self.config.mixed_precision),
             measure=self.config.control_fidelity,
+            interpolation=self.interpolation,
         )
         return validation.StepImages(self.output_dir, step, self.validation_items, options)
 

@@ -80,11 +80,13 @@ def build_state(
     token: str | None,
     *,
     encodes: bool = True,
+    interpolation: str | None = None,
 ) -> TrainState:
     """Return the state at the start of a run, or as `checkpoint` left it.
 
     Args:
         encodes: whether the step encodes images; without it the VAE waits on the CPU, for validation.
+        interpolation: how images are resized; None if nobody says.
 
     Raises:
         UserError: if a model or the checkpoint does not fit the settings.
@@ -99,6 +101,11 @@ def build_state(
         controlnet_path=str(checkpoint.path / CONTROLNET_FOLDER) if checkpoint else None,
         vae_device=None if encodes else torch.device("cpu"),
     )
+    if config.image_interpolation_mode is None and interpolation not in (None, components.family.interpolation):
+        raise UserError(
+            f"--image_interpolation_mode: the driver does not see the base model, of which the default depends; give "
+            f"{components.family.interpolation}, that of {components.family.title}"
+        )
     enable_memory_savers(
         components,
         gradient_checkpointing=config.gradient_checkpointing,
@@ -200,5 +207,5 @@ def unwrap_controlnet(state: TrainState) -> ControlNetModel:
 
 def saved_controlnet(folder: Path, like: TrainState) -> ControlNetModel:
     """Return the ControlNet of `folder`, frozen, on the device of `like`."""
-    controlnet = load_controlnet(str(folder), flag="output_dir")
+    controlnet = load_controlnet(str(folder), like.components.family, flag="output_dir")
     return controlnet.requires_grad_(False).eval().to(like.accelerator.device)

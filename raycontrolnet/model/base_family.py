@@ -1,0 +1,52 @@
+"""The family of the base model that settings name, found from its small files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from raycontrolnet.config.settings import DataConfig, ModelConfig
+from raycontrolnet.model.families.family import Family
+from raycontrolnet.model.families.registry import FAMILIES, family_of
+from raycontrolnet.model.files import NotKnown, NotThere, cached_files, hub_files, local_files
+
+MAIN_FILE = "unet/config.json"
+SIZE_SETTINGS = ("size_conditioning", "crops_coords_top_left_h", "crops_coords_top_left_w")
+
+
+def base_family(model: ModelConfig, token: str | None) -> Family | None:
+    """Return the family of the base model; None if this machine cannot look at it, or it is of none."""
+    name = model.pretrained_model_name_or_path
+    folder = Path(name).expanduser()
+    try:
+        if folder.is_dir():
+            files = local_files(folder)
+        else:
+            cached = cached_files(name, revision=model.revision, cache_dir=model.cache_dir)
+            there = cached.find(MAIN_FILE) is not None  # looked at before, or used
+            hub = {"revision": model.revision, "cache_dir": model.cache_dir, "token": token}
+            files = cached if there else hub_files(name, MAIN_FILE, **hub)
+        config = files.read_json(MAIN_FILE)
+    except (NotKnown, NotThere, OSError):
+        return None
+    return family_of(config) if config else None
+
+
+def family_of_saved(controlnet: Path) -> Family:
+    """Return the family of bases that the ControlNet in this folder is for; the first one if its files do not say."""
+    return family_of(local_files(controlnet).read_json("config.json")) or FAMILIES[0]
+
+
+def interpolation_of(model: ModelConfig, asked: str | None, token: str | None) -> str:
+    """Return how images are resized: as asked, or else as the family of the base model has it."""
+    return asked or (base_family(model, token) or FAMILIES[0]).interpolation
+
+
+def conditioning_problems(data: DataConfig, family: Family | None) -> Iterator[str]:
+    """Yield a problem for each setting of size conditions that does nothing, for this family or beside the others."""
+    given = {name: value for name in SIZE_SETTINGS if (value := getattr(data, name)) != getattr(DataConfig, name)}
+    for name, value in given.items():
+        if family and not family.has_size_conditions:
+            yield f"--{name}={value}: {family.title} is not conditioned on sizes; leave it out"
+        elif name != "size_conditioning" and data.size_conditioning == "real":
+            yield f"--{name}={value}: with --size_conditioning real, each image has its own; leave out one of the two"

@@ -1,0 +1,130 @@
+"""The contract of a family of base models: all that differs between families, and nothing else.
+
+A family has no state: it is told the models and the batch. The training step is written in its terms:
+
+    latents = sample of the VAE's posterior, scaled             scale_latents
+    conditioning = captions, encoded, and perhaps sizes         tokenize (on the host), encode_prompts (on the device)
+    noisy_latents, target = latents and noise at a timestep     diffuse
+    prediction = model(noisy_latents, conditioning, control)    predict
+
+To add one, write a file beside this one, and add a line to registry.py.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from raycontrolnet.config.settings import ModelConfig
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler
+    from transformers import CLIPTokenizer
+
+    from raycontrolnet.model.components import Components
+    from raycontrolnet.model.step import Batch, Draws
+
+Conditioning = dict[str, Any]
+"""Arguments that the ControlNet and the base model share besides latents and timesteps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family(ABC):
+    """A family of base models."""
+
+    name: str
+    """Short name, which no other family has."""
+    title: str
+    """Its name in messages, --help and README."""
+    part_classes: Mapping[str, tuple[str, ...]]
+    """Folder of a part with weights -> classes that are loaded, the denoiser first."""
+    tokenizers: tuple[str, ...]
+    """Folders of the tokenizers."""
+    pipeline: str
+    """Class of diffusers that draws with a ControlNet."""
+    tags: tuple[str, ...]
+    """Tags of its model cards, besides those of every family."""
+    interpolation: str = "bilinear"
+    """Resizing of images unless --image_interpolation_mode says otherwise: that of diffusers' script."""
+    has_size_conditions: bool = False
+    """Batches carry the images' sizes and crops."""
+
+    # --- which bases are of this family ---
+
+    @abstractmethod
+    def recognizes(self, config: Mapping[str, Any]) -> bool:
+        """Check that the denoiser or ControlNet with this config.json is of this family, or nearly."""
+
+    @abstractmethod
+    def kind_of_other(self, config: Mapping[str, Any]) -> str | None:
+        """Return the kind of a recognized denoiser that cannot be trained all the same; None if it can."""
+
+    # --- loading ---
+
+    @abstractmethod
+    def load_denoiser(self, model: ModelConfig, token: str | None) -> tuple[Any, DDPMScheduler]:
+        """Load the model that removes noise, in fp32 on the CPU, and its noise scheduler."""
+
+    @abstractmethod
+    def load_text(
+        self, model: ModelConfig, token: str | None, dtype: torch.dtype
+    ) -> tuple[tuple[CLIPTokenizer, ...], tuple[Any, ...]]:
+        """Load tokenizers and text encoders on the CPU."""
+
+    @abstractmethod
+    def controlnet_class(self) -> type[ControlNetModel]:
+        """Return the class of the ControlNet, which can be made of the denoiser (`from_unet`) or read."""
+
+    def vae_dtype(self, dtype: torch.dtype, *, named: bool) -> torch.dtype:
+        """Return the precision of the VAE in training, by that of the other frozen models.
+
+        Args:
+            named: the VAE is not the base model's own.
+        """
+        return dtype
+
+    # --- a training step ---
+
+    @abstractmethod
+    def tokenize(self, tokenizers: Sequence[CLIPTokenizer], prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        """Return the tokens of the prompts by each tokenizer, int64 [B, T], on the CPU."""
+
+    @abstractmethod
+    def encode_prompts(self, components: Components, batch: Batch) -> Conditioning:
+        """Return the conditioning of a batch on the device: its prompts, encoded, and what else the family needs."""
+
+    @abstractmethod
+    def scale_latents(self, vae: AutoencoderKL, latents: Tensor) -> Tensor:
+        """Bring latents [B, C, h, w] from the VAE's scale to that of the denoiser."""
+
+    @abstractmethod
+    def diffuse(self, noise_scheduler: DDPMScheduler, latents: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Return the noised sample at the drawn timesteps, and the target of its prediction; fp32 [B, C, h, w]."""
+
+    @abstractmethod
+    def predict(
+        self,
+        components: Components,
+        controlnet: torch.nn.Module,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        control: Tensor,
+        conditioning: Conditioning,
+    ) -> Tensor:
+        """Return the base model's prediction for the noised sample, steered by the ControlNet, [B, C, h, w].
+
+        Args:
+            controlnet: as it is trained, perhaps wrapped.
+            control: conditioning images [B, 3, H, W] in [0, 1].
+        """
+
+    # --- drawing ---
+
+    @abstractmethod
+    def build_pipeline(self, components: Components) -> Any:
+        """Build diffusers' pipeline on the models in memory; load and copy nothing."""
