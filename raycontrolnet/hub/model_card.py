@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from raycontrolnet.config.output_settings import SAFETENSORS
 from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.config.train_config import names_with
 from raycontrolnet.hub.licence import Licence, is_hub_id
@@ -82,6 +83,7 @@ def write_model_card(
         controlnet_path=repo_id or place or str(output_dir),
         base_path=base if repo_id is None else _without_folders(base),
         pipeline=family.pipeline,
+        single_file=f"{settings['save_name']}{SAFETENSORS}" if settings.get("save_name") else None,
         load_options={name: settings[name] for name in ("revision", "variant") if name in settings},
         resolution=settings.get("resolution", DataConfig.resolution),
         figures={title: facts[name] for name, title in FIGURES.items() if facts.get(name) is not None},
