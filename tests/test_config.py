@@ -55,7 +55,7 @@ OWN_FLAGS: dict[str, dict[str, Any]] = {
     "STR": {
         "num_workers": "1", "accelerator_type": None, "address": None, "cache_latents": "auto",
         "latents_cache_dir": None, "latents_dtype": "float16", "on_bad_sample": "fail", "license": None,
-        "on_nan": "fail", "save_precision": "fp32", "save_name": None,
+        "on_nan": "fail", "save_precision": "fp32", "save_name": None, "base_config": None,
         "control_fidelity": None, "tracker_group": None, "size_conditioning": "fixed",
     },
     "BOOL": {
