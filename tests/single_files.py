@@ -53,7 +53,16 @@ def write_single_file(
     if layout == "sdxl":
         second = {name.removeprefix("text_model."): value for name, value in _read(base / "text_encoder_2").items()}
         weights |= dict(_open_clip(second, "conditioner.embedders.1.model."))
-    save_file({name: value.to(dtype).contiguous() for name, value in weights.items()}, path)
+    saved = {name: value.to(dtype).contiguous() for name, value in weights.items()}
+    # What such files have besides.
+    saved |= {
+        "alphas_cumprod": torch.ones(1000),
+        "model_ema.decay": torch.ones(()),
+        "model_ema.num_updates": torch.ones(()),
+    }
+    if layout == "sd1":
+        saved[f"{CLIP[layout]}embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(saved, path)
     return path
 
 

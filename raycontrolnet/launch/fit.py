@@ -32,7 +32,7 @@ from raycontrolnet.text import duration
 from raycontrolnet.training import held_out, validation
 from raycontrolnet.training.job import RUN_LOG, RunCallback
 from raycontrolnet.training.status import RunStatus, live_status
-from raycontrolnet.training.store_sync import final_files, run_folder_open
+from raycontrolnet.training.store_sync import MODEL_CONFIG, final_files, run_folder_open
 
 logger = logging.getLogger(__name__)
 

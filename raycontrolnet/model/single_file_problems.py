@@ -69,7 +69,8 @@ def single_file_config(model: ModelConfig, token: str | None, *, elsewhere: bool
             return {}
         raise NotABase(_download_advice(place)) from None
     except NotThere as error:
-        raise NotABase(f"has its configuration from {place}: {error}; --{BASE_CONFIG} names another") from None
+        reason = str(error).partition(";")[0]
+        raise NotABase(f"has its configuration from {place}: {reason}; --{BASE_CONFIG} names another") from None
     if missing and files.names is None:
         raise NotABase(_download_advice(place))
     if missing:
@@ -89,8 +90,8 @@ def single_file_config(model: ModelConfig, token: str | None, *, elsewhere: bool
             f"predicts the velocity (it has v_pred), and its configuration, {place}, has {predicted}; give "
             f"--{BASE_CONFIG} with a folder whose {SCHEDULER} has v_prediction"
         )
-    if model.base_config is None:
-        logger.info("%s: configured as %s, predicts %s; --%s names another", path.name, place, predicted, BASE_CONFIG)
+    if model.base_config is None and predicted != "epsilon":  # weights do not tell
+        logger.warning("%s is taken to predict %s, as %s; --%s names another", path.name, predicted, place, BASE_CONFIG)
     return config
 
 
