@@ -317,9 +317,12 @@ def test_names_that_are_neither(name: str) -> None:
 
 def test_an_address() -> None:
     assert problem(f"https://huggingface.co/{BASE}/tree/main") == f"is an address; give the Hub id: {BASE}"
-    assert problem(f"https://huggingface.co/{BASE}/blob/main/v2/model.safetensors") == (
-        f"is an address; `hf download {BASE} v2/model.safetensors` and give the path that it prints"
-    )
+    for end in ("blob/main/v2/model.safetensors", "resolve/main/v2/model.safetensors?download=true"):
+        assert problem(f"https://huggingface.co/{BASE}/{end}") == (
+            f"is an address; run `hf download {BASE} v2/model.safetensors`, and give the path that it prints"
+        )
+    for end in ("", "/"):
+        assert problem(f"https://huggingface.co/{BASE}{end}") == f"is an address; give the Hub id: {BASE}"
 
 
 @pytest.mark.parametrize(("part", "stem"), [("unet", WEIGHTS), ("vae", WEIGHTS), ("text_encoder", "model")])

@@ -81,7 +81,10 @@ def problem(path: Path, **settings: Any) -> str | None:
 def test_a_run(file: Path, cache: Path, run_settings: Settings, validated_settings: Settings, tmp_path: Path) -> None:
     """Losses and weights are the folder's, bit for bit; so are those of a resumed run, and the images."""
     folder = run(validated_settings | {"num_validation_images": 1, "report_to": "none"}, tmp_path / "folder")
-    changed = {"pretrained_model_name_or_path": str(file), "cache_dir": str(cache)}
+    link = tmp_path / "my-base.safetensors"
+    shutil.copyfile(file, tmp_path / "blob")
+    link.symlink_to(tmp_path / "blob")  # as in the Hub's cache
+    changed = {"pretrained_model_name_or_path": str(link), "cache_dir": str(cache)}
     single = validated_settings | changed | {"num_validation_images": 1, "report_to": "none"}
     out = run(single, tmp_path / "single")
     assert losses(out) == losses(folder)
@@ -92,7 +95,7 @@ def test_a_run(file: Path, cache: Path, run_settings: Settings, validated_settin
         places = [each / "validation" / "step-000004" / name for each in (out, folder)]
         assert Image.open(places[0]).tobytes() == Image.open(places[1]).tobytes()
     card = (out / "README.md").read_text()
-    assert f"StableDiffusionControlNetPipeline.from_single_file('{file}', controlnet=controlnet)" in card
+    assert f"StableDiffusionControlNetPipeline.from_single_file('{link}', controlnet=controlnet)" in card
 
     shutil.rmtree(out / "checkpoint-4")
     run(single, out, resume_from_checkpoint="latest", validation_prompt=None, validation_image=None,
@@ -104,7 +107,7 @@ def test_a_run(file: Path, cache: Path, run_settings: Settings, validated_settin
                             num_images=1, out=str(tmp_path / "drawn"), use_gpu=False)  # fmt: skip
     stream = io.StringIO()
     generate(config, stream=stream)
-    assert f" on {file}, 1 pair" in stream.getvalue()
+    assert f" on {link}, 1 pair" in stream.getvalue()
     drawn = Image.open(tmp_path / "drawn" / images[0])
     assert drawn.tobytes() == Image.open(folder / "validation" / "step-000004" / images[0]).tobytes()
 

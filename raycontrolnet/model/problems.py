@@ -114,11 +114,10 @@ def model_path_problem(name: str, value: Any, flag: str | None = None) -> str | 
         kind = _kind_problem(local_files(path)) if name == BASE else None
         return start + (kind or f"no {', '.join(missing)} in that folder; it must be in diffusers' layout")
     if value.startswith(HUB_ADDRESS):
-        owner, _, rest = value.removeprefix(HUB_ADDRESS).partition("/")
-        repository, _, file = rest.partition("/")
-        if name in SINGLE_FILES_OF and value.endswith(SINGLE_FILES):
-            file = file.partition("/")[2].partition("/")[2]  # after blob/main
-            advice = f"`hf download {owner}/{repository} {file}` and give the path that it prints"
+        owner, repository, *rest = [*value.removeprefix(HUB_ADDRESS).partition("?")[0].split("/"), ""]
+        file = "/".join(rest[2:-1])  # after blob/main
+        if name in SINGLE_FILES_OF and file.endswith(SINGLE_FILES):
+            advice = f"run `hf download {owner}/{repository} {file}`, and give the path that it prints"
             return f"{start}is an address; {advice}"
         return f"{start}is an address; give the Hub id: {owner}/{repository}"
     if value.endswith(SINGLE_FILES):
