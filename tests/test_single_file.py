@@ -18,9 +18,11 @@ from runs import Settings, equal, losses, metadata, run, weights
 from safetensors.torch import load_file, save_file
 from single_files import write_single_file
 
-from raycontrolnet import GenerateConfig, generate
+from raycontrolnet import GenerateConfig, TrainConfig, generate
 from raycontrolnet.config.settings import ModelConfig
+from raycontrolnet.config.train_config import changed_settings
 from raycontrolnet.errors import ConfigError, UserError
+from raycontrolnet.hub.model_card import write_model_card
 from raycontrolnet.latents.vae_files import VaeFiles
 from raycontrolnet.model.components import load_components
 from raycontrolnet.model.problems import model_files, model_problems
@@ -174,6 +176,22 @@ def test_room_is_known(file: Path, tiny_base: Path) -> None:
     single, folder = (controlnet_bytes_at_least(ModelConfig(pretrained_model_name_or_path=str(base)))
                       for base in (file, tiny_base))  # fmt: skip
     assert single == folder > 0
+
+
+def test_the_model_card(tiny_base: Path, tmp_path: Path) -> None:
+    """Its code loads the file; a pushed card names no folders of this machine."""
+    file, pipeline = tmp_path / "my-base.safetensors", "StableDiffusionControlNetPipeline.from_single_file"
+    given: Settings = {
+        "pretrained_model_name_or_path": str(file),
+        "base_config": str(tiny_base),
+        "train_data_dir": "data",
+    }
+    settings = changed_settings(TrainConfig(**given))
+    own = write_model_card(tmp_path, settings, {}).read_text()
+    assert f"{pipeline}('{file}', controlnet=controlnet, config='{tiny_base}')" in own
+    pushed = write_model_card(tmp_path, settings, {}, repo_id="someone/edges").read_text()
+    assert f"{pipeline}('my-base.safetensors', controlnet=controlnet, config='{tiny_base.name}')" in pushed
+    assert str(tiny_base.parent) not in pushed
 
 
 # --- configurations ---

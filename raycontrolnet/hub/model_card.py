@@ -90,7 +90,11 @@ def write_model_card(
         pipeline=family.pipeline,
         single_file=f"{settings['save_name']}{SAFETENSORS}" if settings.get("save_name") else None,
         base_loader="from_single_file" if is_single_file(base) else "from_pretrained",
-        load_options={option: settings[name] for name, option in LOAD_OPTIONS.items() if settings.get(name)},
+        load_options={
+            option: settings[name] if repo_id is None else _without_folders(settings[name])
+            for name, option in LOAD_OPTIONS.items()
+            if settings.get(name)
+        },
         resolution=settings.get("resolution", DataConfig.resolution),
         figures={title: facts[name] for name, title in FIGURES.items() if facts.get(name) is not None},
         control_gap=facts.get("control_gap"),

@@ -114,12 +114,11 @@ def model_path_problem(name: str, value: Any, flag: str | None = None) -> str | 
         kind = _kind_problem(local_files(path)) if name == BASE else None
         return start + (kind or f"no {', '.join(missing)} in that folder; it must be in diffusers' layout")
     if value.startswith(HUB_ADDRESS):
-        owner, repository, *rest = [*value.removeprefix(HUB_ADDRESS).partition("?")[0].split("/"), ""]
-        file = "/".join(rest[2:-1])  # after blob/main
+        parts = value.removeprefix(HUB_ADDRESS).partition("?")[0].strip("/").split("/")
+        hub_id, file = "/".join(parts[:2]), "/".join(parts[4:])  # after blob/main
         if name in SINGLE_FILES_OF and file.endswith(SINGLE_FILES):
-            advice = f"run `hf download {owner}/{repository} {file}`, and give the path that it prints"
-            return f"{start}is an address; {advice}"
-        return f"{start}is an address; give the Hub id: {owner}/{repository}"
+            return f"{start}is an address; run `hf download {hub_id} {file}`, and give the path that it prints"
+        return f"{start}is an address; give the Hub id: {hub_id}"
     if value.endswith(SINGLE_FILES):
         return f"{start}no such file, and not a Hub id (owner/name); correct the path"
     if is_uri(value):
