@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,10 @@ from raycontrolnet import GenerateConfig, TrainConfig, cli, fit, generate
 from raycontrolnet.errors import ConfigError, RunError
 from raycontrolnet.hub.push import push_command, push_to_hub
 from raycontrolnet.model.families.registry import FAMILIES
+from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training import final_weights, validation
+from raycontrolnet.tune.records import Trial, TrialRecord
+from raycontrolnet.tune.results import write_best
 
 __all__ = ["elsewhere", "s3", "use_s3"]  # fixtures
 
@@ -125,17 +129,25 @@ def test_weights_that_a_precision_cannot_hold(half: Run, tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("source", ["checkpoint-2/controlnet", ""])
 @pytest.mark.parametrize("name", ["my-circles.v2", None])
-def test_best_of_a_sweep(source: str, name: str | None, half: Run, tmp_path: Path) -> None:
-    """It is written as a run's, also of a checkpoint, which is fp32."""
-    config = TrainConfig(pretrained_model_name_or_path="b", train_data_dir="d", save_precision="fp16", save_name=name)
-    final_weights.copy_weights(half.folder / source, tmp_path, config)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", WEIGHTS} | ({ONE_FILE} if name else set())
-    exact = checkpoint(half.folder, step=2 if source else 4)
-    assert equal(weights(tmp_path), {key: value.half() for key, value in exact.items()})
-    if not source:
-        assert (tmp_path / WEIGHTS).read_bytes() == (half.folder / WEIGHTS).read_bytes()
+@pytest.mark.parametrize("state", ["finished", "stopped"])
+def test_best_of_a_sweep(state: str, name: str | None, half: Run, validated_settings: Settings, tmp_path: Path) -> None:
+    """It is written as a run's, also of the last checkpoint of a trial that was stopped, which is fp32."""
+    folder = Path(shutil.copytree(half.folder, tmp_path / "trials" / "0000"))
+    if state == "stopped":
+        shutil.rmtree(folder / "checkpoint-4")
+    given = validated_settings | {"save_precision": "fp16", "save_name": name, "output_dir": str(tmp_path)}
+    config, sweep = TrainConfig(**given), RunFolder(str(tmp_path))
+    plan: Any = SimpleNamespace(folder=sweep, sweep_dir=tmp_path, train=config, config_of=lambda record: config)
+    reports = ({"step": 2}, {"step": 4})
+    best = write_best(plan, Trial(TrialRecord(0, {}, state=state), folder, reports))
+    assert {path.name for path in best.iterdir()} >= {"config.json", WEIGHTS, "README.md"}
+    assert [path.name for path in best.glob("*.safetensors") if path.name != WEIGHTS] == ([ONE_FILE] if name else [])
+    exact = checkpoint(half.folder, step=4 if state == "finished" else 2)
+    assert equal(weights(best), {key: value.half() for key, value in exact.items()})
+    if state == "finished":
+        assert (best / WEIGHTS).read_bytes() == (half.folder / WEIGHTS).read_bytes()
+    assert (f"`{ONE_FILE}`" in (best / "README.md").read_text()) == bool(name)
 
 
 @pytest.mark.usefixtures("elsewhere")
