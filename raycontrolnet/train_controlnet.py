@@ -28,6 +28,7 @@ from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.text import counted
 from raycontrolnet.training.diagnosis import NotFiniteUpdates
 from raycontrolnet.training.failures import failures_recorded, read_failure, retried_if_continued
+from raycontrolnet.training.final_weights import save_final_weights
 from raycontrolnet.training.job import (
     Job,
     check_folder_is_shared,
@@ -47,8 +48,8 @@ from raycontrolnet.training.metrics import (
 )
 from raycontrolnet.training.room import check_room
 from raycontrolnet.training.schedule import Schedule, Share
-from raycontrolnet.training.state import accelerator_for, build_state, controlnet_bytes, save_final_weights, save_state
-from raycontrolnet.training.store_sync import MODEL_CONFIG, RECORDS, WEIGHTS, worker_in_step
+from raycontrolnet.training.state import accelerator_for, build_state, controlnet_bytes, save_state
+from raycontrolnet.training.store_sync import RECORDS, final_files, worker_in_step
 from raycontrolnet.training.trackers import Trackers, open_trackers
 from raycontrolnet.training.validator import Validator
 from raycontrolnet.training.watchdog import Watchdog
@@ -286,9 +287,9 @@ class Worker:
         self.record(force=True)
         with self.clock("checkpoint"):
             if self.share.rank == 0:
-                save_final_weights(self.state, self.job.output_dir)
-                self.job.folder.push(WEIGHTS)
-                self.job.folder.push(MODEL_CONFIG)
+                save_final_weights(self.state, self.job.config, self.job.output_dir)
+                for files in final_files(self.job.config):
+                    self.job.folder.push(files)
         self.validator.finish()
 
 

@@ -30,6 +30,9 @@ ERROR_CODES = {
 }
 """Error -> the header by which client libraries know it."""
 
+COMMIT = "2" * 40
+"""Commit of the models to download."""
+
 
 @dataclass
 class Request:
@@ -85,7 +88,7 @@ class HubStandIn:
         self._server.shutdown()
         self._server.server_close()
 
-    def answer(self, request: Request) -> tuple[int, dict[str, Any] | bytes | None]:
+    def answer(self, request: Request) -> tuple[int, Any]:
         """Return status and JSON, or a file's content, for a request."""
         path = request.path.partition("?")[0]
         if path.startswith("/storage/"):  # the place that LFS names needs no token, and must not be shown it
@@ -116,15 +119,20 @@ class HubStandIn:
         self.files[repository] = {}
         return 200, answer
 
-    def _model(self, parts: list[str], request: Request) -> tuple[int, dict[str, Any] | None]:
+    def _model(self, parts: list[str], request: Request) -> tuple[int, Any]:
         repository, call = "/".join(parts[:2]), parts[2:3]
         if repository in self.cards:
             return 200, {"id": repository, "modelId": repository, "cardData": self.cards[repository]}
         if repository in self.models:
             if parts[2:3] == ["revision"] and parts[3:] != ["main"]:
                 return 404, {"error": "Revision not found"}
+            if call == ["tree"]:
+                files = self.models[repository].items()
+                return 200, [
+                    {"type": "file", "path": path, "size": len(content), "oid": "0"} for path, content in files
+                ]
             siblings = [{"rfilename": path} for path in self.models[repository]]
-            return 200, {"id": repository, "modelId": repository, "siblings": siblings}
+            return 200, {"id": repository, "modelId": repository, "sha": COMMIT, "siblings": siblings}
         if repository not in self.files:
             return 404, {"error": "Repository not found"}
         if call == ["preupload"]:
@@ -204,9 +212,9 @@ def _handler(hub: HubStandIn) -> type[BaseHTTPRequestHandler]:
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             if isinstance(answer, bytes):
-                self.send_header("X-Repo-Commit", "2" * 40)
+                self.send_header("X-Repo-Commit", COMMIT)
                 self.send_header("ETag", f'"{hashlib.sha256(answer).hexdigest()}"')
-            elif answer and answer.get("error") in ERROR_CODES:
+            elif isinstance(answer, dict) and answer.get("error") in ERROR_CODES:
                 self.send_header("X-Error-Code", ERROR_CODES[answer["error"]])
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()

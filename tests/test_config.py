@@ -55,7 +55,7 @@ OWN_FLAGS: dict[str, dict[str, Any]] = {
     "STR": {
         "num_workers": "1", "accelerator_type": None, "address": None, "cache_latents": "auto",
         "latents_cache_dir": None, "latents_dtype": "float16", "on_bad_sample": "fail", "license": None,
-        "on_nan": "fail",
+        "on_nan": "fail", "save_precision": "fp32", "save_name": None, "base_config": None,
         "control_fidelity": None, "tracker_group": None, "size_conditioning": "fixed",
     },
     "BOOL": {
@@ -198,6 +198,7 @@ def other_values(image: str) -> Settings:
         "lr_scheduler": "cosine", "mixed_precision": "bf16", "report_to": "wandb", "num_workers": "2:4",
         "cache_latents": "on", "latents_dtype": "float32", "on_bad_sample": "skip", "on_nan": "skip",
         "license": "openrail++", "image_interpolation_mode": "lanczos", "size_conditioning": "real",
+        "save_precision": "bf16", "save_name": "edges",
         "control_fidelity": "shape", "validation_image": (image, image), "resolution": 256,
     }  # fmt: skip
     values = {name: own.get(name, kinds[kind](index)) for index, (name, kind) in enumerate(KINDS.items())}
@@ -254,6 +255,7 @@ RULES: dict[str, list[tuple[str, Any]]] = {
     "must be one of nearest, nearest_exact, bilinear, bicubic, box, hamming, lanczos; perhaps you meant lanczos": [
         ("image_interpolation_mode", "lanczo"),
     ],
+    "must be one of fp32, fp16, bf16": [("save_precision", "half")],
     "must be one of fail, skip": [("on_bad_sample", "drop"), ("on_nan", "stop")],
     "must be a fraction below 1, a count of at least 2, or 0 for none": [
         ("validation_split", -0.1), ("validation_split", 1), ("validation_split", 2.5),

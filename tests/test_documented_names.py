@@ -28,7 +28,7 @@ def test_the_documents_are_read() -> None:
     assert len(TEXTS["README.md"].splitlines()) <= 200
     assert len(GUIDES) >= 7
     assert Counter(found.kind for found in BLOCKS) == {
-        "run": 8, "slow": 7, "job": 1, "cluster": 1, "runtime_env": 1, "skip": 7, "sweep": 1, "sweep.py": 1,
+        "run": 8, "slow": 7, "job": 1, "cluster": 1, "runtime_env": 1, "skip": 9, "sweep": 1, "sweep.py": 1,
         "metadata.jsonl": 1, "space.yaml": 1,
     }  # fmt: skip
     fences = sum(len(re.findall(r"^```\w+$", text, re.M)) for text in TEXTS.values())
@@ -65,7 +65,7 @@ def test_families_are_listed() -> None:
 def test_flags_exist() -> None:
     """Ours have underscores or are one word; what has hyphens belongs to others."""
     of_others = {"logdir", "head", "region", "query", "output", "name", "port", "ulimit"}
-    of_others |= {"signal", "submit", "install", "reason"}  # Slurm, train_on_cluster.py, ray drain-node
+    of_others |= {"include", "signal", "submit", "install", "reason"}  # Slurm, train_on_cluster.py, ray drain-node
     ours = {"config", "help", *cli.WITHOUT_USE, *setting_types(SweepSettings)}
     ours |= {name for config in (TrainConfig, GenerateConfig, ConditionConfig) for name in setting_types(config)}
     ours |= {f"no_{name}" for name in ours}

@@ -180,7 +180,7 @@ def test_an_xl_base(tiny_xl_base: Path, hub: HubStandIn, tmp_path: Path) -> None
     assert problem(base) == "has no tokenizer_2; add that folder"
     assert problem(base, tokenizer_name=str(base / "tokenizer")) == "has no tokenizer_2; add that folder"
     shutil.rmtree(base / "text_encoder_2")
-    assert problem(base) == "its text_encoder_2 has no weights (.safetensors or .bin)"
+    assert problem(base) == "its text_encoder_2 has no weights (.safetensors)"
     change(base / "model_index.json", text_encoder_2=[None, None])
     lacks = "has no text_encoder_2, which Stable Diffusion XL needs; complete it, or name another base model"
     assert problem(base) == lacks
@@ -237,7 +237,7 @@ def test_vaes(tiny_base: Path, tiny_xl_base: Path, tmp_path: Path) -> None:
     channels = "its latents have 16 channels, the base model's UNet takes 4; name a VAE of the base model's family"
     assert found(vae) == [channels]
     (vae / f"{WEIGHTS}.safetensors").unlink()
-    assert found(vae) == ["it has no weights (.safetensors or .bin)"]
+    assert found(vae) == ["it has no weights (.safetensors)"]
 
 
 def test_sizes_for_a_base_that_knows_none(tiny_settings: dict[str, Any], tiny_xl_base: Path) -> None:
@@ -288,14 +288,17 @@ def test_xformers_without_a_gpu_is_told_at_once(tiny_settings: dict[str, Any], m
 # --- files, and names of files ---
 
 
-def test_single_files(tmp_path: Path, base: Path) -> None:
+def test_files(tmp_path: Path, base: Path) -> None:
+    """Pickled ones are refused; those of a part lead to the model's folder."""
+    for name in ("my model.ckpt", "model.pt", "model.bin"):
+        (tmp_path / name).write_bytes(b"weights")
+        assert problem(tmp_path / name) == (
+            'is pickled, which can hide code; convert it, in its folder: python -c "import torch as t, '
+            f"safetensors.torch as s; d = t.load('{name}', 'cpu'); s.save_file(d.get('state_dict', d), "
+            f"'{Path(name).stem}.safetensors')\""
+        )
     for name in ("my model.safetensors", "model.ckpt"):
         (tmp_path / name).write_bytes(b"weights")
-        stem = Path(name).stem
-        assert problem(tmp_path / name) == (
-            'is a single-file checkpoint; convert it once, in its folder: python -c "from diffusers import '
-            f"StableDiffusionPipeline as C; C.from_single_file('{name}').save_pretrained('{stem}')\""
-        )
         (own,) = model_problems(ModelConfig(controlnet_model_name_or_path=str(tmp_path / name)), None)
         assert own.startswith(f"--controlnet_model_name_or_path={tmp_path / name}: is a single-file checkpoint; ")
         assert f"ControlNetModel as C; C.from_single_file('{name}')" in own
@@ -314,6 +317,12 @@ def test_names_that_are_neither(name: str) -> None:
 
 def test_an_address() -> None:
     assert problem(f"https://huggingface.co/{BASE}/tree/main") == f"is an address; give the Hub id: {BASE}"
+    for end in ("blob/main/v2/model.safetensors", "resolve/main/v2/model.safetensors?download=true"):
+        assert problem(f"https://huggingface.co/{BASE}/{end}") == (
+            f"is an address; run `hf download {BASE} v2/model.safetensors`, and give the path that it prints"
+        )
+    for end in ("", "/"):
+        assert problem(f"https://huggingface.co/{BASE}{end}") == f"is an address; give the Hub id: {BASE}"
 
 
 @pytest.mark.parametrize(("part", "stem"), [("unet", WEIGHTS), ("vae", WEIGHTS), ("text_encoder", "model")])
@@ -342,19 +351,20 @@ def test_other_weights(base: Path) -> None:
     weights.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     assert problem(base) == "unet holds a Git LFS pointer, not weights; run `git lfs pull` in that folder"
     weights.unlink()
-    assert problem(base) == "its unet has no weights (.safetensors or .bin)"
+    assert problem(base) == "its unet has no weights (.safetensors)"
     shards = [weights.with_name(f"{WEIGHTS}-0000{n}-of-00002.bin") for n in (1, 2)]
     for shard in shards:
         shard.touch()
-    assert problem(base) == (
-        "its unet has sharded .bin weights, which diffusers does not read; save them anew as safetensors"
-    )
-    shards[0].with_name(f"{WEIGHTS}.bin").touch()
-    assert problem(base) is None
+    pickled = "has only pickled weights, which can run code when read; convert them once: python -c"
+    code = "from diffusers import DiffusionPipeline as C; C.from_pretrained('base').save_pretrained('base-safetensors')"
+    assert problem(base) == f'its unet {pickled} "{code}"'
     for shard in shards:
         shard.rename(shard.with_suffix(".safetensors"))
     assert problem(base) is None
     weights.write_bytes(whole)
+    (base / "text_encoder" / "model.safetensors").rename(base / "text_encoder" / "pytorch_model.bin")
+    assert problem(base) == f'its text_encoder {pickled} "{code}"'
+    assert (problem(base, variant="fp16") or "").startswith("its unet has no files of the variant fp16")
 
 
 def test_controlnets(tiny_base: Path, hub: HubStandIn, tmp_path: Path) -> None:

@@ -419,7 +419,7 @@ def test_an_object_store_will_do(run: Prepare, settings: Settings) -> None:
     ("part", "problem"),
     [
         ("config.json", r"its VAE cannot be read \(.*config"),
-        ("diffusion_pytorch_model.safetensors", r"its vae has no weights \(.safetensors or .bin\)"),
+        ("diffusion_pytorch_model.safetensors", r"its vae has no weights \(.safetensors\)"),
     ],
 )
 def test_a_missing_vae_is_named(run: Prepare, tiny_base: Path, tmp_path: Path, part: str, problem: str) -> None:

@@ -89,7 +89,9 @@ def resolved(name: str, value: str) -> Path:
     """
     if problem := path_problem(name, value):
         raise ConfigError([problem])
-    return Path(value).expanduser().resolve()
+    path = Path(value).expanduser()
+    # A link to a file keeps its name, which says what it is: the Hub's cache links to files without an ending.
+    return path.parent.resolve() / path.name if path.is_file() else path.resolve()
 
 
 def check_device(

@@ -101,6 +101,8 @@ class BaseModelConfig:
     """Base model: a local folder or a Hub id; by default the one that the run's config.yaml names."""
     pretrained_vae_model_name_or_path: str | None = None
     """VAE instead of the base model's own: a local folder or a Hub id; by default the run's."""
+    base_config: str | None = None
+    """Model in diffusers' layout that configures a single-file base; by default the run's."""
     revision: str | None = None
     """Revision (branch, tag or commit) of the base model on the Hub; by default the run's."""
     variant: str | None = None

@@ -22,8 +22,14 @@ from raycontrolnet.config.rules import (
 METRICS = "decides where metrics go, not what is learned"
 PUBLISHING = "is about publishing, not about training"
 CHECKPOINTS = "decides when checkpoints are written, not what is learned"
+FINAL_WEIGHTS = "decides how the final weights are stored, not what is learned"
 
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
+SAFETENSORS = ".safetensors"
+WEIGHTS_NAME = "diffusion_pytorch_model"
+"""Name of diffusers' files with weights."""
+SAVE_PRECISIONS = ("fp32", "fp16", "bf16")
+LONGEST_SAVE_NAME = 100
 FIDELITY_MEASURES = ("shape", "canny")
 HELD_OUT_ROWS = 16
 """Rows held out by default: measuring them every 100 updates of batch 4 costs a few percent."""
@@ -52,6 +58,10 @@ class OutputConfig:
         None, fixed="is for single runs, as trials start from the beginning", instead="resume a sweep with --resume"
     )
     """`latest` (a new start if there is none yet), a `checkpoint-N` of output_dir, or a path."""
+    save_precision: str = setting("fp32", fixed=FINAL_WEIGHTS, changes_on_resume=True)
+    """fp32, fp16 or bf16: precision of the final weights; checkpoints stay fp32."""
+    save_name: str | None = setting(None, fixed=FINAL_WEIGHTS, changes_on_resume=True, left_out_of_card=True)
+    """Write the final weights also as the one file NAME.safetensors, for node-based and web interfaces."""
     logging_dir: str = setting("logs", fixed=METRICS, left_out_of_card=True)
     """TensorBoard files, under output_dir."""
     report_to: str = setting("tensorboard", fixed=METRICS)
@@ -65,11 +75,19 @@ class OutputConfig:
         yield from at_least(self, 1, "checkpointing_steps", "checkpoints_total_limit")
         yield from folder_problems(self, "output_dir", or_uri=True)
         yield from secret_problems(self, "resume_from_checkpoint")
+        yield from one_of(self, "save_precision", SAVE_PRECISIONS)
+        if self.save_name is not None and (problem := _name_problem(self.save_name)):
+            yield f"--save_name={self.save_name[:LONGEST_SAVE_NAME]}: {problem}"
         unknown = [name for name in self.trackers if name not in TRACKERS]
         if unknown:
             yield problem_of(
                 self, "report_to", f"must be one of {', '.join(TRACKERS)}, all, none, or several with commas"
             )
+
+    @property
+    def single_file(self) -> str | None:
+        """Name of the one file with the final weights."""
+        return f"{self.save_name}{SAFETENSORS}" if self.save_name else None
 
     @property
     def trackers(self) -> tuple[str, ...]:
@@ -79,6 +97,21 @@ class OutputConfig:
         if self.report_to == "all":
             return TRACKERS
         return tuple(name.strip() for name in self.report_to.split(","))
+
+
+def _name_problem(name: str) -> str | None:
+    """Return why NAME.safetensors cannot be written; None if it can."""
+    if not name:
+        return "must be a name; leave it out for no such file"
+    if name.lower().endswith(SAFETENSORS):
+        return f"leave out {SAFETENSORS}, which is added"
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        return "must be a name of letters, digits, and . _ + -; the file is written to --output_dir"
+    if name.lower().startswith(WEIGHTS_NAME):
+        return f"is a name of diffusers' own files; take one that does not begin with {WEIGHTS_NAME}"
+    if len(name.encode()) > LONGEST_SAVE_NAME:
+        return f"is too long; use at most {LONGEST_SAVE_NAME} letters"
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,11 +48,13 @@ class ModelConfig:
     pretrained_model_name_or_path: str = setting(
         "", sweepable=True, decides="latents", path="or id", model_folders=BASE_FOLDERS
     )
-    """Base model: a local folder or a Hub id, Stable Diffusion 1.x and 2.x or Stable Diffusion XL. Required."""
+    """Base model, Stable Diffusion 1.x and 2.x or Stable Diffusion XL: folder, Hub id, .safetensors file. Required."""
     pretrained_vae_model_name_or_path: str | None = setting(
         None, sweepable=True, decides="latents", path="or id", model_folders=()
     )
     """VAE instead of the base model's own: a local folder or a Hub id. It runs in the precision of training."""
+    base_config: str | None = setting(None, sweepable=True, decides="latents", path="or id", model_folders=())
+    """Model in diffusers' layout that configures a single-file base: a folder or a Hub id; by default the original."""
     controlnet_model_name_or_path: str | None = setting(None, sweepable=True, path="or id", model_folders=())
     """ControlNet to start from; without it, its weights are copied from the base model's UNet."""
     revision: str | None = setting(None, sweepable=True, decides="latents")

@@ -92,7 +92,7 @@ def _local_metadata(card: Path) -> Mapping[str, Any]:
 
     try:
         return metadata_load(card) or {}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # or of a single file
         return {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         logger.warning("%s: no licence can be read from it (%s)", card, type(error).__name__)

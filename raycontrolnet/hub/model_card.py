@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from raycontrolnet.config.output_settings import SAFETENSORS
 from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.config.train_config import names_with
 from raycontrolnet.hub.licence import Licence, is_hub_id
 from raycontrolnet.model.base_family import family_of_saved
+from raycontrolnet.model.single_file import is_single_file
 from raycontrolnet.sampling.images import PairImages
 from raycontrolnet.storage.files import replacing
 from raycontrolnet.storage.uri import is_uri, shown_uri
@@ -33,6 +35,10 @@ FIGURES = {
     "versions": "versions",
 }
 """Entries of run.json that the card shows -> their titles."""
+
+
+LOAD_OPTIONS = {"revision": "revision", "variant": "variant", "base_config": "config"}
+"""Settings -> what diffusers calls them when it loads the base model."""
 
 
 def write_model_card(
@@ -82,7 +88,13 @@ def write_model_card(
         controlnet_path=repo_id or place or str(output_dir),
         base_path=base if repo_id is None else _without_folders(base),
         pipeline=family.pipeline,
-        load_options={name: settings[name] for name in ("revision", "variant") if name in settings},
+        single_file=f"{settings['save_name']}{SAFETENSORS}" if settings.get("save_name") else None,
+        base_loader="from_single_file" if is_single_file(base) else "from_pretrained",
+        load_options={
+            option: settings[name] if repo_id is None else _without_folders(settings[name])
+            for name, option in LOAD_OPTIONS.items()
+            if settings.get(name)
+        },
         resolution=settings.get("resolution", DataConfig.resolution),
         figures={title: facts[name] for name, title in FIGURES.items() if facts.get(name) is not None},
         control_gap=facts.get("control_gap"),

@@ -20,7 +20,8 @@ from raycontrolnet.version import __version__
 logger = logging.getLogger(__name__)
 
 UPLOADED = ("config.json", "diffusion_pytorch_model.safetensors", "README.md", "images/*.png")
-"""Files that are uploaded, relative to output_dir: no checkpoints, no logs, no settings file."""
+"""Files that are uploaded, relative to output_dir, besides the one file of --save_name: no checkpoints, no logs, no
+settings file."""
 
 WEIGHTS = UPLOADED[:2]
 """Files that diffusers needs to load the ControlNet."""
@@ -51,8 +52,16 @@ def check_push(hub: HubConfig, output_dir: str | Path) -> list[str]:
     return problems
 
 
-def resolve_repo_id(output_dir: str | Path, hub_model_id: str | None, token: str | None) -> str:
+def resolve_repo_id(
+    output_dir: str | Path, hub_model_id: str | None, token: str | None, single_file: str | None = None
+) -> str:
     """Return `owner/name`: as given, or under the token's user; by default the name is the folder's.
+
+    Args:
+        output_dir: the run's folder.
+        hub_model_id: the setting.
+        token: of `find_token`.
+        single_file: as for `push_to_hub`, for the message of a failure.
 
     Raises:
         RunError: if the Hub has to be asked for the token's user and does not answer.
@@ -64,7 +73,7 @@ def resolve_repo_id(output_dir: str | Path, hub_model_id: str | None, token: str
     def ask() -> str:
         return _api(token).whoami(token=token)["name"]
 
-    return f"{_attempt(ask, Path(output_dir), name, token)}/{name}"
+    return f"{_attempt(ask, Path(output_dir), name, token, single_file)}/{name}"
 
 
 def repo_name(output_dir: str | Path, hub_model_id: str | None) -> str:
@@ -82,14 +91,15 @@ def repo_name(output_dir: str | Path, hub_model_id: str | None) -> str:
     return name
 
 
-def push_to_hub(output_dir: str | Path, *, repo_id: str, token: str | None) -> str:
-    """Create the repository if there is none, and upload `UPLOADED` in one commit.
+def push_to_hub(output_dir: str | Path, *, repo_id: str, token: str | None, single_file: str | None = None) -> str:
+    """Create the repository if there is none, and upload `UPLOADED` and `single_file` in one commit.
 
     `HfApi.upload_folder` may split a push into several commits, and its patterns match in subfolders too.
 
     Args:
         repo_id: `owner/name`, see `resolve_repo_id`.
         token: of `find_token`; used for every call, and shown nowhere.
+        single_file: name of the one file with the weights.
 
     Returns:
         The repository's address.
@@ -102,7 +112,7 @@ def push_to_hub(output_dir: str | Path, *, repo_id: str, token: str | None) -> s
     output_dir = Path(output_dir)
 
     def push() -> str:
-        paths = _files(output_dir)
+        paths = _files(output_dir, single_file)
         api = _api(token)
         url = api.create_repo(repo_id, token=token, exist_ok=True)
         logger.info("uploading %d files, %.0f MB", len(paths), sum(path.stat().st_size for path in paths) / 1e6)
@@ -111,20 +121,24 @@ def push_to_hub(output_dir: str | Path, *, repo_id: str, token: str | None) -> s
             api.create_commit(repo_id, additions, commit_message="End of training", token=token)
         return str(url)
 
-    return _attempt(push, output_dir, repo_id, token)
+    return _attempt(push, output_dir, repo_id, token, single_file)
 
 
-def push_command(output_dir: str | Path, repo_id: str) -> str:
+def push_command(output_dir: str | Path, repo_id: str, single_file: str | None = None) -> str:
     """Return the shell command that does the same push, with the token from HF_TOKEN or the login."""
-    includes = [part for pattern in UPLOADED for part in ("--include", pattern)]
+    includes = [part for pattern in _uploaded(single_file) for part in ("--include", pattern)]
     return shlex.join(["hf", "upload", repo_id, str(output_dir), ".", *includes])
 
 
-def _files(output_dir: Path) -> list[Path]:
+def _uploaded(single_file: str | None) -> tuple[str, ...]:
+    return (*UPLOADED, single_file) if single_file else UPLOADED
+
+
+def _files(output_dir: Path, single_file: str | None) -> list[Path]:
     missing = [name for name in WEIGHTS if not (output_dir / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{output_dir} has no {' and no '.join(missing)}")
-    return [path for pattern in UPLOADED for path in sorted(output_dir.glob(pattern)) if path.is_file()]
+    return [path for pattern in _uploaded(single_file) for path in sorted(output_dir.glob(pattern)) if path.is_file()]
 
 
 def _api(token: str | None) -> Any:
@@ -135,7 +149,9 @@ def _api(token: str | None) -> Any:
     return HfApi(token=token, library_name="raycontrolnet", library_version=__version__)
 
 
-def _attempt(action: Callable[[], str], output_dir: Path, repo_id: str, token: str | None) -> str:
+def _attempt(
+    action: Callable[[], str], output_dir: Path, repo_id: str, token: str | None, single_file: str | None = None
+) -> str:
     """Return `action()`; if it fails, raise a RunError with the reason and the command to push again."""
     try:
         return action()
@@ -144,7 +160,7 @@ def _attempt(action: Callable[[], str], output_dir: Path, repo_id: str, token: s
     # Raised outside the handler, so without a cause: a request there would hold the token, and errors are logged.
     raise RunError(
         f"The push to {repo_id} failed: {reason}. The finished run in {output_dir} is intact. "
-        f"Push again, with HF_TOKEN set or after `hf auth login`: {push_command(output_dir, repo_id)}"
+        f"Push again, with HF_TOKEN set or after `hf auth login`: {push_command(output_dir, repo_id, single_file)}"
     )
 
 

@@ -12,6 +12,8 @@ from typing import Any
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.errors import UserError
 from raycontrolnet.model.loading import BASE, VAE
+from raycontrolnet.model.single_file import VAE as VAE_WEIGHTS
+from raycontrolnet.model.single_file import NotABase, config_folder, is_single_file, read_header, weights_of
 from raycontrolnet.text import error_message
 
 VAE_CONFIG = "config.json"
@@ -37,14 +39,19 @@ class VaeFiles:
         """
         flag = VAE if model.pretrained_vae_model_name_or_path else BASE
         try:
-            config_path, weights = _file(model, VAE_CONFIG, token), _weights(model, token)
+            if flag == BASE and is_single_file(model.pretrained_model_name_or_path):
+                config_path = Path(config_folder(model, token), "vae", VAE_CONFIG)
+                fingerprint = _hash_of_single_file(config_path, Path(model.pretrained_model_name_or_path))
+            else:
+                config_path = _file(model, VAE_CONFIG, token)
+                fingerprint = _hash(config_path, _weights(model, token))
             config: dict[str, Any] = json.loads(config_path.read_bytes())
             return VaeFiles(
-                fingerprint=_hash(config_path, weights),
+                fingerprint=fingerprint,
                 latent_channels=config["latent_channels"],
                 factor=2 ** (len(config["block_out_channels"]) - 1),
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, NotABase) as error:
             raise UserError(
                 f"--{flag}={getattr(model, flag)}: its VAE cannot be read "
                 f"({error_message(error, 110)}); if it is private, give --hub_token or `hf auth login`"
@@ -58,7 +65,7 @@ def _weights(model: ModelConfig, token: str | None) -> Path:
     # A VAE that comes alone may lack the base model's variant.
     variants = [model.variant, None] if model.pretrained_vae_model_name_or_path else [model.variant]
     endings = [f".{variant}" if variant else "" for variant in dict.fromkeys(variants)]
-    names = [f"diffusion_pytorch_model{end}.{kind}" for end in endings for kind in ("safetensors", "bin")]
+    names = [f"diffusion_pytorch_model{end}.safetensors" for end in endings]
     for name in names:
         with suppress(FileNotFoundError, EntryNotFoundError):
             return _file(model, name, token)
@@ -85,4 +92,17 @@ def _hash(*paths: Path) -> str:
         with path.open("rb") as file:
             while block := file.read(BLOCK_BYTES):
                 digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _hash_of_single_file(config: Path, path: Path) -> str:
+    """Hash the VAE's weights alone, a tenth of such a file."""
+    digest = hashlib.sha256(config.read_bytes())
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        for name, entry in weights_of(read_header(path), VAE_WEIGHTS).items():
+            (begin, end), shape = entry["data_offsets"], entry["shape"]
+            digest.update(f"{name} {entry['dtype']} {shape}".encode())
+            file.seek(start + begin)
+            digest.update(file.read(end - begin))
     return digest.hexdigest()[:16]

@@ -32,7 +32,7 @@ from raycontrolnet.text import duration
 from raycontrolnet.training import held_out, validation
 from raycontrolnet.training.job import RUN_LOG, RunCallback
 from raycontrolnet.training.status import RunStatus, live_status
-from raycontrolnet.training.store_sync import MODEL_CONFIG, WEIGHTS, run_folder_open
+from raycontrolnet.training.store_sync import MODEL_CONFIG, final_files, run_folder_open
 
 logger = logging.getLogger(__name__)
 
@@ -179,10 +179,11 @@ def _write_card(run: CheckedRun, status: dict[str, Any], repo_id: str | None, li
 def _push(run: CheckedRun, status: dict[str, Any], licence: Licence, stream: TextIO) -> str:
     """Push the results; if that fails, the run is finished all the same, and `status` says so."""
     try:
-        repo_id = push.resolve_repo_id(run.folder.shown, run.config.hub_model_id, run.token)
+        single_file = run.config.single_file
+        repo_id = push.resolve_repo_id(run.folder.shown, run.config.hub_model_id, run.token, single_file)
         _write_card(run, status, repo_id, licence)
-        run.folder.pull(WEIGHTS, MODEL_CONFIG)
-        url = push.push_to_hub(run.output_dir, repo_id=repo_id, token=run.token)
+        run.folder.pull(*final_files(run.config))
+        url = push.push_to_hub(run.output_dir, repo_id=repo_id, token=run.token, single_file=single_file)
     except RunError as error:
         status["push_failure"] = str(error)
         raise

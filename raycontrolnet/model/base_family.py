@@ -8,7 +8,8 @@ from pathlib import Path
 from raycontrolnet.config.settings import DataConfig, ModelConfig
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.families.registry import FAMILIES, family_of
-from raycontrolnet.model.files import NotKnown, NotThere, cached_files, hub_files, local_files
+from raycontrolnet.model.files import NotKnown, NotThere, local_files
+from raycontrolnet.model.single_file import NotABase, base_files
 
 MAIN_FILE = "unet/config.json"
 SIZE_SETTINGS = ("size_conditioning", "crops_coords_top_left_h", "crops_coords_top_left_w")
@@ -16,18 +17,9 @@ SIZE_SETTINGS = ("size_conditioning", "crops_coords_top_left_h", "crops_coords_t
 
 def base_family(model: ModelConfig, token: str | None) -> Family | None:
     """Return the family of the base model; None if this machine cannot look at it, or it is of none."""
-    name = model.pretrained_model_name_or_path
-    folder = Path(name).expanduser()
     try:
-        if folder.is_dir():
-            files = local_files(folder)
-        else:
-            cached = cached_files(name, revision=model.revision, cache_dir=model.cache_dir)
-            there = cached.find(MAIN_FILE) is not None  # looked at before, or used
-            hub = {"revision": model.revision, "cache_dir": model.cache_dir, "token": token}
-            files = cached if there else hub_files(name, MAIN_FILE, **hub)
-        config = files.read_json(MAIN_FILE)
-    except (NotKnown, NotThere, OSError):
+        config = base_files(model, token, MAIN_FILE, from_cache=True).read_json(MAIN_FILE)
+    except (NotABase, NotKnown, NotThere, OSError):
         return None
     return family_of(config) if config else None
 

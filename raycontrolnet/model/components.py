@@ -14,7 +14,7 @@ from raycontrolnet.errors import UserError
 from raycontrolnet.model import kinds
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.families.registry import TRAINED, denoiser_problem, family_of
-from raycontrolnet.model.loading import BASE, VAE, loaded, part
+from raycontrolnet.model.loading import BASE, VAE, loaded, part, weights
 from raycontrolnet.model.problems import mismatch
 from raycontrolnet.text import error_message
 
@@ -119,16 +119,15 @@ def load_vae(model: ModelConfig, *, dtype: torch.dtype, token: str | None = None
     """
     from diffusers import AutoencoderKL
 
-    weights: dict[str, Any] = {"variant": model.variant, "torch_dtype": dtype}
     if model.pretrained_vae_model_name_or_path is None:
-        return part(model, token, AutoencoderKL.from_pretrained, subfolder="vae", **weights)
+        return weights(model, token, AutoencoderKL, dtype, "vae", variant=model.variant)
     try:
-        return part(model, token, AutoencoderKL.from_pretrained, VAE, **weights)
+        return weights(model, token, AutoencoderKL, dtype, flag=VAE, variant=model.variant)
     except UserError:
         if model.variant is None:
             raise
     # The variant is the base model's: few VAEs that come alone have it.
-    return part(model, token, AutoencoderKL.from_pretrained, VAE, torch_dtype=dtype)
+    return weights(model, token, AutoencoderKL, dtype, flag=VAE)
 
 
 def encode_images(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,7 +141,8 @@ def load_controlnet(
 ) -> ControlNetModel:
     """Load a ControlNet from a folder or the Hub, in fp32."""
     cls = family.controlnet_class()
-    controlnet = loaded(flag, name_or_path, cls.from_pretrained, torch_dtype=torch.float32, **options)
+    options |= {"torch_dtype": torch.float32, "use_safetensors": True}
+    controlnet = loaded(flag, name_or_path, cls.from_pretrained, **options)
     # Copied, because MKL rounds differently at the odd addresses of a mapped file, and a resumed run must compute what
     # it would have computed.
     for weight in controlnet.parameters():

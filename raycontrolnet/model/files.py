@@ -11,6 +11,8 @@ from typing import Any
 from raycontrolnet.quiet import no_progress_bars
 from raycontrolnet.version import __version__
 
+SMALL_FILES = ("*.json", "*.txt")
+"""Configurations and tokenizers."""
 ANSWER_TIMEOUT_S = 5.0
 """Wait for the Hub's first answer; nothing is retried, since loading the model asks again."""
 

@@ -25,8 +25,9 @@ OTHER_NOISE = ("EDM", "FlowMatch")
 
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+?))?(?P<shard>-\d+-of-\d+)?"
-    r"(?:\.(?P<old_variant>\w+?))?\.(?P<ending>safetensors|bin)"
+    r"(?:\.(?P<old_variant>\w+?))?\.safetensors"
 )
+PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 
 
 def kind_of_unet(config: Mapping[str, Any], *, added: str | None = None) -> str | None:
@@ -70,22 +71,27 @@ def scheduler_problem(config: Mapping[str, Any]) -> str | None:
     return f"its scheduler's prediction_type is {predicted!r}; only {' and '.join(PREDICTION_TYPES)} can be trained"
 
 
-def weights_problem(names: Iterable[str], folder: str, variant: str | None, *, variant_flag: bool) -> str | None:
+def weights_problem(
+    names: Iterable[str], folder: str, variant: str | None, convert: str, *, variant_flag: bool
+) -> str | None:
     """Return why the weights in `folder` would not be found; None if they would.
 
     Args:
         names: files of the model.
         folder: part of the model, or empty.
         variant: of the weights that will be loaded.
+        convert: command that makes pickled weights safetensors.
         variant_flag: --variant chooses among these weights.
     """
     prefix, where = (f"{folder}/", f"its {folder}") if folder else ("", "it")
     own = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     found = [match for match in map(_WEIGHTS.fullmatch, own) if match]
     if not found:
-        if any(name.endswith((".safetensors", ".bin")) for name in own):
+        if any(name.endswith(".safetensors") for name in own):
             return None  # of another name, which loading the model will tell
-        return f"{where} has no weights (.safetensors or .bin)"
+        if any(name.endswith(PICKLED) for name in own):
+            return f"{where} has only pickled weights, which can run code when read; convert them once: {convert}"
+        return f"{where} has no weights (.safetensors)"
     variants = {match["variant"] or match["old_variant"] for match in found}
     if variant not in variants:
         others = ", ".join(sorted(other for other in variants if other))
@@ -94,7 +100,4 @@ def weights_problem(names: Iterable[str], folder: str, variant: str | None, *, v
             return f"{where} has no files of the variant {variant}; {instead}"
         advice = f"add --variant {others.partition(', ')[0]}" if variant_flag else "take .VARIANT out of their names"
         return f"{where} has only files of the variant {others}; {advice}"
-    loaded = [match for match in found if (match["variant"] or match["old_variant"]) == variant]
-    if all(match["shard"] and match["ending"] == "bin" and match[0].startswith("diffusion") for match in loaded):
-        return f"{where} has sharded .bin weights, which diffusers does not read; save them anew as safetensors"
     return None

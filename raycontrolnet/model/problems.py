@@ -15,6 +15,8 @@ from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.families.registry import FAMILIES, denoiser_problem, family_of, pipeline_problem
 from raycontrolnet.model.files import ModelFiles, NotKnown, NotThere, Unreachable, hub_files, local_files
 from raycontrolnet.model.loading import BASE, VAE
+from raycontrolnet.model.single_file import BASE_CONFIG, NotABase, is_single_file
+from raycontrolnet.model.single_file_problems import single_file_config, single_file_problem
 from raycontrolnet.storage.uri import is_uri, shown_uri
 from raycontrolnet.text import error_message
 
@@ -52,7 +54,9 @@ def model_problems(
             continue
         if problem := model_path_problem(name, value, flag):
             yield problem
-        elif name in MAIN_FILES:
+        elif name == BASE_CONFIG and not is_single_file(model.pretrained_model_name_or_path):
+            yield f"--{BASE_CONFIG}={value}: is for a base model that is a single file; leave it out"
+        elif name in MAIN_FILES and not (name == BASE and model_path_problem(BASE_CONFIG, model.base_config)):
             try:
                 configs[name] = _checked_config(name, value, model, token, elsewhere=elsewhere)
             except _Unsuitable as error:
@@ -67,10 +71,10 @@ def model_problems(
 
 def model_files(model: ModelConfig) -> Iterator[SharedFiles]:
     """Yield a file of each local model, which every machine must see that loads it."""
-    for name, main_file in MAIN_FILES.items():
+    for name, main_file in {**MAIN_FILES, BASE_CONFIG: MAIN_FILE}.items():
         value = getattr(model, name)
         if value and Path(value).is_absolute():
-            yield SharedFiles.of(f"--{name}={value}", [str(Path(value, main_file))])
+            yield SharedFiles.of(f"--{name}={value}", [value if is_single_file(value) else str(Path(value, main_file))])
 
 
 def mismatch(controlnet: Mapping[str, Any], unet: Mapping[str, Any]) -> str | None:
@@ -101,7 +105,8 @@ def model_path_problem(name: str, value: Any, flag: str | None = None) -> str | 
         return None
     path, start = Path(value).expanduser(), f"--{flag or name}={value}: "
     if path.is_file():
-        return start + file_advice(path, name)
+        problem = single_file_problem(path) if name == BASE and _is_alone(path) else file_advice(path, name)
+        return start + problem if problem else None
     if path.is_dir():
         missing = [folder for folder in folders if not (path / folder).is_dir()]
         if not missing:
@@ -109,7 +114,11 @@ def model_path_problem(name: str, value: Any, flag: str | None = None) -> str | 
         kind = _kind_problem(local_files(path)) if name == BASE else None
         return start + (kind or f"no {', '.join(missing)} in that folder; it must be in diffusers' layout")
     if value.startswith(HUB_ADDRESS):
-        return f"{start}is an address; give the Hub id: {'/'.join(value.removeprefix(HUB_ADDRESS).split('/')[:2])}"
+        parts = value.removeprefix(HUB_ADDRESS).partition("?")[0].strip("/").split("/")
+        hub_id, file = "/".join(parts[:2]), "/".join(parts[4:])  # after blob/main
+        if name in SINGLE_FILES_OF and file.endswith(SINGLE_FILES):
+            return f"{start}is an address; run `hf download {hub_id} {file}`, and give the path that it prints"
+        return f"{start}is an address; give the Hub id: {hub_id}"
     if value.endswith(SINGLE_FILES):
         return f"{start}no such file, and not a Hub id (owner/name); correct the path"
     if is_uri(value):
@@ -127,9 +136,27 @@ def file_advice(path: Path, name: str) -> str:
         return f"is a file of a part; name the model's folder: {path.parent.parent}"
     if path.suffix not in SINGLE_FILES or name not in SINGLE_FILES_OF:
         return "is a file; name the folder that it is in"
-    cls = "StableDiffusionPipeline" if name == BASE else "ControlNetModel"
-    code = f"from diffusers import {cls} as C; C.from_single_file('{path.name}').save_pretrained('{path.stem}')"
+    if name == BASE:
+        read = f"import torch as t, safetensors.torch as s; d = t.load('{path.name}', 'cpu')"
+        code = f"{read}; s.save_file(d.get('state_dict', d), '{path.stem}.safetensors')"
+        return f'is pickled, which can hide code; convert it, in its folder: python -c "{code}"'
+    code = (
+        f"from diffusers import ControlNetModel as C; C.from_single_file('{path.name}').save_pretrained('{path.stem}')"
+    )
     return f'is a single-file checkpoint; convert it once, in its folder: python -c "{code}"'
+
+
+def _is_alone(path: Path) -> bool:
+    """Check that a file is a single-file base, and no part of a model in diffusers' layout."""
+    return path.suffix == ".safetensors" and not (path.parent.parent / "model_index.json").is_file()
+
+
+def _convert_command(cls: str, name: str, variant: str | None = None) -> str:
+    """Return the command that makes the pickled weights of a model in diffusers' layout safetensors."""
+    shown, options = Path(name).name if Path(name).is_dir() else name, f", variant='{variant}'" if variant else ""
+    copy = f"{shown.rpartition('/')[2]}-safetensors"
+    code = f"from diffusers import {cls} as C; C.from_pretrained('{shown}'{options}).save_pretrained('{copy}')"
+    return f'python -c "{code}"'
 
 
 def _is_hub_id(name: str) -> bool:
@@ -152,6 +179,8 @@ def _checked_config(name: str, value: str, model: ModelConfig, token: str | None
     main_file, revision = MAIN_FILES[name], None if name == CONTROLNET else model.revision
     folder = Path(value).expanduser()
     try:
+        if name == BASE and is_single_file(value):
+            return single_file_config(model, token, elsewhere=elsewhere)
         if folder.is_dir():
             files = local_files(folder)
         else:
@@ -164,7 +193,7 @@ def _checked_config(name: str, value: str, model: ModelConfig, token: str | None
         if elsewhere and not folder.parent.is_dir():
             return {}
         raise _Unsuitable(str(error)) from None
-    except NotThere as error:
+    except (NotThere, NotABase) as error:
         raise _Unsuitable(str(error)) from None
     except OSError as error:
         raise _Unsuitable(f"cannot be read ({error_message(error, 80)})") from None
@@ -189,10 +218,10 @@ def _base_problem(files: ModelFiles, model: ModelConfig) -> str | None:
         return problem or f"has no {MAIN_FILE}; a base model must be in diffusers' layout"
     if problem := problem or kinds.scheduler_problem(files.read_json("scheduler/scheduler_config.json")):
         return problem
+    convert = _convert_command("DiffusionPipeline", model.pretrained_model_name_or_path, model.variant)
     for part in family.part_classes if names is not None else ():
-        if problem := kinds.weights_problem(names or (), part, model.variant, variant_flag=True) or _pointer(
-            files, part
-        ):
+        problem = kinds.weights_problem(names or (), part, model.variant, convert, variant_flag=True)
+        if problem := problem or _pointer(files, part):
             return problem
     for folder in family.tokenizers if names is not None else ():
         replaced = model.tokenizer_name is not None and folder == family.tokenizers[0]
@@ -202,7 +231,7 @@ def _base_problem(files: ModelFiles, model: ModelConfig) -> str | None:
     return None
 
 
-def _controlnet_problem(files: ModelFiles, _: ModelConfig) -> str | None:
+def _controlnet_problem(files: ModelFiles, model: ModelConfig) -> str | None:
     names = files.names
     if names is not None and "config.json" not in names:
         inside = "controlnet/config.json" in names
@@ -212,7 +241,8 @@ def _controlnet_problem(files: ModelFiles, _: ModelConfig) -> str | None:
         return f"holds a {kind}, not a ControlNetModel"
     if names is None:
         return None
-    return kinds.weights_problem(names, "", None, variant_flag=False) or _pointer(files, "")
+    convert = _convert_command("ControlNetModel", model.controlnet_model_name_or_path or "")
+    return kinds.weights_problem(names, "", None, convert, variant_flag=False) or _pointer(files, "")
 
 
 def _vae_problem(files: ModelFiles, model: ModelConfig) -> str | None:
@@ -226,7 +256,8 @@ def _vae_problem(files: ModelFiles, model: ModelConfig) -> str | None:
     if names is None:
         return None
     variant = model.variant if model.variant and any(f".{model.variant}." in name for name in names) else None
-    return kinds.weights_problem(names, "", variant, variant_flag=True) or _pointer(files, "")
+    convert = _convert_command(VAE_CLASSES[0], model.pretrained_vae_model_name_or_path or "", model.variant)
+    return kinds.weights_problem(names, "", variant, convert, variant_flag=True) or _pointer(files, "")
 
 
 def _tokenizer_problem(files: ModelFiles, _: ModelConfig) -> str | None:

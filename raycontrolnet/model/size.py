@@ -6,10 +6,15 @@ import math
 from pathlib import Path
 
 from raycontrolnet.config.settings import ModelConfig
+from raycontrolnet.model.single_file import UNET, is_single_file
 
 FP32_BYTES = 4
 COPIED = ("conv_in.", "time_embedding.", "add_embedding.", "down_blocks.", "mid_block.")
 """Beginnings of the names of the UNet's weights that a ControlNet has as well."""
+COPIED_OF_SINGLE_FILES = tuple(
+    f"{UNET}{name}" for name in ("input_blocks.", "middle_block.", "time_embed.", "label_emb.")
+)
+"""The same in the original layout."""
 
 
 def controlnet_bytes_at_least(model: ModelConfig) -> int:
@@ -19,6 +24,8 @@ def controlnet_bytes_at_least(model: ModelConfig) -> int:
         0 if it is not known, as of a model on the Hub, or in another format.
     """
     named = model.controlnet_model_name_or_path
+    if not named and is_single_file(base := model.pretrained_model_name_or_path):
+        return _weights(Path(base).expanduser(), COPIED_OF_SINGLE_FILES) * FP32_BYTES
     folder = Path(named) if named else Path(model.pretrained_model_name_or_path, "unet")
     variant = f".{model.variant}" if model.variant and not named else ""
     file = folder / f"diffusion_pytorch_model{variant}.safetensors"

@@ -28,8 +28,8 @@ from raycontrolnet.storage.uri import UNUSABLE, as_path, check_bucket, is_uri, s
 CONFIG_FILE = "config.yaml"
 
 OF_THE_BASE = (
-    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "tokenizer_name",
-    "cache_dir",
+    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "base_config", "revision", "variant",
+    "tokenizer_name", "cache_dir",
 )  # fmt: skip
 OF_THE_RUN = ("resolution", "image_interpolation_mode", "mixed_precision", "allow_tf32", "guidance_scale")
 """Together with `OF_THE_BASE` the settings that a run's images depend on."""

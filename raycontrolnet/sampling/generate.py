@@ -177,6 +177,7 @@ def _model(
     model = ModelConfig(
         pretrained_model_name_or_path=base or "",
         pretrained_vae_model_name_or_path=config.pretrained_vae_model_name_or_path,
+        base_config=str(Path(config.base_config).expanduser()) if config.base_config else None,
         controlnet_model_name_or_path=found.name_or_path,
         revision=config.revision,
         variant=config.variant,

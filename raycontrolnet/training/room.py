@@ -36,7 +36,8 @@ def check_room(
         there = [path for path in output_dir.glob("checkpoint-*") if path.is_dir()]
         given_up = sum(file.stat().st_size for path in there for file in path.rglob("*") if file.is_file())
         to_come = min(len(there) + to_come, limit + 1)  # the oldest is deleted once the newest is whole
-    needed, free = to_come * (weights + moments) + weights, usage.free + given_up
+    final = weights * (1 if config.save_precision == "fp32" else 0.5) * (2 if config.save_name else 1)
+    needed, free = to_come * (weights + moments) + round(final), usage.free + given_up
     if needed > free:
         why = f"need {file_size(needed)}, and {file_size(free)} are free"
     elif quota_forbids(output_dir, needed - given_up):

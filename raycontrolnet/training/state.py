@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,12 +16,11 @@ from raycontrolnet.config.settings import StepConfig
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.order import Purpose, keyed_seed
 from raycontrolnet.errors import UserError
-from raycontrolnet.model.components import load_components, load_controlnet
+from raycontrolnet.model.components import load_components
 from raycontrolnet.model.optim import build_lr_scheduler, build_optimizer
 from raycontrolnet.model.performance import enable_memory_savers, working_precision
 from raycontrolnet.model.step import TrainState
 from raycontrolnet.storage.checkpoint import CONTROLNET_FOLDER, TRAINING_STATE_FILE, Checkpoint
-from raycontrolnet.storage.files import readable_by_umask
 from raycontrolnet.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -161,7 +159,9 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, accelerator: Accelerator, 
 
 def save_state(state: TrainState, folder: Path) -> None:
     """Write into a checkpoint's folder what `build_state` reads back."""
-    _save_controlnet(state, folder / CONTROLNET_FOLDER)
+    controlnet = unwrap_controlnet(state)
+    controlnet.save_pretrained(folder / CONTROLNET_FOLDER)
+    save_controlnet_config(controlnet, folder / CONTROLNET_FOLDER)
     scaler: Any = state.accelerator.scaler
     torch.save(
         {
@@ -174,9 +174,9 @@ def save_state(state: TrainState, folder: Path) -> None:
     )
 
 
-def _save_controlnet(state: TrainState, folder: Path) -> None:
-    """Write the ControlNet in diffusers' form, without the path that diffusers notes where it was read from."""
-    unwrap_controlnet(state).save_pretrained(folder)
+def save_controlnet_config(controlnet: ControlNetModel, folder: Path) -> None:
+    """Write the ControlNet's configuration, without the path that diffusers notes where it was read from."""
+    controlnet.save_config(folder)
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     if config.pop("_name_or_path", None) is not None:
@@ -188,24 +188,7 @@ def controlnet_bytes(state: TrainState) -> int:
     return sum(value.numel() * value.element_size() for value in state.components.controlnet.parameters())
 
 
-def save_final_weights(state: TrainState, output_dir: Path) -> None:
-    """Write the ControlNet in diffusers' form to the root of `output_dir`, each file whole or not at all."""
-    partial = output_dir / ".final.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    _save_controlnet(state, partial)
-    readable_by_umask(partial)
-    for file in sorted(partial.iterdir(), reverse=True):  # the weights before config.json
-        os.replace(file, output_dir / file.name)
-    partial.rmdir()
-
-
 def unwrap_controlnet(state: TrainState) -> ControlNetModel:
     """Return the ControlNet itself, without accelerate's wrapping."""
     # Without keep_fp32_wrapper, accelerate would take the autocast off the model that goes on training.
     return cast("ControlNetModel", state.accelerator.unwrap_model(state.controlnet, keep_fp32_wrapper=True))
-
-
-def saved_controlnet(folder: Path, like: TrainState) -> ControlNetModel:
-    """Return the ControlNet of `folder`, frozen, on the device of `like`."""
-    controlnet = load_controlnet(str(folder), like.components.family, flag="output_dir")
-    return controlnet.requires_grad_(False).eval().to(like.accelerator.device)

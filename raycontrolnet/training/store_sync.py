@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from raycontrolnet.config.output_settings import WEIGHTS_NAME, OutputConfig
 from raycontrolnet.errors import ConfigError, RunError
 from raycontrolnet.storage.lock import BEAT_INTERVAL_S, locked
 from raycontrolnet.storage.run_folder import RunFolder
@@ -26,7 +27,7 @@ RECORDS = (metrics.METRICS_FILE, held_out.HELD_OUT_FILE, metrics.LEFT_OUT_FILE, 
 """Files of the worker of rank 0."""
 VALIDATION = f"{validation.VALIDATION_FOLDER}/*"
 DRIVERS = ("run.json", RUN_LOG, "config.yaml", "report.html", "README.md", "images/*")
-WEIGHTS = "diffusion_pytorch_model*"
+WEIGHTS = f"{WEIGHTS_NAME}*"
 MODEL_CONFIG = "config.json"
 
 PASS_ON_INTERVAL_S = 0.5
@@ -35,6 +36,11 @@ SEND_INTERVAL_S = 10.0
 DRIVERS_INTERVAL_S = 30.0
 COST_FACTOR = 20.0
 """The pause after sending or fetching is at least this many times the seconds that it took."""
+
+
+def final_files(output: OutputConfig) -> tuple[str, ...]:
+    """Return the names of the final weights, in the order in which they are written: whole once the last is there."""
+    return tuple(name for name in (WEIGHTS, output.single_file, MODEL_CONFIG) if name)
 
 
 @contextmanager

@@ -19,10 +19,11 @@ from raycontrolnet.model.step import TrainState
 from raycontrolnet.sampling import images, scores
 from raycontrolnet.sampling.images import PairImages, fidelity_of
 from raycontrolnet.training import held_out, validation
+from raycontrolnet.training.final_weights import saved_controlnet
 from raycontrolnet.training.job import Job, stop_asked
 from raycontrolnet.training.metrics import MetricsLog, PhaseClock
 from raycontrolnet.training.schedule import Share
-from raycontrolnet.training.state import saved_controlnet, unwrap_controlnet
+from raycontrolnet.training.state import unwrap_controlnet
 from raycontrolnet.training.store_sync import MODEL_CONFIG, WEIGHTS
 from raycontrolnet.training.trackers import Trackers
 from raycontrolnet.training.validation_actor import AsyncValidation, Drawn
@@ -91,7 +92,7 @@ class Validator:
                     self._draw_together(lambda: unwrap_controlnet(self.state))
 
     def finish(self) -> None:
-        """Draw images of the final weights as they were saved."""
+        """Draw images of the final weights as they were saved, in the precision that others will read."""
         if self.job.validation_items:
             with self.clock("validation_images"):
                 _barrier(self.world_size)  # until they are saved

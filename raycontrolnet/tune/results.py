@@ -17,6 +17,8 @@ from raycontrolnet.sampling.find_controlnet import CONFIG_FILE
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.files import replacing_folder
 from raycontrolnet.training import validation
+from raycontrolnet.training.final_weights import copy_weights
+from raycontrolnet.training.store_sync import final_files
 from raycontrolnet.tune.hparams import write_hparams
 from raycontrolnet.tune.leaderboard import write_leaderboard
 from raycontrolnet.tune.plan import SweepPlan
@@ -63,14 +65,14 @@ def push_best(plan: SweepPlan, best: Trial) -> str:
     Raises:
         RunError: the push failed; the sweep is finished all the same.
     """
-    token = plan.run.token
-    repo_id = push.resolve_repo_id(plan.folder.shown, plan.train.hub_model_id, token)
+    token, single_file = plan.run.token, plan.train.single_file
+    repo_id = push.resolve_repo_id(plan.folder.shown, plan.train.hub_model_id, token, single_file)
     folder = write_best(plan, best, repo_id)
     try:
         plan.folder.mirror(f"{BEST_FOLDER}/*")
     except OSError as error:
         logger.warning("%s: the model card there does not name the repository (%s)", plan.folder.shown, error)
-    return push.push_to_hub(folder, repo_id=repo_id, token=token)
+    return push.push_to_hub(folder, repo_id=repo_id, token=token, single_file=single_file)
 
 
 def weights_of(plan: SweepPlan, trial: Trial) -> tuple[Path, Report] | None:
@@ -83,7 +85,7 @@ def weights_of(plan: SweepPlan, trial: Trial) -> tuple[Path, Report] | None:
     """
     folder = run_folder_of(plan.folder, trial.record)
     if trial.record.state == "finished":
-        folder.pull(*push.WEIGHTS)
+        folder.pull(*final_files(plan.train))
         if _has_weights(folder.path):
             return folder.path, trial.last
     last = folder.latest_sound() if folder.is_stored else folder.latest()
@@ -110,8 +112,7 @@ def write_best(plan: SweepPlan, trial: Trial, repo_id: str | None = None) -> Pat
     weights, figures = found
     best, step, config = plan.sweep_dir / BEST_FOLDER, int(figures.get("step", 0)), plan.config_of(trial.record)
     with replacing_folder(best) as new:
-        for name in push.WEIGHTS:
-            shutil.copyfile(weights / name, new / name)
+        copy_weights(weights, new, config)
         settings = {name: value for name, value in public_settings(config).items() if name not in LEFT_OUT_OF_BEST}
         file = CONFIG_FILE if plan.folder.is_stored else best / CONFIG_FILE
         head = (

@@ -123,6 +123,17 @@ class Family(ABC):
             control: conditioning images [B, 3, H, W] in [0, 1].
         """
 
+    # --- results ---
+
+    def modelspec_architecture(self, controlnet: Mapping[str, Any], prediction_type: str | None) -> str | None:
+        """Return the name that Stability AI's ModelSpec has for bases of this family; None if there is none.
+
+        Args:
+            controlnet: configuration of the ControlNet.
+            prediction_type: the base model's, if it is known.
+        """
+        return None
+
     # --- drawing ---
 
     @abstractmethod

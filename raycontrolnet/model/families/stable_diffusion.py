@@ -40,6 +40,12 @@ class StableDiffusion(UNetFamily):
         (text_encoder,), (input_ids,) = components.text_encoders, batch.tokens
         return {"encoder_hidden_states": text_encoder(input_ids, return_dict=False)[0]}
 
+    def modelspec_architecture(self, controlnet: Mapping[str, Any], prediction_type: str | None) -> str | None:
+        if controlnet["cross_attention_dim"] == 1024:
+            names = {"epsilon": "stable-diffusion-v2-512", "v_prediction": "stable-diffusion-v2-768-v"}
+            return names.get(prediction_type or "")
+        return "stable-diffusion-v1" if controlnet["cross_attention_dim"] == 768 else None
+
     def pipeline_parts(self, components: Components) -> dict[str, Any]:
         (text_encoder,), (tokenizer,) = components.text_encoders, components.tokenizers
         return {

@@ -69,6 +69,9 @@ class StableDiffusionXL(UNetFamily):
             "added_cond_kwargs": {"text_embeds": encoded[-1].text_embeds, "time_ids": batch.size_conditions},
         }
 
+    def modelspec_architecture(self, controlnet: Mapping[str, Any], prediction_type: str | None) -> str | None:
+        return "stable-diffusion-xl-v1-base"
+
     def pipeline_parts(self, components: Components) -> dict[str, Any]:
         (text_encoder, text_encoder_2), (tokenizer, tokenizer_2) = components.text_encoders, components.tokenizers
         return {

@@ -15,7 +15,7 @@ from raycontrolnet.errors import UserError
 from raycontrolnet.model.diffusion import add_noise, prediction_target
 from raycontrolnet.model.families.family import Conditioning, Family
 from raycontrolnet.model.kinds import kind_of_unet
-from raycontrolnet.model.loading import BASE, part
+from raycontrolnet.model.loading import BASE, part, weights
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
@@ -38,8 +38,8 @@ class UNetFamily(Family):
         from diffusers import DDPMScheduler, UNet2DConditionModel
 
         noise_scheduler = part(model, token, DDPMScheduler.from_pretrained, subfolder="scheduler")
-        options: dict[str, Any] = {"subfolder": "unet", "variant": model.variant, "torch_dtype": torch.float32}
-        return part(model, token, UNet2DConditionModel.from_pretrained, **options), noise_scheduler
+        unet = weights(model, token, UNet2DConditionModel, torch.float32, "unet", variant=model.variant)
+        return unet, noise_scheduler
 
     def controlnet_class(self) -> type[ControlNetModel]:
         from diffusers import ControlNetModel
@@ -114,8 +114,7 @@ def load_text_encoder(
     model: ModelConfig, token: str | None, cls: Any, dtype: torch.dtype, folder: str = "text_encoder"
 ) -> Any:
     """Load a text encoder of the base model on the CPU."""
-    options: dict[str, Any] = {"subfolder": folder, "variant": model.variant, "dtype": dtype}
-    return part(model, token, cls.from_pretrained, **options)
+    return weights(model, token, cls, dtype, folder, variant=model.variant)
 
 
 def load_tokenizer(

@@ -1,0 +1,126 @@
+"""The final weights of a run: at the root of output_dir in diffusers' form, and as one file for other programs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from raycontrolnet.config.output_settings import SAFETENSORS, WEIGHTS_NAME, OutputConfig
+from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.errors import RunError
+from raycontrolnet.model.components import load_controlnet
+from raycontrolnet.model.families.registry import family_of
+from raycontrolnet.model.step import TrainState
+from raycontrolnet.storage.files import read_json, readable_by_umask
+from raycontrolnet.training.state import save_controlnet_config, unwrap_controlnet
+
+if TYPE_CHECKING:
+    from diffusers import ControlNetModel
+
+MODEL_CONFIG, WEIGHTS_FILE = "config.json", f"{WEIGHTS_NAME}{SAFETENSORS}"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FORMAT = {"format": "pt"}
+"""Metadata without which the libraries do not read a file."""
+
+
+def save_final_weights(state: TrainState, config: TrainConfig, output_dir: Path) -> None:
+    """Write the ControlNet to the root of `output_dir`, each file whole or not at all.
+
+    Raises:
+        RunError: if the precision cannot hold the weights.
+    """
+    partial = output_dir / ".final.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    controlnet = unwrap_controlnet(state)
+    save_controlnet_config(controlnet, partial)
+    prediction_type = state.components.noise_scheduler.config["prediction_type"]
+    metadata = modelspec(controlnet.config, config, prediction_type=prediction_type)
+    try:
+        write_weights(controlnet.state_dict(), partial, config, metadata)
+    except OverflowError as error:
+        advice = "continue the finished run with --resume_from_checkpoint latest --save_precision bf16"
+        raise RunError(f"--save_precision={config.save_precision}: {error}; {advice}") from error
+    readable_by_umask(partial)
+    for file in sorted(partial.iterdir(), key=lambda file: file.name == MODEL_CONFIG):  # the weights before it
+        os.replace(file, output_dir / file.name)
+    partial.rmdir()
+
+
+def write_weights(
+    weights: Mapping[str, torch.Tensor], folder: Path, output: OutputConfig, metadata: Mapping[str, str]
+) -> None:
+    """Write weights in the precision of the settings, under diffusers' file name and in the one file of `save_name`.
+
+    Args:
+        metadata: of the one file.
+
+    Raises:
+        OverflowError: if the precision cannot hold them.
+    """
+    from safetensors.torch import save_file
+
+    dtype = DTYPES[output.save_precision]
+    saved = {name: value.detach().to("cpu", dtype).contiguous() for name, value in weights.items()}
+    for name, value in weights.items():
+        if dtype == torch.float16 and not saved[name].isfinite().all():
+            raise OverflowError(f"cannot hold {name} (up to {value.abs().max():.3g})")
+    save_file(saved, folder / WEIGHTS_FILE, FORMAT)
+    if output.single_file:
+        save_file(saved, folder / output.single_file, {**FORMAT, **metadata})
+
+
+def modelspec(
+    controlnet: Mapping[str, Any], config: TrainConfig, *, prediction_type: str | None = None
+) -> dict[str, str]:
+    """Return what Stability AI's ModelSpec has files say of themselves; empty if the kind of base has no name there.
+
+    Args:
+        controlnet: its configuration.
+        config: the settings.
+        prediction_type: the base model's, if it is known.
+    """
+    family = family_of(controlnet)
+    architecture = family.modelspec_architecture(controlnet, prediction_type) if family else None
+    if architecture is None:
+        return {}
+    predicted = {"epsilon": "epsilon", "v_prediction": "v"}.get(prediction_type or "")
+    fields = {
+        "sai_model_spec": "1.0.0",
+        "architecture": f"{architecture}/controlnet",
+        "implementation": "diffusers",
+        "title": config.save_name or "",
+        "resolution": f"{config.resolution}x{config.resolution}",
+        **({"prediction_type": predicted} if predicted else {}),
+    }
+    return {f"modelspec.{name}": value for name, value in fields.items()}
+
+
+def copy_weights(folder: Path, to: Path, config: TrainConfig) -> None:
+    """Write a run's final weights, or a checkpoint's, to the folder `to`, as the run with these settings would.
+
+    Args:
+        folder: with `MODEL_CONFIG` and `WEIGHTS_FILE`.
+        to: a folder.
+        config: the run's settings.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    metadata = modelspec(read_json(folder / MODEL_CONFIG), config)
+    if config.single_file and (folder / config.single_file).is_file():
+        with safe_open(folder / config.single_file, framework="pt") as file:
+            metadata = file.metadata()
+    shutil.copyfile(folder / MODEL_CONFIG, to / MODEL_CONFIG)
+    write_weights(load_file(folder / WEIGHTS_FILE), to, config, metadata)
+    readable_by_umask(to)
+
+
+def saved_controlnet(folder: Path, like: TrainState) -> ControlNetModel:
+    """Return the ControlNet of `folder`, frozen, on the device of `like`."""
+    controlnet = load_controlnet(str(folder), like.components.family, flag="output_dir")
+    return controlnet.requires_grad_(False).eval().to(like.accelerator.device)
