@@ -8,6 +8,7 @@ from typing import Any
 
 UPDATES, EVERY, WORKERS, BATCH_SIZE = 40, 10, 2, 4
 """Updates of the run, and between its checkpoints, of which it keeps one; it pauses in rank 0."""
+UPDATES_AHEAD = 6
 SHARDS = 6
 """Of the latents that `prepare` makes."""
 
@@ -47,7 +48,8 @@ def draw_plan(target: str, moment: str, random: Random) -> Plan:
         return _beside_training(target, moment, random)
     if target == STORAGE and moment not in (BEFORE_FIRST, BETWEEN):
         return _in_store(moment, random)
-    step = random.randrange(EVERY, UPDATES + 1, EVERY)
+    last_checkpoint = UPDATES - EVERY if target == LOADING else UPDATES
+    step = random.randrange(EVERY, last_checkpoint + 1, EVERY)
     if moment in (BEFORE_FIRST, BETWEEN):
         first = 1 if moment == BEFORE_FIRST else EVERY + 1
         last = EVERY if moment == BEFORE_FIRST else UPDATES - EVERY
@@ -59,7 +61,7 @@ def draw_plan(target: str, moment: str, random: Random) -> Plan:
     elif moment == MANIFEST:
         place, detail = "manifest", f"checkpoint-{step}"
     elif moment == PRUNING:
-        step = random.randrange(2 * EVERY, UPDATES + 1, EVERY)
+        step = random.randrange(2 * EVERY, last_checkpoint + 1, EVERY)
         place, detail = "prune", f"checkpoint-{step - EVERY} {random.choice(('whole', 'half deleted'))}"
     else:
         place, detail = "final", random.choice(("diffusion_pytorch_model.safetensors", "config.json"))
@@ -87,8 +89,5 @@ def _beside_training(target: str, moment: str, random: Random) -> Plan:
 
 
 def _held_from(step: int) -> int:
-    """Return the first sample of the bundles that come after that of update `step`."""
-    from raycontrolnet.data.stream import MOST_IN_BUNDLE
-
-    bundles = (step - 1) // MOST_IN_BUNDLE + 1
-    return bundles * MOST_IN_BUNDLE * WORKERS * BATCH_SIZE
+    """Return a sample that is loaded after update `step`, beyond what Ray Data reads ahead before a worker goes on."""
+    return (step + UPDATES_AHEAD) * WORKERS * BATCH_SIZE

@@ -16,7 +16,7 @@ from moments import Plan
 from processes import processes_of_session
 
 PAUSES = Path(__file__).with_name("pauses")
-MOMENT_TIMEOUT_S, END_TIMEOUT_S = 180.0, 300.0
+MOMENT_TIMEOUT_S, END_TIMEOUT_S = 300.0, 400.0
 GRACE_S = 0.5
 """From the fault to the end of the pause: the processes that are left see it first."""
 MOST_TRIES = 3

@@ -31,7 +31,7 @@ AWAY_S = (2.0, 45.0)
 def fault_of(target: str, moment: str, scene: Scene, random: Random, away: threading.Event) -> Fault:
     """Return the fault that hits `target`; `away` lets the storage answer nothing."""
     if target == DRIVER:
-        return lambda driver, _: kill([psutil.Process(driver.pid)])
+        return lambda driver, _: driver.kill()  # psutil would take the exit code
     if target == LOADING:
         return lambda _, paused: kill([psutil.Process(paused if moment == PREPARE else _loading(scene))])
     if target == NODE:

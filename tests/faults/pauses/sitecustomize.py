@@ -158,6 +158,7 @@ def in_stream(module: ModuleType) -> None:
             wait()
 
     before(module.BatchLoader, "batch", holds)
+    module.MOST_IN_BUNDLE = 1  # type: ignore[attr-defined]  # as for large images, so that loading is not done at once
 
 
 def in_store(module: ModuleType) -> None:
