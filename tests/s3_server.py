@@ -85,16 +85,20 @@ class _FlakyProxy(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     endpoint, every = "", 1
     counted = itertools.count(1)
+    away = threading.Event()
+    """Every connection is cut while it is set."""
 
     def log_message(self, *_: object) -> None:
         pass
 
     def _answer(self) -> None:
+        if self.away.is_set():
+            self._cut()
+            return
         number, body = next(self.counted), self._body()
-        if number % self.every == 0:
+        if self.every and number % self.every == 0:
             if number % (2 * self.every) == 0:
-                self.connection.shutdown(socket.SHUT_RDWR)
-                self.close_connection = True
+                self._cut()
             else:
                 self._send(503, {}, b"")
             return
@@ -106,6 +110,10 @@ class _FlakyProxy(BaseHTTPRequestHandler):
                 self._send(answer.status, dict(answer.headers), answer.read())
         except HTTPError as error:
             self._send(error.code, dict(error.headers), error.read())
+
+    def _cut(self) -> None:
+        self.connection.shutdown(socket.SHUT_RDWR)
+        self.close_connection = True
 
     def _body(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", ""):
@@ -149,6 +157,15 @@ def flaky_proxy(endpoint: str, every: int) -> Iterator[str]:
     handler = type("FlakyProxy", (_FlakyProxy,), {"endpoint": endpoint, "every": every, "counted": itertools.count(1)})
     with serving(handler) as address:
         yield address
+
+
+@contextmanager
+def proxy_that_goes_away(endpoint: str) -> Iterator[tuple[str, threading.Event]]:
+    """Serve a proxy to `endpoint` that answers nothing while the event is set."""
+    away = threading.Event()
+    handler = type("ProxyThatGoesAway", (_FlakyProxy,), {"endpoint": endpoint, "every": 0, "away": away})
+    with serving(handler) as address:
+        yield address, away
 
 
 @contextmanager
