@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 
+RESUME = "resume_from_checkpoint"
+OTHER_BASE = "name the base model that it was trained on, or start anew in another --output_dir"
+
+
 @dataclass
 class Components:
     """All models of a training step or a validation image; all but `controlnet` are frozen."""
@@ -78,7 +82,9 @@ def load_components(
     vae_dtype = family.vae_dtype(dtype, named=model.pretrained_vae_model_name_or_path is not None)
     vae = load_vae(model, dtype=vae_dtype, token=token)
     if controlnet_path:
-        controlnet = load_controlnet(controlnet_path, family)
+        controlnet = load_controlnet(controlnet_path, family, RESUME)
+        if problem := mismatch(controlnet.config, unet.config):
+            raise UserError(f"--{RESUME}={controlnet_path}: {problem}; {OTHER_BASE}")
     elif model.controlnet_model_name_or_path:
         controlnet = _named_controlnet(model, family, unet, token, controlnet_flag)
     else:  # before the UNet's weights are rounded
