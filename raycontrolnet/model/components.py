@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from raycontrolnet.errors import UserError
 from raycontrolnet.model import kinds
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.families.registry import TRAINED, denoiser_problem, family_of
-from raycontrolnet.model.loading import BASE, VAE, loaded, part, weights
+from raycontrolnet.model.loading import BASE, VAE, from_pretrained, loaded, part, weights
 from raycontrolnet.model.problems import mismatch
 from raycontrolnet.text import error_message
 
@@ -148,7 +149,7 @@ def load_controlnet(
     """Load a ControlNet from a folder or the Hub, in fp32."""
     cls = family.controlnet_class()
     options |= {"torch_dtype": torch.float32, "use_safetensors": True}
-    controlnet = loaded(flag, name_or_path, cls.from_pretrained, **options)
+    controlnet = loaded(flag, name_or_path, partial(from_pretrained, cls), **options)
     # Copied, because MKL rounds differently at the odd addresses of a mapped file, and a resumed run must compute what
     # it would have computed.
     for weight in controlnet.parameters():
