@@ -74,7 +74,9 @@ def test_folders(part: str, name: str, tiny_xl_base: Path, tmp_path: Path) -> No
 def test_a_controlnet(tiny_base: Path, tmp_path: Path) -> None:
     controlnet = write_trained_controlnet(tiny_base, tmp_path)
     edit(controlnet, without("controlnet_mid_block.weight"))
-    with pytest.raises(UserError, match="cannot be loaded: it lacks the weight controlnet_mid_block.weight; download"):
+    with pytest.raises(
+        UserError, match=r"cannot be loaded: it lacks the weight controlnet_mid_block\.weight; download"
+    ):
         load(pretrained_model_name_or_path=tiny_base, controlnet_model_name_or_path=controlnet)
 
 

@@ -21,8 +21,10 @@ from raycontrolnet.config.checks import check_device, collected, find_token, unw
 from raycontrolnet.config.generate_config import GenerateConfig
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.errors import ConfigError, explained, out_of_memory
-from raycontrolnet.model.base_family import interpolation_of
+from raycontrolnet.model.base_family import base_family
 from raycontrolnet.model.components import Components, load_components
+from raycontrolnet.model.families.family import Family
+from raycontrolnet.model.families.registry import FAMILIES
 from raycontrolnet.model.loading import BASE
 from raycontrolnet.model.performance import working_precision
 from raycontrolnet.model.problems import model_problems
@@ -147,20 +149,19 @@ def _check(config: GenerateConfig) -> _Task:
         raise ConfigError(problems)
     device = torch.device("cuda" if use_gpu else "cpu")
     allow_tf32, token = settings.get("allow_tf32", False), find_token(config.hub_token)
-    options = _options(config, interpolation_of(model, settings.get("image_interpolation_mode"), token))
+    options = _options(config, settings.get("image_interpolation_mode"), base_family(model, token) or FAMILIES[0])
     return _Task(config, model, items, options, out, device, allow_tf32, token)
 
 
-def _options(config: GenerateConfig, interpolation: str) -> DrawOptions:
-    guidance_scale = DrawOptions.guidance_scale if config.guidance_scale is None else config.guidance_scale
+def _options(config: GenerateConfig, interpolation: str | None, family: Family) -> DrawOptions:
     return DrawOptions(
         config.resolution or DEFAULT_RESOLUTION,
         config.num_inference_steps,
-        guidance_scale,
+        family.guidance_scale if config.guidance_scale is None else config.guidance_scale,
         working_precision(config.mixed_precision),
         config.batch_size,
         config.control_fidelity,
-        interpolation,
+        interpolation or family.interpolation,
     )
 
 
