@@ -246,7 +246,8 @@ def test_the_result_loads_in_diffusers(xl_run: Run, tiny_xl_base: Path) -> None:
             num_inference_steps=line["num_inference_steps"],
             generator=torch.Generator().manual_seed(line["seed"]),
         ).images[0]
-    assert np.array_equal(np.asarray(image), np.asarray(Image.open(folder / line["file_name"])))
+    own = np.asarray(Image.open(folder / line["file_name"])).astype(int)
+    assert np.abs(np.asarray(image) - own).max() <= 1  # convolutions round otherwise in another memory layout
     assert line["guidance_scale"] == 5.0
     assert 0 <= line["control_fidelity"] <= 1
     card = (xl_run.folder / "README.md").read_text()
@@ -333,4 +334,4 @@ def test_a_named_vae_is_the_one_that_encodes(xl_run: Run, xl_settings: Settings,
     named |= {"pretrained_vae_model_name_or_path": str(broken), "mixed_precision": "bf16"}
     with pytest.raises(RunError, match="The VAE gives latents that are not finite in bfloat16 for ") as error:
         run(xl_settings, tmp_path / "nan", **named)
-    assert "leave out --pretrained_vae_model_name_or_path: the base model's own runs in fp32" in str(error.value)
+    assert "leave out --pretrained_vae_model_name_or_path: the base model's own runs in fp32; or " in str(error.value)
