@@ -173,17 +173,16 @@ def _model(
     Raises:
         ConfigError: if one is not known, or not in the folder that is named.
     """
-    base = config.pretrained_model_name_or_path
-    base = str(Path(base).expanduser()) if base and Path(base).expanduser().exists() else base
+    base = _expanded(config.pretrained_model_name_or_path)
     model = ModelConfig(
         pretrained_model_name_or_path=base or "",
-        pretrained_vae_model_name_or_path=config.pretrained_vae_model_name_or_path,
-        base_config=str(Path(config.base_config).expanduser()) if config.base_config else None,
+        pretrained_vae_model_name_or_path=_expanded(config.pretrained_vae_model_name_or_path),
+        base_config=_expanded(config.base_config),
         controlnet_model_name_or_path=found.name_or_path,
         revision=config.revision,
         variant=config.variant,
-        tokenizer_name=tokenizer_name,
-        cache_dir=config.cache_dir,
+        tokenizer_name=_expanded(tokenizer_name),
+        cache_dir=_expanded(config.cache_dir),
     )
     problems = []
     for problem in model_problems(model, find_token(config.hub_token), controlnet_flag="controlnet"):
@@ -197,6 +196,11 @@ def _model(
     if problems:
         raise ConfigError(problems)
     return model
+
+
+def _expanded(path: str | None) -> str | None:
+    """Return a path without ~; a Hub id, which has none, as it is."""
+    return str(Path(path).expanduser()) if path and path.startswith("~") else path
 
 
 def _overwritten(out: Path, items: Sequence[ImageItem], config: GenerateConfig) -> Iterator[str]:
