@@ -90,11 +90,11 @@ def load_components(
         controlnet = _named_controlnet(model, family, unet, token, controlnet_flag)
     else:  # before the UNet's weights are rounded
         controlnet = _copied_controlnet(model, family, unet, seed)
+    # Convolutions are faster in this layout: 11% of a step on a CPU (tests/benchmarks/RESULTS.md). The ControlNet's
+    # activations follow it; its weights stay as they are saved. Rounded before it is moved, which needs half the room.
+    unet.to(dtype=dtype, memory_format=torch.channels_last)
     for module in (*text_encoders, vae, unet):
         module.requires_grad_(False).eval().to((vae_device or device) if module is vae else device)
-    # Convolutions are faster in this layout: 11% of a step on a CPU (tests/benchmarks/RESULTS.md). The ControlNet's
-    # activations follow it; its weights stay as they are saved.
-    unet.to(dtype=dtype, memory_format=torch.channels_last)
     controlnet.requires_grad_(True).train().to(device)
     return Components(family, tokenizers, text_encoders, vae, unet, noise_scheduler, controlnet)
 
