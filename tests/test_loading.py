@@ -1,20 +1,28 @@
-"""Models that lack a weight, which the libraries would draw at random: named, with the part and the weight."""
+"""Loading of models: weights that the libraries would draw at random are named; precision, paths, damaged files."""
 
 from __future__ import annotations
 
+import io
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
 from reference import CPU, write_trained_controlnet
 from safetensors.torch import load_file, save_file
 from single_files import write_single_file
 
+from raycontrolnet import GenerateConfig, generate
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.errors import UserError
 from raycontrolnet.model.components import Components, load_components
+from raycontrolnet.model.problems import model_problems
+from raycontrolnet.sampling.pipeline import DrawOptions, build_pipeline, draw
 
 OPEN_CLIP = "conditioner.embedders.1.model"
 SINGLE = {
@@ -103,3 +111,74 @@ def test_old_names_are_no_missing_weights(tiny_base: Path, tmp_path: Path) -> No
     for module, same in zip(one.frozen(), other.frozen(), strict=True):
         for value, equal in zip(module.parameters(), same.parameters(), strict=True):
             assert torch.equal(value, equal)
+
+
+def test_the_unet_is_rounded_before_it_is_moved(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = []
+    to = UNet2DConditionModel.to
+
+    def spy(self: UNet2DConditionModel, *arguments: object, **options: object) -> UNet2DConditionModel:
+        if torch.device("meta") in arguments:
+            moved.append(self.dtype)
+        found: UNet2DConditionModel = to(self, *arguments, **options)
+        return found
+
+    monkeypatch.setattr(UNet2DConditionModel, "to", spy)
+    model = ModelConfig(pretrained_model_name_or_path=str(tiny_base))
+    load_components(model, device=torch.device("meta"), dtype=torch.bfloat16, seed=0)
+    assert moved == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("name", ["input_blocks.0.0.weight", "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"])
+def test_a_weight_of_another_form(name: str, tiny_base: Path, tmp_path: Path) -> None:
+    path = write_single_file(tiny_base, tmp_path / "base.safetensors")
+    found = load_file(path)
+    assert f"model.diffusion_model.{name}" in found
+    save_file(found | {f"model.diffusion_model.{name}": torch.zeros(8)}, path)
+    model = ModelConfig(pretrained_model_name_or_path=str(path), base_config=str(tiny_base))
+    (problem,) = model_problems(model, None)
+    assert problem.endswith("is no safetensors file, or damaged; download it anew")
+
+
+@pytest.mark.parametrize("missing", ["shape", "dtype"])
+def test_a_header_without_an_entry(missing: str, tmp_path: Path) -> None:
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    header = json.dumps({"x": {name: value for name, value in entry.items() if name != missing}}).encode()
+    path = tmp_path / "base.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    (problem,) = model_problems(ModelConfig(pretrained_model_name_or_path=str(path)), None)
+    assert problem.endswith("is no safetensors file, or damaged; download it anew")
+
+
+def test_paths_with_a_tilde(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As YAML has them, which no shell expands: for the base model, the VAE and the run's tokenizer."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(tiny_base, tmp_path / "base")
+    controlnet = write_trained_controlnet(tiny_base, tmp_path)
+    (controlnet / "config.yaml").write_text("tokenizer_name: ~/base/tokenizer\npretrained_model_name_or_path: ~/base\n")
+    Image.new("RGB", (32, 32)).save(tmp_path / "control.png")
+    config = GenerateConfig(
+        controlnet=str(controlnet), pretrained_vae_model_name_or_path="~/base/vae", prompt=("a",), use_gpu=False,
+        image=(str(tmp_path / "control.png"),), num_images=1, resolution=32, num_inference_steps=1,
+        out=str(tmp_path / "out"),
+    )  # fmt: skip
+    (pair,) = generate(config, stream=io.StringIO())
+    assert pair.images[0].is_file()
+
+
+def test_a_half_precision_vae_that_overflows_is_decoded_with_in_fp32(tiny_xl_base: Path, tiny_base: Path) -> None:
+    """Where its configuration has force_upcast, as diffusers' pipeline does; autocast would undo that."""
+    model = ModelConfig(
+        pretrained_model_name_or_path=str(tiny_xl_base), pretrained_vae_model_name_or_path=str(tiny_base / "vae")
+    )
+    dtypes = []
+    for upcasts in (True, False):
+        components = load_components(model, device=CPU, dtype=torch.float16, seed=0)
+        components.vae.register_to_config(force_upcast=upcasts)
+        components.vae.decoder.conv_out.register_forward_hook(lambda *found: dtypes.append(found[2].dtype))
+        options = DrawOptions(32, num_inference_steps=1, precision=torch.float16)
+        control = Image.new("RGB", (32, 32))
+        (image,) = draw(build_pipeline(components), components, ["a"], [control], [0], options)
+        assert np.asarray(image).std() > 1
+        assert components.vae.dtype == torch.float16
+    assert dtypes == [torch.float32, torch.float16]
