@@ -167,7 +167,7 @@ def test_paths_with_a_tilde(tiny_base: Path, tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_half_precision_vae_that_overflows_is_decoded_with_in_fp32(tiny_xl_base: Path, tiny_base: Path) -> None:
-    """Where its configuration has force_upcast, as diffusers' pipeline does; autocast would undo that."""
+    """If its configuration has force_upcast, as diffusers' pipeline does; autocast would undo that."""
     model = ModelConfig(
         pretrained_model_name_or_path=str(tiny_xl_base), pretrained_vae_model_name_or_path=str(tiny_base / "vae")
     )
