@@ -98,7 +98,7 @@ class BaseModelConfig:
     """Model: the base model."""
 
     pretrained_model_name_or_path: str | None = None
-    """Base model: a local folder or a Hub id; by default the one that the run's config.yaml names."""
+    """Base model: a folder, Hub id or .safetensors file; by default the one that the run's config.yaml names."""
     pretrained_vae_model_name_or_path: str | None = None
     """VAE instead of the base model's own: a local folder or a Hub id; by default the run's."""
     base_config: str | None = None
