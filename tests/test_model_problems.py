@@ -13,15 +13,20 @@ import huggingface_hub.constants
 import pytest
 from hub_stand_in import HubStandIn, take_for_hub
 
+from raycontrolnet.cli import main
 from raycontrolnet.config.settings import ModelConfig
-from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.config.sweep_config import SweepConfig
+from raycontrolnet.config.train_config import TrainConfig, names_with
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.latents.prepare import prepare
 from raycontrolnet.launch.preflight import check
 from raycontrolnet.model import files, kinds
 from raycontrolnet.model.families.registry import TRAINED, denoiser_problem
+from raycontrolnet.model.paths import model_path_problem
 from raycontrolnet.model.problems import model_problems
 from raycontrolnet.storage.run_folder import RunFolder
+from raycontrolnet.storage.uri import shown_name
+from raycontrolnet.tune.checks import differences, problems
 
 TOKEN = "hf_TheRightToken"
 BASE = "someone/base"
@@ -61,7 +66,7 @@ def problem(name: str | Path, *, elsewhere: bool = False, **settings: Any) -> st
     assert len(found) <= 1
     if not found:
         return None
-    start = f"--pretrained_model_name_or_path={name}: "
+    start = f"--pretrained_model_name_or_path={shown_name(str(name))}: "
     assert found[0].startswith(start)
     assert len(found[0]) - len(str(name)) <= LONGEST_LINE
     assert "\n" not in found[0]
@@ -323,6 +328,62 @@ def test_an_address() -> None:
         )
     for end in ("", "/"):
         assert problem(f"https://huggingface.co/{BASE}{end}") == f"is an address; give the Hub id: {BASE}"
+
+
+KEYS = ("TOPSECRET", "AKIAKEY", "user")
+WITH_KEYS = {
+    "s3://AKIAKEY:TOPSECRET@bucket/base.safetensors": "s3://bucket/base.safetensors",
+    "s3://AKIAKEY:TOP/TOPSECRET@bucket/base": "s3://bucket/base",
+    "https://user:TOPSECRET@host/model.safetensors": "https://host/model.safetensors",
+    "https://host/v1/model.safetensors?token=TOPSECRET": "https://host/v1/model.safetensors",
+    "https://host/model?token=TOPSECRET.safetensors": "https://host/model",
+    "https://huggingface.co/a/b/resolve/main/m.safetensors?token=TOPSECRET":
+        "https://huggingface.co/a/b/resolve/main/m.safetensors",
+    "https://user:TOPSECRET@huggingface.co/a/b": "https://huggingface.co/a/b",
+    "huggingface.co/a/b?token=TOPSECRET": "huggingface.co/a/b",
+}  # fmt: skip
+"""What a user may give for a model -> what is shown of it."""
+
+
+@pytest.mark.parametrize("given", WITH_KEYS)
+def test_keys_in_addresses_are_not_shown(
+    given: str, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the setting, and in `generate`, by a sweep's space and as the file of a space too."""
+    required = {"pretrained_model_name_or_path": str(tiny_base), "train_data_dir": "data"}
+    models = (*names_with("model_folders"),)
+    for name in models:
+        problem = model_path_problem(name, given) or ""
+        assert problem.startswith(f"--{name}={WITH_KEYS[given]}: ")
+        assert len(problem) <= LONGEST_LINE
+        with pytest.raises(ConfigError) as refused:
+            check(TrainConfig(**required | {name: given}), RunFolder(str(tiny_base / "run")))
+        assert problem in str(refused.value)
+        sweep = SweepConfig(
+            train=TrainConfig(**required),
+            space={name: {"choice": [str(tiny_base), given]}},
+            num_samples=1,
+            allow_new_caches=True,
+        )
+        before = {"space": {name: [given]}, "searcher": "random", "num_trials": 1, "settings": {name: given}}
+        found = [str(refused.value), *problems(sweep, sweep.parsed_space)]
+        found += differences(before, sweep, {name: given + "2"}, sweep.parsed_space)
+        assert len(found) > 2
+        assert not [key for key in KEYS for line in found if key in line]
+    (tmp_path / "config.json").write_text("{}")
+    change(tmp_path / "config.json", _class_name="ControlNetModel", cross_attention_dim=16)
+    draw = ["generate", "--prompt", "a", "--image", __file__, "--out", str(tmp_path / "out")]
+    commands = [[*draw, "--controlnet", str(tmp_path), f"--{name}", given] for name in models[:3]]
+    commands += [
+        [*draw, "--controlnet", given],
+        ["train", "--config", given],
+        ["tune", "--pretrained_model_name_or_path", "a/b", "--train_data_dir", "d", "--space", given],
+    ]
+    for command in commands:
+        assert main(command) == 2
+        shown = capsys.readouterr().err
+        assert command[-2] in shown
+        assert not [key for key in KEYS if key in shown]
 
 
 @pytest.mark.parametrize(("part", "stem"), [("unet", WEIGHTS), ("vae", WEIGHTS), ("text_encoder", "model")])

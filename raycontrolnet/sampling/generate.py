@@ -31,6 +31,7 @@ from raycontrolnet.quiet import MODEL_LIBRARIES, no_progress_bars
 from raycontrolnet.sampling import find_controlnet, images, scores
 from raycontrolnet.sampling.images import METADATA, ImageItem, PairImages
 from raycontrolnet.sampling.pipeline import DrawOptions
+from raycontrolnet.storage.uri import is_uri, shown_name
 from raycontrolnet.text import counted, duration
 from raycontrolnet.version import __version__
 
@@ -177,7 +178,7 @@ def _model(
     model = ModelConfig(
         pretrained_model_name_or_path=base or "",
         pretrained_vae_model_name_or_path=config.pretrained_vae_model_name_or_path,
-        base_config=str(Path(config.base_config).expanduser()) if config.base_config else None,
+        base_config=None if config.base_config is None else _expanded(config.base_config),
         controlnet_model_name_or_path=found.name_or_path,
         revision=config.revision,
         variant=config.variant,
@@ -191,11 +192,15 @@ def _model(
     if base is None:
         problems.append(
             "--pretrained_model_name_or_path: required, because no config.yaml of a run says which base model "
-            f"{config.controlnet} was trained for"
+            f"{shown_name(config.controlnet)} was trained for"
         )
     if problems:
         raise ConfigError(problems)
     return model
+
+
+def _expanded(name: str) -> str:
+    return name if is_uri(name) else str(Path(name).expanduser())  # a path would lose a slash of an address
 
 
 def _overwritten(out: Path, items: Sequence[ImageItem], config: GenerateConfig) -> Iterator[str]:
@@ -220,7 +225,8 @@ def _announce(task: _Task, stream: TextIO) -> None:
     device = "GPU" if task.device.type == "cuda" else "CPU"
     precision = "" if options.precision == torch.float32 else f" in {config.mixed_precision}"
     what = (
-        f"{config.controlnet} on {task.model.pretrained_model_name_or_path}, {counted(len(config.pairs), 'pair')} x "
+        f"{shown_name(config.controlnet)} on {task.model.pretrained_model_name_or_path}, "
+        f"{counted(len(config.pairs), 'pair')} x "
         f"{counted(config.num_images, 'image')} of {options.resolution} px, "
         f"{counted(config.num_inference_steps, 'step')}, guidance {options.guidance_scale:g}, "
         f"seed {config.seed}, on the {device}{precision}"
