@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
@@ -11,7 +12,11 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+import torch
 from hub_stand_in import HubStandIn, take_for_hub
+from runs import equal
+from safetensors.torch import load_file, save_file
+from single_files import write_single_file
 
 from raycontrolnet.cli import main
 from raycontrolnet.config.settings import ModelConfig
@@ -295,12 +300,10 @@ def test_xformers_without_a_gpu_is_told_at_once(tiny_settings: dict[str, Any], m
 
 def test_files(tmp_path: Path, base: Path) -> None:
     """Pickled ones are refused; those of a part lead to the model's folder."""
-    for name in ("my model.ckpt", "model.pt", "model.bin"):
+    for name in ("my model.ckpt", "model.PT", "model.bin"):
         (tmp_path / name).write_bytes(b"weights")
         assert problem(tmp_path / name) == (
-            'is pickled, which can hide code; convert it, in its folder: python -c "import torch as t, '
-            f"safetensors.torch as s; d = t.load('{name}', 'cpu'); s.save_file(d.get('state_dict', d), "
-            f"'{Path(name).stem}.safetensors')\""
+            "is pickled, which can hide code; convert it by the script in examples/guides/bases.md"
         )
     for name in ("my model.safetensors", "model.ckpt"):
         (tmp_path / name).write_bytes(b"weights")
@@ -313,6 +316,47 @@ def test_files(tmp_path: Path, base: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
     assert problem(tmp_path / "notes.txt") == "is a file; name the folder that it is in"
     assert problem("gone/model.safetensors") == "no such file, and not a Hub id (owner/name); correct the path"
+
+
+def test_a_vae_as_a_file(tiny_base: Path, tmp_path: Path) -> None:
+    """The command in the message makes of it the folder, with the base model's scaling factor."""
+    from diffusers import AutoencoderKL
+
+    whole = load_file(write_single_file(tiny_base, tmp_path / "base.safetensors"))
+    start = "first_stage_model."
+    weights = {name.removeprefix(start): value for name, value in whole.items() if name.startswith(start)}
+    save_file(weights, tmp_path / "my-vae.SAFETENSORS")
+    torch.save(weights, tmp_path / "my-vae.pt")
+    for path in (tmp_path / "my-vae.SAFETENSORS", tmp_path / "my-vae.pt"):
+        problem = model_path_problem("pretrained_vae_model_name_or_path", str(path)) or ""
+        assert "is a file; convert it by the BASE's configuration: python" in problem
+        assert len(problem) - len(str(path)) <= LONGEST_LINE
+    run_python(problem.partition(" -c ")[2].replace("BASE", str(tiny_base)), tmp_path)
+    own, made = (AutoencoderKL.from_pretrained(folder) for folder in (tiny_base / "vae", tmp_path / "my-vae"))
+    assert made.config.scaling_factor == own.config.scaling_factor
+    assert equal(made.state_dict(), own.state_dict())
+
+
+class Callback:
+    """An object of a trainer, which torch reads with weights_only=False alone."""
+
+
+def test_a_file_with_objects_of_a_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guide's script reads it."""
+    shared = torch.ones(3, 2)
+    saved = {"state_dict": {"a": shared.T, "b": shared, "step": 1}, "callbacks": {Callback: Callback()}}
+    torch.save(saved, tmp_path / "base.ckpt")
+    guide = Path(__file__).parents[1] / "examples" / "guides" / "bases.md"
+    script = guide.read_text().rpartition("```python\n")[2].partition("```")[0]
+    monkeypatch.setattr("sys.argv", ["convert.py", "base.ckpt"])
+    run_python(script, tmp_path)
+    assert equal(load_file(tmp_path / "base.safetensors"), {"a": torch.ones(2, 3), "b": shared})
+
+
+def run_python(code: str, folder: Path) -> None:
+    """Run the quoted code of a command in this process, in `folder`."""
+    with contextlib.chdir(folder):
+        exec(code.strip('"'), {})
 
 
 @pytest.mark.parametrize("name", ["no owner/name", "a/b/c", "./here", "~/gone", "/gone", "a--b/c", "name"])
@@ -350,7 +394,7 @@ def test_keys_in_addresses_are_not_shown(
     given: str, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whatever the setting, and in `generate`, by a sweep's space and as the file of a space too."""
-    required = {"pretrained_model_name_or_path": str(tiny_base), "train_data_dir": "data"}
+    required: dict[str, Any] = {"pretrained_model_name_or_path": str(tiny_base), "train_data_dir": "data"}
     models = (*names_with("model_folders"),)
     for name in models:
         problem = model_path_problem(name, given) or ""
@@ -416,7 +460,7 @@ def test_other_weights(base: Path) -> None:
     shards = [weights.with_name(f"{WEIGHTS}-0000{n}-of-00002.bin") for n in (1, 2)]
     for shard in shards:
         shard.touch()
-    pickled = "has only pickled weights, which can run code when read; convert them once: python -c"
+    pickled = "has only pickled weights; convert them once: python -c"
     code = "from diffusers import DiffusionPipeline as C; C.from_pretrained('base').save_pretrained('base-safetensors')"
     assert problem(base) == f'its unet {pickled} "{code}"'
     for shard in shards:

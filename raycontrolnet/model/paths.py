@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from raycontrolnet.config.output_settings import SAFETENSORS
 from raycontrolnet.config.train_config import FACTS
 from raycontrolnet.model.base_family import MAIN_FILE
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.families.registry import FAMILIES, denoiser_problem, family_of, pipeline_problem
 from raycontrolnet.model.files import ModelFiles, local_files
-from raycontrolnet.model.loading import BASE
+from raycontrolnet.model.loading import BASE, VAE
 from raycontrolnet.model.single_file_problems import single_file_problem
 from raycontrolnet.storage.uri import is_uri, shown_name, shown_uri
 
@@ -43,7 +44,7 @@ def model_path_problem(name: str, value: Any, flag: str | None = None) -> str | 
             return None
         kind = kind_problem(local_files(path)) if name == BASE else None
         return start + (kind or f"no {', '.join(missing)} in that folder; it must be in diffusers' layout")
-    if value.endswith(SINGLE_FILES):
+    if value.lower().endswith(SINGLE_FILES):
         return f"{start}no such file, and not a Hub id (owner/name); correct the path"
     if not _is_hub_id(value):
         return f"{start}no such folder, and not the form of a Hub id (owner/name)"
@@ -52,7 +53,7 @@ def model_path_problem(name: str, value: Any, flag: str | None = None) -> str | 
 
 def _address_advice(address: str, name: str) -> str:
     """Return what to do with an address, shown without keys, that is given for a model."""
-    takes_file = name in SINGLE_FILES_OF and address.endswith(SINGLE_FILES)
+    takes_file = name in SINGLE_FILES_OF and address.lower().endswith(SINGLE_FILES)
     if not address.startswith(HUB_ADDRESS):
         return f"must be a {'file' if takes_file else 'folder'} on a disk, or a Hub id; download it, and give its path"
     parts = address.removeprefix(HUB_ADDRESS).strip("/").split("/")
@@ -68,12 +69,14 @@ def file_advice(path: Path, name: str) -> str:
         return f"is a file; name the folder that it is in: {path.parent}"
     if name == BASE and (path.parent.parent / "model_index.json").is_file():
         return f"is a file of a part; name the model's folder: {path.parent.parent}"
-    if path.suffix not in SINGLE_FILES or name not in SINGLE_FILES_OF:
+    if path.suffix.lower() not in SINGLE_FILES or name not in (*SINGLE_FILES_OF, VAE):
         return "is a file; name the folder that it is in"
     if name == BASE:
-        read = f"import torch as t, safetensors.torch as s; d = t.load('{path.name}', 'cpu')"
-        code = f"{read}; s.save_file(d.get('state_dict', d), '{path.stem}.safetensors')"
-        return f'is pickled, which can hide code; convert it, in its folder: python -c "{code}"'
+        return "is pickled, which can hide code; convert it by the script in examples/guides/bases.md"
+    if name == VAE:  # by itself it does not tell its scaling factor
+        code = f"V.from_single_file('{path.name}', config='BASE', subfolder='vae').save_pretrained('{path.stem}')"
+        start = "is a file; convert it by the BASE's configuration"
+        return f'{start}: python -c "from diffusers import AutoencoderKL as V; {code}"'
     code = (
         f"from diffusers import ControlNetModel as C; C.from_single_file('{path.name}').save_pretrained('{path.stem}')"
     )
@@ -82,7 +85,7 @@ def file_advice(path: Path, name: str) -> str:
 
 def _is_alone(path: Path) -> bool:
     """Check that a file is a single-file base, and no part of a model in diffusers' layout."""
-    return path.suffix == ".safetensors" and not (path.parent.parent / "model_index.json").is_file()
+    return path.suffix.lower() == SAFETENSORS and not (path.parent.parent / "model_index.json").is_file()
 
 
 def _is_hub_id(name: str) -> bool:
