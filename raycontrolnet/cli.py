@@ -140,7 +140,8 @@ def parse(command: str, argv: Sequence[str]) -> Any:
     # In a file, a sweep's space may be the mapping itself, which a flag cannot be.
     space = given.pop("space") if "space" in known and isinstance(given.get("space"), dict) else None
     from_file, problems = typed_settings(given, known, place)
-    if problems := unknown_names(given, known, place) + problems:
+    problems += [f"{place}: {name}: {WITHOUT_USE[name]}; leave it out" for name in given if name in WITHOUT_USE]
+    if problems := unknown_names(given, {**known, **WITHOUT_USE}, place) + problems:
         raise ConfigError(problems)
     defaults = {**(_load(found.defaults) if found.defaults else {}), **from_file}
     flags = _whole_flags(flags, {*known, *WITHOUT_USE})
