@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import time
@@ -355,7 +354,8 @@ def test_a_file_with_objects_of_a_trainer(tmp_path: Path, monkeypatch: pytest.Mo
 
 def run_python(code: str, folder: Path) -> None:
     """Run the quoted code of a command in this process, in `folder`."""
-    with contextlib.chdir(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
         exec(code.strip('"'), {})
 
 
@@ -386,7 +386,7 @@ WITH_KEYS = {
     "https://user:TOPSECRET@huggingface.co/a/b": "https://huggingface.co/a/b",
     "huggingface.co/a/b?token=TOPSECRET": "huggingface.co/a/b",
 }  # fmt: skip
-"""What a user may give for a model -> what is shown of it."""
+"""Addresses that a user may give for a model -> the part that is shown."""
 
 
 @pytest.mark.parametrize("given", WITH_KEYS)
