@@ -62,7 +62,7 @@ OWN_FLAGS: dict[str, dict[str, Any]] = {
         "use_gpu": None,
     },
     "FLOAT": {
-        "cpus_per_worker": None, "validation_split": None, "max_bad_fraction": 0.01, "guidance_scale": 7.5,
+        "cpus_per_worker": None, "validation_split": None, "max_bad_fraction": 0.01, "guidance_scale": None,
         "wait_timeout_s": None, "hang_timeout_s": 600.0,
     },
     "INT": {

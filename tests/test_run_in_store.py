@@ -20,6 +20,7 @@ from s3_server import BUCKET, KEYS, S3Server, elsewhere, flaky_proxy, s3, use_s3
 from raycontrolnet import GenerateConfig, TrainConfig, cli, fit, generate
 from raycontrolnet.errors import ConfigError, RunError
 from raycontrolnet.sampling import find_controlnet
+from raycontrolnet.storage import store_lock
 from raycontrolnet.storage.lock import Owner, content_of
 from raycontrolnet.storage.object_store import ObjectStore
 from raycontrolnet.storage.run_folder import folder_of
@@ -204,8 +205,9 @@ def test_nobody_answers(run_settings: Settings, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_one_run_at_a_time(use_s3: S3Server, run_settings: Settings) -> None:
+def test_one_run_at_a_time(use_s3: S3Server, run_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lock of a run on this machine, and of one on another that gives no sign of life."""
+    monkeypatch.setattr(store_lock, "DEAD_AFTER_S", 2.0)
     store = ObjectStore(f"s3://{BUCKET}/locked")
     settings = run_settings | {"output_dir": store.uri, "max_train_steps": 1}
     with store_locked(store), pytest.raises(ConfigError, match=rf"another run writes there: process {os.getpid()} on "):

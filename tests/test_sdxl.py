@@ -228,7 +228,7 @@ def test_a_resumed_run_is_the_whole_run(xl_run: Run, xl_settings: Settings, tmp_
 
 
 def test_the_result_loads_in_diffusers(xl_run: Run, tiny_xl_base: Path) -> None:
-    """And draws the run's last validation image."""
+    """And draws the run's last validation image, with the pipeline's own guidance."""
     from diffusers import ControlNetModel, StableDiffusionXLControlNetPipeline, UniPCMultistepScheduler
 
     folder = xl_run.folder / "validation" / "step-000004"
@@ -244,10 +244,11 @@ def test_the_result_loads_in_diffusers(xl_run: Run, tiny_xl_base: Path) -> None:
             line["prompt"],
             image=Image.open(folder / line["conditioning_image_file_name"]),
             num_inference_steps=line["num_inference_steps"],
-            guidance_scale=line["guidance_scale"],
             generator=torch.Generator().manual_seed(line["seed"]),
         ).images[0]
-    assert np.array_equal(np.asarray(image), np.asarray(Image.open(folder / line["file_name"])))
+    own = np.asarray(Image.open(folder / line["file_name"])).astype(int)
+    assert np.abs(np.asarray(image) - own).max() <= 1  # convolutions round otherwise in another memory layout
+    assert line["guidance_scale"] == 5.0
     assert 0 <= line["control_fidelity"] <= 1
     card = (xl_run.folder / "README.md").read_text()
     assert "StableDiffusionXLControlNetPipeline.from_pretrained(" in card
@@ -333,4 +334,4 @@ def test_a_named_vae_is_the_one_that_encodes(xl_run: Run, xl_settings: Settings,
     named |= {"pretrained_vae_model_name_or_path": str(broken), "mixed_precision": "bf16"}
     with pytest.raises(RunError, match="The VAE gives latents that are not finite in bfloat16 for ") as error:
         run(xl_settings, tmp_path / "nan", **named)
-    assert "leave out --pretrained_vae_model_name_or_path: the base model's own runs in fp32" in str(error.value)
+    assert "leave out --pretrained_vae_model_name_or_path: the base model's own runs in fp32; or " in str(error.value)

@@ -243,6 +243,7 @@ def test_models_that_are_not_there(sweep_settings: Settings, tmp_path: Path) -> 
     assert error.value.problems == (f"--space={file}: {problem}",)
 
 
+@pytest.mark.slow
 def test_a_trial_of_sdxl(sweep_settings: Settings, tiny_xl_base: Path, tmp_path: Path) -> None:
     """Trained from pixels, to be short; one of them also as `fit` trains it."""
     own = {"max_train_steps": 1, "validation_steps": 1, "checkpointing_steps": 1, "cache_latents": "off"}

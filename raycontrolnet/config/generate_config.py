@@ -73,7 +73,7 @@ class SamplingConfig:
     num_inference_steps: int = 20
     """Denoising steps per image, with UniPC."""
     guidance_scale: float | None = None
-    """Closeness of images to the prompt; up to 1 there is no guidance. By default the run's, or else 7.5."""
+    """Closeness of images to the prompt; up to 1 there is none. By default the run's, or else 7.5, for SDXL 5."""
     batch_size: int = 1
     """Images drawn at a time; more is faster for small images, and only rounding differs."""
     resolution: int | None = None
@@ -98,7 +98,7 @@ class BaseModelConfig:
     """Model: the base model."""
 
     pretrained_model_name_or_path: str | None = None
-    """Base model: a local folder or a Hub id; by default the one that the run's config.yaml names."""
+    """Base model: a folder, Hub id or .safetensors file; by default the one that the run's config.yaml names."""
     pretrained_vae_model_name_or_path: str | None = None
     """VAE instead of the base model's own: a local folder or a Hub id; by default the run's."""
     base_config: str | None = None

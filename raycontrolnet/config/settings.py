@@ -96,7 +96,7 @@ class DataConfig:
     resolution: int = setting(512, sweepable=True, decides="latents")
     """Images are resized (short side) and centre-cropped to this many pixels; divisible by 8."""
     image_interpolation_mode: str | None = setting(None, sweepable=True, decides="latents")
-    """nearest, bilinear, bicubic, box, hamming or lanczos; by default bilinear, for Stable Diffusion XL lanczos."""
+    """nearest, nearest_exact, bilinear, bicubic, box, hamming or lanczos; by default bilinear, for SDXL lanczos."""
     size_conditioning: str = setting("fixed", sweepable=True)
     """Sizes that SDXL is told: fixed (the resolution, and the corner below) or real (each image's size and crop)."""
     crops_coords_top_left_h: int = setting(0, sweepable=True)

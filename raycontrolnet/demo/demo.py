@@ -141,7 +141,7 @@ def _fresh_folder(output_dir: Path) -> str:
     return str(folder)
 
 
-def _comparison(folder: Path, *, guidance_scale: float, use_gpu: bool | None) -> str:
+def _comparison(folder: Path, *, guidance_scale: float | None, use_gpu: bool | None) -> str:
     """Evaluate the ControlNet before and after training; write the figures and a picture to `folder`.
 
     Returns:

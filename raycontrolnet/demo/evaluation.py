@@ -46,7 +46,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    controlnet: Path, base: Path, unseen: Path, out: Path, *, guidance_scale: float, use_gpu: bool | None = None
+    controlnet: Path, base: Path, unseen: Path, out: Path, *, guidance_scale: float | None, use_gpu: bool | None = None
 ) -> Evaluation:
     """Draw one image for every row of the data set `unseen`, and score them.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import secrets
+from collections.abc import Iterator
 from typing import TextIO
 
 import torch
@@ -27,9 +28,11 @@ from raycontrolnet.hub import push
 from raycontrolnet.latents.ensure import SEVERAL_MACHINES, ensure
 from raycontrolnet.latents.plan import LatentPlan, prepare_command
 from raycontrolnet.launch.checked_run import CheckedRun
-from raycontrolnet.model.base_family import base_family, conditioning_problems
+from raycontrolnet.model.base_family import base_family, conditioning_problems, unet_config
+from raycontrolnet.model.components import OTHER_BASE, RESUME
 from raycontrolnet.model.families.registry import FAMILIES
-from raycontrolnet.model.problems import model_files, model_problems
+from raycontrolnet.model.files import local_files
+from raycontrolnet.model.problems import mismatch, model_files, model_problems
 from raycontrolnet.model.size import controlnet_bytes_at_least
 from raycontrolnet.sampling import images
 from raycontrolnet.storage import checkpoint as checkpoints
@@ -67,6 +70,8 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
         images.check(config.validation_pairs, validation.FLAG)
     with collected(problems):
         source = open_source(config, cache_dir=config.cache_dir, token=token, skip_bad=config.on_bad_sample == "skip")
+    if start is not None and not problems:
+        problems += _checkpoint_problems(config, start, token)
     family = base_family(config, token) if not problems else None
     problems += conditioning_problems(config, family)
     if problems or source is None:
@@ -93,6 +98,13 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
         weights = controlnet_bytes_at_least(config)
         check_room(folder, weights, run.schedule(start), start.step if start else 0, config, least=True)
     return run
+
+
+def _checkpoint_problems(config: TrainConfig, start: checkpoints.Checkpoint, token: str | None) -> Iterator[str]:
+    """Yield a problem if the checkpoint's ControlNet does not fit the base model."""
+    controlnet = local_files(start.path / checkpoints.CONTROLNET_FOLDER).read_json("config.json")
+    if problem := mismatch(controlnet, unet_config(config, token)):
+        yield f"--{RESUME}={config.resume_from_checkpoint}: {start.path.name} was {problem}; {OTHER_BASE}"
 
 
 def choose_latents(run: CheckedRun, stream: TextIO, *, reused: bool = False) -> CheckedRun:

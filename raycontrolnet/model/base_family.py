@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from raycontrolnet.config.settings import DataConfig, ModelConfig
 from raycontrolnet.model.families.family import Family
@@ -15,12 +16,17 @@ MAIN_FILE = "unet/config.json"
 SIZE_SETTINGS = ("size_conditioning", "crops_coords_top_left_h", "crops_coords_top_left_w")
 
 
+def unet_config(model: ModelConfig, token: str | None) -> dict[str, Any]:
+    """Return the configuration of the base model's UNet; empty if this machine cannot look at it."""
+    try:
+        return base_files(model, token, MAIN_FILE, from_cache=True).read_json(MAIN_FILE)
+    except (NotABase, NotKnown, NotThere, OSError):
+        return {}
+
+
 def base_family(model: ModelConfig, token: str | None) -> Family | None:
     """Return the family of the base model; None if this machine cannot look at it, or it is of none."""
-    try:
-        config = base_files(model, token, MAIN_FILE, from_cache=True).read_json(MAIN_FILE)
-    except (NotABase, NotKnown, NotThere, OSError):
-        return None
+    config = unet_config(model, token)
     return family_of(config) if config else None
 
 

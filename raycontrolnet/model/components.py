@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +15,17 @@ from raycontrolnet.errors import UserError
 from raycontrolnet.model import kinds
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.families.registry import TRAINED, denoiser_problem, family_of
-from raycontrolnet.model.loading import BASE, VAE, loaded, part, weights
+from raycontrolnet.model.loading import BASE, VAE, from_pretrained, loaded, part, weights
 from raycontrolnet.model.problems import mismatch
 from raycontrolnet.text import error_message
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTokenizer
+
+
+RESUME = "resume_from_checkpoint"
+OTHER_BASE = "name the base model that it was trained on, or start anew in another --output_dir"
 
 
 @dataclass
@@ -78,16 +83,18 @@ def load_components(
     vae_dtype = family.vae_dtype(dtype, named=model.pretrained_vae_model_name_or_path is not None)
     vae = load_vae(model, dtype=vae_dtype, token=token)
     if controlnet_path:
-        controlnet = load_controlnet(controlnet_path, family)
+        controlnet = load_controlnet(controlnet_path, family, RESUME)
+        if problem := mismatch(controlnet.config, unet.config):
+            raise UserError(f"--{RESUME}={controlnet_path}: {problem}; {OTHER_BASE}")
     elif model.controlnet_model_name_or_path:
         controlnet = _named_controlnet(model, family, unet, token, controlnet_flag)
     else:  # before the UNet's weights are rounded
         controlnet = _copied_controlnet(model, family, unet, seed)
+    # Convolutions are faster in this layout: 11% of a step on a CPU (tests/benchmarks/RESULTS.md). The ControlNet's
+    # activations follow it; its weights stay as they are saved. Rounded before it is moved, which needs half the room.
+    unet.to(dtype=dtype, memory_format=torch.channels_last)
     for module in (*text_encoders, vae, unet):
         module.requires_grad_(False).eval().to((vae_device or device) if module is vae else device)
-    # Convolutions are faster in this layout: 11% of a step on a CPU (tests/benchmarks/RESULTS.md). The ControlNet's
-    # activations follow it; its weights stay as they are saved.
-    unet.to(dtype=dtype, memory_format=torch.channels_last)
     controlnet.requires_grad_(True).train().to(device)
     return Components(family, tokenizers, text_encoders, vae, unet, noise_scheduler, controlnet)
 
@@ -142,7 +149,7 @@ def load_controlnet(
     """Load a ControlNet from a folder or the Hub, in fp32."""
     cls = family.controlnet_class()
     options |= {"torch_dtype": torch.float32, "use_safetensors": True}
-    controlnet = loaded(flag, name_or_path, cls.from_pretrained, **options)
+    controlnet = loaded(flag, name_or_path, partial(from_pretrained, cls), **options)
     # Copied, because MKL rounds differently at the odd addresses of a mapped file, and a resumed run must compute what
     # it would have computed.
     for weight in controlnet.parameters():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,7 +63,24 @@ def weights(
                       dtype=dtype, **place)  # fmt: skip
     precision = "dtype" if cls.__module__.startswith("transformers.") else "torch_dtype"
     options: dict[str, Any] = {precision: dtype, "variant": variant, "use_safetensors": True, **place}
-    return part(model, token, cls.from_pretrained, flag, **options)
+    return part(model, token, partial(from_pretrained, cls), flag, **options)
+
+
+def from_pretrained(cls: Any, name_or_path: str, **options: Any) -> Any:
+    """Call `cls.from_pretrained`, of diffusers or Transformers, which would draw weights that the files lack.
+
+    Raises:
+        ValueError: if they lack some.
+    """
+    module, info = cls.from_pretrained(name_or_path, output_loading_info=True, **options)
+    _check_whole(info["missing_keys"])
+    return module
+
+
+def _check_whole(missing: Iterable[str]) -> None:
+    if names := sorted(missing):
+        more = f" and {len(names) - 1:,} more" if names[1:] else ""
+        raise ValueError(f"it lacks the weight {names[0]}{more}; download it anew")
 
 
 def _config_folder(model: ModelConfig, token: str | None) -> str:
@@ -87,10 +105,13 @@ def _from_single_file(path: str, *, cls: Any, config: str, dtype: torch.dtype, s
     try:
         with only_errors():  # diffusers warns of modules in fp32 that are none
             if cls.__module__.startswith("transformers."):
-                return create_diffusers_clip_model_from_ldm(cls, load_single_file_checkpoint(path), **options)
-            return cls.from_single_file(path, **options)
-    except NotImplementedError as error:  # of PyTorch: some were not filled
+                found = create_diffusers_clip_model_from_ldm(cls, load_single_file_checkpoint(path), **options)
+            else:
+                found = cls.from_single_file(path, **options)
+    except (NotImplementedError, KeyError) as error:  # of PyTorch: some were not filled; of diffusers' converters
         raise ValueError(f"it lacks weights that the {subfolder} of its configuration, {config}, has") from error
+    _check_whole(name for name, value in found.named_parameters() if value.is_meta)
+    return found
 
 
 def _not_seen(flag: str, name: str) -> str:

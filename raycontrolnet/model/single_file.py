@@ -22,6 +22,7 @@ BASE_CONFIG = "base_config"
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 """Beginnings of the names of weights, as in the original layout."""
 CONV_IN = f"{UNET}input_blocks.0.0.weight"
+TO_KEYS = "attn2.to_k.weight"
 LONGEST_HEADER = 100_000_000
 """Bytes; safetensors reads no longer ones."""
 
@@ -99,7 +100,12 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
         header = json.loads(content)
         header.pop("__metadata__", None)
         end = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
-    except (ValueError, KeyError, TypeError, AttributeError):
+        if not all(isinstance(entry["dtype"], str) and isinstance(entry["shape"], list) for entry in header.values()):
+            raise ValueError
+        matrices = [entry for name, entry in header.items() if name == CONV_IN or name.endswith(TO_KEYS)]
+        if any(len(entry["shape"]) < 2 for entry in matrices):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise NotABase("is no safetensors file, or damaged; download it anew") from None
     if path.stat().st_size < end:
         raise NotABase("is cut short; download it anew")
@@ -215,7 +221,7 @@ def download_command(name: str) -> str:
 def unet_problem(config: Mapping[str, Any], header: Mapping[str, Mapping[str, Any]]) -> str | None:
     """Return why the file's UNet is not that of the configuration; None if it may be."""
     widths = [entry["shape"][1] for name, entry in header.items()
-              if name.startswith(UNET) and name.endswith("attn2.to_k.weight")]  # fmt: skip
+              if name.startswith(UNET) and name.endswith(TO_KEYS)]  # fmt: skip
     (first, *_), crossed = config.get("block_out_channels") or (None,), config.get("cross_attention_dim")
     for name, own, theirs in (
         ("block_out_channels", first, header[CONV_IN]["shape"][0]),

@@ -21,8 +21,10 @@ from raycontrolnet.config.checks import check_device, collected, find_token, unw
 from raycontrolnet.config.generate_config import GenerateConfig
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.errors import ConfigError, explained, out_of_memory
-from raycontrolnet.model.base_family import interpolation_of
+from raycontrolnet.model.base_family import base_family
 from raycontrolnet.model.components import Components, load_components
+from raycontrolnet.model.families.family import Family
+from raycontrolnet.model.families.registry import FAMILIES
 from raycontrolnet.model.loading import BASE
 from raycontrolnet.model.performance import working_precision
 from raycontrolnet.model.problems import model_problems
@@ -31,7 +33,7 @@ from raycontrolnet.quiet import MODEL_LIBRARIES, no_progress_bars
 from raycontrolnet.sampling import find_controlnet, images, scores
 from raycontrolnet.sampling.images import METADATA, ImageItem, PairImages
 from raycontrolnet.sampling.pipeline import DrawOptions
-from raycontrolnet.storage.uri import is_uri, shown_name
+from raycontrolnet.storage.uri import shown_name
 from raycontrolnet.text import counted, duration
 from raycontrolnet.version import __version__
 
@@ -148,20 +150,19 @@ def _check(config: GenerateConfig) -> _Task:
         raise ConfigError(problems)
     device = torch.device("cuda" if use_gpu else "cpu")
     allow_tf32, token = settings.get("allow_tf32", False), find_token(config.hub_token)
-    options = _options(config, interpolation_of(model, settings.get("image_interpolation_mode"), token))
+    options = _options(config, settings.get("image_interpolation_mode"), base_family(model, token) or FAMILIES[0])
     return _Task(config, model, items, options, out, device, allow_tf32, token)
 
 
-def _options(config: GenerateConfig, interpolation: str) -> DrawOptions:
-    guidance_scale = DrawOptions.guidance_scale if config.guidance_scale is None else config.guidance_scale
+def _options(config: GenerateConfig, interpolation: str | None, family: Family) -> DrawOptions:
     return DrawOptions(
         config.resolution or DEFAULT_RESOLUTION,
         config.num_inference_steps,
-        guidance_scale,
+        family.guidance_scale if config.guidance_scale is None else config.guidance_scale,
         working_precision(config.mixed_precision),
         config.batch_size,
         config.control_fidelity,
-        interpolation,
+        interpolation or family.interpolation,
     )
 
 
@@ -173,17 +174,16 @@ def _model(
     Raises:
         ConfigError: if one is not known, or not in the folder that is named.
     """
-    base = config.pretrained_model_name_or_path
-    base = str(Path(base).expanduser()) if base and Path(base).expanduser().exists() else base
+    base = _expanded(config.pretrained_model_name_or_path)
     model = ModelConfig(
         pretrained_model_name_or_path=base or "",
-        pretrained_vae_model_name_or_path=config.pretrained_vae_model_name_or_path,
-        base_config=None if config.base_config is None else _expanded(config.base_config),
+        pretrained_vae_model_name_or_path=_expanded(config.pretrained_vae_model_name_or_path),
+        base_config=_expanded(config.base_config),
         controlnet_model_name_or_path=found.name_or_path,
         revision=config.revision,
         variant=config.variant,
-        tokenizer_name=tokenizer_name,
-        cache_dir=config.cache_dir,
+        tokenizer_name=_expanded(tokenizer_name),
+        cache_dir=_expanded(config.cache_dir),
     )
     problems = []
     for problem in model_problems(model, find_token(config.hub_token), controlnet_flag="controlnet"):
@@ -199,8 +199,9 @@ def _model(
     return model
 
 
-def _expanded(name: str) -> str:
-    return name if is_uri(name) else str(Path(name).expanduser())  # a path would lose a slash of an address
+def _expanded(path: str | None) -> str | None:
+    """Return a path without ~; a Hub id, which has none, as it is."""
+    return str(Path(path).expanduser()) if path and path.startswith("~") else path
 
 
 def _overwritten(out: Path, items: Sequence[ImageItem], config: GenerateConfig) -> Iterator[str]:

@@ -74,7 +74,7 @@ def draw(
         warn_if_cut(components.tokenizers, prompt)
     is_mixed = options.precision != torch.float32
     autocast = torch.autocast(components.unet.device.type, dtype=options.precision) if is_mixed else nullcontext()
-    decodes_apart = is_mixed and components.vae.dtype == torch.float32
+    decodes_apart = is_mixed and (components.vae.dtype == torch.float32 or _overflows(components))
     with only_errors(), evaluating(modules), torch.no_grad():
         with autocast:
             images: Any = pipeline(
@@ -90,9 +90,20 @@ def draw(
 
 def _decoded(pipeline: Any, latents: torch.Tensor) -> list[Image.Image]:
     """Return the images of `latents`, decoded in fp32: autocast would run the VAE in half precision."""
-    vae = pipeline.vae
-    pixels = vae.decode(latents.to(vae.dtype) / vae.config["scaling_factor"], return_dict=False)[0]
+    vae, dtype = pipeline.vae, pipeline.vae.dtype
+    vae.to(torch.float32)
+    try:
+        pixels = vae.decode(latents.float() / vae.config["scaling_factor"], return_dict=False)[0]
+    finally:
+        vae.to(dtype)
     return list(pipeline.image_processor.postprocess(pixels, output_type="pil"))
+
+
+def _overflows(components: Components) -> bool:
+    """Check for a VAE in fp16 that diffusers' pipeline of the family would decode with in fp32."""
+    vae, family = components.vae, components.family
+    family_upcasts = family.vae_dtype(vae.dtype, named=False) == torch.float32
+    return vae.dtype == torch.float16 and family_upcasts and bool(vae.config.get("force_upcast"))
 
 
 @contextmanager

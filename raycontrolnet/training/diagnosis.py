@@ -17,6 +17,7 @@ import torch
 
 from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.errors import RunError, UserError
+from raycontrolnet.model.components import Components
 from raycontrolnet.model.loading import VAE
 from raycontrolnet.model.step import TrainState, controlnet_loss, draw, latent_shape, make_batch, with_posterior
 from raycontrolnet.text import SHOWN_PROBLEMS
@@ -88,9 +89,7 @@ def diagnosis(state: TrainState, loader: BatchLoader, resolution: int, samples: 
                 not_finite.append(place)
     if unencoded:
         kind = str(components.vae.dtype).removeprefix("torch.")
-        advice = "add --cache_latents on, which encodes in fp32, or use --mixed_precision bf16"
-        if components.family.vae_dtype(components.vae.dtype, named=False) != components.vae.dtype:
-            advice = f"leave out --{VAE}: the base model's own runs in fp32"
+        advice = _advice_on_vae(components)
         return f"The VAE gives latents that are not finite in {kind} for {_listed(unencoded)}: {advice}"
     if not_finite and len(not_finite) < done:
         where = f", from {modules[0]} on" if modules else ""
@@ -99,6 +98,16 @@ def diagnosis(state: TrainState, loader: BatchLoader, resolution: int, samples: 
     places = [loader.place(index) for index in samples]
     where = f". The first module whose output is not finite: {modules[0]}" if modules else ""
     return f"Training has diverged: {LOWER}. The update's samples: {_listed(places)}{where}"
+
+
+def _advice_on_vae(components: Components) -> str:
+    dtype = components.vae.dtype
+    if dtype == torch.float32:
+        return f"the VAE or these images are damaged; name another VAE with --{VAE}, or leave out these rows"
+    encodes = "add --cache_latents on, which encodes in fp32"
+    if components.family.vae_dtype(dtype, named=False) != dtype:
+        return f"leave out --{VAE}: the base model's own runs in fp32; or {encodes}"
+    return f"{encodes}, or use --mixed_precision bf16"
 
 
 @contextmanager

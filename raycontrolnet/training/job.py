@@ -17,6 +17,7 @@ from raycontrolnet.cluster.worker import RECORDS_OF_RAY
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.errors import UserError
+from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.performance import working_precision
 from raycontrolnet.quiet import MODEL_LIBRARIES, no_progress_bars
 from raycontrolnet.sampling.images import ImageItem
@@ -89,11 +90,12 @@ class Job:
         """The folder to write to on this machine."""
         return self.folder.path
 
-    def images_of(self, step: int) -> validation.StepImages:
-        """Return the validation images of `step`, to be drawn."""
+    def images_of(self, step: int, family: Family) -> validation.StepImages:
+        """Return the validation images of `step`, to be drawn with a base model of `family`."""
+        asked = self.config.guidance_scale
         options = DrawOptions(
             self.config.resolution,
-            guidance_scale=self.config.guidance_scale,
+            guidance_scale=family.guidance_scale if asked is None else asked,
             precision=working_precision(self.config.mixed_precision),
             measure=self.config.control_fidelity,
             interpolation=self.interpolation,

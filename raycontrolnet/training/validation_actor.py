@@ -66,13 +66,14 @@ class ValidationActor:
         Args:
             token: for a private base model. Not an argument of the constructor, because Ray keeps those.
         """
-        start, images = time.perf_counter(), self.job.images_of(step)
+        start = time.perf_counter()
         if self.components is None:
             check_folder_is_shared(self.job)
         with logging_to_run_log(self.job, "validation"):
             if self.components is None:
                 self.components = self._load(token)
             self.components.controlnet.load_state_dict(weights)
+            images = self.job.images_of(step, self.components.family)
             images.draw(self.components)
             pairs = images.finish()
             validation.send(self.job.folder, step)

@@ -121,7 +121,8 @@ class Validator:
 
     def _draw_together(self, controlnet: Callable[[], ControlNetModel]) -> None:
         """Draw this worker's share; rank 0 finishes and publishes the images of all."""
-        state, drawing, folder = self.state, self.job.images_of(self.state.step), self.job.folder
+        state, folder = self.state, self.job.folder
+        drawing = self.job.images_of(state.step, state.components.family)
         files = validation.files_of(state.step)
         if folder.is_stored:
             self._forget(files)

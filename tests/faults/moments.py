@@ -10,7 +10,7 @@ UPDATES, EVERY, WORKERS, BATCH_SIZE = 40, 10, 2, 4
 """Updates of the run, and between its checkpoints, of which it keeps one; it pauses in rank 0."""
 UPDATES_AHEAD = 6
 SHARDS = 6
-"""Of the latents that `prepare` makes."""
+"""Number for the latents that `prepare` makes."""
 
 BEFORE_FIRST, BETWEEN, WRITE, MANIFEST = "before the first", "between two", "during the write", "before the manifest"
 PRUNING, FINAL, PREPARE, PUSH = "while pruning", "final weights", "prepare", "push"

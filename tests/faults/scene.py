@@ -30,7 +30,7 @@ class Scene:
     """FAULTS_FOLDER of all processes."""
     command: list[str]
     again: list[str]
-    """What the user runs if the command does not end well."""
+    """The remedy: what the user runs if the command does not end well."""
     environment: Mapping[str, str]
     codes: list[int] = field(default_factory=list)
     """Exit codes of the tries."""

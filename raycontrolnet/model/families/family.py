@@ -51,6 +51,8 @@ class Family(ABC):
     """Tags of its model cards, besides those of every family."""
     interpolation: str = "bilinear"
     """Resizing of images unless --image_interpolation_mode says otherwise: that of diffusers' script."""
+    guidance_scale: float = 7.5
+    """Guidance of images unless --guidance_scale says otherwise: that of diffusers' pipeline."""
     has_size_conditions: bool = False
     """Batches carry the images' sizes and crops."""
 

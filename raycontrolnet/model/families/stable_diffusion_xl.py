@@ -96,5 +96,6 @@ STABLE_DIFFUSION_XL = StableDiffusionXL(
     pipeline="StableDiffusionXLControlNetPipeline",
     tags=("stable-diffusion-xl", "stable-diffusion-xl-diffusers"),
     interpolation="lanczos",
+    guidance_scale=5.0,
     has_size_conditions=True,
 )
