@@ -20,6 +20,7 @@ from raycontrolnet.config.train_config import GROUPS, TrainConfig, typed_setting
 from raycontrolnet.config.values import read_yaml, setting_types, unknown_names
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
 from raycontrolnet.signals import ending_signals_raised, exit_code
+from raycontrolnet.storage.uri import shown_name
 from raycontrolnet.version import __version__
 
 if TYPE_CHECKING:
@@ -134,12 +135,13 @@ def parse(command: str, argv: Sequence[str]) -> Any:
     found = COMMANDS[command]
     path, flags = _config_flag(argv) if found.file else (None, argv)
     known = {name: kind for group in found.groups for name, kind in setting_types(group).items()}
-    place = f"--config={path}"
+    place = f"--config={shown_name(str(path))}"
     given = read_yaml(path, place) if path else {}
     # In a file, a sweep's space may be the mapping itself, which a flag cannot be.
     space = given.pop("space") if "space" in known and isinstance(given.get("space"), dict) else None
     from_file, problems = typed_settings(given, known, place)
-    if problems := unknown_names(given, known, place) + problems:
+    problems += [f"{place}: {name}: {WITHOUT_USE[name]}; leave it out" for name in given if name in WITHOUT_USE]
+    if problems := unknown_names(given, {**known, **WITHOUT_USE}, place) + problems:
         raise ConfigError(problems)
     defaults = {**(_load(found.defaults) if found.defaults else {}), **from_file}
     flags = _whole_flags(flags, {*known, *WITHOUT_USE})

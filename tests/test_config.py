@@ -228,6 +228,15 @@ def test_settings_arrive(form: str, without: tuple[str, ...], image: str, file: 
         assert type(getattr(found, name)) is type(value)
 
 
+def test_what_makes_no_sense_here_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text("enable_npu_flash_attention: true\n")
+    message = f"--config={file}: enable_npu_flash_attention: is for Ascend NPUs, on which raycontrolnet does not run"
+    with pytest.raises(ConfigError) as refused:
+        parse("train", ["--config", str(file)])
+    assert str(refused.value) == f"{message}; leave it out"
+
+
 @pytest.mark.parametrize("argument", ["--enable_npu_flash_attention", "--enable-npu-flash-attention", "--enable_npu"])
 def test_flags_that_make_no_sense_here(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The script for SDXL has one."""

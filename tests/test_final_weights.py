@@ -15,7 +15,7 @@ from PIL import Image
 from runs import WEIGHTS, Run, Settings, equal, losses, metadata, train, weights
 from s3_server import BUCKET, S3Server, elsewhere, s3, use_s3
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from raycontrolnet import GenerateConfig, TrainConfig, cli, fit, generate
 from raycontrolnet.errors import ConfigError, RunError
@@ -92,18 +92,29 @@ def test_modelspec(controlnet: dict[str, Any], prediction_type: str, architectur
     assert FAMILIES[0].modelspec_architecture({"cross_attention_dim": 1024}, None) is None
 
 
-def test_images_are_of_what_was_saved(half: Run, validated_settings: Settings, tmp_path: Path) -> None:
-    """The last validation's, and those that `generate` draws from the folder."""
+def test_images_are_of_what_was_saved(
+    half: Run, validated_settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The last validation's, and those that `generate` draws from the folder: what is saved is not what was trained."""
+    write = final_weights.write_weights
+
+    def write_others(found: dict[str, torch.Tensor], *args: Any) -> None:
+        write({name: value + 0.5 * name.startswith("controlnet_") for name, value in found.items()}, *args)
+
+    monkeypatch.setattr(final_weights, "write_weights", write_others)
+    changed = {"save_precision": "fp16", "num_validation_images": 1, "report_to": "none"}
+    others = train(validated_settings | changed | {"output_dir": str(tmp_path / "others")})
     config = GenerateConfig(
-        controlnet=str(half.folder), prompt=validated_settings["validation_prompt"], num_images=1, seed=7,
+        controlnet=str(others.folder), prompt=validated_settings["validation_prompt"], num_images=1, seed=7,
         image=validated_settings["validation_image"], out=str(tmp_path / "drawn"), use_gpu=False,
     )  # fmt: skip
     generate(config, stream=io.StringIO())
-    last = validation.step_folder(half.folder, 4)
+    last, trained = validation.step_folder(others.folder, 4), validation.step_folder(half.folder, 4)
     names = [row["file_name"] for row in metadata(last)]
     assert len(names) == 2
     for name in names:
         assert Image.open(last / name).tobytes() == Image.open(tmp_path / "drawn" / name).tobytes()
+        assert Image.open(last / name).tobytes() != Image.open(trained / name).tobytes()
 
 
 def test_a_resumed_run_is_exact(half: Run, validated_run: Run, tmp_path: Path, validated_settings: Settings) -> None:
@@ -148,6 +159,25 @@ def test_best_of_a_sweep(state: str, name: str | None, half: Run, validated_sett
     if state == "finished":
         assert (best / WEIGHTS).read_bytes() == (half.folder / WEIGHTS).read_bytes()
     assert (f"`{ONE_FILE}`" in (best / "README.md").read_text()) == bool(name)
+
+
+def test_best_that_fp16_cannot_hold(
+    half: Run, validated_settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is written in bf16, which its card and settings say: the sweep has done its work."""
+    folder = Path(shutil.copytree(half.folder, tmp_path / "trials" / "0000"))
+    shutil.rmtree(folder / "checkpoint-4")
+    large = checkpoint(folder, step=2)
+    large["controlnet_mid_block.weight"][0, 0] = 1e6
+    save_file(large, folder / "checkpoint-2" / "controlnet" / WEIGHTS, {"format": "pt"})
+    given = validated_settings | {"save_precision": "fp16", "output_dir": str(tmp_path)}
+    config, sweep = TrainConfig(**given), RunFolder(str(tmp_path))
+    plan: Any = SimpleNamespace(folder=sweep, sweep_dir=tmp_path, train=config, config_of=lambda record: config)
+    best = write_best(plan, Trial(TrialRecord(0, {}, state="stopped"), folder, ({"step": 2},)))
+    assert equal(weights(best), {name: value.bfloat16() for name, value in large.items()})
+    assert "save_precision: bf16" in (best / "config.yaml").read_text()
+    assert '`save_precision`: `"bf16"`' in (best / "README.md").read_text()
+    assert "--save_precision=fp16: cannot hold controlnet_mid_block.weight (up to 1e+06); best/ has bf16" in caplog.text
 
 
 @pytest.mark.usefixtures("elsewhere")

@@ -168,6 +168,17 @@ def test_user_text_is_not_markup(run_folder: Path, tiny_base: Path) -> None:
     assert MarkdownIt().render(text).startswith("<h1>a &lt;b&gt;*run* [x](y)</h1>")
 
 
+def test_a_named_vae_is_in_the_code(run_folder: Path) -> None:
+    settings = settings_of(run_folder, Path("runwayml/sd"), pretrained_vae_model_name_or_path="madebyollin/vae")
+    _, text = parts(write_model_card(run_folder, settings, {}))
+    assert "from diffusers import AutoencoderKL, ControlNetModel," in text
+    assert "\nvae = AutoencoderKL.from_pretrained('madebyollin/vae')\npipeline = " in text
+    assert "controlnet=controlnet, vae=vae" in text
+    settings = settings_of(run_folder, Path("runwayml/sd"), pretrained_vae_model_name_or_path="/home/me/vae")
+    _, text = parts(write_model_card(run_folder, settings, {}, repo_id="someone/model"))
+    assert "AutoencoderKL.from_pretrained('vae')" in text
+
+
 def test_card_of_models_on_the_hub(run_folder: Path) -> None:
     settings = settings_of(run_folder, Path("runwayml/sd"), dataset_name="someone/circles", train_data_dir=None)
     metadata, text = parts(write_model_card(run_folder, settings, {}, repo_id="someone/model"))

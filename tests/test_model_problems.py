@@ -11,17 +11,26 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+import torch
 from hub_stand_in import HubStandIn, take_for_hub
+from runs import equal
+from safetensors.torch import load_file, save_file
+from single_files import write_single_file
 
+from raycontrolnet.cli import main
 from raycontrolnet.config.settings import ModelConfig
-from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.config.sweep_config import SweepConfig
+from raycontrolnet.config.train_config import TrainConfig, names_with
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.latents.prepare import prepare
 from raycontrolnet.launch.preflight import check
 from raycontrolnet.model import files, kinds
 from raycontrolnet.model.families.registry import TRAINED, denoiser_problem
+from raycontrolnet.model.paths import model_path_problem
 from raycontrolnet.model.problems import model_problems
 from raycontrolnet.storage.run_folder import RunFolder
+from raycontrolnet.storage.uri import shown_name
+from raycontrolnet.tune.checks import differences, problems
 
 TOKEN = "hf_TheRightToken"
 BASE = "someone/base"
@@ -61,7 +70,7 @@ def problem(name: str | Path, *, elsewhere: bool = False, **settings: Any) -> st
     assert len(found) <= 1
     if not found:
         return None
-    start = f"--pretrained_model_name_or_path={name}: "
+    start = f"--pretrained_model_name_or_path={shown_name(str(name))}: "
     assert found[0].startswith(start)
     assert len(found[0]) - len(str(name)) <= LONGEST_LINE
     assert "\n" not in found[0]
@@ -290,12 +299,10 @@ def test_xformers_without_a_gpu_is_told_at_once(tiny_settings: dict[str, Any], m
 
 def test_files(tmp_path: Path, base: Path) -> None:
     """Pickled ones are refused; those of a part lead to the model's folder."""
-    for name in ("my model.ckpt", "model.pt", "model.bin"):
+    for name in ("my model.ckpt", "model.PT", "model.bin"):
         (tmp_path / name).write_bytes(b"weights")
         assert problem(tmp_path / name) == (
-            'is pickled, which can hide code; convert it, in its folder: python -c "import torch as t, '
-            f"safetensors.torch as s; d = t.load('{name}', 'cpu'); s.save_file(d.get('state_dict', d), "
-            f"'{Path(name).stem}.safetensors')\""
+            "is pickled, which can hide code; convert it by the script in examples/guides/bases.md"
         )
     for name in ("my model.safetensors", "model.ckpt"):
         (tmp_path / name).write_bytes(b"weights")
@@ -308,6 +315,48 @@ def test_files(tmp_path: Path, base: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
     assert problem(tmp_path / "notes.txt") == "is a file; name the folder that it is in"
     assert problem("gone/model.safetensors") == "no such file, and not a Hub id (owner/name); correct the path"
+
+
+def test_a_vae_as_a_file(tiny_base: Path, tmp_path: Path) -> None:
+    """The command in the message makes of it the folder, with the base model's scaling factor."""
+    from diffusers import AutoencoderKL
+
+    whole = load_file(write_single_file(tiny_base, tmp_path / "base.safetensors"))
+    start = "first_stage_model."
+    weights = {name.removeprefix(start): value for name, value in whole.items() if name.startswith(start)}
+    save_file(weights, tmp_path / "my-vae.SAFETENSORS")
+    torch.save(weights, tmp_path / "my-vae.pt")
+    for path in (tmp_path / "my-vae.SAFETENSORS", tmp_path / "my-vae.pt"):
+        problem = model_path_problem("pretrained_vae_model_name_or_path", str(path)) or ""
+        assert "is a file; convert it by the BASE's configuration: python" in problem
+        assert len(problem) - len(str(path)) <= LONGEST_LINE
+    run_python(problem.partition(" -c ")[2].replace("BASE", str(tiny_base)), tmp_path)
+    own, made = (AutoencoderKL.from_pretrained(folder) for folder in (tiny_base / "vae", tmp_path / "my-vae"))
+    assert made.config.scaling_factor == own.config.scaling_factor
+    assert equal(made.state_dict(), own.state_dict())
+
+
+class Callback:
+    """An object of a trainer, which torch reads with weights_only=False alone."""
+
+
+def test_a_file_with_objects_of_a_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guide's script reads it."""
+    shared = torch.ones(3, 2)
+    saved = {"state_dict": {"a": shared.T, "b": shared, "step": 1}, "callbacks": {Callback: Callback()}}
+    torch.save(saved, tmp_path / "base.ckpt")
+    guide = Path(__file__).parents[1] / "examples" / "guides" / "bases.md"
+    script = guide.read_text().rpartition("```python\n")[2].partition("```")[0]
+    monkeypatch.setattr("sys.argv", ["convert.py", "base.ckpt"])
+    run_python(script, tmp_path)
+    assert equal(load_file(tmp_path / "base.safetensors"), {"a": torch.ones(2, 3), "b": shared})
+
+
+def run_python(code: str, folder: Path) -> None:
+    """Run the quoted code of a command in this process, in `folder`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        exec(code.strip('"'), {})
 
 
 @pytest.mark.parametrize("name", ["no owner/name", "a/b/c", "./here", "~/gone", "/gone", "a--b/c", "name"])
@@ -323,6 +372,62 @@ def test_an_address() -> None:
         )
     for end in ("", "/"):
         assert problem(f"https://huggingface.co/{BASE}{end}") == f"is an address; give the Hub id: {BASE}"
+
+
+KEYS = ("TOPSECRET", "AKIAKEY", "user")
+WITH_KEYS = {
+    "s3://AKIAKEY:TOPSECRET@bucket/base.safetensors": "s3://bucket/base.safetensors",
+    "s3://AKIAKEY:TOP/TOPSECRET@bucket/base": "s3://bucket/base",
+    "https://user:TOPSECRET@host/model.safetensors": "https://host/model.safetensors",
+    "https://host/v1/model.safetensors?token=TOPSECRET": "https://host/v1/model.safetensors",
+    "https://host/model?token=TOPSECRET.safetensors": "https://host/model",
+    "https://huggingface.co/a/b/resolve/main/m.safetensors?token=TOPSECRET":
+        "https://huggingface.co/a/b/resolve/main/m.safetensors",
+    "https://user:TOPSECRET@huggingface.co/a/b": "https://huggingface.co/a/b",
+    "huggingface.co/a/b?token=TOPSECRET": "huggingface.co/a/b",
+}  # fmt: skip
+"""Addresses that a user may give for a model -> the part that is shown."""
+
+
+@pytest.mark.parametrize("given", WITH_KEYS)
+def test_keys_in_addresses_are_not_shown(
+    given: str, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the setting, and in `generate`, by a sweep's space and as the file of a space too."""
+    required: dict[str, Any] = {"pretrained_model_name_or_path": str(tiny_base), "train_data_dir": "data"}
+    models = (*names_with("model_folders"),)
+    for name in models:
+        problem = model_path_problem(name, given) or ""
+        assert problem.startswith(f"--{name}={WITH_KEYS[given]}: ")
+        assert len(problem) <= LONGEST_LINE
+        with pytest.raises(ConfigError) as refused:
+            check(TrainConfig(**required | {name: given}), RunFolder(str(tiny_base / "run")))
+        assert problem in str(refused.value)
+        sweep = SweepConfig(
+            train=TrainConfig(**required),
+            space={name: {"choice": [str(tiny_base), given]}},
+            num_samples=1,
+            allow_new_caches=True,
+        )
+        before = {"space": {name: [given]}, "searcher": "random", "num_trials": 1, "settings": {name: given}}
+        found = [str(refused.value), *problems(sweep, sweep.parsed_space)]
+        found += differences(before, sweep, {name: given + "2"}, sweep.parsed_space)
+        assert len(found) > 2
+        assert not [key for key in KEYS for line in found if key in line]
+    (tmp_path / "config.json").write_text("{}")
+    change(tmp_path / "config.json", _class_name="ControlNetModel", cross_attention_dim=16)
+    draw = ["generate", "--prompt", "a", "--image", __file__, "--out", str(tmp_path / "out")]
+    commands = [[*draw, "--controlnet", str(tmp_path), f"--{name}", given] for name in models[:3]]
+    commands += [
+        [*draw, "--controlnet", given],
+        ["train", "--config", given],
+        ["tune", "--pretrained_model_name_or_path", "a/b", "--train_data_dir", "d", "--space", given],
+    ]
+    for command in commands:
+        assert main(command) == 2
+        shown = capsys.readouterr().err
+        assert command[-2] in shown
+        assert not [key for key in KEYS if key in shown]
 
 
 @pytest.mark.parametrize(("part", "stem"), [("unet", WEIGHTS), ("vae", WEIGHTS), ("text_encoder", "model")])
@@ -355,7 +460,7 @@ def test_other_weights(base: Path) -> None:
     shards = [weights.with_name(f"{WEIGHTS}-0000{n}-of-00002.bin") for n in (1, 2)]
     for shard in shards:
         shard.touch()
-    pickled = "has only pickled weights, which can run code when read; convert them once: python -c"
+    pickled = "has only pickled weights; convert them once: python -c"
     code = "from diffusers import DiffusionPipeline as C; C.from_pretrained('base').save_pretrained('base-safetensors')"
     assert problem(base) == f'its unet {pickled} "{code}"'
     for shard in shards:

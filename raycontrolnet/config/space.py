@@ -25,6 +25,7 @@ from raycontrolnet.config.sweepable import refusal, takes_values
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.config.values import coerce, read_yaml, setting_types, unknown_names
 from raycontrolnet.errors import ConfigError
+from raycontrolnet.storage.uri import shown_name
 from raycontrolnet.text import perhaps
 
 TYPES = setting_types(TrainConfig)
@@ -73,7 +74,7 @@ Space: TypeAlias = Mapping[str, Dimension]
 
 def place_of(space: str | Path | Mapping[str, Any] | None) -> str:
     """Return the place to name in problems of `space`: the flag, with the file's name if there is one."""
-    return f"--space={space}" if isinstance(space, (str, Path)) else "--space"
+    return f"--space={shown_name(str(space))}" if isinstance(space, (str, Path)) else "--space"
 
 
 def read_space(space: str | Path | Mapping[str, Any] | None) -> dict[str, Dimension]:

@@ -13,6 +13,7 @@ from typing import Any, Union
 
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.storage.object_store import ObjectStore
+from raycontrolnet.storage.store_requests import reason
 from raycontrolnet.storage.uri import UNUSABLE, is_uri, split_uri
 from raycontrolnet.text import error_message, perhaps
 
@@ -122,7 +123,7 @@ def read_yaml(path: str | Path, place: str) -> dict[Any, Any]:
     try:
         settings = yaml.safe_load(_text(str(path))) or {}
     except UNUSABLE as error:
-        raise ConfigError([f"{place}: cannot be read ({error_message(error)})"]) from None
+        raise ConfigError([f"{place}: cannot be read ({reason(error, 160)})"]) from None
     except yaml.YAMLError as error:
         raise ConfigError([f"{place}: is not valid YAML ({error_message(error)})"]) from None
     if not isinstance(settings, dict):

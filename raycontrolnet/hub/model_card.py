@@ -68,6 +68,7 @@ def write_model_card(
 
     output_dir, licence = Path(output_dir), licence or Licence()
     base, data = settings["pretrained_model_name_or_path"], settings.get("dataset_name", "")
+    vae = settings.get("pretrained_vae_model_name_or_path")
     dataset, family = data if is_hub_id(data) else None, family_of_saved(output_dir)
     metadata = ModelCardData(
         **licence.metadata(),
@@ -87,6 +88,7 @@ def write_model_card(
         examples=_copy_examples(output_dir, facts.get("step")),
         controlnet_path=repo_id or place or str(output_dir),
         base_path=base if repo_id is None else _without_folders(base),
+        vae_path=vae if vae is None or repo_id is None else _without_folders(vae),
         pipeline=family.pipeline,
         single_file=f"{settings['save_name']}{SAFETENSORS}" if settings.get("save_name") else None,
         base_loader="from_single_file" if is_single_file(base) else "from_pretrained",

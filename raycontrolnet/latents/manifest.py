@@ -49,8 +49,8 @@ class Encoding:
     def differences(self, other: Encoding) -> list[str]:
         """Return in words what `other` has instead."""
         names = {field.name: getattr(other, field.name) for field in dataclasses.fields(self)}
-        return [f"{name}: {getattr(self, name)}, not {theirs}" for name, theirs in names.items()
-                if getattr(self, name) != theirs]  # fmt: skip
+        return ["encoded by another VAE" if name == "vae" else f"{name}: {getattr(self, name)}, not {theirs}"
+                for name, theirs in names.items() if getattr(self, name) != theirs]  # fmt: skip
 
 
 @dataclass(frozen=True)

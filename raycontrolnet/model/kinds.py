@@ -90,7 +90,7 @@ def weights_problem(
         if any(name.endswith(".safetensors") for name in own):
             return None  # of another name, which loading the model will tell
         if any(name.endswith(PICKLED) for name in own):
-            return f"{where} has only pickled weights, which can run code when read; convert them once: {convert}"
+            return f"{where} has only pickled weights; convert them once: {convert}"
         return f"{where} has no weights (.safetensors)"
     variants = {match["variant"] or match["old_variant"] for match in found}
     if variant not in variants:

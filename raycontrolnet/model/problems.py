@@ -8,27 +8,21 @@ from typing import Any
 
 from raycontrolnet.cluster.shared_files import SharedFiles
 from raycontrolnet.config.settings import ModelConfig
-from raycontrolnet.config.train_config import FACTS, names_with
+from raycontrolnet.config.train_config import names_with
 from raycontrolnet.model import kinds
 from raycontrolnet.model.base_family import MAIN_FILE
-from raycontrolnet.model.families.family import Family
-from raycontrolnet.model.families.registry import FAMILIES, denoiser_problem, family_of, pipeline_problem
+from raycontrolnet.model.families.registry import FAMILIES, family_of
 from raycontrolnet.model.files import ModelFiles, NotKnown, NotThere, Unreachable, hub_files, local_files
 from raycontrolnet.model.loading import BASE, VAE
+from raycontrolnet.model.paths import CONTROLNET, family_in, kind_problem, model_path_problem
 from raycontrolnet.model.single_file import BASE_CONFIG, NotABase, is_single_file
-from raycontrolnet.model.single_file_problems import single_file_config, single_file_problem
-from raycontrolnet.storage.uri import is_uri, shown_uri
+from raycontrolnet.model.single_file_problems import single_file_config
 from raycontrolnet.text import error_message
 
-CONTROLNET = "controlnet_model_name_or_path"
 TOKENIZER = "tokenizer_name"
 MAIN_FILES = {BASE: MAIN_FILE, VAE: "config.json", CONTROLNET: "config.json", TOKENIZER: "tokenizer_config.json"}
 """Setting -> a file that its model has, for models whose files are looked at."""
-SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-HUB_ADDRESS = "https://huggingface.co/"
 VAE_CLASSES = FAMILIES[0].part_classes["vae"]
-SINGLE_FILES_OF = (BASE, CONTROLNET)
-"""Settings whose models also come as single files."""
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -94,80 +88,12 @@ def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def model_path_problem(name: str, value: Any, flag: str | None = None) -> str | None:
-    """Return a problem if the setting `name` is for a model, and `value` is a path with no model.
-
-    Args:
-        flag: the flag that gave `value`, if not `name`.
-    """
-    folders = FACTS[name].get("model_folders")
-    if value is None or folders is None:
-        return None
-    path, start = Path(value).expanduser(), f"--{flag or name}={value}: "
-    if path.is_file():
-        problem = single_file_problem(path) if name == BASE and _is_alone(path) else file_advice(path, name)
-        return start + problem if problem else None
-    if path.is_dir():
-        missing = [folder for folder in folders if not (path / folder).is_dir()]
-        if not missing:
-            return None
-        kind = _kind_problem(local_files(path)) if name == BASE else None
-        return start + (kind or f"no {', '.join(missing)} in that folder; it must be in diffusers' layout")
-    if value.startswith(HUB_ADDRESS):
-        parts = value.removeprefix(HUB_ADDRESS).partition("?")[0].strip("/").split("/")
-        hub_id, file = "/".join(parts[:2]), "/".join(parts[4:])  # after blob/main
-        if name in SINGLE_FILES_OF and file.endswith(SINGLE_FILES):
-            return f"{start}is an address; run `hf download {hub_id} {file}`, and give the path that it prints"
-        return f"{start}is an address; give the Hub id: {hub_id}"
-    if value.endswith(SINGLE_FILES):
-        return f"{start}no such file, and not a Hub id (owner/name); correct the path"
-    if is_uri(value):
-        return f"--{flag or name}={shown_uri(value)}: must be a folder on a disk, or a Hub id; copy it to this machine"
-    if not _is_hub_id(value):
-        return f"{start}no such folder, and not the form of a Hub id (owner/name)"
-    return None
-
-
-def file_advice(path: Path, name: str) -> str:
-    """Return what to do with a file that is given for a model, which must be a folder."""
-    if (path.parent / "model_index.json").is_file() or (name != BASE and (path.parent / "config.json").is_file()):
-        return f"is a file; name the folder that it is in: {path.parent}"
-    if name == BASE and (path.parent.parent / "model_index.json").is_file():
-        return f"is a file of a part; name the model's folder: {path.parent.parent}"
-    if path.suffix not in SINGLE_FILES or name not in SINGLE_FILES_OF:
-        return "is a file; name the folder that it is in"
-    if name == BASE:
-        read = f"import torch as t, safetensors.torch as s; d = t.load('{path.name}', 'cpu')"
-        code = f"{read}; s.save_file(d.get('state_dict', d), '{path.stem}.safetensors')"
-        return f'is pickled, which can hide code; convert it, in its folder: python -c "{code}"'
-    code = (
-        f"from diffusers import ControlNetModel as C; C.from_single_file('{path.name}').save_pretrained('{path.stem}')"
-    )
-    return f'is a single-file checkpoint; convert it once, in its folder: python -c "{code}"'
-
-
-def _is_alone(path: Path) -> bool:
-    """Check that a file is a single-file base, and no part of a model in diffusers' layout."""
-    return path.suffix == ".safetensors" and not (path.parent.parent / "model_index.json").is_file()
-
-
 def _convert_command(cls: str, name: str, variant: str | None = None) -> str:
     """Return the command that makes the pickled weights of a model in diffusers' layout safetensors."""
     shown, options = Path(name).name if Path(name).is_dir() else name, f", variant='{variant}'" if variant else ""
     copy = f"{shown.rpartition('/')[2]}-safetensors"
     code = f"from diffusers import {cls} as C; C.from_pretrained('{shown}'{options}).save_pretrained('{copy}')"
     return f'python -c "{code}"'
-
-
-def _is_hub_id(name: str) -> bool:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return name.count("/") == 1
 
 
 def _checked_config(name: str, value: str, model: ModelConfig, token: str | None, *, elsewhere: bool) -> dict[str, Any]:
@@ -202,18 +128,8 @@ def _checked_config(name: str, value: str, model: ModelConfig, token: str | None
     return config
 
 
-def _kind_problem(files: ModelFiles) -> str | None:
-    """Return why a base model cannot be trained, or which part it lacks, by its UNet and its model_index.json."""
-    unet = files.read_json(MAIN_FILE)
-    return denoiser_problem(unet) or pipeline_problem(files.read_json("model_index.json"), _family(files))
-
-
-def _family(files: ModelFiles) -> Family:
-    return family_of(files.read_json(MAIN_FILE)) or FAMILIES[0]
-
-
 def _base_problem(files: ModelFiles, model: ModelConfig) -> str | None:
-    names, family, problem = files.names, _family(files), _kind_problem(files)
+    names, family, problem = files.names, family_in(files), kind_problem(files)
     if names is not None and MAIN_FILE not in names:
         return problem or f"has no {MAIN_FILE}; a base model must be in diffusers' layout"
     if problem := problem or kinds.scheduler_problem(files.read_json("scheduler/scheduler_config.json")):

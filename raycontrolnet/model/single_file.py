@@ -82,7 +82,7 @@ LORA_PARTS = (".lora_", "lora_A.", "lora_B.", "lora.up.", "lora.down.", ".hada_w
 
 def is_single_file(name: str | None) -> bool:
     """Check that `name` is the path of a single file, which need not be there: not a folder, nor a Hub id."""
-    return name is not None and name.endswith(SAFETENSORS) and not Path(name).expanduser().is_dir()
+    return name is not None and name.lower().endswith(SAFETENSORS) and not Path(name).expanduser().is_dir()
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:

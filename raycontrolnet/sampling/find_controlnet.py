@@ -20,10 +20,10 @@ from typing import Any
 from raycontrolnet.config.train_config import TrainConfig, typed_settings
 from raycontrolnet.config.values import read_yaml, setting_types
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.model.problems import CONTROLNET, file_advice
+from raycontrolnet.model.paths import CONTROLNET, file_advice
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.stored_folder import folder_containing
-from raycontrolnet.storage.uri import UNUSABLE, as_path, check_bucket, is_uri, shown_uri, unusable
+from raycontrolnet.storage.uri import UNUSABLE, as_path, check_bucket, is_uri, shown_name, shown_uri, unusable
 
 CONFIG_FILE = "config.yaml"
 
@@ -65,7 +65,7 @@ def find(name: str) -> FoundControlNet:
     if not path.exists():
         return FoundControlNet(name, {}, None)
     if not path.is_dir():
-        raise ConfigError([f"--controlnet={name}: {file_advice(path, CONTROLNET)}"])
+        raise ConfigError([f"--controlnet={shown_name(name)}: {file_advice(path, CONTROLNET)}"])
     path = path.resolve()
     file = _config_file(path)
     return FoundControlNet(str(_weights_folder(path, name)), _read(file, name) if file else {}, file)
@@ -95,13 +95,13 @@ def _weights_folder(path: Path, name: str) -> Path:
         if (folder / "config.json").is_file():
             kind = _class_name(folder / "config.json")
             if kind not in (None, "ControlNetModel"):
-                raise ConfigError([f"--controlnet={name}: holds a {kind}, not a ControlNetModel"])
+                raise ConfigError([f"--controlnet={shown_name(name)}: holds a {kind}, not a ControlNetModel"])
             return folder
     if last := checkpoints.latest(path):
         problem = f"that run has no final weights yet; name a checkpoint of it, such as {last.path}"
     else:
         problem = "holds no ControlNet in diffusers' form (config.json and weights)"
-    raise ConfigError([f"--controlnet={name}: {problem}"])
+    raise ConfigError([f"--controlnet={shown_name(name)}: {problem}"])
 
 
 def _class_name(file: Path) -> str | None:
@@ -120,7 +120,7 @@ def _config_file(folder: Path) -> Path | None:
 
 def _read(file: Path, name: str) -> dict[str, Any]:
     """Read the settings that images depend on. The file may be of a version with settings unknown to this one."""
-    place = f"--controlnet={name}: {file}"
+    place = f"--controlnet={shown_name(name)}: {file}"
     kinds = {name: kind for name, kind in setting_types(TrainConfig).items() if name in OF_THE_BASE + OF_THE_RUN}
     settings, problems = typed_settings(read_yaml(file, place), kinds, place)
     if problems:

@@ -33,6 +33,7 @@ from raycontrolnet.quiet import MODEL_LIBRARIES, no_progress_bars
 from raycontrolnet.sampling import find_controlnet, images, scores
 from raycontrolnet.sampling.images import METADATA, ImageItem, PairImages
 from raycontrolnet.sampling.pipeline import DrawOptions
+from raycontrolnet.storage.uri import shown_name
 from raycontrolnet.text import counted, duration
 from raycontrolnet.version import __version__
 
@@ -191,7 +192,7 @@ def _model(
     if base is None:
         problems.append(
             "--pretrained_model_name_or_path: required, because no config.yaml of a run says which base model "
-            f"{config.controlnet} was trained for"
+            f"{shown_name(config.controlnet)} was trained for"
         )
     if problems:
         raise ConfigError(problems)
@@ -225,7 +226,8 @@ def _announce(task: _Task, stream: TextIO) -> None:
     device = "GPU" if task.device.type == "cuda" else "CPU"
     precision = "" if options.precision == torch.float32 else f" in {config.mixed_precision}"
     what = (
-        f"{config.controlnet} on {task.model.pretrained_model_name_or_path}, {counted(len(config.pairs), 'pair')} x "
+        f"{shown_name(config.controlnet)} on {task.model.pretrained_model_name_or_path}, "
+        f"{counted(len(config.pairs), 'pair')} x "
         f"{counted(config.num_images, 'image')} of {options.resolution} px, "
         f"{counted(config.num_inference_steps, 'step')}, guidance {options.guidance_scale:g}, "
         f"seed {config.seed}, on the {device}{precision}"

@@ -28,6 +28,8 @@ _LASTING = re.compile(
     "ACCESS_DENIED|PERMISSION_DENIED|UNAUTHENTICATED|NO_SUCH_|NOT_FOUND|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH"
 )
 """Errors of stores that another try cannot change."""
+_KEYS_IN_URIS = re.compile(r"(?<=://)[^\s'\"]*@|(?<=://)([^\s'\"?]*)\?[^\s'\"]*")
+"""User and password, or what comes before the options and they: pyarrow quotes URIs whole."""
 _SECRET_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
@@ -62,6 +64,7 @@ def reason(error: Exception, longest: int = _LONGEST_REASON) -> str:
         address = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         details = text.rpartition("Details: ")[2].rstrip(": ")
         text = f"{address or 'the store'} does not answer: {details}"
+    text = _KEYS_IN_URIS.sub(r"\1", text)
     for secret in filter(None, map(os.environ.get, _SECRET_VARIABLES)):
         text = text.replace(secret, "***")
     return text if len(text) <= longest else f"{text[: longest - 3]}..."

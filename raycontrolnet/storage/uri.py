@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from raycontrolnet.storage.store_requests import reason
@@ -33,9 +34,25 @@ def shown_uri(uri: str) -> str:
     """Return `uri` for messages, without user and options, and the slash at its end; paths as they are."""
     if not is_uri(uri):
         return uri
-    kind, _, rest = uri.partition("?")[0].partition("://")
-    authority, slash, path = rest.rstrip("/").partition("/")
+    kind, _, rest = uri.partition("://")
+    if re.match(r"[^/?@\[]*:[^/?@]*[^/?@\d][^/?@]*[/?].*@", rest):  # a key with / or ? as they are, which ends at the @
+        rest = rest.rpartition("@")[2]
+    authority, slash, path = rest.partition("?")[0].rstrip("/").partition("/")
     return f"{kind}://{authority.rpartition('@')[2]}{slash}{path}"
+
+
+def shown_value(value: Any) -> Any:
+    """Return the value of a setting, or a list or mapping of some, for messages: texts by `shown_name`."""
+    if isinstance(value, Mapping):
+        return {name: shown_value(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [shown_value(part) for part in value]
+    return shown_name(value) if isinstance(value, str) else value
+
+
+def shown_name(name: str) -> str:
+    """Return a path, Hub id or address, which may lack its https://, for messages, without what may be a key."""
+    return shown_uri(name) if is_uri(name) else re.sub(r"\?[^/?]*=.*", "", name)
 
 
 def child_uri(uri: str, name: str) -> str:

@@ -107,6 +107,9 @@ def copy_weights(folder: Path, to: Path, config: TrainConfig) -> None:
         folder: with `MODEL_CONFIG` and `WEIGHTS_FILE`.
         to: a folder.
         config: the run's settings.
+
+    Raises:
+        OverflowError: if the precision cannot hold them; nothing with weights is written.
     """
     from safetensors import safe_open
     from safetensors.torch import load_file

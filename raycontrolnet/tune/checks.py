@@ -16,7 +16,9 @@ from raycontrolnet.config.space import Space, num_trials, place_of, to_grammar
 from raycontrolnet.config.sweep_config import SweepConfig
 from raycontrolnet.config.train_config import TrainConfig, names_with
 from raycontrolnet.launch.checked_run import CheckedRun
-from raycontrolnet.model.problems import model_path_problem, model_problems
+from raycontrolnet.model.paths import model_path_problem
+from raycontrolnet.model.problems import model_problems
+from raycontrolnet.storage.uri import shown_value
 from raycontrolnet.training.schedule import warmup_warning
 
 
@@ -65,7 +67,7 @@ def differences(
         ("searcher", before["searcher"], config.searcher),
     ):
         if then != now:
-            yield f"--{name}: was {then} and is {now}; {advice}"
+            yield f"--{name}: was {shown_value(then)} and is {shown_value(now)}; {advice}"
     if (trials := num_trials(space, config.num_samples)) < before["num_trials"]:
         yield (
             f"--num_samples={config.num_samples}: makes {trials} trials, and the sweep has {before['num_trials']}; "
@@ -75,7 +77,7 @@ def differences(
     for name, now in settings.items():
         then = before["settings"].get(name, now)
         if name not in free and now != then:
-            yield f"--{name}={now}: was {then}; {advice}"
+            yield f"--{name}={shown_value(now)}: was {shown_value(then)}; {advice}"
 
 
 def _value_problems(space: Space, place: str) -> Iterator[str]:

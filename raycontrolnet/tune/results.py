@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 from collections.abc import Sequence
@@ -112,7 +113,12 @@ def write_best(plan: SweepPlan, trial: Trial, repo_id: str | None = None) -> Pat
     weights, figures = found
     best, step, config = plan.sweep_dir / BEST_FOLDER, int(figures.get("step", 0)), plan.config_of(trial.record)
     with replacing_folder(best) as new:
-        copy_weights(weights, new, config)
+        try:
+            copy_weights(weights, new, config)
+        except OverflowError as error:  # all the work is done
+            logger.warning("--save_precision=%s: %s; %s/ has bf16 instead", config.save_precision, error, BEST_FOLDER)
+            config = dataclasses.replace(config, save_precision="bf16")
+            copy_weights(weights, new, config)
         settings = {name: value for name, value in public_settings(config).items() if name not in LEFT_OUT_OF_BEST}
         file = CONFIG_FILE if plan.folder.is_stored else best / CONFIG_FILE
         head = (
