@@ -376,7 +376,7 @@ def test_an_address() -> None:
 
 KEYS = ("TOPSECRET", "AKIAKEY", "user")
 WITH_KEYS = {
-    "s3://AKIAKEY:TOPSECRET@bucket/base.safetensors": "s3://bucket/base.safetensors",
+    "store://AKIAKEY:TOPSECRET@bucket/base.safetensors": "store://bucket/base.safetensors",
     "s3://AKIAKEY:TOP/TOPSECRET@bucket/base": "s3://bucket/base",
     "https://user:TOPSECRET@host/model.safetensors": "https://host/model.safetensors",
     "https://host/v1/model.safetensors?token=TOPSECRET": "https://host/v1/model.safetensors",
