@@ -243,6 +243,22 @@ def test_models_that_are_not_there(sweep_settings: Settings, tmp_path: Path) -> 
     assert error.value.problems == (f"--space={file}: {problem}",)
 
 
+def test_sizes_that_do_nothing(sweep_settings: Settings, tiny_base: Path, tiny_xl_base: Path) -> None:
+    """Every base model of the space is looked at with every size, also where the others are right."""
+    bases = {"pretrained_model_name_or_path": {"grid": [str(tiny_xl_base), str(tiny_base)]}}
+    sizes = {"size_conditioning": {"grid": ["fixed", "real"]}, "crops_coords_top_left_h": {"grid": [0, 64]}}
+    train = TrainConfig(**sweep_settings | {"latents_cache_dir": None})
+    config = SweepConfig(train=train, space=bases | sizes, allow_new_caches=True)
+    with pytest.raises(ConfigError) as error:
+        plan_sweep(config, io.StringIO())
+    beside, *others = error.value.problems
+    assert beside.startswith("--crops_coords_top_left_h=64: with --size_conditioning real, each image has its own")
+    assert sorted(others) == [
+        f"--{given}: Stable Diffusion 1.x and 2.x is not conditioned on sizes; leave it out"
+        for given in ("crops_coords_top_left_h=64", "size_conditioning=real")
+    ]
+
+
 @pytest.mark.slow
 def test_a_trial_of_sdxl(sweep_settings: Settings, tiny_xl_base: Path, tmp_path: Path) -> None:
     """Trained from pixels, to be short; one of them also as `fit` trains it."""

@@ -16,6 +16,8 @@ from raycontrolnet.config.space import Space, num_trials, place_of, to_grammar
 from raycontrolnet.config.sweep_config import SweepConfig
 from raycontrolnet.config.train_config import TrainConfig, names_with
 from raycontrolnet.launch.checked_run import CheckedRun
+from raycontrolnet.model.base_family import SIZE_SETTINGS, base_family, conditioning_problems
+from raycontrolnet.model.loading import BASE
 from raycontrolnet.model.paths import model_path_problem
 from raycontrolnet.model.problems import model_problems
 from raycontrolnet.storage.uri import shown_value
@@ -94,6 +96,16 @@ def model_problems_of(train: TrainConfig, space: Space) -> list[str]:
     token, elsewhere = find_token(train.hub_token), on_a_cluster(train.address)
     variants = (dataclasses.replace(train, **settings) for settings in combinations(space, names) if settings)
     found = (problem for variant in variants for problem in model_problems(variant, token, elsewhere=elsewhere))
+    return list(dict.fromkeys(found))
+
+
+def size_problems_of(train: TrainConfig, space: Space) -> list[str]:
+    """Return what is wrong with the size conditions of trials, with each of their base models."""
+    if not any(name in space for name in SIZE_SETTINGS):
+        return []
+    token = find_token(train.hub_token)
+    variants = (dataclasses.replace(train, **settings) for settings in combinations(space, (BASE, *SIZE_SETTINGS)))
+    found = (problem for each in variants for problem in conditioning_problems(each, base_family(each, token)))
     return list(dict.fromkeys(found))
 
 

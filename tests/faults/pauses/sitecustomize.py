@@ -104,12 +104,15 @@ def in_state(module: ModuleType) -> None:
             original(content, file)
 
     module.torch.save = save
-    original_replace = module.os.replace
+
+
+def in_final_weights(module: ModuleType) -> None:
+    original = module.os.replace
 
     def replace(source: Any, target: Any) -> None:
         if Path(source).parent.name == ".final.partial":
             pause("final", Path(target).name)
-        original_replace(source, target)
+        original(source, target)
 
     module.os.replace = replace
 
@@ -174,6 +177,7 @@ def in_hub(module: ModuleType) -> None:
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "raycontrolnet.train_controlnet": in_worker_loop,
     "raycontrolnet.training.state": in_state,
+    "raycontrolnet.training.final_weights": in_final_weights,
     "raycontrolnet.storage.checkpoint": in_checkpoint,
     "raycontrolnet.storage.files": in_files,
     "raycontrolnet.storage.object_store": in_store,
