@@ -183,6 +183,7 @@ def test_the_table_of_what_a_run_leaves(tiny_settings: dict[str, Any], circles: 
         "num_validation_images": 1,
         "report_to": "tensorboard",
         "validation_split": 2,
+        "save_name": "NAME",
     }
     result = fit(TrainConfig(**tiny_settings | changes))
     text = section("outputs.md", "What a run leaves")

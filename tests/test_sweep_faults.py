@@ -210,7 +210,7 @@ def test_all_trials_fail(sweep_settings: Settings) -> None:
 
 def test_median_with_a_trial_that_diverges(sweep_settings: Settings) -> None:
     """It is tried again, marked, and the sweep goes on."""
-    space = {"learning_rate": {"grid": [1e38, 1e-3, 4e-3, 0.2]}}
+    space = {"learning_rate": {"grid": [1e38, 1e-3, 2e-3, 4e-3, 0.2]}}
     config = SweepConfig(
         train=TrainConfig(**sweep_settings),
         space=space,
@@ -222,7 +222,7 @@ def test_median_with_a_trial_that_diverges(sweep_settings: Settings) -> None:
     result = run_sweep(config)
     found = {trial.record.settings["learning_rate"]: trial.record for trial in result.trials}
     states = {rate: record.state for rate, record in found.items()}
-    assert states == {1e38: "failed", 1e-3: "finished", 4e-3: "finished", 0.2: "stopped"}
+    assert states == {1e38: "failed", 1e-3: "finished", 2e-3: "finished", 4e-3: "finished", 0.2: "stopped"}
     failed = found[1e38]
     assert failed.attempts == 2
     assert failed.cause is not None
