@@ -140,12 +140,12 @@ def parse(command: str, argv: Sequence[str]) -> Any:
     # In a file, a sweep's space may be the mapping itself, which a flag cannot be.
     space = given.pop("space") if "space" in known and isinstance(given.get("space"), dict) else None
     from_file, problems = typed_settings(given, known, place)
-    problems += [f"{place}: {name}: {WITHOUT_USE[name]}; leave it out" for name in given if name in WITHOUT_USE]
+    problems += _without_use(given, f"{place}: ")
     if problems := unknown_names(given, {**known, **WITHOUT_USE}, place) + problems:
         raise ConfigError(problems)
     defaults = {**(_load(found.defaults) if found.defaults else {}), **from_file}
     flags = _whole_flags(flags, {*known, *WITHOUT_USE})
-    if problems := _without_use(flags):
+    if problems := _without_use(_names(flags), "--"):
         raise ConfigError(problems)
     settings = _parsed(flags, found.groups, defaults, f"raycontrolnet {command}", found.description)
     if space is not None and settings["space"] is None:
@@ -172,10 +172,13 @@ def _whole_flags(argv: Sequence[str], known: Iterable[str]) -> list[str]:
     return whole
 
 
-def _without_use(flags: Iterable[str]) -> list[str]:
-    """Return a problem for each flag of diffusers' scripts that makes no sense here."""
-    names = [flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")]
-    return [f"--{name}: {WITHOUT_USE[name]}; leave it out" for name in names if name in WITHOUT_USE]
+def _names(flags: Iterable[str]) -> list[str]:
+    return [flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")]
+
+
+def _without_use(names: Iterable[str], start: str) -> list[str]:
+    """Return a problem, beginning with `start`, for each setting of diffusers' scripts that makes no sense here."""
+    return [f"{start}{name}: {WITHOUT_USE[name]}; leave it out" for name in names if name in WITHOUT_USE]
 
 
 def _parsed(

@@ -94,10 +94,15 @@ def kill_9(command: list[str], ready: Callable[[], object]) -> None:
             children = psutil.Process(process.pid).children(recursive=True)
         finally:
             process.kill()
-    for child in children:  # Ray's agents would go by themselves, after a minute
+    kill_all(children)  # Ray's agents would go by themselves, after a minute
+
+
+def kill_all(processes: list[psutil.Process]) -> None:
+    """Kill the processes with -9, and wait for their end."""
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
-            child.kill()
-    psutil.wait_procs(children, timeout=30)
+            process.kill()
+    psutil.wait_procs(processes, timeout=30)
 
 
 def last_step(output_dir: Path) -> int:
@@ -116,10 +121,10 @@ def kill_the_controller() -> None:
     controller.kill()
 
 
-def workers_called(name: str) -> list[psutil.Process]:
-    """Return this process's Ray workers whose title is `name`."""
+def workers_called(name: str, parent: int | None = None) -> list[psutil.Process]:
+    """Return the processes that this one, or `parent`, has started and whose command or title holds `name`."""
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for process in psutil.Process(parent).children(recursive=True):
         with suppress(psutil.Error):  # gone meanwhile
             if name in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)

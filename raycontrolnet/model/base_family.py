@@ -9,17 +9,16 @@ from typing import Any
 from raycontrolnet.config.settings import DataConfig, ModelConfig
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.families.registry import FAMILIES, family_of
-from raycontrolnet.model.files import NotKnown, NotThere, local_files
+from raycontrolnet.model.files import UNET_CONFIG, NotKnown, NotThere, local_files
 from raycontrolnet.model.single_file import NotABase, base_files
 
-MAIN_FILE = "unet/config.json"
 SIZE_SETTINGS = ("size_conditioning", "crops_coords_top_left_h", "crops_coords_top_left_w")
 
 
 def unet_config(model: ModelConfig, token: str | None) -> dict[str, Any]:
     """Return the configuration of the base model's UNet; empty if this machine cannot look at it."""
     try:
-        return base_files(model, token, MAIN_FILE, from_cache=True).read_json(MAIN_FILE)
+        return base_files(model, token, UNET_CONFIG, from_cache=True).read_json(UNET_CONFIG)
     except (NotABase, NotKnown, NotThere, OSError):
         return {}
 

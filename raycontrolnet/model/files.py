@@ -11,6 +11,9 @@ from typing import Any
 from raycontrolnet.quiet import no_progress_bars
 from raycontrolnet.version import __version__
 
+UNET_CONFIG = "unet/config.json"
+LFS_POINTER = b"version https://git-lfs"
+"""Beginning of what `git clone` leaves in place of weights without git-lfs."""
 SMALL_FILES = ("*.json", "*.txt")
 """Configurations and tokenizers."""
 ANSWER_TIMEOUT_S = 5.0

@@ -7,10 +7,9 @@ from typing import Any
 
 from raycontrolnet.config.output_settings import SAFETENSORS
 from raycontrolnet.config.train_config import FACTS
-from raycontrolnet.model.base_family import MAIN_FILE
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.families.registry import FAMILIES, denoiser_problem, family_of, pipeline_problem
-from raycontrolnet.model.files import ModelFiles, local_files
+from raycontrolnet.model.files import UNET_CONFIG, ModelFiles, local_files
 from raycontrolnet.model.loading import BASE, VAE
 from raycontrolnet.model.single_file_problems import single_file_problem
 from raycontrolnet.storage.uri import is_uri, shown_name, shown_uri
@@ -101,10 +100,10 @@ def _is_hub_id(name: str) -> bool:
 
 def kind_problem(files: ModelFiles) -> str | None:
     """Return why a base model cannot be trained, or which part it lacks, by its UNet and its model_index.json."""
-    unet = files.read_json(MAIN_FILE)
+    unet = files.read_json(UNET_CONFIG)
     return denoiser_problem(unet) or pipeline_problem(files.read_json("model_index.json"), family_in(files))
 
 
 def family_in(files: ModelFiles) -> Family:
     """Return the family of a base model by its UNet; the first one if it does not say."""
-    return family_of(files.read_json(MAIN_FILE)) or FAMILIES[0]
+    return family_of(files.read_json(UNET_CONFIG)) or FAMILIES[0]

@@ -10,9 +10,17 @@ from raycontrolnet.cluster.shared_files import SharedFiles
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.config.train_config import names_with
 from raycontrolnet.model import kinds
-from raycontrolnet.model.base_family import MAIN_FILE
 from raycontrolnet.model.families.registry import FAMILIES, family_of
-from raycontrolnet.model.files import ModelFiles, NotKnown, NotThere, Unreachable, hub_files, local_files
+from raycontrolnet.model.files import (
+    LFS_POINTER,
+    UNET_CONFIG,
+    ModelFiles,
+    NotKnown,
+    NotThere,
+    Unreachable,
+    hub_files,
+    local_files,
+)
 from raycontrolnet.model.loading import BASE, VAE
 from raycontrolnet.model.paths import CONTROLNET, family_in, kind_problem, model_path_problem
 from raycontrolnet.model.single_file import BASE_CONFIG, NotABase, is_single_file
@@ -20,10 +28,9 @@ from raycontrolnet.model.single_file_problems import single_file_config
 from raycontrolnet.text import error_message
 
 TOKENIZER = "tokenizer_name"
-MAIN_FILES = {BASE: MAIN_FILE, VAE: "config.json", CONTROLNET: "config.json", TOKENIZER: "tokenizer_config.json"}
+MAIN_FILES = {BASE: UNET_CONFIG, VAE: "config.json", CONTROLNET: "config.json", TOKENIZER: "tokenizer_config.json"}
 """Setting -> a file that its model has, for models whose files are looked at."""
 VAE_CLASSES = FAMILIES[0].part_classes["vae"]
-LFS_POINTER = b"version https://git-lfs"
 
 
 class _Unsuitable(Exception):
@@ -65,7 +72,7 @@ def model_problems(
 
 def model_files(model: ModelConfig) -> Iterator[SharedFiles]:
     """Yield a file of each local model, which every machine must see that loads it."""
-    for name, main_file in {**MAIN_FILES, BASE_CONFIG: MAIN_FILE}.items():
+    for name, main_file in {**MAIN_FILES, BASE_CONFIG: UNET_CONFIG}.items():
         value = getattr(model, name)
         if value and Path(value).is_absolute():
             yield SharedFiles.of(f"--{name}={value}", [value if is_single_file(value) else str(Path(value, main_file))])
@@ -130,8 +137,8 @@ def _checked_config(name: str, value: str, model: ModelConfig, token: str | None
 
 def _base_problem(files: ModelFiles, model: ModelConfig) -> str | None:
     names, family, problem = files.names, family_in(files), kind_problem(files)
-    if names is not None and MAIN_FILE not in names:
-        return problem or f"has no {MAIN_FILE}; a base model must be in diffusers' layout"
+    if names is not None and UNET_CONFIG not in names:
+        return problem or f"has no {UNET_CONFIG}; a base model must be in diffusers' layout"
     if problem := problem or kinds.scheduler_problem(files.read_json("scheduler/scheduler_config.json")):
         return problem
     convert = _convert_command("DiffusionPipeline", model.pretrained_model_name_or_path, model.variant)

@@ -15,7 +15,15 @@ from typing import Any
 
 from raycontrolnet.config.output_settings import SAFETENSORS
 from raycontrolnet.config.settings import ModelConfig
-from raycontrolnet.model.files import SMALL_FILES, ModelFiles, cached_files, hub_files, local_files
+from raycontrolnet.model.files import (
+    LFS_POINTER,
+    SMALL_FILES,
+    UNET_CONFIG,
+    ModelFiles,
+    cached_files,
+    hub_files,
+    local_files,
+)
 from raycontrolnet.model.kinds import BY_INPUT_CHANNELS
 
 BASE_CONFIG = "base_config"
@@ -67,9 +75,10 @@ OTHERS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("double_blocks.", f"{UNET}double_blocks."), "a Flux model"),
     (("joint_blocks.", f"{UNET}joint_blocks."), "a Stable Diffusion 3 model"),
     (("conditioner.embedders.0.model.",), "an SDXL refiner, which only finishes images"),
-    (("edm_mean",), "a Playground v2.5 model"),
 )  # fmt: skip
-"""Beginnings of weights' names -> what such a file is."""
+"""Beginnings of weights' names -> what such a file is, if it has no family's layout."""
+MARKED = ((("edm_mean",), "a Playground v2.5 model"),)
+"""The same for files that may have a family's layout all the same."""
 ALONE: tuple[tuple[tuple[str, ...], str], ...] = (
     (("down_blocks.", "up_blocks.", "input_blocks."), "a UNet alone"),
     ((UNET, "transformer_blocks.", "single_transformer_blocks.", "blocks."), "a model of another family"),
@@ -92,10 +101,11 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
         NotABase: if it is no whole safetensors file.
     """
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        content = file.read(length) if length <= LONGEST_HEADER else b""
-        if content.startswith(b"version https://git-lfs") or length == int.from_bytes(b"version ", "little"):
+        start = file.read(8)
+        if start == LFS_POINTER[:8]:
             raise NotABase("is a Git LFS pointer, not weights; run `git lfs pull` in its folder")
+        length = int.from_bytes(start, "little")
+        content = file.read(length) if length <= LONGEST_HEADER else b""
     try:
         header = json.loads(content)
         header.pop("__metadata__", None)
@@ -125,7 +135,7 @@ def layout_of(header: Mapping[str, Mapping[str, Any]], *, with_vae: bool = True)
     if any(part in name for name in header for part in LORA_PARTS):
         raise NotABase(_only_bases("a LoRA"))
     layout = next((each for each in LAYOUTS if all(name in header for name in each.text_weights)), None)
-    kind = _first(OTHERS if layout is None else OTHERS[-1:], header)
+    kind = _first(MARKED if layout else (*OTHERS, *MARKED), header)
     if kind is None and CONV_IN not in header:
         kind = _first(ALONE, header) or "no base model in the original layout (its weights have other names)"
     if kind is None and (channels := header[CONV_IN]["shape"][1]) != 4:
@@ -202,15 +212,15 @@ def config_folder(model: ModelConfig, token: str | None) -> str:
 
 @lru_cache(maxsize=4)
 def _downloaded(name: str, cache_dir: str | None, token: str | None) -> str:
-    from huggingface_hub import snapshot_download, try_to_load_from_cache
+    from huggingface_hub import snapshot_download
 
     try:
         return snapshot_download(name, cache_dir=cache_dir, token=token, allow_patterns=list(SMALL_FILES))
     except OSError:  # offline, also where small files are missing that nothing needs
-        found = try_to_load_from_cache(name, "unet/config.json", cache_dir=cache_dir)
-        if not isinstance(found, str):
+        found = cached_files(name, revision=None, cache_dir=cache_dir).find(UNET_CONFIG)
+        if found is None:
             raise
-        return str(Path(found).parents[1])
+        return str(found.parents[1])
 
 
 def download_command(name: str) -> str:

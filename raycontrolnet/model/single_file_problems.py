@@ -11,7 +11,7 @@ from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.model import kinds
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.families.registry import denoiser_problem, family_of, pipeline_problem
-from raycontrolnet.model.files import ModelFiles, NotThere, Unreachable
+from raycontrolnet.model.files import UNET_CONFIG, ModelFiles, NotThere, Unreachable
 from raycontrolnet.model.single_file import (
     BASE_CONFIG,
     NotABase,
@@ -62,7 +62,7 @@ def single_file_config(model: ModelConfig, token: str | None, *, elsewhere: bool
     layout_of(header, with_vae=model.pretrained_vae_model_name_or_path is None)
     place = config_place(model)
     try:
-        files = base_files(model, token, "unet/config.json")
+        files = base_files(model, token, UNET_CONFIG)
         missing = next(_missing(files, model), None)
     except Unreachable:
         if elsewhere:
@@ -75,7 +75,7 @@ def single_file_config(model: ModelConfig, token: str | None, *, elsewhere: bool
         raise NotABase(_download_advice(place))
     if missing:
         raise NotABase(f"has its configuration from {place}, which has no {missing}; --{BASE_CONFIG} names another")
-    config, scheduler = files.read_json("unet/config.json"), files.read_json(SCHEDULER)
+    config, scheduler = files.read_json(UNET_CONFIG), files.read_json(SCHEDULER)
     problem = (
         denoiser_problem(config)
         or pipeline_problem(files.read_json("model_index.json"), _family(config))
@@ -103,9 +103,9 @@ def _family(config: dict[str, Any]) -> Family:
 
 def _missing(files: ModelFiles, model: ModelConfig) -> Iterator[str]:
     """Yield the files that are needed and missing: one is enough to know."""
-    family = family_of(files.read_json("unet/config.json"))
+    family = family_of(files.read_json(UNET_CONFIG))
     if family is None:
-        yield "unet/config.json"
+        yield UNET_CONFIG
         return
     needed: list[tuple[str, ...]] = [(f"{part}/config.json",) for part in family.part_classes]
     needed += [(SCHEDULER,)]

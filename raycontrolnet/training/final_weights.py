@@ -18,11 +18,12 @@ from raycontrolnet.model.families.registry import family_of
 from raycontrolnet.model.step import TrainState
 from raycontrolnet.storage.files import read_json, readable_by_umask
 from raycontrolnet.training.state import save_controlnet_config, unwrap_controlnet
+from raycontrolnet.training.store_sync import MODEL_CONFIG
 
 if TYPE_CHECKING:
     from diffusers import ControlNetModel
 
-MODEL_CONFIG, WEIGHTS_FILE = "config.json", f"{WEIGHTS_NAME}{SAFETENSORS}"
+WEIGHTS_FILE = f"{WEIGHTS_NAME}{SAFETENSORS}"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FORMAT = {"format": "pt"}
 """Metadata without which the libraries do not read a file."""

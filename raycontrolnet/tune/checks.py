@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from raycontrolnet.cluster.session import on_a_cluster
@@ -92,11 +92,10 @@ def _value_problems(space: Space, place: str) -> Iterator[str]:
 
 def model_problems_of(train: TrainConfig, space: Space) -> list[str]:
     """Return what is wrong with the models that trials use beside those of `train`."""
-    names = [name for name in names_with("model_folders") if name in space]
     token, elsewhere = find_token(train.hub_token), on_a_cluster(train.address)
-    variants = (dataclasses.replace(train, **settings) for settings in combinations(space, names) if settings)
-    found = (problem for variant in variants for problem in model_problems(variant, token, elsewhere=elsewhere))
-    return list(dict.fromkeys(found))
+    return _problems_of_variants(
+        train, space, names_with("model_folders"), lambda variant: model_problems(variant, token, elsewhere=elsewhere)
+    )
 
 
 def size_problems_of(train: TrainConfig, space: Space) -> list[str]:
@@ -104,9 +103,20 @@ def size_problems_of(train: TrainConfig, space: Space) -> list[str]:
     if not any(name in space for name in SIZE_SETTINGS):
         return []
     token = find_token(train.hub_token)
-    variants = (dataclasses.replace(train, **settings) for settings in combinations(space, (BASE, *SIZE_SETTINGS)))
-    found = (problem for each in variants for problem in conditioning_problems(each, base_family(each, token)))
-    return list(dict.fromkeys(found))
+    return _problems_of_variants(
+        train,
+        space,
+        (BASE, *SIZE_SETTINGS),
+        lambda variant: conditioning_problems(variant, base_family(variant, token)),
+    )
+
+
+def _problems_of_variants(
+    train: TrainConfig, space: Space, names: Iterable[str], problems_of: Callable[[TrainConfig], Iterable[str]]
+) -> list[str]:
+    """Return the problems, each once, of `train` with all combinations of the space's values for `names`."""
+    variants = (dataclasses.replace(train, **settings) for settings in combinations(space, names) if settings)
+    return list(dict.fromkeys(problem for variant in variants for problem in problems_of(variant)))
 
 
 def combinations(space: Space, names: Iterable[str]) -> Iterator[dict[str, Any]]:

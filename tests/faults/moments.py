@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from random import Random
-from typing import Any
 
 UPDATES, EVERY, WORKERS, BATCH_SIZE = 40, 10, 2, 4
 """Updates of the run, and between its checkpoints, of which it keeps one; it pauses in rank 0."""
@@ -37,9 +36,6 @@ class Plan:
     detail: str
     held_from: int | None = None
     """Loading tasks wait at this sample and those after it, so that one is there to be killed."""
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def draw_plan(target: str, moment: str, random: Random) -> Plan:

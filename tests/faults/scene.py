@@ -8,12 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import psutil
 from moments import Plan
-from processes import processes_of_session
+from processes import kill_all, processes_of_session
 
 PAUSES = Path(__file__).with_name("pauses")
 MOMENT_TIMEOUT_S, END_TIMEOUT_S = 300.0, 400.0
@@ -45,7 +44,7 @@ class Scene:
         """
         for file in self.folder.iterdir():
             file.unlink()
-        (self.folder / "plan.json").write_text(json.dumps(plan.as_json()))
+        (self.folder / "plan.json").write_text(json.dumps(asdict(plan)))
         drivers = [self._start(self.command)]
         try:
             process = self._at_the_moment(drivers[0])
@@ -61,7 +60,7 @@ class Scene:
             return time.time()
         finally:
             for driver in drivers:
-                kill([*processes_of_session(driver.pid)])
+                kill_all(processes_of_session(driver.pid))
                 driver.wait()
 
     def said(self) -> str:
@@ -92,25 +91,3 @@ class Scene:
             self.codes.append(driver.wait(END_TIMEOUT_S))
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the command does not end: {self.said()}") from None
-
-
-def kill(processes: list[psutil.Process]) -> None:
-    """Kill the processes with -9, and wait for their end."""
-    for process in processes:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(processes, timeout=30)
-
-
-def called(name: str, parents: list[psutil.Process]) -> list[psutil.Process]:
-    """Return the processes below `parents` whose command, or title, holds `name`."""
-    found = []
-    for process in (child for parent in parents for child in parent.children(recursive=True)):
-        try:
-            if name in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:  # gone meanwhile
-            continue
-    return found

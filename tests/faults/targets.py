@@ -11,7 +11,8 @@ from random import Random
 
 import psutil
 from moments import ALL_WORKERS, CONTROLLER, COORDINATOR, DRIVER, GCS, LOADING, NODE, PREPARE, WORKER
-from scene import Scene, called, kill
+from processes import kill_all, workers_called
+from scene import Scene
 
 Fault = Callable[[subprocess.Popen[bytes], int], None]
 
@@ -33,7 +34,7 @@ def fault_of(target: str, moment: str, scene: Scene, random: Random, away: threa
     if target == DRIVER:
         return lambda driver, _: driver.kill()  # psutil would take the exit code
     if target == LOADING:
-        return lambda _, paused: kill([psutil.Process(paused if moment == PREPARE else _loading(scene))])
+        return lambda _, paused: kill_all([psutil.Process(paused if moment == PREPARE else _loading(scene))])
     if target == NODE:
         return lambda _, paused: _kill_node(paused)
     if target in TITLES or target == WORKER:
@@ -44,9 +45,9 @@ def fault_of(target: str, moment: str, scene: Scene, random: Random, away: threa
 def _kill_called(target: str, moment: str, driver: subprocess.Popen[bytes], random: Random) -> None:
     workers = ENCODER if moment == PREPARE else TITLES[ALL_WORKERS]
     name = workers if target in (WORKER, ALL_WORKERS) else TITLES[target]
-    found = called(name, [psutil.Process(driver.pid)])
+    found = workers_called(name, driver.pid)
     assert found, f"no process is called {name}"
-    kill([random.choice(found)] if target == WORKER else found)
+    kill_all([random.choice(found)] if target == WORKER else found)
 
 
 def _loading(scene: Scene) -> int:
@@ -64,7 +65,7 @@ def _kill_node(worker: int) -> None:
     """Kill the raylet of a worker, and all that it has started."""
     raylet = next(parent for parent in psutil.Process(worker).parents() if "raylet" in parent.name())
     assert raylet.pid != os.getpid()
-    kill([raylet, *raylet.children(recursive=True)])
+    kill_all([raylet, *raylet.children(recursive=True)])
 
 
 def _go_away(away: threading.Event, seconds: float) -> None:
