@@ -318,7 +318,8 @@ def test_a_sweep_that_pushes_its_best(
     monkeypatch.setenv("HF_TOKEN", WRONG)
     train = TrainConfig(**settings | {"num_workers": "1", "push_to_hub": True, "hub_token": TOKEN})
     space = {"learning_rate": {"grid": [1e-3, 1e-9]}}
-    sweep(SweepConfig(train=train, space=space, num_samples=1, objective="loss", scheduler="none"))
+    config = SweepConfig(train=train, space=space, num_samples=1, objective="loss", scheduler="none")
+    sweep(dataclasses.replace(config, max_concurrent_trials=1))
     shown = "".join(capfd.readouterr())
     assert f"\npushed to {hub.url}/someone/out\ndone in " in shown
     assert_arrived(hub, "someone/out", out / "best")

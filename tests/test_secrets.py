@@ -37,7 +37,7 @@ from raycontrolnet.launch.preflight import check
 from raycontrolnet.storage.run_folder import RunFolder
 
 TIMEOUT_S = 400.0
-SAMPLING_INTERVAL_S = 0.1
+SAMPLING_INTERVAL_S = 0.25
 TOOLS = ("tensorboard", "wandb", *(["comet_ml"] if find_spec("comet_ml") else []))
 
 IN_PYTHON = """
