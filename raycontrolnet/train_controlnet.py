@@ -21,6 +21,7 @@ from raycontrolnet.cluster.worker import ReclaimNotices, place_among_workers, re
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.stream import local_batches, ray_batches, read_ahead
 from raycontrolnet.errors import RunError, UserError
+from raycontrolnet.model.performance import tf32
 from raycontrolnet.model.prompts import warn_if_cut
 from raycontrolnet.model.step import Batch, Draws, TrainState, draw, latent_shape, make_batch, train_step
 from raycontrolnet.storage import checkpoint as checkpoints
@@ -87,10 +88,12 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
         if rank == 0:
             logger.info("update %d on: %s", checkpoint.step if checkpoint else 0, counted(world_size, "worker"))
         batches = read_ahead(_batches(job, schedule, checkpoint))  # begins now, while the models are read
-        with accelerator_for(job.config, use_gpu=job.use_gpu, world_size=world_size) as accelerator:
+        with (
+            accelerator_for(job.config, use_gpu=job.use_gpu, world_size=world_size) as accelerator,
+            tf32(allowed=job.config.allow_tf32),
+        ):
             if job.threads is not None:
                 torch.set_num_threads(job.threads)
-            torch.backends.cuda.matmul.allow_tf32 = job.config.allow_tf32
             with clock("model"), retried_if_continued(continued=checkpoint is not job.start):
                 how: dict[str, Any] = {"encodes": not job.cached, "interpolation": job.interpolation}
                 state = build_state(job.config, schedule, accelerator, checkpoint, job.token, **how)

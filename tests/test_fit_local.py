@@ -12,6 +12,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +35,7 @@ from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.transforms import resize_and_crop
 from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
+from raycontrolnet.latents import encoder
 from raycontrolnet.launch import workers
 from raycontrolnet.model import components, step
 from raycontrolnet.report.progress import Progress, progress
@@ -389,16 +391,26 @@ def test_mixed_precision(tiny_settings: Settings, out: Path, tmp_path: Path) -> 
         run(tiny_settings, tmp_path / "fp16", mixed_precision="fp16")
 
 
-def test_allow_tf32(tiny_settings: Settings, out: Path, tmp_path: Path) -> None:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    try:
-        run(tiny_settings, out, allow_tf32=True, max_train_steps=1)
-        assert matmul.allow_tf32
-        run(tiny_settings, tmp_path / "without", max_train_steps=1)
-        assert not matmul.allow_tf32
-    finally:
-        matmul.allow_tf32 = before
+@pytest.mark.parametrize("allowed", [False, True])
+def test_allow_tf32(allowed: bool, tiny_settings: Settings, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Governs matrix products and convolutions of a step, whatever PyTorch's defaults; never those of the cache."""
+    seen: dict[str, set[tuple[bool, bool]]] = {"step": set(), "cache": set()}
+    before = tf32_allowed()
+
+    def noting(of: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        seen[of].add(tf32_allowed())
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(train_controlnet, "train_step", partial(noting, "step", train_controlnet.train_step))
+    monkeypatch.setattr(encoder, "encode_images", partial(noting, "cache", encoder.encode_images))
+    cache = {"cache_latents": "on", "latents_cache_dir": str(out.with_name("latents"))}
+    run(tiny_settings, out, allow_tf32=allowed, max_train_steps=1, **cache)
+    assert seen == {"step": {(allowed, allowed)}, "cache": {(False, False)}}
+    assert tf32_allowed() == before, "the process is left as it was"
+
+
+def tf32_allowed() -> tuple[bool, bool]:
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
 
 def test_learning_rate_and_max_grad_norm(tiny_settings: Settings, tiny_base: Path, out: Path, tmp_path: Path) -> None:

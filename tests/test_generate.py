@@ -674,7 +674,7 @@ def test_the_process_is_left_as_it_was(config: Make) -> None:
             torch.random.get_rng_state().tolist(),
             random.getstate(),
             repr(np.random.get_state()),
-            torch.backends.cuda.matmul.allow_tf32,
+            (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
             diffusers.utils.logging.is_progress_bar_enabled(),
             transformers.utils.logging.is_progress_bar_enabled(),
             [(logger.level, logger.handlers[:], logger.propagate) for logger in loggers],

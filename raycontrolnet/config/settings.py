@@ -212,7 +212,7 @@ class StepConfig:
     mixed_precision: str | None = setting(None, sweepable=True, gpu_only=("fp16", "use bf16 or no on the CPU"))
     """no, fp16 or bf16. The ControlNet's weights stay fp32."""
     allow_tf32: bool = setting(False, sweepable=True)
-    """TF32 matrix products on Ampere GPUs and later."""
+    """TF32 matrix products and convolutions on Ampere GPUs and later; never for the latent cache."""
     enable_xformers_memory_efficient_attention: bool = setting(
         False, sweepable=True, package=("xformers", "xformers"), gpu_only=(True, "leave it out on the CPU")
     )

@@ -12,12 +12,14 @@ from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.data.records import UInt8Image
 from raycontrolnet.model.components import encode_images, load_vae
 from raycontrolnet.model.diffusion import MAX_LOGVAR, MIN_LOGVAR
+from raycontrolnet.model.performance import tf32
 
 
 class LatentEncoder:
     """The VAE's encoder on a device.
 
-    It runs in fp32 whatever the precision of training: half precision overflows in some VAEs.
+    It runs in fp32, without TF32, whatever the precision of training: half precision overflows in some VAEs, and one
+    cache serves all runs.
     """
 
     def __init__(self, model: ModelConfig, *, device: torch.device, batch_size: int, token: str | None = None):
@@ -28,7 +30,7 @@ class LatentEncoder:
     def encode(self, images: Sequence[UInt8Image]) -> list[NDArray[np.float32]]:
         """Return mean and log-variance (clamped as by diffusers, not scaled), fp32 [2, C, h, w], of each [H, W, 3]."""
         posteriors: list[NDArray[np.float32]] = []
-        with torch.no_grad():
+        with torch.no_grad(), tf32(allowed=False):
             for start in range(0, len(images), self.batch_size):
                 stacked = torch.from_numpy(np.stack(images[start : start + self.batch_size])).to(self.device)
                 mean, logvar = encode_images(self.vae, stacked)

@@ -1,4 +1,4 @@
-"""Precision and memory: the working dtype, gradient checkpointing, xformers, and the VAE's place."""
+"""Precision and memory: the working dtype, TF32, gradient checkpointing, xformers, and the VAE's place."""
 
 from __future__ import annotations
 
@@ -34,6 +34,25 @@ def enable_memory_savers(components: Components, *, gradient_checkpointing: bool
                     f"--enable_xformers_memory_efficient_attention: {error_message(error, 200)}; "
                     "needs a CUDA GPU and pip install 'raycontrolnet[xformers]'"
                 ) from error
+
+
+def allow_tf32(*, allowed: bool) -> None:
+    """Let GPUs use TF32, with 10 bits of mantissa, in matrix products and convolutions, or in neither.
+
+    Left alone, PyTorch allows it to convolutions.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextmanager
+def tf32(*, allowed: bool) -> Iterator[None]:
+    """Allow TF32 or not, as `allow_tf32`, for a while."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    allow_tf32(allowed=allowed)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 @contextmanager

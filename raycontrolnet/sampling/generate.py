@@ -26,7 +26,7 @@ from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.families.registry import FAMILIES
 from raycontrolnet.model.loading import BASE
-from raycontrolnet.model.performance import working_precision
+from raycontrolnet.model.performance import tf32, working_precision
 from raycontrolnet.model.problems import model_problems
 from raycontrolnet.model.prompts import cut
 from raycontrolnet.quiet import MODEL_LIBRARIES, no_progress_bars
@@ -91,7 +91,7 @@ def _generate(config: GenerateConfig, stream: TextIO) -> list[PairImages]:
         _memory_advice(task.config),
     ):
         _announce(task, stream)
-        with no_progress_bars(*MODEL_LIBRARIES), _tf32(allowed=task.allow_tf32):
+        with no_progress_bars(*MODEL_LIBRARIES), tf32(allowed=task.allow_tf32):
             components = load_components(
                 task.model,
                 device=task.device,
@@ -260,14 +260,3 @@ def _memory_advice(config: GenerateConfig) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         smaller = "--batch_size" if config.batch_size > 1 else "--resolution"
         raise out_of_memory(error, f"Use a smaller {smaller}, or --mixed_precision bf16") from error
-
-
-@contextmanager
-def _tf32(*, allowed: bool) -> Iterator[None]:
-    """Allow TF32 matrix products on GPUs as the run did."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before

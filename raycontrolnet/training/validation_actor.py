@@ -16,7 +16,7 @@ import ray
 import torch
 
 from raycontrolnet.model.components import Components, load_components
-from raycontrolnet.model.performance import enable_memory_savers, working_precision
+from raycontrolnet.model.performance import allow_tf32, enable_memory_savers, working_precision
 from raycontrolnet.sampling.images import PairImages
 from raycontrolnet.text import one_line
 from raycontrolnet.training import validation
@@ -55,7 +55,7 @@ class ValidationActor:
         self.components: Components | None = None
         if job.threads is not None:
             torch.set_num_threads(job.threads)
-        torch.backends.cuda.matmul.allow_tf32 = job.config.allow_tf32
+        allow_tf32(allowed=job.config.allow_tf32)
 
     def ready(self) -> None:
         """Return once the actor is scheduled."""
