@@ -1,4 +1,4 @@
-"""The command line: `raycontrolnet train | tune | prepare | condition | generate | demo`. Flags in, exit codes out."""
+"""The command line: `raycontrolnet train | tune | check | prepare | condition | generate | demo`. Flags in, exit codes out."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+from raycontrolnet.config.check_config import CheckConfig, CheckSettings
 from raycontrolnet.config.condition_config import CONDITION_GROUPS, ConditionConfig
 from raycontrolnet.config.declare import title
 from raycontrolnet.config.generate_config import GENERATE_GROUPS, GenerateConfig
@@ -31,6 +32,7 @@ raycontrolnet {__version__}: the ControlNet trainer for Ray
 
   raycontrolnet train [--config FILE.yaml] [FLAGS]   train a ControlNet; `raycontrolnet train --help` lists the flags
   raycontrolnet tune [FLAGS]                         train many that differ in some settings, and rank them
+  raycontrolnet check [FLAGS]                        say what training with the same flags needs: memory, time, disk
   raycontrolnet prepare [FLAGS]                      encode the images once, for training with the same flags
   raycontrolnet condition [FLAGS]                    make conditioning images of pictures: edges, blur or grey
   raycontrolnet generate [FLAGS]                     draw images with a trained ControlNet
@@ -230,6 +232,11 @@ def _sweep_config(**settings: Any) -> SweepConfig:
     return SweepConfig(train=TrainConfig(**settings), **own)
 
 
+def _check_config(**settings: Any) -> CheckConfig:
+    own = {name: settings.pop(name) for name in setting_types(CheckSettings)}
+    return CheckConfig(train=TrainConfig(**settings), **own)
+
+
 COMMANDS = {
     "train": Command("launch.fit:fit", TrainConfig, GROUPS, f"Train a ControlNet. {WITH_FILE}"),
     "tune": Command(
@@ -237,6 +244,13 @@ COMMANDS = {
         _sweep_config,
         (SweepSettings, *GROUPS),
         "Train many ControlNets that differ in some settings (--space), stop the weak ones early, and rank them. "
+        f"{WITH_FILE}",
+    ),
+    "check": Command(
+        "launch.check:check",
+        _check_config,
+        (CheckSettings, *GROUPS),
+        "Say what training with the same flags needs: memory, time, disk. No weights are read, nothing is trained. "
         f"{WITH_FILE}",
     ),
     "prepare": Command(

@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("conditions", "model"),
     ("latents", "sampling"),
     ("training",),
-    ("report", "hub", "train_controlnet"),
+    ("predict", "report", "hub", "train_controlnet"),
     ("launch",),
     ("tune", "demo"),
     ("cli",),

@@ -40,6 +40,7 @@ from raycontrolnet.storage.resume import resolve
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training import validation
 from raycontrolnet.training.room import check_room
+from raycontrolnet.training.schedule import Schedule
 from raycontrolnet.training.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
@@ -117,11 +118,7 @@ def choose_latents(run: CheckedRun, stream: TextIO, *, reused: bool = False) -> 
         ConfigError: if there is a cache that does not fit.
     """
     config = run.config
-    schedule = run.schedule(None)
-    reuses_rows = reused or schedule.total_updates * schedule.samples_per_update > schedule.num_samples
-    # Bad samples must be known before the first update.
-    wanted = {"on": True, "off": False, "auto": reuses_rows or config.on_bad_sample == "skip"}
-    if not wanted[config.cache_latents]:
+    if not wants_latents(config, run.schedule(None), reused=reused):
         if config.cache_latents == "auto" and config.latents_cache_dir:
             stream.write("latents: not cached, as no image is used twice; --cache_latents on caches them\n")
         return run
@@ -131,6 +128,18 @@ def choose_latents(run: CheckedRun, stream: TextIO, *, reused: bool = False) -> 
     if config.latents_cache_dir is None and not config.in_this_process and on_a_cluster(config.address):
         return dataclasses.replace(run, cached=True)  # only the cluster shows whether it is a single machine
     return dataclasses.replace(run, cached=True, latents=_fitting_cache(run, stream))
+
+
+def wants_latents(config: TrainConfig, schedule: Schedule, *, reused: bool = False) -> bool:
+    """Check whether a run trains from cached latents, if there is a place for them.
+
+    Args:
+        reused: whether other runs will use the cache as well.
+    """
+    reuses_rows = reused or schedule.total_updates * schedule.samples_per_update > schedule.num_samples
+    # Bad samples must be known before the first update.
+    wanted = {"on": True, "off": False, "auto": reuses_rows or config.on_bad_sample == "skip"}
+    return wanted[config.cache_latents]
 
 
 def _fitting_cache(run: CheckedRun, stream: TextIO, *, one_machine: bool = True) -> LatentPlan | None:

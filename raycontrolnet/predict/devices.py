@@ -1,0 +1,49 @@
+"""Peak arithmetic of GPUs, by their makers' data sheets, and the share of it that a training step reaches."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+REACHED = (0.15, 0.35)
+"""Shares of the peak between which a step is expected; a ControlNet step has many small kernels."""
+
+
+class Peak(NamedTuple):
+    """Dense TFLOP/s, without sparsity."""
+
+    half: float
+    """In bf16 or fp16, accumulated in fp32."""
+    tf32: float
+    fp32: float
+
+    def of(self, dtype: torch.dtype, *, allow_tf32: bool) -> float:
+        """Return the peak in the precision of a run."""
+        return self.half if dtype != torch.float32 else self.tf32 if allow_tf32 else self.fp32
+
+
+PEAKS = {
+    "B200": Peak(2250, 1125, 80),
+    "H200": Peak(989, 494, 67),
+    "H100 PCIe": Peak(756, 378, 51),
+    "H100": Peak(989, 494, 67),
+    "A100": Peak(312, 156, 19.5),
+    "L40S": Peak(362, 183, 91.6),
+    "L40": Peak(181, 90.5, 90.5),
+    "L4": Peak(121, 60, 30.3),
+    "A10G": Peak(70, 35, 31.5),
+    "A10": Peak(125, 62.5, 31.2),
+    "A40": Peak(150, 74.8, 37.4),
+    "RTX A6000": Peak(155, 77.4, 38.7),
+    "RTX 4090": Peak(165, 82.6, 82.6),
+    "RTX 3090": Peak(71, 35.6, 35.6),
+    "V100": Peak(125, 15.7, 15.7),
+    "T4": Peak(65, 8.1, 8.1),
+}
+"""Part of a device's name, as CUDA gives it -> peak; the first that fits."""
+
+
+def peak_of(name: str) -> Peak | None:
+    """Return the peak of the device with this name; None if it is not known."""
+    return next((peak for part, peak in PEAKS.items() if part.lower() in name.lower()), None)

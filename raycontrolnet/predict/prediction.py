@@ -1,0 +1,110 @@
+"""The memory and the work of a run's step on one worker's device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.model.components import Components
+from raycontrolnet.model.performance import enable_memory_savers
+from raycontrolnet.predict.count import count_step
+
+GIB = 2**30
+RESERVED = 1.0 * GIB
+"""Bytes for CUDA's context and the kernels' workspaces."""
+GAPS = 0.03
+"""Share of the device's memory that is lost between blocks."""
+MOMENTS = {False: 8, True: 2}
+"""`use_8bit_adam` -> bytes of the optimizer's moments for each weight."""
+FP32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One worker's memory and work, exact but for CUDA's own needs and the kernels' workspaces."""
+
+    weights: dict[str, int]
+    """Part -> number of its weights."""
+    frozen_bytes: dict[str, int]
+    """Frozen part on the device -> bytes of its weights."""
+    moment_bytes: int
+    """Of the optimizer, for each weight of the ControlNet."""
+    activations_base: float
+    activations_per_sample: float
+    """Bytes of activations: base + samples x per sample."""
+    flop_per_sample: int
+    """Floating-point operations of a forward and a backward pass."""
+    dispatches: int
+    """Calls of operators in a step."""
+
+    @property
+    def trained_bytes(self) -> dict[str, int]:
+        """Bytes that the ControlNet's weights, gradients and moments take."""
+        number = self.weights["ControlNet"]
+        return {
+            "ControlNet": FP32_BYTES * number,
+            "gradients": FP32_BYTES * number,
+            "optimizer": self.moment_bytes * number,
+        }
+
+    def activations(self, batch_size: int) -> float:
+        return self.activations_base + self.activations_per_sample * batch_size
+
+    def total(self, batch_size: int) -> float:
+        """Return the most bytes at a time, beside CUDA's context and the kernels' workspaces."""
+        fixed = sum(self.frozen_bytes.values()) + sum(self.trained_bytes.values())
+        return fixed + self.activations(batch_size)
+
+    def fits(self, batch_size: int, device_bytes: float) -> bool:
+        return self.total(batch_size) + RESERVED <= device_bytes * (1 - GAPS)
+
+    def largest_batch(self, device_bytes: float) -> int:
+        """Return the largest batch that fits a device; 0 if none does."""
+        left = device_bytes * (1 - GAPS) - RESERVED - self.total(0)
+        return max(0, int(left // self.activations_per_sample))
+
+    def with_8bit_adam(self) -> Prediction:
+        return replace(self, moment_bytes=MOMENTS[True])
+
+
+def predict(components: Components, config: TrainConfig, *, cached: bool) -> Prediction:
+    """Predict the step of `config`, by two counts on models that have shapes alone.
+
+    Args:
+        components: of `shaped`, which must be active.
+        config: the run's settings.
+        cached: the run trains from cached latents.
+    """
+    _set_checkpointing(components, on=config.gradient_checkpointing)
+    one, two = (count_step(components, size, config.resolution, cached=cached) for size in (1, 2))
+    parts = {"text encoder": components.text_encoders, "VAE": (components.vae,), "denoiser": (components.denoiser,)}
+    frozen = {name: modules for name, modules in parts.items() if name != "VAE" or not cached}
+    per_sample = two.activations - one.activations
+    return Prediction(
+        weights={
+            **{name: sum(map(_numel, modules)) for name, modules in parts.items()},
+            "ControlNet": _numel(components.controlnet),
+        },
+        frozen_bytes={name: sum(map(_nbytes, modules)) for name, modules in frozen.items()},
+        moment_bytes=MOMENTS[config.use_8bit_adam],
+        activations_base=one.activations - per_sample,
+        activations_per_sample=per_sample,
+        flop_per_sample=two.flop - one.flop,
+        dispatches=one.dispatches,
+    )
+
+
+def _set_checkpointing(components: Components, *, on: bool) -> None:
+    for module in (components.denoiser, components.controlnet):
+        module.disable_gradient_checkpointing()
+    enable_memory_savers(components, gradient_checkpointing=on, xformers=False)
+
+
+def _numel(module: torch.nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def _nbytes(module: torch.nn.Module) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in module.parameters())

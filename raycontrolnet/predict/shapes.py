@@ -1,0 +1,81 @@
+"""A base model and its ControlNet by their configurations alone: tensors have shapes, and no data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from raycontrolnet.config.settings import ModelConfig
+from raycontrolnet.errors import UserError
+from raycontrolnet.model.components import Components
+from raycontrolnet.model.families.family import Family
+from raycontrolnet.model.files import ModelFiles
+from raycontrolnet.model.loading import BASE
+from raycontrolnet.quiet import only_errors
+
+
+@contextmanager
+def shaped(
+    family: Family, base: ModelFiles, model: ModelConfig, *, vae: ModelFiles | None, dtype: torch.dtype
+) -> Iterator[Components]:
+    """Give the models of a base without weights; inside, their steps compute shapes alone.
+
+    Args:
+        family: of the base.
+        base: its files, of which the configurations are read.
+        model: the settings.
+        vae: files of another VAE.
+        dtype: of the frozen models.
+
+    Raises:
+        UserError: if a configuration is missing.
+    """
+    import diffusers
+
+    with FakeTensorMode(allow_non_fake_inputs=True), only_errors():
+        parts = {
+            name: _part(classes[0], _config(base, name, model) if name != "vae" or vae is None else _root(vae, model))
+            for name, classes in family.part_classes.items()
+        }
+        vae_dtype = family.vae_dtype(dtype, named=vae is not None)
+        for name, part in parts.items():
+            part.requires_grad_(False).eval().to(vae_dtype if name == "vae" else dtype)
+        denoiser = parts.pop(family.denoiser)
+        scheduler = _config(base, "scheduler", model, "scheduler_config.json")
+        yield Components(
+            family=family,
+            tokenizers=(),
+            vae=parts.pop("vae"),
+            text_encoders=tuple(parts.values()),
+            denoiser=denoiser,
+            noise_scheduler=getattr(diffusers, family.scheduler).from_config(scheduler),
+            controlnet=family.make_controlnet(denoiser).float().train(),
+        )
+
+
+def _part(name: str, config: dict[str, Any]) -> Any:
+    """Build a model of diffusers or Transformers of its configuration."""
+    import diffusers
+    import transformers
+
+    if cls := getattr(diffusers, name, None):
+        return cls.from_config(config)
+    cls = getattr(transformers, name)
+    return cls(cls.config_class.from_dict(config))
+
+
+def _config(base: ModelFiles, part: str, model: ModelConfig, file: str = "config.json") -> dict[str, Any]:
+    if config := base.read_json(f"{part}/{file}"):
+        return config
+    raise UserError(f"--{BASE}={model.pretrained_model_name_or_path}: its {part}/{file} cannot be read")
+
+
+def _root(vae: ModelFiles, model: ModelConfig) -> dict[str, Any]:
+    if config := vae.read_json("config.json"):
+        return config
+    name = model.pretrained_vae_model_name_or_path
+    raise UserError(f"--pretrained_vae_model_name_or_path={name}: its config.json cannot be read")

@@ -1,0 +1,158 @@
+"""What a run needs, predicted on shapes: the counts are those of a real step, and the figures that were measured."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from full_size import SD15, write_configurations
+from reference import CPU
+from torch.utils.flop_counter import FlopCounterMode
+
+from raycontrolnet import TrainConfig, cli
+from raycontrolnet.config.check_config import CheckConfig
+from raycontrolnet.errors import ConfigError
+from raycontrolnet.launch.check import check
+from raycontrolnet.model.components import Components, load_components
+from raycontrolnet.model.families.registry import family_of
+from raycontrolnet.model.files import local_files
+from raycontrolnet.predict.count import FORMULAS, count_step
+from raycontrolnet.predict.devices import peak_of
+from raycontrolnet.predict.prediction import GIB, Prediction, predict
+from raycontrolnet.predict.shapes import shaped
+
+BUDGET = 18_500
+"""Calls of operators in a step of SD 1.5: 18,168 when they were first counted."""
+
+
+@pytest.fixture
+def sd15(tmp_path: Path) -> Path:
+    return write_configurations(SD15, tmp_path / "base")
+
+
+def predicted(base: Path, dtype: torch.dtype, *, cached: bool = True, **settings: Any) -> Prediction:
+    config = TrainConfig(pretrained_model_name_or_path=str(base), train_data_dir=".", **settings)
+    family = family_of(local_files(base).read_json("unet/config.json"))
+    assert family
+    with shaped(family, local_files(base), config, vae=None, dtype=dtype) as components:
+        return predict(components, config, cached=cached)
+
+
+def test_the_figures_that_were_measured(sd15: Path) -> None:
+    """SD 1.5 at 512 px in bf16 from the cache: GiB beside CUDA's context, on an H100."""
+    found = predicted(sd15, torch.bfloat16)
+    for batch_size, measured in ((4, 11.7), (32, 39.7), (64, 71.8)):
+        assert found.total(batch_size) / GIB == pytest.approx(measured, rel=0.02)
+    assert round(found.weights["denoiser"] / 1e6) == 860
+    assert round(found.weights["ControlNet"] / 1e6) == 361
+    assert found.flop_per_sample / 1e12 == pytest.approx(2.34, rel=0.01)
+    assert found.dispatches <= BUDGET
+
+
+@pytest.fixture
+def real(tiny_settings: dict[str, Any]) -> Components:
+    return load_components(TrainConfig(**tiny_settings), device=CPU, dtype=torch.float32, seed=0)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_real_step_has_the_same_counts(
+    cached: bool, checkpointing: bool, real: Components, tiny_base: Path
+) -> None:
+    """Bytes and operations, of batches that were not counted too; torch's own counter finds the same operations."""
+    found = predicted(tiny_base, torch.float32, cached=cached, resolution=32, gradient_checkpointing=checkpointing)
+    if checkpointing:
+        real.denoiser.enable_gradient_checkpointing()
+        real.controlnet.enable_gradient_checkpointing()
+    for size in (1, 2, 5):
+        with FlopCounterMode(display=False, custom_mapping=dict(list(FORMULAS.items())[-2:])) as flop:
+            counted = count_step(real, size, 32, cached=cached)
+        assert counted.flop == pytest.approx(size * found.flop_per_sample, rel=1e-3)
+        assert counted.activations == pytest.approx(found.activations(size), rel=0.02)
+        encoded = 0 if not cached else None  # the encoding before the step is not of it
+        assert encoded is None or flop.get_total_flops() == counted.flop
+
+
+def test_precision_and_optimizer(sd15: Path) -> None:
+    half, plain = predicted(sd15, torch.bfloat16, resolution=256), predicted(sd15, torch.float32, resolution=256)
+    assert plain.frozen_bytes["denoiser"] == 2 * half.frozen_bytes["denoiser"]
+    assert "VAE" not in half.frozen_bytes
+    assert plain.activations_per_sample > 1.3 * half.activations_per_sample
+    assert half.trained_bytes["optimizer"] == 4 * half.with_8bit_adam().trained_bytes["optimizer"]
+    assert half.total(3) - half.with_8bit_adam().total(3) == 6 * half.weights["ControlNet"]
+
+
+def test_the_largest_batch_fits_and_no_larger() -> None:
+    found = Prediction(
+        weights={"ControlNet": 10**8}, frozen_bytes={"denoiser": 10**9}, moment_bytes=8, activations_base=1e6,
+        activations_per_sample=1e9, flop_per_sample=1, dispatches=1,
+    )  # fmt: skip
+    for device in (8 * GIB, 24 * GIB, 80 * GIB):
+        largest = found.largest_batch(device)
+        assert found.fits(largest, device)
+        assert not found.fits(largest + 1, device)
+    assert found.largest_batch(3 * GIB) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "half"),
+    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA L40S", 362), ("NVIDIA L4", 121),
+     ("NVIDIA A10G", 70), ("NVIDIA GeForce RTX 4090", 165), ("Tesla T4", 65)],
+)  # fmt: skip
+def test_peaks(name: str, half: float) -> None:
+    assert (peak := peak_of(name))
+    assert peak.of(torch.bfloat16, allow_tf32=False) == half
+    assert peak.of(torch.float32, allow_tf32=False) < half
+    assert peak_of("a device of tomorrow") is None
+
+
+def checked(settings: dict[str, Any], **own: Any) -> list[str]:
+    stream = io.StringIO()
+    check(CheckConfig(train=TrainConfig(**settings), **own), stream)
+    return stream.getvalue().splitlines()
+
+
+def test_what_it_says(tiny_settings: dict[str, Any]) -> None:
+    run = {"train_batch_size": 2, "max_train_steps": 30, "checkpointing_steps": 10, "checkpoints_total_limit": 2}
+    said = checked(
+        tiny_settings | run | {"cache_latents": "on", "num_workers": "2"},
+        device_memory=24, device_tflops=1e-3, price_per_hour=3.6,
+    )  # fmt: skip
+    assert said[0] == (
+        "Stable Diffusion 1.x and 2.x, 32 px, fp32, from cached latents: 2 workers x batch 2 x accumulation 1"
+    )
+    assert any(line.startswith("  VAE ") and "on the CPU" in line for line in said)
+    text = "\n".join(said)
+    assert "device: fits; the largest batch for the device with 24.0 GiB is " in text
+    assert "work: 30 updates, 120 samples of " in text
+    assert "cost: " in text
+    assert "disk: 2 checkpoints of " in text
+    assert "cache: 256 B of latents a row, " in text
+
+
+def test_what_brings_a_run_that_does_not_fit_there(tiny_settings: dict[str, Any]) -> None:
+    need = check(CheckConfig(train=TrainConfig(**tiny_settings | {"train_batch_size": 512})), io.StringIO()).total(512)
+    settings = tiny_settings | {"train_batch_size": 512}
+    (said,) = (line for line in checked(settings, device_memory=(0.9 * need) / GIB + 1) if line.startswith("device: "))
+    assert "device: batch 512 needs " in said
+    assert ": --gradient_checkpointing brings it to " in said
+    (said,) = (line for line in checked(settings, device_memory=1.1) if line.startswith("device: "))
+    assert "fits with --use_8bit_adam --gradient_checkpointing" in said
+    assert "--train_batch_size " in said
+    (said,) = (line for line in checked(settings, device_memory=0.5) if line.startswith("device: "))
+    assert "no batch fits with --use_8bit_adam --gradient_checkpointing: take a smaller --resolution" in said
+
+
+def test_bad_input(tiny_settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in (("device_memory", 0), ("device_tflops", -1), ("price_per_hour", "free")):
+        with pytest.raises(ConfigError, match=f"--{name}={value}: must be a"):
+            CheckConfig(train=TrainConfig(**tiny_settings), **{name: value})  # type: ignore[arg-type]
+    flags = ["--pretrained_model_name_or_path", "nowhere/at/all", "--train_data_dir", "/nothing"]
+    assert cli.main(["check", *flags]) == 2
+    said = capsys.readouterr().err
+    assert "--pretrained_model_name_or_path=nowhere/at/all: " in said
+    assert "--train_data_dir=/nothing: " in said
+    assert "Traceback" not in said
