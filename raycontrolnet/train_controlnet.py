@@ -173,7 +173,6 @@ class Worker:
         components, device, seed = self.state.components, self.state.accelerator.device, self.job.config.seed
         assert seed is not None
         own = components.with_own_tokenizers()  # validation uses the others in another thread
-        num_timesteps = components.noise_scheduler.config["num_train_timesteps"]
         shape = latent_shape(components, self.job.config.resolution)
         for micro_step, rows in enumerate(batches):
             expected = self.first_sample + self.share.place(micro_step) * self.schedule.batch_size
@@ -185,7 +184,7 @@ class Worker:
             for row in rows:
                 warn_if_cut(own.tokenizers, row.prompt)
             indices = [row.sample_index for row in rows]
-            yield make_batch(rows, own, device), draw(seed, indices, shape, num_timesteps, device)
+            yield make_batch(rows, own, device), draw(seed, indices, shape, components.draw_timestep, device)
 
     def update(self, inputs: Iterator[tuple[Batch, Draws]]) -> None:
         """Do one optimizer update."""

@@ -23,6 +23,11 @@ LATENT_SHAPE = (4, 4, 4)
 """The tiny base's, at 32 pixels."""
 
 
+def draw_timestep(rng: np.random.Generator) -> int:
+    """Draw one of DDPM's 1,000 timesteps, as the script does."""
+    return int(rng.integers(1000))
+
+
 def write_trained_controlnet(base: Path, folder: Path, seed: int = 0) -> Path:
     """Make a ControlNet as training leaves it: its zero convolutions are no longer zero, and it has an effect."""
     from diffusers import ControlNetModel, UNet2DConditionModel
@@ -113,7 +118,7 @@ def steps(state: TrainState, *batches: list[PreparedRow], seed: int = 0, weight:
         train_step(
             state,
             make_batch(rows, state.components, CPU),
-            draw(seed, [row.sample_index for row in rows], LATENT_SHAPE, 1000, CPU),
+            draw(seed, [row.sample_index for row in rows], LATENT_SHAPE, draw_timestep, CPU),
             weight,
         )
         for rows in batches

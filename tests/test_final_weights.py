@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from raycontrolnet import GenerateConfig, TrainConfig, cli, fit, generate
 from raycontrolnet.errors import ConfigError, RunError
 from raycontrolnet.hub.push import push_command, push_to_hub
-from raycontrolnet.model.families.registry import FAMILIES
+from raycontrolnet.model.families.registry import families
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training import final_weights, validation
 from raycontrolnet.tune.records import Trial, TrialRecord
@@ -89,7 +89,7 @@ def test_modelspec(controlnet: dict[str, Any], prediction_type: str, architectur
         "modelspec.resolution": "768x768",
         "modelspec.prediction_type": predicted,
     }
-    assert FAMILIES[0].modelspec_architecture({"cross_attention_dim": 1024}, None) is None
+    assert families()[0].modelspec_architecture({"cross_attention_dim": 1024}, None) is None
 
 
 def test_images_are_of_what_was_saved(

@@ -172,7 +172,7 @@ def test_the_vae_is_on_the_device_only_while_it_is_needed(tiny_base: Path) -> No
         model, device=torch.device("cpu"), dtype=torch.float32, seed=0, vae_device=torch.device("meta")
     )
     assert components.vae.device.type == "meta"
-    assert components.unet.device.type == "cpu"
+    assert components.denoiser.device.type == "cpu"
     vae = RecordedVae()
     with vae_on(dataclasses.replace(components, vae=vae), torch.device("cpu")):
         assert vae.device.type == "cpu"
@@ -193,7 +193,7 @@ def test_on_a_gpu_the_vae_waits_on_the_cpu(tiny_base: Path) -> None:
     model = TrainConfig(pretrained_model_name_or_path=str(tiny_base), train_data_dir=".")
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     components = load_components(model, device=cuda, dtype=torch.float32, seed=0, vae_device=cpu)
-    assert (components.vae.device.type, components.unet.device.type) == ("cpu", "cuda")
+    assert (components.vae.device.type, components.denoiser.device.type) == ("cpu", "cuda")
     with vae_on(components, cuda):
         assert components.vae.device.type == "cuda"
     assert components.vae.device.type == "cpu"

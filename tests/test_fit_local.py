@@ -37,7 +37,7 @@ from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
 from raycontrolnet.latents import encoder
 from raycontrolnet.launch import workers
-from raycontrolnet.model import components, step
+from raycontrolnet.model import step, vae
 from raycontrolnet.report.progress import Progress, progress
 from raycontrolnet.report.run_report import write_report
 from raycontrolnet.sampling import images
@@ -770,10 +770,10 @@ def test_the_sample_that_is_not_finite_is_named(
 
 
 def test_a_vae_that_overflows(tiny_settings: Settings, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode_images = components.encode_images
+    encode_images = vae.encode_images
 
-    def overflowing(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-        mean, logvar = encode_images(vae, images)
+    def overflowing(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+        mean, logvar = encode_images(model, images)
         return mean * float("inf"), logvar
 
     monkeypatch.setattr(step, "encode_images", overflowing)

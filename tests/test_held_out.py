@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import training
+from reference import draw_timestep, training
 from runs import Settings, equal, lines, losses, run, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
@@ -69,7 +69,7 @@ def test_it_is_the_mean_of_the_training_loss_with_pinned_draws(settings: Setting
         for index, row in enumerate(rows):
             batch = make_batch([row], components, torch.device("cpu"))
             other = make_batch([rows[(index + 1) % NUM_HELD_OUT]], components, torch.device("cpu"))
-            draws = draw(0, [index], (4, 4, 4), 1000, torch.device("cpu"), Purpose.HELD_OUT)
+            draws = draw(0, [index], (4, 4, 4), draw_timestep, torch.device("cpu"), Purpose.HELD_OUT)
             draws = draws._replace(timesteps=torch.tensor([[100, 300, 500, 700, 900][index]]))
             with torch.no_grad():
                 right.append(controlnet_loss(components, components.controlnet, batch, draws))

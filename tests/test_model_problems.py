@@ -25,7 +25,7 @@ from raycontrolnet.errors import ConfigError
 from raycontrolnet.latents.prepare import prepare
 from raycontrolnet.launch.preflight import check
 from raycontrolnet.model import files, kinds
-from raycontrolnet.model.families.registry import TRAINED, denoiser_problem
+from raycontrolnet.model.families.registry import denoiser_problem, trained
 from raycontrolnet.model.paths import model_path_problem
 from raycontrolnet.model.problems import model_problems
 from raycontrolnet.storage.run_folder import RunFolder
@@ -116,9 +116,9 @@ KINDS = [
 @pytest.mark.parametrize(("changed", "kind"), KINDS, ids=[kind for _, kind in KINDS])
 def test_kinds_of_unets(changed: dict[str, Any], kind: str, base: Path, hub: HubStandIn, tmp_path: Path) -> None:
     change(base / "unet" / "config.json", **changed)
-    assert problem(base) == f"is {kind}; {TRAINED}"
+    assert problem(base) == f"is {kind}; {trained()}"
     upload(hub, base)
-    assert problem(BASE, cache_dir=str(tmp_path / "cache")) == f"is {kind}; {TRAINED}"
+    assert problem(BASE, cache_dir=str(tmp_path / "cache")) == f"is {kind}; {trained()}"
 
 
 PIPELINES = [
@@ -137,7 +137,7 @@ def test_other_pipelines(
     change(base / "model_index.json", _class_name=name, **parts)
     if parts.get("unet", "") is None:
         (base / "unet").rename(base / "transformer")
-    message = f"is a {name} (its {shown}); {TRAINED}"
+    message = f"is a {name} (its {shown}); {trained()}"
     assert problem(base) == message
     upload(hub, base)
     assert problem(BASE, cache_dir=str(tmp_path / "cache")) == message
@@ -196,14 +196,14 @@ def test_an_xl_base(tiny_xl_base: Path, hub: HubStandIn, tmp_path: Path) -> None
     upload(hub, base)
     assert problem(BASE, cache_dir=str(tmp_path / "other_cache")) == lacks
     change(base / "model_index.json", text_encoder_2=["transformers", "T5EncoderModel"])
-    assert problem(base) == f"is a StableDiffusionXLPipeline (its text_encoder_2: T5EncoderModel); {TRAINED}"
+    assert problem(base) == f"is a StableDiffusionXLPipeline (its text_encoder_2: T5EncoderModel); {trained()}"
 
 
 def test_a_refiner(tiny_xl_base: Path, tmp_path: Path) -> None:
     """Told from the base by its UNet alone, whatever its width."""
     base = shutil.copytree(tiny_xl_base, tmp_path / "base")
     change(base / "unet" / "config.json", cross_attention_dim=24, projection_class_embeddings_input_dim=24 + 5 * 8)
-    refused = f"is an SDXL refiner, which only finishes images; {TRAINED}"
+    refused = f"is an SDXL refiner, which only finishes images; {trained()}"
     assert problem(base) == refused
     for part in ("text_encoder", "tokenizer"):  # as the refiner is published
         shutil.rmtree(base / part)

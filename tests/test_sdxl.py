@@ -14,7 +14,7 @@ import pytest
 import torch
 from base_model import write_random_xl_base
 from PIL import Image
-from reference import CPU, LATENT_SHAPE, fake_rows, steps, training, write_trained_controlnet
+from reference import CPU, LATENT_SHAPE, draw_timestep, fake_rows, steps, training, write_trained_controlnet
 from reference_xl import encode_prompt, reference_loss
 from runs import Run, Settings, equal, lines, losses, run, train, weights
 
@@ -25,9 +25,10 @@ from raycontrolnet.data.size_conditioning import SizeConditioning
 from raycontrolnet.data.transforms import resize_and_crop
 from raycontrolnet.errors import ConfigError, RunError
 from raycontrolnet.latents.vae_files import VaeFiles
-from raycontrolnet.model.components import Components, load_components, load_vae
+from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.families.stable_diffusion_xl import StableDiffusionXL
 from raycontrolnet.model.step import controlnet_loss, draw, make_batch
+from raycontrolnet.model.vae import load_vae
 from raycontrolnet.quiet import only_errors
 from raycontrolnet.sampling import images
 from raycontrolnet.sampling.pipeline import DrawOptions
@@ -71,7 +72,7 @@ def test_the_loss_is_the_scripts(
     if prediction_type != "epsilon":
         base = write_random_xl_base(tmp_path / "base", prediction_type=prediction_type)
         components = load(base, controlnet_folder)
-    draws, prepared = draw(0, [0, 1, 2], LATENT_SHAPE, 1000, CPU), rows()
+    draws, prepared = draw(0, [0, 1, 2], LATENT_SHAPE, draw_timestep, CPU), rows()
     batch = make_batch(prepared, components, CPU)
     with torch.no_grad():
         expected = reference_loss(base, controlnet_folder, prepared, draws, time_ids(prepared))
@@ -89,7 +90,7 @@ def test_the_loss_is_the_scripts(
 
 
 def test_the_pooled_caption_has_a_say(components: Components, monkeypatch: pytest.MonkeyPatch) -> None:
-    draws, batch = draw(0, [0, 1, 2], LATENT_SHAPE, 1000, CPU), make_batch(rows(), components, CPU)
+    draws, batch = draw(0, [0, 1, 2], LATENT_SHAPE, draw_timestep, CPU), make_batch(rows(), components, CPU)
     encode_prompts = StableDiffusionXL.encode_prompts
 
     def others(*arguments: Any) -> Any:
@@ -127,7 +128,7 @@ def test_the_vae_is_in_fp32_unless_another_is_named(
     tiny_xl_base: Path, tiny_base: Path, controlnet_folder: Path
 ) -> None:
     own = load(tiny_xl_base, controlnet_folder, torch.bfloat16)
-    assert {own.vae.dtype, own.unet.dtype} == {torch.float32, torch.bfloat16}
+    assert {own.vae.dtype, own.denoiser.dtype} == {torch.float32, torch.bfloat16}
     assert {part.dtype for part in own.text_encoders} == {torch.bfloat16}
     assert own.controlnet.dtype == torch.float32
     named = load(

@@ -25,8 +25,8 @@ from raycontrolnet.errors import ConfigError, UserError
 from raycontrolnet.hub.model_card import write_model_card
 from raycontrolnet.latents.vae_files import VaeFiles
 from raycontrolnet.model.components import load_components
+from raycontrolnet.model.families.registry import families
 from raycontrolnet.model.problems import model_files, model_problems
-from raycontrolnet.model.single_file import LAYOUTS
 from raycontrolnet.model.size import controlnet_bytes_at_least
 
 ORIGINAL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -293,7 +293,7 @@ def test_predicted_velocity(change: Callable[..., Path], tiny_base: Path, tiny_b
 
 WHOLE = "only whole text-to-image checkpoints of Stable Diffusion 1.x, 2.x and XL can be read"
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
-SD1, SD2, XL = (layout.text_weights for layout in reversed(LAYOUTS))
+SD2, SD1, XL = (layout.text_weights for family in families() for layout in family.layouts)
 OTHERS: dict[str, dict[str, list[int]]] = {
     "a LoRA": {"lora_unet_down_blocks_0_attentions_0.lora_down.weight": [4, 8]},
     "a LoRA ": {"unet.down_blocks.0.attentions.0.to_k.lora_A.weight": [4, 8]},

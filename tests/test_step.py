@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from reference import CPU, LATENT_SHAPE, fake_rows, reference_loss, steps, training, write_trained_controlnet
+from reference import (
+    CPU,
+    LATENT_SHAPE,
+    draw_timestep,
+    fake_rows,
+    reference_loss,
+    steps,
+    training,
+    write_trained_controlnet,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -46,7 +55,7 @@ def load_tiny(settings: dict[str, Any], seed: int = 0) -> Components:
 
 def losses(components: Components, *sample_indices: int) -> Tensor:
     batch = make_batch(fake_rows(*sample_indices), components, CPU)
-    draws = draw(0, sample_indices, LATENT_SHAPE, 1000, CPU)
+    draws = draw(0, sample_indices, LATENT_SHAPE, draw_timestep, CPU)
     return controlnet_loss(components, components.controlnet, batch, draws)
 
 
@@ -67,7 +76,7 @@ def test_the_loss_is_the_references(
     seen = []
     for indices in ([0, 1, 2, 3], [4], [5, 6]):
         rows = fake_rows(*indices)
-        draws = draw(0, indices, LATENT_SHAPE, 1000, CPU)
+        draws = draw(0, indices, LATENT_SHAPE, draw_timestep, CPU)
         with torch.no_grad():
             expected = reference_loss(base, controlnet_folder, rows, draws)
             loss = controlnet_loss(components, components.controlnet, make_batch(rows, components, CPU), draws)
@@ -86,7 +95,9 @@ def test_the_gradients_are_the_references(
 
     reference = ControlNetModel.from_pretrained(controlnet_folder)
     monkeypatch.setattr(ControlNetModel, "from_pretrained", lambda _: reference)
-    reference_loss(tiny_base, controlnet_folder, fake_rows(0, 1), draw(0, [0, 1], LATENT_SHAPE, 1000, CPU)).backward()
+    reference_loss(
+        tiny_base, controlnet_folder, fake_rows(0, 1), draw(0, [0, 1], LATENT_SHAPE, draw_timestep, CPU)
+    ).backward()
     losses(components, 0, 1).mean().backward()
     expected, found = gradients(reference), gradients(components.controlnet)
     assert len(expected) > 50
@@ -98,9 +109,9 @@ def test_the_gradients_are_the_references(
 def test_every_input_has_a_say(components: Components) -> None:
     """Agreement with the reference is worth something: each part of batch, draws and ControlNet moves the loss."""
     batch = make_batch(fake_rows(0, 1), components, CPU)
-    draws = draw(0, [0, 1], LATENT_SHAPE, 1000, CPU)
+    draws = draw(0, [0, 1], LATENT_SHAPE, draw_timestep, CPU)
     other_batch = make_batch(fake_rows(2, 3), components, CPU)
-    other_draws = draw(0, [2, 3], LATENT_SHAPE, 1000, CPU)
+    other_draws = draw(0, [2, 3], LATENT_SHAPE, draw_timestep, CPU)
     with torch.no_grad():
         loss = controlnet_loss(components, components.controlnet, batch, draws)
         assert batch.size_conditions is None  # of other families
@@ -137,7 +148,7 @@ def test_gradients_reach_only_the_controlnet(settings: dict[str, Any]) -> None:
 
 def test_training_changes_only_the_controlnet(settings: dict[str, Any]) -> None:
     with training(settings) as state:
-        parts = {"controlnet": state.components.controlnet, "unet": state.components.unet,
+        parts = {"controlnet": state.components.controlnet, "unet": state.components.denoiser,
                  "vae": state.components.vae, "text_encoder": state.components.text_encoders[0]}  # fmt: skip
         before = {name: [value.clone() for value in part.state_dict().values()] for name, part in parts.items()}
         steps(state, fake_rows(0, 1), fake_rows(2, 3))
@@ -177,7 +188,7 @@ def test_gradient_checkpointing(settings: dict[str, Any]) -> None:
     for checkpointing in (False, True):
         components = load_tiny(settings)
         enable_memory_savers(components, gradient_checkpointing=checkpointing, xformers=False)
-        controlnet, unet = forward_calls(components.controlnet), forward_calls(components.unet.up_blocks)
+        controlnet, unet = forward_calls(components.controlnet), forward_calls(components.denoiser.up_blocks)
         loss = losses(components, 0, 1).mean()
         loss.backward()
         found.append((loss.detach(), gradients(components.controlnet)))
@@ -195,7 +206,7 @@ def test_gradient_checkpointing(settings: dict[str, Any]) -> None:
 def test_a_run_has_gradient_checkpointing_only_if_asked(settings: dict[str, Any]) -> None:
     for asked in (False, True):
         with training(settings | {"gradient_checkpointing": asked}) as state:
-            calls = forward_calls(state.components.unet.up_blocks)
+            calls = forward_calls(state.components.denoiser.up_blocks)
             steps(state, fake_rows(0))
             assert set(calls.values()) == {2 if asked else 1}
 
@@ -330,7 +341,7 @@ def test_bf16_mixed_precision(settings: dict[str, Any]) -> None:
 
 def test_the_controlnet_is_copied_from_the_unet(tiny_settings: dict[str, Any]) -> None:
     components = load_tiny(tiny_settings)
-    state, copied = components.unet.state_dict(), components.controlnet.state_dict()
+    state, copied = components.denoiser.state_dict(), components.controlnet.state_dict()
     shared = copied.keys() & state.keys()
     assert len(shared) > 50
     assert all(torch.equal(copied[name], state[name]) for name in shared)
@@ -397,10 +408,10 @@ def test_the_latents_have_the_vaes_shape(components: Components) -> None:
 
 def test_a_samples_draws_are_its_own() -> None:
     """The same in any batch and on any worker, whatever was drawn before."""
-    batch = draw(0, [3, 10**9, 7, 3], LATENT_SHAPE, 1000, CPU)
+    batch = draw(0, [3, 10**9, 7, 3], LATENT_SHAPE, draw_timestep, CPU)
     torch.randn(3)
     for place, index in enumerate([3, 10**9, 7, 3]):
-        alone = draw(0, [index], LATENT_SHAPE, 1000, CPU)
+        alone = draw(0, [index], LATENT_SHAPE, draw_timestep, CPU)
         assert all(torch.equal(one[0], many[place]) for one, many in zip(alone, batch, strict=True))
     assert (batch.noise.dtype, batch.posterior_noise.dtype, batch.timesteps.dtype) == (
         torch.float32, torch.float32, torch.int64
@@ -408,7 +419,7 @@ def test_a_samples_draws_are_its_own() -> None:
 
 
 def test_draws_differ_between_samples_seeds_and_purposes() -> None:
-    draws = [draw(seed, [index], LATENT_SHAPE, 1000, CPU) for seed in (0, 1, 2**40) for index in (0, 1, 2)]
+    draws = [draw(seed, [index], LATENT_SHAPE, draw_timestep, CPU) for seed in (0, 1, 2**40) for index in (0, 1, 2)]
     noises = [noise for one in draws for noise in (one.noise, one.posterior_noise)]
     assert len({noise.numpy().tobytes() for noise in noises}) == 18
     assert len({int(one.timesteps) for one in draws}) > 5
@@ -416,7 +427,7 @@ def test_draws_differ_between_samples_seeds_and_purposes() -> None:
 
 def test_no_two_samples_share_noise() -> None:
     """These two did, when torch's CPU generator took 32 bits of their keys: among 100,000 samples two always did."""
-    draws = draw(0, [8790, 50346], LATENT_SHAPE, 10**6, CPU)
+    draws = draw(0, [8790, 50346], LATENT_SHAPE, lambda rng: int(rng.integers(10**6)), CPU)
     assert not torch.equal(draws.noise[0], draws.noise[1])
     assert draws.timesteps[0] != draws.timesteps[1]
 
@@ -430,7 +441,7 @@ def test_two_workers_never_share_noise() -> None:
             indices += range(first, first + schedule.batch_size)
     assert sorted(of_rank[0] + of_rank[1]) == list(range(80))
     noises = {
-        rank: {noise.numpy().tobytes() for noise in draw(0, indices, LATENT_SHAPE, 1000, CPU).noise}
+        rank: {noise.numpy().tobytes() for noise in draw(0, indices, LATENT_SHAPE, draw_timestep, CPU).noise}
         for rank, indices in of_rank.items()
     }
     assert [len(of) for of in noises.values()] == [40, 40]
@@ -440,7 +451,7 @@ def test_two_workers_never_share_noise() -> None:
 def test_the_distributions_of_draws() -> None:
     """Standard normal noise, independent of the posterior's, and timesteps uniform over 0..999: within 5 sigma."""
     count = 20_000
-    draws = draw(0, range(count), (4, 2, 2), 1000, CPU)
+    draws = draw(0, range(count), (4, 2, 2), draw_timestep, CPU)
     values = count * 16
     for noise in (draws.noise, draws.posterior_noise):
         assert abs(float(noise.mean())) < 5 / values**0.5

@@ -48,9 +48,9 @@ def components_of(base: Path, dtype: torch.dtype = torch.float32) -> Components:
     components = load_components(ModelConfig(pretrained_model_name_or_path=str(base)), device=CPU, dtype=dtype, seed=0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        unet = components.unet.float()
+        unet = components.denoiser.float()
         controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 4, 8, 8))
-        components.unet.to(dtype)
+        components.denoiser.to(dtype)
         for weight in controlnet.parameters():
             if not weight.detach().any():  # zero convolutions would hide the control image
                 weight.data.normal_(0, 0.5)
@@ -188,9 +188,9 @@ def test_models_and_random_state_stay_as_they_were(
     components: Components, config: ValidationConfig, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """And nothing is printed."""
-    modules = (components.text_encoders[0], components.vae, components.unet, components.controlnet)
-    components.unet.train()
-    components.unet.mid_block.eval()  # also where the modes of the parts differ
+    modules = (components.text_encoders[0], components.vae, components.denoiser, components.controlnet)
+    components.denoiser.train()
+    components.denoiser.mid_block.eval()  # also where the modes of the parts differ
 
     def state() -> list[object]:
         parts = [part for module in modules for part in module.modules()]
@@ -210,7 +210,7 @@ def test_models_and_random_state_stay_as_they_were(
         during.append(state())  # also between two images
     assert during == [before, before]
     assert capfd.readouterr() == ("", "")
-    components.unet.eval()
+    components.denoiser.eval()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

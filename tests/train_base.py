@@ -28,8 +28,8 @@ from torch.nn.functional import mse_loss
 
 from raycontrolnet.demo import shapes
 from raycontrolnet.demo.evaluation import colours_are_right
-from raycontrolnet.model.components import encode_images
 from raycontrolnet.model.diffusion import add_noise, prediction_target, sample_posterior
+from raycontrolnet.model.vae import encode_images
 
 RESOLUTION = 64
 KL_WEIGHT = 1e-3

@@ -32,8 +32,8 @@ LATENTS_DTYPES = ("float16", "float32")
 BAD_SAMPLES = ("fail", "skip")
 INTERPOLATION_MODES = ("nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 SIZE_CONDITIONINGS = ("fixed", "real")
-BASE_FOLDERS = ("unet", "vae", "text_encoder", "scheduler")
-"""Folders of a base model in diffusers' layout."""
+BASE_FOLDERS = ("vae", "text_encoder", "scheduler")
+"""Folders of a base model in diffusers' layout, besides that of its denoiser."""
 
 # Reasons why all trials of a sweep share a value
 FILES = "decides where files are kept or how latents are made, which all trials share"

@@ -89,7 +89,7 @@ def write_model_card(
         controlnet_path=repo_id or place or str(output_dir),
         base_path=base if repo_id is None else _without_folders(base),
         vae_path=vae if vae is None or repo_id is None else _without_folders(vae),
-        pipeline=family.pipeline,
+        family=family,
         single_file=f"{settings['save_name']}{SAFETENSORS}" if settings.get("save_name") else None,
         base_loader="from_single_file" if is_single_file(base) else "from_pretrained",
         load_options={

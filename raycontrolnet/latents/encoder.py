@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.data.records import UInt8Image
-from raycontrolnet.model.components import encode_images, load_vae
 from raycontrolnet.model.diffusion import MAX_LOGVAR, MIN_LOGVAR
 from raycontrolnet.model.performance import tf32
+from raycontrolnet.model.vae import encode_images, load_vae
 
 
 class LatentEncoder:

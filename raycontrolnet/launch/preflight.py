@@ -28,9 +28,9 @@ from raycontrolnet.hub import push
 from raycontrolnet.latents.ensure import SEVERAL_MACHINES, ensure
 from raycontrolnet.latents.plan import LatentPlan, prepare_command
 from raycontrolnet.launch.checked_run import CheckedRun
-from raycontrolnet.model.base_family import base_family, conditioning_problems, unet_config
+from raycontrolnet.model.base_family import base_family, conditioning_problems, config_of_denoiser
 from raycontrolnet.model.components import OTHER_BASE, RESUME
-from raycontrolnet.model.families.registry import FAMILIES
+from raycontrolnet.model.families.registry import families
 from raycontrolnet.model.files import local_files
 from raycontrolnet.model.problems import mismatch, model_files, model_problems
 from raycontrolnet.model.size import controlnet_bytes_at_least
@@ -93,7 +93,7 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
                 start.path,
             )
     files = shared_files(source, config)
-    interpolation = config.image_interpolation_mode or (family or FAMILIES[0]).interpolation
+    interpolation = config.image_interpolation_mode or (family or families()[0]).interpolation
     run = CheckedRun(config, folder, source, start, token, interpolation, random_subset, files=files)
     if not folder.is_stored:
         weights = controlnet_bytes_at_least(config)
@@ -104,7 +104,7 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
 def _checkpoint_problems(config: TrainConfig, start: checkpoints.Checkpoint, token: str | None) -> Iterator[str]:
     """Yield a problem if the checkpoint's ControlNet does not fit the base model."""
     controlnet = local_files(start.path / checkpoints.CONTROLNET_FOLDER).read_json("config.json")
-    if problem := mismatch(controlnet, unet_config(config, token)):
+    if problem := mismatch(controlnet, config_of_denoiser(config, token)):
         yield f"--{RESUME}={config.resume_from_checkpoint}: {start.path.name} was {problem}; {OTHER_BASE}"
 
 

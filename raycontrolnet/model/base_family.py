@@ -8,35 +8,52 @@ from typing import Any
 
 from raycontrolnet.config.settings import DataConfig, ModelConfig
 from raycontrolnet.model.families.family import Family
-from raycontrolnet.model.families.registry import FAMILIES, family_of
-from raycontrolnet.model.files import UNET_CONFIG, NotKnown, NotThere, local_files
+from raycontrolnet.model.families.registry import (
+    denoiser_config,
+    denoiser_configs,
+    denoiser_folders,
+    families,
+    family_of,
+)
+from raycontrolnet.model.files import ModelFiles, NotKnown, NotThere, local_files
 from raycontrolnet.model.single_file import NotABase, base_files
 
 SIZE_SETTINGS = ("size_conditioning", "crops_coords_top_left_h", "crops_coords_top_left_w")
 
 
-def unet_config(model: ModelConfig, token: str | None) -> dict[str, Any]:
-    """Return the configuration of the base model's UNet; empty if this machine cannot look at it."""
+def config_of_denoiser(model: ModelConfig, token: str | None) -> dict[str, Any]:
+    """Return the configuration of the base model's denoiser; empty if this machine cannot look at it."""
     try:
-        return base_files(model, token, UNET_CONFIG, from_cache=True).read_json(UNET_CONFIG)
+        return denoiser_config(base_files(model, token, denoiser_configs(), from_cache=True))
     except (NotABase, NotKnown, NotThere, OSError):
         return {}
 
 
+def denoiser_folder(model: ModelConfig, token: str | None) -> str:
+    """Return the folder of the base model's denoiser; the first family's if this machine cannot look at it."""
+    family = base_family(model, token) if denoiser_folders()[1:] else None
+    return (family or families()[0]).denoiser
+
+
+def family_in(files: ModelFiles) -> Family:
+    """Return the family of a base model by its denoiser; the first one if it does not say."""
+    return family_of(denoiser_config(files)) or families()[0]
+
+
 def base_family(model: ModelConfig, token: str | None) -> Family | None:
     """Return the family of the base model; None if this machine cannot look at it, or it is of none."""
-    config = unet_config(model, token)
+    config = config_of_denoiser(model, token)
     return family_of(config) if config else None
 
 
 def family_of_saved(controlnet: Path) -> Family:
     """Return the family of bases that the ControlNet in this folder is for; the first one if its files do not say."""
-    return family_of(local_files(controlnet).read_json("config.json")) or FAMILIES[0]
+    return family_of(local_files(controlnet).read_json("config.json")) or families()[0]
 
 
 def interpolation_of(model: ModelConfig, asked: str | None, token: str | None) -> str:
     """Return how images are resized: as asked, or else as the family of the base model has it."""
-    return asked or (base_family(model, token) or FAMILIES[0]).interpolation
+    return asked or (base_family(model, token) or families()[0]).interpolation
 
 
 def conditioning_problems(data: DataConfig, family: Family | None) -> Iterator[str]:

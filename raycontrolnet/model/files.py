@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 from raycontrolnet.quiet import no_progress_bars
 from raycontrolnet.version import __version__
 
-UNET_CONFIG = "unet/config.json"
 LFS_POINTER = b"version https://git-lfs"
 """Beginning of what `git clone` leaves in place of weights without git-lfs."""
 SMALL_FILES = ("*.json", "*.txt")
@@ -43,6 +42,10 @@ class ModelFiles:
     folder: Path | None = None
     """The model's folder, if it is a local one."""
 
+    def find_one(self, names: Iterable[str]) -> Path | None:
+        """Return the path of the first of these small files that is there, as `find`."""
+        return next((path for name in names if (path := self.find(name))), None)
+
     def read_json(self, name: str) -> dict[str, Any]:
         """Read a JSON file; empty if it cannot be had, or is no mapping: loading the model then says why."""
         path = self.find(name)
@@ -72,13 +75,13 @@ def cached_files(name: str, *, revision: str | None, cache_dir: str | None) -> M
 
 
 def hub_files(
-    name: str, main_file: str, *, revision: str | None, cache_dir: str | None, token: str | None
+    name: str, main_files: Sequence[str], *, revision: str | None, cache_dir: str | None, token: str | None
 ) -> ModelFiles:
     """Ask the Hub for a model's files, and its cache if the Hub does not answer or does not have the model any more.
 
     Args:
         name: Hub id.
-        main_file: a file that a model in the cache has.
+        main_files: one of these a model in the cache has.
         revision: branch, tag or commit.
         cache_dir: the Hub's cache, if not the usual one.
         token: for private models.
@@ -96,7 +99,7 @@ def hub_files(
     try:
         names = _names_on_hub(name, revision, token)
     except (NotThere, NotKnown):
-        if cached.find(main_file):
+        if cached.find_one(main_files):
             return cached
         raise
     return ModelFiles(names, download)

@@ -7,9 +7,9 @@ from typing import Any
 
 from raycontrolnet.config.output_settings import SAFETENSORS
 from raycontrolnet.config.train_config import FACTS
-from raycontrolnet.model.families.family import Family
-from raycontrolnet.model.families.registry import FAMILIES, denoiser_problem, family_of, pipeline_problem
-from raycontrolnet.model.files import UNET_CONFIG, ModelFiles, local_files
+from raycontrolnet.model.base_family import family_in
+from raycontrolnet.model.families.registry import denoiser_config, denoiser_folders, denoiser_problem, pipeline_problem
+from raycontrolnet.model.files import ModelFiles, local_files
 from raycontrolnet.model.loading import BASE, VAE
 from raycontrolnet.model.single_file_problems import single_file_problem
 from raycontrolnet.storage.uri import is_uri, shown_name, shown_uri
@@ -38,7 +38,9 @@ def model_path_problem(name: str, value: Any, flag: str | None = None) -> str | 
         problem = single_file_problem(path) if name == BASE and _is_alone(path) else file_advice(path, name)
         return start + problem if problem else None
     if path.is_dir():
-        missing = [folder for folder in folders if not (path / folder).is_dir()]
+        wanted = [denoiser_folders()] if name == BASE else []
+        wanted += [(folder,) for folder in folders]
+        missing = [" or ".join(names) for names in wanted if not any((path / each).is_dir() for each in names)]
         if not missing:
             return None
         kind = kind_problem(local_files(path)) if name == BASE else None
@@ -99,11 +101,6 @@ def _is_hub_id(name: str) -> bool:
 
 
 def kind_problem(files: ModelFiles) -> str | None:
-    """Return why a base model cannot be trained, or which part it lacks, by its UNet and its model_index.json."""
-    unet = files.read_json(UNET_CONFIG)
-    return denoiser_problem(unet) or pipeline_problem(files.read_json("model_index.json"), family_in(files))
-
-
-def family_in(files: ModelFiles) -> Family:
-    """Return the family of a base model by its UNet; the first one if it does not say."""
-    return family_of(files.read_json(UNET_CONFIG)) or FAMILIES[0]
+    """Return why a base model cannot be trained, or which part it lacks, by its denoiser and its model_index.json."""
+    problem = denoiser_problem(denoiser_config(files))
+    return problem or pipeline_problem(files.read_json("model_index.json"), family_in(files))

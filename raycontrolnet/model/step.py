@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,8 +14,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from raycontrolnet.data.order import Purpose, keyed_rng
 from raycontrolnet.data.records import PreparedRow
-from raycontrolnet.model.components import Components, encode_images
+from raycontrolnet.model.components import Components
 from raycontrolnet.model.diffusion import per_sample_loss, sample_posterior
+from raycontrolnet.model.vae import encode_images
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,18 +35,18 @@ class Batch(NamedTuple):
     size_conditions: Tensor | None = None
     """fp32 [B, 6]: as in `PreparedRow`, for families that have them."""
     posterior: Tensor | None = None
-    """fp16 or fp32 [B, 2, 4, H/8, W/8]: mean and log-variance from the latent cache; None to encode `images`."""
+    """fp16 or fp32 [B, 2, C, h, w]: mean and log-variance from the latent cache; None to encode `images`."""
 
 
 class Draws(NamedTuple):
     """The random draws of B samples, on the device."""
 
     posterior_noise: Tensor
-    """fp32 [B, 4, H/8, W/8], standard normal: picks the latents from the VAE's posterior."""
+    """fp32 [B, C, h, w], standard normal: picks the latents from the VAE's posterior."""
     noise: Tensor
-    """fp32 [B, 4, H/8, W/8], standard normal: the noise added to the latents."""
+    """fp32 [B, C, h, w], standard normal: the noise added to the latents."""
     timesteps: Tensor
-    """int64 [B], uniform over the scheduler's training timesteps."""
+    """int64 or fp32 [B], as the family draws them."""
 
 
 @dataclass
@@ -119,7 +120,7 @@ def draw(
     seed: int,
     sample_indices: Sequence[int],
     latent_shape: tuple[int, ...],
-    num_timesteps: int,
+    draw_timestep: Callable[[np.random.Generator], float],
     device: torch.device,
     purpose: Purpose = Purpose.DIFFUSION,
 ) -> Draws:
@@ -129,14 +130,14 @@ def draw(
 
     Args:
         latent_shape: (C, h, w) of one sample's latents.
-        num_timesteps: training timesteps of the noise scheduler.
+        draw_timestep: of a sample, from its generator: `Components.draw_timestep`.
     """
     noises, timesteps = [], []
     for index in sample_indices:
         # Not a torch.Generator: on a CPU it uses 32 bits of its seed, and among 100,000 samples two would be alike.
         rng = keyed_rng(seed, purpose, index)
         noises.append(rng.standard_normal((2, *latent_shape), dtype=np.float32))
-        timesteps.append(int(rng.integers(num_timesteps)))
+        timesteps.append(draw_timestep(rng))
     posterior_noise, noise = _to_device(torch.from_numpy(np.stack(noises, axis=1)), device)
     return Draws(posterior_noise, noise, _to_device(torch.tensor(timesteps), device))
 
@@ -157,9 +158,9 @@ def controlnet_loss(components: Components, controlnet: torch.nn.Module, batch: 
         mean, logvar = _posterior(components, batch)
         latents = family.scale_latents(components.vae, sample_posterior(mean, logvar, draws.posterior_noise))
         conditioning = family.encode_prompts(components, batch)
+        control = family.control(components, batch.conditioning_images)
 
     noisy_latents, target = family.diffuse(components.noise_scheduler, latents, draws)
-    control = batch.conditioning_images.permute(0, 3, 1, 2).float() / 255.0
     prediction = family.predict(components, controlnet, noisy_latents, draws.timesteps, control, conditioning)
     return per_sample_loss(prediction, target)
 

@@ -20,6 +20,7 @@ from typing import Any
 from raycontrolnet.config.train_config import TrainConfig, typed_settings
 from raycontrolnet.config.values import read_yaml, setting_types
 from raycontrolnet.errors import ConfigError
+from raycontrolnet.model.families.registry import controlnet_classes
 from raycontrolnet.model.paths import CONTROLNET, file_advice
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.stored_folder import folder_containing
@@ -93,9 +94,10 @@ def _fetched(uri: str) -> Path:
 def _weights_folder(path: Path, name: str) -> Path:
     for folder in (path, path / checkpoints.CONTROLNET_FOLDER):
         if (folder / "config.json").is_file():
-            kind = _class_name(folder / "config.json")
-            if kind not in (None, "ControlNetModel"):
-                raise ConfigError([f"--controlnet={shown_name(name)}: holds a {kind}, not a ControlNetModel"])
+            kind, classes = _class_name(folder / "config.json"), controlnet_classes()
+            if kind not in (None, *classes):
+                problem = f"holds a {kind}, not a {' or '.join(classes)}"
+                raise ConfigError([f"--controlnet={shown_name(name)}: {problem}"])
             return folder
     if last := checkpoints.latest(path):
         problem = f"that run has no final weights yet; name a checkpoint of it, such as {last.path}"

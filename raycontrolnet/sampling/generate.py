@@ -24,7 +24,7 @@ from raycontrolnet.errors import ConfigError, explained, out_of_memory
 from raycontrolnet.model.base_family import base_family
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.families.family import Family
-from raycontrolnet.model.families.registry import FAMILIES
+from raycontrolnet.model.families.registry import families
 from raycontrolnet.model.loading import BASE
 from raycontrolnet.model.performance import tf32, working_precision
 from raycontrolnet.model.problems import model_problems
@@ -150,7 +150,7 @@ def _check(config: GenerateConfig) -> _Task:
         raise ConfigError(problems)
     device = torch.device("cuda" if use_gpu else "cpu")
     allow_tf32, token = settings.get("allow_tf32", False), find_token(config.hub_token)
-    options = _options(config, settings.get("image_interpolation_mode"), base_family(model, token) or FAMILIES[0])
+    options = _options(config, settings.get("image_interpolation_mode"), base_family(model, token) or families()[0])
     return _Task(config, model, items, options, out, device, allow_tf32, token)
 
 
@@ -163,6 +163,7 @@ def _options(config: GenerateConfig, interpolation: str | None, family: Family) 
         config.batch_size,
         config.control_fidelity,
         interpolation or family.interpolation,
+        family.sampler,
     )
 
 

@@ -29,7 +29,7 @@ from PIL import Image
 from raycontrolnet.data.transforms import CONDITIONING_BACKGROUND, decode_rgb, resize_and_crop
 from raycontrolnet.errors import DataError
 from raycontrolnet.sampling import scores
-from raycontrolnet.sampling.pipeline import SCHEDULER, DrawOptions, build_pipeline, draw
+from raycontrolnet.sampling.pipeline import DrawOptions, build_pipeline, draw
 from raycontrolnet.sampling.scores import Fidelity
 from raycontrolnet.storage.files import replacing
 
@@ -216,7 +216,7 @@ def _metadata(item: ImageItem, step: int | None, options: DrawOptions, score: fl
         "image": item.image,
         **({} if step is None else {"step": step}),
         "seed": item.seed,
-        "scheduler": SCHEDULER,
+        "scheduler": options.sampler,
         "num_inference_steps": options.num_inference_steps,
         "guidance_scale": options.guidance_scale,
         **({} if score is None else {"control_fidelity": score}),

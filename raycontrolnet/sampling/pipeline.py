@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from raycontrolnet.model.components import Components
 
 
-SCHEDULER = "UniPCMultistepScheduler"
-
-
 @dataclass(frozen=True)
 class DrawOptions:
     """Everything but its prompt, control image and seed, and the weights, that an image depends on."""
@@ -36,10 +33,12 @@ class DrawOptions:
     """Measure of `control_fidelity`; None for no scores."""
     interpolation: str = "bilinear"
     """Resizing of control images."""
+    sampler: str = "UniPCMultistepScheduler"
+    """Class of diffusers that takes the steps."""
 
 
 def build_pipeline(components: Components) -> Any:
-    """Build the family's ControlNet pipeline with UniPC on the models in memory; load and copy nothing.
+    """Build the family's ControlNet pipeline and sampler on the models in memory; load and copy nothing.
 
     Args:
         components: the models themselves, not wrapped in DistributedDataParallel.
@@ -67,33 +66,35 @@ def draw(
     Args:
         pipeline: of `build_pipeline`, for `components`.
         controls: RGB, of one size, width and height divisible by 8; as many as prompts and seeds.
-        options: `resolution`, `batch_size`, `measure` and `interpolation` are not used here.
+        options: `resolution`, `batch_size`, `measure`, `interpolation` and `sampler` are not used here.
     """
     modules = (*components.frozen(), components.controlnet)
     for prompt in prompts:
         warn_if_cut(components.tokenizers, prompt)
     is_mixed = options.precision != torch.float32
-    autocast = torch.autocast(components.unet.device.type, dtype=options.precision) if is_mixed else nullcontext()
+    autocast = torch.autocast(components.denoiser.device.type, dtype=options.precision) if is_mixed else nullcontext()
     decodes_apart = is_mixed and (components.vae.dtype == torch.float32 or _overflows(components))
     with only_errors(), evaluating(modules), torch.no_grad():
         with autocast:
             images: Any = pipeline(
                 list(prompts),
-                image=list(controls),
+                **{components.family.control_argument: list(controls)},
+                width=controls[0].width,
+                height=controls[0].height,
                 num_inference_steps=options.num_inference_steps,
                 guidance_scale=options.guidance_scale,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 output_type="latent" if decodes_apart else "pil",
             ).images
-        return _decoded(pipeline, images) if decodes_apart else list(images)
+        return _decoded(pipeline, components, images) if decodes_apart else list(images)
 
 
-def _decoded(pipeline: Any, latents: torch.Tensor) -> list[Image.Image]:
+def _decoded(pipeline: Any, components: Components, latents: torch.Tensor) -> list[Image.Image]:
     """Return the images of `latents`, decoded in fp32: autocast would run the VAE in half precision."""
-    vae, dtype = pipeline.vae, pipeline.vae.dtype
+    vae, dtype = components.vae, components.vae.dtype
     vae.to(torch.float32)
     try:
-        pixels = vae.decode(latents.float() / vae.config["scaling_factor"], return_dict=False)[0]
+        pixels = vae.decode(components.family.unscale_latents(vae, latents.float()), return_dict=False)[0]
     finally:
         vae.to(dtype)
     return list(pipeline.image_processor.postprocess(pixels, output_type="pil"))

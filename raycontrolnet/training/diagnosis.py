@@ -68,9 +68,9 @@ def diagnosis(state: TrainState, loader: BatchLoader, resolution: int, samples: 
         samples: k of the samples of an update that was not taken, so that the weights are those before it.
     """
     components, device = state.components, state.accelerator.device
-    shape, num_timesteps = latent_shape(components, resolution), components.noise_scheduler.config
+    shape = latent_shape(components, resolution)
     unencoded, not_finite, done, modules = [], [], 0, list[str]()
-    models = {"controlnet": components.controlnet, "unet": components.unet}
+    models = {"controlnet": components.controlnet, components.family.denoiser: components.denoiser}
     for index in samples[:MOST_SAMPLES]:
         place = loader.place(index)
         try:
@@ -80,7 +80,7 @@ def diagnosis(state: TrainState, loader: BatchLoader, resolution: int, samples: 
         done += 1
         batch = with_posterior(components, make_batch([row], components, device))
         assert batch.posterior is not None
-        draws = draw(loader.order.seed, [index], shape, num_timesteps["num_train_timesteps"], device)
+        draws = draw(loader.order.seed, [index], shape, components.draw_timestep, device)
         if not batch.posterior.isfinite().all():
             unencoded.append(place)
             continue

@@ -21,7 +21,7 @@ from raycontrolnet.training.state import save_controlnet_config, unwrap_controln
 from raycontrolnet.training.store_sync import MODEL_CONFIG
 
 if TYPE_CHECKING:
-    from diffusers import ControlNetModel
+    from diffusers import ModelMixin
 
 WEIGHTS_FILE = f"{WEIGHTS_NAME}{SAFETENSORS}"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -39,8 +39,8 @@ def save_final_weights(state: TrainState, config: TrainConfig, output_dir: Path)
     shutil.rmtree(partial, ignore_errors=True)
     controlnet = unwrap_controlnet(state)
     save_controlnet_config(controlnet, partial)
-    prediction_type = state.components.noise_scheduler.config["prediction_type"]
-    metadata = modelspec(controlnet.config, config, prediction_type=prediction_type)
+    prediction_type = state.components.noise_scheduler.config.get("prediction_type")
+    metadata = modelspec(read_json(partial / MODEL_CONFIG), config, prediction_type=prediction_type)
     try:
         write_weights(controlnet.state_dict(), partial, config, metadata)
     except OverflowError as error:
@@ -124,7 +124,7 @@ def copy_weights(folder: Path, to: Path, config: TrainConfig) -> None:
     readable_by_umask(to)
 
 
-def saved_controlnet(folder: Path, like: TrainState) -> ControlNetModel:
+def saved_controlnet(folder: Path, like: TrainState) -> ModelMixin:
     """Return the ControlNet of `folder`, frozen, on the device of `like`."""
     controlnet = load_controlnet(str(folder), like.components.family, flag="output_dir")
     return controlnet.requires_grad_(False).eval().to(like.accelerator.device)

@@ -97,7 +97,7 @@ def measure(
                 loader.order.seed,
                 indices,
                 latent_shape(components, resolution),
-                components.noise_scheduler.config["num_train_timesteps"],
+                components.draw_timestep,
                 accelerator.device,
                 Purpose.HELD_OUT,
             )._replace(timesteps=_timesteps(state, loader, indices))
@@ -126,9 +126,10 @@ def _metrics(step: int, sums: Sequence[float], seconds: float) -> HeldOutMetrics
 
 
 def _timesteps(state: TrainState, loader: BatchLoader, indices: Sequence[int]) -> torch.Tensor:
-    """Return the timesteps, int64 [B]; those of all held-out samples are spread evenly over the training timesteps."""
-    num_timesteps = state.components.noise_scheduler.config["num_train_timesteps"]
-    spread = [int((index + 0.5) / len(loader.order.held_out) * num_timesteps) for index in indices]
+    """Return the timesteps [B]; those of all held-out samples are spread evenly over the training timesteps."""
+    family, noise_scheduler = state.components.family, state.components.noise_scheduler
+    fractions = [(index + 0.5) / len(loader.order.held_out) for index in indices]
+    spread = [family.spread_timestep(fraction, noise_scheduler) for fraction in fractions]
     return torch.tensor(spread, device=state.accelerator.device)
 
 

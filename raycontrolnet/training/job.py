@@ -99,6 +99,7 @@ class Job:
             precision=working_precision(self.config.mixed_precision),
             measure=self.config.control_fidelity,
             interpolation=self.interpolation,
+            sampler=family.sampler,
         )
         return validation.StepImages(self.output_dir, step, self.validation_items, options)
 

@@ -25,7 +25,7 @@ from raycontrolnet.training.schedule import Schedule
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from diffusers import ControlNetModel
+    from diffusers import ModelMixin
 
 
 PROCESS_GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -174,7 +174,7 @@ def save_state(state: TrainState, folder: Path) -> None:
     )
 
 
-def save_controlnet_config(controlnet: ControlNetModel, folder: Path) -> None:
+def save_controlnet_config(controlnet: ModelMixin, folder: Path) -> None:
     """Write the ControlNet's configuration, without the path that diffusers notes where it was read from."""
     controlnet.save_config(folder)
     file = folder / "config.json"
@@ -188,7 +188,7 @@ def controlnet_bytes(state: TrainState) -> int:
     return sum(value.numel() * value.element_size() for value in state.components.controlnet.parameters())
 
 
-def unwrap_controlnet(state: TrainState) -> ControlNetModel:
+def unwrap_controlnet(state: TrainState) -> ModelMixin:
     """Return the ControlNet itself, without accelerate's wrapping."""
     # Without keep_fp32_wrapper, accelerate would take the autocast off the model that goes on training.
-    return cast("ControlNetModel", state.accelerator.unwrap_model(state.controlnet, keep_fp32_wrapper=True))
+    return cast("ModelMixin", state.accelerator.unwrap_model(state.controlnet, keep_fp32_wrapper=True))

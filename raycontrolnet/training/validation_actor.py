@@ -25,7 +25,7 @@ from raycontrolnet.training.job import Job, check_folder_is_shared, log_of, logg
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from diffusers import ControlNetModel
+    from diffusers import ModelMixin
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class AsyncValidation:
             self._give_up("it was not scheduled in time")
         return False
 
-    def draw(self, step: int, controlnet: ControlNetModel) -> None:
+    def draw(self, step: int, controlnet: ModelMixin) -> None:
         """Send the actor a copy of the current weights."""
         weights = {name: value.detach().cpu() for name, value in controlnet.state_dict().items()}
         self._pending = self._actor.draw.remote(step, ray.put(weights), self._token)

@@ -30,7 +30,7 @@ from raycontrolnet.training.validation_actor import AsyncValidation, Drawn
 from raycontrolnet.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
-    from diffusers import ControlNetModel
+    from diffusers import ModelMixin
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class Validator:
                 self.actor.draw(self.state.step, unwrap_controlnet(self.state))
         return free
 
-    def _draw_together(self, controlnet: Callable[[], ControlNetModel]) -> None:
+    def _draw_together(self, controlnet: Callable[[], ModelMixin]) -> None:
         """Draw this worker's share; rank 0 finishes and publishes the images of all."""
         state, folder = self.state, self.job.folder
         drawing = self.job.images_of(state.step, state.components.family)
@@ -141,7 +141,7 @@ class Validator:
                 validation.send(folder, state.step)
             self._publish(Drawn(state.step, pairs))
 
-    def _saved_controlnet(self) -> ControlNetModel:
+    def _saved_controlnet(self) -> ModelMixin:
         if self.rank > 0:
             self.job.folder.pull(WEIGHTS, MODEL_CONFIG)
         return saved_controlnet(self.job.output_dir, self.state)

@@ -166,7 +166,7 @@ def count(size: int, resolution: int, *, checkpointed: bool, cached: bool) -> Co
     with FakeTensorMode(allow_non_fake_inputs=True):
         components = sdxl()
         if checkpointed:
-            components.unet.enable_gradient_checkpointing()
+            components.denoiser.enable_gradient_checkpointing()
             components.controlnet.enable_gradient_checkpointing()
         batch, draws = batch_of(size, resolution)
         if cached:
@@ -190,7 +190,7 @@ def sizes() -> dict[str, int]:
         components = sdxl()
         one, two = components.text_encoders
         parts = {
-            "UNet": components.unet, "ControlNet": components.controlnet, "VAE": components.vae,
+            "UNet": components.denoiser, "ControlNet": components.controlnet, "VAE": components.vae,
             "text encoder": one, "text encoder 2": two,
         }  # fmt: skip
         return {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()}

@@ -4,7 +4,9 @@ A family has no state: it is told the models and the batch. The training step is
 
     latents = sample of the VAE's posterior, scaled             scale_latents
     conditioning = captions, encoded, and perhaps sizes         tokenize (on the host), encode_prompts (on the device)
+    timestep of a sample                                        draw_timestep (on the host)
     noisy_latents, target = latents and noise at a timestep     diffuse
+    control = conditioning images as the ControlNet takes them  control
     prediction = model(noisy_latents, conditioning, control)    predict
 
 To add one, write a file beside this one, and add a line to registry.py.
@@ -21,9 +23,11 @@ import torch
 from torch import Tensor
 
 from raycontrolnet.config.settings import ModelConfig
+from raycontrolnet.model.layout import Layout
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler
+    import numpy as np
+    from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin
     from transformers import CLIPTokenizer
 
     from raycontrolnet.model.components import Components
@@ -45,8 +49,20 @@ class Family(ABC):
     """Folder of a part with weights -> classes that are loaded, the denoiser first."""
     tokenizers: tuple[str, ...]
     """Folders of the tokenizers."""
+    denoiser_title: str
+    """The denoiser's kind in messages."""
+    controlnet: str
+    """Class of diffusers of its ControlNets."""
+    shared_config: tuple[str, ...]
+    """Entries of config.json in which a ControlNet and the denoiser that it was made of agree."""
+    copied: tuple[str, ...]
+    """Beginnings of the names of the denoiser's weights that a ControlNet has as well."""
     pipeline: str
     """Class of diffusers that draws with a ControlNet."""
+    control_argument: str = "image"
+    """The pipeline's name for the control images."""
+    sampler: str = "UniPCMultistepScheduler"
+    """Class of diffusers that the pipeline's steps are taken with."""
     tags: tuple[str, ...]
     """Tags of its model cards, besides those of every family."""
     interpolation: str = "bilinear"
@@ -55,6 +71,15 @@ class Family(ABC):
     """Guidance of images unless --guidance_scale says otherwise: that of diffusers' pipeline."""
     has_size_conditions: bool = False
     """Batches carry the images' sizes and crops."""
+    encodes_control: bool = False
+    """`control` needs the VAE, also where the images' latents are cached."""
+    layouts: tuple[Layout, ...] = ()
+    """Layouts of single files that can be its bases."""
+
+    @property
+    def denoiser(self) -> str:
+        """Folder of the model that removes noise."""
+        return next(iter(self.part_classes))
 
     # --- which bases are of this family ---
 
@@ -66,10 +91,30 @@ class Family(ABC):
     def kind_of_other(self, config: Mapping[str, Any]) -> str | None:
         """Return the kind of a recognized denoiser that cannot be trained all the same; None if it can."""
 
+    @abstractmethod
+    def scheduler_problem(self, config: Mapping[str, Any]) -> str | None:
+        """Return what is wrong with a base of this scheduler_config.json; None if nothing is."""
+
+    def kind_of_file(self, header: Mapping[str, Mapping[str, Any]]) -> str | None:
+        """Return the kind of a single file that has a layout of this family and is no base; None if it is one.
+
+        Args:
+            header: names, types and shapes of its weights.
+        """
+        return None
+
+    def file_problem(self, config: Mapping[str, Any], header: Mapping[str, Mapping[str, Any]]) -> str | None:
+        """Return why the denoiser in a single file is not that of this config.json; None if it may be."""
+        return None
+
+    def latent_channels(self, config: Mapping[str, Any]) -> int | None:
+        """Return the channels of the latents that the denoiser with this config.json takes; None if it does not say."""
+        return config.get("in_channels")
+
     # --- loading ---
 
     @abstractmethod
-    def load_denoiser(self, model: ModelConfig, token: str | None) -> tuple[Any, DDPMScheduler]:
+    def load_denoiser(self, model: ModelConfig, token: str | None) -> tuple[Any, SchedulerMixin]:
         """Load the model that removes noise, in fp32 on the CPU, and its noise scheduler."""
 
     @abstractmethod
@@ -79,8 +124,8 @@ class Family(ABC):
         """Load tokenizers and text encoders on the CPU."""
 
     @abstractmethod
-    def controlnet_class(self) -> type[ControlNetModel]:
-        """Return the class of the ControlNet, which can be made of the denoiser (`from_unet`) or read."""
+    def make_controlnet(self, denoiser: Any) -> ModelMixin:
+        """Make a ControlNet of the denoiser: its weights, and new ones by torch's random state."""
 
     def vae_dtype(self, dtype: torch.dtype, *, named: bool) -> torch.dtype:
         """Return the precision of the VAE in training, by that of the other frozen models.
@@ -105,7 +150,23 @@ class Family(ABC):
         """Bring latents [B, C, h, w] from the VAE's scale to that of the denoiser."""
 
     @abstractmethod
-    def diffuse(self, noise_scheduler: DDPMScheduler, latents: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    def unscale_latents(self, vae: AutoencoderKL, latents: Tensor) -> Tensor:
+        """Bring latents [B, C, h, w] from the denoiser's scale to that of the VAE."""
+
+    @abstractmethod
+    def draw_timestep(self, rng: np.random.Generator, noise_scheduler: SchedulerMixin) -> float:
+        """Draw the timestep of a sample: all integers, or all floats."""
+
+    @abstractmethod
+    def spread_timestep(self, fraction: float, noise_scheduler: SchedulerMixin) -> float:
+        """Return the timestep that this share of the training timesteps lies below; `fraction` is in (0, 1)."""
+
+    def control(self, components: Components, conditioning_images: Tensor) -> Tensor:
+        """Return conditioning images uint8 [B, H, W, 3] as the ControlNet takes them: [B, 3, H, W] in [0, 1]."""
+        return conditioning_images.permute(0, 3, 1, 2).float() / 255.0
+
+    @abstractmethod
+    def diffuse(self, noise_scheduler: SchedulerMixin, latents: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """Return the noised sample at the drawn timesteps, and the target of its prediction; fp32 [B, C, h, w]."""
 
     @abstractmethod
@@ -122,7 +183,7 @@ class Family(ABC):
 
         Args:
             controlnet: as it is trained, perhaps wrapped.
-            control: conditioning images [B, 3, H, W] in [0, 1].
+            control: of `control`.
         """
 
     # --- results ---

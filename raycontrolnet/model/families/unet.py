@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from raycontrolnet.config.settings import ModelConfig
-from raycontrolnet.errors import UserError
 from raycontrolnet.model.diffusion import add_noise, prediction_target
+from raycontrolnet.model.families.clip import tokenize
 from raycontrolnet.model.families.family import Conditioning, Family
-from raycontrolnet.model.kinds import kind_of_unet
-from raycontrolnet.model.loading import BASE, part, weights
+from raycontrolnet.model.kinds import kind_of_unet, scheduler_problem
+from raycontrolnet.model.loading import part, weights
+from raycontrolnet.model.single_file import UNET as UNET_OF_FILES
+from raycontrolnet.model.single_file import kind_of_file, unet_problem
 
 if TYPE_CHECKING:
+    import numpy as np
     from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTokenizer
 
@@ -25,14 +28,32 @@ if TYPE_CHECKING:
     from raycontrolnet.model.step import Draws
 
 UNET, VAE = ("UNet2DConditionModel",), ("AutoencoderKL",)
+COPIED_OF_FILES = tuple(
+    f"{UNET_OF_FILES}{name}" for name in ("input_blocks.", "middle_block.", "time_embed.", "label_emb.")
+)
+"""Beginnings of the names of the weights that a ControlNet has as well, in the original layout."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UNetFamily(Family):
     """A family whose UNet predicts DDPM's noise or velocity."""
 
+    denoiser_title: str = "UNet"
+    controlnet: str = "ControlNetModel"
+    shared_config: tuple[str, ...] = ("cross_attention_dim", "block_out_channels", "layers_per_block")
+    copied: tuple[str, ...] = ("conv_in.", "time_embedding.", "add_embedding.", "down_blocks.", "mid_block.")
+
     def kind_of_other(self, config: Mapping[str, Any]) -> str | None:
         return kind_of_unet(config)
+
+    def scheduler_problem(self, config: Mapping[str, Any]) -> str | None:
+        return scheduler_problem(config)
+
+    def kind_of_file(self, header: Mapping[str, Mapping[str, Any]]) -> str | None:
+        return kind_of_file(header)
+
+    def file_problem(self, config: Mapping[str, Any], header: Mapping[str, Mapping[str, Any]]) -> str | None:
+        return unet_problem(config, header)
 
     def load_denoiser(self, model: ModelConfig, token: str | None) -> tuple[UNet2DConditionModel, DDPMScheduler]:
         from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -41,25 +62,25 @@ class UNetFamily(Family):
         unet = weights(model, token, UNet2DConditionModel, torch.float32, "unet", variant=model.variant)
         return unet, noise_scheduler
 
-    def controlnet_class(self) -> type[ControlNetModel]:
+    def make_controlnet(self, denoiser: UNet2DConditionModel) -> ControlNetModel:
         from diffusers import ControlNetModel
 
-        return ControlNetModel
+        return ControlNetModel.from_unet(denoiser)
 
     def tokenize(self, tokenizers: Sequence[CLIPTokenizer], prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        return tuple(
-            tokenizer(
-                list(prompts),
-                max_length=tokenizer.model_max_length,
-                padding="max_length",
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids
-            for tokenizer in tokenizers
-        )
+        return tokenize(tokenizers, prompts)
 
     def scale_latents(self, vae: AutoencoderKL, latents: Tensor) -> Tensor:
         return latents * vae.config["scaling_factor"]
+
+    def unscale_latents(self, vae: AutoencoderKL, latents: Tensor) -> Tensor:
+        return latents / vae.config["scaling_factor"]
+
+    def draw_timestep(self, rng: np.random.Generator, noise_scheduler: DDPMScheduler) -> int:
+        return int(rng.integers(noise_scheduler.config["num_train_timesteps"]))
+
+    def spread_timestep(self, fraction: float, noise_scheduler: DDPMScheduler) -> int:
+        return int(fraction * noise_scheduler.config["num_train_timesteps"])
 
     def diffuse(self, noise_scheduler: DDPMScheduler, latents: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         alphas_cumprod = noise_scheduler.alphas_cumprod.to(draws.timesteps.device)[draws.timesteps]
@@ -78,12 +99,12 @@ class UNetFamily(Family):
         control: Tensor,
         conditioning: Conditioning,
     ) -> Tensor:
-        dtype = components.unet.dtype
+        dtype = components.denoiser.dtype
         noisy_latents = noisy_latents.to(dtype)
         down_residuals, mid_residual = controlnet(
             noisy_latents, timesteps, controlnet_cond=control.to(dtype), return_dict=False, **conditioning
         )
-        prediction: Tensor = components.unet(
+        prediction: Tensor = components.denoiser(
             noisy_latents,
             timesteps,
             down_block_additional_residuals=[residual.to(dtype) for residual in down_residuals],
@@ -98,42 +119,13 @@ class UNetFamily(Family):
 
         return getattr(diffusers, self.pipeline)(
             vae=components.vae,
-            unet=components.unet,
+            unet=components.denoiser,
             controlnet=components.controlnet,
             # the configuration says what the UNet predicts (epsilon or v), so both kinds of base work
-            scheduler=diffusers.UniPCMultistepScheduler.from_config(components.noise_scheduler.config),
+            scheduler=getattr(diffusers, self.sampler).from_config(components.noise_scheduler.config),
             **self.pipeline_parts(components),
         )
 
     @abstractmethod
     def pipeline_parts(self, components: Components) -> dict[str, Any]:
         """Return the arguments of the pipeline besides UNet, VAE, ControlNet and scheduler."""
-
-
-def load_text_encoder(
-    model: ModelConfig, token: str | None, cls: Any, dtype: torch.dtype, folder: str = "text_encoder"
-) -> Any:
-    """Load a text encoder of the base model on the CPU."""
-    return weights(model, token, cls, dtype, folder, variant=model.variant)
-
-
-def load_tokenizer(
-    model: ModelConfig, token: str | None, text_encoder: Any, folder: str = "tokenizer", flag: str = BASE
-) -> CLIPTokenizer:
-    """Load a tokenizer from a folder of the base model, or from the model that the setting `flag` names.
-
-    Raises:
-        UserError: if it is missing, or of another text encoder.
-    """
-    from transformers import CLIPTokenizer
-
-    place = {"subfolder": folder} if flag == BASE else {}
-    tokenizer = part(model, token, CLIPTokenizer.from_pretrained, flag, **place)
-    # Of a folder without a tokenizer, Transformers makes an empty one, of endless length.
-    most = text_encoder.config.max_position_embeddings
-    if tokenizer.model_max_length > most:
-        raise UserError(
-            f"--{flag}={getattr(model, flag)}: its {folder} is missing or of another model (model_max_length "
-            f"{tokenizer.model_max_length:.4g}, the text encoder takes {most} tokens)"
-        )
-    return tokenizer
