@@ -1,4 +1,4 @@
-"""The command line: `raycontrolnet train | tune | check | prepare | condition | generate | demo`. Flags in, exit codes out."""
+"""The command line: `raycontrolnet train`, `tune`, `check` and the other commands. Flags in, exit codes out."""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.sources import open_source
 from raycontrolnet.errors import ConfigError, UserError
 from raycontrolnet.launch.preflight import wants_latents
-from raycontrolnet.model.families.family import Family
-from raycontrolnet.model.files import ModelFiles, hub_files, local_files
 from raycontrolnet.model.base_family import base_family
+from raycontrolnet.model.families.family import Family
+from raycontrolnet.model.files import ModelFiles
 from raycontrolnet.model.loading import BASE
 from raycontrolnet.model.performance import working_precision
 from raycontrolnet.model.problems import model_problems
@@ -123,11 +123,9 @@ def _advice(prediction: Prediction, checkpointed: Prediction, train: TrainConfig
 
 def _run_lines(family: Family, train: TrainConfig, schedule: Schedule, *, cached: bool) -> Iterator[str]:
     precision = {"no": "fp32"}.get(train.mixed_precision or "no", train.mixed_precision)
-    source = "cached latents" if cached else "pixels"
-    yield (
-        f"{family.title}, {train.resolution} px, {precision}, from {source}: {counted(schedule.num_workers, 'worker')} x "
-        f"batch {schedule.batch_size} x accumulation {schedule.accumulation_steps}"
-    )
+    what = f"{family.title}, {train.resolution} px, {precision}, from {'cached latents' if cached else 'pixels'}"
+    workers = counted(schedule.num_workers, "worker")
+    yield f"{what}: {workers} x batch {schedule.batch_size} x accumulation {schedule.accumulation_steps}"
 
 
 def _memory_lines(prediction: Prediction, batch_size: int) -> Iterator[str]:

@@ -55,7 +55,7 @@ class Counted:
 
 
 class StepCounter(TorchDispatchMode):
-    """Counts calls, floating-point operations, and the bytes of the tensors made in it, as long as something holds them."""
+    """Counts calls, floating-point operations, and the bytes of tensors made in it as long as something holds them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +116,8 @@ def _inputs(components: Components, batch_size: int, resolution: int) -> tuple[B
     )
     sizes = torch.zeros(batch_size, SIZES) if components.family.has_size_conditions else None
     noise = torch.zeros(batch_size, *latent_shape(components, resolution))
-    timesteps = torch.zeros(batch_size, dtype=torch.int64)
+    timestep = components.family.spread_timestep(0.5, components.noise_scheduler)
+    timesteps = torch.full((batch_size,), timestep)
     return Batch(images, images.clone(), tokens, sizes), Draws(noise, noise.clone(), timesteps)
 
 

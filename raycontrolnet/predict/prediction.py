@@ -33,7 +33,7 @@ class Prediction:
     """Of the optimizer, for each weight of the ControlNet."""
     activations_base: float
     activations_per_sample: float
-    """Bytes of activations: base + samples x per sample."""
+    """Bytes of activations: base + samples x per sample; exact for the batch of the settings."""
     flop_per_sample: int
     """Floating-point operations of a forward and a backward pass."""
     dispatches: int
@@ -70,7 +70,7 @@ class Prediction:
 
 
 def predict(components: Components, config: TrainConfig, *, cached: bool) -> Prediction:
-    """Predict the step of `config`, by two counts on models that have shapes alone.
+    """Predict the step of `config`, by counts of its batch and of twice that, on models that have shapes alone.
 
     Args:
         components: of `shaped`, which must be active.
@@ -78,10 +78,11 @@ def predict(components: Components, config: TrainConfig, *, cached: bool) -> Pre
         cached: the run trains from cached latents.
     """
     _set_checkpointing(components, on=config.gradient_checkpointing)
-    one, two = (count_step(components, size, config.resolution, cached=cached) for size in (1, 2))
+    size = config.train_batch_size
+    one, two = (count_step(components, each, config.resolution, cached=cached) for each in (size, 2 * size))
     parts = {"text encoder": components.text_encoders, "VAE": (components.vae,), "denoiser": (components.denoiser,)}
     frozen = {name: modules for name, modules in parts.items() if name != "VAE" or not cached}
-    per_sample = two.activations - one.activations
+    per_sample = (two.activations - one.activations) / size
     return Prediction(
         weights={
             **{name: sum(map(_numel, modules)) for name, modules in parts.items()},
@@ -89,9 +90,9 @@ def predict(components: Components, config: TrainConfig, *, cached: bool) -> Pre
         },
         frozen_bytes={name: sum(map(_nbytes, modules)) for name, modules in frozen.items()},
         moment_bytes=MOMENTS[config.use_8bit_adam],
-        activations_base=one.activations - per_sample,
+        activations_base=one.activations - size * per_sample,
         activations_per_sample=per_sample,
-        flop_per_sample=two.flop - one.flop,
+        flop_per_sample=(two.flop - one.flop) // size,
         dispatches=one.dispatches,
     )
 

@@ -37,13 +37,12 @@ def shaped(
     import diffusers
 
     with FakeTensorMode(allow_non_fake_inputs=True), only_errors():
-        parts = {
-            name: _part(classes[0], _config(base, name, model) if name != "vae" or vae is None else _root(vae, model))
-            for name, classes in family.part_classes.items()
-        }
         vae_dtype = family.vae_dtype(dtype, named=vae is not None)
-        for name, part in parts.items():
-            part.requires_grad_(False).eval().to(vae_dtype if name == "vae" else dtype)
+        parts = {}
+        for name, classes in family.part_classes.items():
+            config = _config(base, name, model) if name != "vae" or vae is None else _root(vae, model)
+            with _default_dtype(vae_dtype if name == "vae" else dtype):
+                parts[name] = _part(classes[0], config).requires_grad_(False).eval()
         denoiser = parts.pop(family.denoiser)
         scheduler = _config(base, "scheduler", model, "scheduler_config.json")
         yield Components(
@@ -52,9 +51,20 @@ def shaped(
             vae=parts.pop("vae"),
             text_encoders=tuple(parts.values()),
             denoiser=denoiser,
-            noise_scheduler=getattr(diffusers, family.scheduler).from_config(scheduler),
-            controlnet=family.make_controlnet(denoiser).float().train(),
+            noise_scheduler=getattr(diffusers, family.noise_scheduler).from_config(scheduler),
+            controlnet=family.make_controlnet(denoiser).train(),
         )
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make new weights of `dtype`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _part(name: str, config: dict[str, Any]) -> Any:

@@ -57,6 +57,8 @@ class Family(ABC):
     """Entries of config.json in which a ControlNet and the denoiser that it was made of agree."""
     copied: tuple[str, ...]
     """Beginnings of the names of the denoiser's weights that a ControlNet has as well."""
+    noise_scheduler: str
+    """Class of diffusers that has the noise of its training."""
     pipeline: str
     """Class of diffusers that draws with a ControlNet."""
     control_argument: str = "image"

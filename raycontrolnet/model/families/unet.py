@@ -40,6 +40,7 @@ class UNetFamily(Family):
 
     denoiser_title: str = "UNet"
     controlnet: str = "ControlNetModel"
+    noise_scheduler: str = "DDPMScheduler"
     shared_config: tuple[str, ...] = ("cross_attention_dim", "block_out_channels", "layers_per_block")
     copied: tuple[str, ...] = ("conv_in.", "time_embedding.", "add_embedding.", "down_blocks.", "mid_block.")
 
