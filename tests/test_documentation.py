@@ -135,6 +135,9 @@ def test_block_runs(found: Block, call: Call, trained: Path) -> None:
     elif "raycontrolnet condition" in found.command:
         assert "2 rows in " in output
         assert len(open_source(data_config(trained / "my-photos-canny"))) == 2
+    elif "raycontrolnet check" in found.command:
+        assert "device: fits; the largest batch for the device with 24.0 GiB is " in output
+        assert "cost: " in output
     elif "tarfile" in found.command:
         rows, packed = (open_source(data_config(trained / name)) for name in ("my-images", "my-shards"))
         assert [packed.read(row).captions for row in range(2)] == [rows.read(row).captions for row in range(2)]

@@ -13,6 +13,7 @@ import pytest
 from documents import BLOCKS, GUIDES, INSTALLATION, ROOT, TEXTS, block, section
 
 from raycontrolnet import ConditionConfig, GenerateConfig, TrainConfig, cli
+from raycontrolnet.config.check_config import CheckSettings
 from raycontrolnet.config.space import read_space
 from raycontrolnet.config.sweep_config import SweepSettings
 from raycontrolnet.config.values import setting_types
@@ -28,7 +29,7 @@ def test_the_documents_are_read() -> None:
     assert len(TEXTS["README.md"].splitlines()) <= 200
     assert len(GUIDES) >= 7
     assert Counter(found.kind for found in BLOCKS) == {
-        "run": 8, "slow": 7, "job": 1, "cluster": 1, "runtime_env": 1, "skip": 10, "sweep": 1, "sweep.py": 1,
+        "run": 9, "slow": 7, "job": 1, "cluster": 1, "runtime_env": 1, "skip": 11, "sweep": 1, "sweep.py": 1,
         "metadata.jsonl": 1, "space.yaml": 1,
     }  # fmt: skip
     fences = sum(len(re.findall(r"^```\w+$", text, re.M)) for text in TEXTS.values())
@@ -47,7 +48,8 @@ def test_the_default_space(tmp_path: Path) -> None:
 def test_settings_are_those_of_the_code() -> None:
     written = TEXTS["settings.md"] == runpy.run_path(str(MAKE_SETTINGS))["settings_page"]()
     assert written, "run `python examples/guides/make_settings.py`"
-    commands = {"train": TrainConfig, "tune": SweepSettings, "generate": GenerateConfig, "condition": ConditionConfig}
+    commands = {"train": TrainConfig, "tune": SweepSettings, "check": CheckSettings}
+    commands |= {"generate": GenerateConfig, "condition": ConditionConfig}
     for command, config in commands.items():
         tables = section("settings.md", f"raycontrolnet {command}")
         listed = re.findall(r"^\| `--(\w+)`(?: \*)? \| \w.* \| .* \| \S.* \|$", tables, re.M)
@@ -67,7 +69,11 @@ def test_flags_exist() -> None:
     of_others = {"logdir", "head", "region", "query", "output", "name", "port", "ulimit"}
     of_others |= {"include", "signal", "submit", "install", "reason"}  # Slurm, train_on_cluster.py, ray drain-node
     ours = {"config", "help", *cli.WITHOUT_USE, *setting_types(SweepSettings)}
-    ours |= {name for config in (TrainConfig, GenerateConfig, ConditionConfig) for name in setting_types(config)}
+    ours |= {
+        name
+        for config in (TrainConfig, CheckSettings, GenerateConfig, ConditionConfig)
+        for name in setting_types(config)
+    }
     ours |= {f"no_{name}" for name in ours}
     others = {path.name: path.read_text(encoding="utf-8") for path in (*EXAMPLES, CHANGELOG, ROOT / "cluster.yaml")}
     flags = {name: set(re.findall(r"(?<![\w-])--(\w+)(?![\w-])", text)) for name, text in {**TEXTS, **others}.items()}
@@ -81,7 +87,7 @@ def test_commands_are_in_help(capsys: pytest.CaptureFixture[str]) -> None:
     usage = capsys.readouterr().out
     shell = "\n".join(found.text for found in BLOCKS if found.language == "bash")
     commands = set(re.findall(r"raycontrolnet ([a-z]+)\b", shell))
-    assert commands == {"train", "tune", "prepare", "condition", "generate", "demo"}
+    assert commands == {"train", "tune", "check", "prepare", "condition", "generate", "demo"}
     assert commands <= set(re.findall(r"raycontrolnet ([a-z]+)\b", usage))
 
 

@@ -1,4 +1,4 @@
-"""What a run needs, predicted on shapes: the counts are those of a real step, and the figures that were measured."""
+"""The needs of a run, predicted on shapes: the counts are those of a real step, and the figures that were measured."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Union
 
+from raycontrolnet.config.check_config import CheckSettings
 from raycontrolnet.config.condition_config import CONDITION_GROUPS
 from raycontrolnet.config.declare import facts_of, title
 from raycontrolnet.config.generate_config import GENERATE_GROUPS
@@ -31,8 +32,8 @@ INTRODUCTION = """\
 <!-- Written by examples/guides/make_settings.py. To change it, change the settings' docstrings and run that again. -->
 
 A setting has one name: as a flag, as an argument in Python (`TrainConfig(learning_rate=1e-5)`) and, for `train`,
-`tune`, `prepare` and `demo`, as a key in the YAML file of `--config`. Flags override the file. A `switch` takes no
-value: `--push_to_hub` turns it on, `--no_push_to_hub` off. Several values are separated by spaces. The space of a sweep
+`tune`, `check`, `prepare` and `demo`, as a key in the YAML file of `--config`. Flags override the file. A `switch`
+takes no value: `--push_to_hub` turns it on, `--no_push_to_hub` off. Several values are separated by spaces. The space of a sweep
 can name the settings that are marked with *: trials may have different values.
 
 `--use_8bit_adam`, xformers, Weights & Biases, Comet and Optuna need more packages:
@@ -42,6 +43,7 @@ SHARED = "All settings of `raycontrolnet train`, which apply to every trial, and
 COMMANDS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "train": ("`raycontrolnet prepare` takes the same flags.", GROUPS),
     "tune": (f"{SHARED} In a file and in Python, `space` can also be the mapping itself.", (SweepSettings,)),
+    "check": ("All settings of `raycontrolnet train`, and these.", (CheckSettings,)),
     "generate": ("", GENERATE_GROUPS),
     "condition": ("", CONDITION_GROUPS),
 }

@@ -30,7 +30,7 @@ class Prediction:
     frozen_bytes: dict[str, int]
     """Frozen part on the device -> bytes of its weights."""
     moment_bytes: int
-    """Of the optimizer, for each weight of the ControlNet."""
+    """Bytes of the optimizer for each weight of the ControlNet."""
     activations_base: float
     activations_per_sample: float
     """Bytes of activations: base + samples x per sample; exact for the batch of the settings."""
