@@ -401,8 +401,8 @@ def test_allow_tf32(allowed: bool, tiny_settings: Settings, out: Path, monkeypat
         seen[of].add(tf32_allowed())
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(train_controlnet, "train_step", partial(noting, "step", train_controlnet.train_step))
-    monkeypatch.setattr(encoder, "encode_images", partial(noting, "cache", encoder.encode_images))
+    monkeypatch.setattr(train_controlnet, "train_step", partial(noting, "step", step.train_step))
+    monkeypatch.setattr(encoder, "encode_images", partial(noting, "cache", vae.encode_images))
     cache = {"cache_latents": "on", "latents_cache_dir": str(out.with_name("latents"))}
     run(tiny_settings, out, allow_tf32=allowed, max_train_steps=1, **cache)
     assert seen == {"step": {(allowed, allowed)}, "cache": {(False, False)}}

@@ -86,7 +86,7 @@ def test_it_learns_as_in_fp32(settings: dict[str, Any]) -> None:
             results = steps(state, *batches(4))
             found.append([(float(result.loss), float(result.grad_norm)) for result in results])
             assert {value.dtype for value in weights(state)} == {torch.float32}
-            assert state.components.unet.dtype == (torch.float16 if precision == "fp16" else torch.float32)
+            assert state.components.denoiser.dtype == (torch.float16 if precision == "fp16" else torch.float32)
     (exact, rounded) = (list(itertools.chain(*each)) for each in found)
     assert rounded == pytest.approx(exact, rel=0.01)
     assert rounded != exact

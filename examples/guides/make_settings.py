@@ -33,8 +33,8 @@ INTRODUCTION = """\
 
 A setting has one name: as a flag, as an argument in Python (`TrainConfig(learning_rate=1e-5)`) and, for `train`,
 `tune`, `check`, `prepare` and `demo`, as a key in the YAML file of `--config`. Flags override the file. A `switch`
-takes no value: `--push_to_hub` turns it on, `--no_push_to_hub` off. Several values are separated by spaces. The space of a sweep
-can name the settings that are marked with *: trials may have different values.
+takes no value: `--push_to_hub` turns it on, `--no_push_to_hub` off. Several values are separated by spaces. The space
+of a sweep can name the settings that are marked with *: trials may have different values.
 
 `--use_8bit_adam`, xformers, Weights & Biases, Comet and Optuna need more packages:
 `pip install '.[8bit,xformers,wandb,comet,optuna]'`, or those of them that you use.

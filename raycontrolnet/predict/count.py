@@ -143,7 +143,7 @@ def as_autocast_on_gpus(components: Components) -> Iterator[Any]:
         yield forward
     finally:
         for module in norms:
-            del module.forward  # type: ignore[misc]
+            del module.forward
 
 
 def _in_fp32(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
