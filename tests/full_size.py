@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ SDXL: dict[str, dict[str, Any]] = {
 """stable-diffusion-xl-base-1.0."""
 
 
-def write_configurations(base: dict[str, dict[str, Any]], folder: Path) -> Path:
+def write_configurations(base: Mapping[str, Mapping[str, Any]], folder: Path) -> Path:
     """Write the configurations of a base as diffusers lays them out."""
     for part, config in base.items():
         (folder / part).mkdir(parents=True)

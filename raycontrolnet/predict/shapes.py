@@ -1,4 +1,4 @@
-"""A base model and its ControlNet by their configurations alone: tensors have shapes, and no data."""
+"""A base model and its ControlNet by their configurations alone: with random weights, or with shapes and no data."""
 
 from __future__ import annotations
 
@@ -22,12 +22,20 @@ from raycontrolnet.quiet import only_errors
 def shaped(
     family: Family, base: ModelFiles, model: ModelConfig, *, vae: ModelFiles | None, dtype: torch.dtype
 ) -> Iterator[Components]:
-    """Give the models of a base without weights; inside, their steps compute shapes alone.
+    """Give the models of a base without data; inside, their steps compute shapes alone. Arguments as of `built`."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield built(family, base, model, vae=vae, dtype=dtype)
+
+
+def built(
+    family: Family, base: ModelFiles, model: ModelConfig, *, vae: ModelFiles | None = None, dtype: torch.dtype
+) -> Components:
+    """Build the models of a base by their configurations, with random weights, and without tokenizers.
 
     Args:
         family: of the base.
         base: its files, of which the configurations are read.
-        model: the settings.
+        model: the settings, for messages.
         vae: files of another VAE.
         dtype: of the frozen models.
 
@@ -36,16 +44,16 @@ def shaped(
     """
     import diffusers
 
-    with FakeTensorMode(allow_non_fake_inputs=True), only_errors():
-        vae_dtype = family.vae_dtype(dtype, named=vae is not None)
-        parts = {}
+    vae_dtype = family.vae_dtype(dtype, named=vae is not None)
+    parts = {}
+    with only_errors():
         for name, classes in family.part_classes.items():
             config = _config(base, name, model) if name != "vae" or vae is None else _root(vae, model)
             with _default_dtype(vae_dtype if name == "vae" else dtype):
                 parts[name] = _part(classes[0], config).requires_grad_(False).eval()
         denoiser = parts.pop(family.denoiser)
         scheduler = _config(base, "scheduler", model, "scheduler_config.json")
-        yield Components(
+        return Components(
             family=family,
             tokenizers=(),
             vae=parts.pop("vae"),

@@ -16,7 +16,7 @@ from raycontrolnet.config.settings import StepConfig
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.order import Purpose, keyed_seed
 from raycontrolnet.errors import UserError
-from raycontrolnet.model.components import load_components
+from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.optim import build_lr_scheduler, build_optimizer
 from raycontrolnet.model.performance import enable_memory_savers, working_precision
 from raycontrolnet.model.step import TrainState
@@ -104,6 +104,21 @@ def build_state(
             f"--image_interpolation_mode: the driver does not see the base model, of which the default depends; give "
             f"{components.family.interpolation}, that of {components.family.title}"
         )
+    return state_of(components, config, schedule, accelerator, checkpoint)
+
+
+def state_of(
+    components: Components,
+    config: TrainConfig,
+    schedule: Schedule,
+    accelerator: Accelerator,
+    checkpoint: Checkpoint | None = None,
+) -> TrainState:
+    """Return the state of models that are loaded, with the rest new, or as `checkpoint` left it.
+
+    Raises:
+        UserError: if the checkpoint does not fit the settings.
+    """
     enable_memory_savers(
         components,
         gradient_checkpointing=config.gradient_checkpointing,

@@ -1,0 +1,154 @@
+"""Checks of the step on a device, with a small base: they return figures, and whether these are as they should be."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from states import (
+    TINY,
+    TINY_RESOLUTION,
+    components_of,
+    copied,
+    draws_of,
+    random_batch,
+    settings,
+    training,
+    with_controlnet,
+)
+from torch import Tensor
+
+from raycontrolnet.model.components import Components, load_controlnet
+from raycontrolnet.model.step import StepMetrics, TrainState, controlnet_loss, train_step
+from raycontrolnet.storage import checkpoint as checkpoints
+from raycontrolnet.training.state import save_state
+
+SIZE = 2
+Result = dict[str, Any]
+"""Figures, with `ok`."""
+
+
+NAMES = (
+    "fp32 is the CPU's", "bf16 gradients", "gradient checkpointing", "exact resume", "fp16 gradients",
+    "exact resume in fp16", "the loss scaler skips", "no synchronisation",
+)  # fmt: skip
+"""All checks; the last four need a GPU."""
+
+
+def checks(device: torch.device) -> dict[str, Callable[[], Result]]:
+    """Return name -> check, for those that this kind of device has."""
+    base = components_of(TINY, settings(), torch.device("cpu"), cached=False)
+    found: dict[str, Callable[[], Result]] = {
+        "fp32 is the CPU's": lambda: fp32_is_the_cpus(base, device),
+        "bf16 gradients": lambda: half_precision(base, device, "bf16"),
+        "gradient checkpointing": lambda: gradient_checkpointing(base, device),
+        "exact resume": lambda: exact_resume(base, device, "bf16"),
+    }
+    if device.type == "cuda":
+        found |= {
+            "fp16 gradients": lambda: half_precision(base, device, "fp16"),
+            "exact resume in fp16": lambda: exact_resume(base, device, "fp16"),
+            "the loss scaler skips": lambda: loss_scaler_skips(base, device),
+            "no synchronisation": lambda: no_synchronisation(base, device),
+        }
+    return found
+
+
+def gradients(components: Components, precision: str, device: torch.device, **changes: Any) -> tuple[float, Tensor]:
+    """Return the loss of a batch from pixels, and the gradients as one vector, fp32 on the CPU."""
+    config = settings(precision, **changes)
+    with training(copied(components, config, device), config) as state:
+        batch = random_batch(state.components, SIZE, TINY_RESOLUTION, device, cached=False)
+        draws = draws_of(state.components, 0, SIZE, TINY_RESOLUTION, device)
+        loss = controlnet_loss(state.components, state.controlnet, batch, draws).mean()
+        loss.backward()
+        found = [weight.grad for weight in state.components.controlnet.parameters()]
+        return float(loss.detach()), torch.cat([each.float().flatten() for each in found if each is not None]).cpu()
+
+
+def compared(one: tuple[float, Tensor], other: tuple[float, Tensor], tolerance: float) -> Result:
+    (loss, gradient), (other_loss, other_gradient) = one, other
+    off = float((gradient - other_gradient).norm() / gradient.norm())
+    losses = abs(loss - other_loss) / abs(loss)
+    return {"loss off by": losses, "gradients off by": off, "tolerance": tolerance, "ok": max(losses, off) <= tolerance}
+
+
+def fp32_is_the_cpus(base: Components, device: torch.device) -> Result:
+    return compared(gradients(base, "no", torch.device("cpu")), gradients(base, "no", device), 1e-4)
+
+
+def half_precision(base: Components, device: torch.device, precision: str) -> Result:
+    tolerance = {"bf16": 0.1, "fp16": 0.02}[precision]
+    return compared(gradients(base, "no", device), gradients(base, precision, device), tolerance)
+
+
+def gradient_checkpointing(base: Components, device: torch.device) -> Result:
+    plain, less = (gradients(base, "bf16", device, gradient_checkpointing=on) for on in (False, True))
+    return compared(plain, less, 1e-3)
+
+
+def do_steps(state: TrainState, first: int, number: int, device: torch.device) -> list[StepMetrics]:
+    batch = random_batch(state.components, SIZE, TINY_RESOLUTION, device, cached=False)
+    return [
+        train_step(state, batch, draws_of(state.components, SIZE * step, SIZE, TINY_RESOLUTION, device))
+        for step in range(first, first + number)
+    ]
+
+
+def exact_resume(base: Components, device: torch.device, precision: str) -> Result:
+    """Do 4 updates at once, and 2 and 2 with a checkpoint between them: the same losses, bit for bit."""
+    config = settings(precision, learning_rate=1e-4, max_train_steps=4)
+    with tempfile.TemporaryDirectory() as folder:
+        with training(copied(base, config, device), config) as state:
+            do_steps(state, 0, 2, device)
+            how: dict[str, Any] = {"step": 2, "samples": 2 * SIZE, "seed": 0, "run_id": "kit", "facts": {}}
+            checkpoint = checkpoints.write(Path(folder), save=lambda into: save_state(state, into), **how)
+            straight = [float(each.loss) for each in do_steps(state, 2, 2, device)]
+        path = str(checkpoint.path / checkpoints.CONTROLNET_FOLDER)
+        controlnet = load_controlnet(path, base.family).to(device).train()
+        resumed = with_controlnet(copied(base, config, device), controlnet)
+        with training(resumed, config, checkpoint=checkpoint) as state:
+            again = [float(each.loss) for each in do_steps(state, 2, 2, device)]
+    return {"straight": straight, "resumed": again, "ok": straight == again}
+
+
+def loss_scaler_skips(base: Components, device: torch.device) -> Result:
+    """Plant an infinity in a gradient: weights stay, the scale is halved, the next update is taken."""
+    config = settings("fp16", learning_rate=1e-4)
+    with training(copied(base, config, device), config) as state:
+        scaler: Any = state.accelerator.scaler
+        do_steps(state, 0, 8, device)  # the scale comes down from 65,536 to what these gradients bear
+        before, scale = copy.deepcopy(state.components.controlnet.state_dict()), scaler.get_scale()
+        weight = next(state.components.controlnet.parameters())
+        planted = weight.register_hook(lambda gradient: gradient * torch.inf)
+        do_steps(state, 8, 1, device)
+        planted.remove()
+        after = state.components.controlnet.state_dict()
+        kept = all(torch.equal(value, after[name]) for name, value in before.items())
+        halved = scaler.get_scale() == scale / 2
+        do_steps(state, 9, 1, device)
+        taken = not all(torch.equal(value, after[name]) for name, value in before.items())
+    return {"weights kept": kept, "scale halved": halved, "next taken": taken, "ok": kept and halved and taken}
+
+
+def no_synchronisation(base: Components, device: torch.device) -> Result:
+    """Let CUDA fail at whatever waits for the device in a step whose batch and draws are there."""
+    config = settings("bf16")
+    with training(copied(base, config, device), config) as state:
+        batch = random_batch(state.components, SIZE, TINY_RESOLUTION, device, cached=False)
+        draws = [draws_of(state.components, SIZE * step, SIZE, TINY_RESOLUTION, device) for step in range(3)]
+        train_step(state, batch, draws[0])
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            train_step(state, batch, draws[1])
+            said = None
+        except RuntimeError as error:
+            said = str(error).splitlines()[0]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return {"said": said, "ok": said is None}

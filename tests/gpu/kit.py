@@ -1,0 +1,161 @@
+"""The GPU kit: what only a GPU can show of the training step, in nine minutes.
+
+    PYTHONPATH=.:tests python tests/gpu/kit.py OUT [--minutes 9]
+
+It needs torch, diffusers, transformers and accelerate, and neither Ray nor datasets. Sections: checks of the step,
+memory beside the prediction, speed beside the common training script's loop, one profile. OUT/kit.json is written
+after each part, so that a machine that goes away costs one part. On a CPU it does the checks alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import correctness
+import speed
+import torch
+from full_size import SD15, SD21, write_configurations
+from states import settings
+
+BASES: dict[str, Mapping[str, Mapping[str, Any]]] = {"SD 1.5": SD15, "SD 2.1": SD21}
+BATCHES = (48, 32, 4)
+PART_S = 45.0
+"""Time that a part may take: none is begun with less left."""
+
+
+class Case(NamedTuple):
+    """A run whose memory is measured and predicted."""
+
+    base: str
+    precision: str
+    batch_size: int
+    cached: bool = True
+    gradient_checkpointing: bool = False
+
+
+CASES = (
+    Case("SD 1.5", "bf16", 4), Case("SD 1.5", "bf16", 32), Case("SD 1.5", "bf16", 48),
+    Case("SD 1.5", "bf16", 4, gradient_checkpointing=True), Case("SD 1.5", "bf16", 48, gradient_checkpointing=True),
+    Case("SD 1.5", "bf16", 4, cached=False), Case("SD 1.5", "no", 4), Case("SD 2.1", "bf16", 8),
+)  # fmt: skip
+
+
+@dataclass
+class Report:
+    """The results so far, in a file."""
+
+    file: Path
+    until: float
+    """Monotonic seconds at which the kit must have ended."""
+    content: dict[str, Any] = field(default_factory=dict)
+
+    def part(self, section: str, name: str, measure: Callable[[], Any]) -> Any:
+        """Do a part, unless the time is up; note its result, or its error."""
+        left = self.until - time.monotonic()
+        started = time.monotonic()
+        if left < PART_S:
+            result: Any = {"skipped": f"{left:.0f} s were left"}
+        else:
+            try:
+                result = measure()
+            except Exception as error:  # noqa: BLE001 (the other parts go on)
+                traceback.print_exc()
+                result = {"error": f"{type(error).__name__}: {error}"[:500], "ok": False}
+        if isinstance(result, dict):
+            result["part took s"] = round(time.monotonic() - started, 1)
+        self.content.setdefault(section, {})[name] = result
+        self.file.write_text(json.dumps(self.content, indent=1) + "\n")
+        print(f"{section}: {name}: {json.dumps(result)[:300]}", flush=True)
+        return result
+
+
+def predicted_gib(case: Case) -> float:
+    """Return the prediction for a case."""
+    import tempfile
+
+    from raycontrolnet.model.families.registry import family_of
+    from raycontrolnet.model.files import local_files
+    from raycontrolnet.model.performance import working_precision
+    from raycontrolnet.predict.prediction import GIB, predict
+    from raycontrolnet.predict.shapes import shaped
+
+    with tempfile.TemporaryDirectory() as folder:
+        files = local_files(write_configurations(BASES[case.base], Path(folder) / "base"))
+        family = family_of(files.read_json("unet/config.json"))
+        assert family
+        config = settings(
+            case.precision, train_batch_size=case.batch_size, gradient_checkpointing=case.gradient_checkpointing
+        )
+        with shaped(family, files, config, vae=None, dtype=working_precision(case.precision)) as components:
+            return predict(components, config, cached=case.cached).total(case.batch_size) / GIB
+
+
+def measured(case: Case, prediction: Future[float]) -> dict[str, Any]:
+    found = speed.memory(
+        BASES[case.base], case.precision, case.batch_size, cached=case.cached,
+        gradient_checkpointing=case.gradient_checkpointing,
+    )  # fmt: skip
+    expected = prediction.result()
+    return {"GiB": found, "predicted": expected, "ratio": found / expected, "ok": abs(found / expected - 1) <= 0.1}
+
+
+def device_facts(device: torch.device) -> dict[str, Any]:
+    import accelerate
+    import diffusers
+    import transformers
+
+    modules = (torch, diffusers, transformers, accelerate)
+    facts: dict[str, Any] = {module.__name__: module.__version__ for module in modules}
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        facts |= {"device": found.name, "GiB": found.total_memory / 2**30, "cudnn": torch.backends.cudnn.version()}
+    return facts
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--updates", type=int, default=50, help="of a block")
+    args = parser.parse_args(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    report = Report(args.out / "kit.json", time.monotonic() + 60 * args.minutes)
+    report.part("machine", "facts", lambda: device_facts(device))
+    checks = correctness.checks(device)
+    if device.type == "cpu":
+        results = [report.part("checks", name, check) for name, check in checks.items()]
+        return int(not all(result.get("ok") for result in results))
+    until = report.until - PART_S
+    with ProcessPoolExecutor(4, mp_context=get_context("spawn")) as pool:
+        predictions = {case: pool.submit(predicted_gib, case) for case in CASES}
+        for name, check in checks.items():
+            report.part("checks", name, check)
+        for name, base in BASES.items():
+            largest = partial(speed.ours, base, BATCHES[0], args.updates, until)
+            report.part("speed", f"{name}, batch {BATCHES[0]}", largest)
+        for case in CASES:
+            report.part("memory", " ".join(map(str, case)), partial(measured, case, predictions[case]))
+    for size in BATCHES:
+        loop = partial(speed.reference, SD15, size, args.updates // 2, until)
+        report.part("reference loop", f"SD 1.5, batch {size}", loop)
+    report.part("profile", f"SD 1.5, batch {BATCHES[0]}", partial(speed.profile, SD15, BATCHES[0]))
+    for size in BATCHES[1:]:
+        for name, base in BASES.items():
+            report.part("speed", f"{name}, batch {size}", partial(speed.ours, base, size, args.updates, until))
+    results = [result for section in report.content.values() for result in section.values()]
+    return int(not all(result.get("ok", True) for result in results))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,57 @@
+"""The GPU kit's checks: on a GPU, and on the CPU as far as it has them; the kit needs few packages."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import correctness
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+WITHOUT = """
+import runpy, sys
+for name in ("ray", "datasets", "tyro"):
+    sys.modules[name] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def kit(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the kit where some packages are not installed."""
+    places = [*(str(path) for path in (HERE, HERE.parent)), *filter(None, [os.environ.get("PYTHONPATH")])]
+    command = [sys.executable, "-c", WITHOUT, str(HERE / "kit.py"), *arguments]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(places), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_it_needs_neither_ray_nor_datasets_nor_tyro() -> None:
+    found = kit("--help")
+    assert found.returncode == 0, found.stderr
+    assert "OUT/kit.json is written" in found.stdout
+
+
+@pytest.mark.slow
+def test_the_checks_pass_on_the_cpu(tmp_path: Path) -> None:
+    found = kit(str(tmp_path / "out"))
+    assert found.returncode == 0, found.stderr
+    report = json.loads((tmp_path / "out" / "kit.json").read_text())
+    assert len(report["checks"]) == 4
+    assert all(check["ok"] for check in report["checks"].values())
+    assert report["checks"]["bf16 gradients"]["gradients off by"] > 1e-4, "it compares something"
+    again = kit(str(tmp_path / "none"), "--minutes", "0.1")
+    assert again.returncode == 1
+    report = json.loads((tmp_path / "none" / "kit.json").read_text())
+    assert all("skipped" in check for check in report["checks"].values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", sorted(correctness.NAMES))
+def test_checks(name: str) -> None:
+    found = correctness.checks(torch.device("cuda"))[name]()
+    assert found["ok"], found
