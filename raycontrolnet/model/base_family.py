@@ -9,6 +9,7 @@ from typing import Any
 from raycontrolnet.config.settings import DataConfig, ModelConfig
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.families.registry import (
+    class_in,
     denoiser_config,
     denoiser_configs,
     denoiser_folders,
@@ -36,8 +37,12 @@ def denoiser_folder(model: ModelConfig, token: str | None) -> str:
 
 
 def family_in(files: ModelFiles) -> Family:
-    """Return the family of a base model by its denoiser; the first one if it does not say."""
-    return family_of(denoiser_config(files)) or families()[0]
+    """Return the family of a base model by its denoiser, or else its model_index.json; the first if they do not say."""
+    if config := denoiser_config(files):
+        return family_of(config) or families()[0]
+    index = files.read_json("model_index.json")
+    of_index = (each for each in families() if class_in(index, each.denoiser) in each.part_classes[each.denoiser])
+    return next(of_index, families()[0])
 
 
 def base_family(model: ModelConfig, token: str | None) -> Family | None:

@@ -82,9 +82,9 @@ def load_components(
         UserError: if a part is missing or unreadable, or the model is of a kind that cannot be trained.
     """
     family = _family(model, token)
-    denoiser, noise_scheduler = family.load_denoiser(model, token)
-    if problem := family.scheduler_problem(noise_scheduler.config):
+    if problem := family.scheduler_problem(_config(model, token, "scheduler")):
         raise _unsuitable(model, problem)
+    denoiser, noise_scheduler = family.load_denoiser(model, token)
     tokenizers, text_encoders = family.load_text(model, token, dtype)
     vae_dtype = family.vae_dtype(dtype, named=model.pretrained_vae_model_name_or_path is not None)
     vae = load_vae(model, dtype=vae_dtype, token=token)
@@ -107,6 +107,8 @@ def load_components(
     for module in components.frozen():
         module.requires_grad_(False).eval().to(vae_device if module is vae and waits else device)
     controlnet.requires_grad_(True).train().to(device)
+    for module in family.without_effect(controlnet):  # for their gradients workers would wait
+        module.requires_grad_(False)
     return components
 
 
@@ -120,14 +122,20 @@ def _family(model: ModelConfig, token: str | None) -> Family:
     Raises:
         UserError: if they are missing, or it is of a kind that cannot be trained.
     """
-    from diffusers import UNet2DConditionModel  # which reads the configuration of any model
-
-    load, folder = UNet2DConditionModel.load_config, denoiser_folder(model, token)
-    config: dict[str, Any] = part(model, token, load, subfolder=folder)
+    config = _config(model, token, denoiser_folder(model, token))
     family, problem = family_of(config), denoiser_problem(config)
     if problem or family is None:
         raise _unsuitable(model, problem or f"is of no family that is known; {trained()}")
     return family
+
+
+def _config(model: ModelConfig, token: str | None, folder: str) -> dict[str, Any]:
+    """Return the configuration of the base model's denoiser or scheduler."""
+    from diffusers import DDPMScheduler, UNet2DConditionModel  # which read those of others too
+
+    cls = DDPMScheduler if folder == "scheduler" else UNet2DConditionModel
+    config: dict[str, Any] = part(model, token, cls.load_config, subfolder=folder)
+    return config
 
 
 def load_controlnet(

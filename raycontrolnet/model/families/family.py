@@ -127,6 +127,10 @@ class Family(ABC):
     def make_controlnet(self, denoiser: Any) -> ModelMixin:
         """Make a ControlNet of the denoiser: its weights, and new ones by torch's random state."""
 
+    def without_effect(self, controlnet: Any) -> Sequence[torch.nn.Module]:
+        """Return the modules of a ControlNet whose weights reach no prediction: they are not trained."""
+        return ()
+
     def vae_dtype(self, dtype: torch.dtype, *, named: bool) -> torch.dtype:
         """Return the precision of the VAE in training, by that of the other frozen models.
 
