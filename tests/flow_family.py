@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from raycontrolnet.config.settings import ModelConfig
-from raycontrolnet.model.families.clip import load_text_encoder, load_tokenizer, tokenize
+from raycontrolnet.model.families.clip import load_text_encoder, load_tokenizers, tokenize
 from raycontrolnet.model.families.family import Conditioning, Family
 from raycontrolnet.model.loading import part, weights
 from raycontrolnet.model.vae import encode_images
@@ -64,8 +64,7 @@ class FlowFamily(Family):
 
         folders = ("text_encoder", "text_encoder_2")
         encoders = tuple(load_text_encoder(model, token, CLIPTextModelWithProjection, dtype, name) for name in folders)
-        pairs = zip(encoders, self.tokenizers, strict=True)
-        return tuple(load_tokenizer(model, token, encoder, folder) for encoder, folder in pairs), encoders
+        return load_tokenizers(model, token, encoders, self.tokenizers), encoders
 
     def make_controlnet(self, denoiser: SD3Transformer2DModel) -> SD3ControlNetModel:
         from diffusers import SD3ControlNetModel
@@ -200,5 +199,6 @@ FLOW = FlowFamily(
     sampler="FlowMatchEulerDiscreteScheduler",
     tags=("stable-diffusion-3",),
     guidance_scale=7.0,
+    resolution_multiple=16,  # two latents to a patch
     encodes_control=True,
 )

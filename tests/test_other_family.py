@@ -36,6 +36,7 @@ from raycontrolnet.quiet import only_errors
 
 CAPTIONS = ["red circle with blue background", "", "green square"]
 LONGEST_LINE = 250
+NO_IMAGES = {"validation_prompt": None, "validation_image": None}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -194,9 +195,9 @@ def test_a_run_learns_and_is_measured(flow_run: Run) -> None:
 
 
 def test_a_resumed_run_is_the_whole_run(flow_run: Run, flow_settings: Settings, tmp_path: Path) -> None:
-    out = tmp_path / "resumed"
-    run(flow_settings, out, max_train_steps=2)
-    run(flow_settings, out, resume_from_checkpoint="latest")
+    out, settings = tmp_path / "resumed", flow_settings | NO_IMAGES
+    run(settings, out, max_train_steps=2)
+    run(settings, out, resume_from_checkpoint="latest")
     assert losses(out) == losses(flow_run.folder)
     assert equal(weights(out), weights(flow_run.folder))
     for name in ("val_loss", "control_gap"):
@@ -206,7 +207,7 @@ def test_a_resumed_run_is_the_whole_run(flow_run: Run, flow_settings: Settings, 
 
 def test_cached_latents_give_the_same_losses(flow_run: Run, flow_settings: Settings, tmp_path: Path) -> None:
     cache = {"cache_latents": "on", "latents_cache_dir": str(tmp_path / "latents"), "latents_dtype": "float32"}
-    out = run(flow_settings | cache, tmp_path / "cached")
+    out = run(flow_settings | NO_IMAGES | cache, tmp_path / "cached")
     assert losses(out) == pytest.approx(losses(flow_run.folder), rel=1e-5)
 
 
@@ -264,6 +265,16 @@ def test_generate_draws(flow_run: Run, flow_settings: Settings, tmp_path: Path) 
     assert np.array_equal(drawn[0][0], np.asarray(Image.open(validated)))
     assert np.abs(drawn[1] - drawn[0]).max() <= 1
     assert 0 < np.abs(drawn[2] - drawn[0]).mean() < 3 < drawn[0].std()
+
+
+def test_a_size_that_patches_do_not_fill(flow_settings: Settings, flow_run: Run, tmp_path: Path) -> None:
+    refused = "--resolution=40: must be divisible by 16 for Tiny Flow; use 32 or 48"
+    with pytest.raises(ConfigError) as training:
+        run(flow_settings, tmp_path / "out", resolution=40)
+    names = {name: flow_settings[f"validation_{name}"] for name in ("prompt", "image")}
+    with pytest.raises(ConfigError) as drawing:
+        generate(GenerateConfig(controlnet=str(flow_run.folder), resolution=40, out=str(tmp_path / "drawn"), **names))
+    assert [list(error.value.problems) for error in (training, drawing)] == [[refused]] * 2
 
 
 # --- ControlNets of other families ---

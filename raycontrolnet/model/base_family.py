@@ -61,8 +61,19 @@ def interpolation_of(model: ModelConfig, asked: str | None, token: str | None) -
     return asked or (base_family(model, token) or families()[0]).interpolation
 
 
-def conditioning_problems(data: DataConfig, family: Family | None) -> Iterator[str]:
-    """Yield a problem for each setting of size conditions that does nothing, for this family or beside the others."""
+def resolution_problem(resolution: int, family: Family) -> str | None:
+    """Return what is wrong with images of this size for the family; None if nothing is."""
+    lower, rest = divmod(resolution, multiple := family.resolution_multiple)
+    near = " or ".join(str(number * multiple) for number in (lower, lower + 1) if number)
+    return (
+        f"--resolution={resolution}: must be divisible by {multiple} for {family.title}; use {near}" if rest else None
+    )
+
+
+def size_problems(data: DataConfig, family: Family | None) -> Iterator[str]:
+    """Yield a problem for each setting of sizes that the family cannot have, or that does nothing beside the others."""
+    if family and (problem := resolution_problem(data.resolution, family)):
+        yield problem
     given = {name: value for name in SIZE_SETTINGS if (value := getattr(data, name)) != getattr(DataConfig, name)}
     for name, value in given.items():
         if family and not family.has_size_conditions:

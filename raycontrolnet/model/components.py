@@ -22,7 +22,7 @@ from raycontrolnet.text import error_message
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin
-    from transformers import CLIPTokenizer
+    from transformers import PreTrainedTokenizerBase
 
 
 RESUME = "resume_from_checkpoint"
@@ -34,7 +34,7 @@ class Components:
     """All models of a training step or a validation image; all but `controlnet` are frozen."""
 
     family: Family
-    tokenizers: tuple[CLIPTokenizer, ...]
+    tokenizers: tuple[PreTrainedTokenizerBase, ...]
     text_encoders: tuple[Any, ...]
     """One for each tokenizer."""
     vae: AutoencoderKL

@@ -28,7 +28,7 @@ from raycontrolnet.model.layout import Layout
 if TYPE_CHECKING:
     import numpy as np
     from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin
-    from transformers import CLIPTokenizer
+    from transformers import PreTrainedTokenizerBase
 
     from raycontrolnet.model.components import Components
     from raycontrolnet.model.step import Batch, Draws
@@ -69,6 +69,8 @@ class Family(ABC):
     """Resizing of images unless --image_interpolation_mode says otherwise: that of diffusers' script."""
     guidance_scale: float = 7.5
     """Guidance of images unless --guidance_scale says otherwise: that of diffusers' pipeline."""
+    resolution_multiple: int = 8
+    """Number that divides the width and height of images, in pixels."""
     has_size_conditions: bool = False
     """Batches carry the images' sizes and crops."""
     encodes_control: bool = False
@@ -120,7 +122,7 @@ class Family(ABC):
     @abstractmethod
     def load_text(
         self, model: ModelConfig, token: str | None, dtype: torch.dtype
-    ) -> tuple[tuple[CLIPTokenizer, ...], tuple[Any, ...]]:
+    ) -> tuple[tuple[PreTrainedTokenizerBase, ...], tuple[Any, ...]]:
         """Load tokenizers and text encoders on the CPU."""
 
     @abstractmethod
@@ -142,7 +144,7 @@ class Family(ABC):
     # --- a training step ---
 
     @abstractmethod
-    def tokenize(self, tokenizers: Sequence[CLIPTokenizer], prompts: Sequence[str]) -> tuple[Tensor, ...]:
+    def tokenize(self, tokenizers: Sequence[PreTrainedTokenizerBase], prompts: Sequence[str]) -> tuple[Tensor, ...]:
         """Return the tokens of the prompts by each tokenizer, int64 [B, T], on the CPU."""
 
     @abstractmethod
