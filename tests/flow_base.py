@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from transformers import CLIPTextModelWithProjection
 
 CHANNELS = 6
-"""Of the latents; not the four of Stable Diffusion 1.x, 2.x and XL."""
+"""Channels of the latents; not the four of Stable Diffusion 1.x, 2.x and XL."""
 LATENT_SHAPE = (CHANNELS, 4, 4)
 """At 32 pixels."""
 

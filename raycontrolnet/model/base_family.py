@@ -12,7 +12,6 @@ from raycontrolnet.model.families.registry import (
     class_in,
     denoiser_config,
     denoiser_configs,
-    denoiser_folders,
     families,
     family_of,
 )
@@ -28,12 +27,6 @@ def config_of_denoiser(model: ModelConfig, token: str | None) -> dict[str, Any]:
         return denoiser_config(base_files(model, token, denoiser_configs(), from_cache=True))
     except (NotABase, NotKnown, NotThere, OSError):
         return {}
-
-
-def denoiser_folder(model: ModelConfig, token: str | None) -> str:
-    """Return the folder of the base model's denoiser; the first family's if this machine cannot look at it."""
-    family = base_family(model, token) if denoiser_folders()[1:] else None
-    return (family or families()[0]).denoiser
 
 
 def family_in(files: ModelFiles) -> Family:

@@ -12,9 +12,8 @@ import torch
 
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.errors import UserError
-from raycontrolnet.model.base_family import denoiser_folder
 from raycontrolnet.model.families.family import Family
-from raycontrolnet.model.families.registry import denoiser_problem, family_of, trained
+from raycontrolnet.model.families.registry import denoiser_folders, denoiser_problem, family_of, trained
 from raycontrolnet.model.loading import BASE, from_pretrained, loaded, part
 from raycontrolnet.model.problems import mismatch
 from raycontrolnet.model.vae import load_vae
@@ -122,11 +121,26 @@ def _family(model: ModelConfig, token: str | None) -> Family:
     Raises:
         UserError: if they are missing, or it is of a kind that cannot be trained.
     """
-    config = _config(model, token, denoiser_folder(model, token))
+    config = _denoiser_config(model, token)
     family, problem = family_of(config), denoiser_problem(config)
     if problem or family is None:
         raise _unsuitable(model, problem or f"is of no family that is known; {trained()}")
     return family
+
+
+def _denoiser_config(model: ModelConfig, token: str | None) -> dict[str, Any]:
+    """Return the configuration of the base model's denoiser, from the first folder that has one.
+
+    Raises:
+        UserError: of the first folder, if none has one.
+    """
+    problems = []
+    for folder in denoiser_folders():
+        try:
+            return _config(model, token, folder)
+        except UserError as error:
+            problems.append(error)
+    raise problems[0]
 
 
 def _config(model: ModelConfig, token: str | None, folder: str) -> dict[str, Any]:
