@@ -61,6 +61,7 @@ _SIZES: dict[Size, _Size] = {
     ),
 }
 
+TINY = _SIZES["tiny"]
 CONDITIONING_EMBEDDING_CHANNELS: dict[Size, tuple[int, int, int, int]] = {
     size: shape.conditioning_embedding_channels for size, shape in _SIZES.items()
 }
@@ -96,11 +97,11 @@ def write_random_xl_base(folder: Path, *, prediction_type: PredictionType = "eps
     sizes_width = 8  # of each of the six
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        vae = _vae(shape)
+        vae = build_vae(shape)
         vae.register_to_config(force_upcast=True)
         parts = {
-            "text_encoder": _text_encoder(shape, tokenizers[0], layers=2),
-            "text_encoder_2": _text_encoder(second, tokenizers[1], layers=2, cls=CLIPTextModelWithProjection),
+            "text_encoder": build_text_encoder(shape, tokenizers[0], layers=2),
+            "text_encoder_2": build_text_encoder(second, tokenizers[1], layers=2, cls=CLIPTextModelWithProjection),
             "vae": vae,
             # Like SDXL: no attention at the highest resolution, more layers of it at lower ones, linear projections.
             "unet": UNet2DConditionModel(
@@ -131,8 +132,8 @@ def build_parts(size: Size, tokenizer: CLIPTokenizer, prediction_type: Predictio
     """Build text_encoder, vae, unet and scheduler, with weights drawn from torch's random state."""
     shape = _SIZES[size]
     return {
-        "text_encoder": _text_encoder(shape, tokenizer),
-        "vae": _vae(shape),
+        "text_encoder": build_text_encoder(shape, tokenizer),
+        "vae": build_vae(shape),
         "unet": _unet(shape),
         "scheduler": _scheduler(prediction_type),
     }
@@ -172,12 +173,13 @@ def _unet(shape: _Size) -> UNet2DConditionModel:
     )
 
 
-def _vae(shape: _Size) -> AutoencoderKL:
+def build_vae(shape: _Size, latent_channels: int = 4) -> AutoencoderKL:
+    """Build a VAE with weights drawn from torch's random state."""
     vae = AutoencoderKL(
         sample_size=shape.resolution,
         in_channels=3,
         out_channels=3,
-        latent_channels=4,
+        latent_channels=latent_channels,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=shape.vae_channels,
@@ -197,9 +199,10 @@ def _normalize_latents(vae: AutoencoderKL) -> None:
     """
     patches = torch.rand(8, 3, 8, 8) * 2 - 1  # patches of plain colour and their edges
     images = torch.nn.functional.interpolate(patches, size=(64, 64), mode="nearest")
-    moments = torch.cat([vae.encode(image[None]).latent_dist.parameters for image in images])  # [8, 2 * 4, 8, 8]
+    moments = torch.cat([vae.encode(image[None]).latent_dist.parameters for image in images])  # [8, 2 * C, 8, 8]
     std, mean = torch.std_mean(moments, dim=(0, 2, 3))
-    wanted_std = torch.tensor([1 / SCALING_FACTOR] * 4 + [0.5] * 4)
+    half = len(std) // 2
+    wanted_std = torch.tensor([1 / SCALING_FACTOR] * half + [0.5] * half)
     scale = wanted_std / std
     layer = vae.quant_conv
     assert layer is not None
@@ -208,9 +211,10 @@ def _normalize_latents(vae: AutoencoderKL) -> None:
     layer.bias.sub_(mean).mul_(scale)
 
 
-def _text_encoder(
+def build_text_encoder(
     shape: _Size, tokenizer: CLIPTokenizer, layers: int | None = None, cls: type[Any] = CLIPTextModel
 ) -> Any:
+    """Build a text encoder with weights drawn from torch's random state."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=shape.text_width,

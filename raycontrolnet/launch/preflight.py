@@ -28,7 +28,7 @@ from raycontrolnet.hub import push
 from raycontrolnet.latents.ensure import SEVERAL_MACHINES, ensure
 from raycontrolnet.latents.plan import LatentPlan, prepare_command
 from raycontrolnet.launch.checked_run import CheckedRun
-from raycontrolnet.model.base_family import base_family, conditioning_problems, config_of_denoiser
+from raycontrolnet.model.base_family import base_family, config_of_denoiser, size_problems
 from raycontrolnet.model.components import OTHER_BASE, RESUME
 from raycontrolnet.model.families.registry import families
 from raycontrolnet.model.files import local_files
@@ -74,7 +74,7 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
     if start is not None and not problems:
         problems += _checkpoint_problems(config, start, token)
     family = base_family(config, token) if not problems else None
-    problems += conditioning_problems(config, family)
+    problems += size_problems(config, family)
     if problems or source is None:
         raise ConfigError(problems)
     config = _with_held_out_rows(config, len(source), start)

@@ -9,9 +9,9 @@ from typing import Any
 from raycontrolnet.config.settings import DataConfig, ModelConfig
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.families.registry import (
+    class_in,
     denoiser_config,
     denoiser_configs,
-    denoiser_folders,
     families,
     family_of,
 )
@@ -29,15 +29,13 @@ def config_of_denoiser(model: ModelConfig, token: str | None) -> dict[str, Any]:
         return {}
 
 
-def denoiser_folder(model: ModelConfig, token: str | None) -> str:
-    """Return the folder of the base model's denoiser; the first family's if this machine cannot look at it."""
-    family = base_family(model, token) if denoiser_folders()[1:] else None
-    return (family or families()[0]).denoiser
-
-
 def family_in(files: ModelFiles) -> Family:
-    """Return the family of a base model by its denoiser; the first one if it does not say."""
-    return family_of(denoiser_config(files)) or families()[0]
+    """Return the family of a base model by its denoiser, or else its model_index.json; the first if they do not say."""
+    if config := denoiser_config(files):
+        return family_of(config) or families()[0]
+    index = files.read_json("model_index.json")
+    of_index = (each for each in families() if class_in(index, each.denoiser) in each.part_classes[each.denoiser])
+    return next(of_index, families()[0])
 
 
 def base_family(model: ModelConfig, token: str | None) -> Family | None:
@@ -56,8 +54,19 @@ def interpolation_of(model: ModelConfig, asked: str | None, token: str | None) -
     return asked or (base_family(model, token) or families()[0]).interpolation
 
 
-def conditioning_problems(data: DataConfig, family: Family | None) -> Iterator[str]:
-    """Yield a problem for each setting of size conditions that does nothing, for this family or beside the others."""
+def resolution_problem(resolution: int, family: Family) -> str | None:
+    """Return what is wrong with images of this size for the family; None if nothing is."""
+    lower, rest = divmod(resolution, multiple := family.resolution_multiple)
+    near = " or ".join(str(number * multiple) for number in (lower, lower + 1) if number)
+    return (
+        f"--resolution={resolution}: must be divisible by {multiple} for {family.title}; use {near}" if rest else None
+    )
+
+
+def size_problems(data: DataConfig, family: Family | None) -> Iterator[str]:
+    """Yield a problem for each setting of sizes that the family cannot have, or that does nothing beside the others."""
+    if family and (problem := resolution_problem(data.resolution, family)):
+        yield problem
     given = {name: value for name in SIZE_SETTINGS if (value := getattr(data, name)) != getattr(DataConfig, name)}
     for name, value in given.items():
         if family and not family.has_size_conditions:

@@ -12,9 +12,8 @@ import torch
 
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.errors import UserError
-from raycontrolnet.model.base_family import denoiser_folder
 from raycontrolnet.model.families.family import Family
-from raycontrolnet.model.families.registry import denoiser_problem, family_of, trained
+from raycontrolnet.model.families.registry import denoiser_folders, denoiser_problem, family_of, trained
 from raycontrolnet.model.loading import BASE, from_pretrained, loaded, part
 from raycontrolnet.model.problems import mismatch
 from raycontrolnet.model.vae import load_vae
@@ -22,7 +21,7 @@ from raycontrolnet.text import error_message
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin
-    from transformers import CLIPTokenizer
+    from transformers import PreTrainedTokenizerBase
 
 
 RESUME = "resume_from_checkpoint"
@@ -34,7 +33,7 @@ class Components:
     """All models of a training step or a validation image; all but `controlnet` are frozen."""
 
     family: Family
-    tokenizers: tuple[CLIPTokenizer, ...]
+    tokenizers: tuple[PreTrainedTokenizerBase, ...]
     text_encoders: tuple[Any, ...]
     """One for each tokenizer."""
     vae: AutoencoderKL
@@ -82,9 +81,9 @@ def load_components(
         UserError: if a part is missing or unreadable, or the model is of a kind that cannot be trained.
     """
     family = _family(model, token)
-    denoiser, noise_scheduler = family.load_denoiser(model, token)
-    if problem := family.scheduler_problem(noise_scheduler.config):
+    if problem := family.scheduler_problem(_config(model, token, "scheduler")):
         raise _unsuitable(model, problem)
+    denoiser, noise_scheduler = family.load_denoiser(model, token)
     tokenizers, text_encoders = family.load_text(model, token, dtype)
     vae_dtype = family.vae_dtype(dtype, named=model.pretrained_vae_model_name_or_path is not None)
     vae = load_vae(model, dtype=vae_dtype, token=token)
@@ -107,6 +106,8 @@ def load_components(
     for module in components.frozen():
         module.requires_grad_(False).eval().to(vae_device if module is vae and waits else device)
     controlnet.requires_grad_(True).train().to(device)
+    for module in family.without_effect(controlnet):  # for their gradients workers would wait
+        module.requires_grad_(False)
     return components
 
 
@@ -120,14 +121,35 @@ def _family(model: ModelConfig, token: str | None) -> Family:
     Raises:
         UserError: if they are missing, or it is of a kind that cannot be trained.
     """
-    from diffusers import UNet2DConditionModel  # which reads the configuration of any model
-
-    load, folder = UNet2DConditionModel.load_config, denoiser_folder(model, token)
-    config: dict[str, Any] = part(model, token, load, subfolder=folder)
+    config = _denoiser_config(model, token)
     family, problem = family_of(config), denoiser_problem(config)
     if problem or family is None:
         raise _unsuitable(model, problem or f"is of no family that is known; {trained()}")
     return family
+
+
+def _denoiser_config(model: ModelConfig, token: str | None) -> dict[str, Any]:
+    """Return the configuration of the base model's denoiser, from the first folder that has one.
+
+    Raises:
+        UserError: of the first folder, if none has one.
+    """
+    problems = []
+    for folder in denoiser_folders():
+        try:
+            return _config(model, token, folder)
+        except UserError as error:
+            problems.append(error)
+    raise problems[0]
+
+
+def _config(model: ModelConfig, token: str | None, folder: str) -> dict[str, Any]:
+    """Return the configuration of the base model's denoiser or scheduler."""
+    from diffusers import DDPMScheduler, UNet2DConditionModel  # which read those of others too
+
+    cls = DDPMScheduler if folder == "scheduler" else UNet2DConditionModel
+    config: dict[str, Any] = part(model, token, cls.load_config, subfolder=folder)
+    return config
 
 
 def load_controlnet(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -15,7 +15,7 @@ MOST_WARNINGS = 10
 _warned: set[str] = set()
 
 
-def warn_if_cut(tokenizers: Sequence[CLIPTokenizer], prompt: str) -> None:
+def warn_if_cut(tokenizers: Sequence[PreTrainedTokenizerBase], prompt: str) -> None:
     """Log if `prompt` has more tokens than a text encoder reads; once a prompt, for ten prompts at most."""
     if prompt in _warned or len(_warned) >= MOST_WARNINGS:
         return
@@ -24,7 +24,7 @@ def warn_if_cut(tokenizers: Sequence[CLIPTokenizer], prompt: str) -> None:
         logger.warning("%s", problem)
 
 
-def cut(tokenizers: Sequence[CLIPTokenizer], prompt: str) -> str | None:
+def cut(tokenizers: Sequence[PreTrainedTokenizerBase], prompt: str) -> str | None:
     """Return a warning if `prompt` has more tokens than a text encoder reads."""
     for tokenizer in tokenizers:
         limit = tokenizer.model_max_length

@@ -21,7 +21,7 @@ from raycontrolnet.config.checks import check_device, collected, find_token, unw
 from raycontrolnet.config.generate_config import GenerateConfig
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.errors import ConfigError, explained, out_of_memory
-from raycontrolnet.model.base_family import base_family
+from raycontrolnet.model.base_family import base_family, resolution_problem
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.families.registry import families
@@ -150,7 +150,10 @@ def _check(config: GenerateConfig) -> _Task:
         raise ConfigError(problems)
     device = torch.device("cuda" if use_gpu else "cpu")
     allow_tf32, token = settings.get("allow_tf32", False), find_token(config.hub_token)
-    options = _options(config, settings.get("image_interpolation_mode"), base_family(model, token) or families()[0])
+    family = base_family(model, token) or families()[0]
+    options = _options(config, settings.get("image_interpolation_mode"), family)
+    if problem := resolution_problem(options.resolution, family):
+        raise ConfigError([problem])
     return _Task(config, model, items, options, out, device, allow_tf32, token)
 
 

@@ -16,7 +16,7 @@ from raycontrolnet.config.space import Space, num_trials, place_of, to_grammar
 from raycontrolnet.config.sweep_config import SweepConfig
 from raycontrolnet.config.train_config import TrainConfig, names_with
 from raycontrolnet.launch.checked_run import CheckedRun
-from raycontrolnet.model.base_family import SIZE_SETTINGS, base_family, conditioning_problems
+from raycontrolnet.model.base_family import SIZE_SETTINGS, base_family, size_problems
 from raycontrolnet.model.loading import BASE
 from raycontrolnet.model.paths import model_path_problem
 from raycontrolnet.model.problems import model_problems
@@ -107,7 +107,7 @@ def size_problems_of(train: TrainConfig, space: Space) -> list[str]:
         train,
         space,
         (BASE, *SIZE_SETTINGS),
-        lambda variant: conditioning_problems(variant, base_family(variant, token)),
+        lambda variant: size_problems(variant, base_family(variant, token)),
     )
 
 

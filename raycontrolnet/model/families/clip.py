@@ -37,14 +37,21 @@ def load_text_encoder(
     return weights(model, token, cls, dtype, folder, variant=model.variant)
 
 
-def load_tokenizer(
-    model: ModelConfig, token: str | None, text_encoder: Any, folder: str = "tokenizer", flag: str = BASE
-) -> CLIPTokenizer:
-    """Load a tokenizer from a folder of the base model, or from the model that the setting `flag` names.
+def load_tokenizers(
+    model: ModelConfig, token: str | None, text_encoders: Sequence[Any], folders: Sequence[str]
+) -> tuple[CLIPTokenizer, ...]:
+    """Load the tokenizers from folders of the base model, the first one from --tokenizer_name if it is given.
 
     Raises:
-        UserError: if it is missing, or of another text encoder.
+        UserError: if one is missing, or of another text encoder.
     """
+    flags = ["tokenizer_name" if model.tokenizer_name else BASE, *[BASE] * len(folders)]
+    found = zip(text_encoders, folders, flags, strict=False)
+    return tuple(_load_tokenizer(model, token, *each) for each in found)
+
+
+def _load_tokenizer(model: ModelConfig, token: str | None, text_encoder: Any, folder: str, flag: str) -> CLIPTokenizer:
+    """Load a tokenizer from a folder of the base model, or from the model that the setting `flag` names."""
     from transformers import CLIPTokenizer
 
     place = {"subfolder": folder} if flag == BASE else {}

@@ -28,7 +28,7 @@ from raycontrolnet.model.layout import Layout
 if TYPE_CHECKING:
     import numpy as np
     from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin
-    from transformers import CLIPTokenizer
+    from transformers import PreTrainedTokenizerBase
 
     from raycontrolnet.model.components import Components
     from raycontrolnet.model.step import Batch, Draws
@@ -71,6 +71,8 @@ class Family(ABC):
     """Resizing of images unless --image_interpolation_mode says otherwise: that of diffusers' script."""
     guidance_scale: float = 7.5
     """Guidance of images unless --guidance_scale says otherwise: that of diffusers' pipeline."""
+    resolution_multiple: int = 8
+    """Number that divides the width and height of images, in pixels."""
     has_size_conditions: bool = False
     """Batches carry the images' sizes and crops."""
     encodes_control: bool = False
@@ -122,12 +124,16 @@ class Family(ABC):
     @abstractmethod
     def load_text(
         self, model: ModelConfig, token: str | None, dtype: torch.dtype
-    ) -> tuple[tuple[CLIPTokenizer, ...], tuple[Any, ...]]:
+    ) -> tuple[tuple[PreTrainedTokenizerBase, ...], tuple[Any, ...]]:
         """Load tokenizers and text encoders on the CPU."""
 
     @abstractmethod
     def make_controlnet(self, denoiser: Any) -> ModelMixin:
         """Make a ControlNet of the denoiser: its weights, and new ones by torch's random state."""
+
+    def without_effect(self, controlnet: Any) -> Sequence[torch.nn.Module]:
+        """Return the modules of a ControlNet whose weights reach no prediction: they are not trained."""
+        return ()
 
     def vae_dtype(self, dtype: torch.dtype, *, named: bool) -> torch.dtype:
         """Return the precision of the VAE in training, by that of the other frozen models.
@@ -140,7 +146,7 @@ class Family(ABC):
     # --- a training step ---
 
     @abstractmethod
-    def tokenize(self, tokenizers: Sequence[CLIPTokenizer], prompts: Sequence[str]) -> tuple[Tensor, ...]:
+    def tokenize(self, tokenizers: Sequence[PreTrainedTokenizerBase], prompts: Sequence[str]) -> tuple[Tensor, ...]:
         """Return the tokens of the prompts by each tokenizer, int64 [B, T], on the CPU."""
 
     @abstractmethod

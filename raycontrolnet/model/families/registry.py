@@ -57,14 +57,19 @@ def denoiser_problem(config: Mapping[str, Any]) -> str | None:
     return f"is {kind}; {trained()}" if kind else None
 
 
+def class_in(index: Mapping[str, Any], part: str) -> Any:
+    """Return the class that a model_index.json has for a part; None if it has none."""
+    given = index.get(part)
+    return given[1] if isinstance(given, list) and len(given) == 2 else None
+
+
 def pipeline_problem(index: Mapping[str, Any], family: Family) -> str | None:
     """Return what is wrong with a base of this model_index.json: another kind of pipeline; None if nothing is."""
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str):
         return None
     for part, classes in family.part_classes.items():
-        given = index.get(part)
-        found = given[1] if isinstance(given, list) and len(given) == 2 else None
+        found = class_in(index, part)
         if found is None and part != family.denoiser:
             return f"has no {part}, which {family.title} needs; complete it, or name another base model"
         if found not in classes:

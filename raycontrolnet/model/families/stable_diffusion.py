@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from raycontrolnet.config.settings import ModelConfig
-from raycontrolnet.model.families.clip import load_text_encoder, load_tokenizer
+from raycontrolnet.model.families.clip import load_text_encoder, load_tokenizers
 from raycontrolnet.model.families.family import Conditioning
 from raycontrolnet.model.families.unet import COPIED_OF_FILES, UNET, VAE, UNetFamily
 from raycontrolnet.model.layout import Layout
-from raycontrolnet.model.loading import BASE
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -35,8 +34,7 @@ class StableDiffusion(UNetFamily):
         from transformers import CLIPTextModel
 
         text_encoder = load_text_encoder(model, token, CLIPTextModel, dtype)
-        flag = "tokenizer_name" if model.tokenizer_name else BASE
-        return (load_tokenizer(model, token, text_encoder, flag=flag),), (text_encoder,)
+        return load_tokenizers(model, token, (text_encoder,), self.tokenizers), (text_encoder,)
 
     def encode_prompts(self, components: Components, batch: Batch) -> Conditioning:
         (text_encoder,), (input_ids,) = components.text_encoders, batch.tokens

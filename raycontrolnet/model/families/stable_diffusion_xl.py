@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from raycontrolnet.config.settings import ModelConfig
-from raycontrolnet.model.families.clip import load_text_encoder, load_tokenizer
+from raycontrolnet.model.families.clip import load_text_encoder, load_tokenizers
 from raycontrolnet.model.families.family import Conditioning
 from raycontrolnet.model.families.unet import COPIED_OF_FILES, UNET, VAE, UNetFamily
 from raycontrolnet.model.kinds import kind_of_unet
 from raycontrolnet.model.layout import Layout
-from raycontrolnet.model.loading import BASE
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -51,12 +50,7 @@ class StableDiffusionXL(UNetFamily):
 
         one = load_text_encoder(model, token, CLIPTextModel, dtype)
         two = load_text_encoder(model, token, CLIPTextModelWithProjection, dtype, "text_encoder_2")
-        flag = "tokenizer_name" if model.tokenizer_name else BASE
-        tokenizers = (
-            load_tokenizer(model, token, one, flag=flag),
-            load_tokenizer(model, token, two, "tokenizer_2"),
-        )
-        return tokenizers, (one, two)
+        return load_tokenizers(model, token, (one, two), self.tokenizers), (one, two)
 
     def vae_dtype(self, dtype: torch.dtype, *, named: bool) -> torch.dtype:
         return dtype if named else torch.float32  # SDXL's own VAE overflows in half precision
