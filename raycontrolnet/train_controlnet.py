@@ -23,7 +23,7 @@ from raycontrolnet.data.stream import local_batches, ray_batches, read_ahead
 from raycontrolnet.errors import RunError, UserError
 from raycontrolnet.model.performance import tf32
 from raycontrolnet.model.prompts import warn_if_cut
-from raycontrolnet.model.step import Batch, Draws, TrainState, draw, latent_shape, make_batch, train_step
+from raycontrolnet.model.step import Batch, Draws, TrainState, draw, latent_shape, make_batch, to_device, train_step
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.text import counted
@@ -203,7 +203,7 @@ class Worker:
         with self.clock("step"):
             # In one message: the workers end, or write a checkpoint, after the same update.
             seen = [float(stop_asked(self.job)), float(self.asks_to_save())]
-            notices = torch.tensor(seen, device=losses[0].device)
+            notices = to_device(torch.tensor(seen), losses[0].device)
             figures = torch.cat([(torch.stack(losses).mean() * weight)[None], notices])
             loss, *_ = figures = state.accelerator.reduce(figures, reduction="mean")
             self.notices = OnItsWay(figures[1:])

@@ -192,6 +192,7 @@ FLOW = FlowFamily(
     tokenizers=("tokenizer", "tokenizer_2"),
     denoiser_title="transformer",
     controlnet="SD3ControlNetModel",
+    noise_scheduler="FlowMatchEulerDiscreteScheduler",
     shared_config=("joint_attention_dim", "pooled_projection_dim", "num_attention_heads", "attention_head_dim"),
     copied=("pos_embed.", "time_text_embed.", "context_embedder."),
     pipeline="StableDiffusion3ControlNetPipeline",

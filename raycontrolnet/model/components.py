@@ -106,6 +106,7 @@ def load_components(
     for module in components.frozen():
         module.requires_grad_(False).eval().to(vae_device if module is vae and waits else device)
     controlnet.requires_grad_(True).train().to(device)
+    family.move_tables(noise_scheduler, device)
     for module in family.without_effect(controlnet):  # for their gradients workers would wait
         module.requires_grad_(False)
     return components

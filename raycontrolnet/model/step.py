@@ -94,8 +94,8 @@ def make_batch(rows: Sequence[PreparedRow], components: Components, device: torc
     tokens = components.family.tokenize(components.tokenizers, [row.prompt for row in rows])
     return Batch(
         images=_stacked([row.image for row in rows], device),
-        conditioning_images=_to_device(torch.from_numpy(np.stack([row.conditioning_image for row in rows])), device),
-        tokens=tuple(_to_device(ids, device) for ids in tokens),
+        conditioning_images=to_device(torch.from_numpy(np.stack([row.conditioning_image for row in rows])), device),
+        tokens=tuple(to_device(ids, device) for ids in tokens),
         size_conditions=_size_conditions(rows, device) if components.family.has_size_conditions else None,
         posterior=_stacked([row.posterior for row in rows], device),
     )
@@ -104,14 +104,14 @@ def make_batch(rows: Sequence[PreparedRow], components: Components, device: torc
 def _stacked(arrays: Sequence[NDArray[Any] | None], device: torch.device) -> Tensor | None:
     """Stack the arrays on the device; None if the rows have none."""
     there = [array for array in arrays if array is not None]
-    return _to_device(torch.from_numpy(np.stack(there)), device) if there else None
+    return to_device(torch.from_numpy(np.stack(there)), device) if there else None
 
 
 def _size_conditions(rows: Sequence[PreparedRow], device: torch.device) -> Tensor:
-    return _to_device(torch.tensor([row.size_conditions for row in rows], dtype=torch.float32), device)
+    return to_device(torch.tensor([row.size_conditions for row in rows], dtype=torch.float32), device)
 
 
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy to the device, without waiting if it is a GPU, which pinned memory allows."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
@@ -138,8 +138,8 @@ def draw(
         rng = keyed_rng(seed, purpose, index)
         noises.append(rng.standard_normal((2, *latent_shape), dtype=np.float32))
         timesteps.append(draw_timestep(rng))
-    posterior_noise, noise = _to_device(torch.from_numpy(np.stack(noises, axis=1)), device)
-    return Draws(posterior_noise, noise, _to_device(torch.tensor(timesteps), device))
+    posterior_noise, noise = to_device(torch.from_numpy(np.stack(noises, axis=1)), device)
+    return Draws(posterior_noise, noise, to_device(torch.tensor(timesteps), device))
 
 
 def latent_shape(components: Components, resolution: int) -> tuple[int, int, int]:

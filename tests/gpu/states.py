@@ -79,6 +79,7 @@ def copied(components: Components, config: TrainConfig, device: torch.device) ->
     for module in copies.frozen():
         module.to(device=device, dtype=dtype)
     copies.controlnet.to(device)
+    copies.family.move_tables(copies.noise_scheduler, device)
     return copies
 
 

@@ -121,6 +121,10 @@ class Family(ABC):
     def load_denoiser(self, model: ModelConfig, token: str | None) -> tuple[Any, SchedulerMixin]:
         """Load the model that removes noise, in fp32 on the CPU, and its noise scheduler."""
 
+    def move_tables(self, noise_scheduler: Any, device: torch.device) -> None:
+        """Move the tables of the scheduler that `diffuse` looks up to the device: a step must not wait for a copy."""
+        return
+
     @abstractmethod
     def load_text(
         self, model: ModelConfig, token: str | None, dtype: torch.dtype

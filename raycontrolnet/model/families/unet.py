@@ -57,11 +57,16 @@ class UNetFamily(Family):
         return unet_problem(config, header)
 
     def load_denoiser(self, model: ModelConfig, token: str | None) -> tuple[UNet2DConditionModel, DDPMScheduler]:
-        from diffusers import DDPMScheduler, UNet2DConditionModel
+        import diffusers
+        from diffusers import UNet2DConditionModel
 
-        noise_scheduler = part(model, token, DDPMScheduler.from_pretrained, subfolder="scheduler")
+        scheduler = getattr(diffusers, self.noise_scheduler)
+        noise_scheduler = part(model, token, scheduler.from_pretrained, subfolder="scheduler")
         unet = weights(model, token, UNet2DConditionModel, torch.float32, "unet", variant=model.variant)
         return unet, noise_scheduler
+
+    def move_tables(self, noise_scheduler: DDPMScheduler, device: torch.device) -> None:
+        noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(device)
 
     def make_controlnet(self, denoiser: UNet2DConditionModel) -> ControlNetModel:
         from diffusers import ControlNetModel
@@ -84,7 +89,7 @@ class UNetFamily(Family):
         return int(fraction * noise_scheduler.config["num_train_timesteps"])
 
     def diffuse(self, noise_scheduler: DDPMScheduler, latents: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        alphas_cumprod = noise_scheduler.alphas_cumprod.to(draws.timesteps.device)[draws.timesteps]
+        alphas_cumprod = noise_scheduler.alphas_cumprod[draws.timesteps]
         prediction_type = noise_scheduler.config["prediction_type"]
         return (
             add_noise(latents, draws.noise, alphas_cumprod),

@@ -1,0 +1,145 @@
+"""The step never waits for a device: it runs on the device `meta`, under a mode that fails at whatever would wait."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from full_size import write_configurations
+from reference import CPU
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from raycontrolnet import TrainConfig
+from raycontrolnet.model.components import Components
+from raycontrolnet.model.families.registry import family_of
+from raycontrolnet.model.files import local_files
+from raycontrolnet.model.step import Batch, Draws, controlnet_loss, latent_shape, train_step
+from raycontrolnet.predict.shapes import built
+from raycontrolnet.training.schedule import Schedule
+from raycontrolnet.training.state import accelerator_for, state_of
+
+META = torch.device("meta")
+WAITS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::masked_select"}
+"""Operators whose result the host must know."""
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails at a value that is read, and at a copy between devices that is not told to go on without waiting."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options, name = kwargs or {}, func.name().partition(".")[0]
+        tensors = [each for each in tree_leaves((args, options)) if isinstance(each, torch.Tensor)]
+        by_mask = name == "aten::index" and any(each is not None and each.dtype == torch.bool for each in args[1])
+        if any(each.device == META for each in tensors) and (name in WAITS or by_mask):
+            raise AssertionError(f"{name} waits for the device")
+        devices = {each.device.type for each in tensors if each.dim()}  # numbers of the host are arguments of kernels
+        if target := options.get("device"):
+            devices.add(torch.device(target).type)
+        if {"meta", "cpu"} <= devices and not options.get("non_blocking"):
+            raise AssertionError(f"{name} copies between devices, and waits")
+        return func(*args, **options)
+
+
+TINY: dict[str, dict[str, Any]] = {
+    "unet": {
+        "_class_name": "UNet2DConditionModel", "sample_size": 4, "block_out_channels": [32, 64],
+        "layers_per_block": 1, "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "cross_attention_dim": 32, "attention_head_dim": 2,
+    },
+    "vae": {
+        "_class_name": "AutoencoderKL", "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4, "block_out_channels": [32] * 4, "layers_per_block": 1,
+    },
+    "text_encoder": {
+        "model_type": "clip_text_model", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "vocab_size": 1000, "projection_dim": 32, "eos_token_id": 999,
+    },
+    "scheduler": {"_class_name": "DDPMScheduler"},
+}  # fmt: skip
+XL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80,
+      "cross_attention_dim": 64}  # fmt: skip
+BASES = {
+    "epsilon": TINY,
+    "v_prediction": TINY | {"scheduler": TINY["scheduler"] | {"prediction_type": "v_prediction"}},
+    "xl": TINY | {"unet": TINY["unet"] | XL, "text_encoder_2": TINY["text_encoder"]},
+}
+
+
+def on_meta(base: dict[str, dict[str, Any]], folder: Path, dtype: torch.dtype) -> Components:
+    files = local_files(write_configurations(base, folder / "base"))
+    family = family_of(files.read_json("unet/config.json"))
+    assert family
+    config = TrainConfig(pretrained_model_name_or_path="none", train_data_dir=".")
+    components = built(family, files, config, dtype=dtype)
+    for module in (*components.frozen(), components.controlnet):
+        module.to(META)
+    family.move_tables(components.noise_scheduler, META)
+    return components
+
+
+def inputs(components: Components, *, cached: bool) -> tuple[Batch, Draws]:
+    images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8, device=META)
+    tokens = tuple(torch.zeros(2, 77, dtype=torch.int64, device=META) for _ in components.text_encoders)
+    sizes = torch.zeros(2, 6, device=META) if components.family.has_size_conditions else None
+    noise = torch.zeros(2, *latent_shape(components, 32), device=META)
+    posterior = torch.stack([noise, noise], dim=1).half() if cached else None
+    batch = Batch(None if cached else images, images, tokens, sizes, posterior)
+    return batch, Draws(noise, noise, torch.zeros(2, dtype=torch.int64, device=META))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_forward_and_backward(base: str, cached: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    components = on_meta(BASES[base], tmp_path, dtype)
+    if dtype != torch.float32:  # autocast, of which `meta` has none
+        components.controlnet.to(dtype)
+    batch, draws = inputs(components, cached=cached)
+    with NoWaiting():
+        controlnet_loss(components, components.controlnet, batch, draws).mean().backward()
+    assert all(weight.grad is not None for weight in components.controlnet.parameters())
+
+
+def test_a_whole_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clipping, the optimizer and the schedule too. The fused optimizer, which `meta` does not have, does nothing."""
+    config = TrainConfig(pretrained_model_name_or_path="none", train_data_dir=".", lr_scheduler="cosine")
+    components = on_meta(TINY, tmp_path, torch.float32)
+    with accelerator_for(config, use_gpu=False) as accelerator:
+        monkeypatch.setattr(accelerator.state, "device", META)
+        monkeypatch.setattr(torch.optim.AdamW, "__init__", as_fused(torch.optim.AdamW.__init__))
+        monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
+        state = state_of(components, config, Schedule.of(config, 100, 1), accelerator)
+        batch, draws = inputs(components, cached=True)
+        with NoWaiting():
+            results = [train_step(state, batch, draws) for _ in range(2)]
+        assert state.step == 2
+        assert {result.loss.device.type for result in results} == {"meta"}
+
+
+def as_fused(original: Any) -> Any:
+    """Return AdamW's constructor for weights on `meta`, on which it would refuse to be fused."""
+
+    def init(self: Any, parameters: Any, *, fused: bool, **options: Any) -> None:
+        original(self, parameters, fused=False, **options)
+        self.defaults["fused"] = fused
+
+    return init
+
+
+@pytest.mark.parametrize(
+    ("waits", "words"),
+    [
+        (lambda on, _: on.sum().item(), "_local_scalar_dense waits"),
+        (lambda on, host: host.to(META), "_to_copy copies between devices"),
+        (lambda on, host: on.copy_(host), "copy_ copies between devices"),
+        (lambda on, host: on[on > 0], "index waits"),
+        (lambda on, host: on[host.long()], "index copies between devices"),
+    ],
+)
+def test_the_mode_finds(waits: Any, words: str) -> None:
+    on, host = torch.zeros(3, device=META), torch.zeros(3, device=CPU)
+    with NoWaiting(), pytest.raises(AssertionError, match=words):
+        waits(on, host)
