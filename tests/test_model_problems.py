@@ -249,6 +249,50 @@ def test_vaes(tiny_base: Path, tiny_xl_base: Path, tmp_path: Path) -> None:
     assert found(vae) == ["it has no weights (.safetensors)"]
 
 
+OTHER_LATENTS = [
+    ({"scaling_factor": 0.13025}, "scaling_factor 0.13025, the base model's own VAE scaling_factor 0.18215"),
+    ({"shift_factor": 0.1159}, "shift_factor 0.1159, the base model's own VAE shift_factor 0"),
+    (
+        {"block_out_channels": [4, 4, 8]},
+        "one latent for 4 x 4 pixels, the base model's own VAE one latent for 8 x 8 pixels",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changed", "message"), OTHER_LATENTS)
+def test_vaes_with_other_latents(
+    changed: dict[str, Any], message: str, tiny_base: Path, hub: HubStandIn, tmp_path: Path
+) -> None:
+    """With as many channels they would be trained on: for a base in a folder, on the Hub and as a single file."""
+    flag = "pretrained_vae_model_name_or_path"
+    vae, base = shutil.copytree(tiny_base / "vae", tmp_path / "vae"), shutil.copytree(tiny_base, tmp_path / "base")
+    upload(hub, base)
+    single = {"base_config": str(base)}
+    file = write_single_file(tiny_base, tmp_path / "base.safetensors")
+
+    def found() -> list[str]:
+        cache = tmp_path / f"cache{len(list(tmp_path.glob('cache*')))}"
+        bases = ((str(base), {}), (BASE, {"cache_dir": str(cache)}), (str(file), single))
+        models = [ModelConfig(pretrained_model_name_or_path=name, **{flag: str(vae)}, **more) for name, more in bases]
+        cache.mkdir()
+        return [problem for model in models for problem in model_problems(model, TOKEN)]
+
+    assert found() == []
+    for name in changed.keys() & {"scaling_factor", "shift_factor"}:  # a configuration that does not say
+        config = json.loads((base / "vae" / "config.json").read_text())
+        config.pop(name)
+        (base / "vae" / "config.json").write_text(json.dumps(config))
+    upload(hub, base)
+    assert found() == []
+    change(vae / "config.json", **changed)
+    wrong = f"--{flag}={vae}: it has {message}; name a VAE of the base model's family"
+    assert found() == [wrong] * 3
+    assert len(wrong) - len(str(vae)) <= LONGEST_LINE
+    shutil.rmtree(base / "vae")  # of which nothing is known then: one more reason to name a VAE
+    model = ModelConfig(pretrained_model_name_or_path=str(base), **{flag: str(vae)})
+    assert [problem for problem in model_problems(model, TOKEN) if flag in problem] == []
+
+
 def test_sizes_for_a_base_that_knows_none(tiny_settings: dict[str, Any], tiny_xl_base: Path) -> None:
     given = {"size_conditioning": "real", "crops_coords_top_left_w": 8}
     with pytest.raises(ConfigError) as error:
