@@ -328,14 +328,26 @@ def test_the_commands_refuse(base: Path, tiny_settings: dict[str, Any]) -> None:
 
 
 def test_xformers_without_a_gpu_is_told_at_once(tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once: on the CPU nothing is gained by its package, whose lack is told where there is a GPU, or may be."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     flag = "enable_xformers_memory_efficient_attention"
-    with pytest.raises(ConfigError) as error:
-        check(TrainConfig(**(tiny_settings | {flag: True})), RunFolder(tiny_settings["output_dir"]))
-    assert error.value.problems == (
-        f"--{flag}: xformers is not installed; run pip install 'raycontrolnet[xformers]'",
+
+    def found(**settings: Any) -> tuple[str, ...]:
+        with pytest.raises(ConfigError) as error:
+            check(TrainConfig(**tiny_settings | settings), RunFolder(tiny_settings["output_dir"]))
+        return error.value.problems
+
+    no_gpu, no_package = (
         f"--{flag}: needs a GPU; leave it out on the CPU",
+        f"--{flag}: xformers is not installed; run pip install 'raycontrolnet[xformers]'",
     )
+    assert found(**{flag: True}) == (no_gpu,)
+    half = "--mixed_precision=fp16: needs a GPU; use bf16 or no on the CPU"
+    adam = "--use_8bit_adam: bitsandbytes is not installed; run pip install 'raycontrolnet[8bit]'"
+    both = found(**{flag: True}, mixed_precision="fp16", use_8bit_adam=True)
+    assert sorted(both) == sorted((no_gpu, half, adam))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert found(**{flag: True}, use_gpu=True) == (no_package,)
 
 
 # --- files, and names of files ---

@@ -52,12 +52,12 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
         ConfigError: with the problems of settings, model folders, output folder, validation images and data together.
     """
     problems = check_trackers(config)
-    problems += missing_extras(config)
     token, elsewhere = find_token(config.hub_token), not config.in_this_process and on_a_cluster(config.address)
     problems += model_problems(config, token, elsewhere=elsewhere)
     if not elsewhere:
         with collected(problems):
             check_device(config.use_gpu, config, has_gpu=torch.cuda.is_available())
+    problems += missing_extras(config, problems)
     problems += push.check_push(config, folder.shown)
     if problem := unwritable(folder.path, "output_dir"):
         problems.append(problem)
