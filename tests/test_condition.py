@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -494,6 +495,32 @@ def test_an_edited_metadata_file_gives_its_captions_to_another_folder(run: Make,
 
 
 # --- an early end ---
+
+
+@pytest.mark.usefixtures("here")
+def test_pictures_outside_of_the_data_set_are_no_news(
+    run: Make, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The command names them where they are; paths that a user has put there are said still."""
+    out = tmp_path / "edges"
+    run(out=str(out))
+    assert len(source_of(out).paths_outside()) == len(NAMES)
+    assert "lie outside" not in caplog.text
+    more = json.dumps({"image": "../photos/wide.JPG", "conditioning_image": "conditioning/clear.png.png", "text": "x"})
+    file = out / "metadata.jsonl"
+    whole = file.read_text()
+    file.write_text(f"{whole}{more}\n")
+    source_of(out)
+    assert f"{len(NAMES) + 1} of its images lie outside of its folder, as ../photos/" in caplog.text
+    caplog.clear()
+    (out / JOURNAL).unlink()
+    file.write_text(whole)
+    source_of(out)
+    assert f"{len(NAMES)} of its images lie outside" in caplog.text
+    caplog.clear()
+    run(out=str(photos))
+    assert not source_of(photos).paths_outside()
+    assert not caplog.text
 
 
 @pytest.mark.usefixtures("here")

@@ -18,12 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from raycontrolnet.data.metadata_file import CONDITION_JOURNAL as JOURNAL
 from raycontrolnet.errors import RunError
 from raycontrolnet.storage.folder import CacheFolder
 
 CONDITIONING = "conditioning"
 METADATA = "metadata.jsonl"
-JOURNAL = ".condition.jsonl"
 BAD_PICTURES_FILE = "condition.bad_pictures.txt"
 ELSEWHERE = "elsewhere"
 """Folder for the conditioning images of pictures outside the pictures' folder."""
