@@ -148,6 +148,7 @@ def _running(
                 stream,
                 scored=config.control_fidelity is not None,
                 validation_steps=config.validation_steps if validates else None,
+                num_images=len(job.validation_items),
             )
         )
     )
