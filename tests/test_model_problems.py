@@ -272,7 +272,11 @@ def test_vaes_with_other_latents(
 
     def found() -> list[str]:
         cache = tmp_path / f"cache{len(list(tmp_path.glob('cache*')))}"
-        bases = ((str(base), {}), (BASE, {"cache_dir": str(cache)}), (str(file), single))
+        bases: tuple[tuple[str, dict[str, str]], ...] = (
+            (str(base), {}),
+            (BASE, {"cache_dir": str(cache)}),
+            (str(file), single),
+        )
         models = [ModelConfig(pretrained_model_name_or_path=name, **{flag: str(vae)}, **more) for name, more in bases]
         cache.mkdir()
         return [problem for model in models for problem in model_problems(model, TOKEN)]
