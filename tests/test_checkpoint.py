@@ -274,7 +274,7 @@ def test_a_run_whose_disk_fills_up(tiny_settings: dict[str, Any], monkeypatch: p
 def test_a_configuration_does_not_tell_where_it_was_read(
     tiny_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a ControlNet that was made and of one that was read, in checkpoints and final weights; written once each."""
+    """Neither of a ControlNet that was made nor of one that was read, in checkpoints and final weights; each once."""
     written: list[str] = []
     save_config = ControlNetModel.save_config
 

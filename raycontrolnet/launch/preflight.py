@@ -39,6 +39,7 @@ from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.resume import resolve
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training import validation
+from raycontrolnet.training.named_files import named_file_problems
 from raycontrolnet.training.room import check_room
 from raycontrolnet.training.trackers import check_trackers
 
@@ -63,6 +64,7 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
         problems.append(problem)
     else:
         checkpoints.remove_leftovers(folder.path)
+    problems += named_file_problems(config, folder)
     start, source = None, None
     with collected(problems):
         start = resolve(config.resume_from_checkpoint, folder)

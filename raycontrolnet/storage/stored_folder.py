@@ -160,6 +160,10 @@ class StoredFolder(RunFolder):
             self.store.delete([f"{name}/{MANIFEST_FILE}"])
             self.store.delete_folder(name)
 
+    def state_of(self, name: str) -> list[int] | None:
+        found = self.store.find([name]).get(name)
+        return list(found) if found else None
+
     def push(self, *patterns: str, tries: int | None = None) -> None:
         def send(name: str) -> None:
             file = self.path / name
