@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from pathlib import Path
 
 from raycontrolnet.config.output_settings import WEIGHTS_NAME, OutputConfig
 from raycontrolnet.errors import ConfigError, RunError
@@ -129,7 +128,7 @@ def worker_in_step(job: Job, rank: int, log: str) -> Iterator[None]:
     if rank == 0:
         if not job.local:
             folder.pull(*RECORDS)
-        sent += (*RECORDS, f"{Path(job.config.logging_dir).as_posix()}/*")
+        sent += (*RECORDS, job.config.logging_pattern)
     with ExitStack() as stack:
         stack.enter_context(_and_at_the_end(lambda: folder.push(*sent)))
         stack.enter_context(repeating_by_cost(lambda: folder.push(*sent), SEND_INTERVAL_S, "store"))

@@ -117,7 +117,7 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
         ConfigError: with what is wrong.
     """
     train = with_absolute_paths(config.train)
-    folder = open_sweep(train.output_dir, Path(train.logging_dir).as_posix())
+    folder = open_sweep(train.output_dir, train.logging_pattern)
     before, space = read_sweep(folder.path), config.parsed_space
     if before and not config.resume:
         instead = "resume it with --resume, or name another folder"
