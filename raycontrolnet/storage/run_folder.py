@@ -39,6 +39,11 @@ class RunFolder:
         return False
 
     @property
+    def is_lost(self) -> bool:
+        """True if another run has taken a folder in an object store over: nothing is written there any more."""
+        return False
+
+    @property
     def parent(self) -> str:
         """The folder that this one is in, a path or URI."""
         return str(self.path.parent)

@@ -63,6 +63,10 @@ class StoredFolder(RunFolder):
         return True
 
     @property
+    def is_lost(self) -> bool:
+        return self.store.is_closed
+
+    @property
     def parent(self) -> str:
         return split_uri(self.place)[0]
 
