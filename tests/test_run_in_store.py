@@ -261,7 +261,7 @@ def test_another_run_takes_the_folder_over(
 
 
 def test_workers_elsewhere_are_ended(use_s3: S3Server) -> None:
-    """Those on Ray, which have the folder by their own means."""
+    """Workers on Ray have the folder by means of their own."""
     aborted = threading.Event()
     folder = StoredFolder(f"s3://{BUCKET}/workers-elsewhere")
     with aborted_if_lost(folder, aborted.set):
