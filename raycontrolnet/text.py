@@ -203,9 +203,9 @@ class StatusLine(Screen):
 
     def __init__(self, stream: TextIO):
         super().__init__(stream)
-        self._printed_at, self._printed = -math.inf, -1
+        self._printed_at, self._printed = -math.inf, -1.0
 
-    def show(self, line: str, done: int, *, last: bool = False) -> None:
+    def show(self, line: str, done: float, *, last: bool = False) -> None:
         """Show `line`; a log gets it every `PLAIN_INTERVAL_S`, and only if `done` has changed."""
         if self.live:
             from rich.text import Text

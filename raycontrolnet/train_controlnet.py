@@ -50,7 +50,7 @@ from raycontrolnet.training.metrics import (
 from raycontrolnet.training.room import check_room
 from raycontrolnet.training.schedule import Schedule, Share
 from raycontrolnet.training.state import accelerator_for, build_state, controlnet_bytes, save_state
-from raycontrolnet.training.store_sync import RECORDS, final_files, worker_in_step
+from raycontrolnet.training.store_sync import RECORDS, worker_in_step
 from raycontrolnet.training.trackers import Trackers, open_trackers
 from raycontrolnet.training.validator import Validator
 from raycontrolnet.training.watchdog import Watchdog
@@ -289,9 +289,7 @@ class Worker:
         self.record(force=True)
         with self.clock("checkpoint"):
             if self.share.rank == 0:
-                save_final_weights(self.state, self.job.config, self.job.output_dir)
-                for files in final_files(self.job.config):
-                    self.job.folder.push(files)
+                save_final_weights(self.state, self.job.config, self.job.folder)
         self.validator.finish()
 
 

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from reference import normalize, to_tensor
+from reference import CPU, normalize, to_tensor, write_trained_controlnet
 from torch import Tensor
 
+from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.data.records import PreparedRow
+from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.step import Draws
+
+
+@pytest.fixture(scope="module")
+def controlnet_folder(tiny_xl_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_trained_controlnet(tiny_xl_base, tmp_path_factory.mktemp("controlnet"))
+
+
+def load(base: Path, controlnet: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Components:
+    names = {"pretrained_model_name_or_path": str(base), "controlnet_model_name_or_path": str(controlnet)}
+    return load_components(ModelConfig(**names | settings), device=CPU, dtype=dtype, seed=0)
 
 
 def encode_prompt(base: Path, prompts: list[str]) -> tuple[Tensor, Tensor]:

@@ -1,16 +1,21 @@
-"""A tiny base in diffusers' layout as one file in the original layout: what diffusers' converters undo."""
+"""A tiny base in diffusers' layout as one file in the original layout, which diffusers' converters undo."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from raycontrolnet.config.settings import ModelConfig
+from raycontrolnet.model.problems import model_problems
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP = {
@@ -125,3 +130,53 @@ def _open_clip(weights: dict[str, Tensor], prefix: str) -> Iterator[tuple[str, T
             yield f"{prefix}text_projection", value.T
         elif ".k_proj." not in name and ".v_proj." not in name:
             yield prefix + _renamed(name, OPEN_CLIP), value
+
+
+# --- for the tests of such bases ---
+
+ORIGINAL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+LONGEST_LINE = 250
+TOKEN = "hf_TheRightToken"
+
+
+@pytest.fixture(scope="module")
+def file(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write the tiny base as a single file. Do not write into its folder."""
+    return write_single_file(tiny_base, tmp_path_factory.mktemp("single") / "my-base.safetensors")
+
+
+@pytest.fixture(scope="module")
+def cache(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write the Hub's cache with the original's small files, which here are the tiny base's."""
+    folder = tmp_path_factory.mktemp("hub")
+    model = folder / f"models--{ORIGINAL.replace('/', '--')}"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(tiny_base, model / "snapshots" / ("a" * 40), ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+@pytest.fixture
+def change(file: Path, tmp_path: Path) -> Callable[..., Path]:
+    """change(...): the file with other weights."""
+
+    def change(edit: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+        found = load_file(file)
+        edit(found)
+        save_file(found, tmp_path / "changed.safetensors")
+        return tmp_path / "changed.safetensors"
+
+    return change
+
+
+def problem(path: Path, **settings: Any) -> str | None:
+    """Return the one problem of a single-file base, without the flag and the value."""
+    found = list(model_problems(ModelConfig(pretrained_model_name_or_path=str(path), **settings), TOKEN))
+    assert len(found) <= 1
+    if not found:
+        return None
+    start = f"--pretrained_model_name_or_path={path}: "
+    assert found[0].startswith(start)
+    assert len(found[0]) - len(str(path)) - len(str(settings.get("base_config", ""))) <= LONGEST_LINE
+    assert "\n" not in found[0]
+    return found[0].removeprefix(start)

@@ -19,6 +19,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from diffusers import ControlNetModel
+from reference import training
 from runs import contents
 
 from raycontrolnet import train_controlnet
@@ -29,7 +31,7 @@ from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage import resume
 from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.storage.run_folder import RunFolder
-from raycontrolnet.training.state import save_state
+from raycontrolnet.training.state import save_controlnet_config, save_state
 
 RUN = "the run's id"
 
@@ -267,6 +269,30 @@ def test_a_run_whose_disk_fills_up(tiny_settings: dict[str, Any], monkeypatch: p
     assert not (Path(settings["output_dir"]) / "diffusion_pytorch_model.safetensors").exists()
     fit(TrainConfig(**settings, resume_from_checkpoint="latest"))
     assert names(settings["output_dir"]) == ["checkpoint-4"]
+
+
+def test_a_configuration_does_not_tell_where_it_was_read(
+    tiny_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither of a ControlNet that was made nor of one that was read, in checkpoints and final weights; each once."""
+    written: list[str] = []
+    save_config = ControlNetModel.save_config
+
+    def counted(self: ControlNetModel, save_directory: str | Path, **options: Any) -> None:
+        written.append(Path(save_directory).name)
+        save_config(self, save_directory, **options)
+
+    monkeypatch.setattr(ControlNetModel, "save_config", counted)
+    configs = []
+    for number, read_from in enumerate((None, str(tmp_path / "0" / "controlnet"))):
+        with training(tiny_settings | {"controlnet_model_name_or_path": read_from}) as state:
+            assert ("_name_or_path" in state.components.controlnet.config) == bool(read_from)
+            save_state(state, tmp_path / str(number))
+            save_controlnet_config(state.components.controlnet, tmp_path / f"final-{number}")
+        configs += [tmp_path / str(number) / "controlnet" / "config.json", tmp_path / f"final-{number}" / "config.json"]
+    assert written == ["controlnet", "final-0", "controlnet", "final-1"]
+    assert {file.read_text() for file in configs} == {configs[0].read_text()}
+    assert "_name_or_path" not in configs[0].read_text()
 
 
 # --- pruning ---

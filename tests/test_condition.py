@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,11 +23,12 @@ from raycontrolnet.cluster.blocks import from_block, to_block
 from raycontrolnet.cluster.shared_files import SharedFiles
 from raycontrolnet.conditions import condition as condition_images
 from raycontrolnet.conditions import recipes as conditions
-from raycontrolnet.conditions.folder import JOURNAL, ConditionFolder, png_name
+from raycontrolnet.conditions.folder import ConditionFolder, png_name
 from raycontrolnet.conditions.make import Outcome, ToMake, _make, make
 from raycontrolnet.conditions.recipes import Recipe
 from raycontrolnet.config.condition_config import CONDITIONS
 from raycontrolnet.data.folder_source import FolderSource
+from raycontrolnet.data.metadata_file import CONDITION_JOURNAL
 from raycontrolnet.data.records import ImageRow, UInt8Image
 from raycontrolnet.data.sources import open_source
 from raycontrolnet.data.transforms import prepare_images
@@ -231,7 +233,7 @@ def test_a_second_time_does_nothing_and_changes_are_made_again(
     Image.new("RGB", (64, 64), "red").save(photos / "clear.png")
     assert run().num_made == 1
     after = but_the_log(result.folder)
-    changed = {name for name in before if before[name] != after[name]} - {JOURNAL}
+    changed = {name for name in before if before[name] != after[name]} - {CONDITION_JOURNAL}
     assert changed == {"conditioning/clear.png.png", "metadata.jsonl"}  # which was away meanwhile
     assert after["metadata.jsonl"][0] == before["metadata.jsonl"][0]
     Path(result.folder, "conditioning", "wide.JPG.png").unlink()
@@ -497,9 +499,35 @@ def test_an_edited_metadata_file_gives_its_captions_to_another_folder(run: Make,
 
 
 @pytest.mark.usefixtures("here")
+def test_pictures_outside_of_the_data_set_are_no_news(
+    run: Make, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The command names them where they are; paths that a user has put there are said still."""
+    out = tmp_path / "edges"
+    run(out=str(out))
+    assert len(source_of(out).paths_outside()) == len(NAMES)
+    assert "lie outside" not in caplog.text
+    more = json.dumps({"image": "../photos/wide.JPG", "conditioning_image": "conditioning/clear.png.png", "text": "x"})
+    file = out / "metadata.jsonl"
+    whole = file.read_text()
+    file.write_text(f"{whole}{more}\n")
+    source_of(out)
+    assert f"{len(NAMES) + 1} of its images lie outside of its folder, as ../photos/" in caplog.text
+    caplog.clear()
+    (out / CONDITION_JOURNAL).unlink()
+    file.write_text(whole)
+    source_of(out)
+    assert f"{len(NAMES)} of its images lie outside" in caplog.text
+    caplog.clear()
+    run(out=str(photos))
+    assert not source_of(photos).paths_outside()
+    assert not caplog.text
+
+
+@pytest.mark.usefixtures("here")
 def test_half_a_line_of_the_journal_does_no_harm(run: Make) -> None:
     folder = run().folder
-    journal = folder / JOURNAL
+    journal = folder / CONDITION_JOURNAL
     *whole, last = journal.read_text().strip().splitlines()
     assert "metadata" in last
     journal.write_text("\n".join([*whole, last[:10]]))

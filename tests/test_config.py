@@ -304,6 +304,7 @@ RULES: dict[str, list[tuple[str, Any]]] = {
     ],
 }  # fmt: skip
 """Rule -> (setting, value) that breaks it."""
+NOT_SENT = ", a folder of an object store, and its files would not be sent there; name a folder in it, such as logs"
 OTHER_RULES: list[tuple[Settings, str]] = [
     ({"train_data_dir": None}, "--train_data_dir, --dataset_name: give one of them (neither is given)"),
     ({"dataset_name": "d"}, "--train_data_dir, --dataset_name: give one of them (both are given)"),
@@ -341,6 +342,19 @@ OTHER_RULES: list[tuple[Settings, str]] = [
         ),
     ),
     ({"output_dir": ""}, "--output_dir: must name a folder"),
+    (
+        {"logging_dir": "s3://id:key@bucket/l"},
+        "--logging_dir=s3://bucket/l: must be a folder in --output_dir, not a URI; name a folder in it, such as logs",
+    ),
+    *(
+        ({"output_dir": "s3://bucket/run", "logging_dir": given}, f"--logging_dir={given}: {problem}{NOT_SENT}")
+        for given, problem in (
+            ("/data/logs", "is not in --output_dir"),
+            ("../logs", "is not in --output_dir"),
+            ("logs/../..", "is not in --output_dir"),
+            ("./", "is --output_dir itself"),
+        )
+    ),
 ]
 
 
@@ -549,3 +563,19 @@ def test_public_and_changed_settings() -> None:
     given = config(seed=3)
     assert public_settings(given).keys() == KINDS.keys() - {"hub_token"}
     assert changed_settings(given) == MINIMAL | {"seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("output_dir", "logging_dir", "pattern"),
+    [
+        ("s3://bucket/run", "./tracks/../logs/", "logs/*"),
+        ("s3://bucket/run", "..logs", "..logs/*"),
+        ("run", "/data/logs", "/data/logs/*"),  # on a disk they may be anywhere
+        ("run", "../logs", "../logs/*"),
+    ],
+)
+def test_folders_for_logs(output_dir: str, logging_dir: str, pattern: str) -> None:
+    config = TrainConfig(
+        pretrained_model_name_or_path="a/b", train_data_dir="d", output_dir=output_dir, logging_dir=logging_dir
+    )
+    assert config.logging_pattern == pattern

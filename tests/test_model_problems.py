@@ -249,6 +249,54 @@ def test_vaes(tiny_base: Path, tiny_xl_base: Path, tmp_path: Path) -> None:
     assert found(vae) == ["it has no weights (.safetensors)"]
 
 
+OTHER_LATENTS = [
+    ({"scaling_factor": 0.13025}, "scaling_factor 0.13025, the base model's own VAE scaling_factor 0.18215"),
+    ({"shift_factor": 0.1159}, "shift_factor 0.1159, the base model's own VAE shift_factor 0"),
+    (
+        {"block_out_channels": [4, 4, 8]},
+        "one latent for 4 x 4 pixels, the base model's own VAE one latent for 8 x 8 pixels",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changed", "message"), OTHER_LATENTS)
+def test_vaes_with_other_latents(
+    changed: dict[str, Any], message: str, tiny_base: Path, hub: HubStandIn, tmp_path: Path
+) -> None:
+    """With as many channels they would be trained on: for a base in a folder, on the Hub and as a single file."""
+    flag = "pretrained_vae_model_name_or_path"
+    vae, base = shutil.copytree(tiny_base / "vae", tmp_path / "vae"), shutil.copytree(tiny_base, tmp_path / "base")
+    upload(hub, base)
+    single = {"base_config": str(base)}
+    file = write_single_file(tiny_base, tmp_path / "base.safetensors")
+
+    def found() -> list[str]:
+        cache = tmp_path / f"cache{len(list(tmp_path.glob('cache*')))}"
+        bases: tuple[tuple[str, dict[str, str]], ...] = (
+            (str(base), {}),
+            (BASE, {"cache_dir": str(cache)}),
+            (str(file), single),
+        )
+        models = [ModelConfig(pretrained_model_name_or_path=name, **{flag: str(vae)}, **more) for name, more in bases]
+        cache.mkdir()
+        return [problem for model in models for problem in model_problems(model, TOKEN)]
+
+    assert found() == []
+    for name in changed.keys() & {"scaling_factor", "shift_factor"}:  # a configuration that does not say
+        config = json.loads((base / "vae" / "config.json").read_text())
+        config.pop(name)
+        (base / "vae" / "config.json").write_text(json.dumps(config))
+    upload(hub, base)
+    assert found() == []
+    change(vae / "config.json", **changed)
+    wrong = f"--{flag}={vae}: it has {message}; name a VAE of the base model's family"
+    assert found() == [wrong] * 3
+    assert len(wrong) - len(str(vae)) <= LONGEST_LINE
+    shutil.rmtree(base / "vae")  # of which nothing is known then: one more reason to name a VAE
+    model = ModelConfig(pretrained_model_name_or_path=str(base), **{flag: str(vae)})
+    assert [problem for problem in model_problems(model, TOKEN) if flag in problem] == []
+
+
 def test_sizes_for_a_base_that_knows_none(tiny_settings: dict[str, Any], tiny_xl_base: Path) -> None:
     given = {"size_conditioning": "real", "crops_coords_top_left_w": 8}
     with pytest.raises(ConfigError) as error:
@@ -284,14 +332,26 @@ def test_the_commands_refuse(base: Path, tiny_settings: dict[str, Any]) -> None:
 
 
 def test_xformers_without_a_gpu_is_told_at_once(tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once: on the CPU nothing is gained by its package, whose lack is told where there is a GPU, or may be."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     flag = "enable_xformers_memory_efficient_attention"
-    with pytest.raises(ConfigError) as error:
-        check(TrainConfig(**(tiny_settings | {flag: True})), RunFolder(tiny_settings["output_dir"]))
-    assert error.value.problems == (
-        f"--{flag}: xformers is not installed; run pip install 'raycontrolnet[xformers]'",
+
+    def found(**settings: Any) -> tuple[str, ...]:
+        with pytest.raises(ConfigError) as error:
+            check(TrainConfig(**tiny_settings | settings), RunFolder(tiny_settings["output_dir"]))
+        return error.value.problems
+
+    no_gpu, no_package = (
         f"--{flag}: needs a GPU; leave it out on the CPU",
+        f"--{flag}: xformers is not installed; run pip install 'raycontrolnet[xformers]'",
     )
+    assert found(**{flag: True}) == (no_gpu,)
+    half = "--mixed_precision=fp16: needs a GPU; use bf16 or no on the CPU"
+    adam = "--use_8bit_adam: bitsandbytes is not installed; run pip install 'raycontrolnet[8bit]'"
+    both = found(**{flag: True}, mixed_precision="fp16", use_8bit_adam=True)
+    assert sorted(both) == sorted((no_gpu, half, adam))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert found(**{flag: True}, use_gpu=True) == (no_package,)
 
 
 # --- files, and names of files ---

@@ -8,6 +8,8 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,11 @@ from raycontrolnet.sampling import find_controlnet
 from raycontrolnet.storage import store_lock
 from raycontrolnet.storage.lock import Owner, content_of
 from raycontrolnet.storage.object_store import ObjectStore
-from raycontrolnet.storage.run_folder import folder_of
-from raycontrolnet.storage.store_lock import store_locked
+from raycontrolnet.storage.run_folder import RunFolder, folder_of
+from raycontrolnet.storage.store_lock import StoreLock, store_locked
 from raycontrolnet.storage.stored_folder import StoredFolder
+from raycontrolnet.training.job import STOP_FILE
+from raycontrolnet.training.store_sync import aborted_if_lost
 
 __all__ = ["elsewhere", "s3", "use_s3"]  # fixtures
 
@@ -219,6 +223,62 @@ def test_one_run_at_a_time(use_s3: S3Server, run_settings: Settings, monkeypatch
     use_s3.write("locked/.lock.json", content_of(dead, 3).encode())
     fit(TrainConfig(**settings))
     assert not [name for name in use_s3.names("locked/") if name.endswith(".lock.json")]
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("saves", [False, True])
+def test_another_run_takes_the_folder_over(
+    saves: bool, use_s3: S3Server, run_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a cut of the network: the run ends, says who has it, and leaves what is there, while it saves too."""
+    name = f"taken-{saves}"
+    place = f"s3://{BUCKET}/{name}"
+    monkeypatch.setattr(StoreLock, "interval_s", 0.2)
+    other = Owner(host="node-7", machine="another one", pid=12)
+    working, left = StoredFolder(place).path, []
+
+    def take_over() -> None:
+        while not (working / STOP_FILE).exists():
+            use_s3.write(f"{name}/.lock.json", content_of(other, 3).encode())  # a beat under way may write once more
+            time.sleep(0.1)
+        time.sleep(1.0)  # for what was on its way
+        left.append(sorted((key, use_s3.read(key)) for key in use_s3.names(f"{name}/")))
+
+    settings = run_settings | {"output_dir": place, "max_train_steps": 900, "checkpoints_total_limit": 1}
+    settings["checkpointing_steps"] = 1 if saves else 900
+    metrics = working / "metrics.jsonl"
+    with when(lambda: metrics.exists() and metrics.read_text().count("\n") > 2, take_over) as done:  # noqa: SIM117
+        with pytest.raises(RunError) as error:
+            fit(TrainConfig(**settings))
+    assert done == [True]
+    assert str(error.value) == (
+        f"--output_dir={place}: another run has taken the folder over: process 12 on node-7; this one has ended, and "
+        "writes nothing there any more. Leave it to that one, or name another --output_dir"
+    )
+    assert sorted((key, use_s3.read(key)) for key in use_s3.names(f"{name}/")) == left[0]
+    assert dict(left[0])[f"{name}/.lock.json"].startswith(b'{"host": "node-7"')
+    assert f"{name}/{WEIGHTS}" not in dict(left[0])
+
+
+def test_workers_elsewhere_are_ended(use_s3: S3Server) -> None:
+    """Workers on Ray have the folder by means of their own."""
+    aborted = threading.Event()
+    folder = StoredFolder(f"s3://{BUCKET}/workers-elsewhere")
+    with aborted_if_lost(folder, aborted.set):
+        assert not aborted.wait(1.5)
+        folder.store.close("taken")
+        assert aborted.wait(10)
+    for write in (
+        lambda: folder.store.write("a", b""),
+        lambda: folder.store.upload(Path(__file__), "a"),
+        lambda: folder.store.delete(["a"]),
+        lambda: folder.store.delete_folder("a"),
+    ):
+        with pytest.raises(OSError, match="taken"):
+            write()
+    assert not use_s3.names("workers-elsewhere")
+    with aborted_if_lost(RunFolder("/a/disk"), pytest.fail):
+        pass
 
 
 @pytest.mark.usefixtures("elsewhere")

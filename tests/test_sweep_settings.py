@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from single_files import write_single_file
 
 from raycontrolnet import SweepConfig, TrainConfig, cli
 from raycontrolnet.cluster.nodes import HEAD, ClusterNodes, nodes_that_may_come
@@ -14,6 +18,10 @@ from raycontrolnet.config.settings import ClusterConfig
 from raycontrolnet.config.sweep_config import OBJECTIVES, SweepSettings
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.tune.concurrency import TrialSlots, trial_slots
+from raycontrolnet.tune.lease import SweepLease
+from raycontrolnet.tune.plan import SweepPlan, plan_sweep
+from raycontrolnet.tune.records import TrialRecord
+from raycontrolnet.tune.trial import Shared
 
 TRAIN: dict[str, Any] = {"pretrained_model_name_or_path": "base", "train_data_dir": "data"}
 CPUS = {"CPU": 64}
@@ -210,3 +218,36 @@ def test_of_many_types_come_those_that_serve_best(
     }
     bootstrap_config.write_text(yaml.safe_dump({"max_workers": 4, "available_node_types": types}))
     assert nodes_that_may_come(ClusterConfig(**settings), [{"CPU": 4.0, HEAD: 1.0}, *up]) == expected
+
+
+def test_a_configuration_of_single_files_beside_folders(
+    sweep_settings: dict[str, Any], tiny_base: Path, tmp_path: Path
+) -> None:
+    """--base_config is for the trials with the file, where it is checked, used and written down; not for the others."""
+    file = write_single_file(tiny_base, tmp_path / "base.safetensors")
+    shared = TrainConfig(**sweep_settings | {"latents_cache_dir": None, "base_config": str(tiny_base)})
+
+    def planned(train: TrainConfig, *bases: Path) -> SweepPlan:
+        space = {"pretrained_model_name_or_path": {"grid": [str(base) for base in bases]}}
+        settings: dict[str, Any] = {"num_samples": 1, "allow_new_caches": True, "scheduler": "none"}
+        return plan_sweep(SweepConfig(train=train, space=space, **settings), io.StringIO())
+
+    for bases in ((tiny_base, file), (file, tiny_base)):
+        plan = planned(shared, *bases)
+        assert plan.facts()["settings"]["base_config"] == str(tiny_base)  # by which the sweep is resumed
+        trials: Any = Shared(SweepLease(plan.folder, "id"), plan.runs, slots=None, retries=0)  # type: ignore[arg-type]
+        for base in bases:
+            record = TrialRecord(0, {"pretrained_model_name_or_path": str(base)})
+            expected = str(tiny_base) if base == file else None
+            assert plan.config_of(record).base_config == expected
+            assert trials.run_of(record).config.base_config == expected
+    other = Path(shutil.copytree(tiny_base, tmp_path / "other"))
+    with pytest.raises(ConfigError) as error:
+        planned(shared, tiny_base, other)
+    (problem,) = error.value.problems
+    assert problem == f"--base_config={tiny_base}: is for a base model that is a single file; leave it out"
+    with pytest.raises(ConfigError) as error:
+        planned(replace(shared, base_config=str(tmp_path / "gone")), tiny_base, file)
+    assert error.value.problems == (
+        f"--base_config={tmp_path / 'gone'}: no such folder, and not the form of a Hub id (owner/name)",
+    )

@@ -18,12 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from raycontrolnet.data.metadata_file import CONDITION_JOURNAL
 from raycontrolnet.errors import RunError
 from raycontrolnet.storage.folder import CacheFolder
 
 CONDITIONING = "conditioning"
 METADATA = "metadata.jsonl"
-JOURNAL = ".condition.jsonl"
 BAD_PICTURES_FILE = "condition.bad_pictures.txt"
 ELSEWHERE = "elsewhere"
 """Folder for the conditioning images of pictures outside the pictures' folder."""
@@ -87,7 +87,7 @@ class ConditionFolder:
         lines = [_line(metadata=digest) for digest in sorted(self._metadata_hashes)]
         lines += [_line(name=name, key=made.key, num_bytes=made.num_bytes) for name, made in self.made.items()]
         with self._writing():
-            CacheFolder(str(self.path)).write(JOURNAL, "".join(lines).encode())
+            CacheFolder(str(self.path)).write(CONDITION_JOURNAL, "".join(lines).encode())
             if any((self.conditioning / name).exists() for name in names):
                 self.metadata.unlink(missing_ok=True)
 
@@ -143,12 +143,12 @@ class ConditionFolder:
             raise RunError(f"{self.path} cannot be written to: {error.strerror or error}") from error
 
     def _append(self, lines: str) -> None:
-        with (self.path / JOURNAL).open("a", encoding="utf-8") as file:
+        with (self.path / CONDITION_JOURNAL).open("a", encoding="utf-8") as file:
             file.write("\n" + lines)  # the journal may end in half a line
 
     def _read(self) -> None:
         try:
-            lines = (self.path / JOURNAL).read_bytes().splitlines()
+            lines = (self.path / CONDITION_JOURNAL).read_bytes().splitlines()
         except OSError:
             return
         for line in lines:

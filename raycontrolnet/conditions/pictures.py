@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raycontrolnet.conditions.folder import CONDITIONING, JOURNAL, ConditionFolder
+from raycontrolnet.conditions.folder import CONDITIONING, ConditionFolder
 from raycontrolnet.config.condition_config import PicturesConfig
 from raycontrolnet.data.columns import find_column, read_captions
-from raycontrolnet.data.metadata_file import METADATA_FILES, metadata_rows, read_path
+from raycontrolnet.data.metadata_file import CONDITION_JOURNAL, METADATA_FILES, metadata_rows, read_path
 from raycontrolnet.errors import DataError
 from raycontrolnet.text import shorten
 
@@ -99,7 +99,7 @@ def _search(folder: Path, left_out: Path) -> Iterator[str]:
             for name in sorted(folders)
             if not name.startswith(".")
             and Path(place, name) != left_out
-            and not (name == CONDITIONING and JOURNAL in files)
+            and not (name == CONDITIONING and CONDITION_JOURNAL in files)
         ]
         for name in files:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:  # noqa: PTH122 (fast)

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import tempfile
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,23 @@ def collected(problems: list[str]) -> Iterator[None]:
     """Add the error of a check to `problems` instead of raising it, so that the next checks run too."""
     try:
         yield
+    except ConfigError as error:
+        problems += error.problems
     except UserError as error:
         problems.append(str(error))
 
 
-def missing_extras(config: OptimConfig | StepConfig) -> Iterator[str]:
-    """Yield a problem for each setting that needs an optional package that is not installed."""
+def missing_extras(config: OptimConfig | StepConfig, problems: Iterable[str] = ()) -> Iterator[str]:
+    """Yield a problem for each setting that needs an optional package that is not installed.
+
+    Args:
+        config: the settings.
+        problems: those found before; a setting that has one there needs no package for now.
+    """
+    found = tuple(problems)
     for name in facts_of(type(config)):
-        if problem := package_problem(name, getattr(config, name)):
+        problem = package_problem(name, getattr(config, name))
+        if problem and not any(other.startswith((f"--{name}:", f"--{name}=")) for other in found):
             yield problem
 
 

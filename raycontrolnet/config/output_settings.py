@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from raycontrolnet.config.declare import setting
 from raycontrolnet.config.rules import (
@@ -17,6 +19,7 @@ from raycontrolnet.config.rules import (
     problem_of,
     secret_problems,
 )
+from raycontrolnet.storage.uri import is_uri, shown_uri
 
 # Reasons why all trials of a sweep share a value
 METRICS = "decides where metrics go, not what is learned"
@@ -75,6 +78,8 @@ class OutputConfig:
         yield from at_least(self, 1, "checkpointing_steps", "checkpoints_total_limit")
         yield from folder_problems(self, "output_dir", or_uri=True)
         yield from secret_problems(self, "resume_from_checkpoint")
+        if problem := self._logging_dir_problem():
+            yield f"--logging_dir={shown_uri(self.logging_dir)}: {problem}; name a folder in it, such as logs"
         yield from one_of(self, "save_precision", SAVE_PRECISIONS)
         if self.save_name is not None and (problem := _name_problem(self.save_name)):
             yield f"--save_name={self.save_name[:LONGEST_SAVE_NAME]}: {problem}"
@@ -83,6 +88,21 @@ class OutputConfig:
             yield problem_of(
                 self, "report_to", f"must be one of {', '.join(TRACKERS)}, all, none, or several with commas"
             )
+
+    def _logging_dir_problem(self) -> str | None:
+        """Return why trackers' files would not be where they can be found; None if they will be."""
+        if "://" in self.logging_dir:
+            return "must be a folder in --output_dir, not a URI"
+        inside = self.logging_pattern.removesuffix("/*")
+        if is_uri(self.output_dir) and (inside in (".", "..") or inside.startswith(("/", "../"))):
+            where = "is --output_dir itself" if inside == "." else "is not in --output_dir"
+            return f"{where}, a folder of an object store, and its files would not be sent there"
+        return None
+
+    @property
+    def logging_pattern(self) -> str:
+        """Pattern of the names of the trackers' files in output_dir."""
+        return f"{posixpath.normpath(Path(self.logging_dir).as_posix())}/*"
 
     @property
     def single_file(self) -> str | None:

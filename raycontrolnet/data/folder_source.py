@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.data.columns import Columns, find_columns, read_captions
-from raycontrolnet.data.metadata_file import METADATA_FILES, metadata_rows, read_path
+from raycontrolnet.data.metadata_file import METADATA_FILES, metadata_rows, read_path, written_by_condition
 from raycontrolnet.data.paths import (
     Root,
     file_bytes,
@@ -149,7 +149,8 @@ def open_folder(folder: AnyPath, data: DataConfig) -> FolderSource:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error_message(error)})") from None
     source = folder_source(path.parent, str(path), table, content_hash, bad_rows)
-    if outside := source.paths_outside():
+    # `raycontrolnet condition` names the pictures where they are, by our own doing.
+    if (outside := source.paths_outside()) and not written_by_condition(path):
         logger.warning(
             "%s: %s of its images lie outside of its folder, as %s; they are read there",
             path,

@@ -17,10 +17,13 @@ from typing import Any
 from raycontrolnet.data.columns import kind_name
 from raycontrolnet.data.remote_path import AnyPath
 from raycontrolnet.errors import DataError
+from raycontrolnet.storage.files import sha256_of
 from raycontrolnet.text import error_message
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "prompt.json", "train.jsonl")
 """Names in the order of the search: image folders; the original ControlNet layout; the fill50k repository."""
+CONDITION_JOURNAL = ".condition.jsonl"
+"""Journal that `raycontrolnet condition` leaves beside the metadata file that it wrote, whose hash it holds."""
 
 Row = dict[str, Any] | ValueError
 """Content of a row, or what is wrong with it."""
@@ -45,6 +48,15 @@ def metadata_rows(path: AnyPath) -> Iterator[tuple[int, Row]]:
     if path.suffix == ".parquet":
         return _parquet_rows(path)
     return _json_rows(path)
+
+
+def written_by_condition(path: AnyPath) -> bool:
+    """Check that `raycontrolnet condition` wrote the metadata file at `path`, and nobody has changed it since."""
+    try:
+        journal = Path(str(path.parent), CONDITION_JOURNAL).read_text(encoding="utf-8", errors="replace")
+        return sha256_of(Path(str(path.parent)), [path.name])[path.name] in journal
+    except OSError:
+        return False
 
 
 def read_path(row: dict[str, Any], column: str) -> str:

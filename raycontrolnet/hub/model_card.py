@@ -7,18 +7,22 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raycontrolnet.config.output_settings import SAFETENSORS
 from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.config.train_config import names_with
 from raycontrolnet.hub.licence import Licence, is_hub_id
 from raycontrolnet.model.base_family import family_of_saved
+from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.single_file import is_single_file
 from raycontrolnet.sampling.images import PairImages
 from raycontrolnet.storage.files import replacing
 from raycontrolnet.storage.uri import is_uri, shown_uri
 from raycontrolnet.training import validation
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
@@ -64,39 +68,20 @@ def write_model_card(
     Returns:
         The path of README.md.
     """
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCard
 
     output_dir, licence = Path(output_dir), licence or Licence()
-    base, data = settings["pretrained_model_name_or_path"], settings.get("dataset_name", "")
-    vae = settings.get("pretrained_vae_model_name_or_path")
-    dataset, family = data if is_hub_id(data) else None, family_of_saved(output_dir)
-    metadata = ModelCardData(
-        **licence.metadata(),
-        library_name="diffusers",
-        base_model=base if is_hub_id(base) else None,  # the Hub refuses a card that names a local folder
-        datasets=[dataset] if dataset else None,
-        tags=[*family.tags, *TAGS],
-        inference=True,
-    )
+    family = family_of_saved(output_dir)
     shown = {name: value for name, value in settings.items() if name not in names_with("left_out_of_card")}
     card = ModelCard.from_template(
-        metadata,
+        _metadata(settings, licence, family),
         template_path=str(TEMPLATE),
         name=repo_id or title or (place or str(output_dir.resolve())).rpartition("/")[2],
-        base=_link(base),
-        data=_link(dataset, "datasets/") if dataset else _folder(data or settings["train_data_dir"]),
+        base=_link(settings["pretrained_model_name_or_path"]),
+        data=_data(settings),
         examples=_copy_examples(output_dir, facts.get("step")),
-        controlnet_path=repo_id or place or str(output_dir),
-        base_path=base if repo_id is None else _without_folders(base),
-        vae_path=vae if vae is None or repo_id is None else _without_folders(vae),
-        family=family,
         single_file=f"{settings['save_name']}{SAFETENSORS}" if settings.get("save_name") else None,
-        base_loader="from_single_file" if is_single_file(base) else "from_pretrained",
-        load_options={
-            option: settings[name] if repo_id is None else _without_folders(settings[name])
-            for name, option in LOAD_OPTIONS.items()
-            if settings.get(name)
-        },
+        **_loading(settings, family, repo_id, place or str(output_dir)),
         resolution=settings.get("resolution", DataConfig.resolution),
         figures={title: facts[name] for name, title in FIGURES.items() if facts.get(name) is not None},
         control_gap=facts.get("control_gap"),
@@ -111,6 +96,51 @@ def write_model_card(
     with replacing(output_dir / "README.md") as partial:
         card.save(partial)
     return output_dir / "README.md"
+
+
+def _metadata(settings: Mapping[str, Any], licence: Licence, family: Family) -> ModelCardData:
+    """Return the card's head, which the Hub reads."""
+    from huggingface_hub import ModelCardData
+
+    base, dataset = settings["pretrained_model_name_or_path"], _dataset(settings)
+    return ModelCardData(
+        **licence.metadata(),
+        library_name="diffusers",
+        base_model=base if is_hub_id(base) else None,  # the Hub refuses a card that names a local folder
+        datasets=[dataset] if dataset else None,
+        tags=[*family.tags, *TAGS],
+        inference=True,
+    )
+
+
+def _dataset(settings: Mapping[str, Any]) -> str | None:
+    """Return the data set's id on the Hub; None if it is not there."""
+    name = settings.get("dataset_name", "")
+    return name if is_hub_id(name) else None
+
+
+def _data(settings: Mapping[str, Any]) -> str:
+    """Return the data as the text names them."""
+    if dataset := _dataset(settings):
+        return _link(dataset, "datasets/")
+    return _folder(settings.get("dataset_name", "") or settings["train_data_dir"])
+
+
+def _loading(settings: Mapping[str, Any], family: Family, repo_id: str | None, place: str) -> dict[str, Any]:
+    """Return the values of the code that loads the models; in a repository it names no folders of this machine."""
+
+    def named(value: Any) -> Any:
+        return value if repo_id is None else _without_folders(value)
+
+    base, vae = settings["pretrained_model_name_or_path"], settings.get("pretrained_vae_model_name_or_path")
+    return {
+        "controlnet_path": repo_id or place,
+        "base_path": named(base),
+        "vae_path": named(vae),
+        "family": family,
+        "base_loader": "from_single_file" if is_single_file(base) else "from_pretrained",
+        "load_options": {option: named(settings[name]) for name, option in LOAD_OPTIONS.items() if settings.get(name)},
+    }
 
 
 def _copy_examples(output_dir: Path, last_step: int | None) -> list[PairImages]:

@@ -76,7 +76,7 @@ def check(config: CheckConfig, stream: TextIO | None = None) -> Prediction:
     schedule = Schedule.of(train, min(rows, train.max_train_samples or rows), train.most_workers)
     cached = wants_latents(train, schedule)
     vae = _vae_files(train, token)
-    base = base_files(train, token, f"{family.denoiser}/config.json", from_cache=True)
+    base = base_files(train, token, (f"{family.denoiser}/config.json",), from_cache=True)
     dtype, device = working_precision(train.mixed_precision), Device.of(config)
     with shaped(family, base, train, vae=vae, dtype=dtype) as components:
         prediction = predict(components, train, cached=cached)
@@ -100,7 +100,7 @@ def _vae_files(train: TrainConfig, token: str | None) -> ModelFiles | None:
     if name is None:
         return None
     model = replace(train, pretrained_model_name_or_path=name, base_config=None)
-    return base_files(model, token, "config.json", from_cache=True)
+    return base_files(model, token, ("config.json",), from_cache=True)
 
 
 def _advice(prediction: Prediction, checkpointed: Prediction, train: TrainConfig, device_bytes: float) -> str:

@@ -39,6 +39,7 @@ from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.resume import resolve
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training import validation
+from raycontrolnet.training.named_files import named_file_problems
 from raycontrolnet.training.room import check_room
 from raycontrolnet.training.schedule import Schedule
 from raycontrolnet.training.trackers import check_trackers
@@ -53,17 +54,18 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
         ConfigError: with the problems of settings, model folders, output folder, validation images and data together.
     """
     problems = check_trackers(config)
-    problems += missing_extras(config)
     token, elsewhere = find_token(config.hub_token), not config.in_this_process and on_a_cluster(config.address)
     problems += model_problems(config, token, elsewhere=elsewhere)
     if not elsewhere:
         with collected(problems):
             check_device(config.use_gpu, config, has_gpu=torch.cuda.is_available())
+    problems += missing_extras(config, problems)
     problems += push.check_push(config, folder.shown)
     if problem := unwritable(folder.path, "output_dir"):
         problems.append(problem)
     else:
         checkpoints.remove_leftovers(folder.path)
+    problems += named_file_problems(config, folder)
     start, source = None, None
     with collected(problems):
         start = resolve(config.resume_from_checkpoint, folder)

@@ -25,7 +25,7 @@ from raycontrolnet.training.failures import read_failure, read_hang
 from raycontrolnet.training.job import RUN_LOG, Job, RunCallback, RunStopped, ask_to_stop, begin, end
 from raycontrolnet.training.schedule import due_steps, warmup_warning
 from raycontrolnet.training.status import RunStatus
-from raycontrolnet.training.store_sync import DRIVERS, records_fetched
+from raycontrolnet.training.store_sync import DRIVERS, aborted_if_lost, records_fetched
 from raycontrolnet.version import __version__
 
 if TYPE_CHECKING:
@@ -119,7 +119,8 @@ def train_on_ray(
     with _running(run, job, status, stream, callback):
         limit_s = run.config.wait_timeout_s
         waiting = waiting_for_workers(trainer.is_waiting, trainer.abort, resources, limit_s, stream)
-        with records_fetched(run.folder), _followed(run, trainer, callback), waiting:
+        lost = aborted_if_lost(run.folder, trainer.abort)
+        with records_fetched(run.folder), _followed(run, trainer, callback), waiting, lost:
             summary = trainer.fit_or_abort(run.config.max_failures).return_value
         if failure := read_failure(run.output_dir):
             raise failure
@@ -148,6 +149,7 @@ def _running(
                 stream,
                 scored=config.control_fidelity is not None,
                 validation_steps=config.validation_steps if validates else None,
+                num_images=len(job.validation_items),
             )
         )
     )

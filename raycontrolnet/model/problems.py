@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from raycontrolnet.model.files import (
 )
 from raycontrolnet.model.loading import BASE, VAE
 from raycontrolnet.model.paths import CONTROLNET, kind_problem, model_path_problem
-from raycontrolnet.model.single_file import BASE_CONFIG, NotABase, is_single_file
+from raycontrolnet.model.single_file import BASE_CONFIG, NotABase, base_files, is_single_file
 from raycontrolnet.model.single_file_problems import single_file_config
 from raycontrolnet.text import error_message
 
@@ -31,6 +32,9 @@ TOKENIZER = "tokenizer_name"
 MAIN_FILES = {VAE: "config.json", CONTROLNET: "config.json", TOKENIZER: "tokenizer_config.json"}
 """Setting -> a file that its model has, for models besides the base whose files are looked at."""
 VAE_CLASSES = ("AutoencoderKL",)
+BASE_VAE_CONFIG = "vae/config.json"
+ORIGINAL_SCALING_FACTOR = 0.18215
+"""diffusers' value for a VAE whose configuration has none: the first ones were written without."""
 
 
 class _Unsuitable(Exception):
@@ -68,7 +72,48 @@ def model_problems(
     family = family_of(base) or families()[0]
     if None not in (channels, taken := family.latent_channels(base)) and channels != taken:
         problem = f"its latents have {channels} channels, the base model's {family.denoiser_title} takes {taken}"
-        yield f"--{VAE}={model.pretrained_vae_model_name_or_path}: {problem}; name a VAE of the base model's family"
+        yield _other_vae(model, problem)
+    elif base and configs.get(VAE) and (problem := vae_mismatch(configs[VAE], _own_vae(model, token))):
+        yield _other_vae(model, problem)
+
+
+def _other_vae(model: ModelConfig, problem: str) -> str:
+    return f"--{VAE}={model.pretrained_vae_model_name_or_path}: {problem}; name a VAE of the base model's family"
+
+
+def _own_vae(model: ModelConfig, token: str | None) -> dict[str, Any]:
+    """Return the configuration of the base model's own VAE; empty if it has none, or it cannot be had now."""
+    with suppress(NotABase, NotKnown, NotThere, OSError):
+        return base_files(model, token, (BASE_VAE_CONFIG,), from_cache=True).read_json(BASE_VAE_CONFIG)
+    return {}
+
+
+def vae_mismatch(vae: Mapping[str, Any], own: Mapping[str, Any]) -> str | None:
+    """Return why a VAE's latents are not those of the base model's own, by their configurations; None if they may be.
+
+    Shapes may agree all the same, and training would go on with latents that the base model does not know.
+    """
+    for name, titled in (
+        ("pixels", "one latent for {:g} x {:g} pixels"), ("scaling_factor", "scaling_factor {:g}"),
+        ("shift_factor", "shift_factor {:g}"),
+    ):  # fmt: skip
+        one, other = (_latents_of(config).get(name) for config in (vae, own))
+        if None not in (one, other) and one != other:
+            given, wanted = (titled.format(value, value) for value in (one, other))
+            return f"it has {given}, the base model's own VAE {wanted}"
+    return None
+
+
+def _latents_of(config: Mapping[str, Any]) -> dict[str, float]:
+    """Return the figures of a VAE's latents; empty if its configuration is not known."""
+    if not config:
+        return {}
+    blocks = config.get("block_out_channels")
+    return {
+        "scaling_factor": config.get("scaling_factor") or ORIGINAL_SCALING_FACTOR,
+        "shift_factor": config.get("shift_factor") or 0.0,
+        **({"pixels": 2 ** (len(blocks) - 1)} if blocks else {}),
+    }
 
 
 def model_files(model: ModelConfig) -> Iterator[SharedFiles]:

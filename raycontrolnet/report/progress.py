@@ -39,6 +39,7 @@ class Progress:
     Args:
         scored: show the scores of validation images too.
         validation_steps: updates between two validations; None without any.
+        num_images: images that a validation draws.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Progress:
         *,
         scored: bool = False,
         validation_steps: int | None = None,
+        num_images: int = 0,
     ):
         self.output_dir = output_dir
         self.total_steps = total_steps
@@ -60,6 +62,10 @@ class Progress:
         self._left_out = metrics.Tail(output_dir / metrics.LEFT_OUT_FILE)
         self._measured = first_step
         self._validation_steps = validation_steps
+        self._num_images = num_images
+        self._validated = 0.0
+        """Part of the current validation that is done; 0 at other times."""
+        self._step_at = (first_step, time.monotonic())
         self._scored = scored
         self._scores_at = time.monotonic()
         self._seen = self._finished() if scored else {}
@@ -74,7 +80,25 @@ class Progress:
             self._show_scores()
         step = self._updates[-1]["step"] if self._updates else self.first_step
         if step or self.status.live:
-            self.status.show(self.line(), step, last=last)
+            if line := None if last else self._validating(step):
+                self.status.show(line, step + self._validated)
+            else:
+                self.status.show(self.line(), step, last=last)
+
+    def _validating(self, step: int) -> str | None:
+        """Return the line while the images of `step` are drawn, for which training may wait; None at other times."""
+        if step != self._step_at[0]:
+            self._step_at = (step, time.monotonic())
+        self._validated, folder = 0.0, validation.step_folder(self.output_dir, step)
+        if not (self._updates and self._num_images and self._validation_steps):
+            return None
+        if step not in due_steps(self._validation_steps, step, self.total_steps) or (folder / METADATA).exists():
+            return None
+        num_drawn = len(list(folder.glob(images.FILES)))
+        self._validated = (num_drawn + 0.5) / (self._num_images + 1)
+        drawn = f"image {num_drawn}/{self._num_images}, " if num_drawn else ""
+        loss, seconds = self._updates[-1]["loss"], time.monotonic() - self._step_at[1]
+        return f"step {step}/{self.total_steps} | loss {loss:.4f} | validating, {drawn}{seconds:.0f} s"
 
     def line(self) -> str:
         """Return the line as it stands."""

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from raycontrolnet.model.components import Components
 
 METADATA = "metadata.jsonl"
+FILES = "pair-*-image-*.png"
 CONTROL_ENDING, GRID_ENDING = "-control.png", "-grid.png"
 
 

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -37,6 +37,19 @@ class ObjectStore:
     """
 
     uri: str
+    _closed: list[str] = field(default_factory=list, compare=False, repr=False)
+
+    def close(self, reason: str) -> None:
+        """Write and delete nothing from now on, in this process: each try raises OSError with the reason."""
+        self._closed.append(reason)
+
+    @property
+    def is_closed(self) -> bool:
+        return bool(self._closed)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise OSError(self._closed[0])
 
     @property
     def shown(self) -> str:
@@ -88,6 +101,7 @@ class ObjectStore:
             with system.open_output_stream(f"{root}/{name}") as file:
                 file.write(content)
 
+        self._check_open()
         reached(write, _waits(tries))
 
     def upload(self, file: Path, name: str, tries: int | None = None) -> None:
@@ -98,6 +112,7 @@ class ObjectStore:
             with file.open("rb") as read, system.open_output_stream(f"{root}/{name}") as written:
                 shutil.copyfileobj(read, written, BLOCK_BYTES)
 
+        self._check_open()
         reached(upload, _waits(tries))
 
     def download(self, name: str, file: Path) -> None:
@@ -128,6 +143,7 @@ class ObjectStore:
                 system.delete_file(f"{root}/{name}")
 
         for name in names:
+            self._check_open()
             reached(lambda name=name: delete(name), RUN_WAITS_S)  # type: ignore[misc]
 
     def delete_folder(self, name: str) -> None:
@@ -138,6 +154,7 @@ class ObjectStore:
             with suppress(FileNotFoundError):
                 system.delete_dir(f"{root}/{name}".rstrip("/"))
 
+        self._check_open()
         reached(delete, RUN_WAITS_S)
 
     def delete_if_empty(self) -> None:

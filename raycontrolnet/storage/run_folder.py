@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -35,6 +36,11 @@ class RunFolder:
     @property
     def is_stored(self) -> bool:
         """True if the folder is one of an object store."""
+        return False
+
+    @property
+    def is_lost(self) -> bool:
+        """True if another run has taken a folder in an object store over: nothing is written there any more."""
         return False
 
     @property
@@ -94,6 +100,13 @@ class RunFolder:
     def prune(self, limit: int | None) -> None:
         """Delete all but the `limit` checkpoints written last. Call it only when the newest is complete."""
         checkpoints.prune(self.path, limit)
+
+    def state_of(self, name: str) -> list[int] | None:
+        """Return size and time of a file, in an object store that of the store; None if there is none."""
+        with suppress(FileNotFoundError):
+            found = (self.path / name).stat()
+            return [found.st_size, found.st_mtime_ns]
+        return None
 
     def push(self, *patterns: str, tries: int | None = None) -> None:
         """Send the files to the store that match one of `patterns` and have changed since; `*` matches `/` too."""

@@ -26,15 +26,19 @@ class StoreLock:
 
     def __init__(self, store: ObjectStore, owner: Owner):
         self._store, self._owner, self._beat = store, owner, 0
+        self.lost_to: Owner | None = None
+        """The run that has taken the folder over, from one whose signs of life did not arrive."""
 
     def beat(self) -> None:
-        """Give a sign of life."""
+        """Give a sign of life; close the store for this process if another run has taken the folder over."""
         found = _read(self._store)
         if found and found.token == self._owner.token:
             self._beat += 1
             self._store.write(LOCK_FILE, content_of(self._owner, self._beat).encode(), tries=1)
-        elif found:
-            logger.error("%s: process %d on %s writes there as well: end one", self._store.shown, found.pid, found.host)
+        elif found and self.lost_to is None:
+            self.lost_to = found
+            self._store.close(f"process {found.pid} on {found.host} has taken the folder over")
+            logger.error("%s: process %d on %s has taken the folder over", self._store.shown, found.pid, found.host)
 
     def release(self) -> None:
         """Remove the object, if it is still this process's."""

@@ -63,6 +63,10 @@ class StoredFolder(RunFolder):
         return True
 
     @property
+    def is_lost(self) -> bool:
+        return self.store.is_closed
+
+    @property
     def parent(self) -> str:
         return split_uri(self.place)[0]
 
@@ -159,6 +163,10 @@ class StoredFolder(RunFolder):
             # The manifest at first: a deletion that is cut short leaves no checkpoint.
             self.store.delete([f"{name}/{MANIFEST_FILE}"])
             self.store.delete_folder(name)
+
+    def state_of(self, name: str) -> list[int] | None:
+        found = self.store.find([name]).get(name)
+        return list(found) if found else None
 
     def push(self, *patterns: str, tries: int | None = None) -> None:
         def send(name: str) -> None:

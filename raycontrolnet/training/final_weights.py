@@ -17,8 +17,10 @@ from raycontrolnet.model.components import load_controlnet
 from raycontrolnet.model.families.registry import family_of
 from raycontrolnet.model.step import TrainState
 from raycontrolnet.storage.files import read_json, readable_by_umask
+from raycontrolnet.storage.run_folder import RunFolder
+from raycontrolnet.training.named_files import begin_named_file, end_named_file
 from raycontrolnet.training.state import save_controlnet_config, unwrap_controlnet
-from raycontrolnet.training.store_sync import MODEL_CONFIG
+from raycontrolnet.training.store_sync import MODEL_CONFIG, final_files
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -29,12 +31,13 @@ FORMAT = {"format": "pt"}
 """Metadata without which the libraries do not read a file."""
 
 
-def save_final_weights(state: TrainState, config: TrainConfig, output_dir: Path) -> None:
-    """Write the ControlNet to the root of `output_dir`, each file whole or not at all.
+def save_final_weights(state: TrainState, config: TrainConfig, folder: RunFolder) -> None:
+    """Write the ControlNet to the root of a run's folder, each file whole or not at all, and send it to a store.
 
     Raises:
         RunError: if the precision cannot hold the weights.
     """
+    output_dir = folder.path
     partial = output_dir / ".final.partial"
     shutil.rmtree(partial, ignore_errors=True)
     controlnet = unwrap_controlnet(state)
@@ -47,9 +50,13 @@ def save_final_weights(state: TrainState, config: TrainConfig, output_dir: Path)
         advice = "continue the finished run with --resume_from_checkpoint latest --save_precision bf16"
         raise RunError(f"--save_precision={config.save_precision}: {error}; {advice}") from error
     readable_by_umask(partial)
+    begin_named_file(folder, config.single_file)
     for file in sorted(partial.iterdir(), key=lambda file: file.name == MODEL_CONFIG):  # the weights before it
         os.replace(file, output_dir / file.name)
     partial.rmdir()
+    for files in final_files(config):
+        folder.push(files)
+    end_named_file(folder, config.single_file)
 
 
 def write_weights(

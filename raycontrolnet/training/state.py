@@ -176,7 +176,7 @@ def save_state(state: TrainState, folder: Path) -> None:
     """Write into a checkpoint's folder what `build_state` reads back."""
     controlnet = unwrap_controlnet(state)
     controlnet.save_pretrained(folder / CONTROLNET_FOLDER)
-    save_controlnet_config(controlnet, folder / CONTROLNET_FOLDER)
+    _forget_origin(folder / CONTROLNET_FOLDER)
     scaler: Any = state.accelerator.scaler
     torch.save(
         {
@@ -192,6 +192,11 @@ def save_state(state: TrainState, folder: Path) -> None:
 def save_controlnet_config(controlnet: ModelMixin, folder: Path) -> None:
     """Write the ControlNet's configuration, without the path that diffusers notes where it was read from."""
     controlnet.save_config(folder)
+    _forget_origin(folder)
+
+
+def _forget_origin(folder: Path) -> None:
+    """Remove the path from a saved configuration that diffusers notes where the model was read from."""
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     if config.pop("_name_or_path", None) is not None:

@@ -6,20 +6,19 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from pathlib import Path
 
 from raycontrolnet.config.output_settings import WEIGHTS_NAME, OutputConfig
 from raycontrolnet.errors import ConfigError, RunError
 from raycontrolnet.storage.lock import BEAT_INTERVAL_S, locked
 from raycontrolnet.storage.run_folder import RunFolder
-from raycontrolnet.storage.store_lock import store_locked
+from raycontrolnet.storage.store_lock import StoreLock, store_locked
 from raycontrolnet.storage.stored_folder import StoredFolder
 from raycontrolnet.storage.uri import UNUSABLE, check_bucket, unusable
 from raycontrolnet.text import error_message
 from raycontrolnet.training import held_out, metrics, validation
 from raycontrolnet.training.background import repeating
 from raycontrolnet.training.failures import FAILURE_FILE, HANG_FILE
-from raycontrolnet.training.job import RUN_LOG, STOP_FILE, TIMINGS_FILE, Job
+from raycontrolnet.training.job import RUN_LOG, STOP_FILE, TIMINGS_FILE, Job, ask_to_stop
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ def run_folder_open(folder: RunFolder) -> Iterator[None]:
 
     Raises:
         ConfigError: another run has the folder, or there is no such store.
-        RunError: if the last records cannot be written.
+        RunError: if the last records cannot be written, or another run has taken the folder in a store over.
     """
     with locked(folder.path, folder.shown) as lock, repeating(lock.beat, BEAT_INTERVAL_S, "lock"):
         if not isinstance(folder, StoredFolder):
@@ -59,11 +58,42 @@ def run_folder_open(folder: RunFolder) -> Iterator[None]:
             try:
                 check_bucket(folder.place)
                 store_lock = stack.enter_context(store_locked(folder.store))
-                stack.enter_context(repeating(store_lock.beat, store_lock.interval_s, "store's lock"))
+                stack.enter_context(_ended_if_lost(folder, store_lock))
                 stack.enter_context(driver_in_step(folder))
             except UNUSABLE as error:
                 raise ConfigError([f"--output_dir={folder.shown}: {unusable(error)}"]) from None
             yield
+
+
+@contextmanager
+def _ended_if_lost(folder: RunFolder, lock: StoreLock) -> Iterator[None]:
+    """Give signs of life; end the run soon if another has taken the folder over, as after a cut of the network.
+
+    Raises:
+        RunError: it has; says which one.
+    """
+
+    def beat() -> None:
+        lock.beat()
+        if folder.is_lost:
+            ask_to_stop(folder)  # workers in this process; those on Ray are ended
+
+    try:
+        with repeating(beat, lock.interval_s, "store's lock"):
+            yield
+    except Exception as error:
+        if lock.lost_to is None:
+            raise
+        problem = (
+            f"another run has taken the folder over: process {lock.lost_to.pid} on {lock.lost_to.host}; this one has "
+            "ended, and writes nothing there any more. Leave it to that one, or name another --output_dir"
+        )
+        raise RunError(f"--output_dir={folder.shown}: {problem}") from error
+
+
+def aborted_if_lost(folder: RunFolder, abort: Callable[[], None]) -> AbstractContextManager[None]:
+    """Call `abort` now and then once another run has taken the folder over: workers would write there still."""
+    return repeating(lambda: abort() if folder.is_lost else None, PASS_ON_INTERVAL_S, "lost folder")
 
 
 @contextmanager
@@ -107,7 +137,7 @@ def records_fetched(folder: RunFolder) -> Iterator[None]:
         folder.pull(*RECORDS, VALIDATION, FAILURE_FILE, HANG_FILE)
 
     def pass_on() -> None:
-        if (folder.path / STOP_FILE).exists():
+        if (folder.path / STOP_FILE).exists() and not folder.is_lost:  # else it is another run that would stop
             folder.push(STOP_FILE, tries=2)
 
     with (
@@ -129,7 +159,7 @@ def worker_in_step(job: Job, rank: int, log: str) -> Iterator[None]:
     if rank == 0:
         if not job.local:
             folder.pull(*RECORDS)
-        sent += (*RECORDS, f"{Path(job.config.logging_dir).as_posix()}/*")
+        sent += (*RECORDS, job.config.logging_pattern)
     with ExitStack() as stack:
         stack.enter_context(_and_at_the_end(lambda: folder.push(*sent)))
         stack.enter_context(repeating_by_cost(lambda: folder.push(*sent), SEND_INTERVAL_S, "store"))

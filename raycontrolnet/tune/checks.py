@@ -20,6 +20,7 @@ from raycontrolnet.model.base_family import SIZE_SETTINGS, base_family, size_pro
 from raycontrolnet.model.loading import BASE
 from raycontrolnet.model.paths import model_path_problem
 from raycontrolnet.model.problems import model_problems
+from raycontrolnet.model.single_file import is_single_file
 from raycontrolnet.storage.uri import shown_value
 from raycontrolnet.training.schedule import warmup_warning
 
@@ -111,11 +112,25 @@ def size_problems_of(train: TrainConfig, space: Space) -> list[str]:
     )
 
 
+def for_its_base(variant: TrainConfig) -> TrainConfig:
+    """Return the settings of a trial without `--base_config` if its base model is no single file."""
+    if variant.base_config is None or is_single_file(variant.pretrained_model_name_or_path):
+        return variant
+    return dataclasses.replace(variant, base_config=None)
+
+
+def to_check(variant: TrainConfig, space: Space) -> TrainConfig:
+    """Return the settings of a trial as they are checked: `--base_config` is for those trials with single files."""
+    some_need_it = BASE in space and any(is_single_file(value) for value in space[BASE].values)
+    return for_its_base(variant) if some_need_it else variant
+
+
 def _problems_of_variants(
     train: TrainConfig, space: Space, names: Iterable[str], problems_of: Callable[[TrainConfig], Iterable[str]]
 ) -> list[str]:
     """Return the problems, each once, of `train` with all combinations of the space's values for `names`."""
-    variants = (dataclasses.replace(train, **settings) for settings in combinations(space, names) if settings)
+    tried = (dataclasses.replace(train, **settings) for settings in combinations(space, names) if settings)
+    variants = (to_check(variant, space) for variant in tried)
     return list(dict.fromkeys(problem for variant in variants for problem in problems_of(variant)))
 
 

@@ -107,7 +107,7 @@ class SweepPlan:
 
     def config_of(self, record: TrialRecord) -> TrainConfig:
         """Return the settings of a trial, as `fit` takes them for the same run."""
-        return dataclasses.replace(self.train, **record.settings)
+        return checks.for_its_base(dataclasses.replace(self.train, **record.settings))
 
 
 def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
@@ -117,7 +117,7 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
         ConfigError: with what is wrong.
     """
     train = with_absolute_paths(config.train)
-    folder = open_sweep(train.output_dir, Path(train.logging_dir).as_posix())
+    folder = open_sweep(train.output_dir, train.logging_pattern)
     before, space = read_sweep(folder.path), config.parsed_space
     if before and not config.resume:
         instead = "resume it with --resume, or name another folder"
@@ -132,8 +132,10 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
         raise ConfigError(problems)
     runs = {}
     for settings in _cache_variants(space):
-        run = check(dataclasses.replace(train, **settings), folder)
-        runs[cache_key(settings)] = choose_latents(run, stream, reused=True)
+        variant = dataclasses.replace(train, **settings)
+        run = choose_latents(check(checks.to_check(variant, space), folder), stream, reused=True)
+        shared = dataclasses.replace(run.config, base_config=variant.base_config)
+        runs[cache_key(settings)] = dataclasses.replace(run, config=shared)
     for run in runs.values():
         if problem := checks.objective_problem(config.objective, run):
             raise ConfigError([problem])

@@ -55,7 +55,7 @@ def write_results(plan: SweepPlan, trials: Sequence[Trial], facts: dict[str, Any
         try:
             for trial in trials:
                 write_hparams(plan.sweep_dir / train.logging_dir, trial, objective)
-            plan.folder.mirror(f"{Path(train.logging_dir).as_posix()}/*")
+            plan.folder.mirror(train.logging_pattern)
         except OSError:  # the trials' own files have all of it
             logger.warning("TensorBoard's files could not be written", exc_info=True)
 

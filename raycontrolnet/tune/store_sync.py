@@ -31,8 +31,12 @@ _fetching = threading.Lock()
 """Two that fetch the same file at a time would add to it twice."""
 
 
-def open_sweep(place: str, logging_dir: str) -> RunFolder:
+def open_sweep(place: str, logs: str) -> RunFolder:
     """Return the folder of a sweep, a path or URI, with the records of earlier parts of the sweep on this machine.
+
+    Args:
+        place: the path or URI.
+        logs: pattern of the names of the trackers' files.
 
     Raises:
         ConfigError: there is no such store, or it cannot be read.
@@ -41,7 +45,7 @@ def open_sweep(place: str, logging_dir: str) -> RunFolder:
     if folder.is_stored:
         try:
             check_bucket(folder.place)
-            folder.pull(*DRIVERS, f"{logging_dir}/*", *_of_trials("*"))
+            folder.pull(*DRIVERS, logs, *_of_trials("*"))
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError([f"--output_dir={folder.shown}: {unusable(error)}"]) from None
     return folder
