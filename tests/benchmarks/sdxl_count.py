@@ -51,8 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"| {name} | {number / 1e6:,.0f} M |")
     flop = [each.flop_per_sample / 1e12 for each in (from_cache, from_pixels)]
     print(
-        f"\nAt {args.resolution} px an image takes {flop[0]:.2f} TFLOP from cached latents, {flop[1]:.2f} from pixels.\n"
+        f"\nAt {args.resolution} px an image takes {flop[0]:.2f} TFLOP from cached latents, {flop[1]:.2f} from pixels."
     )
+    print()
     print("| Batch | Checkpointing, AdamW | Checkpointing, 8-bit Adam | AdamW | 8-bit Adam |\n|---|---|---|---|---|")
     for size in args.batch_sizes:
         cells = []
