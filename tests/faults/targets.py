@@ -61,9 +61,13 @@ def _loading(scene: Scene) -> int:
     raise AssertionError("no loading task is at work")
 
 
-def _kill_node(worker: int) -> None:
-    """Kill the raylet of a worker, and all that it has started."""
-    raylet = next(parent for parent in psutil.Process(worker).parents() if "raylet" in parent.name())
+def _kill_node(process: int) -> None:
+    """Kill the raylet of a worker, and all that it has started; for the driver, that of the node that came last."""
+    raylets = [parent for parent in psutil.Process(process).parents() if "raylet" in parent.name()]
+    if not raylets:  # the driver is on the head
+        started = [child for child in psutil.Process().children(recursive=True) if "raylet" in child.name()]
+        raylets = sorted(started, key=lambda child: child.create_time(), reverse=True)
+    raylet = raylets[0]
     assert raylet.pid != os.getpid()
     kill_all([raylet, *raylet.children(recursive=True)])
 
