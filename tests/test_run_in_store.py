@@ -252,8 +252,8 @@ def test_another_run_takes_the_folder_over(
             fit(TrainConfig(**settings))
     assert done == [True]
     assert str(error.value) == (
-        f"--output_dir={place}: another run has taken the folder over: process 12 on node-7; this one has ended, and "
-        "writes nothing there any more. Leave it to that one, or name another --output_dir"
+        f"--output_dir={place}: another run has taken the folder over: process 12 on node-7; this one has ended. "
+        "Leave the folder to that one, or name another --output_dir"
     )
     assert sorted((key, use_s3.read(key)) for key in use_s3.names(f"{name}/")) == left[0]
     assert dict(left[0])[f"{name}/.lock.json"].startswith(b'{"host": "node-7"')

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from raycontrolnet.storage.files import replacing
-from raycontrolnet.storage.store_requests import RUN_WAITS_S, reached
+from raycontrolnet.storage.store_requests import RUN_WAITS_S, StoreClosedError, reached
 from raycontrolnet.storage.uri import check_bucket, open_uri, shown_uri
 
 if TYPE_CHECKING:
@@ -40,16 +40,20 @@ class ObjectStore:
     _closed: list[str] = field(default_factory=list, compare=False, repr=False)
 
     def close(self, reason: str) -> None:
-        """Write and delete nothing from now on, in this process: each try raises OSError with the reason."""
+        """Begin no write or deletion from now on, in this process: each attempt raises OSError with the reason."""
         self._closed.append(reason)
 
     @property
     def is_closed(self) -> bool:
         return bool(self._closed)
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise OSError(self._closed[0])
+    def _change(self, change: Callable[[], None], tries: int | None = None) -> None:
+        def attempt() -> None:
+            if self._closed:  # perhaps while an earlier attempt failed
+                raise StoreClosedError(self._closed[0])
+            change()
+
+        reached(attempt, _waits(tries))
 
     @property
     def shown(self) -> str:
@@ -79,7 +83,7 @@ class ObjectStore:
 
         return reached(find, RUN_WAITS_S)
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, tries: int | None = None) -> bytes:
         """Return the content of `name`.
 
         Raises:
@@ -91,7 +95,7 @@ class ObjectStore:
             with system.open_input_file(f"{root}/{name}") as file:
                 return bytes(file.read())
 
-        return reached(read, RUN_WAITS_S)
+        return reached(read, _waits(tries))
 
     def write(self, name: str, content: bytes, tries: int | None = None) -> None:
         """Write the object `name`."""
@@ -101,8 +105,7 @@ class ObjectStore:
             with system.open_output_stream(f"{root}/{name}") as file:
                 file.write(content)
 
-        self._check_open()
-        reached(write, _waits(tries))
+        self._change(write, tries)
 
     def upload(self, file: Path, name: str, tries: int | None = None) -> None:
         """Write the object `name` with the content of `file`."""
@@ -112,8 +115,7 @@ class ObjectStore:
             with file.open("rb") as read, system.open_output_stream(f"{root}/{name}") as written:
                 shutil.copyfileobj(read, written, BLOCK_BYTES)
 
-        self._check_open()
-        reached(upload, _waits(tries))
+        self._change(upload, tries)
 
     def download(self, name: str, file: Path) -> None:
         """Write the content of `name` to `file`, whole or not at all.
@@ -143,8 +145,7 @@ class ObjectStore:
                 system.delete_file(f"{root}/{name}")
 
         for name in names:
-            self._check_open()
-            reached(lambda name=name: delete(name), RUN_WAITS_S)  # type: ignore[misc]
+            self._change(lambda name=name: delete(name))  # type: ignore[misc]
 
     def delete_folder(self, name: str) -> None:
         """Delete all objects in the folder `name`."""
@@ -154,8 +155,7 @@ class ObjectStore:
             with suppress(FileNotFoundError):
                 system.delete_dir(f"{root}/{name}".rstrip("/"))
 
-        self._check_open()
-        reached(delete, RUN_WAITS_S)
+        self._change(delete)
 
     def delete_if_empty(self) -> None:
         """Delete the mark of a folder without objects, which stores that know no folders keep."""

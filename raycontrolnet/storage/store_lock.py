@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 from raycontrolnet.storage.lock import LOCK_FILE, Owner, content_of, in_use, is_gone, owner_in
 from raycontrolnet.storage.object_store import ObjectStore
+from raycontrolnet.storage.store_requests import RUN_WAITS_S, reached
+from raycontrolnet.text import duration
 
 logger = logging.getLogger(__name__)
 
@@ -26,19 +28,40 @@ class StoreLock:
 
     def __init__(self, store: ObjectStore, owner: Owner):
         self._store, self._owner, self._beat = store, owner, 0
-        self.lost_to: Owner | None = None
-        """The run that has taken the folder over, from one whose signs of life did not arrive."""
+        self._seen_at = time.time()  # it counts the time that a machine sleeps
+        self.lost: str | None = None
+        """Who has taken the folder over from this run, whose signs of life did not arrive."""
+
+    def write(self) -> None:
+        """Write the object, in one attempt."""
+        began = time.time()
+        self._store.write(LOCK_FILE, content_of(self._owner, self._beat).encode(), tries=1)
+        self._seen_at = began
 
     def beat(self) -> None:
-        """Give a sign of life; close the store for this process if another run has taken the folder over."""
+        """Give a sign of life; close the store for this process if another run has, or may have, taken the folder over.
+
+        An object that is gone is written again, unless another run may have taken this one for dead, and ended since.
+        """
+        if self.lost:
+            return
         found = _read(self._store)
-        if found and found.token == self._owner.token:
+        silent = time.time() - self._seen_at
+        if found and found.token != self._owner.token:
+            self._lose(f"another run has taken the folder over: process {found.pid} on {found.host}")
+        elif not found and silent >= DEAD_AFTER_S:
+            self._lose(
+                f"another run may have taken the folder over, and ended: {LOCK_FILE} is gone there, and this run "
+                f"gave no sign of life for {duration(silent)}"
+            )
+        else:
             self._beat += 1
-            self._store.write(LOCK_FILE, content_of(self._owner, self._beat).encode(), tries=1)
-        elif found and self.lost_to is None:
-            self.lost_to = found
-            self._store.close(f"process {found.pid} on {found.host} has taken the folder over")
-            logger.error("%s: process %d on %s has taken the folder over", self._store.shown, found.pid, found.host)
+            self.write()
+
+    def _lose(self, reason: str) -> None:
+        self.lost = reason
+        self._store.close(reason)
+        logger.error("%s: %s", self._store.shown, reason)
 
     def release(self) -> None:
         """Remove the object, if it is still this process's."""
@@ -60,18 +83,34 @@ def store_locked(store: ObjectStore) -> Iterator[StoreLock]:
         OSError: if the store cannot be read or written.
     """
     owner = Owner()
-    found = _read(store)
-    if found and _is_alive(found, store):
-        raise in_use(store.shown, found)
-    store.write(LOCK_FILE, content_of(owner, 0).encode())
-    time.sleep(SETTLED_AFTER_S)
-    if (settled := _read(store)) and settled.token != owner.token:
-        raise in_use(store.shown, settled)
     lock = StoreLock(store, owner)
+    if other := _take(store, owner, lock):
+        raise in_use(store.shown, other)
     try:
+        time.sleep(SETTLED_AFTER_S)
+        if (settled := _read(store)) and settled.token != owner.token:
+            raise in_use(store.shown, settled)
         yield lock
     finally:
         lock.release()
+
+
+def _take(store: ObjectStore, owner: Owner, lock: StoreLock) -> Owner | None:
+    """Write `lock` where nobody alive has the folder; return the owner of one that is alive."""
+    dead = None
+
+    def attempt() -> Owner | None:
+        nonlocal dead
+        # Before each: another may have settled while an earlier attempt failed.
+        found = _read(store, tries=1)
+        if found and found != dead and found.token != owner.token:
+            if _is_alive(found, store):
+                return found
+            dead = found
+        lock.write()
+        return None
+
+    return reached(attempt, RUN_WAITS_S)
 
 
 def _is_alive(owner: Owner, store: ObjectStore) -> bool:
@@ -87,8 +126,8 @@ def _is_alive(owner: Owner, store: ObjectStore) -> bool:
     return False
 
 
-def _read(store: ObjectStore) -> Owner | None:
+def _read(store: ObjectStore, tries: int | None = None) -> Owner | None:
     try:
-        return owner_in(store.read(LOCK_FILE).decode(errors="replace"))
+        return owner_in(store.read(LOCK_FILE, tries).decode(errors="replace"))
     except FileNotFoundError:
         return None

@@ -33,6 +33,10 @@ _KEYS_IN_URIS = re.compile(r"(?<=://)[^\s'\"]*@|(?<=://)([^\s'\"?]*)\?[^\s'\"]*"
 _SECRET_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
+class StoreClosedError(OSError):
+    """The store is closed for this process: no other attempt is made."""
+
+
 def reached(attempt: Callable[[], T], waits_s: Sequence[float] | None = None) -> T:
     """Return what `attempt` gets from a store.
 
@@ -42,13 +46,14 @@ def reached(attempt: Callable[[], T], waits_s: Sequence[float] | None = None) ->
 
     Raises:
         FileNotFoundError, NotADirectoryError: if there is no such thing.
+        StoreClosedError: if `attempt` does.
         OSError: with the reason in one bounded line, without keys.
     """
     waits = list(READ_WAITS_S if waits_s is None else waits_s)
     while True:
         try:
             return attempt()
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, StoreClosedError):
             raise
         except Exception as error:  # noqa: BLE001 - pyarrow and fsspec raise ValueError, ImportError and more
             if not waits or not isinstance(error, OSError) or _LASTING.search(str(error)):

@@ -82,12 +82,9 @@ def _ended_if_lost(folder: RunFolder, lock: StoreLock) -> Iterator[None]:
         with repeating(beat, lock.interval_s, "store's lock"):
             yield
     except Exception as error:
-        if lock.lost_to is None:
+        if lock.lost is None:
             raise
-        problem = (
-            f"another run has taken the folder over: process {lock.lost_to.pid} on {lock.lost_to.host}; this one has "
-            "ended, and writes nothing there any more. Leave it to that one, or name another --output_dir"
-        )
+        problem = f"{lock.lost}; this one has ended. Leave the folder to that one, or name another --output_dir"
         raise RunError(f"--output_dir={folder.shown}: {problem}") from error
 
 
