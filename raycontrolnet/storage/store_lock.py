@@ -30,7 +30,7 @@ class StoreLock:
         self._store, self._owner, self._beat = store, owner, 0
         self._seen_at = time.time()  # it counts the time that a machine sleeps
         self.lost: str | None = None
-        """Who has taken the folder over from this run, whose signs of life did not arrive."""
+        """The reason why the folder is no longer this run's: another has taken it over, or may have."""
 
     def write(self) -> None:
         """Write the object, in one attempt."""
