@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from raycontrolnet import TrainConfig, cli
 from raycontrolnet.config.check_config import CheckConfig
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.launch.check import check
+from raycontrolnet.launch.check import Device, _device_lines, _memory_lines, check
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.families.registry import family_of
 from raycontrolnet.model.files import local_files
@@ -60,6 +60,9 @@ def test_the_figures_that_were_measured(sd15: Path) -> None:
     assert round(found.weights["ControlNet"] / 1e6) == 361
     assert found.flop_per_sample / 1e12 == pytest.approx(2.34, rel=0.01)
     assert found.dispatches <= BUDGET
+    guide = (Path(__file__).parents[1] / "examples" / "guides" / "needs.md").read_text()
+    shown = [*_memory_lines(found, 4), *_device_lines(found, 4, Device(None, 24 * GIB, None), None)]
+    assert [line for line in shown if line.strip() not in guide] == []
 
 
 @pytest.fixture

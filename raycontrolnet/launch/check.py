@@ -196,7 +196,7 @@ def _disk_lines(
 
 
 def _row(name: str, size: str, more: str = "") -> str:
-    return f"  {name:<13} {size:>9}  {more}".rstrip()
+    return f"  {name:<13} {size:>10}  {more}".rstrip()
 
 
 def _gib(size: float) -> str:
