@@ -10,6 +10,8 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -407,6 +409,23 @@ def test_allow_tf32(allowed: bool, tiny_settings: Settings, out: Path, monkeypat
     run(tiny_settings, out, allow_tf32=allowed, max_train_steps=1, **cache)
     assert seen == {"step": {(allowed, allowed)}, "cache": {(False, False)}}
     assert tf32_allowed() == before, "the process is left as it was"
+
+
+@pytest.mark.parametrize("setting", ["fp32_precision", "cuda.matmul.fp32_precision", "cudnn.fp32_precision"])
+def test_tf32_beside_the_newer_settings(setting: str) -> None:
+    """Of a process of its own, as they cannot be undone: after them PyTorch does not read the flags."""
+    code = f"""
+import torch
+from raycontrolnet.model.performance import tf32
+torch.backends.{setting} = "tf32"
+seen = lambda: (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)
+before = seen()
+for allowed in (False, True):
+    with tf32(allowed=allowed):
+        assert seen() == ("tf32" if allowed else "ieee",) * 2, seen()
+    assert seen() == before, seen()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def tf32_allowed() -> tuple[bool, bool]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from full_size import write_configurations
 from reference import CPU
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -32,7 +35,8 @@ class NoWaiting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options, name = kwargs or {}, func.name().partition(".")[0]
         tensors = [each for each in tree_leaves((args, options)) if isinstance(each, torch.Tensor)]
-        by_mask = name == "aten::index" and any(each is not None and each.dtype == torch.bool for each in args[1])
+        indices = args[1] if name in ("aten::index", "aten::index_put_") else ()
+        by_mask = any(each is not None and each.dtype == torch.bool for each in indices)
         if any(each.device == META for each in tensors) and (name in WAITS or by_mask):
             raise AssertionError(f"{name} waits for the device")
         devices = {each.device.type for each in tensors if each.dim()}  # numbers of the host are arguments of kernels
@@ -41,6 +45,22 @@ class NoWaiting(TorchDispatchMode):
         if {"meta", "cpu"} <= devices and not options.get("non_blocking"):
             raise AssertionError(f"{name} copies between devices, and waits")
         return func(*args, **options)
+
+
+class NoTensorsOfLists(TorchFunctionMode):
+    """Fails where a list becomes a tensor on the device at once: from memory that is not pinned, which waits."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        device = (kwargs or {}).get("device")
+        if func in (torch.tensor, torch.as_tensor) and device is not None and torch.device(device) == META:
+            raise AssertionError("a list is copied to the device, and waits")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    with NoTensorsOfLists(), NoWaiting():
+        yield
 
 
 TINY: dict[str, dict[str, Any]] = {
@@ -98,7 +118,7 @@ def test_forward_and_backward(base: str, cached: bool, dtype: torch.dtype, tmp_p
     if dtype != torch.float32:  # autocast, of which `meta` has none
         components.controlnet.to(dtype)
     batch, draws = inputs(components, cached=cached)
-    with NoWaiting():
+    with no_waiting():
         controlnet_loss(components, components.controlnet, batch, draws).mean().backward()
     assert all(weight.grad is not None for weight in components.controlnet.parameters())
 
@@ -113,7 +133,7 @@ def test_a_whole_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
         state = state_of(components, config, Schedule.of(config, 100, 1), accelerator)
         batch, draws = inputs(components, cached=True)
-        with NoWaiting():
+        with no_waiting():
             results = [train_step(state, batch, draws) for _ in range(2)]
         assert state.step == 2
         assert {result.loss.device.type for result in results} == {"meta"}
@@ -136,10 +156,12 @@ def as_fused(original: Any) -> Any:
         (lambda on, host: host.to(META), "_to_copy copies between devices"),
         (lambda on, host: on.copy_(host), "copy_ copies between devices"),
         (lambda on, host: on[on > 0], "index waits"),
+        (lambda on, host: on.__setitem__(on > 0, on[:1]), "index_put_ waits"),
+        (lambda on, host: torch.tensor([1.0, 2.0], device=META), "a list is copied"),
         (lambda on, host: on[host.long()], "index copies between devices"),
     ],
 )
 def test_the_mode_finds(waits: Any, words: str) -> None:
     on, host = torch.zeros(3, device=META), torch.zeros(3, device=CPU)
-    with NoWaiting(), pytest.raises(AssertionError, match=words):
+    with no_waiting(), pytest.raises(AssertionError, match=words):
         waits(on, host)

@@ -23,9 +23,11 @@ from reference_flow import reference_loss, write_trained_controlnet
 from runs import Run, Settings, equal, lines, losses, run, train, weights
 
 from raycontrolnet import GenerateConfig, TrainConfig, generate
+from raycontrolnet.config.check_config import CheckConfig
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.errors import ConfigError, UserError
+from raycontrolnet.launch.check import check
 from raycontrolnet.model.base_family import base_family, family_of_saved
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.families import registry
@@ -317,3 +319,15 @@ def test_what_is_no_controlnet(flow_base: Path, run_settings: Settings, tmp_path
         named = {"controlnet_model_name_or_path": str(flow_base / folder)}
         (problem,) = model_problems(TrainConfig(**run_settings | named), None)
         assert problem.endswith(f"{folder}: holds a {kind}, {classes}")
+
+
+def test_what_it_needs(flow_settings: Settings) -> None:
+    """The VAE stays on the device for the control images; latents have the family's channels."""
+    settings = flow_settings | {"cache_latents": "on", "mixed_precision": "bf16"}
+    stream = io.StringIO()
+    found = check(CheckConfig(train=TrainConfig(**settings)), stream)
+    assert found.frozen_bytes["VAE"] == found.weights["VAE"] * 4  # in fp32, as this family has it
+    assert 0 < found.trained < found.weights["ControlNet"]
+    assert "cache: 384 B of latents a row, " in stream.getvalue()
+    with pytest.raises(ConfigError, match="--resolution=40: "):
+        check(CheckConfig(train=TrainConfig(**settings | {"resolution": 40})), stream)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from raycontrolnet import TrainConfig, cli
 from raycontrolnet.config.check_config import CheckConfig
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.launch.check import check
+from raycontrolnet.launch.check import Device, _device_lines, _memory_lines, check
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.families.registry import family_of
 from raycontrolnet.model.files import local_files
 from raycontrolnet.predict.count import count_step
 from raycontrolnet.predict.devices import peak_of
-from raycontrolnet.predict.prediction import GAPS, GIB, RESERVED, Prediction, predict
+from raycontrolnet.predict.prediction import GAPS, GIB, LEAST_RESERVED, RESERVED, Prediction, predict
 from raycontrolnet.predict.shapes import shaped
 
 BUDGET = 20_100
@@ -58,6 +60,9 @@ def test_the_figures_that_were_measured(sd15: Path) -> None:
     assert round(found.weights["ControlNet"] / 1e6) == 361
     assert found.flop_per_sample / 1e12 == pytest.approx(2.34, rel=0.01)
     assert found.dispatches <= BUDGET
+    guide = (Path(__file__).parents[1] / "examples" / "guides" / "needs.md").read_text()
+    shown = [*_memory_lines(found, 4), *_device_lines(found, 4, Device(None, 24 * GIB, None), None)]
+    assert [line for line in shown if line.strip() not in guide] == []
 
 
 @pytest.fixture
@@ -94,26 +99,48 @@ def test_precision_and_optimizer(tiny_base: Path) -> None:
 
 def test_the_largest_batch_fits_and_no_larger() -> None:
     found = Prediction(
-        weights={"ControlNet": 10**8}, frozen_bytes={"denoiser": 10**9}, moment_bytes=8, activations_base=1e6,
-        activations_per_sample=1e9, flop_per_sample=1, dispatches=1,
+        weights={"ControlNet": 10**8}, trained=10**8, frozen_bytes={"denoiser": 10**9}, moment_bytes=8,
+        activations_base=1e6, activations_per_sample=1e9, flop_per_sample=1, dispatches=1, latents=1,
     )  # fmt: skip
     for device in (8 * GIB, 24 * GIB, 80 * GIB):
         largest = found.largest_batch(device)
-        assert found.fits(largest, device)
-        assert not found.fits(largest + 1, device)
+        assert found.fits(largest, device, RESERVED)
+        assert not found.fits(largest + 1, device, RESERVED)
     assert found.largest_batch(3 * GIB) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_files_dtype_does_not_matter(dtype: torch.dtype, tiny_xl_base: Path, tmp_path: Path) -> None:
+    """The published text encoders' configurations have one, which differs from that of the run."""
+    base = Path(shutil.copytree(tiny_xl_base, tmp_path / "base"))
+    for name in ("text_encoder", "text_encoder_2"):
+        file = base / name / "config.json"
+        config = json.loads(file.read_text())
+        config.pop("dtype", None)
+        file.write_text(json.dumps(config | {"torch_dtype": "float16"}))
+    found = predicted(base, dtype, resolution=32)
+    assert found.frozen_bytes["text encoder"] == found.weights["text encoder"] * dtype.itemsize
+    assert found.frozen_bytes["denoiser"] == found.weights["denoiser"] * dtype.itemsize
 
 
 @pytest.mark.parametrize(
     ("name", "half"),
     [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA L40S", 362), ("NVIDIA L4", 121),
-     ("NVIDIA A10G", 70), ("NVIDIA GeForce RTX 4090", 165), ("Tesla T4", 65)],
+     ("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA H100 NVL", 835), ("NVIDIA A10G", 70),
+     ("NVIDIA GeForce RTX 4090", 165), ("Tesla T4", 65)],
 )  # fmt: skip
 def test_peaks(name: str, half: float) -> None:
     assert (peak := peak_of(name))
     assert peak.of(torch.bfloat16, allow_tf32=False) == half
     assert peak.of(torch.float32, allow_tf32=False) < half
-    assert peak_of("a device of tomorrow") is None
+
+
+@pytest.mark.parametrize(
+    "name", ["a device of tomorrow", "NVIDIA RTX A1000", "NVIDIA RTX A4000", "NVIDIA T400 4GB",
+             "NVIDIA GeForce RTX 4090 Laptop GPU"],
+)  # fmt: skip
+def test_other_devices_are_not_taken_for_these(name: str) -> None:
+    assert peak_of(name) is None
 
 
 def checked(settings: dict[str, Any], **own: Any) -> list[str]:
@@ -149,12 +176,25 @@ def test_what_brings_a_run_that_does_not_fit_there(tiny_settings: dict[str, Any]
     )
     for needed, expected in (
         ((plain + less) / 2, f"needs {plain / GIB:.1f} GiB, the device has .* GiB: --gradient_checkpointing brings it"),
-        (less / 2, "--train_batch_size [0-9]+ --gradient_accumulation_steps [0-9]+ fits with --use_8bit_adam --gradie"),
-        (-RESERVED / 2, "no batch fits with --use_8bit_adam --gradient_checkpointing: take a smaller --resolution"),
+        (less / 2, "--train_batch_size 128 --gradient_accumulation_steps 4 fits with --use_8bit_adam --gradient_check"),
+        (
+            -LEAST_RESERVED / 2,
+            "no batch fits with --use_8bit_adam --gradient_checkpointing: take a smaller --resolution",
+        ),
     ):
-        said = checked(settings, device_memory=(needed + RESERVED) / (1 - GAPS) / GIB)
+        said = checked(settings, device_memory=(needed + LEAST_RESERVED) / (1 - GAPS) / GIB)
         (found,) = (line for line in said if line.startswith("device: "))
         assert re.search(expected, found)
+
+
+def test_what_may_just_fit(tiny_settings: dict[str, Any]) -> None:
+    (said,) = (line for line in checked(tiny_settings, device_memory=2.5) if line.startswith("device: "))
+    assert said.endswith("and what CUDA needs; the device with 2.5 GiB may just have it")
+
+
+def test_what_train_refuses(tiny_settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="--size_conditioning=real: Stable Diffusion"):
+        checked(tiny_settings | {"size_conditioning": "real"})
 
 
 def test_bad_input(tiny_settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

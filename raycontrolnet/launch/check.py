@@ -10,12 +10,12 @@ from typing import TextIO
 import torch
 
 from raycontrolnet.config.check_config import CheckConfig
-from raycontrolnet.config.checks import collected, find_token
+from raycontrolnet.config.checks import collected, find_token, missing_extras
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.sources import open_source
 from raycontrolnet.errors import ConfigError, UserError
 from raycontrolnet.launch.preflight import wants_latents
-from raycontrolnet.model.base_family import base_family
+from raycontrolnet.model.base_family import base_family, size_problems
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.files import ModelFiles
 from raycontrolnet.model.loading import BASE
@@ -23,7 +23,7 @@ from raycontrolnet.model.performance import working_precision
 from raycontrolnet.model.problems import model_problems
 from raycontrolnet.model.single_file import base_files
 from raycontrolnet.predict.devices import REACHED, peak_of
-from raycontrolnet.predict.prediction import GIB, Prediction, predict
+from raycontrolnet.predict.prediction import GIB, RESERVED, Prediction, predict
 from raycontrolnet.predict.shapes import shaped
 from raycontrolnet.text import counted, duration, file_size, short_number
 from raycontrolnet.training.schedule import Schedule, due_steps
@@ -63,12 +63,14 @@ def check(config: CheckConfig, stream: TextIO | None = None) -> Prediction:
     """
     stream, train = stream or sys.stdout, config.train
     token = find_token(train.hub_token)
-    problems, source = list(model_problems(train, token)), None
+    problems, source = list(missing_extras(train)), None
+    problems += model_problems(train, token)
     with collected(problems):
         source = open_source(train, cache_dir=train.cache_dir, token=token, skip_bad=train.on_bad_sample == "skip")
+    family = base_family(train, token) if not problems else None
+    problems += size_problems(train, family)
     if problems or source is None:
         raise ConfigError(problems)
-    family = base_family(train, token)
     if family is None:
         name = train.pretrained_model_name_or_path
         raise UserError(f"--{BASE}={name}: its configuration cannot be looked at now; download it, or try again")
@@ -115,9 +117,10 @@ def _advice(prediction: Prediction, checkpointed: Prediction, train: TrainConfig
             return f"{flags} brings it to {_gib(other.total(size))}"
     last = tried[-1][1] if tried else prediction
     flags = f" with {tried[-1][0]}" if tried else ""
-    if largest := last.largest_batch(device_bytes):
-        steps = f" --gradient_accumulation_steps {-(-size // largest) * train.gradient_accumulation_steps}"
-        return f"--train_batch_size {largest}{steps} fits{flags}"
+    fitting = [part for part in range(1, size) if size % part == 0 and last.fits(part, device_bytes)]
+    if fitting:
+        steps = size // fitting[-1] * train.gradient_accumulation_steps
+        return f"--train_batch_size {fitting[-1]} --gradient_accumulation_steps {steps} fits{flags}"
     return f"no batch fits{flags}: take a smaller --resolution, or a device with more memory"
 
 
@@ -145,12 +148,14 @@ def _device_lines(prediction: Prediction, batch_size: int, device: Device, advic
         yield "\ndevice: no GPU here; --device_memory 24 says what fits one of 24 GiB"
         return
     what = device.name or "the device"
+    need, has = _gib(prediction.total(batch_size)), _gib(device.bytes)
     if advice:
-        need, has = _gib(prediction.total(batch_size)), _gib(device.bytes)
         yield f"\ndevice: batch {batch_size} needs {need}, {what} has {has}: {advice}"
-    else:
+    elif prediction.fits(batch_size, device.bytes, RESERVED):
         largest = prediction.largest_batch(device.bytes)
-        yield f"\ndevice: fits; the largest batch for {what} with {_gib(device.bytes)} is {largest}"
+        yield f"\ndevice: fits; the largest batch for {what} with {has} is {largest}"
+    else:
+        yield f"\ndevice: batch {batch_size} needs {need} and what CUDA needs; {what} with {has} may just have it"
 
 
 def _work_lines(
@@ -186,13 +191,12 @@ def _disk_lines(
     final = trained["ControlNet"] * (1 if train.save_precision == "fp32" else 0.5) * (2 if train.save_name else 1)
     yield f"disk: {kept}; final weights {file_size(final)}"
     if cached:
-        side = train.resolution // 8
-        latents = 2 * 4 * side * side * LATENT_BYTES[train.latents_dtype]
+        latents = 2 * prediction.latents * LATENT_BYTES[train.latents_dtype]  # mean and log-variance
         yield f"cache: {file_size(latents)} of latents a row, {file_size(rows * latents)}, and the conditioning images"
 
 
 def _row(name: str, size: str, more: str = "") -> str:
-    return f"  {name:<13} {size:>9}  {more}".rstrip()
+    return f"  {name:<13} {size:>10}  {more}".rstrip()
 
 
 def _gib(size: float) -> str:

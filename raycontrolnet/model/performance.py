@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -47,12 +48,31 @@ def allow_tf32(*, allowed: bool) -> None:
 @contextmanager
 def tf32(*, allowed: bool) -> Iterator[None]:
     """Allow TF32 or not, as `allow_tf32`, for a while."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    if _precisions_are_set():
+        precisions = matmul.fp32_precision, cudnn.conv.fp32_precision
+        matmul.fp32_precision = cudnn.conv.fp32_precision = "tf32" if allowed else "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision, cudnn.conv.fp32_precision = precisions
+        return
+    flags = matmul.allow_tf32, cudnn.allow_tf32
     allow_tf32(allowed=allowed)
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        matmul.allow_tf32, cudnn.allow_tf32 = flags
+
+
+def _precisions_are_set() -> bool:
+    """Check whether this process has used `fp32_precision`, of PyTorch 2.9, beside which flags cannot be read."""
+    try:
+        _ = torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:
+        return True
+    return getattr(torch.backends, "fp32_precision", "none") != "none"
 
 
 @contextmanager

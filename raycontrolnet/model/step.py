@@ -182,7 +182,10 @@ def _posterior(components: Components, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _skip_if_not_finite(optimizer: AcceleratedOptimizer, grad_norm: Tensor) -> None:
-    """Let the next step of the optimizer change nothing if a gradient is not finite, as fp16's loss scaler does."""
+    """Let the next step of the optimizer change nothing if a gradient is not finite, as fp16's loss scaler does.
+
+    With an optimizer that is not fused, as bitsandbytes', the host waits for the device.
+    """
     not_finite = ~grad_norm.isfinite()
     if optimizer.defaults.get("fused"):
         # As torch's own loss scaler tells a fused optimizer: on the device, so that nobody waits for it.

@@ -97,7 +97,8 @@ def count_step(components: Components, batch_size: int, resolution: int, *, cach
         batch = with_posterior(components, batch)
     parameters = list(components.controlnet.parameters())
     for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)  # as left by the update before
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)  # as left by the update before
     counter = StepCounter()
     for module in (*components.frozen(), components.controlnet):
         counter.ignore((*module.parameters(), *module.buffers()))

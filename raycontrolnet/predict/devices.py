@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ PEAKS = {
     "B200": Peak(2250, 1125, 80),
     "H200": Peak(989, 494, 67),
     "H100 PCIe": Peak(756, 378, 51),
+    "H100 NVL": Peak(835, 417, 60),
     "H100": Peak(989, 494, 67),
     "A100": Peak(312, 156, 19.5),
     "L40S": Peak(362, 183, 91.6),
@@ -41,9 +43,11 @@ PEAKS = {
     "V100": Peak(125, 15.7, 15.7),
     "T4": Peak(65, 8.1, 8.1),
 }
-"""Part of a device's name, as CUDA gives it -> peak; the first that fits."""
+"""Words in a device's name, as CUDA gives it -> peak; the first that fits."""
 
 
 def peak_of(name: str) -> Peak | None:
     """Return the peak of the device with this name; None if it is not known."""
-    return next((peak for part, peak in PEAKS.items() if part.lower() in name.lower()), None)
+    if "laptop" in name.lower() or "max-q" in name.lower():
+        return None
+    return next((peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,11 +10,12 @@ import torch
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.performance import enable_memory_savers
+from raycontrolnet.model.step import latent_shape
 from raycontrolnet.predict.count import count_step
 
 GIB = 2**30
-RESERVED = 1.0 * GIB
-"""Bytes for CUDA's context and the kernels' workspaces."""
+LEAST_RESERVED, RESERVED = 1.0 * GIB, 3.0 * GIB
+"""Bytes that CUDA's context and the kernels' workspaces need, at least and to be sure."""
 GAPS = 0.03
 """Share of the device's memory that is lost between blocks."""
 MOMENTS = {False: 8, True: 2}
@@ -27,6 +29,8 @@ class Prediction:
 
     weights: dict[str, int]
     """Part -> number of its weights."""
+    trained: int
+    """Number of the ControlNet's weights that have gradients."""
     frozen_bytes: dict[str, int]
     """Frozen part on the device -> bytes of its weights."""
     moment_bytes: int
@@ -38,15 +42,16 @@ class Prediction:
     """Floating-point operations of a forward and a backward pass."""
     dispatches: int
     """Calls of operators in a step."""
+    latents: int
+    """Numbers in the latents of a sample."""
 
     @property
     def trained_bytes(self) -> dict[str, int]:
         """Bytes that the ControlNet's weights, gradients and moments take."""
-        number = self.weights["ControlNet"]
         return {
-            "ControlNet": FP32_BYTES * number,
-            "gradients": FP32_BYTES * number,
-            "optimizer": self.moment_bytes * number,
+            "ControlNet": FP32_BYTES * self.weights["ControlNet"],
+            "gradients": FP32_BYTES * self.trained,
+            "optimizer": self.moment_bytes * self.trained,
         }
 
     def activations(self, batch_size: int) -> float:
@@ -57,11 +62,12 @@ class Prediction:
         fixed = sum(self.frozen_bytes.values()) + sum(self.trained_bytes.values())
         return fixed + self.activations(batch_size)
 
-    def fits(self, batch_size: int, device_bytes: float) -> bool:
-        return self.total(batch_size) + RESERVED <= device_bytes * (1 - GAPS)
+    def fits(self, batch_size: int, device_bytes: float, reserved: float = LEAST_RESERVED) -> bool:
+        """Check whether a batch fits a device, of which CUDA and its kernels take `reserved` bytes."""
+        return self.total(batch_size) + reserved <= device_bytes * (1 - GAPS)
 
     def largest_batch(self, device_bytes: float) -> int:
-        """Return the largest batch that fits a device; 0 if none does."""
+        """Return the largest batch that fits a device to be sure; 0 if none does."""
         left = device_bytes * (1 - GAPS) - RESERVED - self.total(0)
         return max(0, int(left // self.activations_per_sample))
 
@@ -81,19 +87,22 @@ def predict(components: Components, config: TrainConfig, *, cached: bool) -> Pre
     size = config.train_batch_size
     one, two = (count_step(components, each, config.resolution, cached=cached) for each in (size, 2 * size))
     parts = {"text encoder": components.text_encoders, "VAE": (components.vae,), "denoiser": (components.denoiser,)}
-    frozen = {name: modules for name, modules in parts.items() if name != "VAE" or not cached}
+    vae_waits = cached and not components.family.encodes_control
+    frozen = {name: modules for name, modules in parts.items() if name != "VAE" or not vae_waits}
     per_sample = (two.activations - one.activations) / size
     return Prediction(
         weights={
             **{name: sum(map(_numel, modules)) for name, modules in parts.items()},
             "ControlNet": _numel(components.controlnet),
         },
+        trained=sum(weight.numel() for weight in components.controlnet.parameters() if weight.requires_grad),
         frozen_bytes={name: sum(map(_nbytes, modules)) for name, modules in frozen.items()},
         moment_bytes=MOMENTS[config.use_8bit_adam],
         activations_base=one.activations - size * per_sample,
         activations_per_sample=per_sample,
         flop_per_sample=(two.flop - one.flop) // size,
         dispatches=one.dispatches,
+        latents=math.prod(latent_shape(components, config.resolution)),
     )
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.errors import UserError
@@ -52,16 +52,21 @@ def built(
             with _default_dtype(vae_dtype if name == "vae" else dtype):
                 parts[name] = _part(classes[0], config).requires_grad_(False).eval()
         denoiser = parts.pop(family.denoiser)
-        scheduler = _config(base, "scheduler", model, "scheduler_config.json")
-        return Components(
-            family=family,
-            tokenizers=(),
-            vae=parts.pop("vae"),
-            text_encoders=tuple(parts.values()),
-            denoiser=denoiser,
-            noise_scheduler=getattr(diffusers, family.noise_scheduler).from_config(scheduler),
-            controlnet=family.make_controlnet(denoiser).train(),
-        )
+        controlnet = family.make_controlnet(denoiser).train()
+        for module in family.without_effect(controlnet):
+            module.requires_grad_(False)
+        with unset_fake_temporarily():  # some compute their tables' bounds
+            scheduler = _config(base, "scheduler", model, "scheduler_config.json")
+            noise_scheduler = getattr(diffusers, family.noise_scheduler).from_config(scheduler)
+    return Components(
+        family=family,
+        tokenizers=(),
+        vae=parts.pop("vae"),
+        text_encoders=tuple(parts.values()),
+        denoiser=denoiser,
+        noise_scheduler=noise_scheduler,
+        controlnet=controlnet,
+    )
 
 
 @contextmanager
@@ -76,14 +81,15 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _part(name: str, config: dict[str, Any]) -> Any:
-    """Build a model of diffusers or Transformers of its configuration."""
+    """Build a model of diffusers or Transformers of its configuration, in torch's default dtype."""
     import diffusers
     import transformers
 
     if cls := getattr(diffusers, name, None):
         return cls.from_config(config)
     cls = getattr(transformers, name)
-    return cls(cls.config_class.from_dict(config))
+    own_dtype = ("dtype", "torch_dtype")  # of the weights in the files
+    return cls(cls.config_class.from_dict({key: value for key, value in config.items() if key not in own_dtype}))
 
 
 def _config(base: ModelFiles, part: str, model: ModelConfig, file: str = "config.json") -> dict[str, Any]:

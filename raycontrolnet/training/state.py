@@ -39,7 +39,7 @@ def accelerator_for(step: StepConfig, *, use_gpu: bool, world_size: int = 1) -> 
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
-    from accelerate.utils import GradientAccumulationPlugin
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
     try:
         with _no_process_group() if world_size == 1 else nullcontext():
@@ -50,6 +50,8 @@ def accelerator_for(step: StepConfig, *, use_gpu: bool, world_size: int = 1) -> 
                 gradient_accumulation_plugin=GradientAccumulationPlugin(
                     num_steps=step.gradient_accumulation_steps, sync_with_dataloader=False
                 ),
+                # Without it, DDP holds every gradient twice.
+                kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
             )
         yield accelerator
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ ATTENTION = ("flash", "fmha", "attention", "sdpa")
 
 @contextmanager
 def free_memory() -> Iterator[None]:
+    gc.collect()  # a trained model is a cycle, by accelerate
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:
@@ -122,8 +124,10 @@ def reference(base: Base, size: int, updates: int, until: float) -> dict[str, An
             optimizer.step()
             optimizer.zero_grad()
 
-        rates = images_per_second(update, size, updates, until)
-        AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            rates = images_per_second(update, size, updates, until)
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
         return {"images/s": median(rates), "blocks": rates, "GiB": torch.cuda.max_memory_allocated() / GIB}
 
 
