@@ -37,7 +37,7 @@ def named_files(folder: Path) -> list[str]:
 
 
 class NoRun:
-    """What a run does with the files in its folder, without its training; each has other weights."""
+    """Stand-in for runs: the check and the saving in a folder, without training; each has other weights."""
 
     def __init__(self, folder: Callable[[], RunFolder], monkeypatch: pytest.MonkeyPatch):
         self._folder, self._patch = folder, monkeypatch

@@ -86,7 +86,7 @@ def _formers(left: Mapping[str, State], name: str | None) -> list[str]:
 
 def _as_left(folder: RunFolder) -> dict[str, State]:
     """Return the files that are as runs left them: name -> noted state."""
-    found = {}
+    found: dict[str, State] = {}
     for name, states in _read(folder).items():
         if now := folder.state_of(name):
             found |= [(name, [size, time]) for size, time in states if size == now[0] and time in (0, now[1])]
