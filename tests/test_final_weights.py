@@ -12,18 +12,17 @@ import pytest
 import torch
 from hub_stand_in import HubStandIn, take_for_hub
 from PIL import Image
-from runs import WEIGHTS, Run, Settings, contents, equal, losses, metadata, train, weights
+from runs import WEIGHTS, Run, Settings, equal, losses, metadata, train, weights
 from s3_server import BUCKET, S3Server, elsewhere, s3, use_s3
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from raycontrolnet import GenerateConfig, TrainConfig, cli, fit, generate
-from raycontrolnet.errors import ConfigError, Interrupted, RunError
+from raycontrolnet.errors import ConfigError, RunError
 from raycontrolnet.hub.push import push_command, push_to_hub
 from raycontrolnet.model.families.registry import families
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training import final_weights, validation
-from raycontrolnet.training.named_files import NAMED_FILES
 from raycontrolnet.tune.records import Trial, TrialRecord
 from raycontrolnet.tune.results import write_best
 
@@ -179,90 +178,6 @@ def test_best_that_fp16_cannot_hold(
     assert "save_precision: bf16" in (best / "config.yaml").read_text()
     assert '`save_precision`: `"bf16"`' in (best / "README.md").read_text()
     assert "--save_precision=fp16: cannot hold controlnet_mid_block.weight (up to 1e+06); best/ has bf16" in caplog.text
-
-
-def named_files(folder: Path) -> list[str]:
-    """Return the names of all files with weights beside diffusers' own."""
-    return sorted(path.name for path in folder.glob("*.safetensors") if path.name != WEIGHTS)
-
-
-def test_under_another_name(run_settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The file of an earlier state goes when newer weights come; copies, and changed ones, are the user's."""
-    out = tmp_path / "run"
-
-    def run(steps: int, name: str | None, **changed: Any) -> list[str]:
-        settings = run_settings | {"max_train_steps": steps, "save_name": name, "output_dir": str(out)}
-        train(settings | {"resume_from_checkpoint": "latest"} | changed)
-        return named_files(out)
-
-    assert run(1, "first") == ["first.safetensors"]
-    shutil.copy2(out / "first.safetensors", out / "copy.safetensors")
-    assert run(2, "first") == ["copy.safetensors", "first.safetensors"]
-    assert equal(load_file(out / "first.safetensors"), weights(out))
-    assert "earlier --save_name" not in caplog.text
-    assert run(3, "second") == ["copy.safetensors", "second.safetensors"]
-    assert f"{out}/first.safetensors is of an earlier --save_name, and is deleted once there are" in caplog.text
-    assert not equal(load_file(out / "copy.safetensors"), weights(out))
-    shutil.copy2(out / "second.safetensors", out / "second.before")
-    (out / "second.safetensors").write_bytes(b"mine")
-    assert run(4, "third") == ["copy.safetensors", "second.safetensors", "third.safetensors"]
-    for left in out.glob("checkpoint-*"):
-        shutil.rmtree(left)
-    (out / WEIGHTS).unlink()  # to start anew
-    assert run(1, None, resume_from_checkpoint=None) == ["copy.safetensors", "second.safetensors"]
-    assert not (out / NAMED_FILES).exists()
-    before = contents(out)
-    for name in ("copy", "second"):
-        with pytest.raises(ConfigError, match=rf"^--save_name={name}: .*, which no run wrote and this one would overw"):
-            run(2, name)
-    assert {name: before[name] for name in ("copy.safetensors", "second.safetensors", WEIGHTS)}.items() <= (
-        contents(out).items()
-    )
-
-
-def test_a_kill_between_the_files_makes_nothing_foreign(
-    run_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same name can be written anew, and a file that is not known to be whole is nobody's to delete."""
-    settings = run_settings | {"max_train_steps": 1, "save_name": "edges", "output_dir": str(tmp_path)}
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    def train_to_the_kill(settings: Settings) -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr(final_weights, "end_named_file", killed)
-            train(settings)
-
-    with pytest.raises(Interrupted):
-        train_to_the_kill(settings)
-    again = settings | {"resume_from_checkpoint": "latest"}
-    train(again | {"save_name": None})
-    assert named_files(tmp_path) == ["edges.safetensors"]
-    (tmp_path / "edges.safetensors").unlink()
-    with pytest.raises(Interrupted):
-        train_to_the_kill(again)
-    train(again)
-    train(again | {"save_name": None})
-    assert named_files(tmp_path) == []
-
-
-@pytest.mark.usefixtures("elsewhere")
-def test_under_another_name_in_an_object_store(use_s3: S3Server, run_settings: Settings, elsewhere: Any) -> None:
-    """As on a disk, on another machine."""
-    settings = run_settings | {"output_dir": f"s3://{BUCKET}/renamed", "resume_from_checkpoint": "latest"}
-
-    def run(steps: int, name: str) -> list[str]:
-        fit(TrainConfig(**settings | {"max_train_steps": steps, "save_name": name}), stream=io.StringIO())
-        elsewhere()
-        kept = [key.removeprefix("renamed/") for key in use_s3.names("renamed/") if key.endswith(".safetensors")]
-        return sorted(name for name in kept if "/" not in name and name != WEIGHTS)
-
-    assert run(1, "first") == ["first.safetensors"]
-    use_s3.write("renamed/mine.safetensors", b"mine")
-    assert run(2, "second") == ["mine.safetensors", "second.safetensors"]
-    with pytest.raises(ConfigError, match=r"--save_name=mine: s3://bucket/renamed holds mine.safetensors, which"):
-        run(3, "mine")
 
 
 @pytest.mark.usefixtures("elsewhere")

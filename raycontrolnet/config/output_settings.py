@@ -81,7 +81,7 @@ class OutputConfig:
         if problem := self._logging_dir_problem():
             yield f"--logging_dir={shown_uri(self.logging_dir)}: {problem}; name a folder in it, such as logs"
         yield from one_of(self, "save_precision", SAVE_PRECISIONS)
-        if self.save_name is not None and (problem := _name_problem(self.save_name)):
+        if self.save_name is not None and (problem := save_name_problem(self.save_name)):
             yield f"--save_name={self.save_name[:LONGEST_SAVE_NAME]}: {problem}"
         unknown = [name for name in self.trackers if name not in TRACKERS]
         if unknown:
@@ -119,7 +119,7 @@ class OutputConfig:
         return tuple(name.strip() for name in self.report_to.split(","))
 
 
-def _name_problem(name: str) -> str | None:
+def save_name_problem(name: str) -> str | None:
     """Return why NAME.safetensors cannot be written; None if it can."""
     if not name:
         return "must be a name; leave it out for no such file"

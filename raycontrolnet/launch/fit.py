@@ -31,6 +31,7 @@ from raycontrolnet.storage.stored_folder import run_folder
 from raycontrolnet.text import duration
 from raycontrolnet.training import held_out, validation
 from raycontrolnet.training.job import RUN_LOG, RunCallback
+from raycontrolnet.training.named_files import check_named_file
 from raycontrolnet.training.status import RunStatus, live_status
 from raycontrolnet.training.store_sync import MODEL_CONFIG, final_files, run_folder_open
 
@@ -101,6 +102,7 @@ def run_fit(config: TrainConfig, stream: TextIO, callback: RunCallback | None = 
 def _run_fit(config: TrainConfig, folder: RunFolder, stream: TextIO, callback: RunCallback | None) -> RunResult:
     started = time.time()
     run = choose_latents(check(config, folder), stream)
+    check_named_file(config, folder)  # last: it warns of what the run will do
 
     def train(status: RunStatus) -> Summary:
         if config.in_this_process:

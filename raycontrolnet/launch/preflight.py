@@ -39,7 +39,6 @@ from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.resume import resolve
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training import validation
-from raycontrolnet.training.named_files import named_file_problems
 from raycontrolnet.training.room import check_room
 from raycontrolnet.training.schedule import Schedule
 from raycontrolnet.training.trackers import check_trackers
@@ -65,7 +64,6 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
         problems.append(problem)
     else:
         checkpoints.remove_leftovers(folder.path)
-    problems += named_file_problems(config, folder)
     start, source = None, None
     with collected(problems):
         start = resolve(config.resume_from_checkpoint, folder)

@@ -50,7 +50,7 @@ def save_final_weights(state: TrainState, config: TrainConfig, folder: RunFolder
         advice = "continue the finished run with --resume_from_checkpoint latest --save_precision bf16"
         raise RunError(f"--save_precision={config.save_precision}: {error}; {advice}") from error
     readable_by_umask(partial)
-    begin_named_file(folder, config.single_file)
+    begin_named_file(folder, config.single_file, partial)
     for file in sorted(partial.iterdir(), key=lambda file: file.name == MODEL_CONFIG):  # the weights before it
         os.replace(file, output_dir / file.name)
     partial.rmdir()
