@@ -123,14 +123,14 @@ def test_forward_and_backward(base: str, cached: bool, dtype: torch.dtype, tmp_p
     assert all(weight.grad is not None for weight in components.controlnet.parameters())
 
 
-def test_a_whole_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_update(tmp_path: Path) -> None:
     """Clipping, the optimizer and the schedule too. The fused optimizer, which `meta` does not have, does nothing."""
     config = TrainConfig(pretrained_model_name_or_path="none", train_data_dir=".", lr_scheduler="cosine")
     components = on_meta(TINY, tmp_path, torch.float32)
-    with accelerator_for(config, use_gpu=False) as accelerator:
-        monkeypatch.setattr(accelerator.state, "device", META)
-        monkeypatch.setattr(torch.optim.AdamW, "__init__", as_fused(torch.optim.AdamW.__init__))
-        monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
+    with accelerator_for(config, use_gpu=False) as accelerator, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accelerator.state, "device", META)
+        patch.setattr(torch.optim.AdamW, "__init__", as_fused(torch.optim.AdamW.__init__))
+        patch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
         state = state_of(components, config, Schedule.of(config, 100, 1), accelerator)
         batch, draws = inputs(components, cached=True)
         with no_waiting():

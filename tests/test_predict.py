@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from raycontrolnet import TrainConfig, cli
 from raycontrolnet.config.check_config import CheckConfig
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.launch.check import Device, _device_lines, _memory_lines, check
+from raycontrolnet.launch.check import Device, _advice, _device_lines, _gib, _memory_lines, check
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.families.registry import family_of
 from raycontrolnet.model.files import local_files
@@ -168,23 +167,27 @@ def test_what_it_says(tiny_settings: dict[str, Any]) -> None:
 
 
 def test_what_brings_a_run_that_does_not_fit_there(tiny_settings: dict[str, Any]) -> None:
-    settings = tiny_settings | {"train_batch_size": 512, "cache_latents": "on"}
-    base = Path(settings["pretrained_model_name_or_path"])
+    train = TrainConfig(**tiny_settings | {"train_batch_size": 512, "cache_latents": "on"})
+    base = Path(train.pretrained_model_name_or_path)
     plain, less = (
-        predicted(base, torch.float32, resolution=32, gradient_checkpointing=on, train_batch_size=512).total(512)
+        predicted(base, torch.float32, resolution=32, gradient_checkpointing=on, train_batch_size=512)
         for on in (False, True)
     )
     for needed, expected in (
-        ((plain + less) / 2, f"needs {plain / GIB:.1f} GiB, the device has .* GiB: --gradient_checkpointing brings it"),
-        (less / 2, "--train_batch_size 128 --gradient_accumulation_steps 4 fits with --use_8bit_adam --gradient_check"),
+        ((plain.total(512) + less.total(512)) / 2, f"--gradient_checkpointing brings it to {_gib(less.total(512))}"),
+        (less.total(512) / 2, "--train_batch_size 128 --gradient_accumulation_steps 4 fits with --use_8bit_adam --gra"),
         (
             -LEAST_RESERVED / 2,
-            "no batch fits with --use_8bit_adam --gradient_checkpointing: take a smaller --resolution",
+            "no batch fits with --use_8bit_adam --gradient_checkpointing: take a smaller --resolutio",
         ),
     ):
-        said = checked(settings, device_memory=(needed + LEAST_RESERVED) / (1 - GAPS) / GIB)
-        (found,) = (line for line in said if line.startswith("device: "))
-        assert re.search(expected, found)
+        device = (needed + LEAST_RESERVED) / (1 - GAPS)
+        assert not plain.fits(512, device)
+        assert _advice(plain, less, train, device).startswith(expected)
+    said = checked(tiny_settings | {"train_batch_size": 512}, device_memory=0.9)
+    (found,) = (line for line in said if line.startswith("device: "))
+    assert found.startswith("device: batch 512 needs ")
+    assert "the device has 0.9 GiB: no batch fits with --use_8bit_adam" in found
 
 
 def test_what_may_just_fit(tiny_settings: dict[str, Any]) -> None:
