@@ -413,7 +413,7 @@ def test_allow_tf32(allowed: bool, tiny_settings: Settings, out: Path, monkeypat
 
 @pytest.mark.parametrize("setting", ["fp32_precision", "cuda.matmul.fp32_precision", "cudnn.fp32_precision"])
 def test_tf32_beside_the_newer_settings(setting: str) -> None:
-    """Of a process of its own, as they cannot be undone: after them PyTorch does not read the flags."""
+    """A process of its own, as they cannot be undone: after them PyTorch does not read the flags."""
     code = f"""
 import torch
 from raycontrolnet.model.performance import tf32
