@@ -129,6 +129,12 @@ def test_the_unet_is_rounded_before_it_is_moved(tiny_base: Path, monkeypatch: py
     assert moved == [torch.bfloat16]
 
 
+def test_half_precision_is_no_news(tiny_base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = ModelConfig(pretrained_model_name_or_path=str(tiny_base))
+    load_components(model, device=CPU, dtype=torch.bfloat16, seed=0)
+    assert "kept in float32" not in caplog.text
+
+
 @pytest.mark.parametrize("name", ["input_blocks.0.0.weight", "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"])
 def test_a_weight_of_another_form(name: str, tiny_base: Path, tmp_path: Path) -> None:
     path = write_single_file(tiny_base, tmp_path / "base.safetensors")

@@ -17,6 +17,7 @@ from raycontrolnet.model.families.registry import denoiser_folders, denoiser_pro
 from raycontrolnet.model.loading import BASE, from_pretrained, loaded, part
 from raycontrolnet.model.problems import mismatch
 from raycontrolnet.model.vae import load_vae
+from raycontrolnet.quiet import only_errors
 from raycontrolnet.text import error_message
 
 if TYPE_CHECKING:
@@ -100,7 +101,8 @@ def load_components(
         controlnet = _copied_controlnet(model, family, denoiser, seed)
     # Convolutions are faster in this layout: 11% of a step on a CPU (tests/benchmarks/RESULTS.md). The ControlNet's
     # activations follow it; its weights stay as they are saved. Rounded before it is moved, which needs half the room.
-    denoiser.to(dtype=dtype, memory_format=torch.channels_last)
+    with only_errors():  # diffusers warns of modules in fp32 that are none
+        denoiser.to(dtype=dtype, memory_format=torch.channels_last)
     components = Components(family, tokenizers, text_encoders, vae, denoiser, noise_scheduler, controlnet)
     waits = vae_device is not None and not family.encodes_control
     for module in components.frozen():

@@ -54,14 +54,13 @@ def write_base(folder: Path) -> None:
 def load(folder: Path) -> dict[str, float]:
     """Load the base as a worker does; return GB and seconds."""
     model = TrainConfig(pretrained_model_name_or_path=str(folder), train_data_dir=".")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     started = time.perf_counter()
     components = load_components(model, device=torch.device("cpu"), dtype=torch.bfloat16, seed=0)
     seconds = time.perf_counter() - started
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     modules = (*components.frozen(), components.controlnet)
     weights = sum(each.numel() * each.element_size() for module in modules for each in module.parameters())
-    return {"most GB": most / GB, "before GB": before / GB, "weights GB": weights / GB, "seconds": seconds}
+    return {"most GB": most / GB, "weights GB": weights / GB, "seconds": seconds}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
