@@ -227,28 +227,28 @@ def _text_as_given() -> ConstructorRegistry:
     return registry
 
 
-def _sweep_config(**settings: Any) -> SweepConfig:
-    own = {name: settings.pop(name) for name in setting_types(SweepSettings)}
-    return SweepConfig(train=TrainConfig(**settings), **own)
+def _beside_train(own: Any, config: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what makes a config of the settings of `own` and, as `train`, of those of a run."""
 
+    def make(**settings: Any) -> Any:
+        mine = {name: settings.pop(name) for name in setting_types(own)}
+        return config(train=TrainConfig(**settings), **mine)
 
-def _check_config(**settings: Any) -> CheckConfig:
-    own = {name: settings.pop(name) for name in setting_types(CheckSettings)}
-    return CheckConfig(train=TrainConfig(**settings), **own)
+    return make
 
 
 COMMANDS = {
     "train": Command("launch.fit:fit", TrainConfig, GROUPS, f"Train a ControlNet. {WITH_FILE}"),
     "tune": Command(
         "tune.sweep:sweep",
-        _sweep_config,
+        _beside_train(SweepSettings, SweepConfig),
         (SweepSettings, *GROUPS),
         "Train many ControlNets that differ in some settings (--space), stop the weak ones early, and rank them. "
         f"{WITH_FILE}",
     ),
     "check": Command(
         "launch.check:check",
-        _check_config,
+        _beside_train(CheckSettings, CheckConfig),
         (CheckSettings, *GROUPS),
         "Say what training with the same flags needs: memory, time, disk. No weights are read, nothing is trained. "
         f"{WITH_FILE}",

@@ -1,4 +1,4 @@
-"""Configurations of the published base models, as far as they differ from the classes' defaults: no weights."""
+"""Configurations of the published base models, as far as they differ from the classes' defaults, and of a small one."""
 
 from __future__ import annotations
 
@@ -65,6 +65,22 @@ SDXL: dict[str, dict[str, Any]] = {
     "scheduler": SCHEDULER,
 }  # fmt: skip
 """stable-diffusion-xl-base-1.0."""
+
+TINY: dict[str, dict[str, Any]] = {
+    "unet": {
+        "_class_name": "UNet2DConditionModel", "sample_size": 16, "block_out_channels": [80, 160],
+        "layers_per_block": 1, "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "cross_attention_dim": 64, "attention_head_dim": 2,
+        "norm_num_groups": 16,
+    },
+    "vae": VAE | {"block_out_channels": [32, 32, 64, 64], "layers_per_block": 1},
+    "text_encoder": {
+        "model_type": "clip_text_model", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "vocab_size": 1000, "projection_dim": 64, "eos_token_id": 999,
+    },
+    "scheduler": {"_class_name": "DDPMScheduler"},
+}  # fmt: skip
+"""A small base whose heads are 40 and 80 wide, as those of Stable Diffusion 1.5."""
 
 
 def write_configurations(base: Mapping[str, Mapping[str, Any]], folder: Path) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from full_size import write_configurations
+from full_size import TINY, write_configurations
 from reference import CPU
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -63,24 +63,8 @@ def no_waiting() -> Iterator[None]:
         yield
 
 
-TINY: dict[str, dict[str, Any]] = {
-    "unet": {
-        "_class_name": "UNet2DConditionModel", "sample_size": 4, "block_out_channels": [32, 64],
-        "layers_per_block": 1, "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "cross_attention_dim": 32, "attention_head_dim": 2,
-    },
-    "vae": {
-        "_class_name": "AutoencoderKL", "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4, "block_out_channels": [32] * 4, "layers_per_block": 1,
-    },
-    "text_encoder": {
-        "model_type": "clip_text_model", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "vocab_size": 1000, "projection_dim": 32, "eos_token_id": 999,
-    },
-    "scheduler": {"_class_name": "DDPMScheduler"},
-}  # fmt: skip
-XL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80,
-      "cross_attention_dim": 64}  # fmt: skip
+XL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 112,
+      "cross_attention_dim": 128}  # fmt: skip
 BASES = {
     "epsilon": TINY,
     "v_prediction": TINY | {"scheduler": TINY["scheduler"] | {"prediction_type": "v_prediction"}},

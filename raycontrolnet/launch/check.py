@@ -26,10 +26,10 @@ from raycontrolnet.predict.devices import REACHED, peak_of
 from raycontrolnet.predict.prediction import GIB, RESERVED, Prediction, predict
 from raycontrolnet.predict.shapes import shaped
 from raycontrolnet.text import counted, duration, file_size, short_number
+from raycontrolnet.training.room import final_bytes
 from raycontrolnet.training.schedule import Schedule, due_steps
 
 LATENT_BYTES = {"float16": 2, "float32": 4}
-ADVICE = "--gradient_checkpointing", "--use_8bit_adam"
 
 
 @dataclass(frozen=True)
@@ -188,8 +188,7 @@ def _disk_lines(
     if train.checkpoints_total_limit is not None:
         number = min(number, train.checkpoints_total_limit)
     kept = f"{counted(number, 'checkpoint')} of {file_size(one)}: {file_size(number * one)}"
-    final = trained["ControlNet"] * (1 if train.save_precision == "fp32" else 0.5) * (2 if train.save_name else 1)
-    yield f"disk: {kept}; final weights {file_size(final)}"
+    yield f"disk: {kept}; final weights {file_size(final_bytes(trained['ControlNet'], train))}"
     if cached:
         latents = 2 * prediction.latents * LATENT_BYTES[train.latents_dtype]  # mean and log-variance
         yield f"cache: {file_size(latents)} of latents a row, {file_size(rows * latents)}, and the conditioning images"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+from raycontrolnet.config.output_settings import OutputConfig
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.errors import UserError
 from raycontrolnet.storage.quota import quota_forbids
@@ -36,8 +37,7 @@ def check_room(
         there = [path for path in output_dir.glob("checkpoint-*") if path.is_dir()]
         given_up = sum(file.stat().st_size for path in there for file in path.rglob("*") if file.is_file())
         to_come = min(len(there) + to_come, limit + 1)  # the oldest is deleted once the newest is whole
-    final = weights * (1 if config.save_precision == "fp32" else 0.5) * (2 if config.save_name else 1)
-    needed, free = to_come * (weights + moments) + round(final), usage.free + given_up
+    needed, free = to_come * (weights + moments) + final_bytes(weights, config), usage.free + given_up
     if needed > free:
         why = f"need {file_size(needed)}, and {file_size(free)} are free"
     elif quota_forbids(output_dir, needed - given_up):
@@ -49,3 +49,8 @@ def check_room(
         f"--output_dir={output_dir}: {counted(to_come, 'checkpoint')} of {size} and the weights {why}; keep fewer "
         "with --checkpoints_total_limit, or name another folder"
     )
+
+
+def final_bytes(weights: int, output: OutputConfig) -> int:
+    """Return the bytes of the final weights, of which there are `weights` bytes in fp32."""
+    return round(weights * (1 if output.save_precision == "fp32" else 0.5) * (2 if output.save_name else 1))

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from full_size import TINY
 from states import (
-    TINY,
     TINY_RESOLUTION,
     components_of,
     copied,

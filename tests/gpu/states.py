@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from full_size import VAE, write_configurations
+from full_size import write_configurations
 
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.model.components import Components
@@ -26,21 +26,6 @@ from raycontrolnet.training.state import accelerator_for, state_of
 
 Base = Mapping[str, Mapping[str, Any]]
 
-TINY: dict[str, dict[str, Any]] = {
-    "unet": {
-        "_class_name": "UNet2DConditionModel", "sample_size": 16, "block_out_channels": [80, 160],
-        "layers_per_block": 1, "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"], "cross_attention_dim": 64, "attention_head_dim": 2,
-        "norm_num_groups": 16,
-    },
-    "vae": VAE | {"block_out_channels": [32, 32, 64, 64], "layers_per_block": 1},
-    "text_encoder": {
-        "model_type": "clip_text_model", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "vocab_size": 1000, "projection_dim": 64, "eos_token_id": 999,
-    },
-    "scheduler": {"_class_name": "DDPMScheduler"},
-}  # fmt: skip
-"""A small base whose heads are 40 and 80 wide, as those of Stable Diffusion 1.5."""
 TINY_RESOLUTION = 128
 ROWS = 100_000
 
