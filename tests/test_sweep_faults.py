@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -57,17 +56,19 @@ def test_a_sweep_goes_on_with_what_is_left(sweep_settings: Settings) -> None:
 
 def test_the_driver_is_killed(sweep_settings: Settings, tmp_path: Path) -> None:
     """With -9, in the midst; the trials of the sweep that goes on end as runs of their settings that nobody killed."""
-    flags = {**sweep_settings, "num_samples": 2, "scheduler": "none", "max_train_steps": 12, "cpus_per_worker": 1}
-    flags["max_concurrent_trials"] = 1  # so that one has ended
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    settings = sweep_settings | {"max_train_steps": 12, "cpus_per_worker": 1.0}
+    of_sweep: Settings = {"num_samples": 2, "scheduler": "none"}
+    of_sweep["max_concurrent_trials"] = 1  # so that one has ended
     disturbed = Path(sweep_settings["output_dir"])
-    command = tune_command(flags)
-    kill_9(command, lambda: "finished" in states(disturbed) and "running" in states(disturbed))
+    kill_9(
+        tune_command(settings | of_sweep), lambda: "finished" in states(disturbed) and "running" in states(disturbed)
+    )
     begun = {record.index: record.settings for record in records.read_records(disturbed)}
     finished = [record for record in records.read_records(disturbed) if ran_to_its_end(disturbed, record)]
     before = {record.index: (records.folder_of(disturbed, record) / "run.json").read_bytes() for record in finished}
-    again = subprocess.run([*command, "--resume"], check=True, capture_output=True, text=True, env=environment)
-    assert f"sweep: {2 - len(finished)} trial" in again.stderr
+    said = io.StringIO()
+    sweep(SweepConfig(train=TrainConfig(**settings), resume=True, **of_sweep), stream=said)
+    assert f"sweep: {2 - len(finished)} trial" in said.getvalue()
     for record in finished:
         assert (records.folder_of(disturbed, record) / "run.json").read_bytes() == before[record.index]
     trials = records.read_trials(disturbed, 2)
