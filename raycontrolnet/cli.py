@@ -22,6 +22,7 @@ from raycontrolnet.config.values import read_yaml, setting_types, unknown_names
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
 from raycontrolnet.signals import ending_signals_raised, exit_code
 from raycontrolnet.storage.uri import shown_name
+from raycontrolnet.text import SHOWN_PROBLEMS
 from raycontrolnet.version import __version__
 
 if TYPE_CHECKING:
@@ -164,13 +165,23 @@ def _config_flag(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _whole_flags(argv: Sequence[str], known: Iterable[str]) -> list[str]:
-    """Return the arguments with beginnings of flags that can mean one alone completed, as argparse does."""
-    names, whole = set(known), []
+    """Return the arguments with beginnings of flags that can mean one alone completed, as argparse does.
+
+    Raises:
+        ConfigError: for beginnings that can mean several.
+    """
+    names, whole, problems = set(known), [], []
     for argument in argv:
         flag, has_value, value = argument.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
         meant = [other for other in names if other.startswith(name)] if flag != name and name not in names else []
         whole.append(f"--{meant[0]}{has_value}{value}" if len(meant) == 1 and name else argument)
+        if len(meant) > 1 and name:
+            several = ", ".join(f"--{other}" for other in sorted(meant)[:SHOWN_PROBLEMS])
+            more = f" and {len(meant) - SHOWN_PROBLEMS} more" if len(meant) > SHOWN_PROBLEMS else ""
+            problems.append(f"{flag}: can mean {several}{more}; write more of it")
+    if problems:
+        raise ConfigError(problems)
     return whole
 
 

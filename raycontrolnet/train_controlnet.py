@@ -115,7 +115,7 @@ class Worker:
         self.last: UpdateMetrics | None = None
         self.notices = OnItsWay(torch.zeros(2))
         """Means over the workers, in the last update: driver asks for the end, a lost machine for a checkpoint."""
-        self.reclaims, self.saved_step = ReclaimNotices(), -1
+        self.reclaims, self.saved_step = ReclaimNotices(local=job.local), -1
         self.metrics_log: MetricsLog | None = None
         self.trackers: Trackers | None = None
         if share.rank == 0:
@@ -202,7 +202,7 @@ class Worker:
                 self.watchdog.progress("an update")
         with self.clock("step"):
             # In one message: the workers end, or write a checkpoint, after the same update.
-            seen = [float(stop_asked(self.job)), float(self.asks_to_save())]
+            seen = [float(stop_asked(self.job)), float(self.reclaims.ask_for_checkpoint())]
             notices = to_device(torch.tensor(seen), losses[0].device)
             figures = torch.cat([(torch.stack(losses).mean() * weight)[None], notices])
             loss, *_ = figures = state.accelerator.reduce(figures, reduction="mean")
@@ -215,9 +215,6 @@ class Worker:
             self.record()
         if self.job.callback:
             self.job.callback.updated()
-
-    def asks_to_save(self) -> bool:
-        return not self.job.local and self.reclaims.ask_for_checkpoint()
 
     def next_input(self, inputs: Iterator[tuple[Batch, Draws]]) -> tuple[Batch, Draws]:
         """Return the next micro-step's batch and draws."""

@@ -260,6 +260,8 @@ def test_beginnings_of_the_tokens_flag_are_hidden_too(monkeypatch: pytest.Monkey
 def test_beginnings_that_mean_none_or_several(tiny_settings: Settings, ask: Ask, flag: str) -> None:
     answer = ask("train", *flags(tiny_settings), flag, "7")
     assert answer.code == 2
+    if flag == "--train":
+        assert answer.err == "error: --train: can mean --train_batch_size, --train_data_dir; write more of it\n"
 
 
 @pytest.mark.parametrize("name", ["output_dir", "train_data_dir", "pretrained_model_name_or_path"])

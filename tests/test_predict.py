@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -160,8 +161,11 @@ def test_what_it_says(tiny_settings: dict[str, Any]) -> None:
     assert any(line.startswith("  VAE ") and "on the CPU" in line for line in said)
     text = "\n".join(said)
     assert "device: fits; the largest batch for the device with 24.0 GiB is " in text
-    assert "work: 30 updates, 120 samples of " in text
+    assert re.search(r"work: 30 updates, 120 samples of 0\.\d*[1-9]\d* GFLOP each", text)
+    assert re.search(r"  together +\d+\.\d MiB ", text), "no zeros for small models"
     assert "cost: " in text
+    said = checked(tiny_settings | run, price_per_hour=3.6)
+    assert "time and cost: not known without the device; --device_tflops" in "\n".join(said)
     assert "disk: 2 checkpoints of " in text
     assert "cache: 256 B of latents a row, " in text
 

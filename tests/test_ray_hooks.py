@@ -57,6 +57,7 @@ from raycontrolnet.cluster.worker import (
     from_rank_zero,
     remove_ray_records,
     report_checkpoint,
+    this_node_is_to_be_reclaimed,
     wait_for_all,
 )
 from raycontrolnet.errors import RunError, root_cause
@@ -249,6 +250,12 @@ def test_a_run_in_a_thread_is_aborted(tmp_path: Path, workers_start: bool, monke
     wait_for(lambda: not places(trainer), timeout_s=10)
     wait_for(lambda: ray.available_resources().get("CPU") == 3, timeout_s=30)
     assert [type(error) for error in raised] == [ray.exceptions.ActorDiedError]
+
+
+@pytest.mark.usefixtures("_local_ray")
+def test_a_node_that_stays_is_not_reclaimed() -> None:
+    """One that goes is noticed: see test_sweep_cluster.py."""
+    assert this_node_is_to_be_reclaimed() == 0
 
 
 @pytest.mark.usefixtures("_local_ray")

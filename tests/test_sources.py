@@ -306,6 +306,23 @@ BAD_FILES: dict[str, tuple[str, str | bytes, dict[str, str], list[str]]] = {
             )
         ],
     ),
+    "a comma before the end of an object": (
+        "metadata.jsonl",
+        '{"image": "a.png", "conditioning_image": "b.png", "text": "x",}\n',
+        {},
+        [
+            (
+                "{file}:1: is not valid JSON (Expecting property name enclosed in double quotes, column 63); no comma "
+                "stands before }}"
+            )
+        ],
+    ),
+    "a comma before the end of a list": (
+        "metadata.jsonl",
+        '{"image": "a.png", "conditioning_image": "b.png", "text": ["x", ]}\n',
+        {},
+        ["{file}:1: is not valid JSON (Expecting value, column 65); no comma stands before ]"],
+    ),
     "single quotes": (
         "metadata.jsonl",
         "{'image': 'a.png'}\n",
@@ -511,6 +528,7 @@ def test_images_in_base64(tmp_path: Path, form: str) -> None:
 def test_base64_that_is_broken(tmp_path: Path) -> None:
     for text, reason in (
         ("data:image/png;base64,iVBOR", "holds base64 that cannot be decoded"),
+        ("data:image/png;base64,@@@", "holds base64 that cannot be decoded"),
         ("data:image/png,xyz", "is a data: URI, but not in base64"),
     ):
         write_lines(tmp_path / "metadata.jsonl", [{"image": text, "conditioning_image": text, "text": "x"}])
@@ -541,7 +559,7 @@ def test_missing_files_are_listed_and_counted(tmp_path: Path, monkeypatch: pytes
     assert problems[0] == f"{path}:2: image nowhere/0.png: no such file"
     assert len(problems) == 12
     assert problems[10] == "... 5,000 files are missing in all"
-    assert len(listed) == 3  # a listing per folder, not a call per file
+    assert len(listed) == 4  # a listing per folder, not a call per file, and one to look for an archive
 
 
 def test_paths_of_another_kind_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -562,6 +580,15 @@ def test_paths_of_another_kind_are_named(tmp_path: Path, monkeypatch: pytest.Mon
     found = problems_of(train_data_dir="data")
     assert [problem.partition("no such file")[2] for problem in found[:-1]] == list(reasons.values())
     assert max(map(len, found)) < 300
+
+
+def test_an_archive_beside_the_rows_is_named_once(tmp_path: Path) -> None:
+    rows = [{"image": f"photos/{row}.png", "conditioning_image": f"edges/{row}.png", "text": "x"} for row in range(2)]
+    write_lines(tmp_path / "metadata.jsonl", rows)
+    (tmp_path / "all-images.zip").touch()
+    found = problems_of(train_data_dir=str(tmp_path))
+    assert len(found) == 6
+    assert found[4] == f"{tmp_path}/all-images.zip is an archive: unpack it there"
 
 
 def test_paths_that_lead_out_of_the_folder_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

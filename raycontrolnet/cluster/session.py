@@ -95,7 +95,7 @@ def ray_session(address: str | None) -> Iterator[None]:
             raise ConfigError([f"{origin}={target}: {refusal}"]) from error
         problem = (
             f"{origin}={target}: no Ray cluster answers there ({error_message(error, 200)}). Start one with "
-            "`ray start --head`, or leave the address out to train on this machine alone"
+            f"`ray start --head`, or {'leave it out' if address else 'unset it'} to work on this machine alone"
         )
         raise ConfigError([problem]) from error
     finally:

@@ -5,6 +5,7 @@ Each name here stands in tests/test_ray_hooks.py, which fails when a new Ray has
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 RECLAIM_INTERVAL_S = 20.0
 """Seconds of work, about, that the loss of a machine may cost: its notice comes up to two minutes before."""
+LOOK_INTERVAL_S = 2.0
+"""Seconds between two looks where each is a question to the cluster's head."""
 RECORDS_OF_RAY = (".validate_storage_marker", "checkpoint_manager_snapshot.json")
 """Undocumented files of Ray Train in a run's folder; Tune leaves the first beside its trials. If the second stays, Ray
 continues the next run there from it, with checkpoints that may be gone."""
@@ -43,20 +46,44 @@ def nodes_to_be_reclaimed() -> int:
     return len(info.preempted_node_to_ranks) if info else 0
 
 
+def this_node_is_to_be_reclaimed() -> int:
+    """Return 1 if the machine of this process, a trial say, is about to be taken away, else 0.
+
+    Private: no public name tells a process that Ray Train did not start. Without this a reclaimed trial loses the
+    updates since its last checkpoint.
+    """
+    if "ray" not in sys.modules:  # a run without Ray need not import it
+        return 0
+    import ray
+    from ray._private import state
+
+    return int(ray.is_initialized() and ray.get_runtime_context().get_node_id() in state.state.get_draining_nodes())
+
+
 class ReclaimNotices:
     """Notices that machines of the workers are about to be taken away."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self._clock, self._known, self._asked_at = clock, 0, 0.0
+    def __init__(self, *, local: bool = False, clock: Callable[[], float] = time.monotonic):
+        """Begin to look for notices.
+
+        Args:
+            local: for the machine of this process, which is no worker of Ray Train.
+            clock: seconds.
+        """
+        self._look, self._look_interval_s = nodes_to_be_reclaimed, 0.0
+        if local:  # asks the cluster's head
+            self._look, self._look_interval_s = this_node_is_to_be_reclaimed, LOOK_INTERVAL_S
+        self._clock, self._known, self._asked_at, self._looked_at = clock, 0, 0.0, -LOOK_INTERVAL_S
 
     def ask_for_checkpoint(self) -> bool:
         """Check whether to write a checkpoint now: at a notice, and now and then until the machine is gone."""
-        going = nodes_to_be_reclaimed()
-        late = self._clock() - self._asked_at > RECLAIM_INTERVAL_S
-        asks = going > self._known or (going > 0 and late)
+        now, going = self._clock(), self._known
+        if now - self._looked_at >= self._look_interval_s:
+            self._looked_at, going = now, self._look()
+        asks = going > self._known or (going > 0 and now - self._asked_at > RECLAIM_INTERVAL_S)
         self._known = going
         if asks:
-            self._asked_at = self._clock()
+            self._asked_at = now
         return asks
 
 

@@ -123,6 +123,11 @@ def parse_json(text: bytes) -> Any:
 def _advice(text: bytes, error: json.JSONDecodeError) -> str:
     if error.msg == "Extra data" and error.doc[error.pos :].strip() == ",":
         return f"; {_ONE_PER_LINE}, without a comma after it"
+    before, after = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
+    if not before.endswith(","):  # Python 3.13 points at the comma itself
+        before, after = after[:1], after[1:].lstrip()
+    if before.endswith(",") and after[:1] in ("}", "]"):
+        return f"; no comma stands before {after[0]}"
     if text.lstrip().startswith((b"{'", b"{ '")):
         return "; JSON's texts stand in double quotes"
     return ""

@@ -20,6 +20,7 @@ from raycontrolnet.text import SHOWN_PROBLEMS, shorten
 Root = str | RemotePath
 """Folder in which the relative paths in a data set's cells begin."""
 
+ARCHIVES = frozenset((".zip", ".gz", ".7z", ".rar"))
 _BASE64_HEADS = ("iVBORw0KGgo", "/9j/", "UklGR", "R0lGOD")
 """First letters of a PNG, JPEG, WebP and GIF file in base64."""
 _BASE64_LETTERS = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
@@ -41,7 +42,7 @@ def embedded_image(text: str) -> bytes | None:
             data = text
         elif not (comma and head.endswith(";base64")):
             raise ValueError("is a data: URI, but not in base64")
-        return base64.b64decode(data)
+        return base64.b64decode("".join(data.split()), validate=True)
     except binascii.Error as error:
         raise ValueError(f"holds base64 that cannot be decoded ({error})") from None
 
@@ -128,6 +129,9 @@ def missing_problems(root: Root, columns: Mapping[str, Iterable[str]], place: Ca
         for row, name, path in missing[: SHOWN_PROBLEMS + 1]
     ]
     yield from shorten(reasons, "files are missing", len(missing))
+    if missing and root and isinstance(root, str) and not any("unzip" in reason for reason in reasons):
+        archives = sorted(name for name in _files_in(Path(root)) if Path(name).suffix in ARCHIVES)
+        yield from (f"{joined(root, name)} is an archive: unpack it there" for name in archives[:1])
 
 
 def path_or_image(root: Root, text: str, place: str) -> EncodedImage:

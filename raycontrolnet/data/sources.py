@@ -14,7 +14,7 @@ from raycontrolnet.data.hub_source import is_remote_table, open_dataset
 from raycontrolnet.data.joined_source import JoinedSource
 from raycontrolnet.data.metadata_file import METADATA_FILES
 from raycontrolnet.data.paired_folder import CONDITIONING_FOLDERS, IMAGES, conditioning_folder, open_pairs
-from raycontrolnet.data.paths import kind_of_file
+from raycontrolnet.data.paths import ARCHIVES, kind_of_file
 from raycontrolnet.data.records import ImageRow
 from raycontrolnet.data.remote_path import AnyPath, RemotePath, check_uri, data_path, forget_listings, listed
 from raycontrolnet.data.tar_index import shard_files
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 _DATASETS_FILES = ("*.parquet", "*/*.parquet", "*.arrow", "state.json", "dataset_dict.json")
 """Files of a folder that `datasets` reads, other than a metadata file."""
-_ARCHIVES = frozenset((".zip", ".gz", ".7z", ".rar"))
 _SPLITS_NOT_TRAINED_ON = frozenset(("val", "valid", "validation", "dev", "eval", "test", "testing"))
 _SHOWN_ENTRIES = 5
 LOOKED_AT_ROWS = 32
@@ -167,7 +166,7 @@ def _what_is_expected(folder: AnyPath) -> str:
     entries = listed(folder)
     holds = ", ".join(entry.name for entry in entries[:_SHOWN_ENTRIES]) or "nothing"
     more = f" and {len(entries) - _SHOWN_ENTRIES:,} more" if len(entries) > _SHOWN_ENTRIES else ""
-    archive = next((entry for entry in entries if entry.suffix in _ARCHIVES), None)
+    archive = next((entry for entry in entries if entry.suffix in ARCHIVES), None)
     advice = f". {archive.name} is an archive: unpack it there" if archive else ""
     if odd := next((entry for entry in entries if entry.name in METADATA_FILES and entry.exists()), None):
         advice += f". {odd.name} is {kind_of_file(odd.stat().st_mode)}, not a file"

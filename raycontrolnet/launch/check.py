@@ -23,7 +23,7 @@ from raycontrolnet.model.performance import working_precision
 from raycontrolnet.model.problems import model_problems
 from raycontrolnet.model.single_file import base_files
 from raycontrolnet.predict.devices import REACHED, peak_of
-from raycontrolnet.predict.prediction import GIB, RESERVED, Prediction, predict
+from raycontrolnet.predict.prediction import GIB, MIB, RESERVED, Prediction, predict
 from raycontrolnet.predict.shapes import shaped
 from raycontrolnet.text import counted, duration, file_size, short_number
 from raycontrolnet.training.room import final_bytes
@@ -138,7 +138,8 @@ def _memory_lines(prediction: Prediction, batch_size: int) -> Iterator[str]:
         yield _row(name, _gib(size) if size else "on the CPU", f"{short_number(number, 3)} weights")
     for name in ("gradients", "optimizer"):
         yield _row(name, _gib(prediction.trained_bytes[name]))
-    per_sample = f"{prediction.activations_per_sample / GIB:.2f} GiB a sample"
+    each = prediction.activations_per_sample
+    per_sample = f"{each / GIB:.2f} GiB a sample" if each >= 0.1 * GIB else f"{_gib(each)} a sample"
     yield _row("activations", _gib(prediction.activations(batch_size)), per_sample)
     yield _row("together", _gib(prediction.total(batch_size)), "CUDA and its kernels need 1 to 3 GiB more")
 
@@ -163,10 +164,12 @@ def _work_lines(
 ) -> Iterator[str]:
     samples = schedule.total_updates * schedule.samples_per_update
     flop = prediction.flop_per_sample * samples
-    each = f"{prediction.flop_per_sample / 1e12:.2f} TFLOP"
-    yield f"\nwork: {counted(schedule.total_updates, 'update')}, {counted(samples, 'sample')} of {each} each"
+    each = prediction.flop_per_sample
+    each_of = f"{each / 1e12:.2f} TFLOP" if each >= 1e11 else f"{each / 1e9:.2f} GFLOP"
+    yield f"\nwork: {counted(schedule.total_updates, 'update')}, {counted(samples, 'sample')} of {each_of} each"
     if device.tflops is None:
-        yield "time: not known without the device; --device_tflops 312, of its data sheet, gives a range"
+        what = "time" if price_per_hour is None else "time and cost"
+        yield f"{what}: not known without the device; --device_tflops 312, of its data sheet, gives a range"
         return
     slow, fast = (flop / (schedule.num_workers * device.tflops * 1e12 * share) for share in REACHED)
     rates = " to ".join(f"{samples / seconds:.3g}" for seconds in (slow, fast))
@@ -199,4 +202,4 @@ def _row(name: str, size: str, more: str = "") -> str:
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB"
+    return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / MIB:.1f} MiB"

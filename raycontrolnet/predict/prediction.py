@@ -14,6 +14,7 @@ from raycontrolnet.model.step import latent_shape
 from raycontrolnet.predict.count import count_step
 
 GIB = 2**30
+MIB = 2**20
 LEAST_RESERVED, RESERVED = 1.0 * GIB, 3.0 * GIB
 """Bytes that CUDA's context and the kernels' workspaces need, at least and to be sure."""
 GAPS = 0.03

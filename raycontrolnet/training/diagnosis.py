@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 MOST_SAMPLES = 64
 """Samples that are done again: an update may have thousands."""
-LOWER = "lower --learning_rate, or use --mixed_precision bf16 instead of fp16"
 
 
 class NotFiniteUpdates:
@@ -91,13 +90,16 @@ def diagnosis(state: TrainState, loader: BatchLoader, resolution: int, samples: 
         kind = str(components.vae.dtype).removeprefix("torch.")
         advice = _advice_on_vae(components)
         return f"The VAE gives latents that are not finite in {kind} for {_listed(unencoded)}: {advice}"
+    lower = "lower --learning_rate"
+    if state.accelerator.mixed_precision == "fp16":
+        lower += ", or use --mixed_precision bf16"
     if not_finite and len(not_finite) < done:
         where = f", from {modules[0]} on" if modules else ""
         found = f"The loss is not finite for {_listed(not_finite)}{where}, and is for the others"
-        return f"{found}: look at these, or {LOWER}"
+        return f"{found}: look at these, or {lower}"
     places = [loader.place(index) for index in samples]
     where = f". The first module whose output is not finite: {modules[0]}" if modules else ""
-    return f"Training has diverged: {LOWER}. The update's samples: {_listed(places)}{where}"
+    return f"Training has diverged: {lower}. The update's samples: {_listed(places)}{where}"
 
 
 def _advice_on_vae(components: Components) -> str:
