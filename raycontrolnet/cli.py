@@ -177,10 +177,11 @@ def _whole_flags(argv: Sequence[str], known: Iterable[str]) -> list[str]:
         meant = [other for other in names if other.startswith(name)] if flag != name and name not in names else []
         whole.append(f"--{meant[0]}{has_value}{value}" if len(meant) == 1 and name else argument)
         if len(meant) > 1 and name:
-            several = ", ".join(f"--{other}" for other in sorted(meant)[:SHOWN_PROBLEMS])
-            more = f" and {len(meant) - SHOWN_PROBLEMS} more" if len(meant) > SHOWN_PROBLEMS else ""
+            useful = sorted(other for other in meant if other not in WITHOUT_USE) or sorted(meant)
+            several = ", ".join(f"--{other}" for other in useful[:SHOWN_PROBLEMS])
+            more = f" and {len(useful) - SHOWN_PROBLEMS} more" if len(useful) > SHOWN_PROBLEMS else ""
             problems.append(f"{flag}: can mean {several}{more}; write more of it")
-    if problems:
+    if problems and "--help" not in argv:
         raise ConfigError(problems)
     return whole
 

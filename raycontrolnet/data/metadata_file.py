@@ -123,14 +123,20 @@ def parse_json(text: bytes) -> Any:
 def _advice(text: bytes, error: json.JSONDecodeError) -> str:
     if error.msg == "Extra data" and error.doc[error.pos :].strip() == ",":
         return f"; {_ONE_PER_LINE}, without a comma after it"
-    before, after = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
-    if not before.endswith(","):  # Python 3.13 points at the comma itself
-        before, after = after[:1], after[1:].lstrip()
-    if before.endswith(",") and after[:1] in ("}", "]"):
-        return f"; no comma stands before {after[0]}"
+    if (bracket := _after_a_comma(error)) is not None:
+        return f"; no comma stands before {bracket}"
     if text.lstrip().startswith((b"{'", b"{ '")):
         return "; JSON's texts stand in double quotes"
     return ""
+
+
+def _after_a_comma(error: json.JSONDecodeError) -> str | None:
+    """Return the closing bracket before which a comma stands, if that is the error."""
+    before, after = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
+    if error.msg.startswith("Illegal trailing comma"):  # from Python 3.13 on; its place is the comma's
+        return after[1:].lstrip()[:1]
+    expected = {"}": "Expecting property name", "]": "Expecting value"}.get(after[:1], "\0")
+    return after[0] if before.endswith(",") and error.msg.startswith(expected) else None
 
 
 def _object(row: Any) -> dict[str, Any]:

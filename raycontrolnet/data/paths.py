@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import os
 import re
@@ -20,12 +19,13 @@ from raycontrolnet.text import SHOWN_PROBLEMS, shorten
 Root = str | RemotePath
 """Folder in which the relative paths in a data set's cells begin."""
 
-ARCHIVES = frozenset((".zip", ".gz", ".7z", ".rar"))
+ARCHIVES = frozenset((".zip", ".gz", ".tgz", ".7z", ".rar"))
 _BASE64_HEADS = ("iVBORw0KGgo", "/9j/", "UklGR", "R0lGOD")
 """First letters of a PNG, JPEG, WebP and GIF file in base64."""
 _BASE64_LETTERS = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
 _SHORTEST_BASE64 = 64
 _LONGEST_SHOWN = 120
+_MISSING = "no such file"
 
 
 def embedded_image(text: str) -> bytes | None:
@@ -37,14 +37,17 @@ def embedded_image(text: str) -> bytes | None:
     if not is_embedded(text):
         return None
     head, comma, data = text.partition(",")
+    if not text.startswith("data:"):
+        data = text
+    elif not (comma and head.endswith(";base64")):
+        raise ValueError("is a data: URI, but not in base64")
     try:
-        if not text.startswith("data:"):
-            data = text
-        elif not (comma and head.endswith(";base64")):
-            raise ValueError("is a data: URI, but not in base64")
-        return base64.b64decode("".join(data.split()), validate=True)
-    except binascii.Error as error:
+        image = base64.b64decode("".join(data.split()), validate=True)
+    except ValueError as error:  # binascii's, or of letters that are not ASCII
         raise ValueError(f"holds base64 that cannot be decoded ({error})") from None
+    if not image:
+        raise ValueError("is a data: URI that holds nothing")
+    return image
 
 
 def is_embedded(text: str) -> bool:
@@ -113,7 +116,7 @@ def missing_reason(root: Root, path: str) -> str:
         return f"no such file: unzip {archive} there"
     if not here.is_absolute() and _exists(here):
         return f"no such file: paths begin at {root}, and this one at the working directory"
-    return "no such file"
+    return _MISSING
 
 
 def missing_problems(root: Root, columns: Mapping[str, Iterable[str]], place: Callable[[int], str]) -> Iterator[str]:
@@ -124,14 +127,17 @@ def missing_problems(root: Root, columns: Mapping[str, Iterable[str]], place: Ca
         place: returns where a row stands.
     """
     missing = sorted((row, name, path) for name, paths in columns.items() for row, path in missing_files(root, paths))
-    reasons = [
-        f"{place(row)}: {name} {shown_path(path)}: {missing_reason(root, path)}"
+    first = [
+        (f"{place(row)}: {name} {shown_path(path)}", path, missing_reason(root, path))
         for row, name, path in missing[: SHOWN_PROBLEMS + 1]
     ]
+    reasons = [f"{where}: {reason}" for where, _, reason in first]
     yield from shorten(reasons, "files are missing", len(missing))
-    if missing and root and isinstance(root, str) and not any("unzip" in reason for reason in reasons):
-        archives = sorted(name for name in _files_in(Path(root)) if Path(name).suffix in ARCHIVES)
-        yield from (f"{joined(root, name)} is an archive: unpack it there" for name in archives[:1])
+    nowhere = any(why == _MISSING and not Path(path).is_absolute() for _, path, why in first)
+    if nowhere and root and isinstance(root, str) and not any("unzip" in why for _, _, why in first):
+        files = sorted(name for name, is_file in _files_in(Path(root)).items() if is_file)
+        archives = [name for name in files if Path(name).suffix.lower() in ARCHIVES]
+        yield from (f"{joined(root, name)} is an archive that may hold them: unpack it there" for name in archives[:1])
 
 
 def path_or_image(root: Root, text: str, place: str) -> EncodedImage:
