@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raycontrolnet.errors import UserError
 from raycontrolnet.storage.files import PARTIAL_SUFFIX, replacing
+from raycontrolnet.storage.store_requests import RUN_WAITS_S, reached
 from raycontrolnet.storage.uri import UNUSABLE, as_path, check_bucket, open_uri, shown_uri, unusable
 
 if TYPE_CHECKING:
@@ -47,9 +49,12 @@ class CacheFolder:
         """
         from pyarrow import fs
 
-        try:
+        def list_() -> list[fs.FileInfo]:
             system, folder = _open(self.uri)
-            found = system.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+            return list(system.get_file_info(fs.FileSelector(folder, allow_not_found=True)))
+
+        try:
+            found = list_() if self.is_local else reached(list_, RUN_WAITS_S)
         except OSError as error:
             raise unreachable(self.uri, error) from None
         files = (info for info in found if info.type == fs.FileType.File)
@@ -93,15 +98,18 @@ class CacheFolder:
         Raises:
             OSError: if it cannot be written, as on a full disk; nothing is left of it then.
         """
-        system, folder = _open(self.uri)
-        if not self.is_local:  # an object appears when its stream is closed without error
-            system.create_dir(folder)
-            with system.open_output_stream(f"{folder}/{name}") as stream:
-                stream.write(data)
+        if not self.is_local:
+            reached(partial(self._send, name, data), RUN_WAITS_S)
             return
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with replacing(Path(folder, name), sync=True, many_writers=True) as partial:
-            partial.write_bytes(data)
+        Path(self.uri).mkdir(parents=True, exist_ok=True)
+        with replacing(Path(self.uri, name), sync=True, many_writers=True) as unfinished:
+            unfinished.write_bytes(data)
+
+    def _send(self, name: str, data: bytes | pa.Buffer) -> None:
+        system, folder = _open(self.uri)
+        system.create_dir(folder)
+        with system.open_output_stream(f"{folder}/{name}") as stream:  # the object appears when it closes without error
+            stream.write(data)
 
     def remove_leftovers(self) -> None:
         """Delete what killed processes left unfinished; young files may belong to a process at work."""

@@ -23,7 +23,7 @@ TARGETS = (WORKER, ALL_WORKERS, LOADING, COORDINATOR, CONTROLLER, DRIVER, GCS, S
 NOT_THERE = {
     (FINAL, LOADING),  # all batches are made
     *((PREPARE, target) for target in (COORDINATOR, CONTROLLER)),  # Ray Data runs in the driver
-    *((PUSH, target) for target in (WORKER, ALL_WORKERS, LOADING, COORDINATOR, CONTROLLER)),  # they have ended
+    *((PUSH, target) for target in (WORKER, ALL_WORKERS, LOADING, COORDINATOR, CONTROLLER, GCS)),  # they have ended
 }
 """Moments at which no such process runs."""
 

@@ -1,6 +1,6 @@
 """A fault at every moment of a run: nothing that was finished is lost, and the weights are those of an undisturbed run.
 
-    pytest -n 0 -m slow tests/faults                      # 192 faults, three hours on two CPUs
+    pytest -n 0 -m slow tests/faults                      # 189 faults, three hours on two CPUs
     FAULTS_RESULTS=faults.jsonl pytest -n 0 -m slow tests/faults -k draw0
 
 At the end the table is printed, of the faults that FAULTS_RESULTS holds too; those that stand there are not repeated.
