@@ -22,7 +22,7 @@ from raycontrolnet.config.values import read_yaml, setting_types, unknown_names
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
 from raycontrolnet.signals import ending_signals_raised, exit_code
 from raycontrolnet.storage.uri import shown_name
-from raycontrolnet.text import SHOWN_PROBLEMS
+from raycontrolnet.text import first_of
 from raycontrolnet.version import __version__
 
 if TYPE_CHECKING:
@@ -178,9 +178,8 @@ def _whole_flags(argv: Sequence[str], known: Iterable[str]) -> list[str]:
         whole.append(f"--{meant[0]}{has_value}{value}" if len(meant) == 1 and name else argument)
         if len(meant) > 1 and name:
             useful = sorted(other for other in meant if other not in WITHOUT_USE) or sorted(meant)
-            several = ", ".join(f"--{other}" for other in useful[:SHOWN_PROBLEMS])
-            more = f" and {len(useful) - SHOWN_PROBLEMS} more" if len(useful) > SHOWN_PROBLEMS else ""
-            problems.append(f"{flag}: can mean {several}{more}; write more of it")
+            several = first_of([f"--{other}" for other in useful])
+            problems.append(f"{flag}: can mean {several}; write more of it")
     if problems and "--help" not in argv:
         raise ConfigError(problems)
     return whole

@@ -90,6 +90,12 @@ def shorten(problems: Sequence[str], what: str, total: int | None = None) -> lis
     return [*problems[:SHOWN_PROBLEMS], f"... {total or len(problems):,} {what} in all"]
 
 
+def first_of(words: Sequence[str], most: int = SHOWN_PROBLEMS) -> str:
+    """Return `a, b and 3 more`: the first `most` of `words`, and the number of the others."""
+    more = len(words) - most
+    return ", ".join(words[:most]) + (f" and {more:,} more" if more > 0 else "")
+
+
 def perhaps(word: str, known: Iterable[str]) -> str:
     """Return a hint at the name in `known` that is nearest to `word`: `; perhaps you meant ...`; empty without one."""
     near = difflib.get_close_matches(word, list(known), n=1)

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from raycontrolnet import TrainConfig, cli
 from raycontrolnet.config.check_config import CheckConfig
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.launch.check import Device, _advice, _device_lines, _gib, _memory_lines, check
+from raycontrolnet.launch.check import Device, _advice, _device_lines, _memory, _memory_lines, check
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.families.registry import family_of
 from raycontrolnet.model.files import local_files
@@ -179,7 +179,7 @@ def test_what_brings_a_run_that_does_not_fit_there(tiny_settings: dict[str, Any]
         for on in (False, True)
     )
     for needed, expected in (
-        ((plain.total(512) + less.total(512)) / 2, f"--gradient_checkpointing brings it to {_gib(less.total(512))}"),
+        ((plain.total(512) + less.total(512)) / 2, f"--gradient_checkpointing brings it to {_memory(less.total(512))}"),
         (less.total(512) / 2, "--train_batch_size 128 --gradient_accumulation_steps 4 fits with --use_8bit_adam --gra"),
         (
             -LEAST_RESERVED / 2,

@@ -11,7 +11,7 @@ from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.data.paired_folder import CONDITIONING_FOLDERS
 from raycontrolnet.data.tar_index import Member
 from raycontrolnet.data.transforms import IMAGE_FORMATS, MAX_IMAGE_BYTES
-from raycontrolnet.text import file_size, perhaps
+from raycontrolnet.text import file_size, first_of, perhaps
 
 _IMAGE_FORMATS = frozenset(
     suffix.removeprefix(".") for suffix, name in Image.registered_extensions().items() if name in IMAGE_FORMATS
@@ -126,9 +126,7 @@ def is_json(extension: str) -> bool:
 
 
 def _listed(extensions: Sequence[str]) -> str:
-    more = len(extensions) - _SHOWN_EXTENSIONS
-    shown = ", ".join(extension[:_LONGEST_EXTENSION] for extension in extensions[:_SHOWN_EXTENSIONS])
-    return shown + (f" and {more:,} more" if more > 0 else "")
+    return first_of([extension[:_LONGEST_EXTENSION] for extension in extensions], _SHOWN_EXTENSIONS)
 
 
 def _too_large(member: Member) -> str:

@@ -21,7 +21,7 @@ from raycontrolnet.data.tar_index import shard_files
 from raycontrolnet.data.tar_source import open_tars
 from raycontrolnet.errors import DataError
 from raycontrolnet.storage.uri import as_path, is_uri, shown_uri
-from raycontrolnet.text import error_message
+from raycontrolnet.text import error_message, first_of
 
 logger = logging.getLogger(__name__)
 
@@ -164,8 +164,7 @@ def _trained_on(folder: AnyPath, shards: list[AnyPath]) -> list[AnyPath]:
 
 def _what_is_expected(folder: AnyPath) -> str:
     entries = listed(folder)
-    holds = ", ".join(entry.name for entry in entries[:_SHOWN_ENTRIES]) or "nothing"
-    more = f" and {len(entries) - _SHOWN_ENTRIES:,} more" if len(entries) > _SHOWN_ENTRIES else ""
+    holds = first_of([entry.name for entry in entries], _SHOWN_ENTRIES) or "nothing"
     archive = next((entry for entry in entries if entry.suffix in ARCHIVES), None)
     advice = f". {archive.name} is an archive: unpack it there" if archive else ""
     if odd := next((entry for entry in entries if entry.name in METADATA_FILES and entry.exists()), None):
@@ -175,5 +174,5 @@ def _what_is_expected(folder: AnyPath) -> str:
         '{"image": "images/1.png", "conditioning_image": "edges/1.png", "text": "a caption"}; '
         f"also read are {', '.join(METADATA_FILES[1:])}, data sets in parquet, WebDataset tars, and {IMAGES}/ and "
         f"{CONDITIONING_FOLDERS[0]}/ whose files pair by name, with captions in {IMAGES}/NAME.txt. "
-        f"It holds: {holds}{more}{advice}"
+        f"It holds: {holds}{advice}"
     )

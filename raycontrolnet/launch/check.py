@@ -114,7 +114,7 @@ def _advice(prediction: Prediction, checkpointed: Prediction, train: TrainConfig
         tried.append((" ".join(["--use_8bit_adam", *(flag for flag, _ in tried)]), checkpointed.with_8bit_adam()))
     for flags, other in tried:
         if other.fits(size, device_bytes):
-            return f"{flags} brings it to {_gib(other.total(size))}"
+            return f"{flags} brings it to {_memory(other.total(size))}"
     last = tried[-1][1] if tried else prediction
     flags = f" with {tried[-1][0]}" if tried else ""
     fitting = [part for part in range(1, size) if size % part == 0 and last.fits(part, device_bytes)]
@@ -135,13 +135,13 @@ def _memory_lines(prediction: Prediction, batch_size: int) -> Iterator[str]:
     yield "\nmemory of a worker's device"
     for name, number in prediction.weights.items():
         size = prediction.frozen_bytes.get(name, prediction.trained_bytes.get(name))
-        yield _row(name, _gib(size) if size else "on the CPU", f"{short_number(number, 3)} weights")
+        yield _row(name, _memory(size) if size else "on the CPU", f"{short_number(number, 3)} weights")
     for name in ("gradients", "optimizer"):
-        yield _row(name, _gib(prediction.trained_bytes[name]))
+        yield _row(name, _memory(prediction.trained_bytes[name]))
     each = prediction.activations_per_sample
-    per_sample = f"{each / GIB:.2f} GiB a sample" if each >= 0.1 * GIB else f"{_gib(each)} a sample"
-    yield _row("activations", _gib(prediction.activations(batch_size)), per_sample)
-    yield _row("together", _gib(prediction.total(batch_size)), "CUDA and its kernels need 1 to 3 GiB more")
+    per_sample = f"{each / GIB:.2f} GiB a sample" if each >= 0.1 * GIB else f"{_memory(each)} a sample"
+    yield _row("activations", _memory(prediction.activations(batch_size)), per_sample)
+    yield _row("together", _memory(prediction.total(batch_size)), "CUDA and its kernels need 1 to 3 GiB more")
 
 
 def _device_lines(prediction: Prediction, batch_size: int, device: Device, advice: str | None) -> Iterator[str]:
@@ -149,7 +149,7 @@ def _device_lines(prediction: Prediction, batch_size: int, device: Device, advic
         yield "\ndevice: no GPU here; --device_memory 24 says what fits one of 24 GiB"
         return
     what = device.name or "the device"
-    need, has = _gib(prediction.total(batch_size)), _gib(device.bytes)
+    need, has = _memory(prediction.total(batch_size)), _memory(device.bytes)
     if advice:
         yield f"\ndevice: batch {batch_size} needs {need}, {what} has {has}: {advice}"
     elif prediction.fits(batch_size, device.bytes, RESERVED):
@@ -164,9 +164,9 @@ def _work_lines(
 ) -> Iterator[str]:
     samples = schedule.total_updates * schedule.samples_per_update
     flop = prediction.flop_per_sample * samples
-    each = prediction.flop_per_sample
-    each_of = f"{each / 1e12:.2f} TFLOP" if each >= 1e11 else f"{each / 1e9:.2f} GFLOP"
-    yield f"\nwork: {counted(schedule.total_updates, 'update')}, {counted(samples, 'sample')} of {each_of} each"
+    of_one = prediction.flop_per_sample
+    each = f"{of_one / 1e12:.2f} TFLOP" if of_one >= 1e11 else f"{of_one / 1e9:.2f} GFLOP"
+    yield f"\nwork: {counted(schedule.total_updates, 'update')}, {counted(samples, 'sample')} of {each} each"
     if device.tflops is None:
         what = "time" if price_per_hour is None else "time and cost"
         yield f"{what}: not known without the device; --device_tflops 312, of its data sheet, gives a range"
@@ -201,5 +201,5 @@ def _row(name: str, size: str, more: str = "") -> str:
     return f"  {name:<13} {size:>10}  {more}".rstrip()
 
 
-def _gib(size: float) -> str:
+def _memory(size: float) -> str:
     return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / MIB:.1f} MiB"

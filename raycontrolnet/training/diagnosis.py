@@ -20,7 +20,7 @@ from raycontrolnet.errors import RunError, UserError
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.loading import VAE
 from raycontrolnet.model.step import TrainState, controlnet_loss, draw, latent_shape, make_batch, with_posterior
-from raycontrolnet.text import SHOWN_PROBLEMS
+from raycontrolnet.text import first_of
 from raycontrolnet.training.metrics import UpdateMetrics
 
 logger = logging.getLogger(__name__)
@@ -89,17 +89,17 @@ def diagnosis(state: TrainState, loader: BatchLoader, resolution: int, samples: 
     if unencoded:
         kind = str(components.vae.dtype).removeprefix("torch.")
         advice = _advice_on_vae(components)
-        return f"The VAE gives latents that are not finite in {kind} for {_listed(unencoded)}: {advice}"
+        return f"The VAE gives latents that are not finite in {kind} for {first_of(unencoded)}: {advice}"
     lower = "lower --learning_rate"
     if state.accelerator.mixed_precision == "fp16":
         lower += ", or use --mixed_precision bf16"
     if not_finite and len(not_finite) < done:
         where = f", from {modules[0]} on" if modules else ""
-        found = f"The loss is not finite for {_listed(not_finite)}{where}, and is for the others"
+        found = f"The loss is not finite for {first_of(not_finite)}{where}, and is for the others"
         return f"{found}: look at these, or {lower}"
     places = [loader.place(index) for index in samples]
     where = f". The first module whose output is not finite: {modules[0]}" if modules else ""
-    return f"Training has diverged: {lower}. The update's samples: {_listed(places)}{where}"
+    return f"Training has diverged: {lower}. The update's samples: {first_of(places)}{where}"
 
 
 def _advice_on_vae(components: Components) -> str:
@@ -129,8 +129,3 @@ def _first_not_finite(models: Mapping[str, torch.nn.Module], found: list[str]) -
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _listed(places: Sequence[str]) -> str:
-    more = len(places) - SHOWN_PROBLEMS
-    return ", ".join(places[:SHOWN_PROBLEMS]) + (f" and {more:,} more" if more > 0 else "")
