@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
+from raycontrolnet.config.output_settings import SAFETENSORS, WEIGHTS_NAME
 from raycontrolnet.config.settings import StepConfig
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.order import Purpose, keyed_seed
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
 
 
+WEIGHTS_FILE = f"{WEIGHTS_NAME}{SAFETENSORS}"
+FORMAT = {"format": "pt"}
+"""Metadata without which the libraries do not read a file."""
 PROCESS_GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -174,21 +178,46 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, accelerator: Accelerator, 
         ) from error
 
 
-def save_state(state: TrainState, folder: Path) -> None:
-    """Write into a checkpoint's folder what `build_state` reads back."""
-    controlnet = unwrap_controlnet(state)
-    controlnet.save_pretrained(folder / CONTROLNET_FOLDER)
-    _forget_origin(folder / CONTROLNET_FOLDER)
+class StateParts(NamedTuple):
+    """What a checkpoint holds of a state; the tensors are those that train."""
+
+    weights: Mapping[str, torch.Tensor]
+    """The ControlNet's, by name."""
+    rest: Mapping[str, Any]
+    """Optimizer, schedule and loss scaler."""
+
+
+def state_parts(state: TrainState) -> StateParts:
+    """Return what `build_state` needs to go on from `state`."""
     scaler: Any = state.accelerator.scaler
-    torch.save(
-        {
-            "optimizer": state.optimizer.state_dict(),
-            "optimizer_class": type(state.optimizer.optimizer).__name__,
-            "lr_scheduler": state.lr_scheduler.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-        },
-        folder / TRAINING_STATE_FILE,
-    )
+    rest = {
+        "optimizer": state.optimizer.state_dict(),
+        "optimizer_class": type(state.optimizer.optimizer).__name__,
+        "lr_scheduler": state.lr_scheduler.state_dict(),
+        "scaler": None if scaler is None else scaler.state_dict(),
+    }
+    return StateParts(unwrap_controlnet(state).state_dict(), rest)
+
+
+def write_parts(controlnet: ModelMixin, parts: StateParts, folder: Path) -> None:
+    """Write into a checkpoint's folder what `build_state` reads back.
+
+    Args:
+        controlnet: of which the configuration is written, not the weights.
+        parts: of a state, or a copy of them.
+        folder: empty.
+    """
+    from safetensors.torch import save_file
+
+    save_controlnet_config(controlnet, folder / CONTROLNET_FOLDER)
+    weights = {name: value.detach().cpu().contiguous() for name, value in parts.weights.items()}
+    save_file(weights, folder / CONTROLNET_FOLDER / WEIGHTS_FILE, FORMAT)
+    torch.save(dict(parts.rest), folder / TRAINING_STATE_FILE)
+
+
+def save_state(state: TrainState, folder: Path) -> None:
+    """Write a state into a checkpoint's folder at once; see `write_parts`."""
+    write_parts(state.components.controlnet, state_parts(state), folder)
 
 
 def save_controlnet_config(controlnet: ModelMixin, folder: Path) -> None:
