@@ -21,7 +21,7 @@ from raycontrolnet.cluster.worker import ReclaimNotices, place_among_workers
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.stream import local_batches, ray_batches, read_ahead
 from raycontrolnet.errors import RunError, UserError
-from raycontrolnet.model.performance import tf32
+from raycontrolnet.model.performance import attention_kernels, fastest_convolutions, tf32
 from raycontrolnet.model.prompts import warn_if_cut
 from raycontrolnet.model.step import Batch, Draws, TrainState, draw, latent_shape, make_batch, to_device, train_step
 from raycontrolnet.storage.checkpoint import Checkpoint
@@ -91,6 +91,7 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
         with (
             accelerator_for(job.config, use_gpu=job.use_gpu, world_size=world_size) as accelerator,
             tf32(allowed=job.config.allow_tf32),
+            fastest_convolutions(accelerator.device),
         ):
             if job.threads is not None:
                 torch.set_num_threads(job.threads)
@@ -172,6 +173,7 @@ class Worker:
             "samples": state.samples,
             "loss": self.last.loss if self.last else None,
             "timings": self.clock.rounded(),
+            "attention": attention_kernels(state.components),
         }
 
     def inputs(self, batches: Iterator[list[PreparedRow]]) -> Iterator[tuple[Batch, Draws]]:

@@ -22,7 +22,7 @@ from runs import contents
 from raycontrolnet import TrainConfig, train_controlnet
 from raycontrolnet.errors import RunError
 from raycontrolnet.launch.fit import fit
-from raycontrolnet.model.step import TrainState
+from raycontrolnet.model.step import TrainState, train_step
 from raycontrolnet.storage.checkpoint import all_checkpoints
 from raycontrolnet.training import metrics, saver
 from raycontrolnet.training.saver import CheckpointSaver, HostCopy
@@ -177,13 +177,11 @@ def test_a_write_that_fails_ends_the_run(settings: dict[str, Any], monkeypatch: 
 def test_a_run_that_fails_leaves_the_one_that_was_written(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, held: Callable[[], None]
 ) -> None:
-    step = train_controlnet.train_step
-
     def fails(state: TrainState, *rest: Any) -> Any:
         if state.step == 5:
             held()
             raise RuntimeError("the device is gone")
-        return step(state, *rest)
+        return train_step(state, *rest)
 
     monkeypatch.setattr(train_controlnet, "train_step", fails)
     with pytest.raises(RunError, match="the device is gone"):

@@ -1,4 +1,4 @@
-"""Precision and memory: the working dtype, TF32, gradient checkpointing, xformers, and the VAE's place."""
+"""Precision, memory and kernels: the working dtype, TF32, gradient checkpointing, attention, and the VAE's place."""
 
 from __future__ import annotations
 
@@ -73,6 +73,38 @@ def _precisions_are_set() -> bool:
     except RuntimeError:
         return True
     return getattr(torch.backends, "fp32_precision", "none") != "none"
+
+
+@contextmanager
+def fastest_convolutions(device: torch.device) -> Iterator[None]:
+    """Let cuDNN try its algorithms once for every shape, of which a run has few, and take the fastest.
+
+    On another start it may take another one, which rounds otherwise.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def attention_kernels(components: Components) -> tuple[str, ...]:
+    """Return the names of the kernels that the denoiser's attention runs in, as xformers or flash_attention.
+
+    PyTorch picks one by device, dtype and head size (`torch.nn.attention.SDPBackend`).
+    """
+    layers = [each for each in components.denoiser.modules() if hasattr(each, "heads") and hasattr(each, "inner_dim")]
+    if any("XFormers" in type(each.processor).__name__ for each in layers):
+        return ("xformers",)
+    weight = next(components.denoiser.parameters())
+    found = set[str]()
+    for size in {each.inner_dim // each.heads for each in layers}:
+        query = torch.empty(1, 1, 64, size, dtype=weight.dtype, device=weight.device, requires_grad=True)
+        # Private: what scaled_dot_product_attention itself asks; no public name tells it.
+        choice = torch._fused_sdp_choice(query, query, query)
+        found.add(torch.nn.attention.SDPBackend(choice).name.lower())
+    return tuple(sorted(found))
 
 
 @contextmanager

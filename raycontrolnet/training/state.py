@@ -130,9 +130,11 @@ def state_of(
         gradient_checkpointing=config.gradient_checkpointing,
         xformers=config.enable_xformers_memory_efficient_attention,
     )
-    optimizer = build_optimizer(
-        components.controlnet.parameters(), config, schedule.learning_rate(config), fused=accelerator.scaler is None
-    )
+    if accelerator.device.type == "cuda" and not config.use_8bit_adam:  # whose kernels know one layout
+        # That of the activations: else every convolution would turn its weights first. Files have the other one.
+        components.controlnet.to(memory_format=torch.channels_last)
+    weights = list(components.controlnet.parameters())
+    optimizer = build_optimizer(weights, config, schedule.learning_rate(config), fused=accelerator.scaler is None)
     updates_done = _load_optimizer(optimizer, accelerator, checkpoint) if checkpoint else 0
     lr_scheduler = build_lr_scheduler(config, optimizer, schedule.total_updates, updates_done)
     controlnet, prepared_optimizer = accelerator.prepare(components.controlnet, optimizer)
@@ -168,6 +170,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, accelerator: Accelerator, 
             raise ValueError(f"it holds the state of {saved['optimizer_class']}, not of {type(optimizer).__name__}")
         settings = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({**saved["optimizer"], "param_groups": settings})
+        _lay_out_as_weights(optimizer)
         if accelerator.scaler is not None and saved["scaler"] is not None:
             accelerator.scaler.load_state_dict(saved["scaler"])
         return int(saved["lr_scheduler"]["last_epoch"])
@@ -178,8 +181,16 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, accelerator: Accelerator, 
         ) from error
 
 
+def _lay_out_as_weights(optimizer: torch.optim.Optimizer) -> None:
+    """Give the moments the memory layout of their weights, which fused kernels need, whatever the files had."""
+    for weight, moments in optimizer.state.items():
+        for name, moment in moments.items():
+            if isinstance(moment, torch.Tensor) and moment.shape == weight.shape:
+                moments[name] = torch.empty_like(weight, dtype=moment.dtype).copy_(moment)
+
+
 class StateParts(NamedTuple):
-    """What a checkpoint holds of a state; the tensors are those that train."""
+    """Parts of a state that a checkpoint holds; the tensors are those that train."""
 
     weights: Mapping[str, torch.Tensor]
     """The ControlNet's, by name."""
