@@ -19,7 +19,7 @@ from raycontrolnet.data.order import Purpose, keyed_seed
 from raycontrolnet.errors import UserError
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.optim import build_lr_scheduler, build_optimizer
-from raycontrolnet.model.performance import enable_memory_savers, working_precision
+from raycontrolnet.model.performance import compile_models, enable_memory_savers, working_precision
 from raycontrolnet.model.step import TrainState
 from raycontrolnet.storage.checkpoint import CONTROLNET_FOLDER, TRAINING_STATE_FILE, Checkpoint
 from raycontrolnet.training.schedule import Schedule
@@ -137,6 +137,8 @@ def state_of(
     optimizer = build_optimizer(weights, config, schedule.learning_rate(config), fused=accelerator.scaler is None)
     updates_done = _load_optimizer(optimizer, accelerator, checkpoint) if checkpoint else 0
     lr_scheduler = build_lr_scheduler(config, optimizer, schedule.total_updates, updates_done)
+    if config.compile:
+        compile_models(components)
     controlnet, prepared_optimizer = accelerator.prepare(components.controlnet, optimizer)
     return TrainState(
         components=components,
@@ -147,6 +149,7 @@ def state_of(
         max_grad_norm=config.max_grad_norm,
         set_grads_to_none=config.set_grads_to_none,
         samples_per_update=schedule.samples_per_update,
+        compiled=config.compile,
         step=checkpoint.step if checkpoint else 0,
         samples=checkpoint.samples if checkpoint else 0,
     )
