@@ -17,14 +17,13 @@ import ray.train
 import torch
 
 from raycontrolnet.cluster.versions import check_versions_here
-from raycontrolnet.cluster.worker import ReclaimNotices, place_among_workers, report_checkpoint
+from raycontrolnet.cluster.worker import ReclaimNotices, place_among_workers
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.stream import local_batches, ray_batches, read_ahead
 from raycontrolnet.errors import RunError, UserError
-from raycontrolnet.model.performance import tf32
+from raycontrolnet.model.performance import attention_kernels, fastest_convolutions, tf32
 from raycontrolnet.model.prompts import warn_if_cut
 from raycontrolnet.model.step import Batch, Draws, TrainState, draw, latent_shape, make_batch, to_device, train_step
-from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.text import counted
 from raycontrolnet.training.diagnosis import NotFiniteUpdates
@@ -48,9 +47,10 @@ from raycontrolnet.training.metrics import (
     UpdateMetrics,
 )
 from raycontrolnet.training.room import check_room
+from raycontrolnet.training.saver import CheckpointSaver
 from raycontrolnet.training.schedule import Schedule, Share
-from raycontrolnet.training.state import accelerator_for, build_state, controlnet_bytes, save_state
-from raycontrolnet.training.store_sync import RECORDS, worker_in_step
+from raycontrolnet.training.state import accelerator_for, build_state, controlnet_bytes
+from raycontrolnet.training.store_sync import worker_in_step
 from raycontrolnet.training.trackers import Trackers, open_trackers
 from raycontrolnet.training.validator import Validator
 from raycontrolnet.training.watchdog import Watchdog
@@ -91,6 +91,7 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
         with (
             accelerator_for(job.config, use_gpu=job.use_gpu, world_size=world_size) as accelerator,
             tf32(allowed=job.config.allow_tf32),
+            fastest_convolutions(accelerator.device),
         ):
             if job.threads is not None:
                 torch.set_num_threads(job.threads)
@@ -116,6 +117,9 @@ class Worker:
         self.notices = OnItsWay(torch.zeros(2))
         """Means over the workers, in the last update: driver asks for the end, a lost machine for a checkpoint."""
         self.reclaims, self.saved_step = ReclaimNotices(local=job.local), -1
+        # On a CPU training would lose as much time as writing takes; a store takes the network's.
+        beside = job.folder.is_stored or state.accelerator.device.type != "cpu"
+        self.saver = CheckpointSaver(job, clock, rank=share.rank, beside=beside)
         self.metrics_log: MetricsLog | None = None
         self.trackers: Trackers | None = None
         if share.rank == 0:
@@ -136,10 +140,12 @@ class Worker:
                 while state.step < schedule.total_updates:
                     before = self.notices
                     self.update(inputs)
+                    self.saver.check()
                     # On a GPU those of the update before, so that this one need not be waited for.
                     asked_to_end, asked_to_save = (self.notices if on_cpu else before).read()
                     if asked_to_end:
                         self.checkpoint()
+                        self.await_checkpoint()
                         return None
                     validates = schedule.is_due(config.validation_steps, state.step)
                     saves = schedule.is_due(config.checkpointing_steps, state.step) or asked_to_save > 0
@@ -153,11 +159,12 @@ class Worker:
                     if validates or saves:
                         self.rest_from_training()
                     if validates and state.step < schedule.total_updates and self.job.callback:
+                        self.await_checkpoint()  # which it may ask for
                         self.job.callback.validated()
                         self.pending.restart_clock()
             self.finish()
         finally:
-            for part in (self.metrics_log, self.validator, self.trackers):
+            for part in (self.saver, self.metrics_log, self.validator, self.trackers):
                 if part:
                     part.close()
         return {
@@ -166,6 +173,7 @@ class Worker:
             "samples": state.samples,
             "loss": self.last.loss if self.last else None,
             "timings": self.clock.rounded(),
+            "attention": attention_kernels(state.components),
         }
 
     def inputs(self, batches: Iterator[list[PreparedRow]]) -> Iterator[tuple[Batch, Draws]]:
@@ -245,35 +253,25 @@ class Worker:
                 self.trackers.scalars(update.step, {name: getattr(update, name) for name in scalars})
 
     def checkpoint(self) -> None:
-        """Write and report a checkpoint of the current update."""
-        state, job = self.state, self.job
+        """Begin to write a checkpoint of the current update, and report it once it is whole."""
+        state = self.state
         if self.saved_step == state.step:
             return
         self.saved_step = state.step
-        # With a store the others wait for rank 0, which sends it as fast as the network is.
-        self.watchdog.progress("a checkpoint", timed=not job.folder.is_stored)
+        # The one before may still be on its way to a store, which takes as long as the network does.
+        self.watchdog.progress("a checkpoint", timed=not self.job.folder.is_stored)
         self.record(force=True)  # a diverged model is not worth a checkpoint
+        figures = self.last._asdict() if self.last else {"step": state.step}
+        if (measured := self.validator.last) and measured.step == state.step:
+            figures = measured._asdict() | figures
         with self.clock("checkpoint"):
-            saved = None
-            if self.share.rank == 0:
-                assert job.config.seed is not None
-                job.folder.push(*RECORDS)  # of the updates that a run which goes on from here will not do again
-                written = job.folder.write_checkpoint(
-                    step=state.step,
-                    samples=state.samples,
-                    seed=job.config.seed,
-                    run_id=job.run_id,
-                    save=lambda folder: save_state(state, folder),
-                    facts=job.facts,
-                )
-                job.folder.prune(job.config.checkpoints_total_limit)
-                saved = job.folder.place_of(written)
-            if job.local:
-                return
-            figures = self.last._asdict() if self.last else {"step": state.step}
-            if (measured := self.validator.last) and measured.step == state.step:
-                figures = measured._asdict() | figures
-            report_checkpoint(figures, checkpoints.name_of(state.step), saved)
+            self.saver.save(state, figures)
+
+    def await_checkpoint(self) -> None:
+        """Return once the last checkpoint is whole; the other workers go on, and wait for rank 0 elsewhere."""
+        self.watchdog.progress("the last checkpoint", timed=not self.job.folder.is_stored)
+        with self.clock("checkpoint"):
+            self.saver.wait()
 
     def rest_from_training(self) -> None:
         """Leave out of the next update's time what came since the last; write the seconds by phase."""
@@ -284,6 +282,7 @@ class Worker:
     def finish(self) -> None:
         """Write the final weights to the root of output_dir, and validate them."""
         self.record(force=True)
+        self.await_checkpoint()
         with self.clock("checkpoint"):
             if self.share.rank == 0:
                 save_final_weights(self.state, self.job.config, self.job.folder)

@@ -23,7 +23,6 @@ from diffusers import ControlNetModel
 from reference import training
 from runs import contents
 
-from raycontrolnet import train_controlnet
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.errors import ConfigError, RunError, UserError
 from raycontrolnet.launch.fit import fit
@@ -31,7 +30,8 @@ from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage import resume
 from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.storage.run_folder import RunFolder
-from raycontrolnet.training.state import save_controlnet_config, save_state
+from raycontrolnet.training import saver
+from raycontrolnet.training.state import StateParts, save_controlnet_config, save_state, write_parts
 
 RUN = "the run's id"
 
@@ -254,13 +254,13 @@ def test_a_run_whose_disk_fills_up(tiny_settings: dict[str, Any], monkeypatch: p
     """The former checkpoint is deleted only when the new one is in place; the run goes on from it."""
     settings = tiny_settings | {"checkpoints_total_limit": 1, "train_batch_size": 1}
 
-    def full(state: Any, folder: Path) -> None:
-        save_state(state, folder)
-        if state.step == 4:
+    def full(controlnet: Any, parts: StateParts, folder: Path) -> None:
+        write_parts(controlnet, parts, folder)
+        if folder.name.startswith(".checkpoint-4."):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_controlnet, "save_state", full)
+        patch.setattr(saver, "write_parts", full)
         with pytest.raises(RunError, match="No space left on device") as error:
             fit(TrainConfig(**settings))
     assert "The checkpoint of update 2 stands: go on with --resume_from_checkpoint latest" in str(error.value)

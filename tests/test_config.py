@@ -61,6 +61,9 @@ OWN_FLAGS: dict[str, dict[str, Any]] = {
     "BOOL": {
         "use_gpu": None,
     },
+    "FLAG": {
+        "compile": False,
+    },
     "FLOAT": {
         "cpus_per_worker": None, "validation_split": None, "max_bad_fraction": 0.01, "guidance_scale": None,
         "wait_timeout_s": None, "hang_timeout_s": 600.0,

@@ -117,8 +117,9 @@ def test_raylet_reads_our_environment_variables() -> None:
 
 
 def test_workers_interface() -> None:
-    assert {"metrics", "checkpoint", "checkpoint_dir_name", "checkpoint_upload_mode"} <= {*parameters(ray.train.report)}
-    assert ray.train.CheckpointUploadMode.NO_UPLOAD
+    given = {"checkpoint_upload_mode", "checkpoint_upload_fn", "delete_local_checkpoint_after_upload"}
+    assert {"metrics", "checkpoint", "checkpoint_dir_name", *given} <= {*parameters(ray.train.report)}
+    assert ray.train.CheckpointUploadMode.ASYNC
     assert len(parameters(ray.train.collective.broadcast_from_rank_zero)) == 1
     assert parameters(ray.train.collective.barrier) == []
     cause = RunError("out of memory")
@@ -332,7 +333,7 @@ def test_outside_cluster_ray_is_used_by_its_public_names() -> None:
     inside = {name for path in (package / "cluster").glob("*.py") for name in rays_names(path)}
     assert {name for name in inside if not is_public(name)} >= {
         "ray.data._internal.execution.execution_callback.ExecutionCallback",
-        "ray.train.CheckpointUploadMode.NO_UPLOAD",
+        "ray.train.CheckpointUploadMode.ASYNC",
         "ray.train.v2.api.data_parallel_trainer.TrainController",
         "ray.nodes",
     }

@@ -230,13 +230,13 @@ def test_running(finished: Path) -> None:
     write_config(finished, max_train_steps=5000)
     write_status(finished, "running", seconds=0.1)
     timings = {"step_s": 30.0, "validation_beside_s": 70.0, "data_wait_s": 10.0, "some_new_phase_s": 60.0}
+    timings["checkpoint_beside_s"] = 5.0
     (finished / ".timings.json").write_text(json.dumps(timings))
     page = Page(write_report(finished))
     assert "circles-run running" in page.text
     assert "200 of 5,000 updates (4%) in 2:43, about 53:20 left. Written" in page.text
-    assert (
-        "data wait 10 s · 10% step 30 s · 30% some new phase 1:00 · 60% beside the training: images 1:10" in page.text
-    )
+    phases = "data wait 10 s · 10% step 30 s · 30% some new phase 1:00 · 60% beside the training: images 1:10"
+    assert f"{phases} beside the training: checkpoints 5 s" in page.text
     assert page.all("progress") == [{"class": "running", "value": "200", "max": "5000"}]
 
 

@@ -58,6 +58,7 @@ OTHERS: dict[str, Any] = {
     "adam_epsilon": 1e-6, "max_grad_norm": 2.0, "set_grads_to_none": True, "train_batch_size": 8,
     "num_train_epochs": 2, "max_train_steps": 10, "gradient_accumulation_steps": 2, "gradient_checkpointing": True,
     "mixed_precision": "bf16", "allow_tf32": True, "enable_xformers_memory_efficient_attention": True,
+    "compile": True,
     "pretrained_model_name_or_path": "other", "revision": "other", "variant": "fp16", "dataset_name": "other",
     "dataset_config_name": "other", "train_data_dir": "other", "image_column": "other",
     "conditioning_image_column": "other", "caption_column": "other", "resolution": 256, "latents_dtype": "float32",

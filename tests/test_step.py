@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.optim import build_optimizer
 from raycontrolnet.model.performance import enable_memory_savers
 from raycontrolnet.model.step import TrainState, controlnet_loss, draw, latent_shape, make_batch
+from raycontrolnet.predict.count import as_autocast_on_gpus
 from raycontrolnet.training.schedule import Schedule, Share
 from raycontrolnet.training.state import accelerator_for
 
@@ -337,6 +339,33 @@ def test_bf16_mixed_precision(settings: dict[str, Any]) -> None:
     assert losses_[1].isfinite().all()
     torch.testing.assert_close(losses_[1], losses_[0], rtol=0.02, atol=0)
     assert not torch.equal(*losses_)
+
+
+@pytest.mark.parametrize("autocast", [nullcontext, as_autocast_on_gpus], ids=["CPU", "GPU"])
+def test_bf16_parity(settings: dict[str, Any], tiny_base: Path, autocast: Callable[[Any], Any]) -> None:
+    """The reference's loss and the fp32 step's gradients, to what 8 bits of mantissa give; also with a GPU's autocast.
+
+    That one computes normalizations in fp32; a CPU's leaves them in bf16.
+    """
+    found = []
+    for mixed_precision in ("no", "bf16"):
+        with training(settings | {"mixed_precision": mixed_precision, "max_grad_norm": 1e9}) as state:
+            norms = [each for each in state.components.controlnet.modules() if isinstance(each, torch.nn.GroupNorm)]
+            seen = set[torch.dtype]()
+            for module in norms:
+                module.register_forward_hook(lambda module, args, output, seen=seen: seen.add(output.dtype))
+            with autocast(state.components):
+                (result,) = steps(state, fake_rows(0, 1))
+            found.append((result, [moment.clone() for moment in first_moments(state)], seen))
+    (plain, right, _), (mixed, gradients, seen) = found
+    assert seen == {torch.float32 if autocast is as_autocast_on_gpus else torch.bfloat16}
+    draws = draw(0, [0, 1], LATENT_SHAPE, draw_timestep, CPU)
+    loss = reference_loss(tiny_base, Path(settings["controlnet_model_name_or_path"]), fake_rows(0, 1), draws)
+    torch.testing.assert_close(plain.loss, loss.detach(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(mixed.loss, loss.detach(), rtol=0.02, atol=0)
+    torch.testing.assert_close(mixed.grad_norm, plain.grad_norm, rtol=0.05, atol=0)
+    near, exact = (torch.cat([moment.flatten() for moment in moments]) for moments in (gradients, right))
+    assert torch.nn.functional.cosine_similarity(near, exact, dim=0) > 0.995
 
 
 def test_the_controlnet_is_copied_from_the_unet(tiny_settings: dict[str, Any]) -> None:

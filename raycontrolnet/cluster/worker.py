@@ -90,20 +90,31 @@ class ReclaimNotices:
         return asks
 
 
-def report_checkpoint(figures: Mapping[str, Any], name: str, place: str | None) -> None:
-    """Report `figures` and the checkpoint `name` to Ray Train; all workers must call it.
+def report_checkpoint(
+    figures: Mapping[str, Any], name: str, place: str | None, written: Callable[[], object] = lambda: None
+) -> None:
+    """Report `figures` and the checkpoint `name` to Ray Train, once it is written; all workers must call it.
 
     Args:
-        place: path or URI of the checkpoint, on rank 0; None on the others.
+        figures: metrics, by name.
+        name: of the checkpoint's folder.
+        place: its path or URI, on rank 0; None on the others.
+        written: returns once it is there; called in a thread of Ray's, which reports one after the other.
     """
     import ray.train
+
+    def wait_for_it(checkpoint: ray.train.Checkpoint, checkpoint_dir_name: str) -> ray.train.Checkpoint:
+        written()
+        return checkpoint
 
     ray.train.report(
         dict(figures),
         checkpoint=None if place is None else ray.train.Checkpoint(place),
         checkpoint_dir_name=name,
         # Alpha. Without it Ray would copy the checkpoint, which is in its place already, onto itself.
-        checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
+        checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+        checkpoint_upload_fn=wait_for_it,
+        delete_local_checkpoint_after_upload=False,
     )
 
 

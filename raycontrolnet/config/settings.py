@@ -217,6 +217,8 @@ class StepConfig:
         False, sweepable=True, package=("xformers", "xformers"), gpu_only=(True, "leave it out on the CPU")
     )
     """Attention by xformers (needs a CUDA GPU): pip install 'raycontrolnet[xformers]'."""
+    compile: bool = setting(False, sweepable=True)
+    """Compile the UNet and the ControlNet for the training step (torch.compile): some minutes at the start."""
     on_nan: str = setting("fail", changes_on_resume=True, fixed=FAULTS)
     """Reaction to an update whose loss or gradient is not finite, which is never taken: fail, or skip it."""
     max_nan: int = setting(10, changes_on_resume=True, fixed=FAULTS)
@@ -228,6 +230,10 @@ class StepConfig:
         yield from one_of(self, "mixed_precision", MIXED_PRECISIONS)
         yield from one_of(self, "on_nan", BAD_SAMPLES)
         yield from at_least(self, 1, "max_nan")
+        if self.compile and self.enable_xformers_memory_efficient_attention:
+            yield problem_of(
+                self, "compile", "does not go with --enable_xformers_memory_efficient_attention; leave out one"
+            )
         yield from seed_problems(self)
 
 

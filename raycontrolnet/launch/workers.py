@@ -206,6 +206,8 @@ def _followed(run: CheckedRun, trainer: Any, callback: RunCallback | None) -> It
                 return
             callback.updated()
             for step in sorted(_validated(run) - told):
+                if not _checkpoint_is_there(run, step):
+                    break
                 told.add(step)
                 callback.validated()
         except RunStopped:
@@ -233,6 +235,14 @@ def _validated(run: CheckedRun) -> set[int]:
     if run.config.control_fidelity:
         steps &= set(validation.fidelity_by_step(run.output_dir, done))
     return steps
+
+
+def _checkpoint_is_there(run: CheckedRun, step: int) -> bool:
+    """Check whether the checkpoint of update `step`, written beside the training, is whole; True if none is due."""
+    if step not in due_steps(run.config.checkpointing_steps, step, run.schedule(run.start).total_updates):
+        return True
+    last = run.folder.latest(run.run_id)
+    return last is not None and last.step >= step
 
 
 def _dataset_factory(run: CheckedRun, job: Job) -> Callable[[], ray.data.Dataset]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,14 +13,14 @@ from raycontrolnet.errors import UserError
 
 
 def build_optimizer(
-    parameters: Iterable[torch.nn.Parameter], optim: OptimConfig, learning_rate: float, *, fused: bool = True
+    parameters: Sequence[torch.nn.Parameter], optim: OptimConfig, learning_rate: float, *, fused: bool = True
 ) -> torch.optim.Optimizer:
     """Build AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101), or bitsandbytes' AdamW8bit.
 
     Args:
         learning_rate: after `scale_lr`.
         fused: whether one kernel updates all parameters; not with fp16's loss scaler: a fused AdamW hides its skipped
-            updates from accelerate.
+            updates from accelerate. On a GPU it is then a few kernels (foreach).
 
     Raises:
         UserError: if bitsandbytes is asked for and missing.
@@ -39,7 +39,7 @@ def build_optimizer(
                 "--use_8bit_adam: bitsandbytes is not installed; run pip install 'raycontrolnet[8bit]'"
             ) from None
         return bitsandbytes.optim.AdamW8bit(parameters, **options)
-    return torch.optim.AdamW(parameters, fused=fused, **options)
+    return torch.optim.AdamW(parameters, fused=fused, foreach=not fused and parameters[0].is_cuda, **options)
 
 
 def build_lr_scheduler(

@@ -63,6 +63,8 @@ class TrainState:
     set_grads_to_none: bool
     samples_per_update: int
     """Samples of all workers together."""
+    compiled: bool = False
+    """True if the denoiser and the ControlNet are compiled, for batches of the step's shape."""
     step: int = 0
     """Optimizer updates done."""
     samples: int = 0

@@ -33,8 +33,11 @@ _PHASES = {
     "checkpoint": "checkpoint",
 }
 """Phase of the worker's clock -> its name in the report, in this order."""
-_BESIDE = "validation_beside"
-"""The phase of another worker while the training goes on: no part of the whole."""
+_BESIDE = {
+    "validation_beside": "beside the training: images",
+    "checkpoint_beside": "beside the training: checkpoints",
+}
+"""Phases while the training goes on: no part of the whole."""
 
 _BAND = f"; band: ± {STANDARD_ERRORS} standard errors"
 
@@ -173,15 +176,15 @@ def _speed(run: RunHistory) -> Iterable[Card]:
 
 
 def _phases(run: RunHistory) -> list[tuple[str, float, float | None]]:
-    """Return name, seconds and share of each phase; the one beside the training has no share."""
+    """Return name, seconds and share of each phase; those beside the training have no share."""
     names = {phase: words for phase, words in _PHASES.items() if phase in run.seconds_by_phase}
-    names |= {phase: phase.replace("_", " ") for phase in run.seconds_by_phase if phase not in (*_PHASES, _BESIDE)}
+    names |= {phase: phase.replace("_", " ") for phase in run.seconds_by_phase if phase not in (*_PHASES, *_BESIDE)}
     named = [(words, run.seconds_by_phase[phase]) for phase, words in names.items()]
     if run.state != "running" and run.seconds and (rest := run.seconds - sum(seconds for _, seconds in named)) > 0:
         named += [("everything else", rest)] if run.seconds_by_phase else []
     whole = sum(seconds for _, seconds in named) or 1.0
-    beside = run.seconds_by_phase.get(_BESIDE)
+    beside = [(words, run.seconds_by_phase[phase]) for phase, words in _BESIDE.items() if phase in run.seconds_by_phase]
     return [
         *((words, seconds, seconds / whole) for words, seconds in named),
-        *([("beside the training: images", beside, None)] if beside else []),
+        *((words, seconds, None) for words, seconds in beside if seconds),
     ]

@@ -53,9 +53,9 @@ class RunFolder:
         """The last part of its name."""
         return self.shown.rpartition("/")[2]
 
-    def place_of(self, checkpoint: Checkpoint) -> str:
-        """Return the path or URI of a checkpoint that is in this folder."""
-        return str(checkpoint.path)
+    def place_of(self, name: str) -> str:
+        """Return the path or URI of the checkpoint `name` in this folder."""
+        return str(self.path / name)
 
     def for_workers(self) -> RunFolder:
         """Return the folder for the workers of a run."""

@@ -70,8 +70,8 @@ class StoredFolder(RunFolder):
     def parent(self) -> str:
         return split_uri(self.place)[0]
 
-    def place_of(self, checkpoint: Checkpoint) -> str:
-        return child_uri(self.place, checkpoint.path.name)
+    def place_of(self, name: str) -> str:
+        return child_uri(self.place, name)
 
     def for_workers(self) -> RunFolder:
         return StoredFolder(self.place, WORKER)

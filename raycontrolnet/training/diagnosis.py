@@ -19,6 +19,7 @@ from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.errors import RunError, UserError
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.loading import VAE
+from raycontrolnet.model.performance import uncompiled
 from raycontrolnet.model.step import TrainState, controlnet_loss, draw, latent_shape, make_batch, with_posterior
 from raycontrolnet.text import first_of
 from raycontrolnet.training.metrics import UpdateMetrics
@@ -49,7 +50,8 @@ class NotFiniteUpdates:
         """
         self.count += 1
         samples = range(update.samples - self.state.samples_per_update, update.samples)
-        said = f"{problem}. {diagnosis(self.state, loader, self.resolution, samples)}"
+        with uncompiled(compiled=self.state.compiled):
+            said = f"{problem}. {diagnosis(self.state, loader, self.resolution, samples)}"
         if self.count > self.most:
             more = f". More than --max_nan={self.most} such updates since the start" if self.most else ""
             raise RunError(said + more)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from raycontrolnet.config.output_settings import SAFETENSORS, WEIGHTS_NAME, OutputConfig
+from raycontrolnet.config.output_settings import OutputConfig
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.errors import RunError
 from raycontrolnet.model.components import load_controlnet
@@ -19,16 +19,13 @@ from raycontrolnet.model.step import TrainState
 from raycontrolnet.storage.files import read_json, readable_by_umask
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training.named_files import begin_named_file, end_named_file
-from raycontrolnet.training.state import save_controlnet_config, unwrap_controlnet
+from raycontrolnet.training.state import FORMAT, WEIGHTS_FILE, save_controlnet_config, unwrap_controlnet
 from raycontrolnet.training.store_sync import MODEL_CONFIG, final_files
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
-WEIGHTS_FILE = f"{WEIGHTS_NAME}{SAFETENSORS}"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-FORMAT = {"format": "pt"}
-"""Metadata without which the libraries do not read a file."""
 
 
 def save_final_weights(state: TrainState, config: TrainConfig, folder: RunFolder) -> None:

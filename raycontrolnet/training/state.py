@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
+from raycontrolnet.config.output_settings import SAFETENSORS, WEIGHTS_NAME
 from raycontrolnet.config.settings import StepConfig
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.order import Purpose, keyed_seed
 from raycontrolnet.errors import UserError
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.optim import build_lr_scheduler, build_optimizer
-from raycontrolnet.model.performance import enable_memory_savers, working_precision
+from raycontrolnet.model.performance import compile_models, enable_memory_savers, working_precision
 from raycontrolnet.model.step import TrainState
 from raycontrolnet.storage.checkpoint import CONTROLNET_FOLDER, TRAINING_STATE_FILE, Checkpoint
 from raycontrolnet.training.schedule import Schedule
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
 
 
+WEIGHTS_FILE = f"{WEIGHTS_NAME}{SAFETENSORS}"
+FORMAT = {"format": "pt"}
+"""Metadata without which the libraries do not read a file."""
 PROCESS_GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -126,11 +130,15 @@ def state_of(
         gradient_checkpointing=config.gradient_checkpointing,
         xformers=config.enable_xformers_memory_efficient_attention,
     )
-    optimizer = build_optimizer(
-        components.controlnet.parameters(), config, schedule.learning_rate(config), fused=accelerator.scaler is None
-    )
+    if accelerator.device.type == "cuda" and not config.use_8bit_adam:  # whose kernels know one layout
+        # That of the activations: else every convolution would turn its weights first. Files have the other one.
+        components.controlnet.to(memory_format=torch.channels_last)
+    weights = list(components.controlnet.parameters())
+    optimizer = build_optimizer(weights, config, schedule.learning_rate(config), fused=accelerator.scaler is None)
     updates_done = _load_optimizer(optimizer, accelerator, checkpoint) if checkpoint else 0
     lr_scheduler = build_lr_scheduler(config, optimizer, schedule.total_updates, updates_done)
+    if config.compile:
+        compile_models(components)
     controlnet, prepared_optimizer = accelerator.prepare(components.controlnet, optimizer)
     return TrainState(
         components=components,
@@ -141,6 +149,7 @@ def state_of(
         max_grad_norm=config.max_grad_norm,
         set_grads_to_none=config.set_grads_to_none,
         samples_per_update=schedule.samples_per_update,
+        compiled=config.compile,
         step=checkpoint.step if checkpoint else 0,
         samples=checkpoint.samples if checkpoint else 0,
     )
@@ -164,6 +173,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, accelerator: Accelerator, 
             raise ValueError(f"it holds the state of {saved['optimizer_class']}, not of {type(optimizer).__name__}")
         settings = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({**saved["optimizer"], "param_groups": settings})
+        _lay_out_as_weights(optimizer)
         if accelerator.scaler is not None and saved["scaler"] is not None:
             accelerator.scaler.load_state_dict(saved["scaler"])
         return int(saved["lr_scheduler"]["last_epoch"])
@@ -174,21 +184,54 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, accelerator: Accelerator, 
         ) from error
 
 
-def save_state(state: TrainState, folder: Path) -> None:
-    """Write into a checkpoint's folder what `build_state` reads back."""
-    controlnet = unwrap_controlnet(state)
-    controlnet.save_pretrained(folder / CONTROLNET_FOLDER)
-    _forget_origin(folder / CONTROLNET_FOLDER)
+def _lay_out_as_weights(optimizer: torch.optim.Optimizer) -> None:
+    """Give the moments the memory layout of their weights, which fused kernels need, whatever the files had."""
+    for weight, moments in optimizer.state.items():
+        for name, moment in moments.items():
+            if isinstance(moment, torch.Tensor) and moment.shape == weight.shape:
+                moments[name] = torch.empty_like(weight, dtype=moment.dtype).copy_(moment)
+
+
+class StateParts(NamedTuple):
+    """Parts of a state that a checkpoint holds; the tensors are those that train."""
+
+    weights: Mapping[str, torch.Tensor]
+    """The ControlNet's, by name."""
+    rest: Mapping[str, Any]
+    """Optimizer, schedule and loss scaler."""
+
+
+def state_parts(state: TrainState) -> StateParts:
+    """Return what `build_state` needs to go on from `state`."""
     scaler: Any = state.accelerator.scaler
-    torch.save(
-        {
-            "optimizer": state.optimizer.state_dict(),
-            "optimizer_class": type(state.optimizer.optimizer).__name__,
-            "lr_scheduler": state.lr_scheduler.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-        },
-        folder / TRAINING_STATE_FILE,
-    )
+    rest = {
+        "optimizer": state.optimizer.state_dict(),
+        "optimizer_class": type(state.optimizer.optimizer).__name__,
+        "lr_scheduler": state.lr_scheduler.state_dict(),
+        "scaler": None if scaler is None else scaler.state_dict(),
+    }
+    return StateParts(unwrap_controlnet(state).state_dict(), rest)
+
+
+def write_parts(controlnet: ModelMixin, parts: StateParts, folder: Path) -> None:
+    """Write into a checkpoint's folder what `build_state` reads back.
+
+    Args:
+        controlnet: of which the configuration is written, not the weights.
+        parts: of a state, or a copy of them.
+        folder: empty.
+    """
+    from safetensors.torch import save_file
+
+    save_controlnet_config(controlnet, folder / CONTROLNET_FOLDER)
+    weights = {name: value.detach().cpu().contiguous() for name, value in parts.weights.items()}
+    save_file(weights, folder / CONTROLNET_FOLDER / WEIGHTS_FILE, FORMAT)
+    torch.save(dict(parts.rest), folder / TRAINING_STATE_FILE)
+
+
+def save_state(state: TrainState, folder: Path) -> None:
+    """Write a state into a checkpoint's folder at once; see `write_parts`."""
+    write_parts(state.components.controlnet, state_parts(state), folder)
 
 
 def save_controlnet_config(controlnet: ModelMixin, folder: Path) -> None:

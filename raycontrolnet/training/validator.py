@@ -14,7 +14,7 @@ import ray
 
 from raycontrolnet.cluster.worker import from_rank_zero, wait_for_all
 from raycontrolnet.data.stream import BatchLoader
-from raycontrolnet.model.performance import vae_on
+from raycontrolnet.model.performance import uncompiled, vae_on
 from raycontrolnet.model.step import TrainState
 from raycontrolnet.sampling import images, scores
 from raycontrolnet.sampling.images import PairImages, fidelity_of
@@ -69,7 +69,7 @@ class Validator:
         """Measure this worker's share of the held-out samples; rank 0 logs the result of all."""
         if self.loader is None:
             return
-        with self.clock("validation"):
+        with self.clock("validation"), uncompiled(compiled=self.state.compiled):
             self.last = held_out.measure(
                 self.state,
                 self.loader,
@@ -126,7 +126,11 @@ class Validator:
         files = validation.files_of(state.step)
         if folder.is_stored:
             self._forget(files)
-        with validation.failures_logged(state.step), vae_on(state.components, state.accelerator.device):
+        with (
+            validation.failures_logged(state.step),
+            vae_on(state.components, state.accelerator.device),
+            uncompiled(compiled=state.compiled),
+        ):
             components = replace(state.components, controlnet=controlnet())
             drawing.draw(components, self.rank, self.world_size, self._ends_early)
             if self.world_size > 1:  # who may have no disk in common

@@ -189,7 +189,7 @@ class TuneCallback:
                 tune.report(dict(figures))
                 return
             with tempfile.TemporaryDirectory() as directory:
-                content = {"folder": self._folder.place_of(last), "step": last.step}
+                content = {"folder": self._folder.place_of(last.path.name), "step": last.step}
                 (Path(directory) / CHECKPOINT_FILE).write_text(json.dumps(content) + "\n")
                 tune.report(dict(figures), checkpoint=tune.Checkpoint.from_directory(directory))
         except SystemExit:  # Tune's way to end the thread that reports, which may not be the one that trains

@@ -25,7 +25,8 @@ from torch import Tensor
 from raycontrolnet.model.components import Components, load_controlnet
 from raycontrolnet.model.step import StepMetrics, TrainState, controlnet_loss, train_step
 from raycontrolnet.storage import checkpoint as checkpoints
-from raycontrolnet.training.state import save_state
+from raycontrolnet.training.saver import HostCopy
+from raycontrolnet.training.state import WEIGHTS_FILE, save_state, state_parts, write_parts
 
 SIZE = 2
 Result = dict[str, Any]
@@ -34,9 +35,9 @@ Result = dict[str, Any]
 
 NAMES = (
     "fp32 is the CPU's", "bf16 gradients", "gradient checkpointing", "exact resume", "fp16 gradients",
-    "exact resume in fp16", "the loss scaler skips", "no synchronisation",
+    "exact resume in fp16", "the loss scaler skips", "no synchronisation", "compiled", "copied checkpoint",
 )  # fmt: skip
-"""All checks; the last four need a GPU."""
+"""All checks; the last six need a GPU."""
 
 
 def checks(device: torch.device) -> dict[str, Callable[[], Result]]:
@@ -54,6 +55,8 @@ def checks(device: torch.device) -> dict[str, Callable[[], Result]]:
             "exact resume in fp16": lambda: exact_resume(base, device, "fp16"),
             "the loss scaler skips": lambda: loss_scaler_skips(base, device),
             "no synchronisation": lambda: no_synchronisation(base, device),
+            "compiled": lambda: compiled(base, device),
+            "copied checkpoint": lambda: copied_checkpoint(base, device),
         }
     return found
 
@@ -152,3 +155,41 @@ def no_synchronisation(base: Components, device: torch.device) -> Result:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return {"said": said, "ok": said is None}
+
+
+def compiled(base: Components, device: torch.device) -> Result:
+    """Train with and without torch.compile: about the same gradients, two graphs, none in later updates."""
+    import torch._dynamo.utils
+
+    plain, fast = (gradients(base, "bf16", device, compile=on) for on in (False, True))
+    config = settings("bf16", learning_rate=1e-4, compile=True)
+    with training(copied(base, config, device), config) as state:
+        do_steps(state, 0, 3, device)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    found = compared(plain, fast, 0.05)
+    return {**found, "graphs": graphs, "ok": found["ok"] and graphs == 2}
+
+
+def copied_checkpoint(base: Components, device: torch.device) -> Result:
+    """Copy a state to pinned memory, train on, write the copy: the files of the state as it was."""
+    config = settings("bf16", learning_rate=1e-4)
+    with tempfile.TemporaryDirectory() as folder, training(copied(base, config, device), config) as state:
+        do_steps(state, 0, 2, device)
+        save_state(state, Path(folder) / "now")
+        copy = HostCopy().of(state_parts(state))
+        do_steps(state, 2, 1, device)
+        write_parts(state.components.controlnet, copy, Path(folder) / "copied")
+        now, then = (
+            torch.load(Path(folder) / name / checkpoints.TRAINING_STATE_FILE, map_location="cpu", weights_only=True)
+            for name in ("now", "copied")
+        )
+        moments = [
+            torch.equal(value, then["optimizer"]["state"][number][name])
+            for number, of in now["optimizer"]["state"].items()
+            for name, value in of.items()
+        ]
+        weights = [
+            (Path(folder) / name / checkpoints.CONTROLNET_FOLDER / WEIGHTS_FILE).read_bytes()
+            for name in ("now", "copied")
+        ]
+    return {"moments": len(moments), "ok": all(moments) and len(moments) > 100 and weights[0] == weights[1]}

@@ -150,6 +150,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         loop = partial(speed.reference, SD15, size, args.updates // 2, until)
         report.part("reference loop", f"SD 1.5, batch {size}", loop)
     report.part("profile", f"SD 1.5, batch {BATCHES[0]}", partial(speed.profile, SD15, BATCHES[0]))
+    report.part("checkpoint", "SD 1.5: copy in host memory", partial(speed.checkpoint_copy, SD15))
+    compiled = partial(speed.ours, SD15, BATCHES[0], args.updates, until, compiled=True)
+    report.part("speed", f"SD 1.5, batch {BATCHES[0]}, compiled", compiled)
     for size in BATCHES[1:]:
         for name, base in BASES.items():
             report.part("speed", f"{name}, batch {size}", partial(speed.ours, base, size, args.updates, until))

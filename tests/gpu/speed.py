@@ -17,6 +17,8 @@ from states import Base, components_of, draws_of, random_batch, settings, traini
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.step import Draws, train_step
 from raycontrolnet.predict.prediction import GIB
+from raycontrolnet.training.saver import HostCopy
+from raycontrolnet.training.state import state_parts
 
 RESOLUTION = 512
 WARM_UP, BLOCKS = 5, 3
@@ -74,14 +76,30 @@ def images_per_second(update: Callable[[], None], size: int, updates: int, until
     return rates
 
 
-def ours(base: Base, size: int, updates: int, until: float) -> dict[str, Any]:
+def ours(base: Base, size: int, updates: int, until: float, *, compiled: bool = False) -> dict[str, Any]:
     """Measure `train_step` in bf16 from cached latents, with its draws."""
-    config = settings("bf16", train_batch_size=size)
+    config = settings("bf16", train_batch_size=size, compile=compiled)
     with free_memory(), training(components_of(base, config, CUDA), config) as state:
         batch = random_batch(state.components, size, RESOLUTION, CUDA, cached=True)
         draws = draws_ahead(state.components, size)
         rates = images_per_second(lambda: _ignored(train_step(state, batch, next(draws))), size, updates, until)
         return {"images/s": median(rates), "blocks": rates, "GiB": torch.cuda.max_memory_allocated() / GIB}
+
+
+def checkpoint_copy(base: Base) -> dict[str, Any]:
+    """Measure the copy of a state in host memory, for which training stops at a checkpoint."""
+    config = settings("bf16", train_batch_size=1)
+    with free_memory(), training(components_of(base, config, CUDA), config) as state:
+        batch = random_batch(state.components, 1, RESOLUTION, CUDA, cached=True)
+        train_step(state, batch, draws_of(state.components, 0, 1, RESOLUTION, CUDA))
+        copy, seconds = HostCopy(), []
+        size = copy.bytes_to_come(state_parts(state))
+        for _ in range(4):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            copy.of(state_parts(state))
+            seconds.append(time.perf_counter() - started)
+    return {"GB": size / 1e9, "first s": seconds[0], "later s": median(seconds[1:])}
 
 
 def reference(base: Base, size: int, updates: int, until: float) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.families.registry import family_of
 from raycontrolnet.model.files import local_files
-from raycontrolnet.model.performance import tf32, working_precision
+from raycontrolnet.model.performance import fastest_convolutions, tf32, working_precision
 from raycontrolnet.model.step import Batch, Draws, TrainState, draw, latent_shape
 from raycontrolnet.predict.shapes import built
 from raycontrolnet.storage.checkpoint import Checkpoint
@@ -73,8 +73,13 @@ def training(
     components: Components, config: TrainConfig, *, checkpoint: Checkpoint | None = None
 ) -> Iterator[TrainState]:
     """Give the state of a run of one worker on the device of the ControlNet."""
-    use_gpu = components.controlnet.device.type == "cuda"
-    with accelerator_for(config, use_gpu=use_gpu) as accelerator, tf32(allowed=False):
+    device = components.controlnet.device
+    use_gpu = device.type == "cuda"
+    with (
+        accelerator_for(config, use_gpu=use_gpu) as accelerator,
+        tf32(allowed=False),
+        fastest_convolutions(device),
+    ):
         yield state_of(components, config, Schedule.of(config, ROWS, 1), accelerator, checkpoint)
 
 
