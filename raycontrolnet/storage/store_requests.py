@@ -56,10 +56,15 @@ def reached(attempt: Callable[[], T], waits_s: Sequence[float] | None = None) ->
         except (FileNotFoundError, NotADirectoryError, StoreClosedError):
             raise
         except Exception as error:  # noqa: BLE001 - pyarrow and fsspec raise ValueError, ImportError and more
-            if not waits or not isinstance(error, OSError) or _LASTING.search(str(error)):
+            if not waits or not isinstance(error, OSError) or is_lasting(error):
                 raise OSError(reason(error)) from None
             logger.warning("an object store failed, and is tried again: %s", reason(error))
         time.sleep(waits.pop(0))
+
+
+def is_lasting(error: OSError) -> bool:
+    """Check whether another try cannot change `error`, of a store or a disk."""
+    return isinstance(error, (PermissionError, NotADirectoryError)) or _LASTING.search(str(error)) is not None
 
 
 def reason(error: Exception, longest: int = _LONGEST_REASON) -> str:
