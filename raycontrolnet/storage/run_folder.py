@@ -13,7 +13,7 @@ from typing import Any
 
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.checkpoint import Checkpoint
-from raycontrolnet.storage.files import PARTIAL_SUFFIX
+from raycontrolnet.storage.files import PARTIAL_SUFFIX, check_open, close_folder, is_closed
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,12 @@ class RunFolder:
 
     @property
     def is_lost(self) -> bool:
-        """True if another run has taken a folder in an object store over: nothing is written there any more."""
-        return False
+        """True if another run has taken the folder over: this process changes nothing there any more."""
+        return is_closed(self.path)
+
+    def close(self, reason: str) -> None:
+        """Change nothing in the folder from now on, in this process: each attempt raises OSError with the reason."""
+        close_folder(self.path, reason)
 
     @property
     def parent(self) -> str:
@@ -119,6 +123,7 @@ class RunFolder:
 
     def delete(self, *patterns: str) -> None:
         """Delete the files that match one of `patterns`."""
+        check_open(self.path)
         names = [pattern for pattern in patterns if "*" not in pattern]
         if len(names) < len(patterns):
             names += matching(files_in(self.path, folder_of(patterns)), patterns)

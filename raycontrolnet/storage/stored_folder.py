@@ -66,6 +66,10 @@ class StoredFolder(RunFolder):
     def is_lost(self) -> bool:
         return self.store.is_closed
 
+    def close(self, reason: str) -> None:
+        super().close(reason)
+        self.store.close(reason)
+
     @property
     def parent(self) -> str:
         return split_uri(self.place)[0]
