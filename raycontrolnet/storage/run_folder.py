@@ -58,7 +58,7 @@ class RunFolder:
         return self.shown.rpartition("/")[2]
 
     def place_of(self, checkpoint: Checkpoint) -> str:
-        """Return the path or URI of a checkpoint that is in this folder."""
+        """Return the path or URI of a checkpoint in this folder, or of one that its run started from."""
         return str(checkpoint.path)
 
     def for_workers(self) -> RunFolder:
@@ -120,6 +120,9 @@ class RunFolder:
 
     def mirror(self, *patterns: str) -> None:
         """Make the store's files that match `patterns` those of this machine."""
+
+    def clear(self, start: str | None) -> None:
+        """Remove from this machine what an object store has: the run's files, and `start`, another run's checkpoint."""
 
     def delete(self, *patterns: str) -> None:
         """Delete the files that match one of `patterns`."""

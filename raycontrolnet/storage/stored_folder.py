@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -75,7 +76,7 @@ class StoredFolder(RunFolder):
         return split_uri(self.place)[0]
 
     def place_of(self, checkpoint: Checkpoint) -> str:
-        return child_uri(self.place, checkpoint.path.name)
+        return checkpoint.uri or child_uri(self.place, checkpoint.path.name)
 
     def for_workers(self) -> RunFolder:
         return StoredFolder(self.place, WORKER)
@@ -103,6 +104,9 @@ class StoredFolder(RunFolder):
         return found
 
     def sound(self, checkpoint: Checkpoint) -> Checkpoint:
+        if checkpoint.uri:
+            found = self._folder_of(checkpoint.uri).sound(replace(checkpoint, uri=None))
+            return replace(found, uri=checkpoint.uri)
         if checkpoint.path.parents[2].name != self.path.parents[1].name:  # of another folder, on a disk
             return super().sound(checkpoint)
         here = replace(checkpoint, path=self.path / checkpoint.path.name)
@@ -118,6 +122,14 @@ class StoredFolder(RunFolder):
                 return super().sound(here)
             self._download(here)
             return super().sound(here)
+
+    def _folder_of(self, start: str) -> RunFolder:
+        """Return the folder of the other run that has the checkpoint `start`, with a working folder for this run."""
+        return folder_containing(start, f"{self.role}-of-{self.path.parents[1].name}")[0]
+
+    def clear(self, start: str | None) -> None:
+        for folder in (self, *((self._folder_of(start),) if start else ())):
+            shutil.rmtree(folder.path.parent, ignore_errors=True)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
