@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import os
 import pickle
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from raycontrolnet.latents import cache as cache_module
 from raycontrolnet.latents.cache import LatentCache, read_contents, read_row, shard_bytes
 from raycontrolnet.latents.manifest import BadSample, Encoding, Manifest, Shard, StoredShard
 from raycontrolnet.storage import folder as folder_module
-from raycontrolnet.storage import store_requests, uri
+from raycontrolnet.storage import uri
 from raycontrolnet.storage.folder import CacheFolder, cache_folder
 
 ENCODING = Encoding(vae="0" * 16, resolution=32, dtype="float16")
@@ -161,7 +160,8 @@ def failing_open(monkeypatch: pytest.MonkeyPatch, error: Exception, times: int) 
         return real(self, name)
 
     monkeypatch.setattr(CacheFolder, "open", open_file)
-    monkeypatch.setattr(cache_module, "RETRIES_AFTER_S", (0.01, 0.01))
+    for name in ("RUN_WAITS_S", "DISK_WAITS_S"):
+        monkeypatch.setattr(folder_module, name, (0.01, 0.01))
     return tried
 
 
@@ -187,28 +187,6 @@ def test_storage_that_fails_is_not_called_damage(monkeypatch: pytest.MonkeyPatch
         cache.read(0)
     assert "damaged" not in str(caught.value)
     assert "Delete" not in str(caught.value)
-
-
-def test_a_store_that_is_away_for_a_while_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For listing and for writing, which an encoding of hours depends on."""
-    folder = cache_folder("mock:///bucket/away")
-    waited: list[float] = []
-    monkeypatch.setattr(time, "sleep", waited.append)
-    own, faults = folder_module._open, [FAULTS[0], FAULTS[0]]
-
-    def away(uri: str) -> Any:
-        if faults:
-            raise faults.pop()
-        return own(uri)
-
-    monkeypatch.setattr(folder_module, "_open", away)
-    folder.write("a", b"12345")
-    faults[:] = [FAULTS[0]]
-    assert folder.sizes() == {"a": 5}
-    assert waited == [*store_requests.RUN_WAITS_S[:2], store_requests.RUN_WAITS_S[0]]
-    faults[:] = [FAULTS[0]] * 99
-    with pytest.raises(OSError, match="does not answer"):
-        folder.write("b", b"x")
 
 
 def test_a_bucket_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

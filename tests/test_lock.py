@@ -20,12 +20,13 @@ import pytest
 
 from raycontrolnet import TrainConfig, fit
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.storage import lock
-from raycontrolnet.storage.lock import LOCK_FILE, UNHEARD_AFTER_S, Owner, has_ended, is_gone, locked
+from raycontrolnet.storage import folder_lock
+from raycontrolnet.storage.folder_lock import locked
+from raycontrolnet.storage.lock import LOCK_FILE, UNHEARD_AFTER_S, Owner, has_ended, is_gone
 
 HOLD = """
 import sys, pathlib
-from raycontrolnet.storage.lock import locked
+from raycontrolnet.storage.folder_lock import locked
 with locked(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -89,7 +90,7 @@ def test_a_lock_that_is_cut_short(tmp_path: Path, content: str) -> None:
 
 
 def test_an_owner_on_another_machine_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "DEAD_AFTER_S", 3.0)
+    monkeypatch.setattr(folder_lock, "DEAD_AFTER_S", 3.0)
     left = leave_lock(tmp_path, machine="elsewhere", host="node-7", pid=12)
     start = time.monotonic()
     with locked(tmp_path):
@@ -124,11 +125,15 @@ def test_signs_of_life(tmp_path: Path) -> None:
         before = owner(tmp_path)
         mine.beat()
         assert owner(tmp_path) == before | {"beat": 1}
-        (tmp_path / LOCK_FILE).unlink()  # by somebody who took it for dead
+        (tmp_path / LOCK_FILE).unlink()  # by somebody; nobody can have taken it for dead yet
         mine.beat()
-        assert not (tmp_path / LOCK_FILE).exists()
-        other = leave_lock(tmp_path)
+        assert owner(tmp_path) == before | {"beat": 2}
+        (tmp_path / LOCK_FILE).write_text("{")  # another's, which is being written
         mine.beat()
+        assert (mine.lost, (tmp_path / LOCK_FILE).read_text()) == (None, "{")
+        other = leave_lock(tmp_path, host="node-7", pid=12)
+        mine.beat()
+        assert mine.lost == "another run has taken the folder over: process 12 on node-7"
         assert owner(tmp_path)["token"] == other.token
     assert owner(tmp_path)["token"] == other.token
 

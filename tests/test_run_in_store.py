@@ -28,7 +28,6 @@ from raycontrolnet.storage.object_store import ObjectStore
 from raycontrolnet.storage.run_folder import RunFolder, folder_of
 from raycontrolnet.storage.store_lock import StoreLock, store_locked
 from raycontrolnet.storage.stored_folder import StoredFolder
-from raycontrolnet.training.job import STOP_FILE
 from raycontrolnet.training.store_sync import aborted_if_lost
 
 __all__ = ["elsewhere", "s3", "use_s3"]  # fixtures
@@ -235,10 +234,17 @@ def test_another_run_takes_the_folder_over(
     place = f"s3://{BUCKET}/{name}"
     monkeypatch.setattr(StoreLock, "interval_s", 0.2)
     other = Owner(host="node-7", machine="another one", pid=12)
-    working, left = StoredFolder(place).path, []
+    working, left, lost = StoredFolder(place).path, [], threading.Event()
+    close = ObjectStore.close
+
+    def closed(self: ObjectStore, reason: str) -> None:
+        close(self, reason)
+        lost.set()
+
+    monkeypatch.setattr(ObjectStore, "close", closed)
 
     def take_over() -> None:
-        while not (working / STOP_FILE).exists():
+        while not lost.is_set():
             use_s3.write(f"{name}/.lock.json", content_of(other, 3).encode())  # a beat under way may write once more
             time.sleep(0.1)
         time.sleep(1.0)  # for what was on its way

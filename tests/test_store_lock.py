@@ -40,7 +40,8 @@ class Clock:
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(store_lock, "time", clock)
+    for module in (lock, store_lock):
+        monkeypatch.setattr(module, "time", clock)
     for module in (object_store, store_lock):
         monkeypatch.setattr(module, "RUN_WAITS_S", (0.01,) * 5, raising=False)
     return clock

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from raycontrolnet.storage.files import is_closed
+
 STDERR = 2
 LOGGERS = (
     "ray", "ray.train", "ray.data", "ray.tune", "raycontrolnet", "diffusers", "transformers", "accelerate",
@@ -74,6 +76,7 @@ def _loggers_to(path: Path) -> Iterator[None]:
     """Send what LOGGERS log, and Python's warnings, to a file."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.addFilter(lambda _: not is_closed(path))
     before = {}
     logging.captureWarnings(True)
     for name in LOGGERS:

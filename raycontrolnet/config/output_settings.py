@@ -60,7 +60,8 @@ class OutputConfig:
     resume_from_checkpoint: str | None = setting(
         None, fixed="is for single runs, as trials start from the beginning", instead="resume a sweep with --resume"
     )
-    """`latest` (a new start if there is none yet), a `checkpoint-N` of output_dir, or a path."""
+    """`latest` (a new start if there is none yet), a `checkpoint-N` of output_dir, a path, or with an output_dir in an
+    object store the URI of a checkpoint there."""
     save_precision: str = setting("fp32", fixed=FINAL_WEIGHTS, changes_on_resume=True)
     """fp32, fp16 or bf16: precision of the final weights; checkpoints stay fp32."""
     save_name: str | None = setting(None, fixed=FINAL_WEIGHTS, changes_on_resume=True, left_out_of_card=True)

@@ -7,7 +7,6 @@ however large the cache is, and a full shuffle needs no buffer. Every row has a 
 from __future__ import annotations
 
 import json
-import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from raycontrolnet.data.records import DecodedRow, EncodedRow, Size
 from raycontrolnet.data.transforms import decode_conditioning
 from raycontrolnet.errors import DataError
 from raycontrolnet.latents.manifest import BadSample, Manifest, Shard, StoredShard
-from raycontrolnet.storage.folder import CacheFolder, unreachable
+from raycontrolnet.storage.folder import CacheFolder
 from raycontrolnet.text import error_message
 
 ROW_OVERHEAD_BYTES = 1150
@@ -48,8 +47,6 @@ _SCHEMA = pa.schema(
     }
 )
 """Columns of a shard; those of earlier versions have no original_size."""
-RETRIES_AFTER_S = (1.0, 5.0)
-"""Pauses before storage that cannot be reached is tried again; the file systems try a few times themselves."""
 _BAD_SAMPLES = b"bad_samples"
 
 
@@ -157,16 +154,16 @@ def read_row(folder: CacheFolder, shard: str, slot: int, row: int) -> EncodedRow
         DataError: if the shard is damaged or gone.
         ConnectionError: if it cannot be read now, as over a network that is down; it was tried for some seconds.
     """
+
+    def read_anew() -> dict[str, Any]:
+        _reader.cache_clear()
+        return _verified(_reader(folder, shard), slot, row)
+
     with _naming(folder, shard):
-        for wait_s in (0.0, *RETRIES_AFTER_S, None):
-            try:
-                values = _verified(_reader(folder, shard), slot, row)
-                break
-            except (pa.ArrowException, OSError, ValueError, IndexError) as error:
-                _reader.cache_clear()  # the file may have been replaced since it was opened
-                if wait_s is None or (wait_s and not folder.is_unreachable(error)):
-                    raise
-                time.sleep(wait_s)
+        try:
+            values = _verified(_reader(folder, shard), slot, row)
+        except (pa.ArrowException, OSError, ValueError, IndexError):  # the file may have been replaced
+            values = folder.reached(read_anew)
     return EncodedRow(
         row=row,
         posterior=np.frombuffer(values["posterior"], values["dtype"]).reshape(values["shape"]),
@@ -197,7 +194,7 @@ def read_contents(folder: CacheFolder, shard: str, num_bytes: int) -> tuple[Stor
         DataError: if the shard is damaged or gone.
     """
     with _naming(folder, shard):
-        reader = pa.ipc.open_file(folder.open(shard))
+        reader = folder.reached(lambda: pa.ipc.open_file(folder.open(shard)))
         bad = [BadSample(*values) for values in json.loads((reader.schema.metadata or {})[_BAD_SAMPLES])]
         return StoredShard(shard, reader.num_record_batches, num_bytes), bad
 
@@ -206,16 +203,20 @@ def read_identities(folder: CacheFolder, shards: Sequence[StoredShard]) -> Itera
     """Yield the identity of every row in `shards`; ? for rows that are damaged or gone.
 
     Raises:
-        UserError: if the folder cannot be reached.
+        UserError, RunError: if the folder cannot be reached.
     """
+
+    def read(name: str) -> list[str]:
+        reader = pa.ipc.open_file(folder.open(name))
+        batches = map(reader.get_batch, range(reader.num_record_batches))
+        return [batch.column("identity")[0].as_py() for batch in batches]
+
     for shard in shards:
         try:
-            reader = pa.ipc.open_file(folder.open(shard.name))
-            for slot in range(reader.num_record_batches):
-                yield reader.get_batch(slot).column("identity")[0].as_py()
+            yield from folder.reached(lambda shard=shard: read(shard.name))  # type: ignore[misc]
         except (pa.ArrowException, OSError) as error:
             if folder.is_unreachable(error):
-                raise unreachable(folder.uri, error) from None
+                raise folder.failure(error) from None
             yield from ["?"] * shard.num_rows
 
 
@@ -227,7 +228,7 @@ def _naming(folder: CacheFolder, shard: str) -> Iterator[None]:
     except (pa.ArrowException, OSError, KeyError, ValueError, IndexError) as error:
         if folder.is_unreachable(error):
             reason = error_message(error, 200)
-            raise ConnectionError(f"{folder.path(shard)}: the latent cache cannot be read now ({reason})") from error
+            raise ConnectionError(f"{folder.path(shard)}: the latent cache cannot be read now ({reason})") from None
         reason = "it is gone" if isinstance(error, FileNotFoundError) else error_message(error, 200)
         raise DataError(
             f"{folder.path(shard)}: this part of the latent cache is damaged ({reason}). Delete it and run "

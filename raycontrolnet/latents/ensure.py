@@ -147,7 +147,10 @@ def _check_all_is_there(plan: LatentPlan, manifest: Manifest) -> None:
 
 
 def _how_to_go_on(plan: LatentPlan) -> str:
-    sizes = plan.folder.sizes()
+    try:
+        sizes = plan.folder.sizes()
+    except (UserError, RunError):  # a store that is away; the work has failed for another reason, or for this one
+        return "What is cached stands; the same command goes on from there."
     done = sum(len(shard.rows) for shard in plan.shards if shard.name in sizes)
     return (
         f"{done:,} of {plan.num_rows:,} images are cached and stand; the same command, or\n"

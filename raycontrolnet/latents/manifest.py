@@ -16,7 +16,7 @@ from typing import Any
 
 from raycontrolnet.data.sources import Source
 from raycontrolnet.data.transforms import TRANSFORMS_VERSION
-from raycontrolnet.storage.folder import CacheFolder, unreachable
+from raycontrolnet.storage.folder import CacheFolder
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
@@ -119,7 +119,7 @@ class Manifest:
         """Return the manifest of a complete cache; None if there is none that this version can read.
 
         Raises:
-            UserError: if the folder cannot be reached.
+            UserError, RunError: if the folder cannot be reached.
         """
         try:
             values: dict[str, Any] = json.loads(folder.read(MANIFEST_FILE))
@@ -134,4 +134,4 @@ class Manifest:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
         except OSError as error:
-            raise unreachable(folder.uri, error) from None
+            raise folder.failure(error) from None

@@ -24,7 +24,7 @@ from raycontrolnet.latents.shards import ShardResult
 from raycontrolnet.latents.vae_files import VaeFiles
 from raycontrolnet.model.base_family import interpolation_of
 from raycontrolnet.storage.files import user_cache
-from raycontrolnet.storage.folder import CacheFolder, cache_folder, unreachable
+from raycontrolnet.storage.folder import CacheFolder, cache_folder
 from raycontrolnet.storage.uri import is_uri, shown_uri
 
 
@@ -127,7 +127,7 @@ class LatentPlan:
                     with suppress(DataError):  # damaged
                         found = ShardResult(*read_contents(self.folder, shard.name, size))
                 except ConnectionError as error:
-                    raise unreachable(self.folder.uri, error) from None
+                    raise self.folder.failure(error) from None
             if found is None or not all(self._is_bad(sample) for sample in found.bad_samples):
                 missing.append(shard)
             else:

@@ -103,7 +103,7 @@ class CheckedRun:
             return f"What stands in {self.folder.shown} cannot be seen now: go on with --resume_from_checkpoint latest."
         if last is None:
             return "There was no checkpoint yet."
-        name = last.path.name if last.path.parent == self.output_dir else str(last.path)
+        name = last.path.name if last.path.parent == self.output_dir else last.uri or str(last.path)
         if newest and newest.path == last.path:
             name = "latest"
         return (

@@ -84,9 +84,7 @@ def _fetched(uri: str) -> Path:
             if re.fullmatch(r"\w+-\d+", folder.name):  # a typo in checkpoint-N
                 folder, _ = folder_containing(folder.parent, "controlnet")
             last = folder.latest()
-            advice = (
-                f"name a checkpoint of it, such as {folder.place_of(last.path.name)}" if last else "look for its name"
-            )
+            advice = f"name a checkpoint of it, such as {folder.place_of(last)}" if last else "look for its name"
             raise ConfigError([f"--controlnet={shown_uri(uri)}: there is no ControlNet; {advice}"])
     except UNUSABLE as error:
         raise ConfigError([f"--controlnet={shown_uri(uri)}: {unusable(error)}"]) from None

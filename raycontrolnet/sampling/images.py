@@ -31,7 +31,7 @@ from raycontrolnet.errors import DataError
 from raycontrolnet.sampling import scores
 from raycontrolnet.sampling.pipeline import DrawOptions, build_pipeline, draw
 from raycontrolnet.sampling.scores import Fidelity
-from raycontrolnet.storage.files import replacing
+from raycontrolnet.storage.files import check_open, replacing
 
 if TYPE_CHECKING:
     from raycontrolnet.model.components import Components
@@ -172,6 +172,7 @@ def write(
 ) -> Iterator[ImageItem]:
     """Draw `items` and save each as soon as it is drawn, in place of an earlier image; yield it once it is saved."""
     for item, image in draw_items(components, items, options):
+        check_open(folder)
         (folder / METADATA).unlink(missing_ok=True)  # it describes the image that is replaced
         _save(image, folder / item.file_name)
         yield item

@@ -64,6 +64,8 @@ class Checkpoint:
     seed: int
     run_id: str
     manifest: Mapping[str, Any]
+    uri: str | None = None
+    """URI of a checkpoint in an object store that is another run's than the one that starts from it."""
 
     @staticmethod
     def open(path: Path) -> Checkpoint:

@@ -22,6 +22,39 @@ PARTIAL_SUFFIX = ".partial"
 OLD_SUFFIX = ".old"
 """End of the name of a folder that is being deleted."""
 
+_closed: dict[Path, str] = {}
+"""Folders in which this process changes nothing any more -> the reason."""
+
+
+class FolderClosedError(OSError):
+    """The folder, on a disk or in a store, is closed for this process: no other attempt is made."""
+
+
+def close_folder(folder: Path, reason: str) -> None:
+    """Change nothing in `folder` from now on, in this process: `check_open` raises OSError with the reason."""
+    _closed[folder] = reason
+
+
+def reopen_folder(folder: Path) -> None:
+    """Let `folder` be changed again."""
+    _closed.pop(folder, None)
+
+
+def is_closed(path: Path) -> bool:
+    """Check whether `path` is a folder that has been closed, or lies in one."""
+    return any(folder == path or folder in path.parents for folder in tuple(_closed))
+
+
+def check_open(path: Path) -> None:
+    """Check that `path` may be changed.
+
+    Raises:
+        FolderClosedError: it is a folder that has been closed, or lies in one.
+    """
+    for folder, reason in tuple(_closed.items()):
+        if folder == path or folder in path.parents:
+            raise FolderClosedError(reason)
+
 
 def user_cache() -> Path:
     """Return the user's folder for what can be made again."""
@@ -38,12 +71,14 @@ def replacing(path: Path, *, sync: bool = False, many_writers: bool = False) -> 
         sync: see `synced`.
         many_writers: whether several processes may write the file at a time.
     """
+    check_open(path)
     writer = f".{uuid.uuid4().hex}" if many_writers else ""
     partial = path.with_name(f".{path.name.lstrip('.')}{writer}{PARTIAL_SUFFIX}")
     try:
         yield partial
         if sync:
             synced(partial)
+        check_open(path)
         os.replace(partial, path)
     except BaseException:
         with suppress(OSError):
@@ -54,11 +89,13 @@ def replacing(path: Path, *, sync: bool = False, many_writers: bool = False) -> 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder to write to, beside `path`; at the end it replaces `path`. Fails as `replacing`."""
+    check_open(path)
     partial, old = path.with_name(f".{path.name}{PARTIAL_SUFFIX}"), path.with_name(f".{path.name}{OLD_SUFFIX}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
+        check_open(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -72,6 +109,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 def remove_folder(path: Path) -> None:
     """Delete a folder. It is renamed first: a deletion that is cut short leaves no half of it under its name."""
+    check_open(path)
     old = path.with_name(f".{path.name}{OLD_SUFFIX}")
     shutil.rmtree(old, ignore_errors=True)
     path.rename(old)

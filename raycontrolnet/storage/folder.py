@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from raycontrolnet.errors import UserError
+from raycontrolnet.errors import RunError, UserError
 from raycontrolnet.storage.files import PARTIAL_SUFFIX, replacing
-from raycontrolnet.storage.store_requests import RUN_WAITS_S, reached
+from raycontrolnet.storage.store_requests import RUN_WAITS_S, is_lasting, reason
 from raycontrolnet.storage.uri import UNUSABLE, as_path, check_bucket, open_uri, shown_uri, unusable
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from pyarrow import fs
 
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
 LEFTOVER_AGE_S = 3600.0
+DISK_WAITS_S = (1.0, 5.0)
+"""Seconds to wait before a disk that fails, as one over a network, is asked again; for stores see `RUN_WAITS_S`."""
 
 
 @dataclass(frozen=True)
 class CacheFolder:
-    """Files that are whole or absent, whoever else writes. Pickled as its name alone."""
+    """Files that are whole or absent, whoever else writes. Pickles small."""
 
     uri: str
     """An absolute path, or a URI that pyarrow's file systems know, such as s3://bucket/folder."""
+    _answered: set[bool] = field(default_factory=set, compare=False, repr=False)
+    """Not empty once the storage has answered."""
 
     @property
     def is_local(self) -> bool:
@@ -41,11 +51,44 @@ class CacheFolder:
         """Return the name of the file `name` in messages."""
         return f"{self.name}/{name}"
 
+    def reached(self, attempt: Callable[[], T]) -> T:
+        """Return what `attempt` gets from the folder, tried again while its storage fails: all that reads waits here.
+
+        Raises:
+            OSError: the storage still fails; for a store with the reason in one bounded line, without keys.
+        """
+        waits = list(DISK_WAITS_S if self.is_local else RUN_WAITS_S)
+        while True:
+            try:
+                found = attempt()
+            except FileNotFoundError:
+                self._answered.add(True)
+                raise
+            except OSError as error:
+                if not self.is_unreachable(error):
+                    raise
+                if not waits or is_lasting(error):
+                    raise (error if self.is_local else OSError(reason(error))) from None
+                logger.warning("%s cannot be reached, and is tried again: %s", self.name, reason(error))
+            else:
+                self._answered.add(True)
+                return found
+            time.sleep(waits.pop(0))
+
+    def failure(self, error: Exception) -> UserError | RunError:
+        """Return the error for a folder that cannot be reached: bad input, or a failed run if it answered before."""
+        if not self._answered:
+            return unreachable(self.uri, error)
+        return RunError(
+            f"--latents_cache_dir={self.name}: cannot be reached any more ({reason(error, 160)}). What is cached "
+            "stands; once it answers, the same command goes on from there."
+        )
+
     def sizes(self) -> dict[str, int]:
         """Return name -> bytes of every file; empty if the folder does not exist.
 
         Raises:
-            UserError: if the folder cannot be reached.
+            UserError, RunError: if the folder cannot be reached.
         """
         from pyarrow import fs
 
@@ -54,9 +97,9 @@ class CacheFolder:
             return list(system.get_file_info(fs.FileSelector(folder, allow_not_found=True)))
 
         try:
-            found = list_() if self.is_local else reached(list_, RUN_WAITS_S)
-        except OSError as error:
-            raise unreachable(self.uri, error) from None
+            found = self.reached(list_)
+        except UNUSABLE as error:
+            raise self.failure(error) from None
         files = (info for info in found if info.type == fs.FileType.File)
         return {info.base_name: info.size for info in files if not info.base_name.endswith(PARTIAL_SUFFIX)}
 
@@ -64,8 +107,11 @@ class CacheFolder:
         """Return the bytes of the file `name`; None if there is none."""
         from pyarrow import fs
 
-        system, folder = _open(self.uri)
-        info = system.get_file_info(f"{folder}/{name}")
+        def look() -> fs.FileInfo:
+            system, folder = _open(self.uri)
+            return system.get_file_info(f"{folder}/{name}")
+
+        info = self.reached(look)
         return info.size if info.type == fs.FileType.File else None
 
     def read(self, name: str) -> bytes:
@@ -74,11 +120,18 @@ class CacheFolder:
         Raises:
             FileNotFoundError: if there is none.
         """
-        with self.open(name) as file:
-            return file.read()
+
+        def read() -> bytes:
+            with self.open(name) as file:
+                return file.read()
+
+        return self.reached(read)
 
     def open(self, name: str) -> pa.NativeFile:
-        """Open the file `name` for random access: mapped into memory on a local disk, else read by ranges."""
+        """Open the file `name` for random access: mapped into memory on a local disk, else read by ranges.
+
+        It is tried once: who reads from the file as well does both in `reached`.
+        """
         import pyarrow as pa
 
         system, folder = _open(self.uri)
@@ -99,7 +152,7 @@ class CacheFolder:
             OSError: if it cannot be written, as on a full disk; nothing is left of it then.
         """
         if not self.is_local:
-            reached(partial(self._send, name, data), RUN_WAITS_S)
+            self.reached(partial(self._send, name, data))
             return
         Path(self.uri).mkdir(parents=True, exist_ok=True)
         with replacing(Path(self.uri, name), sync=True, many_writers=True) as unfinished:

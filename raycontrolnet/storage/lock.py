@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.text import duration
+
+logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock.json"
 BEAT_INTERVAL_S = 5.0
@@ -23,9 +26,6 @@ DEAD_AFTER_S = 20.0
 """An owner on another machine without a sign of life for this long is dead."""
 UNHEARD_AFTER_S = 120.0
 """A run on another machine without a sign of life for this long has ended: machines' clocks differ."""
-
-SETTLED_AFTER_S = 0.2
-"""Time in which others that found the same dead lock may still remove this one for it."""
 
 
 @dataclass(frozen=True)
@@ -49,29 +49,62 @@ class Owner:
         return {name: getattr(self, name) for name in ("host", "machine", "pid", "process_started")}
 
 
-class FolderLock:
-    """A lock that this process holds, as a file in `folder`."""
+class HeldLock:
+    """A lock that this process holds, with signs of life; on a disk, or in an object store."""
 
-    def __init__(self, folder: Path, owner: Owner):
-        self._file, self._owner, self._beat = folder / LOCK_FILE, owner, 0
+    interval_s = BEAT_INTERVAL_S
+    """Seconds between two signs of life."""
+    dead_after_s = DEAD_AFTER_S
+    """Seconds without a sign of life after which another run may take the folder over."""
+
+    def __init__(self, owner: Owner, shown: str, close: Callable[[str], None]):
+        """Begin to hold it.
+
+        Args:
+            owner: this process.
+            shown: the folder's name in messages.
+            close: ends all changes in the folder by this process; takes the reason.
+        """
+        self._owner, self._shown, self._close, self._beat = owner, shown, close, 0
+        self._seen_at = time.time()  # it counts the time that a machine sleeps
+        self.lost: str | None = None
+        """The reason why the folder is no longer this run's: another has taken it over, or may have."""
 
     def beat(self) -> None:
-        """Give a sign of life."""
-        with suppress(OSError):  # storage that fails for a moment
-            found = _read(self._file)
-            if found and found.token == self._owner.token:
-                self._beat += 1
-                # In place: the file must not come back if it is removed meanwhile.
-                with self._file.open("r+") as file:
-                    file.write(content_of(self._owner, self._beat))
-                    file.truncate()
+        """Give a sign of life; close the folder for this process if another run has, or may have, taken it over.
 
-    def release(self) -> None:
-        """Remove the file, if it is still this process's."""
-        with suppress(OSError):
-            found = _read(self._file)
-            if found and found.token == self._owner.token:
-                self._file.unlink()
+        A lock that is gone is written again, unless another run may have taken this one for dead, and ended since.
+
+        Raises:
+            OSError: if it cannot be read or written.
+        """
+        if self.lost:
+            return
+        found = self.found()
+        silent = time.time() - self._seen_at
+        if found and found.token != self._owner.token:
+            self._lose(f"another run has taken the folder over: process {found.pid} on {found.host}")
+        elif not found and silent >= self.dead_after_s:
+            self._lose(
+                f"another run may have taken the folder over, and ended: {LOCK_FILE} is gone there, and this run "
+                f"gave no sign of life for {duration(silent)}"
+            )
+        else:
+            self._beat += 1
+            self.write()
+
+    def _lose(self, reason: str) -> None:
+        self.lost = reason
+        self._close(reason)
+        logger.error("%s: %s", self._shown, reason)
+
+    def found(self) -> Owner | None:
+        """Return the owner that the lock names; None if there is no lock."""
+        raise NotImplementedError
+
+    def write(self) -> None:
+        """Write the lock."""
+        raise NotImplementedError
 
 
 def is_gone(process: Mapping[str, Any]) -> bool | None:
@@ -97,53 +130,6 @@ def has_ended(folder: Path, process: Mapping[str, Any]) -> bool:
         return False
 
 
-@contextmanager
-def locked(folder: Path, shown: str | None = None) -> Iterator[FolderLock]:
-    """Hold the lock of `folder`, which is created if need be and removed again if it is then still empty.
-
-    A lock whose owner is dead is taken over; on another machine it is watched for `DEAD_AFTER_S` first. Where no file
-    can be written there is no lock either.
-
-    Args:
-        shown: the folder's name in messages; by default its path.
-
-    Raises:
-        ConfigError: another run has the folder.
-    """
-    owner = Owner()
-    lock = FolderLock(folder, owner)
-    is_new = not os.path.exists(folder)  # noqa: PTH110 (does not raise)
-    try:
-        with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            _take(folder / LOCK_FILE, owner, shown or str(folder))
-        yield lock
-    finally:
-        lock.release()
-        if is_new:
-            with suppress(OSError):  # it has files now
-                folder.rmdir()
-
-
-def _take(file: Path, owner: Owner, shown: str) -> None:
-    while True:
-        try:
-            with file.open("x") as opened:
-                opened.write(content_of(owner, 0))
-        except FileExistsError:
-            found = _read(file)
-            if found is None:  # being written, or cut short
-                time.sleep(1.0)
-                found = _read(file)
-            if found and _is_alive(found, file):
-                raise in_use(shown, found) from None
-            _remove(file, found)
-        else:
-            time.sleep(SETTLED_AFTER_S)
-            if (settled := _read(file)) and settled.token == owner.token:
-                return
-
-
 def in_use(shown: str, owner: Owner) -> ConfigError:
     """Return the error for a folder that another run has."""
     problem = (
@@ -151,40 +137,6 @@ def in_use(shown: str, owner: Owner) -> ConfigError:
         f"wait for its end, stop it, or name another --output_dir (if there is no such run, delete {LOCK_FILE} there)"
     )
     return ConfigError([f"--output_dir={shown}: {problem}"])
-
-
-def _is_alive(owner: Owner, file: Path) -> bool:
-    gone = is_gone(owner.process())
-    if gone is not None:
-        return not gone
-    until = time.monotonic() + DEAD_AFTER_S
-    while time.monotonic() < until:
-        time.sleep(1.0)
-        if (now := _read(file)) and now != owner:
-            return True
-        if not file.exists():
-            return False
-    return False
-
-
-def _remove(file: Path, dead: Owner | None) -> None:
-    """Remove a dead owner's lock, but not one that another process has put in its place meanwhile."""
-    aside = file.with_name(f"{LOCK_FILE}.{uuid.uuid4().hex}")
-    with suppress(FileNotFoundError):
-        file.rename(aside)
-        found = _read(aside)
-        if found and (dead is None or found.token != dead.token):
-            with suppress(FileExistsError):
-                os.link(aside, file)
-        aside.unlink()
-
-
-def _read(file: Path) -> Owner | None:
-    """Return the owner in a lock's file; None if there is none, or it was cut short by a full disk."""
-    try:
-        return owner_in(file.read_text())
-    except OSError:
-        return None
 
 
 def owner_in(content: str) -> Owner | None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from raycontrolnet.storage.files import replacing
-from raycontrolnet.storage.store_requests import RUN_WAITS_S, StoreClosedError, reached
+from raycontrolnet.storage.files import FolderClosedError, replacing
+from raycontrolnet.storage.store_requests import RUN_WAITS_S, reached
 from raycontrolnet.storage.uri import check_bucket, open_uri, shown_uri
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class ObjectStore:
     def _change(self, change: Callable[[], None], tries: int | None = None) -> None:
         def attempt() -> None:
             if self._closed:  # perhaps while an earlier attempt failed
-                raise StoreClosedError(self._closed[0])
+                raise FolderClosedError(self._closed[0])
             change()
 
         reached(attempt, _waits(tries))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.storage.checkpoint import CONTROLNET_FOLDER, MANIFEST_FILE, Checkpoint
+from raycontrolnet.storage.checkpoint import CONTROLNET_FOLDER, MANIFEST_FILE, Checkpoint, all_checkpoints
 from raycontrolnet.storage.run_folder import RunFolder
-from raycontrolnet.storage.uri import is_uri, unusable
+from raycontrolnet.storage.stored_folder import DRIVER, folder_containing
+from raycontrolnet.storage.uri import is_uri, shown_uri, unusable
 from raycontrolnet.text import error_message
 
 logger = logging.getLogger(__name__)
@@ -19,7 +21,7 @@ _OF_OTHERS = ("optimizer.bin", "scheduler.bin", "random_states_*.pkl", "optimize
 
 
 def resolve(resume_from_checkpoint: str | None, folder: RunFolder) -> Checkpoint | None:
-    """Return the checkpoint that `--resume_from_checkpoint` names: `latest`, a name in `folder`, or a path.
+    """Return the checkpoint that `--resume_from_checkpoint` names: `latest`, a name in `folder`, a path, or a URI.
 
     It is on this machine then. None for a new run, which is what `latest` means before the first checkpoint: the same
     command then starts a run, and goes on with it wherever it was cut off.
@@ -35,7 +37,7 @@ def resolve(resume_from_checkpoint: str | None, folder: RunFolder) -> Checkpoint
     if resume_from_checkpoint is None:
         _check_nothing_is_overwritten(folder, present)
         return None
-    flag = f"--resume_from_checkpoint={resume_from_checkpoint}"
+    flag = f"--resume_from_checkpoint={shown_uri(resume_from_checkpoint)}"
     if resume_from_checkpoint == "latest":
         return _latest(folder, present, flag)
     names = _names(present)
@@ -45,8 +47,13 @@ def resolve(resume_from_checkpoint: str | None, folder: RunFolder) -> Checkpoint
         if found or (not folder.is_stored and (folder.path / path.name).is_dir()):
             path = folder.path / path.name
     if is_uri(resume_from_checkpoint):
-        problem = "must be a name in --output_dir, such as checkpoint-500, or a folder on a disk"
-        raise ConfigError([f"{flag}: {problem}; complete in {folder.shown}: {names}"])
+        if not folder.is_stored:
+            problem = "must be a name in --output_dir, such as checkpoint-500, or a folder on a disk"
+            raise ConfigError([f"{flag}: {problem}; complete in {folder.shown}: {names}"])
+        try:
+            found = checkpoint_at(resume_from_checkpoint, folder)
+        except OSError as error:
+            raise ConfigError([f"{flag}: {unusable(error)}"]) from None
     if not found and not path.is_dir():
         raise ConfigError([f"{flag}: no such folder; complete in {folder.shown}: {names}"])
     if not found and _is_of_others(path):
@@ -56,6 +63,21 @@ def resolve(resume_from_checkpoint: str | None, folder: RunFolder) -> Checkpoint
     except (ValueError, OSError) as error:
         others = _names([each for each in present if each.path.resolve() != path.resolve()])
         raise ConfigError([f"{flag}: {error}; complete in {folder.shown}: {others}"]) from None
+
+
+def checkpoint_at(place: str, folder: RunFolder) -> Checkpoint | None:
+    """Return the complete checkpoint that a path or URI names, of `folder` or of another run; None if it is gone.
+
+    Raises:
+        OSError: an object store cannot be read.
+    """
+    if not is_uri(place):
+        return next((each for each in all_checkpoints(Path(place).parent) if each.path == Path(place)), None)
+    if own := next((each for each in folder.checkpoints() if folder.place_of(each) == place), None):
+        return own
+    other, _ = folder_containing(place, DRIVER)
+    found = next((each for each in other.checkpoints() if other.place_of(each) == place), None)
+    return found and replace(found, uri=place)
 
 
 def _latest(folder: RunFolder, present: Sequence[Checkpoint], flag: str) -> Checkpoint | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.checkpoint import Checkpoint
-from raycontrolnet.storage.files import PARTIAL_SUFFIX
+from raycontrolnet.storage.files import PARTIAL_SUFFIX, check_open, close_folder, is_closed
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,12 @@ class RunFolder:
 
     @property
     def is_lost(self) -> bool:
-        """True if another run has taken a folder in an object store over: nothing is written there any more."""
-        return False
+        """True if another run has taken the folder over: this process changes nothing there any more."""
+        return is_closed(self.path)
+
+    def close(self, reason: str) -> None:
+        """Change nothing in the folder from now on, in this process: each attempt raises OSError with the reason."""
+        close_folder(self.path, reason)
 
     @property
     def parent(self) -> str:
@@ -53,9 +57,13 @@ class RunFolder:
         """The last part of its name."""
         return self.shown.rpartition("/")[2]
 
-    def place_of(self, name: str) -> str:
-        """Return the path or URI of the checkpoint `name` in this folder."""
+    def place_in(self, name: str) -> str:
+        """Return the path or URI of what is called `name` in this folder."""
         return str(self.path / name)
+
+    def place_of(self, checkpoint: Checkpoint) -> str:
+        """Return the path or URI of a checkpoint in this folder, or of one that its run started from."""
+        return str(checkpoint.path)
 
     def for_workers(self) -> RunFolder:
         """Return the folder for the workers of a run."""
@@ -117,8 +125,12 @@ class RunFolder:
     def mirror(self, *patterns: str) -> None:
         """Make the store's files that match `patterns` those of this machine."""
 
+    def clear(self, start: str | None) -> None:
+        """Remove from this machine what an object store has: the run's files, and `start`, another run's checkpoint."""
+
     def delete(self, *patterns: str) -> None:
         """Delete the files that match one of `patterns`."""
+        check_open(self.path)
         names = [pattern for pattern in patterns if "*" not in pattern]
         if len(names) < len(patterns):
             names += matching(files_in(self.path, folder_of(patterns)), patterns)

@@ -7,10 +7,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from raycontrolnet.storage.lock import LOCK_FILE, Owner, content_of, in_use, is_gone, owner_in
+from raycontrolnet.storage.lock import LOCK_FILE, HeldLock, Owner, content_of, in_use, is_gone, owner_in
 from raycontrolnet.storage.object_store import ObjectStore
 from raycontrolnet.storage.store_requests import RUN_WAITS_S, reached
-from raycontrolnet.text import duration
 
 logger = logging.getLogger(__name__)
 
@@ -21,47 +20,24 @@ SETTLED_AFTER_S = 1.0
 """Time in which another that has seen no lock either may still write its own over this one: the last one stands."""
 
 
-class StoreLock:
+class StoreLock(HeldLock):
     """A lock that this process holds."""
 
     interval_s = BEAT_INTERVAL_S
+    dead_after_s = DEAD_AFTER_S
 
     def __init__(self, store: ObjectStore, owner: Owner):
-        self._store, self._owner, self._beat = store, owner, 0
-        self._seen_at = time.time()  # it counts the time that a machine sleeps
-        self.lost: str | None = None
-        """The reason why the folder is no longer this run's: another has taken it over, or may have."""
+        super().__init__(owner, store.shown, store.close)
+        self._store = store
+
+    def found(self) -> Owner | None:
+        return _read(self._store)
 
     def write(self) -> None:
         """Write the object, in one attempt."""
         began = time.time()
         self._store.write(LOCK_FILE, content_of(self._owner, self._beat).encode(), tries=1)
         self._seen_at = began
-
-    def beat(self) -> None:
-        """Give a sign of life; close the store for this process if another run has, or may have, taken the folder over.
-
-        An object that is gone is written again, unless another run may have taken this one for dead, and ended since.
-        """
-        if self.lost:
-            return
-        found = _read(self._store)
-        silent = time.time() - self._seen_at
-        if found and found.token != self._owner.token:
-            self._lose(f"another run has taken the folder over: process {found.pid} on {found.host}")
-        elif not found and silent >= DEAD_AFTER_S:
-            self._lose(
-                f"another run may have taken the folder over, and ended: {LOCK_FILE} is gone there, and this run "
-                f"gave no sign of life for {duration(silent)}"
-            )
-        else:
-            self._beat += 1
-            self.write()
-
-    def _lose(self, reason: str) -> None:
-        self.lost = reason
-        self._store.close(reason)
-        logger.error("%s: %s", self._store.shown, reason)
 
     def release(self) -> None:
         """Remove the object, if it is still this process's."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from raycontrolnet.storage.files import FolderClosedError
 from raycontrolnet.text import error_message
 
 logger = logging.getLogger(__name__)
@@ -33,10 +34,6 @@ _KEYS_IN_URIS = re.compile(r"(?<=://)[^\s'\"]*@|(?<=://)([^\s'\"?]*)\?[^\s'\"]*"
 _SECRET_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
-class StoreClosedError(OSError):
-    """The store is closed for this process: no other attempt is made."""
-
-
 def reached(attempt: Callable[[], T], waits_s: Sequence[float] | None = None) -> T:
     """Return what `attempt` gets from a store.
 
@@ -46,20 +43,25 @@ def reached(attempt: Callable[[], T], waits_s: Sequence[float] | None = None) ->
 
     Raises:
         FileNotFoundError, NotADirectoryError: if there is no such thing.
-        StoreClosedError: if `attempt` does.
+        FolderClosedError: if `attempt` does.
         OSError: with the reason in one bounded line, without keys.
     """
     waits = list(READ_WAITS_S if waits_s is None else waits_s)
     while True:
         try:
             return attempt()
-        except (FileNotFoundError, NotADirectoryError, StoreClosedError):
+        except (FileNotFoundError, NotADirectoryError, FolderClosedError):
             raise
         except Exception as error:  # noqa: BLE001 - pyarrow and fsspec raise ValueError, ImportError and more
-            if not waits or not isinstance(error, OSError) or _LASTING.search(str(error)):
+            if not waits or not isinstance(error, OSError) or is_lasting(error):
                 raise OSError(reason(error)) from None
             logger.warning("an object store failed, and is tried again: %s", reason(error))
         time.sleep(waits.pop(0))
+
+
+def is_lasting(error: OSError) -> bool:
+    """Check whether another try cannot change `error`, of a store or a disk."""
+    return isinstance(error, (PermissionError, NotADirectoryError)) or _LASTING.search(str(error)) is not None
 
 
 def reason(error: Exception, longest: int = _LONGEST_REASON) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -66,12 +67,19 @@ class StoredFolder(RunFolder):
     def is_lost(self) -> bool:
         return self.store.is_closed
 
+    def close(self, reason: str) -> None:
+        super().close(reason)
+        self.store.close(reason)
+
     @property
     def parent(self) -> str:
         return split_uri(self.place)[0]
 
-    def place_of(self, name: str) -> str:
+    def place_in(self, name: str) -> str:
         return child_uri(self.place, name)
+
+    def place_of(self, checkpoint: Checkpoint) -> str:
+        return checkpoint.uri or self.place_in(checkpoint.path.name)
 
     def for_workers(self) -> RunFolder:
         return StoredFolder(self.place, WORKER)
@@ -99,6 +107,9 @@ class StoredFolder(RunFolder):
         return found
 
     def sound(self, checkpoint: Checkpoint) -> Checkpoint:
+        if checkpoint.uri:
+            found = self._folder_of(checkpoint.uri).sound(replace(checkpoint, uri=None))
+            return replace(found, uri=checkpoint.uri)
         if checkpoint.path.parents[2].name != self.path.parents[1].name:  # of another folder, on a disk
             return super().sound(checkpoint)
         here = replace(checkpoint, path=self.path / checkpoint.path.name)
@@ -114,6 +125,14 @@ class StoredFolder(RunFolder):
                 return super().sound(here)
             self._download(here)
             return super().sound(here)
+
+    def _folder_of(self, start: str) -> RunFolder:
+        """Return the folder of the other run that has the checkpoint `start`, with a working folder for this run."""
+        return folder_containing(start, f"{self.role}-of-{self.path.parents[1].name}")[0]
+
+    def clear(self, start: str | None) -> None:
+        for folder in (self, *((self._folder_of(start),) if start else ())):
+            shutil.rmtree(folder.path.parent, ignore_errors=True)
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -21,6 +21,7 @@ from raycontrolnet.model.components import Components
 from raycontrolnet.model.loading import VAE
 from raycontrolnet.model.performance import uncompiled
 from raycontrolnet.model.step import TrainState, controlnet_loss, draw, latent_shape, make_batch, with_posterior
+from raycontrolnet.storage.files import check_open
 from raycontrolnet.text import first_of
 from raycontrolnet.training.metrics import UpdateMetrics
 
@@ -58,6 +59,7 @@ class NotFiniteUpdates:
         left_out = f"left out, {self.count} of at most {self.most}"
         logger.warning("%s; %s", said, left_out)
         if self.log:
+            check_open(self.log)
             with self.log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": update.step, "problem": f"{problem}; {left_out}"}) + "\n")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from raycontrolnet.errors import RunError, UserError, out_of_memory
+from raycontrolnet.storage.files import check_open, is_closed
 
 FAILURE_FILE = ".failure.json"
 HANG_FILE = ".hang"
@@ -19,6 +20,8 @@ HANG_FILE = ".hang"
 
 def record_failure(output_dir: Path, error: UserError | RunError) -> None:
     """Record a failure that would come again, for the driver and for Ray's next try; the first one stands."""
+    if is_closed(output_dir):  # it is another run's by now
+        return
     record = {"kind": "user" if isinstance(error, UserError) else "run", "message": str(error)}
     partial = output_dir / f"{FAILURE_FILE}.{uuid.uuid4().hex}"
     partial.write_text(json.dumps(record))
@@ -39,6 +42,7 @@ def read_failure(output_dir: Path) -> UserError | RunError | None:
 def record_hang(output_dir: Path, message: str) -> None:
     """Record why a worker ends its process, in case that it is not started again."""
     with suppress(OSError):  # storage that hangs
+        check_open(output_dir)
         (output_dir / HANG_FILE).write_text(message)
 
 

@@ -16,7 +16,7 @@ from raycontrolnet.errors import RunError
 from raycontrolnet.model.components import load_controlnet
 from raycontrolnet.model.families.registry import family_of
 from raycontrolnet.model.step import TrainState
-from raycontrolnet.storage.files import read_json, readable_by_umask
+from raycontrolnet.storage.files import check_open, read_json, readable_by_umask
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training.named_files import begin_named_file, end_named_file
 from raycontrolnet.training.state import FORMAT, WEIGHTS_FILE, save_controlnet_config, unwrap_controlnet
@@ -35,6 +35,7 @@ def save_final_weights(state: TrainState, config: TrainConfig, folder: RunFolder
         RunError: if the precision cannot hold the weights.
     """
     output_dir = folder.path
+    check_open(output_dir)
     partial = output_dir / ".final.partial"
     shutil.rmtree(partial, ignore_errors=True)
     controlnet = unwrap_controlnet(state)
@@ -49,6 +50,7 @@ def save_final_weights(state: TrainState, config: TrainConfig, folder: RunFolder
     readable_by_umask(partial)
     begin_named_file(folder, config.single_file, partial)
     for file in sorted(partial.iterdir(), key=lambda file: file.name == MODEL_CONFIG):  # the weights before it
+        check_open(output_dir)
         os.replace(file, output_dir / file.name)
     partial.rmdir()
     for files in final_files(config):

@@ -23,7 +23,7 @@ from raycontrolnet.quiet import MODEL_LIBRARIES, no_progress_bars
 from raycontrolnet.sampling.images import ImageItem
 from raycontrolnet.sampling.pipeline import DrawOptions
 from raycontrolnet.storage.checkpoint import Checkpoint
-from raycontrolnet.storage.files import replacing
+from raycontrolnet.storage.files import is_closed, replacing
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.storage.stored_folder import StoredFolder
 from raycontrolnet.storage.uri import UNUSABLE
@@ -153,11 +153,14 @@ def end(folder: RunFolder) -> None:
 
 def ask_to_stop(folder: RunFolder) -> None:
     """Ask the workers to write a checkpoint of the current update, or of the next, and to end."""
-    (folder.path / STOP_FILE).touch()  # no more: in a signal handler
+    if not folder.is_lost:  # else it is another run that would stop
+        (folder.path / STOP_FILE).touch()  # no more: in a signal handler
 
 
 def stop_asked(job: Job) -> bool:
-    """Check, on a worker, whether the driver has called `ask_to_stop`."""
+    """Check, on a worker, whether the driver has called `ask_to_stop`, or has lost the folder in the same process."""
+    if job.folder.is_lost:
+        return True
     with suppress(OSError):  # storage that fails for a moment
         return (job.output_dir / STOP_FILE).exists()
     return False
@@ -246,6 +249,7 @@ def logging_to_run_log(job: Job, who: str) -> Iterator[None]:
         job.folder.pull(log.name)  # of an earlier part of the run
     handler = logging.FileHandler(log, encoding="utf-8")
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {who}: %(message)s"))
+    handler.addFilter(lambda _: not is_closed(log))
     if not job.local:  # else this is the driver's process, which logs there already
         package.addHandler(handler)
         package.setLevel(logging.INFO)

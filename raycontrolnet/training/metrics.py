@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import numpy as np
 
-from raycontrolnet.storage.files import replacing
+from raycontrolnet.storage.files import check_open, replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,9 +91,11 @@ class MetricsLog:
         kept = [json.dumps(record) + "\n" for record in read(path) if record["step"] <= step]
         with replacing(path) as partial:
             partial.write_text("".join(kept), encoding="utf-8")
+        self._path = path
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def append(self, record: Mapping[str, Any]) -> None:
+        check_open(self._path)
         self._file.write(json.dumps(dict(record)) + "\n")
         self._file.flush()
 

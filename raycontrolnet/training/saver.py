@@ -66,7 +66,7 @@ class CheckpointSaver:
         if written is None:
             report_checkpoint(figures, name, None)
         else:
-            report_checkpoint(figures, name, folder.place_of(name), written.result)
+            report_checkpoint(figures, name, folder.place_in(name), written.result)
 
     def _write_soon(self, state: TrainState) -> Future[None]:
         self.wait()

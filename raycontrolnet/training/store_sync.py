@@ -9,16 +9,17 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 
 from raycontrolnet.config.output_settings import WEIGHTS_NAME, OutputConfig
 from raycontrolnet.errors import ConfigError, RunError
-from raycontrolnet.storage.lock import BEAT_INTERVAL_S, locked
+from raycontrolnet.storage.folder_lock import locked
+from raycontrolnet.storage.lock import HeldLock
 from raycontrolnet.storage.run_folder import RunFolder
-from raycontrolnet.storage.store_lock import StoreLock, store_locked
+from raycontrolnet.storage.store_lock import store_locked
 from raycontrolnet.storage.stored_folder import StoredFolder
 from raycontrolnet.storage.uri import UNUSABLE, check_bucket, unusable
 from raycontrolnet.text import error_message
 from raycontrolnet.training import held_out, metrics, validation
 from raycontrolnet.training.background import repeating
 from raycontrolnet.training.failures import FAILURE_FILE, HANG_FILE
-from raycontrolnet.training.job import RUN_LOG, STOP_FILE, TIMINGS_FILE, Job, ask_to_stop
+from raycontrolnet.training.job import RUN_LOG, STOP_FILE, TIMINGS_FILE, Job
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +49,9 @@ def run_folder_open(folder: RunFolder) -> Iterator[None]:
 
     Raises:
         ConfigError: another run has the folder, or there is no such store.
-        RunError: if the last records cannot be written, or another run has taken the folder in a store over.
+        RunError: if the last records cannot be written, or another run has taken the folder over.
     """
-    with locked(folder.path, folder.shown) as lock, repeating(lock.beat, BEAT_INTERVAL_S, "lock"):
+    with locked(folder.path, folder.shown, folder.close) as lock, _ended_if_lost(folder, lock):
         if not isinstance(folder, StoredFolder):
             yield
             return
@@ -66,26 +67,28 @@ def run_folder_open(folder: RunFolder) -> Iterator[None]:
 
 
 @contextmanager
-def _ended_if_lost(folder: RunFolder, lock: StoreLock) -> Iterator[None]:
-    """Give signs of life; end the run soon if another has taken the folder over, as after a cut of the network.
+def _ended_if_lost(folder: RunFolder, lock: HeldLock) -> Iterator[None]:
+    """Give signs of life; if another run has taken the folder over, as after a cut of the network, this one ends soon.
+
+    Workers in this process see that by `stop_asked`; those on Ray are ended by `aborted_if_lost`.
 
     Raises:
         RunError: it has; says which one.
     """
-
-    def beat() -> None:
-        lock.beat()
-        if folder.is_lost:
-            ask_to_stop(folder)  # workers in this process; those on Ray are ended
-
     try:
-        with repeating(beat, lock.interval_s, "store's lock"):
+        with repeating(lock.beat, lock.interval_s, "lock"):
             yield
     except Exception as error:
         if lock.lost is None:
             raise
-        problem = f"{lock.lost}; this one has ended. Leave the folder to that one, or name another --output_dir"
-        raise RunError(f"--output_dir={folder.shown}: {problem}") from error
+        raise _taken_over(folder, lock.lost) from error
+    if lock.lost is not None:  # as its last files were written
+        raise _taken_over(folder, lock.lost)
+
+
+def _taken_over(folder: RunFolder, reason: str) -> RunError:
+    problem = f"{reason}; this one has ended. Leave the folder to that one, or name another --output_dir"
+    return RunError(f"--output_dir={folder.shown}: {problem}")
 
 
 def aborted_if_lost(folder: RunFolder, abort: Callable[[], None]) -> AbstractContextManager[None]:

@@ -20,6 +20,7 @@ from raycontrolnet.sampling import images
 from raycontrolnet.sampling.images import METADATA, ImageItem, PairImages, fidelity_of
 from raycontrolnet.sampling.pipeline import DrawOptions
 from raycontrolnet.sampling.scores import Fidelity
+from raycontrolnet.storage.files import check_open
 from raycontrolnet.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class StepImages:
         """
         folder, own = step_folder(self.output_dir, self.step), self.items[rank::world_size]
         with failures_logged(self.step):
+            check_open(folder)
             folder.mkdir(parents=True, exist_ok=True)
             if rank == 0:
                 (folder / METADATA).unlink(missing_ok=True)  # of a run that was here before and then went back

@@ -37,8 +37,9 @@ from raycontrolnet.config.values import setting_types, unknown_names
 from raycontrolnet.errors import ConfigError, UserError
 from raycontrolnet.launch.fit import run_fit
 from raycontrolnet.storage import checkpoint as checkpoints
+from raycontrolnet.storage.resume import checkpoint_at
 from raycontrolnet.storage.run_folder import RunFolder
-from raycontrolnet.storage.stored_folder import folder_containing
+from raycontrolnet.storage.stored_folder import DRIVER, folder_containing, run_folder
 from raycontrolnet.storage.uri import is_uri, shown_uri
 from raycontrolnet.training.job import RunStopped
 from raycontrolnet.tune.concurrency import TrialSlots
@@ -69,7 +70,8 @@ def trainable(train_config: TrainConfig) -> Callable[[dict[str, Any]], None]:
     for each other's workers). Trials get CPUs and a GPU as `fit` would; `tune.with_resources` sets others.
 
     A trial that Tune restores (after a failure, or for population based training) continues from the checkpoint that
-    it is given. With `checkpointing_steps` equal to `validation_steps` nothing is trained twice.
+    it is given. With `checkpointing_steps` equal to `validation_steps` nothing is trained twice. With an `output_dir`
+    in an object store trials need no disk in common.
 
     Args:
         train_config: settings that all trials share. Without a seed they share a random one.
@@ -80,21 +82,22 @@ def trainable(train_config: TrainConfig) -> Callable[[dict[str, Any]], None]:
     given = [name for name in NOT_FOR_TRIALS if getattr(train_config, name) and name != "output_dir"]
     if given:
         raise ConfigError([f"--{name}: {NOT_FOR_TRIALS[name]}" for name in given])
-    if is_uri(train_config.output_dir):
-        problem = "trials of a Tuner of your own need a folder on a disk; sweep takes URIs"
-        raise ConfigError([f"--output_dir={shown_uri(train_config.output_dir)}: {problem}"])
     shared = with_absolute_paths(train_config)
     if shared.seed is None:
         shared = dataclasses.replace(shared, seed=secrets.randbelow(2**31))
 
     def trial(config: dict[str, Any]) -> None:
-        folder = Path(shared.output_dir) / tune.get_context().get_trial_id()
+        folder = run_folder(shared.output_dir).child(tune.get_context().get_trial_id(), DRIVER)
         train = _with_settings(shared, config, folder)
-        start = train.resume_from_checkpoint
-        callback = TuneCallback(RunFolder(str(folder)), train.validation_steps, None if start == "latest" else start)
-        with Path(os.devnull).open("w") as nowhere:
-            run_fit(train, nowhere, callback)
-        callback.report(callback.last_report())
+        named = train.resume_from_checkpoint
+        start = checkpoint_at(named, folder) if named and named != "latest" else None
+        callback = TuneCallback(folder, train.validation_steps, start)
+        try:
+            with Path(os.devnull).open("w") as nowhere:
+                run_fit(train, nowhere, callback)
+            callback.report(callback.last_report())
+        finally:
+            folder.clear(start.uri if start else None)
 
     return tune.with_resources(trial_function(trial), _resources(shared))
 
@@ -107,12 +110,21 @@ def checkpoint_folder(checkpoint: tune.Checkpoint) -> Path:
     Raises:
         UserError: another trainable wrote the checkpoint, or it is gone from the object store.
     """
+    place = _place(checkpoint)
+    return _fetched(place) if is_uri(place) else Path(place)
+
+
+def _place(checkpoint: tune.Checkpoint) -> str:
+    """Return the path or URI of the folder `checkpoint-N` that a trial's Tune checkpoint names; it may be gone.
+
+    Raises:
+        UserError: another trainable wrote the checkpoint.
+    """
     with checkpoint.as_directory() as directory:
         file = Path(directory) / CHECKPOINT_FILE
         if not file.is_file():
             raise UserError(f"{checkpoint.path}: has no {file.name}, so no trial of raycontrolnet wrote it")
-        place = json.loads(file.read_text())["folder"]
-    return _fetched(place) if is_uri(place) else Path(place)
+        return str(json.loads(file.read_text())["folder"])
 
 
 def _fetched(uri: str) -> Path:
@@ -131,7 +143,7 @@ class TuneCallback:
         self,
         folder: RunFolder,
         validation_steps: int,
-        start: str | None = None,
+        start: checkpoints.Checkpoint | None = None,
         *,
         goes_on: Callable[[], bool] = lambda: True,
         sent: Sequence[str] = (),
@@ -146,7 +158,7 @@ class TuneCallback:
         """
         self._folder, self._validation_steps = folder, validation_steps
         self._goes_on, self._asked_at, self._sent = goes_on, 0.0, sent
-        self._start = checkpoints.Checkpoint.open(Path(start)) if start else None
+        self._start = start
         self._earlier = {checkpoint.run_id for checkpoint in folder.checkpoints()}
         self.stopped = False
         """True once Tune has stopped the trial; it takes no report after that."""
@@ -189,7 +201,7 @@ class TuneCallback:
                 tune.report(dict(figures))
                 return
             with tempfile.TemporaryDirectory() as directory:
-                content = {"folder": self._folder.place_of(last.path.name), "step": last.step}
+                content = {"folder": self._folder.place_of(last), "step": last.step}
                 (Path(directory) / CHECKPOINT_FILE).write_text(json.dumps(content) + "\n")
                 tune.report(dict(figures), checkpoint=tune.Checkpoint.from_directory(directory))
         except SystemExit:  # Tune's way to end the thread that reports, which may not be the one that trains
@@ -223,7 +235,7 @@ def trial_function(run: Callable[..., None]) -> Callable[..., None]:
     return ends_orderly(trial)
 
 
-def _with_settings(train: TrainConfig, config: Mapping[str, Any], folder: Path) -> TrainConfig:
+def _with_settings(train: TrainConfig, config: Mapping[str, Any], folder: RunFolder) -> TrainConfig:
     """Return `train` with the settings of a trial.
 
     Raises:
@@ -236,28 +248,32 @@ def _with_settings(train: TrainConfig, config: Mapping[str, Any], folder: Path) 
     # Some of Tune's domains draw numbers of numpy.
     plain = {name: value.item() if hasattr(value, "item") else value for name, value in config.items()}
     restored = tune.get_checkpoint()
-    start = _start(folder, checkpoint_folder(restored) if restored else None)
-    train = dataclasses.replace(train, **plain, output_dir=str(folder), resume_from_checkpoint=start)
+    start = _start(folder, _place(restored) if restored else None)
+    train = dataclasses.replace(train, **plain, output_dir=folder.place, resume_from_checkpoint=start)
     if train.worker_range[1] > 1:
         return train
     use_gpu = bool(ray.get_gpu_ids()) if train.use_gpu is None else train.use_gpu
     return dataclasses.replace(train, num_workers="0", use_gpu=use_gpu)
 
 
-def _start(folder: Path, restored: Path | None) -> str | None:
+def _start(folder: RunFolder, restored: str | None) -> str | None:
     """Return the checkpoint to continue from: `restored` by Tune, or the last that the trial wrote in `folder`.
+
+    Args:
+        folder: the trial's.
+        restored: a path or URI.
 
     Raises:
         UserError: `restored` is another trial's, and gone.
     """
-    if restored and restored.is_dir():
-        return str(restored)
-    if restored and restored.parent != folder:
+    if restored and checkpoint_at(restored, folder):
+        return restored
+    if restored and not restored.startswith(f"{folder.place.partition('?')[0]}/"):
         raise UserError(
-            f"{restored}: Tune continues from this checkpoint of another trial, and it is gone; keep more with "
-            "a higher --checkpoints_total_limit, or leave that out"
+            f"{shown_uri(restored)}: Tune continues from this checkpoint of another trial, and it is gone; keep more "
+            "with a higher --checkpoints_total_limit, or leave that out"
         )
-    return "latest" if checkpoints.latest(folder) else None
+    return "latest" if folder.latest() else None
 
 
 def _resources(cluster: ClusterConfig) -> Callable[[dict[str, Any]], tune.PlacementGroupFactory]:
