@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from raycontrolnet import TrainConfig, fit
 from raycontrolnet.config.train_config import public_settings
 from raycontrolnet.data.order import Purpose, SampleOrder
-from raycontrolnet.data.records import DecodedRow
+from raycontrolnet.data.records import DecodedRow, EncodedRow
 from raycontrolnet.data.sources import open_source
 from raycontrolnet.data.stream import BatchLoader, PixelRows
 from raycontrolnet.errors import ConfigError, DataError
@@ -140,12 +140,12 @@ def test_a_row_that_cannot_be_read_is_left_out(settings: Settings, caplog: pytes
     rows = loader.rows
 
     class Damaged:
-        remote = False
+        remote, row_bytes = False, 1
 
-        def decode(self, row: int) -> DecodedRow:
+        def read(self, row: int) -> DecodedRow | EncodedRow:
             if row == bad:
                 raise DataError("circles/2.png: is damaged")
-            return rows.decode(row)
+            return rows.read(row)
 
     damaged = BatchLoader(Damaged(), loader.order, 2, 0.0)
     with training(settings) as state, caplog.at_level(logging.WARNING):
