@@ -19,7 +19,8 @@ import torch
 from raycontrolnet.cluster.versions import check_versions_here
 from raycontrolnet.cluster.worker import ReclaimNotices, place_among_workers
 from raycontrolnet.data.records import PreparedRow
-from raycontrolnet.data.stream import local_batches, ray_batches, read_ahead
+from raycontrolnet.data.stream import local_batches, ray_batches
+from raycontrolnet.data.threads import read_ahead
 from raycontrolnet.errors import RunError, UserError
 from raycontrolnet.model.performance import attention_kernels, fastest_convolutions, tf32
 from raycontrolnet.model.prompts import warn_if_cut

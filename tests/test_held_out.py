@@ -6,8 +6,12 @@ import io
 import json
 import logging
 import shutil
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from reference import draw_timestep, training
@@ -17,12 +21,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from raycontrolnet import TrainConfig, fit
 from raycontrolnet.config.train_config import public_settings
 from raycontrolnet.data.order import Purpose, SampleOrder
-from raycontrolnet.data.records import DecodedRow
+from raycontrolnet.data.records import DecodedRow, EncodedRow, PreparedRow
 from raycontrolnet.data.sources import open_source
-from raycontrolnet.data.stream import BatchLoader, PixelRows
+from raycontrolnet.data.stream import BatchLoader, PixelRows, SampleRows
+from raycontrolnet.data.transforms import encode_conditioning
 from raycontrolnet.errors import ConfigError, DataError
 from raycontrolnet.model.step import TrainState, controlnet_loss, draw, make_batch
-from raycontrolnet.training.held_out import control_appeared, in_words, measure
+from raycontrolnet.training.held_out import KeptSamples, control_appeared, in_words, measure
 
 NUM_ROWS = 13
 NUM_HELD_OUT = 5
@@ -140,12 +145,12 @@ def test_a_row_that_cannot_be_read_is_left_out(settings: Settings, caplog: pytes
     rows = loader.rows
 
     class Damaged:
-        remote = False
+        remote, row_bytes = False, 1
 
-        def decode(self, row: int) -> DecodedRow:
+        def read(self, row: int) -> DecodedRow | EncodedRow:
             if row == bad:
                 raise DataError("circles/2.png: is damaged")
-            return rows.decode(row)
+            return rows.read(row)
 
     damaged = BatchLoader(Damaged(), loader.order, 2, 0.0)
     with training(settings) as state, caplog.at_level(logging.WARNING):
@@ -158,7 +163,125 @@ def test_a_row_that_cannot_be_read_is_left_out(settings: Settings, caplog: pytes
     assert "a held-out sample is left out: circles/2.png: is damaged" in caplog.text
 
 
+# --- read once ---
+
+
+class Counting:
+    """Rows that count how often each is read; some are damaged."""
+
+    remote, row_bytes = False, 1
+
+    def __init__(self, rows: SampleRows, *damaged: int):
+        self.rows, self.damaged = rows, damaged
+        self.reads: Counter[int] = Counter()
+
+    def read(self, row: int) -> DecodedRow | EncodedRow:
+        self.reads[row] += 1
+        if row in self.damaged:
+            raise DataError("circles/2.png: is damaged")
+        return self.rows.read(row)
+
+
+def measured_twice(
+    settings: Settings, rows: SampleRows, kept: KeptSamples | None
+) -> tuple[list[tuple[float, ...]], list[int]]:
+    """Return the figures of two measurements with other weights, and how many VAE calls and reads each made."""
+    loader = replace(loader_of(settings), rows=Counting(rows))
+    figures: list[tuple[float, ...]] = []
+    work: list[int] = []
+    with training(settings) as state, pytest.MonkeyPatch.context() as patch:
+        encode, calls = state.components.vae.encode, [0]
+
+        def counted(images: torch.Tensor) -> Any:
+            calls[0] += len(images)
+            return encode(images)
+
+        patch.setattr(state.components.vae, "encode", counted)
+        for _ in range(2):
+            shake(state)
+            found = measure(state, loader, resolution=32, kept=kept)
+            assert found is not None
+            figures.append(found[1:5])
+            work += [calls[0], loader.rows.reads.total()]  # type: ignore[attr-defined]
+    return figures, work
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_rows_are_read_and_encoded_once(settings: Settings, precision: str) -> None:
+    """Bit for bit what they are when they are read for every measurement."""
+    settings = settings | {"mixed_precision": precision}
+    rows = loader_of(settings).rows
+    every_time, work = measured_twice(settings, rows, None)
+    assert work == [5, 6, 10, 12]  # the first row comes twice: its control image is that of the last one as well
+    once, work = measured_twice(settings, rows, kept := KeptSamples())
+    assert work == [5, 6, 5, 6]
+    assert once == every_time
+    assert once[0] != once[1]
+    assert kept.num_samples == NUM_HELD_OUT
+
+
+def test_cached_rows_are_read_once(settings: Settings) -> None:
+    rng = np.random.default_rng(0)
+    posteriors = rng.standard_normal((NUM_ROWS, 2, 4, 4, 4)).astype(np.float16)
+    pngs = [encode_conditioning(image) for image in rng.integers(0, 256, (NUM_ROWS, 32, 32, 3), dtype=np.uint8)]
+
+    class Cached:
+        remote, row_bytes = False, 1
+
+        def read(self, row: int) -> EncodedRow:
+            return EncodedRow(row, posteriors[row], pngs[row], ("a circle",), "")
+
+    every_time, work = measured_twice(settings, Cached(), None)
+    assert work == [0, 6, 0, 12]
+    once, work = measured_twice(settings, Cached(), KeptSamples())
+    assert work == [0, 6, 0, 6]
+    assert once == every_time
+
+
+def test_as_many_rows_are_kept_as_fit(settings: Settings) -> None:
+    a_sample = 32 * 32 * 3 + 2 * 4 * 4 * 4 * 4
+    rows = loader_of(settings).rows
+    every_time, _ = measured_twice(settings, rows, None)
+    some, work = measured_twice(settings, rows, kept := KeptSamples(4 * a_sample))
+    assert kept.num_samples == 2, "in whole batches, each with one control image more"
+    assert work == [5, 6, 8, 10]
+    assert some == every_time
+
+
+def test_a_row_that_could_not_be_read_is_tried_again(settings: Settings) -> None:
+    loader = loader_of(settings)
+    counting = Counting(loader.rows, int(loader.order.held_out[3]))
+    loader, kept = replace(loader, rows=counting), KeptSamples()
+    with training(settings) as state:
+        shake(state)
+        first = measure(state, loader, resolution=32, kept=kept)
+        again = measure(state, loader, resolution=32, kept=kept)
+        counting.damaged = ()
+        mended, whole = (measure(state, loader, resolution=32, kept=each) for each in (kept, None))
+    assert first is not None
+    assert again is not None
+    assert mended is not None
+    assert whole is not None
+    assert kept.num_samples == 2
+    assert first[1:5] == again[1:5]
+    assert mended[1:5] == whole[1:5] != first[1:5]
+
+
 # --- in a run ---
+
+
+def test_a_run_reads_its_held_out_rows_once(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, own = list[int](), BatchLoader.held_out_sample
+
+    def counted(loader: BatchLoader, index: int) -> PreparedRow:
+        read.append(index)
+        return own(loader, index)
+
+    monkeypatch.setattr(BatchLoader, "held_out_sample", counted)
+    assert len(measured(run(settings, tmp_path / "out"))) == 2
+    assert read == [0, 1, 2, 3, 4, 0]
 
 
 def test_measuring_changes_nothing(settings: Settings, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
+from raycontrolnet.data.decoding import prepared
 from raycontrolnet.data.order import SampleOrder
 from raycontrolnet.data.records import ImageRow, PreparedRow
 from raycontrolnet.data.sources import Source
@@ -379,7 +380,7 @@ def test_a_sample_from_pixels() -> None:
 
     def samples(row: ImageRow, empty: float) -> list[PreparedRow]:
         rows = PixelRows(cast("Source", SimpleNamespace(read=lambda _: row, remote=False)), 16)
-        return BatchLoader(rows, SampleOrder(1, seed=0), 5, empty).batch(5)
+        return [prepared(row) for row in BatchLoader(rows, SampleOrder(1, seed=0), 5, empty).batch(5)]
 
     row = ImageRow(clear, clear, ("a", "b"), "metadata.jsonl:7")
     first = samples(row, 0.0)[0]

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePath
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from raycontrolnet.config.settings import DataConfig
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _FILE_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
 _SAVED_MARKS = ("state.json", "dataset_dict.json")
 _FINGERPRINT_ROWS = 16
+_OPENING = Lock()
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,8 @@ class HubSource:
             yield json.dumps([*images, table[self.columns.caption][place].as_py()])
 
     def _dataset(self) -> datasets.Dataset:
-        dataset = _open(self.location, self.columns)
+        with _OPENING:  # by one thread, not by all that read
+            dataset = _open(self.location, self.columns)
         if len(dataset) != self.num_rows:
             raise DataError(
                 f"{self.location.shown}: has {len(dataset):,} rows on this machine and {self.num_rows:,} where the run "

@@ -1,7 +1,7 @@
 """Records of the data path, from a row on disk to a batch in the worker, with dtype, shape and range.
 
 from pixels:    ImageRow -> DecodedRow -> PreparedRow -> (bundles, through Ray Data) -> model.step.Batch, on the device
-from the cache: ImageRow -> EncodedRow, once, on disk -> DecodedRow -> PreparedRow -> ...
+from the cache: ImageRow -> EncodedRow, once, on disk -> StoredRow -> (bundles) -> PreparedRow -> model.step.Batch
 """
 
 from __future__ import annotations
@@ -51,20 +51,35 @@ class EncodedRow:
     """`Source.identities` of the row when it was encoded."""
     original_size: Size | None = None
     """Size of the image in its file, upright; None in caches of versions before it was stored."""
+    place: str = ""
+    """File that it was read from, for messages."""
 
 
 @dataclass(frozen=True)
 class DecodedRow:
-    """One row with its images as arrays, before a prompt is drawn; from pixels or from the latent cache."""
+    """One row with its images as arrays, before a prompt is drawn."""
 
     captions: tuple[str, ...]
     conditioning_image: UInt8Image
     """[resolution, resolution, 3] RGB."""
-    image: UInt8Image | None = None
-    """[resolution, resolution, 3] RGB; None if `posterior` is there."""
-    posterior: Posterior | None = None
-    """As in `EncodedRow`; None if `image` is there."""
-    original_size: Size | None = None
+    image: UInt8Image
+    """[resolution, resolution, 3] RGB."""
+    original_size: Size
+    """As in `EncodedRow`."""
+
+
+@dataclass(frozen=True)
+class StoredRow:
+    """One sample of the latent cache on its way to a worker, which decodes it: a tenth of the bytes of its images."""
+
+    sample_index: int
+    """As in `PreparedRow`, like the other fields of the same names."""
+    prompt: str
+    posterior: Posterior
+    conditioning_png: bytes
+    """As in `EncodedRow`."""
+    size_conditions: SizeConditions | None
+    place: str
     """As in `EncodedRow`."""
 
 

@@ -3,53 +3,53 @@
 One Ray Data row, and one block, holds one worker's batches for a few micro-steps (a bundle). Blocks are dealt to the
 workers round robin, so that rank r of W at micro-step m gets samples [(m * W + r) * B, (m * W + r + 1) * B) after the
 first. A lazy generator makes the blocks' indices as they are needed: start-up and memory do not grow with the run.
+
+Samples of the latent cache travel as they are stored, and are decoded in the worker's threads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from itertools import islice
+from typing import TYPE_CHECKING, Protocol
 
 import pyarrow as pa
 
 from raycontrolnet.cluster.blocks import WHOLE_BLOCKS, from_block, generate, to_block
 from raycontrolnet.cluster.cpus import COUNT_CPUS, TASK_CPUS, let_training_go_first
 from raycontrolnet.cluster.shared_files import SharedFiles
+from raycontrolnet.data.decoding import prepared
 from raycontrolnet.data.order import Purpose, SampleOrder, keyed_rng
-from raycontrolnet.data.records import DecodedRow, PreparedRow
+from raycontrolnet.data.records import DecodedRow, EncodedRow, PreparedRow, StoredRow
 from raycontrolnet.data.size_conditioning import SizeConditioning
 from raycontrolnet.data.sources import Source
+from raycontrolnet.data.threads import in_threads
 from raycontrolnet.data.transforms import choose_prompt, prepare_images
 from raycontrolnet.errors import DataError, UserError
 
 if TYPE_CHECKING:
     import ray
 
-T = TypeVar("T")
-
 BUNDLE_BYTES = 16 * 2**20
-MOST_IN_BUNDLE = 8
+MOST_IN_BUNDLE = 32
 """Most batches that travel to a worker as one block."""
 TICKET_BYTES = 256 * 1024
 """Ballast of a ticket. Ray Data holds a task back by the bytes of its waiting output, not by their number: without
 ballast, the first task would run millions of tiny tickets ahead."""
 REMOTE_READS = 16
 """Rows that one loading task reads at a time from an object store."""
+THREADS = 4
+"""Threads in which a worker decodes samples, or a run without Ray loads them."""
 ELASTIC_TASKS = 4
 """Loading tasks at a time that reserve no CPU."""
-READ_AHEAD_BATCHES = 8
-"""Batches per worker that may wait in Ray's object store."""
-READ_AHEAD_BUNDLES = 3
-"""The same in bundles, if that is more."""
+READ_AHEAD_BUNDLES = 8
+"""Bundles per worker that may wait in Ray's object store. Ray Data leaves half of them to the loading tasks: one that
+is in use, one that is fetched, one that is dealt, and one that waits for those of the other workers."""
 MIN_READ_AHEAD_BYTES = 64 * 2**20
 """Ray Data shares its limit among its operators by rough estimates: a small limit would stop it."""
-
-
-def batch_bytes(batch_size: int, resolution: int) -> int:
-    """Return the size of a batch's images, two per sample."""
-    return batch_size * 2 * 3 * resolution**2
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,17 @@ class StreamLayout:
         return min(MOST_IN_BUNDLE, max(1, BUNDLE_BYTES // batch_bytes))
 
     def bundles(self) -> Iterator[list[int]]:
-        """Yield each bundle as the first samples of its batches; bundles are dealt to the workers round robin."""
-        for start in range(0, self.micro_steps, self.bundle):
-            micro_steps = range(start, min(start + self.bundle, self.micro_steps))
+        """Yield each bundle as the first samples of its batches; bundles are dealt to the workers round robin.
+
+        The first bundles are of one batch, 2, 4 and so on: training need not wait for a whole one.
+        """
+        start, size = 0, 1
+        while start < self.micro_steps:
+            micro_steps = range(start, min(start + size, self.micro_steps))
             for rank in range(self.num_workers):
                 places = (micro_step * self.num_workers + rank for micro_step in micro_steps)
                 yield [self.first_sample + place * self.batch_size for place in places]
+            start, size = micro_steps.stop, min(2 * size, self.bundle)
 
 
 class SampleRows(Protocol):
@@ -87,7 +92,12 @@ class SampleRows(Protocol):
         """True if rows are read over the network: slow one by one, so many at a time."""
         ...
 
-    def decode(self, row: int) -> DecodedRow:
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row on its way to a worker, on average."""
+        ...
+
+    def read(self, row: int) -> DecodedRow | EncodedRow:
         """Return the source's row `row`.
 
         Raises:
@@ -108,12 +118,14 @@ class PixelRows:
     def remote(self) -> bool:
         return self.source.remote
 
-    def decode(self, row: int) -> DecodedRow:
+    @property
+    def row_bytes(self) -> int:
+        return 2 * 3 * self.resolution**2
+
+    def read(self, row: int) -> DecodedRow:
         source_row = self.source.read(row)
         images = prepare_images(source_row, self.resolution, self.interpolation)
-        return DecodedRow(
-            source_row.captions, images.conditioning_image, images.image, original_size=images.original_size
-        )
+        return DecodedRow(source_row.captions, images.conditioning_image, images.image, images.original_size)
 
 
 @dataclass(frozen=True)
@@ -131,6 +143,11 @@ class BatchLoader:
     sizes: SizeConditioning | None = None
     """Rule for the samples' size conditions; None for none."""
 
+    @property
+    def batch_bytes(self) -> int:
+        """Bytes of a batch on its way to a worker, on average."""
+        return max(1, self.batch_size * self.rows.row_bytes)
+
     def place(self, sample_index: int) -> str:
         """Return where the row of the k-th sample stands, for messages."""
         row = self.order.row(sample_index)
@@ -147,9 +164,7 @@ class BatchLoader:
         Raises:
             DataError: if its row cannot be used; names it.
         """
-        return self._prepare(
-            self.order.row(sample_index), sample_index, Purpose.PROMPT, empty=self.proportion_empty_prompts
-        )
+        return prepared(self._read(sample_index))
 
     def held_out_sample(self, index: int) -> PreparedRow:
         """Return the held-out sample `index`, always with the same caption, never with the empty prompt.
@@ -157,22 +172,25 @@ class BatchLoader:
         Raises:
             DataError: if its row cannot be used; names it.
         """
-        return self._prepare(int(self.order.held_out[index]), index, Purpose.HELD_OUT_PROMPT, empty=0.0)
+        row = int(self.order.held_out[index])
+        return prepared(self._with_prompt(row, index, Purpose.HELD_OUT_PROMPT, empty=0.0))
 
-    def _prepare(self, row: int, index: int, purpose: Purpose, *, empty: float) -> PreparedRow:
+    def _read(self, sample_index: int) -> StoredRow | PreparedRow:
+        """Return the k-th sample as it travels."""
+        row = self.order.row(sample_index)
+        return self._with_prompt(row, sample_index, Purpose.PROMPT, empty=self.proportion_empty_prompts)
+
+    def _with_prompt(self, row: int, index: int, purpose: Purpose, *, empty: float) -> StoredRow | PreparedRow:
         """Return a row with a prompt drawn for it; `empty` is the share of empty prompts."""
-        decoded = self.rows.decode(row)
-        return PreparedRow(
-            sample_index=index,
-            image=decoded.image,
-            conditioning_image=decoded.conditioning_image,
-            prompt=choose_prompt(decoded.captions, keyed_rng(self.order.seed, purpose, index), empty),
-            posterior=decoded.posterior,
-            size_conditions=self.sizes.conditions(decoded.original_size) if self.sizes else None,
-        )
+        read = self.rows.read(row)
+        prompt = choose_prompt(read.captions, keyed_rng(self.order.seed, purpose, index), empty)
+        size_conditions = self.sizes.conditions(read.original_size) if self.sizes else None
+        if isinstance(read, EncodedRow):
+            return StoredRow(index, prompt, read.posterior, read.conditioning_png, size_conditions, read.place)
+        return PreparedRow(index, read.image, read.conditioning_image, prompt, size_conditions=size_conditions)
 
-    def batch(self, first_sample: int) -> list[PreparedRow]:
-        """Return samples [first_sample, first_sample + batch_size).
+    def batch(self, first_sample: int) -> list[StoredRow | PreparedRow]:
+        """Return samples [first_sample, first_sample + batch_size) as they travel to a worker.
 
         Raises:
             UserError: if this machine does not see the data, or a row cannot be used.
@@ -182,14 +200,23 @@ class BatchLoader:
         indices = range(first_sample, first_sample + self.batch_size)
         if self.rows.remote:
             with ThreadPoolExecutor(REMOTE_READS) as pool:
-                return list(pool.map(self.sample, indices))
-        return [self.sample(index) for index in indices]
+                return list(pool.map(self._read, indices))
+        return [self._read(index) for index in indices]
 
 
 def local_batches(loader: BatchLoader, first_sample: int, num_batches: int) -> Iterator[list[PreparedRow]]:
-    """Yield the batches of a run without Ray, made in this process one by one."""
-    for index in range(num_batches):
-        yield loader.batch(first_sample + index * loader.batch_size)
+    """Yield the batches of a run without Ray, made in threads of this process, in order.
+
+    Raises:
+        UserError: in the place of a batch that cannot be made.
+    """
+    if loader.files:
+        loader.files.check_here()
+    indices = range(first_sample, first_sample + num_batches * loader.batch_size)
+    threads = REMOTE_READS if loader.rows.remote else THREADS
+    samples = in_threads(loader.sample, indices, threads, ahead=max(threads, loader.batch_size))
+    while batch := list(islice(samples, loader.batch_size)):
+        yield batch
 
 
 def ray_dataset(
@@ -204,7 +231,11 @@ def ray_dataset(
             ever. They have the lower priority.
     """
     num_cpus = 0 if elastic else TASK_CPUS
-    return generate(_tickets, layout, num_cpus=0 if elastic else COUNT_CPUS).map_batches(
+    tickets = generate(_tickets, layout, num_cpus=0 if elastic else COUNT_CPUS)
+    # The limit of `execution_options` is enough. This one holds tasks back by what the workers have fetched: with many
+    # workers for ever, since each waits until there is a block for all.
+    tickets.context.downstream_capacity_backpressure_ratio = None
+    return tickets.map_batches(
         _load,
         fn_kwargs={"loader_ref": loader_ref},
         num_cpus=num_cpus,
@@ -228,7 +259,7 @@ def _load(ticket: pa.Table, loader_ref: ray.ObjectRef[BatchLoader]) -> pa.Table:
     return to_block([_batch_or_error(loader, first_sample) for first_sample in first_samples])
 
 
-def _batch_or_error(loader: BatchLoader, first_sample: int) -> list[PreparedRow] | UserError:
+def _batch_or_error(loader: BatchLoader, first_sample: int) -> list[StoredRow | PreparedRow] | UserError:
     """Return a batch, or why it cannot be made."""
     try:
         return loader.batch(first_sample)
@@ -237,17 +268,20 @@ def _batch_or_error(loader: BatchLoader, first_sample: int) -> list[PreparedRow]
         return error
 
 
-def ray_batches(share: ray.data.DataIterator, prefetch_batches: int = 2) -> Iterator[list[PreparedRow]]:
-    """Yield this worker's batches from its share (`ray.train.get_dataset_shard`) of `ray_dataset`.
+def ray_batches(share: ray.data.DataIterator) -> Iterator[list[PreparedRow]]:
+    """Yield this worker's batches from its share (`ray.train.get_dataset_shard`) of `ray_dataset`, decoded in threads.
 
     Raises:
         UserError: in the place of a batch that could not be made.
     """
-    for table in share.iter_batches(prefetch_batches=prefetch_batches, **WHOLE_BLOCKS):
-        for batch in from_block(table):
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+    # A thread of Ray's fetches one block ahead all the same; with prefetching the first block came with the third.
+    tables = iter(share.iter_batches(prefetch_batches=0, **WHOLE_BLOCKS))
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="decoding") as pool, closing(tables):
+        for table in tables:
+            for batch in from_block(table):
+                if isinstance(batch, UserError):
+                    raise batch
+                yield list(pool.map(prepared, batch))
 
 
 def execution_options(batch_bytes: int, num_workers: int) -> ray.data.ExecutionOptions:
@@ -255,25 +289,7 @@ def execution_options(batch_bytes: int, num_workers: int) -> ray.data.ExecutionO
     from ray.data import ExecutionOptions, ExecutionResources
 
     # Enough to hide the loading behind the step, and flat memory however slow the step is.
-    batches = max(READ_AHEAD_BATCHES, READ_AHEAD_BUNDLES * StreamLayout.bundle_for(batch_bytes))
-    ahead = max(MIN_READ_AHEAD_BYTES, batches * batch_bytes * num_workers)
+    bundle_bytes = StreamLayout.bundle_for(batch_bytes) * batch_bytes
+    ahead = max(MIN_READ_AHEAD_BYTES, READ_AHEAD_BUNDLES * bundle_bytes * num_workers)
     limits = ExecutionResources(object_store_memory=ahead)
     return ExecutionOptions(preserve_order=True, resource_limits=limits)
-
-
-def read_ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yield `items`, one ahead of the consumer, in a thread that starts at once."""
-    end = object()
-    pool = ThreadPoolExecutor(1, thread_name_prefix="read_ahead")
-    pending = pool.submit(next, items, end)
-
-    def consume() -> Iterator[T]:
-        nonlocal pending
-        try:
-            while (item := pending.result()) is not end:
-                pending = pool.submit(next, items, end)
-                yield item  # type: ignore[misc]
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    return consume()

@@ -19,9 +19,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raycontrolnet.cluster.shared_files import SharedFiles
-from raycontrolnet.data.records import DecodedRow, EncodedRow, Size
-from raycontrolnet.data.transforms import decode_conditioning
-from raycontrolnet.errors import DataError
+from raycontrolnet.data.decoding import damaged_shard
+from raycontrolnet.data.records import EncodedRow, Size
 from raycontrolnet.latents.manifest import BadSample, Manifest, Shard, StoredShard
 from raycontrolnet.storage.folder import CacheFolder
 from raycontrolnet.text import error_message
@@ -60,6 +59,8 @@ class LatentCache:
     """Position of each shard's first row among all rows of the cache."""
     rows: NDArray[np.int64]
     """The source's row at each position, ascending."""
+    row_bytes: int
+    """Bytes of a row, on average."""
     bad_rows: tuple[int, ...] = ()
     """Rows of the source that cannot be used."""
 
@@ -74,6 +75,7 @@ class LatentCache:
             shard_names=tuple(shard.name for shard in manifest.shards),
             first_positions=np.concatenate([[0], ends[:-1]]).astype(np.int64),
             rows=rows[~np.isin(rows, bad)],
+            row_bytes=manifest.num_bytes // max(1, manifest.num_rows),
             bad_rows=bad,
         )
 
@@ -98,21 +100,6 @@ class LatentCache:
         position = int(np.searchsorted(self.rows, row))
         shard = int(np.searchsorted(self.first_positions, position, side="right")) - 1
         return read_row(self.folder, self.shard_names[shard], position - int(self.first_positions[shard]), row)
-
-    def decode(self, row: int) -> DecodedRow:
-        """Return the source's row `row`, its image as the VAE's posterior.
-
-        Raises:
-            DataError: as `read`.
-        """
-        encoded = self.read(row)
-        control = decode_conditioning(encoded.conditioning_png)
-        return DecodedRow(
-            captions=encoded.captions,
-            conditioning_image=control,
-            posterior=encoded.posterior,
-            original_size=encoded.original_size,
-        )
 
 
 def shard_bytes(rows: Sequence[EncodedRow], bad_samples: Sequence[BadSample]) -> pa.Buffer:
@@ -171,6 +158,7 @@ def read_row(folder: CacheFolder, shard: str, slot: int, row: int) -> EncodedRow
         captions=tuple(values["captions"]),
         identity=values["identity"],
         original_size=_size(values.get("original_size")),
+        place=folder.path(shard),
     )
 
 
@@ -230,10 +218,7 @@ def _naming(folder: CacheFolder, shard: str) -> Iterator[None]:
             reason = error_message(error, 200)
             raise ConnectionError(f"{folder.path(shard)}: the latent cache cannot be read now ({reason})") from None
         reason = "it is gone" if isinstance(error, FileNotFoundError) else error_message(error, 200)
-        raise DataError(
-            f"{folder.path(shard)}: this part of the latent cache is damaged ({reason}). Delete it and run "
-            "`raycontrolnet prepare` with the settings of the run: only this part is made again"
-        ) from None
+        raise damaged_shard(folder.path(shard), reason) from None
 
 
 @lru_cache(maxsize=OPEN_SHARDS)

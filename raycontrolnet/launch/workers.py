@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from raycontrolnet.cluster.resources import WorkerResources
 from raycontrolnet.config.train_config import changed_settings, public_settings
-from raycontrolnet.data.stream import StreamLayout, batch_bytes, execution_options, ray_dataset
+from raycontrolnet.data.stream import StreamLayout, execution_options, ray_dataset
 from raycontrolnet.errors import explained
 from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.launch.waiting import waiting_for_workers
@@ -86,14 +86,15 @@ def train_on_ray(
     from raycontrolnet.train_controlnet import train_controlnet
 
     fewest, most = resources.num_workers
-    loader_ref = ray.put(run.loader)
+    loader = run.loader
+    loader_ref = ray.put(loader)
     threads = None if resources.use_gpu else resources.threads
     # A sweep's trials share the cluster: what looks spare may be another trial's.
     has_spare = resources.spare and callback is None
     actor_options = resources.actor_options if has_spare and run.config.validation_pairs else None
     job = run.job(use_gpu=resources.use_gpu, threads=threads, loader=loader_ref, actor_options=actor_options)
     _announce(run, status, stream, use_gpu=resources.use_gpu)
-    options = execution_options(batch_bytes(run.config.train_batch_size, run.config.resolution), most)
+    options = execution_options(loader.batch_bytes, most)
     trainer = InterruptibleTrainer(
         train_controlnet,
         train_loop_config={"job": job},
@@ -110,7 +111,7 @@ def train_on_ray(
                 max_failures=run.config.max_failures, max_preemption_failures=run.config.max_preemption_failures
             ),
         ),
-        datasets={"train": _dataset_factory(run, job)},
+        datasets={"train": _dataset_factory(run, job, loader.batch_bytes)},
         dataset_config=DataConfig(execution_options=options, enable_shard_locality=False),
     )
     trainer.folder = run.folder
@@ -245,10 +246,10 @@ def _checkpoint_is_there(run: CheckedRun, step: int) -> bool:
     return last is not None and last.step >= step
 
 
-def _dataset_factory(run: CheckedRun, job: Job) -> Callable[[], ray.data.Dataset]:
+def _dataset_factory(run: CheckedRun, job: Job, batch_bytes: int) -> Callable[[], ray.data.Dataset]:
     """Return what Ray Train calls at every start of the workers: the stream from the last checkpoint on."""
     batch_size, (fewest, most) = run.config.train_batch_size, run.config.worker_range
-    bundle = StreamLayout.bundle_for(batch_bytes(batch_size, run.config.resolution))
+    bundle = StreamLayout.bundle_for(batch_bytes)
     max_tasks = run.config.dataloader_num_workers * most or None
 
     def dataset() -> ray.data.Dataset:

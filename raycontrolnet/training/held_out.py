@@ -7,6 +7,8 @@ timesteps spread evenly, once with their own control images and once with those 
     val_loss                          how well noise is removed from held-out images
     control_gap = shuffled - val_loss how much the right control image helps: zero until control appears
 
+The rows are read, decoded and encoded once and then kept in memory, as far as they fit: `KeptSamples`.
+
 Nothing here touches the training's randomness. The figures depend on (config, data, seed, weights), not on the number
 of workers.
 """
@@ -18,7 +20,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice, pairwise, takewhile
+from itertools import chain, islice, pairwise, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +45,11 @@ MIN_GAP_SHARE = 0.01
 """Control has appeared when the gap exceeds this many of its standard errors, and this share of the held-out loss."""
 PRECISION = 1e-6
 """Share of the loss below which a difference is noise of 32-bit numbers."""
+MOST_KEPT_BYTES = 2 * 2**30
+"""Memory of a worker for held-out samples. One of 512 pixels takes 0.9 MB: control image, and latents in fp32."""
+
+Sample = tuple[PreparedRow, UInt8Image]
+"""A held-out sample, and the conditioning image of another."""
 
 
 class HeldOutMetrics(NamedTuple):
@@ -63,6 +70,38 @@ class HeldOutMetrics(NamedTuple):
     """Unix seconds."""
 
 
+class KeptSamples:
+    """The first batches of a worker's held-out samples, as an earlier measurement read and encoded them.
+
+    A row that cannot be read ends them: it may be read the next time.
+
+    Args:
+        most_bytes: memory for them; the rest is read and encoded at every measurement.
+    """
+
+    def __init__(self, most_bytes: int = MOST_KEPT_BYTES):
+        self.batches: list[list[Sample]] = []
+        self.num_samples = 0
+        self.room = most_bytes
+
+    def add(self, samples: Sequence[Sample], posterior: torch.Tensor, expected: Sequence[int]) -> None:
+        """Keep the batch after those that are kept, if there is room and it has the `expected` sample indices.
+
+        Args:
+            posterior: [B, 2, C, h, w]: mean and log-variance of the samples' latents.
+        """
+        exact = posterior.float() if posterior.dtype == torch.bfloat16 else posterior  # NumPy has no bfloat16
+        latents = exact.cpu().numpy()
+        num_bytes = latents.nbytes + sum(row.conditioning_image.nbytes for row, _ in samples) + samples[-1][1].nbytes
+        if num_bytes > self.room or [row.sample_index for row, _ in samples] != list(expected):
+            self.room = 0
+            return
+        pairs = zip(samples, latents, strict=True)
+        self.batches.append([(replace(row, image=None, posterior=own), other) for (row, other), own in pairs])
+        self.num_samples += len(samples)
+        self.room -= num_bytes
+
+
 def measure(
     state: TrainState,
     loader: BatchLoader,
@@ -71,6 +110,7 @@ def measure(
     rank: int = 0,
     world_size: int = 1,
     progress: Callable[[], None] = lambda: None,
+    kept: KeptSamples | None = None,
 ) -> HeldOutMetrics | None:
     """Measure the held-out rows of `loader`, every worker its share; all workers must call it together.
 
@@ -78,6 +118,7 @@ def measure(
 
     Args:
         progress: called after every batch.
+        kept: of earlier measurements of this share, to use and to add to.
 
     Returns:
         The same on every worker; None if there is nothing to measure.
@@ -86,13 +127,18 @@ def measure(
     accelerator, components = state.accelerator, state.components
     controlnet = unwrap_controlnet(state)
     share = np.array_split(np.arange(len(loader.order.held_out)), world_size)[rank].tolist()
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums, kept = torch.zeros(4, dtype=torch.float64), kept or KeptSamples(most_bytes=0)
+    num_kept = len(kept.batches)
+    to_read = _batches(_with_others(loader, share[kept.num_samples :]), loader.batch_size)
     with evaluating((controlnet, *components.frozen())), torch.no_grad():
         models = replace(components, controlnet=controlnet)
-        for samples in _batches(_with_others(loader, share), loader.batch_size):
+        for number, samples in enumerate(chain(list(kept.batches), to_read)):
             rows, others = [row for row, _ in samples], [other for _, other in samples]
             indices = [row.sample_index for row in rows]
             batch = with_posterior(models, make_batch(rows, components, accelerator.device))
+            if number >= num_kept and kept.room:
+                assert batch.posterior is not None
+                kept.add(samples, batch.posterior, share[kept.num_samples :][: len(samples)])
             draws = draw(
                 loader.order.seed,
                 indices,
@@ -133,7 +179,7 @@ def _timesteps(state: TrainState, loader: BatchLoader, indices: Sequence[int]) -
     return torch.tensor(spread, device=state.accelerator.device)
 
 
-def _with_others(loader: BatchLoader, share: Sequence[int]) -> Iterator[tuple[PreparedRow, UInt8Image]]:
+def _with_others(loader: BatchLoader, share: Sequence[int]) -> Iterator[Sample]:
     """Yield the samples of a share, each with the conditioning image of the next; the first follows the last."""
     count = len(loader.order.held_out)
     after_last = [index + 1 for index in share[-1:]]

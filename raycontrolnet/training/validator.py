@@ -57,6 +57,7 @@ class Validator:
         self.last: held_out.HeldOutMetrics | None = None
         """The last measurement."""
         self.loader: BatchLoader | None = None
+        self.kept = held_out.KeptSamples()
         self.log: MetricsLog | None = None
         self.actor: AsyncValidation | None = None
         if job.num_held_out:
@@ -77,6 +78,7 @@ class Validator:
                 rank=self.rank,
                 world_size=self.world_size,
                 progress=lambda: self.watchdog.progress("the held-out measure"),
+                kept=self.kept,
             )
         if self.last and self.log and self.trackers:
             self.log.append(self.last._asdict())

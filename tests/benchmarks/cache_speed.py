@@ -85,6 +85,7 @@ def load(folder: Path, images: int, repeats: int) -> None:
     import torch
 
     from raycontrolnet import TrainConfig, prepare
+    from raycontrolnet.data.decoding import prepared
     from raycontrolnet.data.order import SampleOrder
     from raycontrolnet.data.sources import open_source
     from raycontrolnet.data.stream import BatchLoader, PixelRows
@@ -111,7 +112,8 @@ def load(folder: Path, images: int, repeats: int) -> None:
         for name, loader in zip(rates, (pixels, cached), strict=True):
             start = time.perf_counter()
             for first in range(0, 4 * images, BATCH_SIZE):
-                loader.batch(first)
+                for row in loader.batch(first):
+                    prepared(row)
             rates[name].append(4 * images / (time.perf_counter() - start))
     print("| one CPU | samples/s |\n|---|---|")
     for name, values in rates.items():
