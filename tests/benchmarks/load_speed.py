@@ -68,8 +68,10 @@ def main() -> None:
                 environment = os.environ | {"PYTHONPATH": f"{tree}{os.pathsep}{ROOT / 'tests'}"}
                 own = ["--seconds", str(args.seconds), "--workers", str(args.workers)]
                 own += ["--batch_size", str(args.batch_size)]
-                command = [sys.executable, __file__, "--side", temporary, *own]
-                done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+                command = [sys.executable, str(Path(__file__).resolve()), "--side", temporary, *own]
+                done = subprocess.run(  # not here: Ray's workers would import from the working folder first
+                    command, env=environment, cwd=temporary, check=True, stdout=subprocess.PIPE, text=True
+                )
                 found[name].append(json.loads(done.stdout.splitlines()[-1]))
                 print(f"# {name}: {found[name][-1]}", file=sys.stderr, flush=True)
     print(f"{args.workers} workers, batch {args.batch_size}, control images of {png_bytes / 1000:.0f} kB on average:\n")
