@@ -27,8 +27,10 @@ import ray.tune
 from processes import wait_for
 from ray._common import constants
 from ray._private import ray_constants
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.utils import check_version_info
 from ray.experimental import internal_kv
+from ray.job_config import JobConfig
 from ray.train._internal.session import _TrainSession
 from ray.train.v2._internal import constants as train_constants
 from ray.train.v2._internal.execution.controller import TrainController
@@ -44,6 +46,7 @@ from raycontrolnet.cluster import nodes, session, tuning
 from raycontrolnet.cluster import trainer as cluster_trainer
 from raycontrolnet.cluster.blocks import generate, results
 from raycontrolnet.cluster.elastic import ElasticPolicy
+from raycontrolnet.cluster.environment import JOB_CONFIG
 from raycontrolnet.cluster.idle import RestWhenIdle
 from raycontrolnet.cluster.trainer import (
     CONTROLLER_ENVIRONMENT,
@@ -103,6 +106,8 @@ def test_names_are_rays() -> None:
     assert constants.HEAD_NODE_RESOURCE_NAME == nodes.HEAD
     assert f'"{nodes.BOOTSTRAP_CONFIG}"' in inspect.getsource(cluster_info)
     assert ray_constants.RAY_WORKER_NICENESS in session.ENVIRONMENT
+    assert RAY_JOB_CONFIG_JSON_ENV_VAR == JOB_CONFIG
+    assert JobConfig.from_json({"runtime_env": {"env_vars": {"A": "1"}}}).runtime_env == {"env_vars": {"A": "1"}}
     assert f'"{session.MATCH_LEVEL}", "patch"' in inspect.getsource(check_version_info)
 
 
