@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -43,7 +44,13 @@ def test_which_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("NCCL_IB_DISABLE", "1")
     assert passed_on_to_job() == passed_on() == {"NCCL_DEBUG": "INFO", "NCCL_IB_DISABLE": "1"}
-    for job in ({"runtime_env": {"env_vars": {"NCCL_DEBUG": "INFO"}}}, {"runtime_env": {}}, {"runtime_env": None}, {}):
+    jobs: list[dict[str, Any]] = [
+        {"runtime_env": {"env_vars": {"NCCL_DEBUG": "INFO"}}},
+        {"runtime_env": {}},
+        {"runtime_env": None},
+        {},
+    ]
+    for job in jobs:
         monkeypatch.setenv(JOB_CONFIG, json.dumps(job))
         there = (job.get("runtime_env") or {}).get("env_vars", {})
         assert passed_on_to_job() == {name: value for name, value in passed_on().items() if name not in there}

@@ -199,7 +199,7 @@ def quantised(output_dir: Path, step: int) -> dict[int, dict[str, torch.Tensor]]
 
 def flat(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Return the tensors, and numbers as tensors, of a state that may be nested."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for name, value in state.items():
         found |= flat(value) if isinstance(value, dict) else {name: torch.as_tensor(value)}
     return found

@@ -18,6 +18,11 @@ def working_precision(mixed_precision: str | None) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision or "no", torch.float32)
 
 
+def has_bf16() -> bool:
+    """Check whether the GPU of this process computes in bf16, without emulating it."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def enable_memory_savers(components: Components, *, gradient_checkpointing: bool, xformers: bool) -> None:
     """Enable gradient checkpointing and xformers attention, in the ControlNet and the denoiser it is trained through.
 
