@@ -10,6 +10,7 @@ import importlib
 import inspect
 import mmap
 import os
+import re
 import signal
 import threading
 import time
@@ -28,6 +29,7 @@ from processes import wait_for
 from ray._common import constants
 from ray._private import ray_constants
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray._private.thirdparty import pynvml
 from ray._private.utils import check_version_info
 from ray.experimental import internal_kv
 from ray.job_config import JobConfig
@@ -42,7 +44,7 @@ from ray.tune.experimental.output import get_air_verbosity
 from ray.tune.trainable.function_trainable import FunctionTrainable, wrap_function
 
 import raycontrolnet
-from raycontrolnet.cluster import nodes, session, tuning
+from raycontrolnet.cluster import gpus, nodes, session, tuning
 from raycontrolnet.cluster import trainer as cluster_trainer
 from raycontrolnet.cluster.blocks import generate, results
 from raycontrolnet.cluster.elastic import ElasticPolicy
@@ -106,6 +108,8 @@ def test_names_are_rays() -> None:
     assert constants.HEAD_NODE_RESOURCE_NAME == nodes.HEAD
     assert f'"{nodes.BOOTSTRAP_CONFIG}"' in inspect.getsource(cluster_info)
     assert ray_constants.RAY_WORKER_NICENESS in session.ENVIRONMENT
+    for name in set(re.findall(r"pynvml\.(\w+)", inspect.getsource(gpus))):
+        assert callable(getattr(pynvml, name))
     assert RAY_JOB_CONFIG_JSON_ENV_VAR == JOB_CONFIG
     assert JobConfig.from_json({"runtime_env": {"env_vars": {"A": "1"}}}).runtime_env == {"env_vars": {"A": "1"}}
     assert f'"{session.MATCH_LEVEL}", "patch"' in inspect.getsource(check_version_info)

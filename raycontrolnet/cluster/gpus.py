@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from raycontrolnet.cluster import session
 from raycontrolnet.cluster.each_node import on_each_node
 from raycontrolnet.cluster.resources import WorkerResources
-
-if TYPE_CHECKING:
-    import ray
+from raycontrolnet.text import error_message
 
 LEAST_CAPABILITY = 8
 """CUDA's compute capability from which on GPUs have bf16 (Ampere): torch emulates it on older ones, slowly."""
@@ -31,17 +28,38 @@ def gpus_have_bf16(resources: WorkerResources) -> bool | None:
     return None if not found or None in found else all(found)
 
 
-def ask_a_worker(resources: WorkerResources) -> ray.ObjectRef[bool]:
-    """Ask a GPU that a worker would get, as soon as there is one, whether it computes in bf16."""
-    import ray
+class Question:
+    """The question to a GPU that a worker would get, once there is one: whether it computes in bf16."""
 
-    def look() -> bool:
-        """Ask torch."""
-        import torch
+    def __init__(self, resources: WorkerResources):
+        import ray
 
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        def look() -> bool:
+            """Ask torch."""
+            import torch
 
-    return ray.remote(look).options(**resources.actor_options).remote()
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+        self._answer = ray.remote(look).options(**resources.actor_options).remote()
+
+    def answer(self) -> bool:
+        """Wait for the answer.
+
+        Raises:
+            ConnectionError: if there will be none.
+        """
+        import ray
+
+        try:
+            return ray.get(self._answer)
+        except ray.exceptions.RayError as error:
+            raise ConnectionError(error_message(error, 500)) from error
+
+    def withdraw(self) -> None:
+        """Give the GPU, or the place in the queue for one, back."""
+        import ray
+
+        ray.cancel(self._answer, force=True)
 
 
 def _looker() -> Callable[[int], bool | None]:

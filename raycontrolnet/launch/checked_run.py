@@ -49,7 +49,7 @@ class CheckedRun:
     cache: LatentCache | None = None
     """The cache to train from; None for pixels."""
     precision_reason: str = ""
-    """What to say of a precision that was not given."""
+    """Reason for a precision that was not given, in words."""
     files: SharedFiles | None = None
     """Files that the driver sees, and that a node must see to load samples."""
     run_id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)

@@ -11,12 +11,11 @@ import logging
 from collections.abc import Callable
 from typing import TextIO
 
-from raycontrolnet.cluster.gpus import ask_a_worker, gpus_have_bf16
+from raycontrolnet.cluster.gpus import Question, gpus_have_bf16
 from raycontrolnet.cluster.resources import WorkerResources
 from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.launch.waiting import waiting_for_workers
 from raycontrolnet.storage.checkpoint import Checkpoint
-from raycontrolnet.text import error_message
 
 logger = logging.getLogger(__name__)
 
@@ -83,18 +82,12 @@ def workers_have_bf16(resources: WorkerResources, wait_timeout_s: float | None, 
     """
     if (known := gpus_have_bf16(resources)) is not None:
         return known
-    import ray
-
-    answer = ask_a_worker(resources)
-
-    def give_up() -> None:
-        ray.cancel(answer, force=True)
-
+    question = Question(resources)
     try:
-        with waiting_for_workers(lambda: True, give_up, resources, wait_timeout_s, stream):
-            return bool(ray.get(answer))
-    except ray.exceptions.RayError as error:
-        logger.warning("no GPU has said whether it has bf16: %s", error_message(error, 500))
+        with waiting_for_workers(lambda: True, question.withdraw, resources, wait_timeout_s, stream):
+            return question.answer()
+    except ConnectionError as error:
+        logger.warning("no GPU has said whether it has bf16: %s", error)
         return False
     finally:
-        give_up()
+        question.withdraw()
