@@ -27,6 +27,7 @@ from raycontrolnet.training.job import RUN_LOG, Job, RunCallback, RunStopped, as
 from raycontrolnet.training.schedule import due_steps, warmup_warning
 from raycontrolnet.training.status import RunStatus
 from raycontrolnet.training.store_sync import DRIVERS, aborted_if_lost, records_fetched
+from raycontrolnet.training.watchdog import collective_timeout_s
 from raycontrolnet.version import __version__
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def train_on_ray(
     """
     import ray
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig
 
     from raycontrolnet.cluster.trainer import InterruptibleTrainer
     from raycontrolnet.train_controlnet import train_controlnet
@@ -98,6 +100,7 @@ def train_on_ray(
     trainer = InterruptibleTrainer(
         train_controlnet,
         train_loop_config={"job": job},
+        torch_config=TorchConfig(timeout_s=collective_timeout_s(run.config.hang_timeout_s)),
         scaling_config=ScalingConfig(
             num_workers=most if fewest == most else (fewest, most),
             use_gpu=resources.use_gpu,

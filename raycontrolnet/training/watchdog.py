@@ -23,6 +23,16 @@ LOOKS = 20
 """Looks in the time that is allowed."""
 
 
+LEAST_COLLECTIVE_S = 1800
+"""Ray Train's own limit to a collective."""
+MOST_COLLECTIVE_S = 10**8
+
+
+def collective_timeout_s(hang_timeout_s: float) -> int:
+    """Return the seconds after which torch gives a collective up: later than a watchdog, which names its worker."""
+    return int(min(max(LEAST_COLLECTIVE_S, 2 * hang_timeout_s), MOST_COLLECTIVE_S))
+
+
 class Watchdog:
     """A clock that `progress` starts and puts back; when it has run for `timeout_s`, this process ends.
 
