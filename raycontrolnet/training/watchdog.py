@@ -68,7 +68,7 @@ class Watchdog:
     def _end(self) -> None:
         message = (
             f"{self.who} hung: nothing came of {self.phase} for {duration(self.timeout_s)} (--hang_timeout_s="
-            f"{self.timeout_s:g}); the stacks of its threads are in the log"
+            f"{self.timeout_s:g}): by itself, or in waiting for another; the stacks of its threads are in the log"
         )
         logger.error("%s", message)
         with self.log.open("a", encoding="utf-8") as file:
