@@ -109,4 +109,5 @@ def explained(
 
 def out_of_memory(error: Exception, advice: str) -> RunError:
     """Return the failure to tell of when a GPU's memory is full, with `advice` on settings that need less."""
-    return RunError(f"Out of GPU memory: {str(error).splitlines()[0]} {advice}.")
+    cause = str(error).splitlines()[0].partition(" If reserved but unallocated memory is large")[0].rstrip(". ")
+    return RunError(f"Out of GPU memory: {cause}. {advice}.")

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import ray
@@ -39,6 +40,7 @@ from raycontrolnet.training.job import (
     stop_asked,
     write_timings,
 )
+from raycontrolnet.training.memory import advice_for
 from raycontrolnet.training.metrics import (
     LEFT_OUT_FILE,
     MetricsLog,
@@ -77,7 +79,7 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
     with (
         worker_in_step(job, rank, log_of(job, who)),
         logging_to_run_log(job, who),
-        failures_recorded(job.output_dir),
+        failures_recorded(job.output_dir, partial(advice_for, job, world_size)),
     ):
         clock = PhaseClock(read_timings(job.output_dir))  # continued after a restart
         if not clock.seconds:

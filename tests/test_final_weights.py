@@ -149,9 +149,9 @@ def test_best_of_a_sweep(state: str, name: str | None, half: Run, validated_sett
         shutil.rmtree(folder / "checkpoint-4")
     given = validated_settings | {"save_precision": "fp16", "save_name": name, "output_dir": str(tmp_path)}
     config, sweep = TrainConfig(**given), RunFolder(str(tmp_path))
-    plan: Any = SimpleNamespace(folder=sweep, sweep_dir=tmp_path, train=config, config_of=lambda record: config)
+    plan: Any = SimpleNamespace(folder=sweep, sweep_dir=tmp_path, train=config, config_of=lambda *_: config)
     reports = ({"step": 2}, {"step": 4})
-    best = write_best(plan, Trial(TrialRecord(0, {}, state=state), folder, reports))
+    best = write_best(plan, Trial(TrialRecord(0, {}, state=state), folder, reports), {"mixed_precision": None})
     assert {path.name for path in best.iterdir()} >= {"config.json", WEIGHTS, "README.md"}
     assert [path.name for path in best.glob("*.safetensors") if path.name != WEIGHTS] == ([ONE_FILE] if name else [])
     exact = checkpoint(half.folder, step=4 if state == "finished" else 2)
@@ -172,8 +172,10 @@ def test_best_that_fp16_cannot_hold(
     save_file(large, folder / "checkpoint-2" / "controlnet" / WEIGHTS, {"format": "pt"})
     given = validated_settings | {"save_precision": "fp16", "output_dir": str(tmp_path)}
     config, sweep = TrainConfig(**given), RunFolder(str(tmp_path))
-    plan: Any = SimpleNamespace(folder=sweep, sweep_dir=tmp_path, train=config, config_of=lambda record: config)
-    best = write_best(plan, Trial(TrialRecord(0, {}, state="stopped"), folder, ({"step": 2},)))
+    plan: Any = SimpleNamespace(folder=sweep, sweep_dir=tmp_path, train=config, config_of=lambda *_: config)
+    best = write_best(
+        plan, Trial(TrialRecord(0, {}, state="stopped"), folder, ({"step": 2},)), {"mixed_precision": None}
+    )
     assert equal(weights(best), {name: value.bfloat16() for name, value in large.items()})
     assert "save_precision: bf16" in (best / "config.yaml").read_text()
     assert '`save_precision`: `"bf16"`' in (best / "README.md").read_text()

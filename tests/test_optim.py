@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from reference import fake_rows, steps, training
-from runs import column, equal, run, weights
+from runs import column, equal, losses, run, weights
 from torch.multiprocessing.spawn import spawn
 
 from raycontrolnet.config.settings import LR_SCHEDULERS
@@ -190,10 +190,30 @@ def test_8bit_adam_without_its_package(tiny_settings: dict[str, Any], monkeypatc
     assert str(worker_error.value) == MISSING
 
 
+def quantised(output_dir: Path, step: int) -> dict[int, dict[str, torch.Tensor]]:
+    """Return the moments of a checkpoint, with bitsandbytes' maps and scales: parameter -> name -> tensor."""
+    path = output_dir / f"checkpoint-{step}" / "training_state.pt"
+    state = torch.load(path, map_location="cpu", weights_only=True)["optimizer"]["state"]
+    return {index: flat(moment) for index, moment in state.items()}
+
+
+def flat(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the tensors, and numbers as tensors, of a state that may be nested."""
+    found: dict[str, torch.Tensor] = {}
+    for name, value in state.items():
+        found |= flat(value) if isinstance(value, dict) else {name: torch.as_tensor(value)}
+    return found
+
+
 def test_8bit_adam(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
-    """Trains with 8-bit moments, and resumes to the same weights."""
+    """Trains with 8-bit moments, and goes on from a checkpoint as if it had never stopped, bit for bit."""
     pytest.importorskip("bitsandbytes")
-    settings = tiny_settings | {"use_8bit_adam": True, "adam_beta1": 0.8, "adam_weight_decay": 0.1}
+    settings = tiny_settings | {
+        "use_8bit_adam": True,
+        "adam_beta1": 0.8,
+        "adam_weight_decay": 0.1,
+        "lr_warmup_steps": 1,
+    }
     with training(settings) as state:
         assert type(state.optimizer.optimizer).__name__ == "AdamW8bit"
         (group,) = state.optimizer.param_groups
@@ -202,6 +222,20 @@ def test_8bit_adam(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
         assert torch.uint8 in {moment["state1"].dtype for moment in state.optimizer.state.values()}
     out = run(settings, tmp_path / "out")
     settings["resume_from_checkpoint"] = str(out / "checkpoint-2")
-    assert equal(weights(run(settings, tmp_path / "resumed")), weights(out))
+    resumed = run(settings, tmp_path / "resumed")
+    assert equal(weights(resumed), weights(out))
+    assert losses(resumed) == losses(out)[2:]
+    ours, theirs = quantised(resumed, 4), quantised(out, 4)
+    assert ours.keys() == theirs.keys()
+    assert all(equal(ours[index], theirs[index]) for index in ours)
+    in_8bit = [moment for moment in theirs.values() if moment["state1"].dtype == torch.uint8]
+    assert in_8bit, "tensors of fewer than 4,096 weights keep their moments in fp32"
+    for moment in in_8bit:
+        assert {"qmap1", "qmap2", "absmax1", "absmax2", "step"} <= moment.keys()
+        assert moment["state2"].dtype == torch.uint8
+        assert moment["state1"].unique().numel() > 16
+        assert moment["absmax1"].count_nonzero()
+    before = quantised(out, 2)
+    assert not any(torch.equal(moment["state1"], theirs[index]["state1"]) for index, moment in before.items())
     with pytest.raises(UserError, match=r"checkpoint-2 does not fit these settings \(it holds the state of AdamW8bit"):
         run(settings, tmp_path / "other", use_8bit_adam=False)

@@ -10,6 +10,7 @@ import importlib
 import inspect
 import mmap
 import os
+import re
 import signal
 import threading
 import time
@@ -27,8 +28,11 @@ import ray.tune
 from processes import wait_for
 from ray._common import constants
 from ray._private import ray_constants
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray._private.thirdparty import pynvml
 from ray._private.utils import check_version_info
 from ray.experimental import internal_kv
+from ray.job_config import JobConfig
 from ray.train._internal.session import _TrainSession
 from ray.train.v2._internal import constants as train_constants
 from ray.train.v2._internal.execution.controller import TrainController
@@ -40,10 +44,11 @@ from ray.tune.experimental.output import get_air_verbosity
 from ray.tune.trainable.function_trainable import FunctionTrainable, wrap_function
 
 import raycontrolnet
-from raycontrolnet.cluster import nodes, session, tuning
+from raycontrolnet.cluster import gpus, nodes, session, tuning
 from raycontrolnet.cluster import trainer as cluster_trainer
 from raycontrolnet.cluster.blocks import generate, results
 from raycontrolnet.cluster.elastic import ElasticPolicy
+from raycontrolnet.cluster.environment import JOB_CONFIG
 from raycontrolnet.cluster.idle import RestWhenIdle
 from raycontrolnet.cluster.trainer import (
     CONTROLLER_ENVIRONMENT,
@@ -103,6 +108,10 @@ def test_names_are_rays() -> None:
     assert constants.HEAD_NODE_RESOURCE_NAME == nodes.HEAD
     assert f'"{nodes.BOOTSTRAP_CONFIG}"' in inspect.getsource(cluster_info)
     assert ray_constants.RAY_WORKER_NICENESS in session.ENVIRONMENT
+    for name in set(re.findall(r"pynvml\.(\w+)", inspect.getsource(gpus))):
+        assert callable(getattr(pynvml, name))
+    assert RAY_JOB_CONFIG_JSON_ENV_VAR == JOB_CONFIG
+    assert JobConfig.from_json({"runtime_env": {"env_vars": {"A": "1"}}}).runtime_env == {"env_vars": {"A": "1"}}
     assert f'"{session.MATCH_LEVEL}", "patch"' in inspect.getsource(check_version_info)
 
 

@@ -239,7 +239,7 @@ def test_a_configuration_of_single_files_beside_folders(
         for base in bases:
             record = TrialRecord(0, {"pretrained_model_name_or_path": str(base)})
             expected = str(tiny_base) if base == file else None
-            assert plan.config_of(record).base_config == expected
+            assert plan.config_of(record, None).base_config == expected
             assert trials.run_of(record).config.base_config == expected
     other = Path(shutil.copytree(tiny_base, tmp_path / "other"))
     with pytest.raises(ConfigError) as error:

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from processes import last_step, when, workers_called
 from runs import Settings, column, equal, run, weights
 
+from raycontrolnet import TrainConfig, fit
 from raycontrolnet.errors import RunError
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training.failures import read_hang
@@ -21,6 +23,7 @@ from raycontrolnet.training.watchdog import Watchdog
 HANGING = """
 import sys, time
 from pathlib import Path
+from typing import Any
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training.watchdog import Watchdog
 
@@ -42,8 +45,8 @@ def test_a_process_that_hangs_is_ended(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert time.monotonic() - start < 40
     assert "in a_collective_that_hangs" in (tmp_path / "run.log").read_text()
-    problem = "Worker 3 hung: nothing came of an update for 0:01 (--hang_timeout_s=1); the stacks of its threads are in"
-    assert str(read_hang(tmp_path)) == f"{problem} the log"
+    problem = "Worker 3 hung: nothing came of an update for 0:01 (--hang_timeout_s=1): by itself, or in waiting"
+    assert str(read_hang(tmp_path)) == f"{problem} for another; the stacks of its threads are in the log"
 
 
 def test_one_that_does_not_is_left_alone(tmp_path: Path) -> None:
@@ -56,6 +59,21 @@ def test_one_that_does_not_is_left_alone(tmp_path: Path) -> None:
             time.sleep(0.1)
     time.sleep(0.8)
     assert not (tmp_path / "run.log").exists()
+
+
+@pytest.mark.usefixtures("_local_ray")
+@pytest.mark.parametrize(("hang_timeout_s", "expected"), [(600.0, 1800), (3600.0, 7200), (float("inf"), 10**8)])
+def test_torch_gives_a_collective_up_later(
+    tiny_settings: Settings, monkeypatch: pytest.MonkeyPatch, hang_timeout_s: float, expected: int
+) -> None:
+    """Its error says nothing of who waits; after Ray's 1,800 s it would come before the watchdog's."""
+
+    def trainer(*_: Any, torch_config: Any, **__: Any) -> None:
+        raise RunError(f"collectives: {torch_config.timeout_s} s")
+
+    monkeypatch.setattr("raycontrolnet.cluster.trainer.InterruptibleTrainer", trainer)
+    with pytest.raises(RunError, match=f"collectives: {expected} s"):
+        fit(TrainConfig(**tiny_settings | {"num_workers": "1", "hang_timeout_s": hang_timeout_s}))
 
 
 @pytest.mark.slow
@@ -81,7 +99,7 @@ def test_a_stopped_worker_is_started_again(tiny_settings: Settings, tmp_path: Pa
         when(lambda: last_step(tmp_path / "ended") >= 15, stop_one),
         pytest.raises(
             RunError,
-            match=r"Worker 0 hung" if num_workers == 2 else "A worker has not answered within --hang_timeout_s=8",
+            match=r"Worker [01] hung" if num_workers == 2 else "A worker has not answered within --hang_timeout_s=8",
         ),
     ):
         run(settings, tmp_path / "ended", max_failures=0)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from raycontrolnet.cluster.cpus import LOADING_CPUS, machine_cpus
+from raycontrolnet.cluster.environment import passed_on_to_job
 from raycontrolnet.errors import ConfigError, RunError
 from raycontrolnet.text import error_message
 
@@ -88,7 +89,12 @@ def ray_session(address: str | None) -> Iterator[None]:
             _check_somebody_answers(target)
             if AUTH_TOKEN.expanduser().is_file():  # `ray start` then asks for it
                 os.environ.setdefault("RAY_AUTH_MODE", "token")
-            ray.init(address=target, log_to_driver=False)
+            variables = passed_on_to_job()  # a Ray of our own has all of this process's
+            # Nothing at all if there are none: processes that Ray has started in advance would be of no use.
+            ray.init(address=target, log_to_driver=False, runtime_env={"env_vars": variables} if variables else None)
+            if variables:
+                shown = " ".join(f"{name}={value}" for name, value in variables.items())
+                logger.info("passed on to the workers: %s", shown)
     except (OSError, ValueError, RuntimeError) as error:
         origin = "--address" if address else "RAY_ADDRESS"
         if refusal := _version_refused(error):

@@ -24,6 +24,7 @@ from ray.train.v2._internal.execution.worker_group import worker_group
 from ray.train.v2.api import data_parallel_trainer as private
 
 from raycontrolnet.cluster.elastic import ElasticPolicy
+from raycontrolnet.cluster.environment import passed_on
 from raycontrolnet.cluster.worker import RECORDS_OF_RAY
 from raycontrolnet.errors import RunError
 from raycontrolnet.storage.run_folder import RunFolder
@@ -124,7 +125,8 @@ class InterruptibleTrainer(TorchTrainer):
         """
         if not has_dashboard():
             options["callbacks"] = [each for each in options["callbacks"] if not _waits_for_dashboard(each)]
-        environment = CONTROLLER_ENVIRONMENT | private.get_env_vars_to_propagate()
+        # The workers have the controller's. With a Ray that the user has connected, nothing else passes ours on.
+        environment = passed_on() | CONTROLLER_ENVIRONMENT | private.get_env_vars_to_propagate()
         if self.worker_timeout_s is not None:
             environment.setdefault(WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR, str(self.worker_timeout_s))
         if self.one_machine:

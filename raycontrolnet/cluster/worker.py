@@ -33,6 +33,19 @@ def place_among_workers() -> tuple[int, int]:
     return context.get_world_rank(), context.get_world_size()
 
 
+def gpu_share() -> float:
+    """Return the part of a GPU that Ray has given to this process, if it shares one; else 1."""
+    import ray
+
+    if not ray.is_initialized():
+        return 1.0
+    try:
+        share = float(ray.get_runtime_context().get_assigned_resources().get("GPU", 1.0))
+    except AssertionError:  # a driver
+        return 1.0
+    return share if 0 < share < 1 else 1.0
+
+
 def nodes_to_be_reclaimed() -> int:
     """Return the number of the workers' nodes that are about to be taken away, as spot instances are.
 

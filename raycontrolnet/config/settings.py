@@ -210,7 +210,7 @@ class StepConfig:
     gradient_checkpointing: bool = setting(False, sweepable=True)
     """Recompute activations in the backward pass (ControlNet and frozen UNet): slower, far less memory."""
     mixed_precision: str | None = setting(None, sweepable=True, gpu_only=("fp16", "use bf16 or no on the CPU"))
-    """no, fp16 or bf16. The ControlNet's weights stay fp32."""
+    """no, fp16 or bf16 (the default on GPUs that have it). The ControlNet's weights stay fp32."""
     allow_tf32: bool = setting(False, sweepable=True)
     """TF32 matrix products and convolutions on Ampere GPUs and later; never for the latent cache."""
     enable_xformers_memory_efficient_attention: bool = setting(

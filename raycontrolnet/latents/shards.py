@@ -16,7 +16,7 @@ from raycontrolnet.data.records import EncodedRow, Size, UInt8Image
 from raycontrolnet.data.sources import Source
 from raycontrolnet.data.stream import REMOTE_READS
 from raycontrolnet.data.transforms import encode_conditioning, prepare_images
-from raycontrolnet.errors import DataError, RunError, out_of_memory
+from raycontrolnet.errors import DataError, RunError
 from raycontrolnet.latents.cache import read_contents, shard_bytes
 from raycontrolnet.latents.manifest import BadSample, Encoding, Shard, StoredShard
 from raycontrolnet.storage.folder import CacheFolder
@@ -133,12 +133,10 @@ class EncodeJob:
         """Encode the shard's images; rows whose posterior is not finite are bad samples."""
         if isinstance(loaded, ShardResult):
             return loaded
-        import torch
+        from raycontrolnet.model.performance import memory_advised
 
-        try:
+        with memory_advised(lambda: "Use a smaller --latents_batch_size"):
             posteriors = encoder.encode([row.image for row in loaded.rows])
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(error, "Use a smaller --latents_batch_size") from error
         dtype, rows, bad_samples = self.encoding.dtype, [], list(loaded.bad_samples)
         for row, exact in zip(loaded.rows, posteriors, strict=True):
             with np.errstate(over="ignore"):

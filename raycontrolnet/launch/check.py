@@ -14,12 +14,13 @@ from raycontrolnet.config.checks import collected, find_token, missing_extras
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.sources import open_source
 from raycontrolnet.errors import ConfigError, UserError
+from raycontrolnet.launch.precision import resolve
 from raycontrolnet.launch.preflight import wants_latents
 from raycontrolnet.model.base_family import base_family, size_problems
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.files import ModelFiles
 from raycontrolnet.model.loading import BASE
-from raycontrolnet.model.performance import working_precision
+from raycontrolnet.model.performance import has_bf16, working_precision
 from raycontrolnet.model.problems import model_problems
 from raycontrolnet.model.single_file import base_files
 from raycontrolnet.predict.devices import REACHED, peak_of
@@ -54,6 +55,15 @@ class Device:
         return Device(name, memory * GIB if memory else None, tflops)
 
 
+def in_precision_of_device(config: CheckConfig) -> TrainConfig:
+    """Return the settings of the run with its precision on the device that is described, or else on the one here."""
+    train, described = config.train, config.device_memory is not None
+    is_gpu = train.use_gpu is not False and (described or config.device_tflops is not None or torch.cuda.is_available())
+    bf16 = has_bf16 if torch.cuda.is_available() and not described else lambda: True  # as all GPUs since 2020
+    precision, _ = resolve(train.mixed_precision, None, use_gpu=is_gpu, has_bf16=bf16)
+    return replace(train, mixed_precision=precision)
+
+
 def check(config: CheckConfig, stream: TextIO | None = None) -> Prediction:
     """Predict what a run needs, and write it to `stream`, by default the standard output.
 
@@ -61,8 +71,9 @@ def check(config: CheckConfig, stream: TextIO | None = None) -> Prediction:
         ConfigError: with the problems of models and data together.
         UserError: if the base model's configuration cannot be read.
     """
-    stream, train = stream or sys.stdout, config.train
-    token = find_token(train.hub_token)
+    stream = stream or sys.stdout
+    train = in_precision_of_device(config)
+    config, token = replace(config, train=train), find_token(train.hub_token)
     problems, source = list(missing_extras(train)), None
     problems += model_problems(train, token)
     with collected(problems):

@@ -48,6 +48,8 @@ class CheckedRun:
     """The cache to train from, not yet encoded; None also if the cluster must be seen before it can be chosen."""
     cache: LatentCache | None = None
     """The cache to train from; None for pixels."""
+    precision_reason: str = ""
+    """Reason for a precision that was not given, in words."""
     files: SharedFiles | None = None
     """Files that the driver sees, and that a node must see to load samples."""
     run_id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)

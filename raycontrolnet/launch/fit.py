@@ -9,8 +9,11 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
+
+import torch
 
 from raycontrolnet.cluster.logs import logging_to, shown_on
 from raycontrolnet.cluster.resources import worker_resources
@@ -22,8 +25,10 @@ from raycontrolnet.hub import push
 from raycontrolnet.hub.licence import Licence, find_licence
 from raycontrolnet.hub.model_card import write_model_card
 from raycontrolnet.launch.checked_run import CheckedRun
+from raycontrolnet.launch.precision import with_precision, workers_have_bf16
 from raycontrolnet.launch.preflight import check, choose_latents, ensure_latents
 from raycontrolnet.launch.workers import train_here, train_on_ray
+from raycontrolnet.model.performance import has_bf16
 from raycontrolnet.report.live_report import live_report
 from raycontrolnet.signals import ending_signals_raised
 from raycontrolnet.storage.run_folder import RunFolder
@@ -39,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 Summary = dict[str, Any]
 """Result of the worker loop: step, samples, loss and seconds by phase."""
+Trained = tuple[CheckedRun, Summary]
+"""The run as it was trained, with its precision, and the worker loop's result."""
 
 
 @dataclass(frozen=True)
@@ -104,24 +111,25 @@ def _run_fit(config: TrainConfig, folder: RunFolder, stream: TextIO, callback: R
     run = choose_latents(check(config, folder), stream)
     check_named_file(config, folder)  # last: it warns of what the run will do
 
-    def train(status: RunStatus) -> Summary:
+    def train(status: RunStatus) -> Trained:
         if config.in_this_process:
-            import torch
-
             use_gpu = check_device(config.use_gpu, config, has_gpu=torch.cuda.is_available())
-            cached = ensure_latents(run, None, stream)
-            return train_here(cached, status, stream, use_gpu=use_gpu, callback=callback)
+            ready = ensure_latents(run, None, stream)
+            ready = with_precision(ready, use_gpu=use_gpu, has_bf16=has_bf16)
+            return ready, train_here(ready, status, stream, use_gpu=use_gpu, callback=callback)
         with ray_session(config.address):
             resources = worker_resources(config)
             check_device(resources.use_gpu, config, has_gpu=resources.use_gpu)
             resources.say_what_is_awaited(stream)
-            cached = ensure_latents(run, resources, stream)
-            return train_on_ray(cached, resources, status, stream, callback=callback)
+            ready = ensure_latents(run, resources, stream)
+            asked = partial(workers_have_bf16, resources, config.wait_timeout_s, stream)
+            ready = with_precision(ready, use_gpu=resources.use_gpu, has_bf16=asked)
+            return ready, train_on_ray(ready, resources, status, stream, callback=callback)
 
     return run_and_record(run, train, stream, started)
 
 
-def run_and_record(run: CheckedRun, train: Callable[[RunStatus], Summary], stream: TextIO, started: float) -> RunResult:
+def run_and_record(run: CheckedRun, train: Callable[[RunStatus], Trained], stream: TextIO, started: float) -> RunResult:
     """Train, and write what belongs beside the weights: log, report, run.json, model card.
 
     Args:
@@ -139,7 +147,7 @@ def run_and_record(run: CheckedRun, train: Callable[[RunStatus], Summary], strea
         live_status(output_dir, started, versions()) as status,
         explained("The run", run.how_to_go_on, output_dir / RUN_LOG, unchanged=(UserError, RunError)),
     ):
-        summary = train(status)
+        run, summary = train(status)
         last = run.last_checkpoint()
         measured = held_out.summary(output_dir) | validation.summary(run.config, output_dir, summary["step"])
         status |= {**summary, **measured, "checkpoint": last.path.name if last else None}

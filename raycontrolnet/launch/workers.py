@@ -13,6 +13,7 @@ from raycontrolnet.config.train_config import changed_settings, public_settings
 from raycontrolnet.data.stream import StreamLayout, execution_options, ray_dataset
 from raycontrolnet.errors import explained
 from raycontrolnet.launch.checked_run import CheckedRun
+from raycontrolnet.launch.precision import in_words
 from raycontrolnet.launch.waiting import waiting_for_workers
 from raycontrolnet.report.progress import Progress, progress
 from raycontrolnet.sampling.find_controlnet import CONFIG_FILE
@@ -26,6 +27,7 @@ from raycontrolnet.training.job import RUN_LOG, Job, RunCallback, RunStopped, as
 from raycontrolnet.training.schedule import due_steps, warmup_warning
 from raycontrolnet.training.status import RunStatus
 from raycontrolnet.training.store_sync import DRIVERS, aborted_if_lost, records_fetched
+from raycontrolnet.training.watchdog import collective_timeout_s
 from raycontrolnet.version import __version__
 
 if TYPE_CHECKING:
@@ -81,6 +83,7 @@ def train_on_ray(
     """
     import ray
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig
 
     from raycontrolnet.cluster.trainer import InterruptibleTrainer
     from raycontrolnet.train_controlnet import train_controlnet
@@ -98,6 +101,7 @@ def train_on_ray(
     trainer = InterruptibleTrainer(
         train_controlnet,
         train_loop_config={"job": job},
+        torch_config=TorchConfig(timeout_s=collective_timeout_s(run.config.hang_timeout_s)),
         scaling_config=ScalingConfig(
             num_workers=most if fewest == most else (fewest, most),
             use_gpu=resources.use_gpu,
@@ -274,16 +278,19 @@ def _announce(run: CheckedRun, status: RunStatus, stream: TextIO, *, use_gpu: bo
         partial.write_text(yaml.safe_dump(settings, sort_keys=False))
     schedule = run.schedule(run.start)
     status |= {"total_updates": schedule.total_updates, "held_out": len(run.loader.order.held_out)}
+    status["mixed_precision"] = run.config.mixed_precision or "no"
     status.write()
     step = run.start.step if run.start else 0
     source = "" if run.cache is None else " from cached latents"
     fewest, most = run.config.worker_range
     workers = f"{fewest} to {most} workers" if fewest < most else counted(run.config.most_workers, "worker")
     workers += f" on {'GPUs' if use_gpu else 'CPUs'}"
+    precision = run.config.mixed_precision  # on a CPU without one there is nothing to say
+    shown = f", {in_words(precision, run.precision_reason)}" if precision else ""
     stream.write(
         f"raycontrolnet {__version__}: {schedule.num_samples} samples{source}, {workers} x batch "
         f"{schedule.batch_size} x accumulation {schedule.accumulation_steps}, updates {step} to "
-        f"{schedule.total_updates}, seed {run.config.seed}\n"
+        f"{schedule.total_updates}, seed {run.config.seed}{shown}\n"
     )
     if run.config.resume_from_checkpoint and run.start is None:
         stream.write("no checkpoint is there yet: the run starts anew\n")

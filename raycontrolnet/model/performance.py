@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
-from raycontrolnet.errors import UserError
+from raycontrolnet.errors import UserError, out_of_memory
 from raycontrolnet.model.components import Components
 from raycontrolnet.text import error_message
+
+CONTEXT_BYTES = 2**29
+"""Memory of a process on a GPU that torch does not count: CUDA's context and the kernels' code."""
+_NO_MEMORY = re.compile(
+    r"(CUDA|HIP) (error: )?out of memory|hipErrorOutOfMemory|Cuda failure.*out of memory|"
+    r"(CUBLAS|CUDNN|CUSOLVER|CUSPARSE|CUFFT|HIPBLAS|MIOPEN)\w*_ALLOC_FAILED"
+)
+"""In errors of CUDA and its libraries, beside those of torch's own allocator."""
 
 
 def working_precision(mixed_precision: str | None) -> torch.dtype:
     """Return the dtype of the frozen models."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision or "no", torch.float32)
+
+
+def has_bf16() -> bool:
+    """Check whether the GPU of this process computes in bf16, without emulating it."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def enable_memory_savers(components: Components, *, gradient_checkpointing: bool, xformers: bool) -> None:
@@ -74,6 +88,50 @@ def _precisions_are_set() -> bool:
     except RuntimeError:
         return True
     return getattr(torch.backends, "fp32_precision", "none") != "none"
+
+
+def memory_fraction(share: float, total_bytes: int) -> float:
+    """Return the part of a GPU's memory that torch may take for a `share` of the GPU, with CUDA's own needs left out.
+
+    At least half of the share, on a GPU that is small.
+    """
+    return max(share - CONTEXT_BYTES / total_bytes, share / 2)
+
+
+@contextmanager
+def memory_share(device: torch.device, share: float) -> Iterator[None]:
+    """Keep this process to its `share` of the GPU's memory for a while: more raises `torch.OutOfMemoryError`."""
+    if device.type != "cuda" or share >= 1:
+        yield
+        return
+    total_bytes = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(memory_fraction(share, total_bytes), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Check for an error that says that a GPU's memory is full, of torch or of CUDA's libraries; not the host's."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+
+
+@contextmanager
+def memory_advised(advice: Callable[[], str]) -> Iterator[None]:
+    """Turn an error of a full GPU into the failure to tell of, with `advice`.
+
+    Raises:
+        RunError: the GPU's memory is full.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(error, advice()) from error
 
 
 @contextmanager

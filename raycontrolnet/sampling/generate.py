@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,13 +19,13 @@ from raycontrolnet.cluster.logs import logging_to, shown_on
 from raycontrolnet.config.checks import check_device, collected, find_token, unwritable
 from raycontrolnet.config.generate_config import GenerateConfig
 from raycontrolnet.config.settings import ModelConfig
-from raycontrolnet.errors import ConfigError, explained, out_of_memory
+from raycontrolnet.errors import ConfigError, explained
 from raycontrolnet.model.base_family import base_family, resolution_problem
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.families.registry import families
 from raycontrolnet.model.loading import BASE
-from raycontrolnet.model.performance import tf32, working_precision
+from raycontrolnet.model.performance import memory_advised, tf32, working_precision
 from raycontrolnet.model.problems import model_problems
 from raycontrolnet.model.prompts import cut
 from raycontrolnet.quiet import MODEL_LIBRARIES, no_progress_bars
@@ -88,7 +87,7 @@ def _generate(config: GenerateConfig, stream: TextIO) -> list[PairImages]:
     with (
         logging_to(task.out / LOG, of_ray=False),
         explained("Drawing", partial(_what_stands, task, drawn), task.out / LOG),
-        _memory_advice(task.config),
+        memory_advised(partial(_memory_advice, task.config)),
     ):
         _announce(task, stream)
         with no_progress_bars(*MODEL_LIBRARIES), tf32(allowed=task.allow_tf32):
@@ -257,10 +256,7 @@ def _what_stands(task: _Task, drawn: Sequence[ImageItem]) -> str:
     return there if drawn else "No image was drawn."
 
 
-@contextmanager
-def _memory_advice(config: GenerateConfig) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        smaller = "--batch_size" if config.batch_size > 1 else "--resolution"
-        raise out_of_memory(error, f"Use a smaller {smaller}, or --mixed_precision bf16") from error
+def _memory_advice(config: GenerateConfig) -> str:
+    smaller = "--batch_size" if config.batch_size > 1 else "--resolution"
+    half = ", or --mixed_precision bf16" if working_precision(config.mixed_precision) == torch.float32 else ""
+    return f"Use a smaller {smaller}{half}"

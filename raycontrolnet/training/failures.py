@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-import torch
-
-from raycontrolnet.errors import RunError, UserError, out_of_memory
+from raycontrolnet.errors import RunError, UserError
+from raycontrolnet.model.performance import memory_advised
 from raycontrolnet.storage.files import check_open, is_closed
 
 FAILURE_FILE = ".failure.json"
@@ -54,18 +53,18 @@ def read_hang(output_dir: Path) -> RunError | None:
 
 
 @contextmanager
-def failures_recorded(output_dir: Path) -> Iterator[None]:
-    """Record failures that would come again, so that Ray's next try ends at once instead of repeating them."""
+def failures_recorded(output_dir: Path, memory_advice: Callable[[], str] | None = None) -> Iterator[None]:
+    """Record failures that would come again, so that Ray's next try ends at once instead of repeating them.
+
+    Args:
+        memory_advice: returns what to do if a GPU's memory is full; None where none is used.
+    """
     try:
-        yield
+        with memory_advised(memory_advice) if memory_advice else nullcontext():
+            yield
     except (UserError, RunError) as error:
         record_failure(output_dir, error)
         raise
-    except torch.OutOfMemoryError as error:
-        less = "--train_batch_size with more --gradient_accumulation_steps, --gradient_checkpointing"
-        failure = out_of_memory(error, f"Use a smaller {less}, or --mixed_precision bf16")
-        record_failure(output_dir, failure)
-        raise failure from error
 
 
 @contextmanager

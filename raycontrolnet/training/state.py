@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
+from raycontrolnet.cluster.worker import gpu_share
 from raycontrolnet.config.output_settings import SAFETENSORS, WEIGHTS_NAME
 from raycontrolnet.config.settings import StepConfig
 from raycontrolnet.config.train_config import TrainConfig
@@ -19,7 +20,7 @@ from raycontrolnet.data.order import Purpose, keyed_seed
 from raycontrolnet.errors import UserError
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.optim import build_lr_scheduler, build_optimizer
-from raycontrolnet.model.performance import compile_models, enable_memory_savers, working_precision
+from raycontrolnet.model.performance import compile_models, enable_memory_savers, memory_share, working_precision
 from raycontrolnet.model.step import TrainState
 from raycontrolnet.storage.checkpoint import CONTROLNET_FOLDER, TRAINING_STATE_FILE, Checkpoint
 from raycontrolnet.training.schedule import Schedule
@@ -39,6 +40,8 @@ PROCESS_GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE
 def accelerator_for(step: StepConfig, *, use_gpu: bool, world_size: int = 1) -> Iterator[Accelerator]:
     """Give an `Accelerator` for mixed precision, accumulation and DDP, in a Ray Train worker or alone in a process.
 
+    A process that shares a GPU, as a sweep's trial may, is kept to its share of the memory meanwhile.
+
     Accelerate's state is process-wide and keeps the first settings it saw: it is cleared for the next run.
     """
     from accelerate import Accelerator
@@ -57,7 +60,8 @@ def accelerator_for(step: StepConfig, *, use_gpu: bool, world_size: int = 1) -> 
                 # Without it, DDP holds every gradient twice.
                 kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
             )
-        yield accelerator
+        with memory_share(accelerator.device, gpu_share()):
+            yield accelerator
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()

@@ -23,6 +23,16 @@ LOOKS = 20
 """Looks in the time that is allowed."""
 
 
+LEAST_COLLECTIVE_S = 1800
+"""Ray Train's own limit to a collective."""
+MOST_COLLECTIVE_S = 10**8
+
+
+def collective_timeout_s(hang_timeout_s: float) -> int:
+    """Return the seconds after which torch gives a collective up: later than a watchdog, which names its worker."""
+    return int(min(max(LEAST_COLLECTIVE_S, 2 * hang_timeout_s), MOST_COLLECTIVE_S))
+
+
 class Watchdog:
     """A clock that `progress` starts and puts back; when it has run for `timeout_s`, this process ends.
 
@@ -58,7 +68,7 @@ class Watchdog:
     def _end(self) -> None:
         message = (
             f"{self.who} hung: nothing came of {self.phase} for {duration(self.timeout_s)} (--hang_timeout_s="
-            f"{self.timeout_s:g}); the stacks of its threads are in the log"
+            f"{self.timeout_s:g}): by itself, or in waiting for another; the stacks of its threads are in the log"
         )
         logger.error("%s", message)
         with self.log.open("a", encoding="utf-8") as file:

@@ -119,6 +119,11 @@ def for_its_base(variant: TrainConfig) -> TrainConfig:
     return dataclasses.replace(variant, base_config=None)
 
 
+def with_default_precision(variant: TrainConfig, mixed_precision: str | None) -> TrainConfig:
+    """Return the settings of a trial with the sweep's precision, unless they name one."""
+    return dataclasses.replace(variant, mixed_precision=variant.mixed_precision or mixed_precision)
+
+
 def to_check(variant: TrainConfig, space: Space) -> TrainConfig:
     """Return the settings of a trial as they are checked: `--base_config` is for those trials with single files."""
     some_need_it = BASE in space and any(is_single_file(value) for value in space[BASE].values)

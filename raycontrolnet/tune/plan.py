@@ -6,6 +6,7 @@ import dataclasses
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,6 +18,7 @@ from raycontrolnet.config.sweepable import cache_settings
 from raycontrolnet.config.train_config import TrainConfig, names_that_decide, names_with, public_settings
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.launch.checked_run import CheckedRun
+from raycontrolnet.launch.precision import in_words, resolve, workers_have_bf16
 from raycontrolnet.launch.preflight import check, choose_latents, ensure_latents
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.tune import checks
@@ -44,6 +46,8 @@ class SweepPlan:
     total_updates: int
     grace_period: int | None
     """Updates before a trial may be stopped; None if none is."""
+    mixed_precision: str | None = None
+    """Precision of trials that name none, in an earlier part of the sweep; None for fp32, or without such a part."""
 
     @property
     def sweep_dir(self) -> Path:
@@ -95,6 +99,7 @@ class SweepPlan:
             "validation_steps": self.train.validation_steps,
             "grace_period": self.grace_period,
             "settings": public_settings(self.train),
+            "mixed_precision": self.mixed_precision,
             "versions": versions(),
         }
 
@@ -105,9 +110,14 @@ class SweepPlan:
             for settings in checks.combinations(self.space, [name]):
                 yield dataclasses.replace(self.train, **settings)
 
-    def config_of(self, record: TrialRecord) -> TrainConfig:
-        """Return the settings of a trial, as `fit` takes them for the same run."""
-        return checks.for_its_base(dataclasses.replace(self.train, **record.settings))
+    def config_of(self, record: TrialRecord, mixed_precision: str | None) -> TrainConfig:
+        """Return the settings of a trial, as `fit` takes them for the same run.
+
+        Args:
+            mixed_precision: that of trials that name none.
+        """
+        config = checks.for_its_base(dataclasses.replace(self.train, **record.settings))
+        return checks.with_default_precision(config, mixed_precision)
 
 
 def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
@@ -152,6 +162,7 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
         records=[mark_interrupted(folder.path, record) for record in read_records(folder.path)] if before else [],
         total_updates=total_updates,
         grace_period=_grace_period(config, train.validation_steps, total_updates, stream),
+        mixed_precision=before.get("mixed_precision"),  # versions before this one had fp32 where nothing was said
     )
 
 
@@ -216,4 +227,18 @@ def share(plan: SweepPlan, slots: TrialSlots, lease: SweepLease, resources: Work
             complete.config, cpus_per_worker=slots.cpus_per_worker, push_to_hub=False, resume_from_checkpoint=None
         )
         runs[key] = dataclasses.replace(complete, config=config)
-    return Shared(lease=lease.for_trials(), runs=runs, slots=slots, retries=plan.config.trial_retries)
+    precision = _precision(plan, slots, resources, stream)
+    return Shared(lease.for_trials(), runs, slots, plan.config.trial_retries, precision)
+
+
+def _precision(plan: SweepPlan, slots: TrialSlots, resources: WorkerResources, stream: TextIO) -> str | None:
+    """Return the precision of trials that name none, and say which it is."""
+    if "mixed_precision" in plan.space and None not in plan.space["mixed_precision"].values:
+        return plan.mixed_precision
+    asked = partial(workers_have_bf16, resources, plan.train.wait_timeout_s, stream)
+    given, by = plan.train.mixed_precision, "the sweep has begun"
+    before = plan.mixed_precision or "no" if plan.records else None
+    precision, reason = resolve(given, before, use_gpu=slots.use_gpu, has_bf16=asked, by=by)
+    if precision and reason:
+        stream.write(f"sweep: trials train in {in_words(precision, reason)}\n")
+    return precision

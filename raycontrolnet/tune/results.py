@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def write_results(plan: SweepPlan, trials: Sequence[Trial], facts: dict[str, Any
     best = next((trial for trial in trials if weights_of(plan, trial)), None)
     facts["best"] = best.record.name if best else None
     if best:
-        write_best(plan, best)
+        write_best(plan, best, facts)
         plan.folder.mirror(f"{BEST_FOLDER}/*")
     if "tensorboard" in train.trackers:
         try:
@@ -60,15 +60,18 @@ def write_results(plan: SweepPlan, trials: Sequence[Trial], facts: dict[str, Any
             logger.warning("TensorBoard's files could not be written", exc_info=True)
 
 
-def push_best(plan: SweepPlan, best: Trial) -> str:
+def push_best(plan: SweepPlan, best: Trial, facts: Mapping[str, Any]) -> str:
     """Push best/, whose model card then names the repository.
+
+    Args:
+        facts: content of sweep.json.
 
     Raises:
         RunError: the push failed; the sweep is finished all the same.
     """
     token, single_file = plan.run.token, plan.train.single_file
     repo_id = push.resolve_repo_id(plan.folder.shown, plan.train.hub_model_id, token, single_file)
-    folder = write_best(plan, best, repo_id)
+    folder = write_best(plan, best, facts, repo_id)
     try:
         plan.folder.mirror(f"{BEST_FOLDER}/*")
     except OSError as error:
@@ -100,10 +103,11 @@ def _has_weights(folder: Path) -> bool:
     return all((folder / name).is_file() for name in push.WEIGHTS)
 
 
-def write_best(plan: SweepPlan, trial: Trial, repo_id: str | None = None) -> Path:
+def write_best(plan: SweepPlan, trial: Trial, sweep_facts: Mapping[str, Any], repo_id: str | None = None) -> Path:
     """Replace best/ by the weights, settings and model card of `trial`, which has weights, and return its path.
 
     Args:
+        sweep_facts: content of sweep.json.
         repo_id: the repository to which best/ will be pushed.
     """
     import yaml
@@ -111,7 +115,8 @@ def write_best(plan: SweepPlan, trial: Trial, repo_id: str | None = None) -> Pat
     found = weights_of(plan, trial)
     assert found is not None
     weights, figures = found
-    best, step, config = plan.sweep_dir / BEST_FOLDER, int(figures.get("step", 0)), plan.config_of(trial.record)
+    best, step = plan.sweep_dir / BEST_FOLDER, int(figures.get("step", 0))
+    config = plan.config_of(trial.record, sweep_facts["mixed_precision"])
     with replacing_folder(best) as new:
         try:
             copy_weights(weights, new, config)

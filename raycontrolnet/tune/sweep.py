@@ -131,7 +131,7 @@ def _run(plan: SweepPlan, lease: SweepLease, facts: dict[str, Any], stream: Text
             check_device(slots.use_gpu, tried, has_gpu=slots.use_gpu)
         stream.write(f"sweep: {counted(plan.num_left, 'trial')}, {slots.reason}\n")
         shared = share(plan, slots, lease, worker_resources(train), stream)
-        facts |= {"concurrency": slots.at_a_time, "reason": slots.reason}
+        facts |= {"concurrency": slots.at_a_time, "reason": slots.reason, "mixed_precision": shared.mixed_precision}
         with _table(plan, stream) as table, ended_in_order(partial(_end, lease)):
             recorder = TrialRecorder(lease, plan.records, train.validation_steps, table)
             grid = run_trials(plan, shared, recorder, lease)
@@ -253,7 +253,7 @@ def _finish(
         uri=plan.folder.shown if plan.folder.is_stored else None,
     )
     if plan.train.push_to_hub and best:
-        stream.write(f"pushed to {push_best(plan, best)}\n")
+        stream.write(f"pushed to {push_best(plan, best, facts)}\n")
     learned = f"the best is in {plan.folder.shown}/{BEST_FOLDER}" if best else "no trial has weights"
     taken = duration(result.seconds) + (" altogether" if plan.records else "")  # with the parts before
     stream.write(f"done in {taken}: {learned}; report in {plan.folder.shown}/{REPORT_FILE}\n")

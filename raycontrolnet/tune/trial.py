@@ -23,14 +23,14 @@ from raycontrolnet.cluster.resources import worker_resources
 from raycontrolnet.config.sweepable import cache_settings
 from raycontrolnet.errors import RunError, UserError
 from raycontrolnet.launch.checked_run import CheckedRun
-from raycontrolnet.launch.fit import Summary, run_and_record
+from raycontrolnet.launch.fit import Trained, run_and_record
 from raycontrolnet.launch.workers import train_here, train_on_ray
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training import store_sync
 from raycontrolnet.training.job import RunStopped
 from raycontrolnet.training.status import RunStatus
-from raycontrolnet.tune.checks import for_its_base
+from raycontrolnet.tune.checks import for_its_base, with_default_precision
 from raycontrolnet.tune.concurrency import TrialSlots
 from raycontrolnet.tune.lease import SweepLease
 from raycontrolnet.tune.records import Report, TrialRecord, read_reports, run_folder_of
@@ -57,6 +57,8 @@ class Shared:
     slots: TrialSlots
     retries: int
     """Number of new attempts after a training has failed."""
+    mixed_precision: str | None = None
+    """Precision of trials that name none."""
 
     def run_of(self, record: TrialRecord) -> CheckedRun:
         """Return the run of a trial, which starts at its last checkpoint."""
@@ -65,6 +67,7 @@ class Shared:
         folder.path.mkdir(parents=True, exist_ok=True)
         checkpoints.remove_leftovers(folder.path)
         config = for_its_base(dataclasses.replace(base.config, **record.settings, output_dir=folder.place))
+        config = with_default_precision(config, self.mixed_precision)
         start = None if record.ended else folder.latest_sound()
         return dataclasses.replace(base, config=config, folder=folder, start=start, run_id=uuid.uuid4().hex)
 
@@ -182,10 +185,11 @@ def _train(run: CheckedRun, record: TrialRecord, shared: Shared, callback: TuneC
 def _train_once(run: CheckedRun, shared: Shared, callback: TuneCallback) -> None:
     slots = shared.slots
 
-    def train(status: RunStatus) -> Summary:
+    def train(status: RunStatus) -> Trained:
         if slots.in_process:
-            return train_here(run, status, nowhere, use_gpu=slots.use_gpu, threads=slots.threads, callback=callback)
-        return train_on_ray(run, worker_resources(run.config), status, nowhere, callback=callback)
+            how: dict[str, Any] = {"use_gpu": slots.use_gpu, "threads": slots.threads, "callback": callback}
+            return run, train_here(run, status, nowhere, **how)
+        return run, train_on_ray(run, worker_resources(run.config), status, nowhere, callback=callback)
 
     with Path(os.devnull).open("w") as nowhere:
         run_and_record(run, train, nowhere, time.time())
