@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from full_size import SD15, write_configurations
+from full_size import SD15, TINY, write_configurations
+from predictions import predicted
 from reference import CPU
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from raycontrolnet import TrainConfig, cli
@@ -22,13 +24,14 @@ from raycontrolnet.launch.check import Device, _advice, _device_lines, _memory, 
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.families.registry import family_of
 from raycontrolnet.model.files import local_files
-from raycontrolnet.predict.count import count_step
+from raycontrolnet.predict.count import count_step, count_steps
 from raycontrolnet.predict.devices import peak_of
-from raycontrolnet.predict.prediction import GAPS, GIB, LEAST_RESERVED, RESERVED, Prediction, predict
-from raycontrolnet.predict.shapes import shaped
+from raycontrolnet.predict.prediction import GAPS, GIB, LEAST_RESERVED, RESERVED, Prediction
+from raycontrolnet.predict.shape_tensors import ShapeMode
+from raycontrolnet.predict.shapes import _models, shaped
 
-BUDGET = 20_100
-"""Calls of operators in a step of SD 1.5: 19,983 when they were first counted so."""
+BUDGET = 6_300
+"""Calls of operators in a step of SD 1.5: 6,223 when they were first counted so, without asking for devices."""
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
@@ -41,14 +44,6 @@ ATTENTION = {
 @pytest.fixture
 def sd15(tmp_path: Path) -> Path:
     return write_configurations(SD15, tmp_path / "base")
-
-
-def predicted(base: Path, dtype: torch.dtype, *, cached: bool = True, **settings: Any) -> Prediction:
-    config = TrainConfig(pretrained_model_name_or_path=str(base), train_data_dir=".", **settings)
-    family = family_of(local_files(base).read_json("unet/config.json"))
-    assert family
-    with shaped(family, local_files(base), config, vae=None, dtype=dtype) as components:
-        return predict(components, config, cached=cached)
 
 
 def test_the_figures_that_were_measured(sd15: Path) -> None:
@@ -86,6 +81,40 @@ def test_a_real_step_has_the_same_counts(cached: bool, checkpointing: bool, real
         with FlopCounterMode(display=False, custom_mapping=ATTENTION) as flop:
             count_step(real, 3, 32, cached=False)
         assert flop.get_total_flops() == counted.flop
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_shapes_are_those_of_torchs_own_mode(dtype: torch.dtype, checkpointing: bool, tmp_path: Path) -> None:
+    """Counted once for all batches, and under torch's FakeTensorMode for each: the same bytes and operations."""
+    files = local_files(write_configurations(TINY, tmp_path / "base"))
+    config = TrainConfig(pretrained_model_name_or_path="none", train_data_dir=".")
+    family = family_of(files.read_json("unet/config.json"))
+    assert family
+
+    def checkpointed(components: Components) -> Components:
+        if checkpointing:
+            components.denoiser.enable_gradient_checkpointing()
+            components.controlnet.enable_gradient_checkpointing()
+        return components
+
+    sizes = (1, 3, 70)
+    with shaped(family, files, config, vae=None, dtype=dtype) as components:
+        found = count_steps(checkpointed(components), sizes, 64, cached=True)
+        assert count_step(components, 3, 64, cached=True) == found[1]
+        scheduler = components.noise_scheduler
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        components = checkpointed(_models(family, files, config, scheduler, vae=None, dtype=dtype))
+        fake = [count_step(components, size, 64, cached=True) for size in sizes]
+    assert [(each.flop, each.activations) for each in found] == [(each.flop, each.activations) for each in fake]
+    assert found[0].activations < found[1].activations < found[2].activations
+
+
+def test_a_shape_outside_of_its_mode() -> None:
+    with ShapeMode():
+        one = torch.zeros(3, 4)
+    with pytest.raises(RuntimeError, match="without data was used outside of its mode"):
+        one + 1
 
 
 def test_precision_and_optimizer(tiny_base: Path) -> None:

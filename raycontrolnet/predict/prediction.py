@@ -11,7 +11,7 @@ from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.performance import enable_memory_savers
 from raycontrolnet.model.step import latent_shape
-from raycontrolnet.predict.count import count_step
+from raycontrolnet.predict.count import count_steps
 
 GIB = 2**30
 MIB = 2**20
@@ -86,7 +86,7 @@ def predict(components: Components, config: TrainConfig, *, cached: bool) -> Pre
     """
     _set_checkpointing(components, on=config.gradient_checkpointing)
     size = config.train_batch_size
-    one, two = (count_step(components, each, config.resolution, cached=cached) for each in (size, 2 * size))
+    one, two = count_steps(components, (size, 2 * size), config.resolution, cached=cached)
     parts = {"text encoder": components.text_encoders, "VAE": (components.vae,), "denoiser": (components.denoiser,)}
     vae_waits = cached and not components.family.encodes_control
     frozen = {name: modules for name, modules in parts.items() if name != "VAE" or not vae_waits}
