@@ -17,10 +17,11 @@ from reference import CPU
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from raycontrolnet import TrainConfig, cli
+from raycontrolnet import TrainConfig, cli, fit
 from raycontrolnet.config.check_config import CheckConfig
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.launch.check import Device, _advice, _device_lines, _memory, _memory_lines, check
+from raycontrolnet.launch.check import Device, _device_lines, _memory_lines, check
+from raycontrolnet.launch.needs import Needs, memory_size
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.families.registry import family_of
 from raycontrolnet.model.files import local_files
@@ -56,7 +57,8 @@ def test_the_figures_that_were_measured(sd15: Path) -> None:
     assert found.flop_per_sample / 1e12 == pytest.approx(2.34, rel=0.01)
     assert found.dispatches <= BUDGET
     guide = (Path(__file__).parents[1] / "examples" / "guides" / "needs.md").read_text()
-    shown = [*_memory_lines(found, 4), *_device_lines(found, 4, Device(None, 24 * GIB, None), None)]
+    needs = Needs(TrainConfig(pretrained_model_name_or_path="none", train_data_dir="."), found, lambda: found)
+    shown = [*_memory_lines(found, 4), *_device_lines(needs, Device(None, 24 * GIB, None))]
     assert [line for line in shown if line.strip() not in guide] == []
 
 
@@ -208,7 +210,10 @@ def test_what_brings_a_run_that_does_not_fit_there(tiny_settings: dict[str, Any]
         for on in (False, True)
     )
     for needed, expected in (
-        ((plain.total(512) + less.total(512)) / 2, f"--gradient_checkpointing brings it to {_memory(less.total(512))}"),
+        (
+            (plain.total(512) + less.total(512)) / 2,
+            f"--gradient_checkpointing brings it to {memory_size(less.total(512))}",
+        ),
         (less.total(512) / 2, "--train_batch_size 128 --gradient_accumulation_steps 4 fits with --use_8bit_adam --gra"),
         (
             -LEAST_RESERVED / 2,
@@ -217,7 +222,7 @@ def test_what_brings_a_run_that_does_not_fit_there(tiny_settings: dict[str, Any]
     ):
         device = (needed + LEAST_RESERVED) / (1 - GAPS)
         assert not plain.fits(512, device)
-        assert _advice(plain, less, train, device).startswith(expected)
+        assert Needs(train, plain, lambda: less).advice(device).startswith(expected)
     said = checked(tiny_settings | {"train_batch_size": 512}, device_memory=0.9)
     (found,) = (line for line in said if line.startswith("device: "))
     assert found.startswith("device: batch 512 needs ")
@@ -244,3 +249,28 @@ def test_bad_input(tiny_settings: dict[str, Any], capsys: pytest.CaptureFixture[
     assert "--pretrained_model_name_or_path=nowhere/at/all: " in said
     assert "--train_data_dir=/nothing: " in said
     assert "Traceback" not in said
+
+
+def test_what_train_would_refuse_comes_after_the_needs(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    """As `train`: a batch that cannot fit, and a folder with checkpoints. Nothing is written there."""
+    stream, new = io.StringIO(), tmp_path / "new"
+    with pytest.raises(ConfigError) as refused:
+        check(CheckConfig(train=TrainConfig(**tiny_settings | {"output_dir": str(new)}), device_memory=1e-4), stream)
+    (problem,) = refused.value.problems
+    assert re.match(r"--train_batch_size=\d+: batch \d+ needs .* MiB, the device has 0.1 MiB: no batch fits", problem)
+    assert "  together " in stream.getvalue()
+    assert not new.exists()
+
+    used = tmp_path / "used"
+    used.mkdir()
+    settings = tiny_settings | {"output_dir": str(used)}
+    assert checked(settings)
+    assert not list(used.iterdir())
+    fit(TrainConfig(**settings | {"num_workers": "0", "max_train_steps": 1}), stream=io.StringIO())
+    stream = io.StringIO()
+    with pytest.raises(ConfigError, match=r"--output_dir=.*used.*checkpoint-1"):
+        check(CheckConfig(train=TrainConfig(**settings)), stream)
+    assert "  together " in stream.getvalue()
+    assert checked(settings | {"resume_from_checkpoint": "latest"})
+    with pytest.raises(ConfigError, match="--resume_from_checkpoint=checkpoint-9: no such folder"):
+        checked(settings | {"resume_from_checkpoint": "checkpoint-9"})

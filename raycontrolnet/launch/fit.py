@@ -9,10 +9,12 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from raycontrolnet.cluster.logs import logging_to, shown_on
+from raycontrolnet.cluster.nodes import gpu_types
 from raycontrolnet.cluster.resources import worker_resources
 from raycontrolnet.cluster.session import ray_session
 from raycontrolnet.config.checks import check_device, versions, with_absolute_paths
@@ -22,6 +24,7 @@ from raycontrolnet.hub import push
 from raycontrolnet.hub.licence import Licence, find_licence
 from raycontrolnet.hub.model_card import write_model_card
 from raycontrolnet.launch.checked_run import CheckedRun
+from raycontrolnet.launch.needs_beside import Counting, counting
 from raycontrolnet.launch.preflight import check, choose_latents, ensure_latents
 from raycontrolnet.launch.workers import train_here, train_on_ray
 from raycontrolnet.report.live_report import live_report
@@ -103,22 +106,29 @@ def _run_fit(config: TrainConfig, folder: RunFolder, stream: TextIO, callback: R
     started = time.time()
     run = choose_latents(check(config, folder), stream)
     check_named_file(config, folder)  # last: it warns of what the run will do
+    with counting(run.config, run.token, cached=run.cached, wanted=callback is None) as needs:
+        return run_and_record(run, partial(_train, run, needs, stream, callback), stream, started)
 
-    def train(status: RunStatus) -> Summary:
-        if config.in_this_process:
-            import torch
 
-            use_gpu = check_device(config.use_gpu, config, has_gpu=torch.cuda.is_available())
-            cached = ensure_latents(run, None, stream)
-            return train_here(cached, status, stream, use_gpu=use_gpu, callback=callback)
-        with ray_session(config.address):
-            resources = worker_resources(config)
-            check_device(resources.use_gpu, config, has_gpu=resources.use_gpu)
-            resources.say_what_is_awaited(stream)
-            cached = ensure_latents(run, resources, stream)
-            return train_on_ray(cached, resources, status, stream, callback=callback)
+def _train(
+    run: CheckedRun, needs: Counting, stream: TextIO, callback: RunCallback | None, status: RunStatus
+) -> Summary:
+    """Train in this process or on Ray; see `run_and_record`."""
+    config, schedule = run.config, run.schedule(run.start)
+    if config.in_this_process:
+        import torch
 
-    return run_and_record(run, train, stream, started)
+        use_gpu = check_device(config.use_gpu, config, has_gpu=torch.cuda.is_available())
+        needs.say(schedule, None, stream, use_gpu=use_gpu)
+        cached = ensure_latents(run, None, stream)
+        return train_here(cached, status, stream, use_gpu=use_gpu, callback=callback)
+    with ray_session(config.address):
+        resources = worker_resources(config)
+        check_device(resources.use_gpu, config, has_gpu=resources.use_gpu)
+        resources.say_what_is_awaited(stream)
+        needs.say(schedule, None if resources.one_machine else gpu_types(config), stream, use_gpu=resources.use_gpu)
+        cached = ensure_latents(run, resources, stream)
+        return train_on_ray(cached, resources, status, stream, callback=callback)
 
 
 def run_and_record(run: CheckedRun, train: Callable[[RunStatus], Summary], stream: TextIO, started: float) -> RunResult:

@@ -19,6 +19,8 @@ LEAST_RESERVED, RESERVED = 1.0 * GIB, 3.0 * GIB
 """Bytes that CUDA's context and the kernels' workspaces need, at least and to be sure."""
 GAPS = 0.03
 """Share of the device's memory that is lost between blocks."""
+ERROR = 0.1
+"""Share by which a prediction may be too high."""
 MOMENTS = {False: 8, True: 2}
 """`use_8bit_adam` -> bytes of the optimizer's moments for each weight."""
 FP32_BYTES = 4
@@ -66,6 +68,10 @@ class Prediction:
     def fits(self, batch_size: int, device_bytes: float, reserved: float = LEAST_RESERVED) -> bool:
         """Check whether a batch fits a device, of which CUDA and its kernels take `reserved` bytes."""
         return self.total(batch_size) + reserved <= device_bytes * (1 - GAPS)
+
+    def cannot_fit(self, batch_size: int, device_bytes: float) -> bool:
+        """Check whether a batch does not fit a device even if the prediction is too high, and CUDA needs nothing."""
+        return self.total(batch_size) * (1 - ERROR) > device_bytes
 
     def largest_batch(self, device_bytes: float) -> int:
         """Return the largest batch that fits a device to be sure; 0 if none does."""

@@ -35,7 +35,7 @@ class ShapeTensor(torch.Tensor):
     @staticmethod
     def of(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, memory: Memory) -> ShapeTensor:
         """Make a tensor in `memory`."""
-        make: Callable[..., Any] = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        make: Callable[..., Any] = torch.Tensor._make_wrapper_subclass
         tensor: ShapeTensor = make(ShapeTensor, shape, strides=strides, dtype=dtype, device=CPU)
         tensor.memory = memory
         return tensor
@@ -43,7 +43,7 @@ class ShapeTensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise RuntimeError("a tensor without data was used outside of its mode")
 
 

@@ -105,6 +105,20 @@ class SweepPlan:
             for settings in checks.combinations(self.space, [name]):
                 yield dataclasses.replace(self.train, **settings)
 
+    def heaviest(self) -> CheckedRun:
+        """Return the trial that may need most memory: the space's largest batch and images, and its least savings."""
+
+        def weight(settings: Mapping[str, Any]) -> tuple[Any, ...]:
+            tried = dataclasses.replace(self.train, **settings)
+            size = tried.train_batch_size * tried.resolution**2
+            half = tried.mixed_precision in ("bf16", "fp16")
+            return size, not tried.gradient_checkpointing, not tried.use_8bit_adam, not half
+
+        names = ("train_batch_size", "resolution", "gradient_checkpointing", "use_8bit_adam", "mixed_precision")
+        settings = max(checks.combinations(self.space, names), key=weight)
+        config = checks.for_its_base(dataclasses.replace(self.train, **settings))
+        return dataclasses.replace(self.run, config=config)
+
     def config_of(self, record: TrialRecord) -> TrainConfig:
         """Return the settings of a trial, as `fit` takes them for the same run."""
         return checks.for_its_base(dataclasses.replace(self.train, **record.settings))
