@@ -29,7 +29,7 @@ class Needs:
     train: TrainConfig
     prediction: Prediction
     checkpointed: Callable[[], Prediction]
-    """Returns the prediction with gradient checkpointing, for advice; takes seconds."""
+    """Call it for the prediction with gradient checkpointing, which takes seconds; advice needs it."""
 
     @staticmethod
     def of(train: TrainConfig, token: str | None, prediction: Prediction, *, cached: bool) -> Needs:
