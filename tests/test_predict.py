@@ -11,24 +11,28 @@ from typing import Any
 
 import pytest
 import torch
-from full_size import SD15, write_configurations
+from full_size import SD15, TINY, write_configurations
+from predictions import predicted
 from reference import CPU
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from raycontrolnet import TrainConfig, cli
+from raycontrolnet import TrainConfig, cli, fit
 from raycontrolnet.config.check_config import CheckConfig
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.launch.check import Device, _advice, _device_lines, _memory, _memory_lines, check
+from raycontrolnet.launch.check import Device, _device_lines, _memory_lines, check
+from raycontrolnet.launch.needs import Needs, memory_size
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.families.registry import family_of
 from raycontrolnet.model.files import local_files
-from raycontrolnet.predict.count import count_step
+from raycontrolnet.predict.count import count_step, count_steps
 from raycontrolnet.predict.devices import peak_of
-from raycontrolnet.predict.prediction import GAPS, GIB, LEAST_RESERVED, RESERVED, Prediction, predict
-from raycontrolnet.predict.shapes import shaped
+from raycontrolnet.predict.prediction import GAPS, GIB, LEAST_RESERVED, RESERVED, Prediction
+from raycontrolnet.predict.shape_tensors import ShapeMode
+from raycontrolnet.predict.shapes import _models, shaped
 
-BUDGET = 20_100
-"""Calls of operators in a step of SD 1.5: 19,983 when they were first counted so."""
+BUDGET = 6_300
+"""Calls of operators in a step of SD 1.5: 6,223 when they were first counted so, without asking for devices."""
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
@@ -43,14 +47,6 @@ def sd15(tmp_path: Path) -> Path:
     return write_configurations(SD15, tmp_path / "base")
 
 
-def predicted(base: Path, dtype: torch.dtype, *, cached: bool = True, **settings: Any) -> Prediction:
-    config = TrainConfig(pretrained_model_name_or_path=str(base), train_data_dir=".", **settings)
-    family = family_of(local_files(base).read_json("unet/config.json"))
-    assert family
-    with shaped(family, local_files(base), config, vae=None, dtype=dtype) as components:
-        return predict(components, config, cached=cached)
-
-
 def test_the_figures_that_were_measured(sd15: Path) -> None:
     """SD 1.5 at 512 px in bf16 from the cache: GiB beside CUDA's context, on an H100."""
     found = predicted(sd15, torch.bfloat16)
@@ -61,7 +57,8 @@ def test_the_figures_that_were_measured(sd15: Path) -> None:
     assert found.flop_per_sample / 1e12 == pytest.approx(2.34, rel=0.01)
     assert found.dispatches <= BUDGET
     guide = (Path(__file__).parents[1] / "examples" / "guides" / "needs.md").read_text()
-    shown = [*_memory_lines(found, 4), *_device_lines(found, 4, Device(None, 24 * GIB, None), None)]
+    needs = Needs(TrainConfig(pretrained_model_name_or_path="none", train_data_dir="."), found, lambda: found)
+    shown = [*_memory_lines(found, 4), *_device_lines(needs, Device(None, 24 * GIB, None))]
     assert [line for line in shown if line.strip() not in guide] == []
 
 
@@ -86,6 +83,40 @@ def test_a_real_step_has_the_same_counts(cached: bool, checkpointing: bool, real
         with FlopCounterMode(display=False, custom_mapping=ATTENTION) as flop:
             count_step(real, 3, 32, cached=False)
         assert flop.get_total_flops() == counted.flop
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_shapes_are_those_of_torchs_own_mode(dtype: torch.dtype, checkpointing: bool, tmp_path: Path) -> None:
+    """Counted once for all batches, and under torch's FakeTensorMode for each: the same bytes and operations."""
+    files = local_files(write_configurations(TINY, tmp_path / "base"))
+    config = TrainConfig(pretrained_model_name_or_path="none", train_data_dir=".")
+    family = family_of(files.read_json("unet/config.json"))
+    assert family
+
+    def checkpointed(components: Components) -> Components:
+        if checkpointing:
+            components.denoiser.enable_gradient_checkpointing()
+            components.controlnet.enable_gradient_checkpointing()
+        return components
+
+    sizes = (1, 3, 70)
+    with shaped(family, files, config, vae=None, dtype=dtype) as components:
+        found = count_steps(checkpointed(components), sizes, 64, cached=True)
+        assert count_step(components, 3, 64, cached=True) == found[1]
+        scheduler = components.noise_scheduler
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        components = checkpointed(_models(family, files, config, scheduler, vae=None, dtype=dtype))
+        fake = [count_step(components, size, 64, cached=True) for size in sizes]
+    assert [(each.flop, each.activations) for each in found] == [(each.flop, each.activations) for each in fake]
+    assert found[0].activations < found[1].activations < found[2].activations
+
+
+def test_a_shape_outside_of_its_mode() -> None:
+    with ShapeMode():
+        one = torch.zeros(3, 4)
+    with pytest.raises(RuntimeError, match="without data was used outside of its mode"):
+        one + 1
 
 
 def test_precision_and_optimizer(tiny_base: Path) -> None:
@@ -179,7 +210,10 @@ def test_what_brings_a_run_that_does_not_fit_there(tiny_settings: dict[str, Any]
         for on in (False, True)
     )
     for needed, expected in (
-        ((plain.total(512) + less.total(512)) / 2, f"--gradient_checkpointing brings it to {_memory(less.total(512))}"),
+        (
+            (plain.total(512) + less.total(512)) / 2,
+            f"--gradient_checkpointing brings it to {memory_size(less.total(512))}",
+        ),
         (less.total(512) / 2, "--train_batch_size 128 --gradient_accumulation_steps 4 fits with --use_8bit_adam --gra"),
         (
             -LEAST_RESERVED / 2,
@@ -188,7 +222,7 @@ def test_what_brings_a_run_that_does_not_fit_there(tiny_settings: dict[str, Any]
     ):
         device = (needed + LEAST_RESERVED) / (1 - GAPS)
         assert not plain.fits(512, device)
-        assert _advice(plain, less, train, device).startswith(expected)
+        assert Needs(train, plain, lambda: less).advice(device).startswith(expected)
     said = checked(tiny_settings | {"train_batch_size": 512}, device_memory=0.9)
     (found,) = (line for line in said if line.startswith("device: "))
     assert found.startswith("device: batch 512 needs ")
@@ -215,3 +249,28 @@ def test_bad_input(tiny_settings: dict[str, Any], capsys: pytest.CaptureFixture[
     assert "--pretrained_model_name_or_path=nowhere/at/all: " in said
     assert "--train_data_dir=/nothing: " in said
     assert "Traceback" not in said
+
+
+def test_what_train_would_refuse_comes_after_the_needs(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    """As `train`: a batch that cannot fit, and a folder with checkpoints. Nothing is written there."""
+    stream, new = io.StringIO(), tmp_path / "new"
+    with pytest.raises(ConfigError) as refused:
+        check(CheckConfig(train=TrainConfig(**tiny_settings | {"output_dir": str(new)}), device_memory=1e-4), stream)
+    (problem,) = refused.value.problems
+    assert re.match(r"--train_batch_size=\d+: batch \d+ needs .* MiB, the device has 0.1 MiB: no batch fits", problem)
+    assert "  together " in stream.getvalue()
+    assert not new.exists()
+
+    used = tmp_path / "used"
+    used.mkdir()
+    settings = tiny_settings | {"output_dir": str(used)}
+    assert checked(settings)
+    assert not list(used.iterdir())
+    fit(TrainConfig(**settings | {"num_workers": "0", "max_train_steps": 1}), stream=io.StringIO())
+    stream = io.StringIO()
+    with pytest.raises(ConfigError, match=r"--output_dir=.*used.*checkpoint-1"):
+        check(CheckConfig(train=TrainConfig(**settings)), stream)
+    assert "  together " in stream.getvalue()
+    assert checked(settings | {"resume_from_checkpoint": "latest"})
+    with pytest.raises(ConfigError, match="--resume_from_checkpoint=checkpoint-9: no such folder"):
+        checked(settings | {"resume_from_checkpoint": "checkpoint-9"})

@@ -54,6 +54,18 @@ def cluster_nodes(cluster: ClusterConfig) -> ClusterNodes:
     return ClusterNodes(nodes, nodes_that_may_come(cluster, nodes))
 
 
+def gpu_types(cluster: ClusterConfig) -> set[str | None]:
+    """Return the types of GPUs that workers may get in the connected cluster, None among them for an unknown one."""
+    if cluster.accelerator_type:
+        return {cluster.accelerator_type}
+    prefix, (up, may_come) = "accelerator_type:", cluster_nodes(cluster)
+    found: set[str | None] = set() if may_come is not None else {None}
+    for node in (*up, *(may_come or ())):
+        if node.get("GPU"):
+            found |= {name.removeprefix(prefix) for name in node if name.startswith(prefix)} or {None}
+    return found
+
+
 def nodes_that_are_up() -> list[dict[str, float]]:
     """Return the resources of every node that is up."""
     import ray

@@ -73,8 +73,8 @@ class LatentPlan:
         rows: Sequence[int] = range(len(source)) if order.rows is None else sorted(order.rows.tolist())
         shards = tuple(plan_shards(source, rows, encoding))
         side = config.resolution // vae.factor
-        posterior_bytes = 2 * vae.latent_channels * side * side * int(config.latents_dtype.removeprefix("float")) // 8
-        return LatentPlan(config, source, folder, encoding, shards, manifest, posterior_bytes, token)
+        row_bytes = posterior_bytes(vae.latent_channels * side * side, config.latents_dtype)
+        return LatentPlan(config, source, folder, encoding, shards, manifest, row_bytes, token)
 
     @property
     def num_rows(self) -> int:
@@ -147,6 +147,11 @@ class LatentPlan:
         needed = {shard.name for shard in self.shards}
         sizes = self.folder.sizes()
         return {name: size for name, size in sizes.items() if name.endswith(".arrow") and name not in needed}
+
+
+def posterior_bytes(latents: int, latents_dtype: str) -> int:
+    """Return the bytes that a sample takes in the cache: mean and log-variance of so many latents."""
+    return 2 * latents * int(latents_dtype.removeprefix("float")) // 8
 
 
 def _folder(asked: str | None, data: DataConfig, encoding: Encoding) -> CacheFolder:

@@ -5,6 +5,7 @@ check -> choose latents -> Ray -> encode latents -> workers (`train_controlnet`)
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any, TextIO
 import torch
 
 from raycontrolnet.cluster.logs import logging_to, shown_on
+from raycontrolnet.cluster.nodes import gpu_types
 from raycontrolnet.cluster.resources import worker_resources
 from raycontrolnet.cluster.session import ray_session
 from raycontrolnet.config.checks import check_device, versions, with_absolute_paths
@@ -25,7 +27,8 @@ from raycontrolnet.hub import push
 from raycontrolnet.hub.licence import Licence, find_licence
 from raycontrolnet.hub.model_card import write_model_card
 from raycontrolnet.launch.checked_run import CheckedRun
-from raycontrolnet.launch.precision import with_precision, workers_have_bf16
+from raycontrolnet.launch.needs_beside import Counting, counting
+from raycontrolnet.launch.precision import trained_in, with_precision, workers_have_bf16
 from raycontrolnet.launch.preflight import check, choose_latents, ensure_latents
 from raycontrolnet.launch.workers import train_here, train_on_ray
 from raycontrolnet.model.performance import has_bf16
@@ -110,23 +113,31 @@ def _run_fit(config: TrainConfig, folder: RunFolder, stream: TextIO, callback: R
     started = time.time()
     run = choose_latents(check(config, folder), stream)
     check_named_file(config, folder)  # last: it warns of what the run will do
+    likely = dataclasses.replace(run.config, mixed_precision=run.config.mixed_precision or trained_in(run.start))
+    with counting(likely, run.token, cached=run.cached, wanted=callback is None) as needs:
+        return run_and_record(run, partial(_train, run, needs, stream, callback), stream, started)
 
-    def train(status: RunStatus) -> Trained:
-        if config.in_this_process:
-            use_gpu = check_device(config.use_gpu, config, has_gpu=torch.cuda.is_available())
-            ready = ensure_latents(run, None, stream)
-            ready = with_precision(ready, use_gpu=use_gpu, has_bf16=has_bf16)
-            return ready, train_here(ready, status, stream, use_gpu=use_gpu, callback=callback)
-        with ray_session(config.address):
-            resources = worker_resources(config)
-            check_device(resources.use_gpu, config, has_gpu=resources.use_gpu)
-            resources.say_what_is_awaited(stream)
-            ready = ensure_latents(run, resources, stream)
-            asked = partial(workers_have_bf16, resources, config.wait_timeout_s, stream)
-            ready = with_precision(ready, use_gpu=resources.use_gpu, has_bf16=asked)
-            return ready, train_on_ray(ready, resources, status, stream, callback=callback)
 
-    return run_and_record(run, train, stream, started)
+def _train(
+    run: CheckedRun, needs: Counting, stream: TextIO, callback: RunCallback | None, status: RunStatus
+) -> Trained:
+    """Train in this process or on Ray; see `run_and_record`."""
+    config, schedule = run.config, run.schedule(run.start)
+    if config.in_this_process:
+        use_gpu = check_device(config.use_gpu, config, has_gpu=torch.cuda.is_available())
+        needs.say(schedule, None, stream, use_gpu=use_gpu)
+        ready = ensure_latents(run, None, stream)
+        ready = with_precision(ready, use_gpu=use_gpu, has_bf16=has_bf16)
+        return ready, train_here(ready, status, stream, use_gpu=use_gpu, callback=callback)
+    with ray_session(config.address):
+        resources = worker_resources(config)
+        check_device(resources.use_gpu, config, has_gpu=resources.use_gpu)
+        resources.say_what_is_awaited(stream)
+        needs.say(schedule, None if resources.one_machine else gpu_types(config), stream, use_gpu=resources.use_gpu)
+        ready = ensure_latents(run, resources, stream)
+        asked = partial(workers_have_bf16, resources, config.wait_timeout_s, stream)
+        ready = with_precision(ready, use_gpu=resources.use_gpu, has_bf16=asked)
+        return ready, train_on_ray(ready, resources, status, stream, callback=callback)
 
 
 def run_and_record(run: CheckedRun, train: Callable[[RunStatus], Trained], stream: TextIO, started: float) -> RunResult:

@@ -6,7 +6,8 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,9 +20,13 @@ from torch.utils.flop_counter import (
 
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.step import Batch, Draws, controlnet_loss, latent_shape, with_posterior
+from raycontrolnet.predict.shape_tensors import memory_of
 
 SIZES = 6
 """Numbers of a row's size conditions."""
+MARK = 2**30 + 3
+"""A batch by which everything that depends on the batch can be told: a prime, above the bytes of any tensor that does
+not depend on it, and small enough for the sizes of those that do to have 63 bits."""
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -54,44 +59,87 @@ class Counted:
     """Calls of operators."""
 
 
-class StepCounter(TorchDispatchMode):
-    """Counts calls, floating-point operations, and the bytes of tensors made in it as long as something holds them."""
+class Share(NamedTuple):
+    """A number of a step, as it depends on the batch."""
 
-    def __init__(self) -> None:
+    base: int
+    per_sample: int
+
+    def of(self, batch_size: int) -> int:
+        return self.base + self.per_sample * batch_size
+
+
+class StepCounter(TorchDispatchMode):
+    """Counts calls, floating-point operations, and the bytes of tensors made in it as long as something holds them.
+
+    Every number is split into a multiple of the batch and the rest. If the batch is `MARK`, the rest is the part that
+    does not depend on the batch, and the counts of all batches are known.
+    """
+
+    def __init__(self, batch_size: int) -> None:
         super().__init__()
-        self.dispatches = self.flop = self.peak = self._alive = 0
+        self._batch_size, self._dispatches = batch_size, 0
+        self._flop: list[Share] = []
+        self._memory: list[tuple[int, Share]] = []
+        """(1, bytes) for memory that is taken, and (-1, bytes) where it is given back."""
         self._seen = weakref.WeakSet[Any]()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Tell torch that nothing is compiled in this mode."""
+        return True
 
     def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
         """Leave out tensors that were there before."""
         for tensor in tensors:
-            self._seen.add(tensor.untyped_storage())
+            self._seen.add(memory_of(tensor)[0])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.dispatches += 1
+        self._dispatches += 1
         if formula := FORMULAS.get(func.overloadpacket):
-            self.flop += formula(*args, **(kwargs or {}), out_val=result)
+            self._flop.append(self._share(formula(*args, **(kwargs or {}), out_val=result)))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
-                self._seen.add(storage)
-                size = storage.nbytes()
-                self._alive += size
-                self.peak = max(self.peak, self._alive)
-                weakref.finalize(storage, self._freed, size)
+            if isinstance(tensor, torch.Tensor):
+                memory, num_bytes = memory_of(tensor)
+                if memory not in self._seen:
+                    self._seen.add(memory)
+                    share = self._share(num_bytes)
+                    self._memory.append((1, share))
+                    weakref.finalize(memory, self._memory.append, (-1, share))
         return result
 
-    def _freed(self, size: int) -> None:
-        self._alive -= size
+    def _share(self, number: int) -> Share:
+        per_sample, base = divmod(number, self._batch_size)
+        return Share(base, per_sample)
+
+    def of(self, batch_size: int) -> Counted:
+        """Return the counts of a batch: of any if the step's was `MARK`, else of that."""
+        alive = accumulate(sign * share.of(batch_size) for sign, share in self._memory)
+        flop = sum(share.of(batch_size) for share in self._flop)
+        return Counted(flop, max(alive, default=0), self._dispatches)
 
 
 def count_step(components: Components, batch_size: int, resolution: int, *, cached: bool) -> Counted:
     """Count a step of `batch_size` samples at `resolution`, from the latent cache or from pixels.
 
     Args:
-        components: on tensors without data, as of `shapes`; the ControlNet runs under autocast if the frozen models
-            are in half precision.
+        components: real ones, or of `shapes`; the ControlNet runs under autocast if the frozen models are in half
+            precision.
     """
+    return _counter(components, batch_size, resolution, cached=cached).of(batch_size)
+
+
+def count_steps(
+    components: Components, batch_sizes: Iterable[int], resolution: int, *, cached: bool
+) -> tuple[Counted, ...]:
+    """Count steps of several batches as `count_step`, by a single one; `components` are of `shapes`."""
+    counter = _counter(components, MARK, resolution, cached=cached)
+    return tuple(counter.of(batch_size) for batch_size in batch_sizes)
+
+
+def _counter(components: Components, batch_size: int, resolution: int, *, cached: bool) -> StepCounter:
+    """Return the counter of a step that has been done."""
     batch, draws = _inputs(components, batch_size, resolution)
     if cached:
         batch = with_posterior(components, batch)
@@ -99,13 +147,13 @@ def count_step(components: Components, batch_size: int, resolution: int, *, cach
     for parameter in parameters:
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)  # as left by the update before
-    counter = StepCounter()
+    counter = StepCounter(batch_size)
     for module in (*components.frozen(), components.controlnet):
         counter.ignore((*module.parameters(), *module.buffers()))
     counter.ignore(parameter.grad for parameter in parameters if parameter.grad is not None)
     with as_autocast_on_gpus(components) as controlnet, counter:
         controlnet_loss(components, controlnet, batch, draws).mean().backward()
-    return Counted(counter.flop, counter.peak, counter.dispatches)
+    return counter
 
 
 def _inputs(components: Components, batch_size: int, resolution: int) -> tuple[Batch, Draws]:

@@ -1,8 +1,11 @@
-"""Peak arithmetic of GPUs, by their makers' data sheets, and the share of it that a training step reaches."""
+"""Peak arithmetic and memory of GPUs, by their makers' data sheets, and what this machine has."""
 
 from __future__ import annotations
 
+import os
 import re
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -51,3 +54,26 @@ def peak_of(name: str) -> Peak | None:
     if "laptop" in name.lower() or "max-q" in name.lower():
         return None
     return next((peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
+
+
+MEMORY = {
+    "A100": 80, "A100-40G": 40, "A100-80G": 80, "A10G": 24, "B200": 192, "GB200": 192, "B300": 288, "GB300": 288,
+    "H100": 96, "H20": 141, "H200": 141, "K80": 12, "L4": 24, "L40S": 48, "P4": 8, "P100": 16, "RTX-PRO-6000": 96,
+    "T4": 16, "V100": 32,
+}  # fmt: skip
+"""Ray's accelerator type -> GiB of the largest GPU that is sold under this name."""
+MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def bytes_of_type(accelerator_type: str) -> float | None:
+    """Return the most memory that GPUs of a type of Ray's have; None if it is not known."""
+    memory = MEMORY.get(accelerator_type)
+    return memory * 2**30 if memory else None
+
+
+def host_bytes() -> int:
+    """Return the memory of this machine, or of the container that this process is in."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # no limit, or another system
+        return min(machine, int(MEMORY_LIMIT.read_text()))
+    return machine

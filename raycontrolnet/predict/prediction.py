@@ -11,7 +11,7 @@ from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.performance import enable_memory_savers
 from raycontrolnet.model.step import latent_shape
-from raycontrolnet.predict.count import count_step
+from raycontrolnet.predict.count import count_steps
 
 GIB = 2**30
 MIB = 2**20
@@ -19,6 +19,8 @@ LEAST_RESERVED, RESERVED = 1.0 * GIB, 3.0 * GIB
 """Bytes that CUDA's context and the kernels' workspaces need, at least and to be sure."""
 GAPS = 0.03
 """Share of the device's memory that is lost between blocks."""
+ERROR = 0.1
+"""Share by which a prediction may be too high."""
 MOMENTS = {False: 8, True: 2}
 """`use_8bit_adam` -> bytes of the optimizer's moments for each weight."""
 FP32_BYTES = 4
@@ -67,6 +69,10 @@ class Prediction:
         """Check whether a batch fits a device, of which CUDA and its kernels take `reserved` bytes."""
         return self.total(batch_size) + reserved <= device_bytes * (1 - GAPS)
 
+    def cannot_fit(self, batch_size: int, device_bytes: float) -> bool:
+        """Check whether a batch does not fit a device even if the prediction is too high, and CUDA needs nothing."""
+        return self.total(batch_size) * (1 - ERROR) > device_bytes
+
     def largest_batch(self, device_bytes: float) -> int:
         """Return the largest batch that fits a device to be sure; 0 if none does."""
         left = device_bytes * (1 - GAPS) - RESERVED - self.total(0)
@@ -86,7 +92,7 @@ def predict(components: Components, config: TrainConfig, *, cached: bool) -> Pre
     """
     _set_checkpointing(components, on=config.gradient_checkpointing)
     size = config.train_batch_size
-    one, two = (count_step(components, each, config.resolution, cached=cached) for each in (size, 2 * size))
+    one, two = count_steps(components, (size, 2 * size), config.resolution, cached=cached)
     parts = {"text encoder": components.text_encoders, "VAE": (components.vae,), "denoiser": (components.denoiser,)}
     vae_waits = cached and not components.family.encodes_control
     frozen = {name: modules for name, modules in parts.items() if name != "VAE" or not vae_waits}

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.errors import UserError
@@ -15,6 +14,7 @@ from raycontrolnet.model.components import Components
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.files import ModelFiles
 from raycontrolnet.model.loading import BASE
+from raycontrolnet.predict.shape_tensors import ShapeMode
 from raycontrolnet.quiet import only_errors
 
 
@@ -23,8 +23,9 @@ def shaped(
     family: Family, base: ModelFiles, model: ModelConfig, *, vae: ModelFiles | None, dtype: torch.dtype
 ) -> Iterator[Components]:
     """Give the models of a base without data; inside, their steps compute shapes alone. Arguments as of `built`."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield built(family, base, model, vae=vae, dtype=dtype)
+    noise_scheduler = _noise_scheduler(family, base, model)  # real: some compute their tables' bounds
+    with ShapeMode():
+        yield _models(family, base, model, noise_scheduler, vae=vae, dtype=dtype)
 
 
 def built(
@@ -42,8 +43,26 @@ def built(
     Raises:
         UserError: if a configuration is missing.
     """
+    return _models(family, base, model, _noise_scheduler(family, base, model), vae=vae, dtype=dtype)
+
+
+def _noise_scheduler(family: Family, base: ModelFiles, model: ModelConfig) -> Any:
     import diffusers
 
+    with only_errors():
+        config = _config(base, "scheduler", model, "scheduler_config.json")
+        return getattr(diffusers, family.noise_scheduler).from_config(config)
+
+
+def _models(
+    family: Family,
+    base: ModelFiles,
+    model: ModelConfig,
+    noise_scheduler: Any,
+    *,
+    vae: ModelFiles | None,
+    dtype: torch.dtype,
+) -> Components:
     vae_dtype = family.vae_dtype(dtype, named=vae is not None)
     parts = {}
     with only_errors():
@@ -55,9 +74,6 @@ def built(
         controlnet = family.make_controlnet(denoiser).train()
         for module in family.without_effect(controlnet):
             module.requires_grad_(False)
-        with unset_fake_temporarily():  # some compute their tables' bounds
-            scheduler = _config(base, "scheduler", model, "scheduler_config.json")
-            noise_scheduler = getattr(diffusers, family.noise_scheduler).from_config(scheduler)
     return Components(
         family=family,
         tokenizers=(),

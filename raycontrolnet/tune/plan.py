@@ -119,6 +119,20 @@ class SweepPlan:
         config = checks.for_its_base(dataclasses.replace(self.train, **record.settings))
         return checks.with_default_precision(config, mixed_precision)
 
+    def heaviest(self) -> CheckedRun:
+        """Return the trial that may need most memory: the space's largest batch and images, and its least savings."""
+
+        def weight(settings: Mapping[str, Any]) -> tuple[Any, ...]:
+            tried = dataclasses.replace(self.train, **settings)
+            size = tried.train_batch_size * tried.resolution**2
+            full = tried.mixed_precision == "no"
+            return size, not tried.gradient_checkpointing, not tried.use_8bit_adam, full
+
+        names = ("train_batch_size", "resolution", "gradient_checkpointing", "use_8bit_adam", "mixed_precision")
+        settings = max(checks.combinations(self.space, names), key=weight)
+        config = checks.for_its_base(dataclasses.replace(self.train, **settings))
+        return dataclasses.replace(self.run, config=checks.with_default_precision(config, self.mixed_precision))
+
 
 def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
     """Check everything that can be checked before Ray starts and models are read.

@@ -22,12 +22,13 @@ from typing import Any, TextIO
 from ray import tune
 
 from raycontrolnet.cluster.logs import logging_to, shown_on
-from raycontrolnet.cluster.nodes import cluster_nodes
+from raycontrolnet.cluster.nodes import cluster_nodes, gpu_types
 from raycontrolnet.cluster.resources import worker_resources
 from raycontrolnet.cluster.session import on_a_cluster, ray_session
 from raycontrolnet.config.checks import check_device
 from raycontrolnet.config.sweep_config import SweepConfig
 from raycontrolnet.errors import Interrupted, RunError, UserError, explained, root_cause
+from raycontrolnet.launch.needs_beside import counting
 from raycontrolnet.report.live_report import live_report
 from raycontrolnet.report.page import REPORT_FILE
 from raycontrolnet.signals import ended_in_order, ending_signals_raised, raise_interrupt
@@ -124,13 +125,21 @@ def _sweep(config: SweepConfig, stream: TextIO) -> SweepResult:
 
 def _run(plan: SweepPlan, lease: SweepLease, facts: dict[str, Any], stream: TextIO) -> tune.ResultGrid:
     train = plan.train
-    own = not on_a_cluster(train.address)
-    with ray_session(train.address):
+    own, heaviest = not on_a_cluster(train.address), plan.heaviest()
+    with counting(heaviest.config, heaviest.token, cached=heaviest.cached) as needs, ray_session(train.address):
         slots = trial_slots(train, plan.config, cluster_nodes(train), plan.num_left, own=own)
         for tried in plan.device_settings():
             check_device(slots.use_gpu, tried, has_gpu=slots.use_gpu)
         stream.write(f"sweep: {counted(plan.num_left, 'trial')}, {slots.reason}\n")
-        shared = share(plan, slots, lease, worker_resources(train), stream)
+        resources = worker_resources(train)
+        needs.say(
+            heaviest.schedule(None),
+            None if resources.one_machine else gpu_types(train),
+            stream,
+            use_gpu=slots.use_gpu,
+            share=min(1.0, slots.gpus_per_worker),
+        )
+        shared = share(plan, slots, lease, resources, stream)
         facts |= {"concurrency": slots.at_a_time, "reason": slots.reason, "mixed_precision": shared.mixed_precision}
         with _table(plan, stream) as table, ended_in_order(partial(_end, lease)):
             recorder = TrialRecorder(lease, plan.records, train.validation_steps, table)

@@ -11,33 +11,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from raycontrolnet import TrainConfig
-from raycontrolnet.model.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
-from raycontrolnet.model.files import local_files
-from raycontrolnet.predict.prediction import Prediction, predict
-from raycontrolnet.predict.shapes import shaped
-
 sys.path.append(str(Path(__file__).parents[1]))
 
-from full_size import SDXL, write_configurations
-
-
-def predicted(size: int, resolution: int, *, checkpointed: bool = False, cached: bool = True) -> Prediction:
-    """Predict a step of a batch."""
-    with tempfile.TemporaryDirectory() as folder:
-        base = local_files(write_configurations(SDXL, Path(folder) / "base"))
-        config = TrainConfig(
-            pretrained_model_name_or_path=folder, train_data_dir=folder, resolution=resolution,
-            train_batch_size=size, gradient_checkpointing=checkpointed,
-        )  # fmt: skip
-        with shaped(STABLE_DIFFUSION_XL, base, config, vae=None, dtype=torch.bfloat16) as components:
-            return predict(components, config, cached=cached)
+from full_size import SDXL
+from predictions import predicted
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -45,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--resolution", type=int, default=1024)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 2, 3, 4])
     args = parser.parse_args(arguments)
-    from_cache, from_pixels = (predicted(1, args.resolution, cached=cached) for cached in (True, False))
+    one = partial(predicted, SDXL, torch.bfloat16, resolution=args.resolution)
+    from_cache, from_pixels = (one(train_batch_size=1, cached=cached) for cached in (True, False))
     print("| Part | Weights |\n|---|---|")
     for name, number in from_cache.weights.items():
         print(f"| {name} | {number / 1e6:,.0f} M |")
@@ -58,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for size in args.batch_sizes:
         cells = []
         for checkpointed in (True, False):
-            found = predicted(size, args.resolution, checkpointed=checkpointed)
+            found = one(train_batch_size=size, gradient_checkpointing=checkpointed)
             cells += [f"{each.total(size) / 1e9:.1f} GB" for each in (found, found.with_8bit_adam())]
         print(f"| {size} | {' | '.join(cells)} |", flush=True)
 

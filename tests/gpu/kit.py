@@ -24,8 +24,11 @@ from typing import Any, NamedTuple
 import correctness
 import speed
 import torch
-from full_size import SD15, SD21, write_configurations
-from states import settings
+from full_size import SD15, SD21
+from predictions import predicted
+
+from raycontrolnet.model.performance import working_precision
+from raycontrolnet.predict.prediction import GIB
 
 BASES: dict[str, Mapping[str, Mapping[str, Any]]] = {"SD 1.5": SD15, "SD 2.1": SD21}
 BATCHES = (48, 32, 4)
@@ -81,23 +84,11 @@ class Report:
 
 def predicted_gib(case: Case) -> float:
     """Return the prediction for a case."""
-    import tempfile
-
-    from raycontrolnet.model.families.registry import family_of
-    from raycontrolnet.model.files import local_files
-    from raycontrolnet.model.performance import working_precision
-    from raycontrolnet.predict.prediction import GIB, predict
-    from raycontrolnet.predict.shapes import shaped
-
-    with tempfile.TemporaryDirectory() as folder:
-        files = local_files(write_configurations(BASES[case.base], Path(folder) / "base"))
-        family = family_of(files.read_json("unet/config.json"))
-        assert family
-        config = settings(
-            case.precision, train_batch_size=case.batch_size, gradient_checkpointing=case.gradient_checkpointing
-        )
-        with shaped(family, files, config, vae=None, dtype=working_precision(case.precision)) as components:
-            return predict(components, config, cached=case.cached).total(case.batch_size) / GIB
+    found = predicted(
+        BASES[case.base], working_precision(case.precision), cached=case.cached, mixed_precision=case.precision,
+        train_batch_size=case.batch_size, gradient_checkpointing=case.gradient_checkpointing,
+    )  # fmt: skip
+    return found.total(case.batch_size) / GIB
 
 
 def measured(case: Case, prediction: Future[float]) -> dict[str, Any]:

@@ -1,0 +1,189 @@
+"""The needs of a run before it starts: counted by configurations, said in a line, and refused if they cannot fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TextIO
+
+import torch
+
+from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.errors import UserError
+from raycontrolnet.model.base_family import base_family
+from raycontrolnet.model.files import ModelFiles
+from raycontrolnet.model.loading import BASE
+from raycontrolnet.model.performance import working_precision
+from raycontrolnet.model.single_file import base_files
+from raycontrolnet.predict.devices import bytes_of_type, host_bytes
+from raycontrolnet.predict.prediction import GIB, MIB, Prediction, predict
+from raycontrolnet.predict.shapes import shaped
+from raycontrolnet.text import counted, file_size
+from raycontrolnet.training.schedule import Schedule, due_steps
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The needs of a run's step."""
+
+    train: TrainConfig
+    prediction: Prediction
+    checkpointed: Callable[[], Prediction]
+    """Call it for the prediction with gradient checkpointing, which takes seconds; advice needs it."""
+
+    @staticmethod
+    def of(train: TrainConfig, token: str | None, prediction: Prediction, *, cached: bool) -> Needs:
+        """Return the needs by a prediction that has been made; arguments as of `count`."""
+        return Needs(
+            train, prediction, lambda: count(replace(train, gradient_checkpointing=True), token, cached=cached)
+        )
+
+    @property
+    def memory(self) -> float:
+        """Bytes of a worker's device at the run's batch."""
+        return self.prediction.total(self.train.train_batch_size)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        trained = self.prediction.trained_bytes
+        return trained["ControlNet"] + trained["optimizer"]
+
+    def num_checkpoints(self, schedule: Schedule) -> int:
+        """Return the number of checkpoints that are kept."""
+        total = schedule.total_updates
+        number, limit = len(due_steps(self.train.checkpointing_steps, total, total)), self.train.checkpoints_total_limit
+        return number if limit is None else min(number, limit)
+
+    def fits(self, device_bytes: float) -> bool:
+        return self.prediction.fits(self.train.train_batch_size, device_bytes)
+
+    def problem(self, device_bytes: float, device: str = "this device") -> str | None:
+        """Return why a run is refused on a device; None if it fits, or may fit if the prediction is too high."""
+        if not self.prediction.cannot_fit(self.train.train_batch_size, device_bytes):
+            return None
+        size = self.train.train_batch_size
+        return f"--train_batch_size={size}: {self.shortage(device_bytes, device)}"
+
+    def shortage(self, device_bytes: float, device: str = "this device") -> str:
+        """Return in words that the batch does not fit, and what brings it in."""
+        need, has = memory_size(self.memory), memory_size(device_bytes)
+        return f"batch {self.train.train_batch_size} needs {need}, {device} has {has}: {self.advice(device_bytes)}"
+
+    def advice(self, device_bytes: float) -> str:
+        """Return what makes a run fit that does not."""
+        size, train, tried = self.train.train_batch_size, self.train, []
+        checkpointed = self.prediction
+        if not train.gradient_checkpointing:
+            checkpointed = self.checkpointed()
+            tried.append(("--gradient_checkpointing", checkpointed))
+        if not train.use_8bit_adam:
+            flags = " ".join(["--use_8bit_adam", *(flag for flag, _ in tried)])
+            tried.append((flags, checkpointed.with_8bit_adam()))
+        for flags, other in tried:
+            if other.fits(size, device_bytes):
+                return f"{flags} brings it to {memory_size(other.total(size))}"
+        last = tried[-1][1] if tried else self.prediction
+        flags = f" with {tried[-1][0]}" if tried else ""
+        fitting = [part for part in range(1, size) if size % part == 0 and last.fits(part, device_bytes)]
+        if fitting:
+            steps = size // fitting[-1] * train.gradient_accumulation_steps
+            return f"--train_batch_size {fitting[-1]} --gradient_accumulation_steps {steps} fits{flags}"
+        return f"no batch fits{flags}: take a smaller --resolution, or a device with more memory"
+
+
+def count(train: TrainConfig, token: str | None, *, cached: bool) -> Prediction:
+    """Predict a run's step by configurations alone; takes seconds.
+
+    Args:
+        token: for private models on the Hub.
+        cached: the run trains from cached latents.
+
+    Raises:
+        UserError: if a configuration cannot be read.
+    """
+    family = base_family(train, token)
+    if family is None:
+        name = train.pretrained_model_name_or_path
+        raise UserError(f"--{BASE}={name}: its configuration cannot be looked at now; download it, or try again")
+    base = base_files(train, token, (f"{family.denoiser}/config.json",), from_cache=True)
+    dtype = working_precision(train.mixed_precision)
+    with shaped(family, base, train, vae=_vae_files(train, token), dtype=dtype) as components:
+        return predict(components, train, cached=cached)
+
+
+def _vae_files(train: TrainConfig, token: str | None) -> ModelFiles | None:
+    name = train.pretrained_vae_model_name_or_path
+    if name is None:
+        return None
+    model = replace(train, pretrained_model_name_or_path=name, base_config=None)
+    return base_files(model, token, ("config.json",), from_cache=True)
+
+
+class Place(NamedTuple):
+    """The memory that a worker has."""
+
+    bytes: float | None
+    """None if it is not known."""
+    is_gpu: bool
+    share: float = 1.0
+    """Part of the GPU, or number of workers that share the machine's memory, as 1 / number."""
+
+    @property
+    def words(self) -> str:
+        if not self.is_gpu:
+            return "this machine" if self.share == 1 else f"{self.share:.2g} of this machine"
+        return "this GPU" if self.share == 1 else f"{self.share:.2g} of a GPU"
+
+
+def gpu_bytes(types: Iterable[str | None]) -> float | None:
+    """Return the memory of the largest GPU of some of Ray's types; None if one is unknown (None, or not listed)."""
+    sizes = [bytes_of_type(kind) if kind else None for kind in types]
+    known = [size for size in sizes if size is not None]
+    return max(known) if known and len(known) == len(sizes) else None
+
+
+def gpu_here() -> float | None:
+    """Return the memory of this machine's first GPU; None if there is none. It takes a context on that GPU."""
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def host_share(num_workers: int) -> Place:
+    """Return the memory of each of the workers on this machine's CPUs."""
+    return Place(host_bytes() / num_workers, is_gpu=False, share=1 / num_workers)
+
+
+def say_needs(needs: Needs, schedule: Schedule, place: Place, stream: TextIO) -> str | None:
+    """Say in a line what a run needs, and whether it may not fit.
+
+    Returns:
+        Why the run is refused, if it cannot fit the GPU. CPUs may swap: there a warning is all.
+    """
+    size = needs.train.train_batch_size
+    where = "each GPU" if place.is_gpu else "memory for each worker"
+    checkpoints = counted(needs.num_checkpoints(schedule), "checkpoint")
+    stream.write(
+        f"needs: {memory_size(needs.memory)} of {where} at batch {size}, {work(needs.prediction.flop_per_sample)} a "
+        f"sample, {checkpoints} of {file_size(needs.checkpoint_bytes)}\n"
+    )
+    if place.bytes is None:
+        return None
+    if not place.is_gpu:
+        if needs.memory > place.bytes:
+            need, has = memory_size(needs.memory), memory_size(place.bytes)
+            stream.write(f"warning: {place.words} has {has}, and a worker needs {need}: it may be killed, or swap\n")
+        return None
+    if problem := needs.problem(place.bytes, place.words):
+        return problem
+    if not needs.fits(place.bytes):
+        stream.write(f"warning: it may not fit: {needs.shortage(place.bytes, place.words)}\n")
+    return None
+
+
+def work(flop: float) -> str:
+    """Return floating-point operations in words."""
+    return f"{flop / 1e12:.2f} TFLOP" if flop >= 1e11 else f"{flop / 1e9:.2f} GFLOP"
+
+
+def memory_size(size: float) -> str:
+    """Return bytes of memory in words."""
+    return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / MIB:.1f} MiB"

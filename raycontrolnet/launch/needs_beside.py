@@ -1,0 +1,185 @@
+"""A count of a run's needs in a process of its own, beside the start of Ray, so that the run begins no later.
+
+Not in a thread: the count sets torch's default type, which is the whole process's, and asking for a GPU's memory takes
+some of it as long as the process lives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, NamedTuple, TextIO
+
+from raycontrolnet.cluster.session import on_a_cluster
+from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.errors import ConfigError
+from raycontrolnet.launch.needs import Needs, Place, count, gpu_bytes, gpu_here, host_share, say_needs
+from raycontrolnet.launch.precision import BF16
+from raycontrolnet.model.size import controlnet_bytes_at_least
+from raycontrolnet.training.schedule import Schedule
+
+logger = logging.getLogger(__name__)
+
+SMALL = 64 * 2**20
+"""Bytes of a ControlNet that fits everywhere, such as the demo's: counting it would take longer than starting it."""
+PATIENCE_S = 30.0
+"""Time that a run waits for the count once Ray has started."""
+
+
+class Counted(NamedTuple):
+    """The result of the process."""
+
+    needs: Needs
+    gpu_here: float | None
+    """Memory of this machine's GPU, if it has one."""
+    for_gpus: bool | None = None
+    """Kind of device whose default precision was taken; None if the settings name one."""
+
+
+class Counting:
+    """A count under way."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes] | None, given: tuple[TrainConfig, str | None, bool], output: IO[bytes],
+        log: IO[bytes],
+    ) -> None:  # fmt: skip
+        self._process, self._given, self._output, self._log = process, given, output, log
+
+    def say(
+        self,
+        schedule: Schedule,
+        types: Iterable[str | None] | None,
+        stream: TextIO,
+        *,
+        use_gpu: bool,
+        share: float = 1.0,
+    ) -> None:
+        """Say what the run needs once it is counted; see `say_needs`.
+
+        Args:
+            types: Ray's types of the GPUs that workers may get; None if workers are on this machine alone.
+            share: part of a GPU that each worker gets.
+
+        Raises:
+            ConfigError: if it cannot fit the GPU.
+        """
+        if (found := self.result()) is None:
+            return
+        needs, here, for_gpus = found
+        if for_gpus not in (None, use_gpu):
+            logger.info("needs were counted for %s, and these are others", "GPUs" if for_gpus else "CPUs")
+            return
+        try:
+            if not use_gpu:
+                place = host_share(schedule.num_workers) if types is None else Place(None, is_gpu=False)
+            else:
+                whole = here if types is None else gpu_bytes(types)
+                place = Place(whole * share if whole else None, is_gpu=True, share=share)
+            problem = say_needs(needs, schedule, place, stream)
+        except Exception:  # as of the advice
+            logger.warning("needs could not be said", exc_info=True)
+            return
+        if problem:
+            raise ConfigError([problem])
+
+    def result(self) -> Counted | None:
+        """Wait for the count; None if there is none, or if it fails or takes too long, which stops no run."""
+        if self._process is None:
+            return None
+        try:
+            if self._process.wait(PATIENCE_S):
+                self._log.seek(0)
+                logger.warning("needs could not be counted:\n%s", self._log.read().decode(errors="replace"))
+                return None
+            self._output.seek(0)
+            train, for_gpus, prediction, here = pickle.load(self._output)
+            _, token, cached = self._given
+            return Counted(Needs.of(train, token, prediction, cached=cached), here, for_gpus)
+        except subprocess.TimeoutExpired:
+            logger.warning("needs were not counted within %g s after Ray had started", PATIENCE_S)
+        except Exception:
+            logger.warning("needs could not be counted", exc_info=True)
+        return None
+
+
+@contextmanager
+def counting(train: TrainConfig, token: str | None, *, cached: bool, wanted: bool = True) -> Iterator[Counting]:
+    """Count the needs of a run beside what is done inside, unless it is small or not `wanted`.
+
+    Args:
+        token: for private models on the Hub.
+        cached: the run trains from cached latents.
+    """
+    if train.use_gpu is None and not train.in_this_process and on_a_cluster(train.address):
+        train = dataclasses.replace(train, use_gpu=True)  # if these are CPUs, they are not told
+    process, given = None, (train, token, cached)
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as log:
+        if wanted and not is_small(train):
+            try:
+                process = _start(pickle.dumps(given), output, log)
+            except OSError:
+                logger.warning("needs could not be counted", exc_info=True)
+        try:
+            yield Counting(process, given, output, log)
+        finally:
+            if process is not None:
+                process.kill()
+                process.wait()
+
+
+def in_likely_precision(train: TrainConfig, *, has_gpu: bool) -> tuple[TrainConfig, bool | None]:
+    """Return the settings in the precision that a run without one will probably have, and for which kind of device.
+
+    It is known only once the workers' nodes are. All GPUs since 2020 have bf16; an older one needs more.
+
+    Args:
+        has_gpu: this machine has one.
+    """
+    if train.mixed_precision is not None:
+        return train, None
+    for_gpus = has_gpu if train.use_gpu is None else train.use_gpu
+    return dataclasses.replace(train, mixed_precision=BF16 if for_gpus else None), for_gpus
+
+
+def is_small(train: TrainConfig) -> bool:
+    """Check whether a run's ControlNet is known to be small."""
+    return 0 < controlnet_bytes_at_least(train) < SMALL
+
+
+def _start(given: bytes, output: IO[bytes], log: IO[bytes]) -> subprocess.Popen[bytes]:
+    package = str(Path(__file__).parents[2])
+    paths = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = subprocess.Popen(
+        [sys.executable, "-m", __name__],
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=log,
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdin
+    with suppress(OSError), process.stdin as pipe:  # it may have failed already
+        pipe.write(given)
+    return process
+
+
+def main() -> None:
+    """Count the run on the standard input, and write the result to the standard output."""
+    output = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # for what libraries print
+    train, token, cached = pickle.load(sys.stdin.buffer)
+    here = gpu_here()
+    train, for_gpus = in_likely_precision(train, has_gpu=here is not None)
+    with output:
+        pickle.dump((train, for_gpus, count(train, token, cached=cached), here), output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""The needs of a run before it starts: said in a line beside Ray's start, and refused where they cannot fit."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raycontrolnet import SweepConfig, TrainConfig, cli, fit
+from raycontrolnet.cluster import nodes
+from raycontrolnet.cluster.nodes import ClusterNodes, gpu_types
+from raycontrolnet.config.settings import ClusterConfig
+from raycontrolnet.errors import ConfigError
+from raycontrolnet.launch import fit as launch_fit
+from raycontrolnet.launch import needs_beside
+from raycontrolnet.launch.needs import Needs, Place, count, gpu_bytes, host_share, say_needs
+from raycontrolnet.launch.needs_beside import Counted, Counting, counting, in_likely_precision
+from raycontrolnet.predict import devices
+from raycontrolnet.predict.prediction import ERROR, GIB, Prediction
+from raycontrolnet.training.schedule import Schedule
+from raycontrolnet.tune.plan import plan_sweep
+
+TRAIN = TrainConfig(
+    pretrained_model_name_or_path="base", train_data_dir="data", train_batch_size=4, checkpoints_total_limit=3
+)
+SCHEDULE = Schedule(num_samples=10_000, num_workers=2, batch_size=4, accumulation_steps=1, total_updates=5_000)
+T4 = {"CPU": 8.0, "GPU": 1.0, "accelerator_type:T4": 1.0}
+A10G = {"CPU": 8.0, "GPU": 1.0, "accelerator_type:A10G": 1.0}
+
+
+def prediction(per_sample: float) -> Prediction:
+    return Prediction(
+        weights={"ControlNet": 10**8}, trained=10**8, frozen_bytes={"denoiser": 10**9}, moment_bytes=8,
+        activations_base=1e6, activations_per_sample=per_sample, flop_per_sample=2_270_000_000_000, dispatches=1,
+        latents=1,
+    )  # fmt: skip
+
+
+NEEDS = Needs(TRAIN, prediction(8e9), lambda: prediction(2e9))
+NEED = 1e9 + 16e8 + 1e6 + 4 * 8e9
+"""Bytes of the batch: 32.2 GiB."""
+
+
+def said(place: Place, needs: Needs = NEEDS) -> tuple[str | None, list[str]]:
+    stream = io.StringIO()
+    return say_needs(needs, SCHEDULE, place, stream), stream.getvalue().splitlines()
+
+
+def test_the_line() -> None:
+    line = "needs: 32.2 GiB of each GPU at batch 4, 2.27 TFLOP a sample, 3 checkpoints of 1.2 GB"
+    for memory in (None, 80 * GIB):
+        assert said(Place(memory, is_gpu=True)) == (None, [line])
+
+
+def test_what_cannot_fit_is_refused_and_what_may_not_fit_warned_of() -> None:
+    advice = "--gradient_checkpointing brings it to 9.9 GiB"
+    problem, lines = said(Place(24 * GIB, is_gpu=True))
+    assert problem == f"--train_batch_size=4: batch 4 needs 32.2 GiB, this GPU has 24.0 GiB: {advice}"
+    assert len(lines) == 1
+    assert said(Place((NEED * (1 - ERROR)) - 1, is_gpu=True))[0]
+    problem, lines = said(Place(NEED * (1 - ERROR) + 1, is_gpu=True))
+    assert problem is None, "the prediction may be 10% too high"
+    assert lines[1].startswith("warning: it may not fit: batch 4 needs 32.2 GiB, this GPU has 29.0 GiB: --gradient")
+
+
+def test_a_part_of_a_gpu() -> None:
+    problem, _ = said(Place(40 * GIB / 2, is_gpu=True, share=0.5))
+    assert problem
+    assert "needs 32.2 GiB, 0.5 of a GPU has 20.0 GiB: " in problem
+
+
+def test_cpus_are_warned_of_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (limit := tmp_path / "memory.max").write_text(f"{32 * GIB}\n")
+    monkeypatch.setattr(devices, "MEMORY_LIMIT", limit)
+    machine = devices.host_bytes()
+    limit.write_text("max\n")
+    assert machine <= min(32 * GIB, devices.host_bytes())
+    problem, lines = said(Place(24 * GIB, is_gpu=False))
+    assert problem is None
+    assert lines[0].startswith("needs: 32.2 GiB of memory for each worker at batch 4, ")
+    assert lines[1:] == ["warning: this machine has 24.0 GiB, and a worker needs 32.2 GiB: it may be killed, or swap"]
+    assert host_share(2).bytes == host_share(1).bytes / 2  # type: ignore[operator]
+    assert len(said(Place(40 * GIB, is_gpu=False))[1]) == 1
+
+
+def test_which_gpus_workers_may_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    def types(*up: dict[str, float], may_come: list[dict[str, float]] | None, **wanted: Any) -> set[str | None]:
+        monkeypatch.setattr(nodes, "cluster_nodes", lambda _: ClusterNodes(list(up), may_come))
+        return gpu_types(ClusterConfig(**wanted))
+
+    cpus = {"CPU": 64.0, "accelerator_type:T4": 1.0}
+    assert types(cpus, T4, may_come=[A10G]) == {"T4", "A10G"}
+    assert types(T4, may_come=None) == {"T4", None}
+    assert types(T4, A10G, may_come=[], accelerator_type="T4") == {"T4"}
+    assert types({"GPU": 1.0}, may_come=[]) == {None}
+    assert gpu_bytes({"T4", "A10G"}) == 24 * GIB, "the largest: Ray may place the worker there"
+    for unknown in ({"T4", None}, {"a type of tomorrow"}, set[str | None]()):
+        assert gpu_bytes(unknown) is None
+
+
+@pytest.fixture
+def _counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let small models be counted, and the count take its time on a busy machine."""
+    monkeypatch.setattr(needs_beside, "SMALL", 0)
+    monkeypatch.setattr(needs_beside, "PATIENCE_S", 300.0)
+
+
+@pytest.mark.usefixtures("_counted")
+def test_a_process_counts_the_same(tiny_settings: dict[str, Any]) -> None:
+    train = TrainConfig(**tiny_settings)
+    with counting(train, None, cached=True) as under_way:
+        found = under_way.result()
+    assert found
+    assert found.needs.prediction == count(train, None, cached=True)
+    checkpointed = count(TrainConfig(**tiny_settings | {"gradient_checkpointing": True}), None, cached=True)
+    assert found.needs.checkpointed() == checkpointed != found.needs.prediction
+
+
+@pytest.mark.parametrize(
+    ("changed", "has_gpu", "expected"),
+    [
+        ({}, True, ("bf16", True)),
+        ({}, False, (None, False)),
+        ({"use_gpu": False}, True, (None, False)),
+        ({"use_gpu": True}, False, ("bf16", True)),
+        ({"mixed_precision": "no"}, True, ("no", None)),
+    ],
+)
+def test_the_likely_precision(changed: dict[str, Any], has_gpu: bool, expected: tuple[str | None, bool | None]) -> None:
+    train, for_gpus = in_likely_precision(replace(TRAIN, **changed), has_gpu=has_gpu)
+    assert (train.mixed_precision, for_gpus) == expected
+
+
+@pytest.mark.parametrize("for_gpus", [False, True])
+def test_needs_of_another_device_are_not_said(for_gpus: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its default precision is another one."""
+    monkeypatch.setattr(needs_beside, "say_needs", lambda *_: "refused")
+    with counting(TRAIN, None, cached=True, wanted=False) as under_way:
+        monkeypatch.setattr(under_way, "result", lambda: Counted(NEEDS, 80 * GIB, for_gpus))
+        under_way.say(SCHEDULE, None, io.StringIO(), use_gpu=not for_gpus)
+        with pytest.raises(ConfigError, match="refused"):
+            under_way.say(SCHEDULE, None, io.StringIO(), use_gpu=for_gpus)
+
+
+@pytest.mark.usefixtures("_counted")
+def test_a_count_that_fails_stops_nothing(tiny_settings: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    train = TrainConfig(**tiny_settings | {"pretrained_model_name_or_path": "nowhere/here"})
+    stream = io.StringIO()
+    with counting(train, None, cached=True) as under_way:
+        under_way.say(SCHEDULE, None, stream, use_gpu=True)
+    assert "needs could not be counted:" in caplog.text
+    assert "nowhere/here: its configuration cannot be looked at" in caplog.text
+    assert stream.getvalue() == ""
+
+
+@pytest.mark.usefixtures("_counted")
+def test_nobody_waits_long_for_a_count(
+    tiny_settings: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(needs_beside, "PATIENCE_S", 0.01)
+    with counting(TrainConfig(**tiny_settings), None, cached=True) as under_way:
+        assert under_way.result() is None
+        process = under_way._process
+    assert "needs were not counted within 0.01 s" in caplog.text
+    assert process
+    assert process.poll() is not None, "it has ended with the run"
+
+
+def test_small_models_are_not_counted(tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the demo's: counting them takes longer than starting them."""
+    monkeypatch.setattr(subprocess, "Popen", None)
+    with counting(TrainConfig(**tiny_settings), None, cached=True) as under_way:
+        assert under_way.result() is None
+
+
+@pytest.mark.usefixtures("_counted")
+def test_a_run_says_its_needs_first(tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raycontrolnet.launch.needs.host_bytes", lambda: 1000)
+    stream = io.StringIO()
+    fit(TrainConfig(**tiny_settings | {"num_workers": "0", "max_train_steps": 1}), stream=stream)
+    lines = stream.getvalue().splitlines()
+    (first,) = (number for number, line in enumerate(lines) if line.startswith("needs: "))
+    assert " MiB of memory for each worker at batch " in lines[first]
+    assert "1 checkpoint of " in lines[first]
+    assert lines[first + 1].startswith("warning: this machine has 0.0 MiB, and a worker needs ")
+    assert first < next(number for number, line in enumerate(lines) if line.startswith("raycontrolnet "))
+
+
+def _with_gpu(monkeypatch: pytest.MonkeyPatch, needs: Needs, gpu: float) -> None:
+    monkeypatch.setattr(launch_fit, "check_device", lambda *_, **__: True)
+    monkeypatch.setattr(Counting, "result", lambda _: Counted(needs, gpu))
+
+
+def test_a_run_that_cannot_fit_is_refused(
+    tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch_fit, "train_here", lambda *_, **__: pytest.fail("it trains"))
+    monkeypatch.setattr(launch_fit, "ensure_latents", lambda *_, **__: pytest.fail("it encodes"))
+    _with_gpu(monkeypatch, NEEDS, 24 * GIB)
+    flags = [f"--{name}={value}" for name, value in (tiny_settings | {"num_workers": "0"}).items()]
+    assert cli.main(["train", *flags]) == 2
+    error = capsys.readouterr().err
+    assert "error: --train_batch_size=4: batch 4 needs 32.2 GiB, this GPU has 24.0 GiB: --gradient_checkp" in error
+    assert "Traceback" not in error
+
+
+def test_advice_that_fails_stops_no_run(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def fails() -> Prediction:
+        raise RuntimeError("no such file")
+
+    monkeypatch.setattr(Counting, "result", lambda _: Counted(Needs(TRAIN, prediction(8e9), fails), 30 * GIB))
+    with counting(TRAIN, None, cached=True, wanted=False) as under_way:
+        under_way.say(SCHEDULE, None, io.StringIO(), use_gpu=True)
+    assert "needs could not be said" in caplog.text
+
+
+def test_parts_of_gpus_and_types_reach_the_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Counting, "result", lambda _: Counted(NEEDS, 80 * GIB))
+    with counting(TRAIN, None, cached=True, wanted=False) as under_way:
+        under_way.say(SCHEDULE, None, io.StringIO(), use_gpu=True, share=0.5)
+        with pytest.raises(ConfigError, match=r"0.25 of a GPU has 20.0 GiB"):
+            under_way.say(SCHEDULE, None, io.StringIO(), use_gpu=True, share=0.25)
+        with pytest.raises(ConfigError, match=r"this GPU has 16.0 GiB"):
+            under_way.say(SCHEDULE, {"T4"}, io.StringIO(), use_gpu=True)
+        for unknown in ({None}, {"T4", None}):
+            under_way.say(SCHEDULE, unknown, io.StringIO(), use_gpu=True)
+
+
+def test_the_heaviest_trial_counts(tiny_settings: dict[str, Any]) -> None:
+    space = {
+        "train_batch_size": {"choice": [2, 8, 4]},
+        "gradient_checkpointing": {"choice": [True, False]},
+        "learning_rate": {"loguniform": [1e-6, 1e-3]},
+    }
+    train = TrainConfig(**tiny_settings | {"validation_split": 4})
+    plan = plan_sweep(SweepConfig(train=train, space=space, num_samples=2), io.StringIO())
+    heaviest = plan.heaviest().config
+    assert (heaviest.train_batch_size, heaviest.gradient_checkpointing) == (8, False)
+    assert heaviest.learning_rate == train.learning_rate
