@@ -269,7 +269,7 @@ def test_a_signal_to_all_processes_of_a_run(settings: Settings, tmp_path: Path) 
         stderr = process.communicate(timeout=28)[1]  # Slurm kills after 30
     finally:
         process.kill()
-    assert process.returncode == 143
+    assert process.returncode == 143, stderr
     assert "Interrupted. The checkpoint of update" in stderr.strip().splitlines()[-1]
     assert json.loads((out / "run.json").read_text())["status"] == "interrupted"
     wait_for(lambda: not processes_of_session(process.pid), timeout_s=20)
