@@ -9,26 +9,21 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 from raycontrolnet.cluster.resources import WorkerResources
-from raycontrolnet.config.train_config import changed_settings, public_settings
 from raycontrolnet.data.stream import StreamLayout, execution_options, ray_dataset
 from raycontrolnet.errors import explained
+from raycontrolnet.launch.announce import announce
 from raycontrolnet.launch.checked_run import CheckedRun
-from raycontrolnet.launch.precision import in_words
 from raycontrolnet.launch.waiting import waiting_for_workers
 from raycontrolnet.report.progress import Progress, progress
-from raycontrolnet.sampling.find_controlnet import CONFIG_FILE
 from raycontrolnet.signals import ended_in_order
-from raycontrolnet.storage.files import replacing
-from raycontrolnet.text import counted
 from raycontrolnet.training import held_out, metrics, validation
 from raycontrolnet.training.background import repeating
 from raycontrolnet.training.failures import read_failure, read_hang
 from raycontrolnet.training.job import RUN_LOG, Job, RunCallback, RunStopped, ask_to_stop, begin, end
-from raycontrolnet.training.schedule import due_steps, warmup_warning
+from raycontrolnet.training.schedule import due_steps
 from raycontrolnet.training.status import RunStatus
 from raycontrolnet.training.store_sync import DRIVERS, aborted_if_lost, records_fetched
 from raycontrolnet.training.watchdog import collective_timeout_s
-from raycontrolnet.version import __version__
 
 if TYPE_CHECKING:
     import ray
@@ -61,7 +56,7 @@ def train_here(
     from raycontrolnet.train_controlnet import train_controlnet
 
     job = run.job(use_gpu=use_gpu, threads=threads, loader=run.loader, callback=callback)
-    _announce(run, status, stream, use_gpu=use_gpu)
+    announce(run, status, stream, use_gpu=use_gpu)
     with _running(run, job, status, stream, callback):
         summary = train_controlnet({"job": job})
     assert summary is not None
@@ -96,7 +91,7 @@ def train_on_ray(
     has_spare = resources.spare and callback is None
     actor_options = resources.actor_options if has_spare and run.config.validation_pairs else None
     job = run.job(use_gpu=resources.use_gpu, threads=threads, loader=loader_ref, actor_options=actor_options)
-    _announce(run, status, stream, use_gpu=resources.use_gpu)
+    announce(run, status, stream, use_gpu=resources.use_gpu)
     options = execution_options(loader.batch_bytes, most)
     trainer = InterruptibleTrainer(
         train_controlnet,
@@ -266,41 +261,3 @@ def _dataset_factory(run: CheckedRun, job: Job, batch_bytes: int) -> Callable[[]
         return ray_dataset(job.loader, layout, max_tasks, elastic=fewest != most)
 
     return dataset
-
-
-def _announce(run: CheckedRun, status: RunStatus, stream: TextIO, *, use_gpu: bool) -> None:
-    """Announce the run, and write config.yaml."""
-    import yaml
-
-    settings = public_settings(run.config)
-    del settings["resume_from_checkpoint"]  # the file is for another run with the same settings
-    with replacing(run.output_dir / CONFIG_FILE) as partial:
-        partial.write_text(yaml.safe_dump(settings, sort_keys=False))
-    schedule = run.schedule(run.start)
-    status |= {"total_updates": schedule.total_updates, "held_out": len(run.loader.order.held_out)}
-    status["mixed_precision"] = run.config.mixed_precision or "no"
-    status.write()
-    step = run.start.step if run.start else 0
-    source = "" if run.cache is None else " from cached latents"
-    fewest, most = run.config.worker_range
-    workers = f"{fewest} to {most} workers" if fewest < most else counted(run.config.most_workers, "worker")
-    workers += f" on {'GPUs' if use_gpu else 'CPUs'}"
-    precision = run.config.mixed_precision  # on a CPU without one there is nothing to say
-    shown = f", {in_words(precision, run.precision_reason)}" if precision else ""
-    stream.write(
-        f"raycontrolnet {__version__}: {schedule.num_samples} samples{source}, {workers} x batch "
-        f"{schedule.batch_size} x accumulation {schedule.accumulation_steps}, updates {step} to "
-        f"{schedule.total_updates}, seed {run.config.seed}{shown}\n"
-    )
-    if run.config.resume_from_checkpoint and run.start is None:
-        stream.write("no checkpoint is there yet: the run starts anew\n")
-    if run.start and step >= schedule.total_updates:
-        length = "num_train_epochs" if run.config.max_train_steps is None else "max_train_steps"
-        stream.write(
-            f"nothing is left to train: {run.start.path.name} has {step} updates, and --{length}="
-            f"{getattr(run.config, length)} asks for no more; raise it to train on\n"
-        )
-    if warning := warmup_warning(run.config, schedule.total_updates):
-        stream.write(f"{warning}\n")
-    changed = ", ".join(f"{name}={value}" for name, value in changed_settings(run.config).items())
-    logger.info("settings: %s", changed)

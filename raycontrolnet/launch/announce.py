@@ -1,0 +1,56 @@
+"""The first lines of a run: what it is, and config.yaml."""
+
+from __future__ import annotations
+
+import logging
+from typing import TextIO
+
+from raycontrolnet.config.train_config import changed_settings, public_settings
+from raycontrolnet.launch.checked_run import CheckedRun
+from raycontrolnet.launch.precision import in_words
+from raycontrolnet.sampling.find_controlnet import CONFIG_FILE
+from raycontrolnet.storage.files import replacing
+from raycontrolnet.text import counted
+from raycontrolnet.training.schedule import warmup_warning
+from raycontrolnet.training.status import RunStatus
+from raycontrolnet.version import __version__
+
+logger = logging.getLogger(__name__)
+
+
+def announce(run: CheckedRun, status: RunStatus, stream: TextIO, *, use_gpu: bool) -> None:
+    """Announce the run, and write config.yaml."""
+    import yaml
+
+    settings = public_settings(run.config)
+    del settings["resume_from_checkpoint"]  # the file is for another run with the same settings
+    with replacing(run.output_dir / CONFIG_FILE) as partial:
+        partial.write_text(yaml.safe_dump(settings, sort_keys=False))
+    schedule = run.schedule(run.start)
+    status |= {"total_updates": schedule.total_updates, "held_out": len(run.loader.order.held_out)}
+    status["mixed_precision"] = run.config.mixed_precision or "no"
+    status.write()
+    step = run.start.step if run.start else 0
+    source = "" if run.cache is None else " from cached latents"
+    fewest, most = run.config.worker_range
+    workers = f"{fewest} to {most} workers" if fewest < most else counted(run.config.most_workers, "worker")
+    workers += f" on {'GPUs' if use_gpu else 'CPUs'}"
+    precision = run.config.mixed_precision  # on a CPU without one there is nothing to say
+    shown = f", {in_words(precision, run.precision_reason)}" if precision else ""
+    stream.write(
+        f"raycontrolnet {__version__}: {schedule.num_samples} samples{source}, {workers} x batch "
+        f"{schedule.batch_size} x accumulation {schedule.accumulation_steps}, updates {step} to "
+        f"{schedule.total_updates}, seed {run.config.seed}{shown}\n"
+    )
+    if run.config.resume_from_checkpoint and run.start is None:
+        stream.write("no checkpoint is there yet: the run starts anew\n")
+    if run.start and step >= schedule.total_updates:
+        length = "num_train_epochs" if run.config.max_train_steps is None else "max_train_steps"
+        stream.write(
+            f"nothing is left to train: {run.start.path.name} has {step} updates, and --{length}="
+            f"{getattr(run.config, length)} asks for no more; raise it to train on\n"
+        )
+    if warning := warmup_warning(run.config, schedule.total_updates):
+        stream.write(f"{warning}\n")
+    changed = ", ".join(f"{name}={value}" for name, value in changed_settings(run.config).items())
+    logger.info("settings: %s", changed)
