@@ -210,7 +210,13 @@ def other_values(image: str) -> Settings:
 
 
 @pytest.mark.parametrize("form", ["words", "equals", "yaml", "python"])
-@pytest.mark.parametrize("without", [("train_data_dir",), ("dataset_name", "dataset_config_name")])
+@pytest.mark.parametrize(
+    "without",
+    [
+        ("train_data_dir", "compile"),
+        ("dataset_name", "dataset_config_name", "enable_xformers_memory_efficient_attention"),
+    ],
+)
 def test_settings_arrive(form: str, without: tuple[str, ...], image: str, file: Callable[[str], str]) -> None:
     """By `--name value`, `--name=value`, YAML and Python: one name and one value."""
     values = {name: value for name, value in other_values(image).items() if name not in without}
