@@ -163,7 +163,7 @@ class Worker:
                         self.rest_from_training()
                     if validates and state.step < schedule.total_updates and self.job.callback:
                         self.await_checkpoint()  # which it may ask for
-                        self.job.callback.validated()
+                        self.job.callback.validated(state.step)
                         self.pending.restart_clock()
             self.finish()
         finally:

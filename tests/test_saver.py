@@ -199,7 +199,7 @@ def test_a_host_without_room_writes_between_the_updates(
     assert log.count("checkpoints are written between updates, not beside them") == 1
     assert "of host memory, and 5 kB are available" in log
     assert checkpoints_of(done) == checkpoints_of(undisturbed)
-    assert "checkpoint_beside_s" not in json.loads((done / "run.json").read_text())["timings"]
+    assert json.loads((done / "run.json").read_text())["timings"]["checkpoint_beside_s"] == 0
 
 
 def test_a_copy_stays_as_it_was_taken(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
@@ -229,3 +229,29 @@ def test_the_files_are_those_that_diffusers_writes(tiny_settings: dict[str, Any]
         save_state(state, tmp_path / "ours")
         controlnet.save_pretrained(tmp_path / "theirs")
     assert contents(tmp_path / "ours" / "controlnet") == contents(tmp_path / "theirs")
+
+
+def test_a_host_that_gives_no_copy(
+    settings: dict[str, Any], undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(copy: HostCopy, parts: StateParts) -> StateParts:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(HostCopy, "of", no_room)
+    monkeypatch.setattr(
+        train_controlnet, "CheckpointSaver", lambda *args, **how: CheckpointSaver(*args, **how | {"beside": True})
+    )
+    done = fit(TrainConfig(**settings)).output_dir
+    assert (done / "run.log").read_text().count("no copy can be made") == 1
+    assert checkpoints_of(done) == checkpoints_of(undisturbed)
+
+
+def test_memory_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5000))
+    monkeypatch.setattr(saver, "CGROUP", tmp_path)
+    assert saver.available_memory() == 5000
+    for limit, expected in (("max", 5000), ("3000", 1100), ("9000", 5000)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "memory.current").write_text("2000\n")
+        (tmp_path / "memory.stat").write_text("anon 1900\ninactive_file 100\n")
+        assert saver.available_memory() == expected

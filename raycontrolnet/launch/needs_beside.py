@@ -104,6 +104,8 @@ class Counting:
             _, token, cached = self._given
             return Counted(Needs.of(train, token, prediction, cached=cached), here, for_gpus)
         except subprocess.TimeoutExpired:
+            self._process.kill()  # it would take a CPU from the training
+            self._process.wait()
             logger.warning("needs were not counted within %g s after Ray had started", PATIENCE_S)
         except Exception:
             logger.warning("needs could not be counted", exc_info=True)

@@ -209,7 +209,7 @@ def _followed(run: CheckedRun, trainer: Any, callback: RunCallback | None) -> It
                 if not _checkpoint_is_there(run, step):
                     break
                 told.add(step)
-                callback.validated()
+                callback.validated(step)
         except RunStopped:
             stopped = True
         except Exception:

@@ -271,5 +271,5 @@ class RunCallback(Protocol):
     def updated(self) -> None:
         """Do what is due after every update, or every second."""
 
-    def validated(self) -> None:
-        """Do what is due after a validation, except the last: its figures, and a checkpoint if due, are written."""
+    def validated(self, step: int) -> None:
+        """Do what is due after the validation of `step`, but the last; its figures and a checkpoint are written."""

@@ -9,9 +9,10 @@ alone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ from raycontrolnet.training.store_sync import RECORDS
 
 logger = logging.getLogger(__name__)
 
+Place = tuple[object, ...]
+"""Keys and numbers that lead to a tensor."""
+CGROUP = Path("/sys/fs/cgroup")
 SPARE = 1.25
 """Host memory that must be available, as a multiple of the copy."""
 
@@ -48,6 +52,8 @@ class CheckpointSaver:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._copy = HostCopy()
         self._writing: Future[None] | None = None
+        if beside and rank == 0:
+            clock.seconds["checkpoint_beside"] += 0.0  # here: the thread must add no phase while others are read
 
     def save(self, state: TrainState, figures: Mapping[str, Any]) -> None:
         """Begin to write a checkpoint of `state`, once the one before is written; report it once it is whole.
@@ -73,7 +79,12 @@ class CheckpointSaver:
         parts = state_parts(state)
         beside = self._beside and self._has_room(parts)
         if beside:
-            parts = self._copy.of(parts)
+            try:
+                parts = self._copy.of(parts)
+            except (RuntimeError, MemoryError):  # as where pinned memory is limited
+                logger.warning("checkpoints are written between updates: no copy can be made", exc_info=True)
+                self._copy, beside = HostCopy(), False
+                self._beside = False
         written = self._writing = self._pool.submit(self._write, state, parts, state.step, state.samples, beside=beside)
         if not beside:
             self.wait()
@@ -123,10 +134,7 @@ class CheckpointSaver:
 
     def _has_room(self, parts: StateParts) -> bool:
         """Check whether a copy fits into the host's memory; if not, write between the updates from now on."""
-        import psutil
-
-        needed = SPARE * self._copy.bytes_to_come(parts)
-        available = psutil.virtual_memory().available
+        needed, available = SPARE * self._copy.bytes_to_come(parts), available_memory()
         if needed > available:
             self._beside = False
             logger.warning(
@@ -142,7 +150,7 @@ class HostCopy:
     """A copy of nested tensors in host memory, which the next copy uses again."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[object, ...], torch.Tensor] = {}
+        self._buffers: dict[Place, torch.Tensor] = {}
 
     def of(self, parts: StateParts) -> StateParts:
         """Return `parts` with their tensors copied, as they are now."""
@@ -153,11 +161,14 @@ class HostCopy:
 
     def bytes_to_come(self, parts: StateParts) -> int:
         """Return the bytes that a copy would take besides what it has."""
-        if self._buffers:
-            return 0
-        return sum(value.numel() * value.element_size() for value in _tensors(parts))
+        values = (found for place, part in enumerate(parts) for found in _tensors(part, (place,)))
+        return sum(_bytes_in_host(value) for place, value in values if not self._fits(place, value))
 
-    def _copied(self, value: Any, place: tuple[object, ...]) -> Any:
+    def _fits(self, place: Place, value: torch.Tensor) -> bool:
+        buffer = self._buffers.get(place)
+        return buffer is not None and buffer.shape == value.shape and buffer.dtype == value.dtype
+
+    def _copied(self, value: Any, place: Place) -> Any:
         if isinstance(value, torch.Tensor):
             return self._buffer(value, place).copy_(value.detach(), non_blocking=True)
         if isinstance(value, Mapping):
@@ -166,18 +177,36 @@ class HostCopy:
             return type(value)(self._copied(each, (*place, number)) for number, each in enumerate(value))
         return value
 
-    def _buffer(self, like: torch.Tensor, place: tuple[object, ...]) -> torch.Tensor:
+    def _buffer(self, like: torch.Tensor, place: Place) -> torch.Tensor:
         """Return the buffer of a tensor; pinned for one on a GPU, from which it is then copied at full speed."""
-        buffer = self._buffers.get(place)
-        if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
-            buffer = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
-            self._buffers[place] = buffer
-        return buffer
+        if not self._fits(place, like):
+            self._buffers[place] = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
+        return self._buffers[place]
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def _tensors(value: Any, place: Place) -> Iterator[tuple[Place, torch.Tensor]]:
+    """Yield all tensors in `value`, with their places."""
     if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return [tensor for each in value for tensor in _tensors(each)] if isinstance(value, (list, tuple)) else []
+        yield place, value
+    elif isinstance(value, (Mapping, list, tuple)):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, each in items:
+            yield from _tensors(each, (*place, key))
+
+
+def _bytes_in_host(value: torch.Tensor) -> int:
+    """Return the bytes of a tensor's copy; PyTorch rounds pinned memory up to powers of two."""
+    size = value.numel() * value.element_size()
+    return 1 << (size - 1).bit_length() if value.is_cuda and size else size
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that this process may still take, of the machine or of its container."""
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError, KeyError):  # no limit, or another system
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        available = min(available, limit - used + int(stat["inactive_file"]))
+    return available

@@ -131,7 +131,8 @@ class SweepPlan:
         names = ("train_batch_size", "resolution", "gradient_checkpointing", "use_8bit_adam", "mixed_precision")
         settings = max(checks.combinations(self.space, names), key=weight)
         config = checks.for_its_base(dataclasses.replace(self.train, **settings))
-        return dataclasses.replace(self.run, config=checks.with_default_precision(config, self.mixed_precision))
+        begun = self.mixed_precision or ("no" if self.records else None)
+        return dataclasses.replace(self.run, config=checks.with_default_precision(config, begun))
 
 
 def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:

@@ -175,15 +175,15 @@ class TuneCallback:
             if not self._goes_on():
                 raise RunStopped
 
-    def validated(self) -> None:
+    def validated(self, step: int) -> None:
         self.updated()
-        self.report(self.last_report())
+        self.report(self.last_report(step))
         self.updated()
 
-    def last_report(self) -> Report:
-        """Return the measures of the last validation; empty before the first."""
+    def last_report(self, until: int | None = None) -> Report:
+        """Return the measures of the last validation, or of the last until an update; empty before the first."""
         reports = read_reports(self._folder.path, self._validation_steps)
-        return reports[-1] if reports else {}
+        return next((each for each in reversed(reports) if until is None or each["step"] <= until), {})
 
     def report(self, figures: Mapping[str, Any], *, with_checkpoint: bool = True) -> None:
         """Report to Tune, and wait for its decision.
