@@ -42,6 +42,24 @@ def run(train: TrainConfig, space: dict[str, Any], folder: Path | str, **options
     return tune.Tuner(trainable(train), param_space=space, tune_config=config, run_config=storage).fit()
 
 
+def donor_and_other(train: TrainConfig, folder: Path) -> tuple[tune.Result, tune.Result]:
+    """Run two trials, of which the worse goes on from the better one's checkpoint at another learning rate."""
+    better, worse = 2e-3, 1e-9
+    scheduler = PopulationBasedTraining(
+        time_attr="step",
+        perturbation_interval=3,
+        hyperparam_mutations={"learning_rate": [4e-3]},
+        quantile_fraction=0.5,
+        resample_probability=1.0,
+        synch=True,
+    )
+    space = {"learning_rate": tune.grid_search([better, worse])}
+    results = run(train, space, folder, scheduler=scheduler, reuse_actors=True)
+    donor, other = sorted(results, key=lambda result: result.config["learning_rate"])
+    assert (donor.config["learning_rate"], other.config["learning_rate"]) == (better, 4e-3)
+    return donor, other
+
+
 def folder_of(result: tune.Result) -> Path:
     """Return the folder of a trial's run."""
     return checkpoint_folder(result.checkpoint).parent
@@ -84,20 +102,8 @@ def test_a_trial_of_two_workers(train: TrainConfig, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_local_ray")
 def test_population_based_training(train: TrainConfig, tmp_path: Path) -> None:
     """The worse trial continues from the checkpoint of the better one, with settings of its own."""
-    better, worse = 2e-3, 1e-9
-    scheduler = PopulationBasedTraining(
-        time_attr="step",
-        perturbation_interval=3,
-        hyperparam_mutations={"learning_rate": [4e-3]},
-        quantile_fraction=0.5,
-        resample_probability=1.0,
-        synch=True,
-    )
-    space = {"learning_rate": tune.grid_search([better, worse])}
     train = replace(train, max_train_steps=6)
-    results = run(train, space, tmp_path, scheduler=scheduler, reuse_actors=True)
-    donor, other = sorted(results, key=lambda result: result.config["learning_rate"])
-    assert (donor.config["learning_rate"], other.config["learning_rate"]) == (better, 4e-3)
+    donor, other = donor_and_other(train, tmp_path)
     start = str(folder_of(donor) / "checkpoint-4")
     plain = replace(train, learning_rate=4e-3, num_workers="0", output_dir=str(tmp_path / "plain"))
     fit(replace(plain, resume_from_checkpoint=start), stream=io.StringIO())

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from processes import start_ray
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
+from ray.tune.schedulers import ASHAScheduler
 from s3_server import BUCKET, S3Server, elsewhere, s3, use_s3
 from sweep_trials import losses
-from test_own_tuner import run
+from test_own_tuner import donor_and_other, run
 
 from raycontrolnet import TrainConfig, fit
 from raycontrolnet.demo.shapes import write_shapes
@@ -96,20 +96,8 @@ def test_trials_some_of_which_are_stopped(s3: S3Server, nodes: Path, train: Trai
 @pytest.mark.slow
 def test_population_based_training(s3: S3Server, nodes: Path, train: TrainConfig, tmp_path: Path) -> None:
     """The worse trial continues from the checkpoint of the better one, with settings of its own."""
-    better, worse = 2e-3, 1e-9
-    scheduler = PopulationBasedTraining(
-        time_attr="step",
-        perturbation_interval=3,
-        hyperparam_mutations={"learning_rate": [4e-3]},
-        quantile_fraction=0.5,
-        resample_probability=1.0,
-        synch=True,
-    )
-    space = {"learning_rate": tune.grid_search([better, worse])}
     train = replace(train, max_train_steps=6, checkpoints_total_limit=None)
-    results = run(train, space, tmp_path, scheduler=scheduler, reuse_actors=True)
-    donor, other = sorted(results, key=lambda result: result.config["learning_rate"])
-    assert (donor.config["learning_rate"], other.config["learning_rate"]) == (better, 4e-3)
+    donor, other = donor_and_other(train, tmp_path)
     start = checkpoint_folder(donor.checkpoint).with_name("checkpoint-4")
     for name in s3.names(f"{place_of(donor, train).partition('bucket/')[2]}/checkpoint-4/"):
         file = start / name.partition("/checkpoint-4/")[2]

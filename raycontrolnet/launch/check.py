@@ -13,14 +13,13 @@ from raycontrolnet.config.check_config import CheckConfig
 from raycontrolnet.config.checks import collected, find_token, missing_extras, unwritable, with_absolute_paths
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.sources import open_source
-from raycontrolnet.errors import ConfigError, UserError
+from raycontrolnet.errors import ConfigError
 from raycontrolnet.latents.plan import posterior_bytes
 from raycontrolnet.launch import precision
-from raycontrolnet.launch.needs import Needs, count, memory_size, work
+from raycontrolnet.launch.needs import Needs, count, known_family, memory_size, work
 from raycontrolnet.launch.preflight import wants_latents
 from raycontrolnet.model.base_family import base_family, size_problems
 from raycontrolnet.model.families.family import Family
-from raycontrolnet.model.loading import BASE
 from raycontrolnet.model.performance import has_bf16, working_precision
 from raycontrolnet.model.problems import model_problems
 from raycontrolnet.predict.devices import REACHED, peak_of
@@ -88,9 +87,7 @@ def check(config: CheckConfig, stream: TextIO | None = None) -> Prediction:
     problems += size_problems(train, family)
     if problems or source is None:
         raise ConfigError(problems)
-    if family is None:
-        name = train.pretrained_model_name_or_path
-        raise UserError(f"--{BASE}={name}: its configuration cannot be looked at now; download it, or try again")
+    family = known_family(family, train)
     refused: list[str] = []  # after the needs are said
     folder = run_folder(with_absolute_paths(train).output_dir)
     start = _start(train, folder, refused)

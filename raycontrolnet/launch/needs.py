@@ -11,6 +11,7 @@ import torch
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.errors import UserError
 from raycontrolnet.model.base_family import base_family
+from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.files import ModelFiles
 from raycontrolnet.model.loading import BASE
 from raycontrolnet.model.performance import working_precision
@@ -101,14 +102,23 @@ def count(train: TrainConfig, token: str | None, *, cached: bool) -> Prediction:
     Raises:
         UserError: if a configuration cannot be read.
     """
-    family = base_family(train, token)
-    if family is None:
-        name = train.pretrained_model_name_or_path
-        raise UserError(f"--{BASE}={name}: its configuration cannot be looked at now; download it, or try again")
+    family = known_family(base_family(train, token), train)
     base = base_files(train, token, (f"{family.denoiser}/config.json",), from_cache=True)
     dtype = working_precision(train.mixed_precision)
     with shaped(family, base, train, vae=_vae_files(train, token), dtype=dtype) as components:
         return predict(components, train, cached=cached)
+
+
+def known_family(family: Family | None, train: TrainConfig) -> Family:
+    """Return the family of the base model, which can be told by its configuration alone.
+
+    Raises:
+        UserError: if it is None, as where the configuration cannot be read.
+    """
+    if family is None:
+        name = train.pretrained_model_name_or_path
+        raise UserError(f"--{BASE}={name}: its configuration cannot be looked at now; download it, or try again")
+    return family
 
 
 def _vae_files(train: TrainConfig, token: str | None) -> ModelFiles | None:

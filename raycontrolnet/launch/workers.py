@@ -27,6 +27,7 @@ from raycontrolnet.training.watchdog import collective_timeout_s
 
 if TYPE_CHECKING:
     import ray
+    import ray.train
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def train_on_ray(
         What the worker loop of rank 0 returns.
     """
     import ray
-    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import DataConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
     from raycontrolnet.cluster.trainer import InterruptibleTrainer
@@ -103,13 +104,7 @@ def train_on_ray(
             resources_per_worker=resources.per_worker,
             accelerator_type=resources.accelerator_type,
         ),
-        run_config=RunConfig(
-            storage_path=run.folder.parent,
-            name=run.folder.name,
-            failure_config=FailureConfig(
-                max_failures=run.config.max_failures, max_preemption_failures=run.config.max_preemption_failures
-            ),
-        ),
+        run_config=_run_config(run),
         datasets={"train": _dataset_factory(run, job, loader.batch_bytes)},
         dataset_config=DataConfig(execution_options=options, enable_shard_locality=False),
     )
@@ -125,6 +120,15 @@ def train_on_ray(
         if failure := read_failure(run.output_dir):
             raise failure
     return dict(summary)
+
+
+def _run_config(run: CheckedRun) -> ray.train.RunConfig:
+    """Return the run's place and patience, as Ray Train takes them."""
+    from ray.train import FailureConfig, RunConfig
+
+    config = run.config
+    failures = FailureConfig(max_failures=config.max_failures, max_preemption_failures=config.max_preemption_failures)
+    return RunConfig(storage_path=run.folder.parent, name=run.folder.name, failure_config=failures)
 
 
 @contextmanager
