@@ -70,8 +70,10 @@ def bootstrap_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     file = tmp_path / "ray_bootstrap_config.yaml"
     monkeypatch.setattr(nodes, "BOOTSTRAP_CONFIG", file)
     monkeypatch.delenv(nodes.KUBERAY_VARIABLE, raising=False)
-    command = [sys.executable, "-c", "input()", f"{nodes.BOOTSTRAP_FLAG}{file}"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as autoscaler:
+    command = [sys.executable, "-c", "print(flush=True); input()", f"{nodes.BOOTSTRAP_FLAG}{file}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as autoscaler:
+        assert autoscaler.stdout
+        autoscaler.stdout.readline()  # a process that has only just begun has no command line yet
         yield file
         autoscaler.kill()
 
