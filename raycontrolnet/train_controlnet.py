@@ -31,6 +31,7 @@ from raycontrolnet.text import counted
 from raycontrolnet.training.diagnosis import NotFiniteUpdates
 from raycontrolnet.training.failures import failures_recorded, read_failure, retried_if_continued
 from raycontrolnet.training.final_weights import save_final_weights
+from raycontrolnet.training.host_memory import freed_memory_kept
 from raycontrolnet.training.job import (
     Job,
     check_folder_is_shared,
@@ -95,6 +96,7 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
             accelerator_for(job.config, use_gpu=job.use_gpu, world_size=world_size) as accelerator,
             tf32(allowed=job.config.allow_tf32),
             fastest_convolutions(accelerator.device),
+            freed_memory_kept(on_cpu=accelerator.device.type == "cpu") as keeps_memory,
         ):
             if job.threads is not None:
                 torch.set_num_threads(job.threads)
@@ -102,7 +104,8 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
                 how: dict[str, Any] = {"encodes": not job.cached, "interpolation": job.interpolation}
                 state = build_state(job.config, schedule, accelerator, checkpoint, job.token, **how)
             share = Share(rank, world_size, schedule.micro_batches)
-            return Worker(job, schedule, share, state, clock).run(batches)
+            summary = Worker(job, schedule, share, state, clock).run(batches)
+            return summary and {**summary, "freed_memory_kept": keeps_memory}
 
 
 class Worker:

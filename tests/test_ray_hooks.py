@@ -39,6 +39,7 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.tune.execution import cluster_info
+from ray.tune.execution.class_cache import _ActorClassCache
 from ray.tune.experiment import Trial
 from ray.tune.experimental.output import get_air_verbosity
 from ray.tune.trainable.function_trainable import FunctionTrainable, wrap_function
@@ -141,9 +142,11 @@ def test_tunes_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert set(TUNE_ENVIRONMENT) - undocumented <= ray.tune.constants.TUNE_ENV_VARS
     assert get_air_verbosity(0) is not None
     before = dict(os.environ)
-    with tune_environment():
+    with tune_environment({"MALLOC_ARENA_MAX": "1"}):
         assert get_air_verbosity(0) is None, "Tune's table is shown"
         assert TUNE_ENVIRONMENT.items() <= os.environ.items()
+        trial = _ActorClassCache().get(type("Trial", (), {}))
+        assert trial._default_options["runtime_env"]["env_vars"]["MALLOC_ARENA_MAX"] == "1"
     assert dict(os.environ) == before
     assert importlib.import_module("ray.tune.analysis.experiment_analysis").logger.name.startswith(tuning.QUIET_LOGGER)
 

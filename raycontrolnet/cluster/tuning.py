@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ray.train._internal.session import get_session
+from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from ray.tune.trainable.function_trainable import FunctionTrainable
 
 TUNE_ENVIRONMENT = {
@@ -39,10 +40,17 @@ T = TypeVar("T")
 
 
 @contextmanager
-def tune_environment() -> Iterator[None]:
-    """Set Tune's environment variables while the context lasts, and silence the warning about missing files."""
-    before = {name: os.environ.get(name) for name in TUNE_ENVIRONMENT}
-    os.environ.update(TUNE_ENVIRONMENT)
+def tune_environment(of_trials: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Set Tune's environment variables while the context lasts, and silence the warning about missing files.
+
+    Args:
+        of_trials: variables for the processes of trials. Tune has a list of names that it passes on, which is private;
+            no public name reaches these processes alone.
+    """
+    variables = TUNE_ENVIRONMENT | dict(of_trials or {})
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    ENV_VARS_TO_PROPAGATE.update(of_trials or ())
     logging.getLogger(QUIET_LOGGER).setLevel(logging.ERROR)
     try:
         yield

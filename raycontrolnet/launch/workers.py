@@ -19,6 +19,7 @@ from raycontrolnet.signals import ended_in_order
 from raycontrolnet.training import held_out, metrics, validation
 from raycontrolnet.training.background import repeating
 from raycontrolnet.training.failures import read_failure, read_hang
+from raycontrolnet.training.host_memory import variables_for_kept_memory
 from raycontrolnet.training.job import RUN_LOG, Job, RunCallback, RunStopped, ask_to_stop, begin, end
 from raycontrolnet.training.schedule import due_steps
 from raycontrolnet.training.status import RunStatus
@@ -104,7 +105,7 @@ def train_on_ray(
             resources_per_worker=resources.per_worker,
             accelerator_type=resources.accelerator_type,
         ),
-        run_config=_run_config(run),
+        run_config=_run_config(run, on_cpu=not resources.use_gpu),
         datasets={"train": _dataset_factory(run, job, loader.batch_bytes)},
         dataset_config=DataConfig(execution_options=options, enable_shard_locality=False),
     )
@@ -122,13 +123,18 @@ def train_on_ray(
     return dict(summary)
 
 
-def _run_config(run: CheckedRun) -> ray.train.RunConfig:
-    """Return the run's place and patience, as Ray Train takes them."""
+def _run_config(run: CheckedRun, *, on_cpu: bool) -> ray.train.RunConfig:
+    """Return the run's place and patience and its workers' environment, as Ray Train takes them."""
     from ray.train import FailureConfig, RunConfig
 
     config = run.config
     failures = FailureConfig(max_failures=config.max_failures, max_preemption_failures=config.max_preemption_failures)
-    return RunConfig(storage_path=run.folder.parent, name=run.folder.name, failure_config=failures)
+    return RunConfig(
+        storage_path=run.folder.parent,
+        name=run.folder.name,
+        failure_config=failures,
+        worker_runtime_env={"env_vars": variables_for_kept_memory()} if on_cpu else None,
+    )
 
 
 @contextmanager

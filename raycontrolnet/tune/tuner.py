@@ -14,6 +14,7 @@ from raycontrolnet.cluster import tuning
 from raycontrolnet.cluster.worker import remove_ray_records
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.storage.stored_folder import StoredFolder
+from raycontrolnet.training.host_memory import variables_for_kept_memory
 from raycontrolnet.tune.lease import SweepLease
 from raycontrolnet.tune.plan import SweepPlan
 from raycontrolnet.tune.recorder import NotPickled, TrialRecorder
@@ -57,7 +58,7 @@ def run_trials(plan: SweepPlan, shared: Shared, recorder: TrialRecorder, lease: 
     # A process whose GPU has failed hands its next trial to a new one, which Tune counts as a failure.
     max_failures = max(plan.train.max_failures, int(slots.use_gpu))
     try:
-        with tuning.tune_environment():
+        with tuning.tune_environment({} if slots.use_gpu else variables_for_kept_memory()):
             return tune.Tuner(
                 trainable,
                 tune_config=tune.TuneConfig(

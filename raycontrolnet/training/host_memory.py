@@ -1,0 +1,56 @@
+"""Memory of a process that trains on a CPU: what is freed is kept for the next step, not given back to the system.
+
+glibc's `malloc` maps every large tensor anew and unmaps it when it is freed, and the kernel clears its pages each
+time: 2 million page faults in an update of Stable Diffusion 1.5. See mallopt(3).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+PARAMETERS = {
+    # First: a thread's own arena, as that of a worker's loop on Ray, maps all that is larger than 64 MiB in any case.
+    "MALLOC_ARENA_MAX": (-8, 1),
+    "MALLOC_MMAP_MAX_": (-4, 0),
+    "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1),
+    "MALLOC_TOP_PAD_": (-2, 2**28),
+}
+"""By the variables that set them at a process's start: their numbers in malloc.h, and our values, of which two are
+bytes."""
+
+
+def variables_for_kept_memory(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the environment variables for the processes of workers on CPUs; none if the user has set one of them."""
+    if not _is_ours(environment):
+        return {}
+    return {name: str(value) for name, (_, value) in PARAMETERS.items()}
+
+
+def _is_ours(environment: Mapping[str, str]) -> bool:
+    """Check that none of the parameters is the user's."""
+    return all(environment.get(name) in (None, str(value)) for name, (_, value) in PARAMETERS.items())
+
+
+@contextmanager
+def freed_memory_kept(*, on_cpu: bool) -> Iterator[bool]:
+    """Keep freed memory from here on, and give back once what is free when the `with` block ends.
+
+    Not on GPUs, where tensors are elsewhere; nor with another C library than glibc, or where the user has chosen. In a
+    thread that has an arena already, only `variables_for_kept_memory` serve the largest tensors.
+
+    Yields:
+        Whether it is kept.
+    """
+    if not on_cpu or platform.libc_ver()[0] != "glibc" or not _is_ours(os.environ):
+        yield False
+        return
+    libc = ctypes.CDLL(None)
+    done = [libc.mallopt(number, value) for number, value in PARAMETERS.values()]
+    try:
+        yield all(done)
+    finally:
+        libc.malloc_trim(0)
