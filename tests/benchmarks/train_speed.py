@@ -81,7 +81,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(arguments[:place]), list(arguments[place + 1 :])
 
 
-def write_inputs(folder: Path, num_images: int = 64) -> None:
+def write_inputs(folder: Path, size: str, num_images: int = 64) -> None:
     """Write `base`, `controlnet` and `data` below `folder`."""
     from diffusers import ControlNetModel, UNet2DConditionModel
 
@@ -90,13 +90,34 @@ def write_inputs(folder: Path, num_images: int = 64) -> None:
     sys.path.append(str(Path(__file__).parents[1]))
     from base_model import CONDITIONING_EMBEDDING_CHANNELS, write_random_base
 
-    write_random_base(folder / "base", "quarter")
+    if size == "sd15":
+        write_random_sd15(folder / "base")
+    else:
+        write_random_base(folder / "base", "quarter")
     unet = UNet2DConditionModel.from_pretrained(folder / "base", subfolder="unet")
     # diffusers' conditioning embedding has SD 1.5's width whatever the UNet's: a quarter of it here
-    channels = CONDITIONING_EMBEDDING_CHANNELS["quarter"]
-    controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=channels)
-    controlnet.save_pretrained(folder / "controlnet")
+    embedding = (
+        {} if size == "sd15" else {"conditioning_embedding_out_channels": CONDITIONING_EMBEDDING_CHANNELS["quarter"]}
+    )
+    ControlNetModel.from_unet(unet, **embedding).save_pretrained(folder / "controlnet")
     write_shapes(folder / "data", num_images, resolution=RESOLUTION)
+
+
+def write_random_sd15(folder: Path) -> None:
+    """Write a base of Stable Diffusion 1.5's size with random weights, in fp32: 4.3 GB."""
+    from base_model import write_parts, write_tokenizer
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from full_size import SD15
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    write_tokenizer(folder / "tokenizer")
+    parts = {
+        "unet": UNet2DConditionModel.from_config(SD15["unet"]),
+        "vae": AutoencoderKL.from_config(SD15["vae"]),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**SD15["text_encoder"])),
+        "scheduler": DDPMScheduler.from_config(SD15["scheduler"]),
+    }
+    write_parts(folder, parts)
 
 
 def run_reference(folder: Path, name: str, args: argparse.Namespace) -> Speed:
@@ -154,7 +175,7 @@ def table(speeds: dict[str, list[Speed]], args: argparse.Namespace, train_flags:
     lines = [
         f"{platform.machine()}, {os.cpu_count()} CPUs, {args.threads} threads; "
         + ", ".join(f"{package} {version(package)}" for package in ("torch", "diffusers", "ray"))
-        + f"; batch {args.batch_size}, {RESOLUTION} px, {args.steps} updates a run"
+        + f"; {args.size}, batch {args.batch_size}, {RESOLUTION} px, {args.steps} updates a run"
         + (f"; {' '.join(train_flags)}" if train_flags else ""),
         "",
         "| | images/s | command to first update, s | all but the updates, s |",
@@ -174,7 +195,7 @@ def table(speeds: dict[str, list[Speed]], args: argparse.Namespace, train_flags:
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     theirs = medians.pop(REFERENCE)
-    for (name, ours), goal in zip(medians.items(), GOALS, strict=True):
+    for (name, ours), goal in zip(medians.items(), GOALS[args.size], strict=True):
         ratio = ours["images_per_second"] / theirs["images_per_second"]
         first, besides = (ours[column] - theirs[column] for column in ("first_update_s", "besides_updates_s"))
         lines.append(f"| {name}, against {REFERENCE} | {ratio:.3f}x | {first:+.1f} | {besides:+.1f} |")
