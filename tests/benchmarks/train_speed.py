@@ -81,7 +81,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(arguments[:place]), list(arguments[place + 1 :])
 
 
-def write_inputs(folder: Path, size: str, num_images: int = 64) -> None:
+def write_inputs(folder: Path, num_images: int = 64, size: str = "quarter") -> None:
     """Write `base`, `controlnet` and `data` below `folder`."""
     from diffusers import ControlNetModel, UNet2DConditionModel
 
