@@ -16,7 +16,13 @@ from raycontrolnet.config.space import Space, num_trials, place_of, to_grammar
 from raycontrolnet.config.sweep_config import SweepConfig
 from raycontrolnet.config.train_config import TrainConfig, names_with
 from raycontrolnet.launch.checked_run import CheckedRun
-from raycontrolnet.model.base_family import SIZE_SETTINGS, base_family, size_problems
+from raycontrolnet.model.base_family import (
+    OBJECTIVE_SETTINGS,
+    SIZE_SETTINGS,
+    base_family,
+    objective_problems,
+    size_problems,
+)
 from raycontrolnet.model.loading import BASE
 from raycontrolnet.model.paths import model_path_problem
 from raycontrolnet.model.problems import model_problems
@@ -109,6 +115,14 @@ def size_problems_of(train: TrainConfig, space: Space) -> list[str]:
         space,
         (BASE, *SIZE_SETTINGS),
         lambda variant: size_problems(variant, base_family(variant, token)),
+    )
+
+
+def objective_problems_of(train: TrainConfig, space: Space) -> list[str]:
+    """Return what is wrong with the training loss of trials, with each of their base models."""
+    token = find_token(train.hub_token)
+    return _problems_of_variants(
+        train, space, (BASE, *OBJECTIVE_SETTINGS), lambda variant: objective_problems(variant, variant, token)
     )
 
 

@@ -153,7 +153,8 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
     space = {name: _with_absolute_paths(name, dimension) for name, dimension in space.items()}
     changed = checks.differences(before, config, public_settings(train), space)
     problems = [*changed, *checks.problems(config, space)]
-    if problems or (problems := checks.model_problems_of(train, space) or checks.size_problems_of(train, space)):
+    problems = problems or checks.model_problems_of(train, space) or checks.size_problems_of(train, space)
+    if problems or (problems := checks.objective_problems_of(train, space)):
         raise ConfigError(problems)
     runs = {}
     for settings in _cache_variants(space):
