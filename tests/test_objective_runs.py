@@ -11,15 +11,17 @@ from typing import Any
 
 import pytest
 from reference import training, write_trained_controlnet
-from runs import Settings, equal, flags, losses, run, weights
+from runs import Settings, equal, flags, losses, run, train, weights
 from test_held_out import MEASURED, NUM_HELD_OUT, loader_of, measured, shake
 
 from raycontrolnet import GenerateConfig, TrainConfig, cli, generate
 from raycontrolnet.config.check_config import CheckConfig
 from raycontrolnet.config.objective_settings import ObjectiveConfig
+from raycontrolnet.config.space import read_space
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.launch.check import check
 from raycontrolnet.training.held_out import measure
+from raycontrolnet.tune.checks import warnings
 
 EVERYTHING: Settings = {
     "snr_gamma": 5.0, "loss": "huber", "huber_delta": 0.3, "timestep_sampling": "logit_normal", "logit_mean": 0.3,
@@ -149,7 +151,7 @@ def drawn(folder: Path, out: Path, settings: Settings, **changed: Any) -> list[b
 def test_images_are_drawn_with_the_runs_schedule(
     zero_snr_run: Path, validated_settings: Settings, tiny_base_v: Path, tmp_path: Path
 ) -> None:
-    """Those of validation, of `generate` with the run or one of its checkpoints, and of the card's code."""
+    """The images of validation are those of `generate`, with the run, a checkpoint of it, or the weights alone."""
     validation = zero_snr_run / "validation" / "step-000004"
     validated = [path.read_bytes() for path in sorted(validation.glob("pair-*-image-??.png"))]
     assert len(validated) == 4
@@ -214,3 +216,24 @@ def test_refusals_on_the_command_line(tiny_settings: Settings, capsys: pytest.Ca
             shown = capsys.readouterr().err
             assert message in shown
             assert "Traceback" not in shown
+
+
+def test_parameters_without_effect_are_said(tiny_settings: Settings) -> None:
+    """A run that was meant to be another one; in a sweep, trials with another loss just do not use them."""
+    given = {"huber_delta": 0.5, "logit_mean": 1.0, "high_noise_power": 2.0, "timestep_sampling": "high_noise"}
+    shown = train(tiny_settings | given | {"max_train_steps": 1}).shown
+    assert "--huber_delta=0.5: has no effect without --loss huber\n" in shown
+    assert "--logit_mean=1.0: has no effect without --timestep_sampling logit_normal\n" in shown
+    assert "--high_noise_power" not in shown
+
+
+def test_a_sweep_whose_measure_means_two_things(tiny_settings: Settings) -> None:
+    for objective, name, warned in (
+        ("val_loss", "rescale_betas_zero_snr", True),
+        ("control_gap", "rescale_betas_zero_snr", True),
+        ("control_fidelity", "rescale_betas_zero_snr", False),
+        ("val_loss", "noise_offset", False),
+    ):
+        space = read_space({name: {"choice": [0, 0.1] if name == "noise_offset" else [False, True]}})
+        found = list(warnings(TrainConfig(**tiny_settings), (), 1000, objective, space))
+        assert any("are measured at other noise levels" in line for line in found) == warned

@@ -21,6 +21,7 @@ from raycontrolnet.config.checks import (
     missing_extras,
     unwritable,
 )
+from raycontrolnet.config.objective_settings import ZERO_SNR
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.sources import Source, open_source, shared_files
 from raycontrolnet.errors import ConfigError
@@ -44,8 +45,6 @@ from raycontrolnet.training.schedule import Schedule
 from raycontrolnet.training.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
-
-ZERO_SNR = "rescale_betas_zero_snr"
 
 
 def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:

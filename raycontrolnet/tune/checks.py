@@ -10,6 +10,7 @@ from typing import Any
 
 from raycontrolnet.cluster.session import on_a_cluster
 from raycontrolnet.config.checks import find_token, package_problem
+from raycontrolnet.config.objective_settings import ZERO_SNR
 from raycontrolnet.config.output_settings import OutputConfig
 from raycontrolnet.config.settings import OptimConfig
 from raycontrolnet.config.space import Space, num_trials, place_of, to_grammar
@@ -31,8 +32,15 @@ from raycontrolnet.storage.uri import shown_value
 from raycontrolnet.training.schedule import warmup_warning
 
 
-def warnings(output: OutputConfig, variants: Iterable[OptimConfig], total_updates: int) -> Iterator[str]:
+def warnings(
+    output: OutputConfig, variants: Iterable[OptimConfig], total_updates: int, objective: str, space: Space
+) -> Iterator[str]:
     """Yield warnings about trials of `total_updates`, with every warm-up that `variants` have."""
+    if ZERO_SNR in space and objective in ("val_loss", "control_gap"):
+        yield (
+            f"trials with and without --{ZERO_SNR} are measured at other noise levels, so their {objective} differs "
+            "for that alone; compare them by --objective control_fidelity"
+        )
     if (every := output.checkpointing_steps) >= total_updates:
         yield (
             f"trials write a checkpoint only at their end (--checkpointing_steps={every}, {total_updates} updates): "

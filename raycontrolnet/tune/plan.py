@@ -167,7 +167,7 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
             raise ConfigError([problem])
     total_updates = max(total for run in runs.values() for total in _totals(run, space))
     warm_ups = (dataclasses.replace(train, **some) for some in checks.combinations(space, names_that_decide("warm-up")))
-    for warning in dict.fromkeys(checks.warnings(train, warm_ups, total_updates)):
+    for warning in dict.fromkeys(checks.warnings(train, warm_ups, total_updates, config.objective, space)):
         stream.write(f"sweep: {warning}\n")
     return SweepPlan(
         config=config,
