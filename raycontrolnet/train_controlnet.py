@@ -184,10 +184,10 @@ class Worker:
 
     def inputs(self, batches: Iterator[list[PreparedRow]]) -> Iterator[tuple[Batch, Draws]]:
         """Yield each micro-step's batch and draws on the device; runs in a thread, one ahead of the step."""
-        components, device, seed = self.state.components, self.state.accelerator.device, self.job.config.seed
+        config, device, seed = self.job.config, self.state.accelerator.device, self.job.config.seed
         assert seed is not None
-        own = components.with_own_tokenizers()  # validation uses the others in another thread
-        shape = latent_shape(components, self.job.config.resolution)
+        own = self.state.components.with_own_tokenizers()  # validation uses the others in another thread
+        shape = latent_shape(own, config.resolution)
         for micro_step, rows in enumerate(batches):
             expected = self.first_sample + self.share.place(micro_step) * self.schedule.batch_size
             if (found := rows[0].sample_index) != expected:
@@ -198,7 +198,7 @@ class Worker:
             for row in rows:
                 warn_if_cut(own.tokenizers, row.prompt)
             indices = [row.sample_index for row in rows]
-            yield make_batch(rows, own, device), draw(seed, indices, shape, components.draw_timestep, device)
+            yield make_batch(rows, own, device), draw(seed, indices, shape, own.draw_timestep, device, objective=config)
 
     def update(self, inputs: Iterator[tuple[Batch, Draws]]) -> None:
         """Do one optimizer update."""

@@ -23,7 +23,7 @@ LATENT_SHAPE = (4, 4, 4)
 """The tiny base's, at 32 pixels."""
 
 
-def draw_timestep(rng: np.random.Generator) -> int:
+def draw_timestep(rng: np.random.Generator, _: object = None) -> int:
     """Draw one of DDPM's 1,000 timesteps, as the script does."""
     return int(rng.integers(1000))
 
@@ -56,10 +56,26 @@ def normalize(pixels: Tensor) -> Tensor:
 
 def reference_loss(base: Path, controlnet_folder: Path, rows: list[PreparedRow], draws: Draws) -> Tensor:
     """Return the loss of a batch in fp32, with everything that carries gradients to the ControlNet left attached."""
+    model_pred, target = reference_prediction(base, controlnet_folder, rows, draws)
+    return torch.nn.functional.mse_loss(model_pred.float(), target.float(), reduction="mean")
+
+
+def reference_prediction(
+    base: Path, controlnet_folder: Path, rows: list[PreparedRow], draws: Draws, **scheduler: Any
+) -> tuple[Tensor, Tensor]:
+    """Return the UNet's prediction and its target, both [B, C, h, w].
+
+    Args:
+        base: folder of the base model.
+        controlnet_folder: folder of the ControlNet.
+        rows: the batch.
+        draws: of the batch.
+        scheduler: changes of its configuration.
+    """
     from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    noise_scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
+    noise_scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler", **scheduler)
     tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder")
     vae = AutoencoderKL.from_pretrained(base, subfolder="vae")
@@ -75,7 +91,8 @@ def reference_loss(base: Path, controlnet_folder: Path, rows: list[PreparedRow],
 
     posterior = vae.encode(pixel_values).latent_dist
     latents = (posterior.mean + posterior.std * draws.posterior_noise) * vae.config.scaling_factor
-    noisy_latents = noise_scheduler.add_noise(latents, draws.noise, draws.timesteps)
+    new_noise = draws.noise if draws.input_noise is None else draws.input_noise
+    noisy_latents = noise_scheduler.add_noise(latents, new_noise, draws.timesteps)
     encoder_hidden_states = text_encoder(input_ids, return_dict=False)[0]
     down_block_res_samples, mid_block_res_sample = controlnet(
         noisy_latents,
@@ -97,7 +114,7 @@ def reference_loss(base: Path, controlnet_folder: Path, rows: list[PreparedRow],
     else:
         assert noise_scheduler.config.prediction_type == "v_prediction"
         target = noise_scheduler.get_velocity(latents, draws.noise, draws.timesteps)
-    return torch.nn.functional.mse_loss(model_pred.float(), target.float(), reduction="mean")
+    return model_pred, target
 
 
 @contextmanager

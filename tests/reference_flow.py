@@ -50,7 +50,8 @@ def reference_loss(base: Path, controlnet_folder: Path, prepared: list[PreparedR
     control = vae.encode(control_pixels).latent_dist.mode() * vae.config.scaling_factor
 
     sigma = draws.timesteps[:, None, None, None] / 1000
-    noisy_latents = (1 - sigma) * latents + sigma * draws.noise
+    noise = draws.noise if draws.input_noise is None else draws.input_noise
+    noisy_latents = (1 - sigma) * latents + sigma * noise
     (residuals,) = controlnet(
         noisy_latents,
         control,

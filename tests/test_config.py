@@ -56,17 +56,19 @@ OWN_FLAGS: dict[str, dict[str, Any]] = {
         "num_workers": "1", "accelerator_type": None, "address": None, "cache_latents": "auto",
         "latents_cache_dir": None, "latents_dtype": "float16", "on_bad_sample": "fail", "license": None,
         "on_nan": "fail", "save_precision": "fp32", "save_name": None, "base_config": None,
-        "control_fidelity": None, "tracker_group": None, "size_conditioning": "fixed",
+        "control_fidelity": None, "tracker_group": None, "size_conditioning": "fixed", "loss": "mse",
+        "timestep_sampling": None,
     },
     "BOOL": {
         "use_gpu": None,
     },
     "FLAG": {
-        "compile": False,
+        "compile": False, "rescale_betas_zero_snr": False,
     },
     "FLOAT": {
         "cpus_per_worker": None, "validation_split": None, "max_bad_fraction": 0.01, "guidance_scale": None,
-        "wait_timeout_s": None, "hang_timeout_s": 600.0,
+        "wait_timeout_s": None, "hang_timeout_s": 600.0, "snr_gamma": None, "huber_delta": 0.1, "logit_mean": 0.0,
+        "logit_std": 1.0, "high_noise_power": 3.0, "noise_offset": 0.0, "input_perturbation": 0.0,
     },
     "INT": {
         "max_failures": 3, "max_preemption_failures": -1, "latents_batch_size": 4, "max_nan": 10,
@@ -201,7 +203,8 @@ def other_values(image: str) -> Settings:
         "lr_scheduler": "cosine", "mixed_precision": "bf16", "report_to": "wandb", "num_workers": "2:4",
         "cache_latents": "on", "latents_dtype": "float32", "on_bad_sample": "skip", "on_nan": "skip",
         "license": "openrail++", "image_interpolation_mode": "lanczos", "size_conditioning": "real",
-        "save_precision": "bf16", "save_name": "edges",
+        "save_precision": "bf16", "save_name": "edges", "loss": "huber", "timestep_sampling": "logit_normal",
+        "high_noise_power": 2.5,
         "control_fidelity": "shape", "validation_image": (image, image), "resolution": 256,
     }  # fmt: skip
     values = {name: own.get(name, kinds[kind](index)) for index, (name, kind) in enumerate(KINDS.items())}
@@ -297,6 +300,20 @@ RULES: dict[str, list[tuple[str, Any]]] = {
     ],
     "must be in [0, 1)": [("adam_beta1", 1.0), ("adam_beta2", -0.5)],
     "must be above 0": [("max_grad_norm", 0.0), ("cpus_per_worker", 0)],
+    "must be one of mse, huber; perhaps you meant huber": [("loss", "hubert")],
+    "must be one of uniform, logit_normal, high_noise; perhaps you meant logit_normal": [
+        ("timestep_sampling", "logitnormal"),
+    ],
+    "must be in [1e-06, 1e+06]": [("huber_delta", 0.0), ("huber_delta", -0.1), ("huber_delta", 1e7)],
+    "must be a number above 0": [
+        ("snr_gamma", 0.0), ("snr_gamma", -5.0), ("snr_gamma", float("inf")), ("logit_std", 0.0), ("logit_std", -1.0),
+    ],
+    "must be a number of at least 0": [
+        ("noise_offset", -0.1), ("noise_offset", float("inf")), ("input_perturbation", -0.1),
+        ("input_perturbation", float("inf")),
+    ],
+    "must be a finite number": [("logit_mean", float("inf")), ("logit_mean", -float("inf"))],
+    "must be a number of at least 1; 1 is uniform": [("high_noise_power", 0.5), ("high_noise_power", float("inf"))],
     "must be in [0, 2**63)": [("seed", -1), ("seed", 2**63)],
     "names a whole bucket; name a folder in it": [("output_dir", "s3://bucket"), ("output_dir", "gs://bucket/")],
     f"must be one of the Hub's short names, such as apache-2.0 ({LICENCES})": [
@@ -416,6 +433,9 @@ def test_validation_pairs(prompts: int, images: int, pairs: int, tmp_path: Path)
         ({"learning_rate": "fast"}, "--learning_rate='fast': must be a number"),
         ({"learning_rate": float("nan")}, "--learning_rate=nan: must be a number"),
         ({"max_grad_norm": "nan"}, "--max_grad_norm='nan': must be a number"),
+        ({"snr_gamma": float("nan")}, "--snr_gamma=nan: must be a number"),
+        ({"huber_delta": "nan"}, "--huber_delta='nan': must be a number"),
+        ({"noise_offset": "NaN"}, "--noise_offset='NaN': must be a number"),
         ({"learning_rate": True}, "--learning_rate=True: must be a number"),
         ({"scale_lr": "yes"}, "--scale_lr='yes': must be true or false"),
         ({"scale_lr": 1}, "--scale_lr=1: must be true or false"),

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from raycontrolnet import TrainConfig
+from raycontrolnet.config.objective_settings import ObjectiveConfig
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.families.registry import family_of
 from raycontrolnet.model.files import local_files
@@ -94,16 +95,21 @@ def inputs(components: Components, *, cached: bool) -> tuple[Batch, Draws]:
     return batch, Draws(noise, noise, torch.zeros(2, dtype=torch.int64, device=META))
 
 
+@pytest.mark.parametrize("objective", [{}, {"snr_gamma": 5.0, "loss": "huber", "input_perturbation": 0.1}])
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_forward_and_backward(base: str, cached: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_forward_and_backward(
+    base: str, cached: bool, dtype: torch.dtype, objective: dict[str, Any], tmp_path: Path
+) -> None:
     components = on_meta(BASES[base], tmp_path, dtype)
     if dtype != torch.float32:  # autocast, of which `meta` has none
         components.controlnet.to(dtype)
     batch, draws = inputs(components, cached=cached)
+    draws = draws._replace(input_noise=draws.noise) if objective else draws
     with no_waiting():
-        controlnet_loss(components, components.controlnet, batch, draws).mean().backward()
+        loss = controlnet_loss(components, components.controlnet, batch, draws, ObjectiveConfig(**objective))
+        loss.mean().backward()
     assert all(weight.grad is not None for weight in components.controlnet.parameters())
 
 

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +23,9 @@ from reference import write_trained_controlnet as write_sd_controlnet
 from reference_flow import reference_loss, write_trained_controlnet
 from runs import Run, Settings, equal, lines, losses, run, train, weights
 
-from raycontrolnet import GenerateConfig, TrainConfig, generate
+from raycontrolnet import GenerateConfig, SweepConfig, TrainConfig, generate
 from raycontrolnet.config.check_config import CheckConfig
+from raycontrolnet.config.objective_settings import ObjectiveConfig
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.errors import ConfigError, UserError
@@ -35,6 +37,7 @@ from raycontrolnet.model.problems import model_files, model_problems
 from raycontrolnet.model.size import controlnet_bytes_at_least
 from raycontrolnet.model.step import controlnet_loss, draw, make_batch
 from raycontrolnet.quiet import only_errors
+from raycontrolnet.tune.plan import plan_sweep
 
 CAPTIONS = ["red circle with blue background", "", "green square"]
 LONGEST_LINE = 250
@@ -143,6 +146,69 @@ def test_timesteps_are_the_familys(flow_base: Path) -> None:
     assert abs(float(normal.mean())) < 0.15
     assert abs(float(normal.std()) - 1) < 0.1
     assert FLOW.spread_timestep(0.5, components.noise_scheduler) == pytest.approx(750)
+
+
+@pytest.mark.parametrize("changed", [{"mean": 0.0, "std": 1.0}, {"mean": 0.6, "std": 0.5}])
+def test_timesteps_of_other_distributions(changed: dict[str, float], flow_base: Path) -> None:
+    """As fractions of the timesteps, which the scheduler then shifts: 3 f / (1 + 2 f)."""
+    components, count = load(flow_base), 4000
+
+    def fractions(**settings: Any) -> torch.Tensor:
+        objective = ObjectiveConfig(**settings)
+        draws = draw(0, range(count), (1, 1, 1), components.draw_timestep, CPU, objective=objective)
+        assert draws.timesteps.dtype == torch.float32
+        sigma = draws.timesteps.double() / 1000
+        return sigma / (3 - 2 * sigma)
+
+    uniform = fractions(timestep_sampling="uniform")
+    assert abs(float(uniform.mean()) - 1 / 2) < 5 * (1 / 12 / count) ** 0.5
+    assert abs(float(uniform.var()) - 1 / 12) < 5 * (1 / 180 / count) ** 0.5
+    high = fractions(timestep_sampling="high_noise", high_noise_power=3.0)
+    assert abs(float(high.mean()) - 3 / 4) < 5 * (9 / 112 / count) ** 0.5
+    mean, std = changed["mean"], changed["std"]
+    logit = torch.special.logit(fractions(timestep_sampling="logit_normal", logit_mean=mean, logit_std=std))
+    assert abs(float(logit.mean()) - mean) < 5 * std / count**0.5
+    assert abs(float(logit.std()) - std) < 5 * std / (2 * count) ** 0.5
+    own = draw(0, range(9), (1, 1, 1), components.draw_timestep, CPU)
+    standard = ObjectiveConfig(timestep_sampling="logit_normal")
+    named = draw(0, range(9), (1, 1, 1), components.draw_timestep, CPU, objective=standard)
+    assert torch.equal(own.timesteps, named.timesteps), "it is how this family is trained"
+
+
+def test_an_objective_with_all_that_the_family_has(flow_base: Path, flow_controlnet: Path) -> None:
+    components, prepared = load(flow_base, flow_controlnet), rows()
+    objective = ObjectiveConfig(noise_offset=0.3, input_perturbation=0.4, timestep_sampling="high_noise")
+    draws = draw(0, [0, 1, 2], LATENT_SHAPE, components.draw_timestep, CPU, objective=objective)
+    batch = make_batch(prepared, components, CPU)
+    with torch.no_grad():
+        expected = reference_loss(flow_base, flow_controlnet, prepared, draws)
+        found = controlnet_loss(components, components.controlnet, batch, draws, objective)
+        assert abs(float(found.mean() - expected)) <= 1e-6
+        huber = controlnet_loss(components, components.controlnet, batch, draws, ObjectiveConfig(loss="huber"))
+        assert float(huber.mean()) < float(found.mean())
+
+
+def test_objectives_of_another_kind_of_noise(flow_settings: Settings, flow_base: Path, tmp_path: Path) -> None:
+    """Refused with the reason before models are read, and where only a worker sees the base model."""
+    snr = (
+        "--snr_gamma=5: weights the loss by DDPM's signal-to-noise ratio, which Tiny Flow is not trained by; leave it "
+        "out, or see --timestep_sampling"
+    )
+    zero = "--rescale_betas_zero_snr: rescales DDPM's noise schedule, which Tiny Flow does not have; leave it out"
+    both: Settings = {"snr_gamma": 5.0, "rescale_betas_zero_snr": True}
+    with pytest.raises(ConfigError) as training:
+        run(flow_settings, tmp_path / "out", **both)
+    with pytest.raises(ConfigError) as checking:
+        check(CheckConfig(train=TrainConfig(**flow_settings | both)), io.StringIO())
+    for error in (training, checking):
+        assert list(error.value.problems) == [snr, zero]
+    family, objective = load(flow_base).family, ObjectiveConfig(**both)
+    assert list(family.objective_problems(objective, {})) == [snr, zero]
+    space = {"snr_gamma": {"choice": [None, 5.0]}, "learning_rate": {"choice": [1e-4]}}
+    config = SweepConfig(train=TrainConfig(**flow_settings, output_dir=str(tmp_path)), space=space, num_samples=2)
+    with pytest.raises(ConfigError) as sweeping:
+        plan_sweep(config, io.StringIO())
+    assert list(sweeping.value.problems) == [snr]
 
 
 def test_every_trained_weight_gets_a_gradient(flow_base: Path, flow_controlnet: Path) -> None:

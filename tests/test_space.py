@@ -58,7 +58,9 @@ OTHERS: dict[str, Any] = {
     "adam_epsilon": 1e-6, "max_grad_norm": 2.0, "set_grads_to_none": True, "train_batch_size": 8,
     "num_train_epochs": 2, "max_train_steps": 10, "gradient_accumulation_steps": 2, "gradient_checkpointing": True,
     "mixed_precision": "bf16", "allow_tf32": True, "enable_xformers_memory_efficient_attention": True,
-    "compile": True,
+    "compile": True, "loss": "huber", "huber_delta": 0.2, "snr_gamma": 5.0, "timestep_sampling": "high_noise",
+    "logit_mean": 0.5, "logit_std": 0.5, "high_noise_power": 2.0, "noise_offset": 0.1, "input_perturbation": 0.1,
+    "rescale_betas_zero_snr": True,
     "pretrained_model_name_or_path": "other", "revision": "other", "variant": "fp16", "dataset_name": "other",
     "dataset_config_name": "other", "train_data_dir": "other", "image_column": "other",
     "conditioning_image_column": "other", "caption_column": "other", "resolution": 256, "latents_dtype": "float32",
@@ -160,6 +162,20 @@ def test_trials_are_measured_alike(name: str) -> None:
     (found,) = checked({name: {"choice": [value]}}, objective="loss")
     why = f"it decides {FACTS[name]['decides_measurement']}, so that the loss of trials could not be compared"
     assert found == f"--space: {name}: cannot be swept: {why}; set it for all trials with --{name}"
+
+
+def test_trials_with_other_losses_are_not_ranked_by_the_loss() -> None:
+    """They are by what is measured on held-out rows, which is the same figure for all."""
+    names = names_that_decide("training loss")
+    assert len(names) == 10
+    for name in names:
+        (found,) = checked({name: {"choice": [OTHERS[name]]}}, objective="loss")
+        assert found == (
+            f"--space: {name}: cannot be swept: it decides what the training loss is, so that the loss of trials could "
+            "not be compared; rank them by --objective val_loss or control_gap"
+        )
+        for objective in ("val_loss", "control_gap", "images_per_second"):
+            assert checked({name: {"choice": [OTHERS[name]]}}, objective=objective) == []
 
 
 @pytest.mark.parametrize("name", names_with("fixed"))

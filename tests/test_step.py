@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from raycontrolnet import TrainConfig
+from raycontrolnet.config.objective_settings import PLAIN, ObjectiveConfig
 from raycontrolnet.config.settings import StepConfig
 from raycontrolnet.errors import UserError
 from raycontrolnet.model.components import Components, load_components
@@ -121,9 +122,10 @@ def test_every_input_has_a_say(components: Components) -> None:
         inputs = [
             *((batch._replace(**{name: getattr(other_batch, name)}), draws) for name in names),
             (batch._replace(posterior=torch.randn(2, 2, *LATENT_SHAPE)), draws),
-            *((batch, draws._replace(**{name: getattr(other_draws, name)})) for name in draws._fields),
+            *((batch, draws._replace(**{name: getattr(other_draws, name)})) for name in draws._fields[:3]),
+            (batch, draws._replace(input_noise=other_draws.noise)),
         ]
-        assert len(inputs) == 7
+        assert len(inputs) == 8
         for changed_batch, changed_draws in inputs:
             other = controlnet_loss(components, components.controlnet, changed_batch, changed_draws)
             assert (loss - other).abs().min() > 1e-6
@@ -435,13 +437,17 @@ def test_the_latents_have_the_vaes_shape(components: Components) -> None:
 # --- draws ---
 
 
-def test_a_samples_draws_are_its_own() -> None:
+@pytest.mark.parametrize("objective", [PLAIN, ObjectiveConfig(noise_offset=0.1, input_perturbation=0.2)])
+def test_a_samples_draws_are_its_own(objective: ObjectiveConfig) -> None:
     """The same in any batch and on any worker, whatever was drawn before."""
-    batch = draw(0, [3, 10**9, 7, 3], LATENT_SHAPE, draw_timestep, CPU)
+    batch = draw(0, [3, 10**9, 7, 3], LATENT_SHAPE, draw_timestep, CPU, objective=objective)
     torch.randn(3)
+    assert (batch.input_noise is None) == (objective is PLAIN)
     for place, index in enumerate([3, 10**9, 7, 3]):
-        alone = draw(0, [index], LATENT_SHAPE, draw_timestep, CPU)
-        assert all(torch.equal(one[0], many[place]) for one, many in zip(alone, batch, strict=True))
+        alone = draw(0, [index], LATENT_SHAPE, draw_timestep, CPU, objective=objective)
+        pairs = [(one, many) for one, many in zip(alone, batch, strict=True) if one is not None and many is not None]
+        assert all(torch.equal(one[0], many[place]) for one, many in pairs)
+        assert len(pairs) == (3 if objective is PLAIN else 4)
     assert (batch.noise.dtype, batch.posterior_noise.dtype, batch.timesteps.dtype) == (
         torch.float32, torch.float32, torch.int64
     )  # fmt: skip
@@ -456,7 +462,7 @@ def test_draws_differ_between_samples_seeds_and_purposes() -> None:
 
 def test_no_two_samples_share_noise() -> None:
     """These two did, when torch's CPU generator took 32 bits of their keys: among 100,000 samples two always did."""
-    draws = draw(0, [8790, 50346], LATENT_SHAPE, lambda rng: int(rng.integers(10**6)), CPU)
+    draws = draw(0, [8790, 50346], LATENT_SHAPE, lambda rng, _: int(rng.integers(10**6)), CPU)
     assert not torch.equal(draws.noise[0], draws.noise[1])
     assert draws.timesteps[0] != draws.timesteps[1]
 

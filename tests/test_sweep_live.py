@@ -23,7 +23,7 @@ from sweep_trials import update, write_trial, write_updates
 from raycontrolnet.tune import live
 from raycontrolnet.tune.live import LiveTable
 from raycontrolnet.tune.records import Trial
-from raycontrolnet.tune.table import setting
+from raycontrolnet.tune.table import LiveState, setting, trial_table
 
 SETTINGS: dict[str, Any] = {"learning_rate": 1e-5, "lr_scheduler": "cosine", "proportion_empty_prompts": 0.25}
 SCREEN = """\
@@ -152,6 +152,16 @@ def test_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bold = [line for line in stream.getvalue().split("\n") if "\x1b[1m" in line]
     assert {line.partition("\x1b[1m")[2][:5] for line in bold} == {"trial", "0001 "}
     assert "\x1b[2m0002 " in stream.getvalue()
+
+
+def test_a_setting_with_the_name_of_a_figure(tmp_path: Path) -> None:
+    """The kind of loss and the loss are two columns."""
+    settings = ({"loss": "huber"}, {"loss": "mse"})
+    trials = [write_trial(tmp_path, index, given, losses=[0.25]) for index, given in enumerate(settings)]
+    head, *rows = (line.plain.split() for line in trial_table(trials, "val_loss", {0: LiveState(loss=0.5)}))
+    assert head[:5] == ["trial", "state", "--loss", "step", "val_loss"]
+    assert [row[2] for row in rows] == ["huber", "mse"]
+    assert rows[0][head.index("loss")] == "0.5000"
 
 
 def test_it_is_drawn_in_its_own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,8 +29,9 @@ class Facts(TypedDict, total=False):
     changes_on_resume: Literal[True]
     """A resumed sweep may have another value."""
 
-    decides: Literal["latents", "length", "warm-up"]
-    """Consequence of the value: the latent cache, the number of updates, or the course of the warm-up."""
+    decides: Literal["latents", "length", "warm-up", "training loss"]
+    """Consequence of the value: the latent cache, the number of updates, the course of the warm-up, or the figure that
+    `loss` is."""
     in_prepare: Literal[True]
     """`raycontrolnet prepare` reads it, although it does not decide what is in the cache."""
 

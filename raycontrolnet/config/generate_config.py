@@ -76,6 +76,8 @@ class SamplingConfig:
     """Closeness of images to the prompt; up to 1 there is none. By default the run's, or else 7.5, for SDXL 5."""
     batch_size: int = 1
     """Images drawn at a time; more is faster for small images, and only rounding differs."""
+    rescale_betas_zero_snr: bool | None = None
+    """Begin at pure noise, for a ControlNet that was trained with that; by default as the run was."""
     resolution: int | None = None
     """Pixels of the images' sides, divisible by 8; by default the run's, or else 512."""
     mixed_precision: str | None = None

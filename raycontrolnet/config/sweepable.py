@@ -29,7 +29,10 @@ def refusal(name: str, objective: str) -> str | None:
     """
     facts = FACTS[name]
     if "sweepable" in facts:
-        return None
+        if objective != "loss" or facts.get("decides") != "training loss":
+            return None
+        reason = "decides what the training loss is, so that the loss of trials could not be compared"
+        return f"cannot be swept: it {reason}; rank them by --objective val_loss or control_gap"
     reason = facts.get("fixed", NOT_DECLARED)
     if "decides_measurement" in facts:
         reason = f"decides {facts['decides_measurement']}, so that the {objective} of trials could not be compared"

@@ -63,7 +63,7 @@ def run_demo(config: TrainConfig) -> RunResult:
     own = given == (str(BASE), str(DATA), None)
     try:
         FOLDER.mkdir(exist_ok=True)
-        _write_inputs(own or config.train_data_dir == str(DATA), own, config.seed or 0)
+        write_inputs(own or config.train_data_dir == str(DATA), own, config.seed or 0)
     except OSError as error:
         problem = f"{FOLDER.absolute()}: cannot be written ({error.strerror}); run the demo in another folder"
         raise ConfigError([problem]) from None
@@ -86,7 +86,7 @@ def run_demo(config: TrainConfig) -> RunResult:
     return result
 
 
-def _write_inputs(train: bool, compare: bool, seed: int) -> None:
+def write_inputs(train: bool, compare: bool, seed: int) -> None:
     """Write what is not there: the data to `train` on, the unseen rows and the ControlNet of `seed` to `compare`."""
     from raycontrolnet.demo.shapes import write_shapes
 

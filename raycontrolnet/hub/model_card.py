@@ -15,6 +15,7 @@ from raycontrolnet.config.train_config import names_with
 from raycontrolnet.hub.licence import Licence, is_hub_id
 from raycontrolnet.model.base_family import family_of_saved
 from raycontrolnet.model.families.family import Family
+from raycontrolnet.model.families.unet import ZERO_SNR
 from raycontrolnet.model.single_file import is_single_file
 from raycontrolnet.sampling.images import PairImages
 from raycontrolnet.storage.files import replacing
@@ -139,6 +140,7 @@ def _loading(settings: Mapping[str, Any], family: Family, repo_id: str | None, p
         "vae_path": named(vae),
         "family": family,
         "base_loader": "from_single_file" if is_single_file(base) else "from_pretrained",
+        "sampler_options": ZERO_SNR if settings.get("rescale_betas_zero_snr") else {},
         "load_options": {option: named(settings[name]) for name, option in LOAD_OPTIONS.items() if settings.get(name)},
     }
 

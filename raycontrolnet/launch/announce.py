@@ -52,5 +52,6 @@ def announce(run: CheckedRun, status: RunStatus, stream: TextIO, *, use_gpu: boo
         )
     if warning := warmup_warning(run.config, schedule.total_updates):
         stream.write(f"{warning}\n")
+    stream.writelines(f"{warning}\n" for warning in run.config.without_effect())
     changed = ", ".join(f"{name}={value}" for name, value in changed_settings(run.config).items())
     logger.info("settings: %s", changed)

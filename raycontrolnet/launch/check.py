@@ -18,7 +18,7 @@ from raycontrolnet.latents.plan import posterior_bytes
 from raycontrolnet.launch import precision
 from raycontrolnet.launch.needs import Needs, count, known_family, memory_size, work
 from raycontrolnet.launch.preflight import wants_latents
-from raycontrolnet.model.base_family import base_family, size_problems
+from raycontrolnet.model.base_family import base_family, objective_problems, size_problems
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.performance import has_bf16, working_precision
 from raycontrolnet.model.problems import model_problems
@@ -85,6 +85,7 @@ def check(config: CheckConfig, stream: TextIO | None = None) -> Prediction:
         source = open_source(train, cache_dir=train.cache_dir, token=token, skip_bad=train.on_bad_sample == "skip")
     family = base_family(train, token) if not problems else None
     problems += size_problems(train, family)
+    problems += objective_problems(train, train, token) if not problems else ()
     if problems or source is None:
         raise ConfigError(problems)
     family = known_family(family, train)

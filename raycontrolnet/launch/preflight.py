@@ -21,14 +21,15 @@ from raycontrolnet.config.checks import (
     missing_extras,
     unwritable,
 )
+from raycontrolnet.config.objective_settings import ZERO_SNR
 from raycontrolnet.config.train_config import TrainConfig
-from raycontrolnet.data.sources import open_source, shared_files
+from raycontrolnet.data.sources import Source, open_source, shared_files
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.hub import push
 from raycontrolnet.latents.ensure import SEVERAL_MACHINES, ensure
 from raycontrolnet.latents.plan import LatentPlan, prepare_command
 from raycontrolnet.launch.checked_run import CheckedRun
-from raycontrolnet.model.base_family import base_family, config_of_denoiser, size_problems
+from raycontrolnet.model.base_family import base_family, config_of_denoiser, objective_problems, size_problems
 from raycontrolnet.model.components import OTHER_BASE, RESUME
 from raycontrolnet.model.families.registry import families
 from raycontrolnet.model.files import local_files
@@ -75,6 +76,7 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
         problems += _checkpoint_problems(config, start, token)
     family = base_family(config, token) if not problems else None
     problems += size_problems(config, family)
+    problems += objective_problems(config, config, token) if not problems else ()
     if problems or source is None:
         raise ConfigError(problems)
     config = _with_held_out_rows(config, len(source), start)
@@ -84,14 +86,7 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
     if config.seed is None:
         config = dataclasses.replace(config, seed=start.seed if start else secrets.randbelow(2**31))
     if start is not None:
-        for what, now in (("seed", config.seed), ("data", source.fingerprint())):
-            if start.manifest[what] != now:
-                logger.warning("%s was made with another %s: the order of samples changes", start.path, what)
-        if start.manifest.get("held_out", 0) != config.num_held_out(len(source)):
-            logger.warning(
-                "%s was made with other rows held out: it has seen rows that are measured now, and the order changes",
-                start.path,
-            )
+        _warn_of_changes(config, start, source)
     files = shared_files(source, config)
     interpolation = config.image_interpolation_mode or (family or families()[0]).interpolation
     run = CheckedRun(config, folder, source, start, token, interpolation, random_subset, files=files)
@@ -99,6 +94,20 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
         weights = controlnet_bytes_at_least(config)
         check_room(folder, weights, run.schedule(start), start.step if start else 0, config, least=True)
     return run
+
+
+def _warn_of_changes(config: TrainConfig, start: checkpoints.Checkpoint, source: Source) -> None:
+    """Log what differs from the run that wrote the checkpoint, and changes what is learned."""
+    for what, now in (("seed", config.seed), ("data", source.fingerprint())):
+        if start.manifest[what] != now:
+            logger.warning("%s was made with another %s: the order of samples changes", start.path, what)
+    if start.manifest.get("settings", {}).get(ZERO_SNR, False) != getattr(config, ZERO_SNR):
+        logger.warning("%s was trained with another noise schedule: its run had another --%s", start.path, ZERO_SNR)
+    if start.manifest.get("held_out", 0) != config.num_held_out(len(source)):
+        logger.warning(
+            "%s was made with other rows held out: it has seen rows that are measured now, and the order changes",
+            start.path,
+        )
 
 
 def _checkpoint_problems(config: TrainConfig, start: checkpoints.Checkpoint, token: str | None) -> Iterator[str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from raycontrolnet.config.objective_settings import ObjectiveConfig
 from raycontrolnet.config.settings import DataConfig, ModelConfig
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.families.registry import (
@@ -18,6 +20,9 @@ from raycontrolnet.model.families.registry import (
 from raycontrolnet.model.files import ModelFiles, NotKnown, NotThere, local_files
 from raycontrolnet.model.single_file import NotABase, base_files
 
+SCHEDULER = "scheduler/scheduler_config.json"
+OBJECTIVE_SETTINGS = ("snr_gamma", "rescale_betas_zero_snr")
+"""Settings of the objective that not every base model can have."""
 SIZE_SETTINGS = ("size_conditioning", "crops_coords_top_left_h", "crops_coords_top_left_w")
 
 
@@ -27,6 +32,16 @@ def config_of_denoiser(model: ModelConfig, token: str | None) -> dict[str, Any]:
         return denoiser_config(base_files(model, token, denoiser_configs(), from_cache=True))
     except (NotABase, NotKnown, NotThere, OSError):
         return {}
+
+
+def objective_problems(model: ModelConfig, objective: ObjectiveConfig, token: str | None) -> Iterator[str]:
+    """Yield a problem for each setting of the objective that the base model cannot have, if this machine sees it."""
+    if not any(getattr(objective, name) for name in OBJECTIVE_SETTINGS):
+        return
+    if family := base_family(model, token):
+        with suppress(NotABase, NotKnown, NotThere, OSError):
+            if scheduler := base_files(model, token, (SCHEDULER,), from_cache=True).read_json(SCHEDULER):
+                yield from family.objective_problems(objective, scheduler)
 
 
 def family_in(files: ModelFiles) -> Family:

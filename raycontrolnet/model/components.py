@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from raycontrolnet.config.objective_settings import PLAIN, ObjectiveConfig
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.errors import UserError
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.families.registry import denoiser_folders, denoiser_problem, family_of, trained
+from raycontrolnet.model.fractions import draw_fraction
 from raycontrolnet.model.loading import BASE, from_pretrained, loaded, part
 from raycontrolnet.model.problems import mismatch
 from raycontrolnet.model.vae import load_vae
@@ -52,9 +54,13 @@ class Components:
         """Return the components with copies of the tokenizers, of which padding and truncation are states."""
         return replace(self, tokenizers=copy.deepcopy(self.tokenizers))
 
-    def draw_timestep(self, rng: np.random.Generator) -> float:
-        """Draw the timestep of a sample, as the family does."""
-        return self.family.draw_timestep(rng, self.noise_scheduler)
+    def draw_timestep(self, rng: np.random.Generator, objective: ObjectiveConfig = PLAIN) -> float:
+        """Draw the timestep of a sample, as the objective has it, or else as the family does."""
+        if objective.timestep_sampling is None:
+            return self.family.draw_timestep(rng, self.noise_scheduler)
+        if objective.timestep_sampling == "uniform":
+            return self.family.uniform_timestep(rng, self.noise_scheduler)
+        return self.family.spread_timestep(draw_fraction(rng, objective), self.noise_scheduler)
 
 
 def load_components(
@@ -67,6 +73,7 @@ def load_components(
     controlnet_path: str | None = None,
     controlnet_flag: str = "controlnet_model_name_or_path",
     vae_device: torch.device | None = None,
+    zero_snr: bool = False,
 ) -> Components:
     """Load the base model, and make or load the ControlNet.
 
@@ -77,6 +84,7 @@ def load_components(
         controlnet_path: a checkpoint's ControlNet, instead of the settings'.
         controlnet_flag: the flag that names the settings' ControlNet, for messages.
         vae_device: where the VAE is kept, if not on `device`, and if the family does not need it there.
+        zero_snr: rescale the noise to a last timestep without signal.
 
     Raises:
         UserError: if a part is missing or unreadable, or the model is of a kind that cannot be trained.
@@ -85,6 +93,7 @@ def load_components(
     if problem := family.scheduler_problem(_config(model, token, "scheduler")):
         raise _unsuitable(model, problem)
     denoiser, noise_scheduler = family.load_denoiser(model, token)
+    noise_scheduler = family.with_zero_snr(noise_scheduler) if zero_snr else noise_scheduler
     tokenizers, text_encoders = family.load_text(model, token, dtype)
     vae_dtype = family.vae_dtype(dtype, named=model.pretrained_vae_model_name_or_path is not None)
     vae = load_vae(model, dtype=vae_dtype, token=token)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from raycontrolnet.config.objective_settings import PLAIN, ObjectiveConfig
 from raycontrolnet.data.order import Purpose, keyed_rng
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.model.components import Components
@@ -44,9 +45,11 @@ class Draws(NamedTuple):
     posterior_noise: Tensor
     """fp32 [B, C, h, w], standard normal: picks the latents from the VAE's posterior."""
     noise: Tensor
-    """fp32 [B, C, h, w], standard normal: the noise added to the latents."""
+    """fp32 [B, C, h, w], standard normal but for --noise_offset: the noise added to the latents."""
     timesteps: Tensor
     """int64 or fp32 [B], as the family draws them."""
+    input_noise: Tensor | None = None
+    """fp32 [B, C, h, w]: noise of the model's input if it is another than that of the target; None if it is `noise`."""
 
 
 @dataclass
@@ -63,6 +66,7 @@ class TrainState:
     set_grads_to_none: bool
     samples_per_update: int
     """Samples of all workers together."""
+    objective: ObjectiveConfig = PLAIN
     compiled: bool = False
     """True if the denoiser and the ControlNet are compiled, for batches of the step's shape."""
     step: int = 0
@@ -122,9 +126,10 @@ def draw(
     seed: int,
     sample_indices: Sequence[int],
     latent_shape: tuple[int, ...],
-    draw_timestep: Callable[[np.random.Generator], float],
+    draw_timestep: Callable[[np.random.Generator, ObjectiveConfig], float],
     device: torch.device,
     purpose: Purpose = Purpose.DIFFUSION,
+    objective: ObjectiveConfig = PLAIN,
 ) -> Draws:
     """Return the draws of samples k, from (seed, purpose, k) alone.
 
@@ -133,15 +138,40 @@ def draw(
     Args:
         latent_shape: (C, h, w) of one sample's latents.
         draw_timestep: of a sample, from its generator: `Components.draw_timestep`.
+        purpose: of the draws.
+        objective: decides the timesteps, and what is added to the noise; the rest of a sample's draws stays the same.
     """
     noises, timesteps = [], []
     for index in sample_indices:
         # Not a torch.Generator: on a CPU it uses 32 bits of its seed, and among 100,000 samples two would be alike.
         rng = keyed_rng(seed, purpose, index)
-        noises.append(rng.standard_normal((2, *latent_shape), dtype=np.float32))
-        timesteps.append(draw_timestep(rng))
-    posterior_noise, noise = to_device(torch.from_numpy(np.stack(noises, axis=1)), device)
-    return Draws(posterior_noise, noise, to_device(torch.tensor(timesteps), device))
+        normal = rng.standard_normal((2, *latent_shape), dtype=np.float32)
+        timesteps.append(draw_timestep(rng, objective))
+        noises.append(_with_added_noise(normal, rng, objective))
+    posterior_noise, noise, *input_noise = to_device(torch.from_numpy(np.stack(noises, axis=1)), device)
+    return Draws(posterior_noise, noise, to_device(torch.tensor(timesteps), device), *input_noise)
+
+
+def _with_added_noise(
+    noise: NDArray[np.float32], rng: np.random.Generator, objective: ObjectiveConfig
+) -> NDArray[np.float32]:
+    """Return a sample's noises [2, C, h, w] with the objective's offset, and if it has one, with that of the input.
+
+    Offset noise is Guttenberg's (2023, crosslabs.org/blog/diffusion-with-offset-noise), input perturbation that of Ning
+    et al. (2023, arXiv:2301.11706); both as in diffusers' scripts.
+    """
+    if not objective.noise_offset and not objective.input_perturbation:
+        return noise
+    # Streams of their own: neither depends on the other, or on how timesteps are drawn.
+    of_offset, of_input = rng.spawn(2)
+    channels, *size = noise.shape[1:]
+    if objective.noise_offset:
+        offset = of_offset.standard_normal((channels, *[1] * len(size)), dtype=np.float32)
+        noise[1] += np.float32(objective.noise_offset) * offset
+    if not objective.input_perturbation:
+        return noise
+    more = of_input.standard_normal(noise.shape[1:], dtype=np.float32)
+    return np.concatenate([noise, (noise[1] + np.float32(objective.input_perturbation) * more)[None]])
 
 
 def latent_shape(components: Components, resolution: int) -> tuple[int, int, int]:
@@ -150,21 +180,35 @@ def latent_shape(components: Components, resolution: int) -> tuple[int, int, int
     return components.vae.config["latent_channels"], resolution // factor, resolution // factor
 
 
-def controlnet_loss(components: Components, controlnet: torch.nn.Module, batch: Batch, draws: Draws) -> Tensor:
+def controlnet_loss(
+    components: Components,
+    controlnet: torch.nn.Module,
+    batch: Batch,
+    draws: Draws,
+    objective: ObjectiveConfig = PLAIN,
+) -> Tensor:
     """Return the loss of every sample, fp32 [B]: of the base model's prediction, steered by the ControlNet.
 
     ControlNet (Zhang et al. 2023, arXiv:2302.05543), eq. 5.
+
+    Args:
+        objective: decides the kind of loss, and its weights.
     """
-    family = components.family
+    family, noise_scheduler = components.family, components.noise_scheduler
     with torch.no_grad():
         mean, logvar = _posterior(components, batch)
         latents = family.scale_latents(components.vae, sample_posterior(mean, logvar, draws.posterior_noise))
         conditioning = family.encode_prompts(components, batch)
         control = family.control(components, batch.conditioning_images)
 
-    noisy_latents, target = family.diffuse(components.noise_scheduler, latents, draws)
+    noisy_latents, target = family.diffuse(noise_scheduler, latents, draws)
+    if draws.input_noise is not None:
+        noisy_latents, _ = family.diffuse(noise_scheduler, latents, draws._replace(noise=draws.input_noise))
     prediction = family.predict(components, controlnet, noisy_latents, draws.timesteps, control, conditioning)
-    return per_sample_loss(prediction, target)
+    loss = per_sample_loss(prediction, target, objective.huber_delta if objective.loss == "huber" else None)
+    if objective.snr_gamma is None:
+        return loss
+    return loss * family.min_snr_weights(noise_scheduler, draws.timesteps, objective.snr_gamma)
 
 
 def with_posterior(components: Components, batch: Batch) -> Batch:
@@ -204,7 +248,7 @@ def train_step(state: TrainState, batch: Batch, draws: Draws, weight: float = 1.
     """
     accelerator = state.accelerator
     with accelerator.accumulate(state.controlnet):
-        loss = controlnet_loss(state.components, state.controlnet, batch, draws).mean()
+        loss = controlnet_loss(state.components, state.controlnet, batch, draws, state.objective).mean()
         accelerator.backward(loss * weight)
         grad_norm = None
         lr = float(state.lr_scheduler.get_last_lr()[0])

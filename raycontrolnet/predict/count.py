@@ -18,6 +18,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+from raycontrolnet.config.objective_settings import PLAIN, ObjectiveConfig
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.step import Batch, Draws, controlnet_loss, latent_shape, with_posterior
 from raycontrolnet.predict.shape_tensors import memory_of
@@ -120,27 +121,38 @@ class StepCounter(TorchDispatchMode):
         return Counted(flop, max(alive, default=0), self._dispatches)
 
 
-def count_step(components: Components, batch_size: int, resolution: int, *, cached: bool) -> Counted:
+def count_step(
+    components: Components, batch_size: int, resolution: int, *, cached: bool, objective: ObjectiveConfig = PLAIN
+) -> Counted:
     """Count a step of `batch_size` samples at `resolution`, from the latent cache or from pixels.
 
     Args:
         components: real ones, or of `shapes`; the ControlNet runs under autocast if the frozen models are in half
             precision.
     """
-    return _counter(components, batch_size, resolution, cached=cached).of(batch_size)
+    return _counter(components, batch_size, resolution, objective, cached=cached).of(batch_size)
 
 
 def count_steps(
-    components: Components, batch_sizes: Iterable[int], resolution: int, *, cached: bool
+    components: Components,
+    batch_sizes: Iterable[int],
+    resolution: int,
+    *,
+    cached: bool,
+    objective: ObjectiveConfig = PLAIN,
 ) -> tuple[Counted, ...]:
     """Count steps of several batches as `count_step`, by a single one; `components` are of `shapes`."""
-    counter = _counter(components, MARK, resolution, cached=cached)
+    counter = _counter(components, MARK, resolution, objective, cached=cached)
     return tuple(counter.of(batch_size) for batch_size in batch_sizes)
 
 
-def _counter(components: Components, batch_size: int, resolution: int, *, cached: bool) -> StepCounter:
+def _counter(
+    components: Components, batch_size: int, resolution: int, objective: ObjectiveConfig, *, cached: bool
+) -> StepCounter:
     """Return the counter of a step that has been done."""
     batch, draws = _inputs(components, batch_size, resolution)
+    if objective.input_perturbation:
+        draws = draws._replace(input_noise=draws.noise.clone())
     if cached:
         batch = with_posterior(components, batch)
     parameters = list(components.controlnet.parameters())
@@ -152,7 +164,7 @@ def _counter(components: Components, batch_size: int, resolution: int, *, cached
         counter.ignore((*module.parameters(), *module.buffers()))
     counter.ignore(parameter.grad for parameter in parameters if parameter.grad is not None)
     with as_autocast_on_gpus(components) as controlnet, counter:
-        controlnet_loss(components, controlnet, batch, draws).mean().backward()
+        controlnet_loss(components, controlnet, batch, draws, objective).mean().backward()
     return counter
 
 

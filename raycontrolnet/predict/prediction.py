@@ -92,7 +92,7 @@ def predict(components: Components, config: TrainConfig, *, cached: bool) -> Pre
     """
     _set_checkpointing(components, on=config.gradient_checkpointing)
     size = config.train_batch_size
-    one, two = count_steps(components, (size, 2 * size), config.resolution, cached=cached)
+    one, two = count_steps(components, (size, 2 * size), config.resolution, cached=cached, objective=config)
     parts = {"text encoder": components.text_encoders, "VAE": (components.vae,), "denoiser": (components.denoiser,)}
     vae_waits = cached and not components.family.encodes_control
     frozen = {name: modules for name, modules in parts.items() if name != "VAE" or not vae_waits}

@@ -18,9 +18,10 @@ import torch
 from raycontrolnet.cluster.logs import logging_to, shown_on
 from raycontrolnet.config.checks import check_device, collected, find_token, unwritable
 from raycontrolnet.config.generate_config import GenerateConfig
+from raycontrolnet.config.objective_settings import ObjectiveConfig
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.errors import ConfigError, explained
-from raycontrolnet.model.base_family import base_family, resolution_problem
+from raycontrolnet.model.base_family import base_family, objective_problems, resolution_problem
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.families.registry import families
@@ -98,6 +99,7 @@ def _generate(config: GenerateConfig, stream: TextIO) -> list[PairImages]:
                 seed=0,
                 token=task.token,
                 controlnet_flag="controlnet",
+                zero_snr=bool(task.config.rescale_betas_zero_snr),
             )
             for prompt in dict.fromkeys(config.prompt or ()):
                 if problem := cut(components.tokenizers, prompt):
@@ -153,7 +155,18 @@ def _check(config: GenerateConfig) -> _Task:
     options = _options(config, settings.get("image_interpolation_mode"), family)
     if problem := resolution_problem(options.resolution, family):
         raise ConfigError([problem])
+    if problems := _schedule_problems(config, given, model, token):
+        raise ConfigError(problems)
     return _Task(config, model, items, options, out, device, allow_tf32, token)
+
+
+def _schedule_problems(
+    config: GenerateConfig, given: GenerateConfig, model: ModelConfig, token: str | None
+) -> list[str]:
+    """Return why the base model cannot draw with the noise that the settings or the run have."""
+    objective = ObjectiveConfig(rescale_betas_zero_snr=bool(config.rescale_betas_zero_snr))
+    advice = "" if given.rescale_betas_zero_snr else "; the run has it, --rescale_betas_zero_snr False draws without"
+    return [f"{problem}{advice}" for problem in objective_problems(model, objective, token)]
 
 
 def _options(config: GenerateConfig, interpolation: str | None, family: Family) -> DrawOptions:

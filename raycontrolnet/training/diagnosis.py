@@ -83,12 +83,13 @@ def diagnosis(state: TrainState, loader: BatchLoader, resolution: int, samples: 
         done += 1
         batch = with_posterior(components, make_batch([row], components, device))
         assert batch.posterior is not None
-        draws = draw(loader.order.seed, [index], shape, components.draw_timestep, device)
+        draws = draw(loader.order.seed, [index], shape, components.draw_timestep, device, objective=state.objective)
         if not batch.posterior.isfinite().all():
             unencoded.append(place)
             continue
         with torch.no_grad(), _first_not_finite(models, modules):
-            if not controlnet_loss(components, components.controlnet, batch, draws).isfinite().all():
+            loss = controlnet_loss(components, components.controlnet, batch, draws, state.objective)
+            if not loss.isfinite().all():
                 not_finite.append(place)
     if unencoded:
         kind = str(components.vae.dtype).removeprefix("torch.")

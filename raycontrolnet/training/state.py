@@ -108,7 +108,11 @@ def build_state(
         token=token,
         controlnet_path=str(checkpoint.path / CONTROLNET_FOLDER) if checkpoint else None,
         vae_device=None if encodes else torch.device("cpu"),
+        zero_snr=config.rescale_betas_zero_snr,
     )
+    # Where the driver does not see the base model.
+    if problems := list(components.family.objective_problems(config, components.noise_scheduler.config)):
+        raise UserError("\n".join(problems))
     if config.image_interpolation_mode is None and interpolation not in (None, components.family.interpolation):
         raise UserError(
             f"--image_interpolation_mode: the driver does not see the base model, of which the default depends; give "
@@ -153,6 +157,7 @@ def state_of(
         max_grad_norm=config.max_grad_norm,
         set_grads_to_none=config.set_grads_to_none,
         samples_per_update=schedule.samples_per_update,
+        objective=config,
         compiled=config.compile,
         step=checkpoint.step if checkpoint else 0,
         samples=checkpoint.samples if checkpoint else 0,

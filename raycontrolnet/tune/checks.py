@@ -10,13 +10,20 @@ from typing import Any
 
 from raycontrolnet.cluster.session import on_a_cluster
 from raycontrolnet.config.checks import find_token, package_problem
+from raycontrolnet.config.objective_settings import ZERO_SNR
 from raycontrolnet.config.output_settings import OutputConfig
 from raycontrolnet.config.settings import OptimConfig
 from raycontrolnet.config.space import Space, num_trials, place_of, to_grammar
 from raycontrolnet.config.sweep_config import SweepConfig
 from raycontrolnet.config.train_config import TrainConfig, names_with
 from raycontrolnet.launch.checked_run import CheckedRun
-from raycontrolnet.model.base_family import SIZE_SETTINGS, base_family, size_problems
+from raycontrolnet.model.base_family import (
+    OBJECTIVE_SETTINGS,
+    SIZE_SETTINGS,
+    base_family,
+    objective_problems,
+    size_problems,
+)
 from raycontrolnet.model.loading import BASE
 from raycontrolnet.model.paths import model_path_problem
 from raycontrolnet.model.problems import model_problems
@@ -25,8 +32,15 @@ from raycontrolnet.storage.uri import shown_value
 from raycontrolnet.training.schedule import warmup_warning
 
 
-def warnings(output: OutputConfig, variants: Iterable[OptimConfig], total_updates: int) -> Iterator[str]:
+def warnings(
+    output: OutputConfig, variants: Iterable[OptimConfig], total_updates: int, objective: str, space: Space
+) -> Iterator[str]:
     """Yield warnings about trials of `total_updates`, with every warm-up that `variants` have."""
+    if ZERO_SNR in space and objective in ("val_loss", "control_gap"):
+        yield (
+            f"trials with and without --{ZERO_SNR} are measured at other noise levels, so their {objective} differs "
+            "for that alone; compare them by --objective control_fidelity"
+        )
     if (every := output.checkpointing_steps) >= total_updates:
         yield (
             f"trials write a checkpoint only at their end (--checkpointing_steps={every}, {total_updates} updates): "
@@ -109,6 +123,14 @@ def size_problems_of(train: TrainConfig, space: Space) -> list[str]:
         space,
         (BASE, *SIZE_SETTINGS),
         lambda variant: size_problems(variant, base_family(variant, token)),
+    )
+
+
+def objective_problems_of(train: TrainConfig, space: Space) -> list[str]:
+    """Return what is wrong with the training loss of trials, with each of their base models."""
+    token = find_token(train.hub_token)
+    return _problems_of_variants(
+        train, space, (BASE, *OBJECTIVE_SETTINGS), lambda variant: objective_problems(variant, variant, token)
     )
 
 

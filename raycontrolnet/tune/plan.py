@@ -153,7 +153,8 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
     space = {name: _with_absolute_paths(name, dimension) for name, dimension in space.items()}
     changed = checks.differences(before, config, public_settings(train), space)
     problems = [*changed, *checks.problems(config, space)]
-    if problems or (problems := checks.model_problems_of(train, space) or checks.size_problems_of(train, space)):
+    problems = problems or checks.model_problems_of(train, space) or checks.size_problems_of(train, space)
+    if problems or (problems := checks.objective_problems_of(train, space)):
         raise ConfigError(problems)
     runs = {}
     for settings in _cache_variants(space):
@@ -166,7 +167,7 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
             raise ConfigError([problem])
     total_updates = max(total for run in runs.values() for total in _totals(run, space))
     warm_ups = (dataclasses.replace(train, **some) for some in checks.combinations(space, names_that_decide("warm-up")))
-    for warning in dict.fromkeys(checks.warnings(train, warm_ups, total_updates)):
+    for warning in dict.fromkeys(checks.warnings(train, warm_ups, total_updates, config.objective, space)):
         stream.write(f"sweep: {warning}\n")
     return SweepPlan(
         config=config,

@@ -22,6 +22,8 @@ LONGEST = (24, 12, 8)
 """Widths of a setting in the table; the shorter ones are tried before columns are left out."""
 FORMATS = {"control_gap": ".2g", "control_fidelity": ".3f", "images_per_second": ".3g"}
 """Formats of the figures that are not shown with four decimals."""
+FIGURES = ("val_loss", "loss", "control_gap")
+"""Figures besides the objective."""
 HEADINGS = {"control_gap": f"gap ({CONTROL} control)"}
 
 
@@ -47,6 +49,11 @@ def setting(value: Any) -> str:
     return printable(as_text(value))
 
 
+def column(name: str) -> str:
+    """Return the column of a setting: its name, or its flag if a figure has that name."""
+    return f"--{name}" if name in FIGURES else name
+
+
 def trial_table(
     trials: Sequence[Trial],
     objective: str,
@@ -63,8 +70,9 @@ def trial_table(
         now: index of a trial -> where it is between its reports.
         total_steps: updates of a trial, unless its own settings name max_train_steps.
     """
-    settings = settings_of(trials)
-    rows = [_row(trial, now.get(trial.record.index, LiveState()), settings, objective, total_steps) for trial in trials]
+    names = settings_of(trials)
+    rows = [_row(trial, now.get(trial.record.index, LiveState()), names, objective, total_steps) for trial in trials]
+    settings = [column(name) for name in names]
     columns = {name: [printable(HEADINGS.get(name, name)), *(row[name] for row in rows)] for name in rows[0]}
     others = ["loss", "time", "val_loss", *reversed(settings), "control_gap", "step", "state"]
     left_out = [name for name in others if name != objective] + [objective]
@@ -133,7 +141,7 @@ def _row(
     step = trial.step if now.step is None or record.stopped_at is not None else now.step
     total = record.settings.get("max_train_steps") or total_steps
     seconds = now.seconds if now.seconds is not None else (record.seconds or None)
-    figures = {name: trial.last.get(name) for name in (objective, "val_loss", "loss", "control_gap")}
+    figures = {name: trial.last.get(name) for name in (objective, *FIGURES)}
     if now.loss is not None:
         figures["loss"] = now.loss
     shown = {name: figure(name, value) for name, value in figures.items()}
@@ -141,7 +149,7 @@ def _row(
     return {
         "trial": record.name,
         "state": record.state,
-        **{name: setting(record.settings[name]) if name in record.settings else UNKNOWN for name in settings},
+        **{column(name): setting(record.settings[name]) if name in record.settings else UNKNOWN for name in settings},
         "step": UNKNOWN if step is None else f"{step}/{total}" if total else str(step),
         **shown,
         "time": UNKNOWN if seconds is None else duration(seconds),

@@ -15,13 +15,14 @@ To add one, write a file beside this one, and add a line to registry.py.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from raycontrolnet.config.objective_settings import ObjectiveConfig
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.model.layout import Layout
 
@@ -99,6 +100,15 @@ class Family(ABC):
     def scheduler_problem(self, config: Mapping[str, Any]) -> str | None:
         """Return what is wrong with a base of this scheduler_config.json; None if nothing is."""
 
+    def objective_problems(self, objective: ObjectiveConfig, scheduler: Mapping[str, Any]) -> Iterator[str]:
+        """Yield a problem for each setting of the objective that a base of this scheduler_config.json cannot have."""
+        if objective.snr_gamma is not None:
+            reason = f"weights the loss by DDPM's signal-to-noise ratio, which {self.title} is not trained by"
+            yield f"--snr_gamma={objective.snr_gamma:g}: {reason}; leave it out, or see --timestep_sampling"
+        if objective.rescale_betas_zero_snr:
+            reason = f"rescales DDPM's noise schedule, which {self.title} does not have"
+            yield f"--rescale_betas_zero_snr: {reason}; leave it out"
+
     def kind_of_file(self, header: Mapping[str, Mapping[str, Any]]) -> str | None:
         """Return the kind of a single file that has a layout of this family and is no base; None if it is one.
 
@@ -120,6 +130,10 @@ class Family(ABC):
     @abstractmethod
     def load_denoiser(self, model: ModelConfig, token: str | None) -> tuple[Any, SchedulerMixin]:
         """Load the model that removes noise, in fp32 on the CPU, and its noise scheduler."""
+
+    def with_zero_snr(self, noise_scheduler: Any) -> Any:
+        """Return the scheduler with its noise rescaled, unless `objective_problems` refuses that."""
+        raise NotImplementedError(self.name)
 
     def move_tables(self, noise_scheduler: Any, device: torch.device) -> None:
         """Move the tables of the scheduler that `diffuse` looks up to the device: a step must not wait for a copy."""
@@ -167,11 +181,15 @@ class Family(ABC):
 
     @abstractmethod
     def draw_timestep(self, rng: np.random.Generator, noise_scheduler: SchedulerMixin) -> float:
-        """Draw the timestep of a sample: all integers, or all floats."""
+        """Draw the timestep of a sample as the base models are trained: all integers, or all floats."""
+
+    def uniform_timestep(self, rng: np.random.Generator, noise_scheduler: SchedulerMixin) -> float:
+        """Draw the timestep of a sample so that all training timesteps are as likely."""
+        return self.spread_timestep(rng.random(), noise_scheduler)
 
     @abstractmethod
     def spread_timestep(self, fraction: float, noise_scheduler: SchedulerMixin) -> float:
-        """Return the timestep that this share of the training timesteps lies below; `fraction` is in (0, 1)."""
+        """Return the timestep that this share of the training timesteps lies below; `fraction` is in [0, 1)."""
 
     def control(self, components: Components, conditioning_images: Tensor) -> Tensor:
         """Return conditioning images uint8 [B, H, W, 3] as the ControlNet takes them: [B, 3, H, W] in [0, 1]."""
@@ -180,6 +198,10 @@ class Family(ABC):
     @abstractmethod
     def diffuse(self, noise_scheduler: SchedulerMixin, latents: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """Return the noised sample at the drawn timesteps, and the target of its prediction; fp32 [B, C, h, w]."""
+
+    def min_snr_weights(self, noise_scheduler: Any, timesteps: Tensor, gamma: float) -> Tensor:
+        """Return the weights of the samples' losses, fp32 [B], unless `objective_problems` refuses --snr_gamma."""
+        raise NotImplementedError(self.name)
 
     @abstractmethod
     def predict(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from raycontrolnet.config.objective_settings import ObjectiveConfig
 from raycontrolnet.config.settings import ModelConfig
-from raycontrolnet.model.diffusion import add_noise, prediction_target
+from raycontrolnet.model.diffusion import PREDICTION_TYPES, add_noise, min_snr_weights, prediction_target
 from raycontrolnet.model.families.clip import tokenize
 from raycontrolnet.model.families.family import Conditioning, Family
 from raycontrolnet.model.kinds import kind_of_unet, scheduler_problem
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from raycontrolnet.model.components import Components
     from raycontrolnet.model.step import Draws
 
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+"""Settings of diffusers' schedulers for noise whose last timestep has no signal, and for images that begin at it.
+
+Lin et al. 2023, arXiv:2305.08891."""
 UNET, VAE = ("UNet2DConditionModel",), ("AutoencoderKL",)
 COPIED_OF_FILES = tuple(
     f"{UNET_OF_FILES}{name}" for name in ("input_blocks.", "middle_block.", "time_embed.", "label_emb.")
@@ -50,6 +55,12 @@ class UNetFamily(Family):
     def scheduler_problem(self, config: Mapping[str, Any]) -> str | None:
         return scheduler_problem(config)
 
+    def objective_problems(self, objective: ObjectiveConfig, scheduler: Mapping[str, Any]) -> Iterator[str]:
+        predicted = scheduler.get("prediction_type", PREDICTION_TYPES[0])
+        if objective.rescale_betas_zero_snr and predicted == "epsilon":
+            reason = "the base model predicts the noise (epsilon), which says nothing of the image where all is noise"
+            yield f"--rescale_betas_zero_snr: {reason}; leave it out, or name a base that has v_prediction"
+
     def kind_of_file(self, header: Mapping[str, Mapping[str, Any]]) -> str | None:
         return kind_of_file(header)
 
@@ -64,6 +75,9 @@ class UNetFamily(Family):
         noise_scheduler = part(model, token, scheduler.from_pretrained, subfolder="scheduler")
         unet = weights(model, token, UNet2DConditionModel, torch.float32, "unet", variant=model.variant)
         return unet, noise_scheduler
+
+    def with_zero_snr(self, noise_scheduler: DDPMScheduler) -> DDPMScheduler:
+        return type(noise_scheduler).from_config(noise_scheduler.config, **ZERO_SNR)
 
     def move_tables(self, noise_scheduler: DDPMScheduler, device: torch.device) -> None:
         noise_scheduler.alphas_cumprod = noise_scheduler.alphas_cumprod.to(device)
@@ -83,6 +97,9 @@ class UNetFamily(Family):
         return latents / vae.config["scaling_factor"]
 
     def draw_timestep(self, rng: np.random.Generator, noise_scheduler: DDPMScheduler) -> int:
+        return self.uniform_timestep(rng, noise_scheduler)
+
+    def uniform_timestep(self, rng: np.random.Generator, noise_scheduler: DDPMScheduler) -> int:
         return int(rng.integers(noise_scheduler.config["num_train_timesteps"]))
 
     def spread_timestep(self, fraction: float, noise_scheduler: DDPMScheduler) -> int:
@@ -95,6 +112,10 @@ class UNetFamily(Family):
             add_noise(latents, draws.noise, alphas_cumprod),
             prediction_target(prediction_type, latents, draws.noise, alphas_cumprod),
         )
+
+    def min_snr_weights(self, noise_scheduler: DDPMScheduler, timesteps: Tensor, gamma: float) -> Tensor:
+        alphas_cumprod = noise_scheduler.alphas_cumprod[timesteps]
+        return min_snr_weights(noise_scheduler.config["prediction_type"], alphas_cumprod, gamma)
 
     def predict(
         self,
