@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raycontrolnet.config.declare import Facts, facts_of
+from raycontrolnet.config.optimizer_settings import AveragesConfig
 from raycontrolnet.config.output_settings import HubConfig, OutputConfig, ValidationConfig
 from raycontrolnet.config.settings import CacheConfig, ClusterConfig, DataConfig, ModelConfig, OptimConfig, StepConfig
 from raycontrolnet.config.values import check_settings, coerce
@@ -20,6 +21,7 @@ class TrainConfig(
     ValidationConfig,
     OutputConfig,
     StepConfig,
+    AveragesConfig,
     OptimConfig,
     CacheConfig,
     DataConfig,
