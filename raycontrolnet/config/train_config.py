@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raycontrolnet.config.declare import Facts, facts_of
-from raycontrolnet.config.optimizer_settings import AveragesConfig
+from raycontrolnet.config.optimizer_settings import AveragesConfig, OptimizerConfig
 from raycontrolnet.config.output_settings import HubConfig, OutputConfig, ValidationConfig
 from raycontrolnet.config.settings import CacheConfig, ClusterConfig, DataConfig, ModelConfig, OptimConfig, StepConfig
 from raycontrolnet.config.values import check_settings, coerce
@@ -22,6 +22,7 @@ class TrainConfig(
     OutputConfig,
     StepConfig,
     AveragesConfig,
+    OptimizerConfig,
     OptimConfig,
     CacheConfig,
     DataConfig,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from raycontrolnet.config.output_settings import WEIGHTS_FILE
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.errors import UserError
 from raycontrolnet.model.averages import load_averages, new_averages
+from raycontrolnet.model.optimizers import constructor_arguments
 from raycontrolnet.storage.checkpoint import CONTROLNET_FOLDER, TRAINING_STATE_FILE, Checkpoint
 
 if TYPE_CHECKING:
@@ -53,30 +55,72 @@ def read_rest(checkpoint: Checkpoint) -> dict[str, Any]:
         raise UserError(f"--resume_from_checkpoint: {problem}; name an earlier checkpoint") from error
 
 
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, accelerator: Accelerator, checkpoint: Checkpoint, saved: Mapping[str, Any]
-) -> int:
-    """Load the optimizer and the loss scaler as they were saved; return the updates that the schedule counted.
-
-    Only the moments are loaded: learning rate, betas and weight decay are those of the settings, which may be new.
-
-    Raises:
-        UserError: if they do not fit the settings.
-    """
+@contextmanager
+def _fitting(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn the errors of a state that does not fit the settings into one that says so."""
     try:
-        if saved["optimizer_class"] != type(optimizer).__name__:
-            raise ValueError(f"it holds the state of {saved['optimizer_class']}, not of {type(optimizer).__name__}")
-        settings = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({**saved["optimizer"], "param_groups": settings})
-        _lay_out_as_weights(optimizer)
-        if accelerator.scaler is not None and saved["scaler"] is not None:
-            accelerator.scaler.load_state_dict(saved["scaler"])
-        return int(saved["lr_scheduler"]["last_epoch"])
+        yield
     except (KeyError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(
             f"--resume_from_checkpoint: {checkpoint.path} does not fit these settings ({error}); continue with the "
             "optimizer settings it was written with (see its manifest.json)"
         ) from error
+
+
+def updates_in_schedule(checkpoint: Checkpoint, saved: Mapping[str, Any]) -> int:
+    """Return the updates that the schedule had counted: without those that fp16's loss scaler skipped."""
+    with _fitting(checkpoint):
+        return int(saved["lr_scheduler"]["last_epoch"])
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, accelerator: Accelerator, checkpoint: Checkpoint, saved: Mapping[str, Any]
+) -> None:
+    """Load the optimizer and the loss scaler as they were saved.
+
+    The arguments of its class, as learning rate, betas and weight decay, are those of the settings, which may be new.
+
+    Raises:
+        UserError: if they do not fit the settings.
+    """
+    with _fitting(checkpoint):
+        package = package_of(optimizer)
+        before = saved["optimizer_class"], saved.get("optimizer_package", package)
+        if before != (type(optimizer).__name__, package):
+            of = before[0] if before[1] == package else f"{before[0]} of {before[1]}"
+            raise ValueError(f"it holds the state of {of}, not of {type(optimizer).__name__}")
+        groups = _groups(optimizer, saved["optimizer"]["param_groups"])
+        optimizer.load_state_dict({**saved["optimizer"], "param_groups": groups})
+        _lay_out_as_weights(optimizer)
+        _keep_dtypes(optimizer, saved["optimizer"]["state"])
+        if accelerator.scaler is not None and saved["scaler"] is not None:
+            accelerator.scaler.load_state_dict(saved["scaler"])
+
+
+def package_of(optimizer: torch.optim.Optimizer) -> str:
+    """Return the name of the package that an optimizer's class is from."""
+    return type(optimizer).__module__.partition(".")[0]
+
+
+def _groups(optimizer: torch.optim.Optimizer, saved: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the optimizer's groups, with what the class itself keeps there, as Prodigy its estimates, as saved."""
+    own = {*constructor_arguments(type(optimizer)), "params", "lr", "initial_lr"}
+    groups = optimizer.state_dict()["param_groups"]
+    return [
+        group | {name: value for name, value in before.items() if name not in own}
+        for group, before in zip(groups, saved, strict=True)
+    ]
+
+
+def _keep_dtypes(optimizer: torch.optim.Optimizer, saved: Mapping[int, Any]) -> None:
+    """Give the state the dtypes that it was saved in; torch loads it in those of the weights."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for index, values in saved.items():
+        state = optimizer.state[weights[index]]
+        for name, value in values.items():
+            loaded = state.get(name)
+            if isinstance(value, torch.Tensor) and isinstance(loaded, torch.Tensor) and loaded.dtype != value.dtype:
+                state[name] = value.to(loaded.device)
 
 
 def _lay_out_as_weights(optimizer: torch.optim.Optimizer) -> None:

@@ -7,6 +7,8 @@ import shutil
 from raycontrolnet.config.output_settings import OutputConfig
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.errors import UserError
+from raycontrolnet.model.optimizers import state_bytes_per_weight
+from raycontrolnet.model.size import FP32_BYTES
 from raycontrolnet.storage.quota import quota_forbids
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.text import counted, file_size
@@ -25,7 +27,7 @@ def check_room(
     Raises:
         UserError: if there is not.
     """
-    moments = weights // 2 if config.use_8bit_adam else 2 * weights
+    moments = int(weights * state_bytes_per_weight(config) / FP32_BYTES)
     one = weights + moments + weights * config.use_ema
     to_come = len(due_steps(config.checkpointing_steps, schedule.total_updates, schedule.total_updates))
     to_come -= len(due_steps(config.checkpointing_steps, step, schedule.total_updates))

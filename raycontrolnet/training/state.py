@@ -21,10 +21,17 @@ from raycontrolnet.errors import UserError
 from raycontrolnet.model.averages import with_averages
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.optim import build_lr_scheduler, build_optimizer
+from raycontrolnet.model.optimizers import keeps_layouts
 from raycontrolnet.model.performance import compile_models, enable_memory_savers, memory_share, working_precision
 from raycontrolnet.model.step import TrainState
 from raycontrolnet.storage.checkpoint import CONTROLNET_FOLDER, RAW_FOLDER, TRAINING_STATE_FILE, Checkpoint
-from raycontrolnet.training.resumed_state import build_averages, load_optimizer, read_rest
+from raycontrolnet.training.resumed_state import (
+    build_averages,
+    load_optimizer,
+    package_of,
+    read_rest,
+    updates_in_schedule,
+)
 from raycontrolnet.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -134,17 +141,19 @@ def state_of(
         gradient_checkpointing=config.gradient_checkpointing,
         xformers=config.enable_xformers_memory_efficient_attention,
     )
-    if accelerator.device.type == "cuda" and not config.use_8bit_adam:  # whose kernels know one layout
+    if accelerator.device.type == "cuda" and keeps_layouts(config):
         # That of the activations: else every convolution would turn its weights first. Files have the other one.
         components.controlnet.to(memory_format=torch.channels_last)
     weights = list(components.controlnet.parameters())
     optimizer = build_optimizer(weights, config, schedule.learning_rate(config), fused=accelerator.scaler is None)
     saved = read_rest(checkpoint) if checkpoint else {}
-    updates_done = load_optimizer(optimizer, accelerator, checkpoint, saved) if checkpoint else 0
+    updates_done = updates_in_schedule(checkpoint, saved) if checkpoint else 0
     lr_scheduler = build_lr_scheduler(config, optimizer, schedule.total_updates, updates_done)
     if config.compile:
         compile_models(components)
     controlnet, prepared_optimizer = accelerator.prepare(components.controlnet, optimizer)
+    if checkpoint:  # after accelerate, which loads the optimizer's state once more, and not in its dtypes
+        load_optimizer(optimizer, accelerator, checkpoint, saved)
     return TrainState(
         components=components,
         controlnet=controlnet,
@@ -178,6 +187,7 @@ def state_parts(state: TrainState) -> StateParts:
     rest = {
         "optimizer": state.optimizer.state_dict(),
         "optimizer_class": type(state.optimizer.optimizer).__name__,
+        "optimizer_package": package_of(state.optimizer.optimizer),
         "lr_scheduler": state.lr_scheduler.state_dict(),
         "scaler": None if scaler is None else scaler.state_dict(),
     }
