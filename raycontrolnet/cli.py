@@ -199,7 +199,7 @@ def _parsed(
     import tyro
 
     # tyro makes a section of --help from each field of a dataclass that is itself one.
-    fields = [(title(group).lower(), Annotated[group, tyro.conf.OmitArgPrefixes]) for group in groups]
+    fields = [(title(group).lower().replace(" ", "_"), Annotated[group, tyro.conf.OmitArgPrefixes]) for group in groups]
     own = [{name: defaults[name] for name in setting_types(group) if name in defaults} for group in groups]
     flags = dataclasses.make_dataclass("Flags", fields)
     parsed = tyro.cli(

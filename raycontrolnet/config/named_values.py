@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, NewType
+from contextlib import suppress
+from typing import Any
 
-NamedValues = NewType("NamedValues", str)
-"""Type of a setting that is such a text; the same values are the same text."""
+
+class NamedValues(str):
+    """A setting that is such a text: the same values are the same text."""
+
+    __slots__ = ()
+
 
 EXAMPLE = "weight_decay=0.1 betas=[0.9,0.99]"
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?e[-+]?\d+", re.IGNORECASE)
@@ -16,7 +21,7 @@ _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?e[-+]?\d+", re.IGNORECASE)
 _NEXT = re.compile(r"\s+(?=[A-Za-z_]\w*=)")
 
 
-def as_text(given: Any) -> str:
+def as_text(given: Any) -> NamedValues:
     """Return named values, given as text or mapping, as the one text for them.
 
     Raises:
@@ -29,9 +34,10 @@ def as_text(given: Any) -> str:
         text = " ".join(f"{name}={json.dumps(value, allow_nan=False)}" for name, value in values.items())
     except (TypeError, ValueError):
         raise ValueError("must be numbers, texts, true, false, null, or lists of them") from None
-    if read_named_values(text) != values:
-        raise ValueError("must have no text with spaces and = in it")
-    return text
+    with suppress(ValueError):
+        if read_named_values(text) == values:
+            return NamedValues(text)
+    raise ValueError("must have no text with spaces and = in it")
 
 
 def read_named_values(given: str | Mapping[str, Any]) -> dict[str, Any]:

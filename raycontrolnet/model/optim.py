@@ -39,15 +39,7 @@ def build_optimizer(
         "weight_decay": optim.adam_weight_decay,
         "eps": optim.adam_epsilon,
     }
-    if optim.use_8bit_adam:
-        try:
-            import bitsandbytes
-        except ImportError:
-            raise UserError(
-                "--use_8bit_adam: bitsandbytes is not installed; run pip install 'raycontrolnet[8bit]'"
-            ) from None
-        return new_optimizer(parameters, optim, learning_rate, found=bitsandbytes.optim.AdamW8bit, **options)
-    if "fused" not in arguments and "foreach" not in arguments:
+    if not optim.use_8bit_adam and "fused" not in arguments and "foreach" not in arguments:
         options |= {"fused": fused, "foreach": not fused and parameters[0].is_cuda}
     return new_optimizer(parameters, optim, learning_rate, **options)
 

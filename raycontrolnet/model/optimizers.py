@@ -32,11 +32,6 @@ COUNTED_SIZE = 128
 """Largest side of the weights that are tried for a count; bitsandbytes keeps fp32 for fewer than 4,096 numbers."""
 
 
-def is_plain_adamw(config: TrainConfig) -> bool:
-    """Check whether the optimizer is AdamW, or its 8-bit form, with the arguments that have flags."""
-    return config.use_8bit_adam or (config.optimizer == ADAMW and not config.optimizer_args)
-
-
 def arguments_of(config: TrainConfig) -> dict[str, Any]:
     """Return the arguments of `--optimizer_args`, with tuples for lists."""
     return {name: _as_tuple(value) for name, value in read_named_values(config.optimizer_args or "").items()}
@@ -58,10 +53,12 @@ def optimizer_class(name: str) -> type[Optimizer]:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
         if find_spec(package) is None:
-            raise UserError(f"{flag}: {package} is not installed; run pip install with the package it is in") from None
+            raise UserError(
+                f"{flag}: {package} is not installed; run pip install {package}, or the package that has it"
+            ) from None
         missing = error.name or module_name
         if module_name == missing or module_name.startswith(f"{missing}."):
-            raise UserError(f"{flag}: {package} has no module {missing}; look its classes up") from None
+            raise UserError(f"{flag}: {package} has no module {missing}") from None
         raise UserError(f"{flag}: needs {missing}, which is not installed; run pip install {missing}") from None
     except Exception as error:
         raise UserError(f"{flag}: {module_name} cannot be imported ({error_message(error, 200)})") from error
@@ -71,31 +68,44 @@ def optimizer_class(name: str) -> type[Optimizer]:
             each for each, value in vars(module).items() if isinstance(value, type) and issubclass(value, Optimizer)
         ]
         problem = "has no" if found is None else "has no optimizer of PyTorch's (torch.optim.Optimizer) called"
-        advice = perhaps(class_name, names) or "; look its classes up"
+        advice = perhaps(class_name, names) or f"; python -m pydoc {module_name} lists its classes"
         raise UserError(f"{flag}: {module_name} {problem} {class_name}{advice}")
     return found
 
 
+def class_of(config: TrainConfig) -> type[Optimizer]:
+    """Return the class of the settings' optimizer.
+
+    Raises:
+        UserError: there is none, or it is no optimizer of PyTorch's kind.
+    """
+    if not config.use_8bit_adam:
+        return optimizer_class(config.optimizer)
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise UserError(
+            "--use_8bit_adam: bitsandbytes is not installed; run pip install 'raycontrolnet[8bit]'"
+        ) from None
+    found: type[Optimizer] = bitsandbytes.optim.AdamW8bit
+    return found
+
+
 def new_optimizer(
-    parameters: Sequence[torch.nn.Parameter],
-    config: TrainConfig,
-    learning_rate: float,
-    found: type[Optimizer] | None = None,
-    **options: Any,
+    parameters: Sequence[torch.nn.Parameter], config: TrainConfig, learning_rate: float, **options: Any
 ) -> Optimizer:
-    """Return an optimizer with the arguments of the settings.
+    """Return an optimizer of the class and with the arguments of the settings.
 
     Args:
         parameters: the weights to train.
         config: the settings.
         learning_rate: after `scale_lr`.
-        found: its class; by default that of the settings.
         options: other arguments, where the settings say nothing.
 
     Raises:
         UserError: there is no such class, or it takes no such arguments or weights.
     """
-    found = found or optimizer_class(config.optimizer)
+    found = class_of(config)
     try:
         return found(parameters, lr=learning_rate, **options | arguments_of(config))  # type: ignore[call-arg]
     except Exception as error:
@@ -126,7 +136,9 @@ def try_optimizer(config: TrainConfig, device: torch.device | None = None) -> No
     Raises:
         UserError: it cannot be used.
     """
-    if is_plain_adamw(config):
+    if config.optimizer == ADAMW and not config.optimizer_args:
+        return
+    if config.use_8bit_adam and find_spec("bitsandbytes") is None:  # said by `missing_extras`
         return
     optimizer = _tried(config, KINDS_OF_WEIGHTS, device)
     found = type(optimizer)
@@ -134,6 +146,9 @@ def try_optimizer(config: TrainConfig, device: torch.device | None = None) -> No
     if closure and closure.default is inspect.Parameter.empty:
         problem = "needs a closure in its step, which training here does not have; take another class"
         raise UserError(f"--optimizer={config.optimizer}: {problem}")
+    if callable(getattr(optimizer, "eval", None)):
+        problem = "switches the weights for every measure (eval), which training here does not do; take another class"
+        raise UserError(f"--optimizer={config.optimizer}: {problem}, or --use_ema for averages")
     try:
         optimizer.step()
         with io.BytesIO() as file:
@@ -197,7 +212,7 @@ def state_bytes_per_weight(config: TrainConfig, shapes: Iterable[Sequence[int]] 
     Returns:
         AdamW's 8 for an optimizer that cannot be tried here.
     """
-    if is_plain_adamw(config):
+    if config.use_8bit_adam or (config.optimizer == ADAMW and not config.optimizer_args):
         return MOMENTS[config.use_8bit_adam]
     numbers: dict[tuple[int, ...], int] = {}
     for shape in shapes:
