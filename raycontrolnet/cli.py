@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple
 from raycontrolnet.config.check_config import CheckConfig, CheckSettings
 from raycontrolnet.config.condition_config import CONDITION_GROUPS, ConditionConfig
 from raycontrolnet.config.declare import title
-from raycontrolnet.config.flag_types import own_types
+from raycontrolnet.config.flag_types import as_default, own_types
 from raycontrolnet.config.generate_config import GENERATE_GROUPS, GenerateConfig
 from raycontrolnet.config.sweep_config import SweepConfig, SweepSettings
 from raycontrolnet.config.train_config import GROUPS, TrainConfig, typed_settings
@@ -199,8 +199,11 @@ def _parsed(
     import tyro
 
     # tyro makes a section of --help from each field of a dataclass that is itself one.
-    fields = [(title(group).lower().replace(" ", "_"), Annotated[group, tyro.conf.OmitArgPrefixes]) for group in groups]
-    own = [{name: defaults[name] for name in setting_types(group) if name in defaults} for group in groups]
+    fields = [(title(group).lower(), Annotated[group, tyro.conf.OmitArgPrefixes]) for group in groups]
+    own = [
+        {name: as_default(defaults[name], kind) for name, kind in setting_types(group).items() if name in defaults}
+        for group in groups
+    ]
     flags = dataclasses.make_dataclass("Flags", fields)
     parsed = tyro.cli(
         flags,

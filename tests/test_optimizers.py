@@ -232,7 +232,7 @@ def test_exact_over_a_resume(name: str, arguments: str | None, tiny_settings: Se
 
 
 def test_new_arguments_on_a_resume(tiny_settings: Settings, tmp_path: Path) -> None:
-    """Those of the settings, as AdamW's; what the class itself keeps goes on."""
+    """They are those of the settings, as AdamW's; what the class itself keeps goes on."""
     settings = tiny_settings | {"optimizer": f"{OWN}.Estimating", "optimizer_args": "momentum=0.5"}
     folder = run(settings, tmp_path / "out", max_train_steps=2)
     changed = {"resume_from_checkpoint": "latest", "optimizer_args": "momentum=0.1", "learning_rate": 1e-4}

@@ -1,4 +1,4 @@
-"""How tyro reads flags whose types are ours: optional texts, and named values."""
+"""Rules by which tyro reads flags of our own types: optional texts, and named values."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ def own_types() -> ConstructorRegistry:
     registry.primitive_rule(_optional_text)
     registry.primitive_rule(_named_values)
     return registry
+
+
+def as_default(value: Any, kind: Any) -> Any:
+    """Return a setting's value as tyro takes it for a default of the type `kind`."""
+    return NamedValues(value) if kind == NamedValues | None and value is not None else value
 
 
 def _optional_text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 
 class NamedValues(str):
-    """A setting that is such a text: the same values are the same text."""
+    """Type of a setting that is such a text, kept as a plain `str`: the same values are the same text."""
 
     __slots__ = ()
 
@@ -21,7 +21,7 @@ _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?e[-+]?\d+", re.IGNORECASE)
 _NEXT = re.compile(r"\s+(?=[A-Za-z_]\w*=)")
 
 
-def as_text(given: Any) -> NamedValues:
+def as_text(given: Any) -> str:
     """Return named values, given as text or mapping, as the one text for them.
 
     Raises:
@@ -36,7 +36,7 @@ def as_text(given: Any) -> NamedValues:
         raise ValueError("must be numbers, texts, true, false, null, or lists of them") from None
     with suppress(ValueError):
         if read_named_values(text) == values:
-            return NamedValues(text)
+            return text
     raise ValueError("must have no text with spaces and = in it")
 
 

@@ -17,12 +17,11 @@ FLAGS_OF_ADAMW = {
     "betas": "--adam_beta1 and --adam_beta2", "weight_decay": "--adam_weight_decay", "eps": "--adam_epsilon",
 }  # fmt: skip
 """Arguments of AdamW that have flags."""
-EMA_DECAY = 0.9999
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Optimizer class: AdamW, or another."""
+    """Algorithm: the optimizer's class and its arguments."""
 
     optimizer: str = setting(ADAMW, sweepable=True)
     """Optimizer as MODULE.CLASS, of PyTorch, bitsandbytes or any installed package, such as torch.optim.RAdam."""
@@ -59,11 +58,9 @@ class AveragesConfig:
 
     use_ema: bool = setting(False, sweepable=True)
     """Average the ControlNet's weights over the updates; the averages are measured, drawn with and exported."""
-    ema_decay: float = setting(EMA_DECAY, sweepable=True)
-    """Largest decay of the averages, in [0, 1); after update n it is at most n / (n + 9)."""
+    ema_decay: float = setting(0.9999, sweepable=True)
+    """Largest decay of the averages of --use_ema, in [0, 1); after update n it is at most n / (n + 9)."""
 
     def problems(self) -> Problems:
         if not 0 <= self.ema_decay < 1:
             yield problem_of(self, "ema_decay", "must be in [0, 1)")
-        elif self.ema_decay != EMA_DECAY and not self.use_ema:
-            yield problem_of(self, "ema_decay", "has no effect without --use_ema; add it, or leave this out")

@@ -73,14 +73,7 @@ def typed_settings(given: Mapping[Any, Any], kinds: Mapping[str, Any], place: st
 def public_settings(config: TrainConfig) -> dict[str, Any]:
     """Return the settings as plain values without secrets, for config.yaml, manifests, trackers and the model card."""
     values = {name: getattr(config, name) for name, facts in FACTS.items() if "secret" not in facts}
-    return {name: _plain(value) for name, value in values.items()}
-
-
-def _plain(value: Any) -> Any:
-    """Return a setting's value as one that YAML has."""
-    if isinstance(value, str):
-        return str(value)
-    return list(value) if isinstance(value, tuple) else value
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def changed_settings(config: TrainConfig) -> dict[str, Any]:
