@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 import re
 from pathlib import Path
@@ -15,9 +16,11 @@ from runs import Settings, equal, flags, losses, run, weights
 
 from raycontrolnet import SweepConfig, TrainConfig
 from raycontrolnet.cli import main, parse
+from raycontrolnet.config.check_config import CheckConfig
 from raycontrolnet.config.named_values import as_text, read_named_values
 from raycontrolnet.errors import ConfigError, UserError
-from raycontrolnet.launch.needs import count
+from raycontrolnet.launch.check import check
+from raycontrolnet.launch.needs import Needs, count
 from raycontrolnet.model.optim import build_optimizer
 from raycontrolnet.model.optimizers import state_bytes_per_weight, try_optimizer
 from raycontrolnet.tune.checks import optimizer_problems_of
@@ -306,6 +309,19 @@ def test_averages_are_counted(tiny_settings: Settings) -> None:
     room = (big.total(0) + 3 * 2**30 + big.activations(5)) / 0.97
     largest = big.largest_batch(room)
     assert big.total(largest) + 3 * 2**30 <= room * 0.97 < big.total(largest + 1) + 3 * 2**30
+
+
+def test_check_and_the_disk_count_them(tiny_settings: Settings) -> None:
+    """A checkpoint has the weights, their averages, and the optimizer's state: here one number a weight."""
+    stream = io.StringIO()
+    changed = {"use_ema": True, "optimizer": "torch.optim.SGD", "optimizer_args": "momentum=0.9"}
+    train = TrainConfig(**tiny_settings | changed)
+    prediction = check(CheckConfig(train=train), stream)
+    rows = [line.split()[:3] for line in stream.getvalue().splitlines() if line.startswith("  ")]
+    sizes = {name: size for name, *size in rows}
+    assert sizes["averages"] == sizes["optimizer"] == sizes["gradients"]
+    one = Needs.of(train, None, prediction, cached=False).checkpoint_bytes
+    assert one == 3 * prediction.trained_bytes["ControlNet"]
 
 
 def test_what_cannot_be_counted_is_taken_for_adamw(caplog: pytest.LogCaptureFixture) -> None:
