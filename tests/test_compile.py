@@ -55,9 +55,9 @@ def grid(folder: Path) -> Any:
     "changed",
     [
         pytest.param({"mixed_precision": "no"}, marks=pytest.mark.slow),
-        {"mixed_precision": "bf16", "gradient_checkpointing": True},
+        {"mixed_precision": "bf16", "gradient_checkpointing": True, "use_ema": True},
     ],
-    ids=["fp32", "bf16 with checkpointing"],
+    ids=["fp32", "bf16 with checkpointing and averages"],
 )
 def test_a_run_learns_the_same(
     settings: dict[str, Any], changed: dict[str, Any], tmp_path: Path, graphs: Counter[str]

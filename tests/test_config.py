@@ -58,17 +58,22 @@ OWN_FLAGS: dict[str, dict[str, Any]] = {
         "on_nan": "fail", "save_precision": "fp32", "save_name": None, "base_config": None,
         "control_fidelity": None, "tracker_group": None, "size_conditioning": "fixed", "loss": "mse",
         "timestep_sampling": None,
+        "optimizer": "torch.optim.AdamW",
+    },
+    "VALUES": {
+        "optimizer_args": None,
     },
     "BOOL": {
         "use_gpu": None,
     },
     "FLAG": {
-        "compile": False, "rescale_betas_zero_snr": False,
+        "compile": False, "use_ema": False, "rescale_betas_zero_snr": False,
     },
     "FLOAT": {
         "cpus_per_worker": None, "validation_split": None, "max_bad_fraction": 0.01, "guidance_scale": None,
         "wait_timeout_s": None, "hang_timeout_s": 600.0, "snr_gamma": None, "huber_delta": 0.1, "logit_mean": 0.0,
         "logit_std": 1.0, "high_noise_power": 3.0, "noise_offset": 0.0, "input_perturbation": 0.0,
+        "ema_decay": 0.9999,
     },
     "INT": {
         "max_failures": 3, "max_preemption_failures": -1, "latents_batch_size": 4, "max_nan": 10,
@@ -151,6 +156,7 @@ def test_help(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, kind in KINDS.items():
         default = DEFAULTS[name]
         texts = {"STR": "STR", "STRS": "[STR [STR ...]]", "FLAG": f", --no_{name}", "BOOL": "{None,True,False}"}
+        texts["VALUES"] = "[NAME=VALUE [NAME=VALUE ...]]"
         type_text = texts.get(kind, kind if default is not None else f"{{None}}|{kind}")
         default_text = repr(default) if default == "" else default
         separator = "" if kind == "FLAG" else " "
@@ -198,13 +204,14 @@ def other_values(image: str) -> Settings:
         "FLOAT": lambda index: 0.25 + index / 1000,
         "FLAG": lambda _: True,
         "BOOL": lambda _: True,
+        "VALUES": lambda index: f"seed={index} amsgrad=true",
     }
     own = {
         "lr_scheduler": "cosine", "mixed_precision": "bf16", "report_to": "wandb", "num_workers": "2:4",
         "cache_latents": "on", "latents_dtype": "float32", "on_bad_sample": "skip", "on_nan": "skip",
         "license": "openrail++", "image_interpolation_mode": "lanczos", "size_conditioning": "real",
         "save_precision": "bf16", "save_name": "edges", "loss": "huber", "timestep_sampling": "logit_normal",
-        "high_noise_power": 2.5,
+        "high_noise_power": 2.5, "optimizer": "torch.optim.RAdam",
         "control_fidelity": "shape", "validation_image": (image, image), "resolution": 256,
     }  # fmt: skip
     values = {name: own.get(name, kinds[kind](index)) for index, (name, kind) in enumerate(KINDS.items())}
@@ -216,8 +223,17 @@ def other_values(image: str) -> Settings:
 @pytest.mark.parametrize(
     "without",
     [
-        ("train_data_dir", "compile"),
-        ("dataset_name", "dataset_config_name", "enable_xformers_memory_efficient_attention"),
+        ("train_data_dir", "compile", "optimizer"),
+        (
+            "dataset_name",
+            "dataset_config_name",
+            "enable_xformers_memory_efficient_attention",
+            "use_8bit_adam",
+            "adam_beta1",
+            "adam_beta2",
+            "adam_weight_decay",
+            "adam_epsilon",
+        ),
     ],
 )
 def test_settings_arrive(form: str, without: tuple[str, ...], image: str, file: Callable[[str], str]) -> None:
@@ -298,7 +314,7 @@ RULES: dict[str, list[tuple[str, Any]]] = {
     "must be one of tensorboard, wandb, comet_ml, all, none, or several with commas": [
         ("report_to", "wandb,tensorbord"),
     ],
-    "must be in [0, 1)": [("adam_beta1", 1.0), ("adam_beta2", -0.5)],
+    "must be in [0, 1)": [("adam_beta1", 1.0), ("adam_beta2", -0.5), ("ema_decay", 1.0)],
     "must be above 0": [("max_grad_norm", 0.0), ("cpus_per_worker", 0)],
     "must be one of mse, huber; perhaps you meant huber": [("loss", "hubert")],
     "must be one of uniform, logit_normal, high_noise; perhaps you meant logit_normal": [

@@ -29,7 +29,7 @@ def test_the_documents_are_read() -> None:
     assert len(TEXTS["README.md"].splitlines()) <= 200
     assert len(GUIDES) >= 7
     assert Counter(found.kind for found in BLOCKS) == {
-        "run": 9, "slow": 7, "job": 1, "cluster": 1, "runtime_env": 1, "skip": 13, "sweep": 1, "sweep.py": 1,
+        "run": 10, "slow": 7, "job": 1, "cluster": 1, "runtime_env": 1, "skip": 15, "sweep": 1, "sweep.py": 1,
         "metadata.jsonl": 1, "space.yaml": 1,
     }  # fmt: skip
     fences = sum(len(re.findall(r"^```\w+$", text, re.M)) for text in TEXTS.values())

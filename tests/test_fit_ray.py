@@ -104,8 +104,8 @@ def test_resume_on_ray_is_exact(settings: Settings, tmp_path: Path) -> None:
     ],
 )
 def test_a_killed_process_costs_nothing(kill: Callable[[], None], settings: Settings, tmp_path: Path) -> None:
-    """Kill -9 of the worker, or of Train's controller, between checkpoints: the weights of an undisturbed run."""
-    changes = {"max_train_steps": 30, "checkpointing_steps": 10}
+    """Kill -9 of the worker, or of Train's controller, between checkpoints: the averages of an undisturbed run."""
+    changes = {"max_train_steps": 30, "checkpointing_steps": 10, "use_ema": True}
     undisturbed = run(settings | {"num_workers": "0"}, tmp_path / "undisturbed", **changes)
     disturbed = tmp_path / "disturbed"
     with when(lambda: last_step(disturbed) >= 12, kill) as killed:
@@ -136,6 +136,7 @@ def test_an_elastic_run_keeps_the_curve(numbers: tuple[int, ...], settings: Sett
     last = 2 * len(numbers)
     settings |= {"controlnet_model_name_or_path": str(write_trained_controlnet(base, tmp_path / "controlnet"))}
     settings |= {"train_batch_size": 2, "scale_lr": True, "learning_rate": 1e-4, "max_train_steps": last}
+    settings |= {"use_ema": True}
     whole = run(settings, tmp_path / "whole", num_workers="0", gradient_accumulation_steps=3)
     settings |= {"num_workers": "1:3", "dataloader_num_workers": 1}
     ray.shutdown()  # it keeps a CPU for the loading of an earlier test's killed run, for three minutes
@@ -153,6 +154,9 @@ def test_an_elastic_run_keeps_the_curve(numbers: tuple[int, ...], settings: Sett
     for name in ("loss", "grad_norm"):
         assert column(out, name) == pytest.approx(column(whole, name), rel=0, abs=1e-5)
     assert len(set(column(out, "loss"))) == last
+    averages = weights(whole)
+    for name, value in weights(out).items():
+        torch.testing.assert_close(value, averages[name], rtol=1e-3, atol=1e-5)
 
 
 def test_a_corrupt_image_ends_the_run_with_its_name(settings: Settings, tmp_path: Path) -> None:

@@ -94,8 +94,10 @@ def test_it_learns_as_in_fp32(settings: dict[str, Any]) -> None:
 
 def test_an_update_that_overflows_is_skipped(settings: dict[str, Any], overflows: Callable[[TrainState], Any]) -> None:
     """Weights, moments and schedule wait; updates and samples count; the scale is halved, and training goes on."""
-    with training(settings) as state:
+    with training(settings | {"use_ema": True}) as state:
+        assert state.averages
         steps(state, *batches(1))
+        averages = [value.clone() for value in state.averages.shadow_params]
         before, moments_before, lr = weights(state), moments(state), state.lr_scheduler.get_last_lr()
         planted = overflows(state)
         (skipped,) = steps(state, *batches(1, first=1))
@@ -104,7 +106,8 @@ def test_an_update_that_overflows_is_skipped(settings: dict[str, Any], overflows
         assert all(map(torch.equal, weights(state), before))
         assert all(map(torch.equal, moments(state), moments_before))
         assert state.lr_scheduler.get_last_lr() == lr
-        assert (state.step, state.samples) == (2, 4)
+        assert (state.averages.optimization_step, state.step, state.samples) == (1, 2, 4)
+        assert all(map(torch.equal, state.averages.shadow_params, averages))
         assert scale(state) == FIRST_SCALE / 2
         (taken,) = steps(state, *batches(1, first=2))
         assert (float(taken.grad_norm) > 0, taken.lr) == (True, lr[0])

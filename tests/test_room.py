@@ -77,6 +77,19 @@ def test_a_disk_without_room(
     check()
 
 
+@pytest.mark.parametrize(
+    ("changed", "one"),
+    [({"use_ema": True}, 4), ({"optimizer": "torch.optim.SGD"}, 1), ({"optimizer_args": "amsgrad=true"}, 4)],
+)
+def test_room_for_averages_and_for_the_optimizers_state(
+    changed: Settings, one: int, check: Callable[..., object], allowed: Callable[..., list[int]], some_bytes: int
+) -> None:
+    """Four checkpoints, each `one` times the weights, and the weights."""
+    asked = allowed(100 * some_bytes)
+    check(**changed)
+    assert asked == [(4 * one + 1) * some_bytes]
+
+
 def test_a_quota_that_does_not_allow_it(
     check: Callable[..., object], allowed: Callable[..., list[int]], some_bytes: int
 ) -> None:

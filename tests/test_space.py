@@ -61,6 +61,8 @@ OTHERS: dict[str, Any] = {
     "compile": True, "loss": "huber", "huber_delta": 0.2, "snr_gamma": 5.0, "timestep_sampling": "high_noise",
     "logit_mean": 0.5, "logit_std": 0.5, "high_noise_power": 2.0, "noise_offset": 0.1, "input_perturbation": 0.1,
     "rescale_betas_zero_snr": True,
+    "compile": True, "use_ema": True, "ema_decay": 0.9, "optimizer": "torch.optim.RAdam",
+    "optimizer_args": "amsgrad=true",
     "pretrained_model_name_or_path": "other", "revision": "other", "variant": "fp16", "dataset_name": "other",
     "dataset_config_name": "other", "train_data_dir": "other", "image_column": "other",
     "conditioning_image_column": "other", "caption_column": "other", "resolution": 256, "latents_dtype": "float32",

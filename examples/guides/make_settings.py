@@ -19,6 +19,7 @@ from raycontrolnet.config.check_config import CheckSettings
 from raycontrolnet.config.condition_config import CONDITION_GROUPS
 from raycontrolnet.config.declare import facts_of, title
 from raycontrolnet.config.generate_config import GENERATE_GROUPS
+from raycontrolnet.config.named_values import NamedValues
 from raycontrolnet.config.sweep_config import SweepSettings
 from raycontrolnet.config.train_config import GROUPS
 from raycontrolnet.config.values import setting_types
@@ -85,6 +86,8 @@ def type_name(kind: Any) -> str:
         return "True or False" if kind is bool else type_name(kind)
     if typing.get_origin(kind) is tuple:
         return "several str"
+    if kind is NamedValues:
+        return "name=value ..."
     return "switch" if kind is bool else str(kind.__name__)
 
 

@@ -31,6 +31,7 @@ TRACKERS = ("tensorboard", "wandb", "comet_ml")
 SAFETENSORS = ".safetensors"
 WEIGHTS_NAME = "diffusion_pytorch_model"
 """Name of diffusers' files with weights."""
+WEIGHTS_FILE = f"{WEIGHTS_NAME}{SAFETENSORS}"
 SAVE_PRECISIONS = ("fp32", "fp16", "bf16")
 LONGEST_SAVE_NAME = 100
 FIDELITY_MEASURES = ("shape", "canny")

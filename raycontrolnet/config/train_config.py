@@ -9,6 +9,7 @@ from typing import Any
 
 from raycontrolnet.config.declare import Facts, facts_of
 from raycontrolnet.config.objective_settings import ObjectiveConfig
+from raycontrolnet.config.optimizer_settings import AveragesConfig, OptimizerConfig
 from raycontrolnet.config.output_settings import HubConfig, OutputConfig, ValidationConfig
 from raycontrolnet.config.settings import CacheConfig, ClusterConfig, DataConfig, ModelConfig, OptimConfig, StepConfig
 from raycontrolnet.config.values import check_settings, coerce
@@ -22,6 +23,8 @@ class TrainConfig(
     OutputConfig,
     StepConfig,
     ObjectiveConfig,
+    AveragesConfig,
+    OptimizerConfig,
     OptimConfig,
     CacheConfig,
     DataConfig,

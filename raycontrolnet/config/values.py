@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Union
 
+from raycontrolnet.config.named_values import NamedValues, as_text
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.storage.object_store import ObjectStore
 from raycontrolnet.storage.store_requests import reason
@@ -62,7 +63,7 @@ def coerce(value: Any, kind: Any) -> Any:
     """Return `value` as the setting's type `kind`.
 
     Only unambiguous conversions are made: an int, or a text such as 1e-5 (a string in YAML 1.1), to a float; a number
-    to a text; one text or a list of them to a tuple.
+    to a text; one text or a list of them to a tuple; a mapping to named values.
 
     Raises:
         ValueError: names the expected type.
@@ -76,6 +77,8 @@ def coerce(value: Any, kind: Any) -> Any:
         if isinstance(items, (list, tuple)) and all(isinstance(item, (str, Path)) for item in items):
             return tuple(map(str, items)) or None
         raise ValueError("must be a text or a list of texts")
+    if kind is NamedValues:
+        return as_text(value)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is float and (is_number or isinstance(value, str)):
         try:

@@ -20,6 +20,7 @@ from raycontrolnet.launch.needs import Needs, count, known_family, memory_size, 
 from raycontrolnet.launch.preflight import wants_latents
 from raycontrolnet.model.base_family import base_family, objective_problems, size_problems
 from raycontrolnet.model.families.family import Family
+from raycontrolnet.model.optimizers import try_optimizer
 from raycontrolnet.model.performance import has_bf16, working_precision
 from raycontrolnet.model.problems import model_problems
 from raycontrolnet.predict.devices import REACHED, peak_of
@@ -80,6 +81,8 @@ def check(config: CheckConfig, stream: TextIO | None = None) -> Prediction:
     train = in_precision_of_device(config)
     config, token = replace(config, train=train), find_token(train.hub_token)
     problems, source = list(missing_extras(train)), None
+    with collected(problems):
+        try_optimizer(train)
     problems += model_problems(train, token)
     with collected(problems):
         source = open_source(train, cache_dir=train.cache_dir, token=token, skip_bad=train.on_bad_sample == "skip")
@@ -141,8 +144,9 @@ def _memory_lines(prediction: Prediction, batch_size: int) -> Iterator[str]:
     for name, number in prediction.weights.items():
         size = prediction.frozen_bytes.get(name, prediction.trained_bytes.get(name))
         yield _row(name, memory_size(size) if size else "on the CPU", f"{short_number(number, 3)} weights")
-    for name in ("gradients", "optimizer"):
-        yield _row(name, memory_size(prediction.trained_bytes[name]))
+    for name in ("gradients", "optimizer", "averages"):
+        if name in prediction.trained_bytes:
+            yield _row(name, memory_size(prediction.trained_bytes[name]))
     each = prediction.activations_per_sample
     per_sample = f"{each / GIB:.2f} GiB a sample" if each >= 0.1 * GIB else f"{memory_size(each)} a sample"
     yield _row("activations", memory_size(prediction.activations(batch_size)), per_sample)

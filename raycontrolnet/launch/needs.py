@@ -8,12 +8,14 @@ from typing import NamedTuple, TextIO
 
 import torch
 
+from raycontrolnet.config.optimizer_settings import ADAMW
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.errors import UserError
 from raycontrolnet.model.base_family import base_family
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.files import ModelFiles
 from raycontrolnet.model.loading import BASE
+from raycontrolnet.model.optimizers import state_bytes_per_weight
 from raycontrolnet.model.performance import working_precision
 from raycontrolnet.model.single_file import base_files
 from raycontrolnet.predict.devices import bytes_of_type, host_bytes
@@ -47,7 +49,8 @@ class Needs:
     @property
     def checkpoint_bytes(self) -> int:
         trained = self.prediction.trained_bytes
-        return trained["ControlNet"] + trained["optimizer"]
+        averages = trained["ControlNet"] if "averages" in trained else 0
+        return trained["ControlNet"] + trained["optimizer"] + averages
 
     def num_checkpoints(self, schedule: Schedule) -> int:
         """Return the number of checkpoints that are kept."""
@@ -77,7 +80,7 @@ class Needs:
         if not train.gradient_checkpointing:
             checkpointed = self.checkpointed()
             tried.append(("--gradient_checkpointing", checkpointed))
-        if not train.use_8bit_adam:
+        if not train.use_8bit_adam and train.optimizer == ADAMW:
             flags = " ".join(["--use_8bit_adam", *(flag for flag, _ in tried)])
             tried.append((flags, checkpointed.with_8bit_adam()))
         for flags, other in tried:
@@ -106,7 +109,10 @@ def count(train: TrainConfig, token: str | None, *, cached: bool) -> Prediction:
     base = base_files(train, token, (f"{family.denoiser}/config.json",), from_cache=True)
     dtype = working_precision(train.mixed_precision)
     with shaped(family, base, train, vae=_vae_files(train, token), dtype=dtype) as components:
-        return predict(components, train, cached=cached)
+        prediction = predict(components, train, cached=cached)
+        shapes = [tuple(each.shape) for each in components.controlnet.parameters() if each.requires_grad]
+    # Outside, where tensors have data.
+    return replace(prediction, moment_bytes=state_bytes_per_weight(train, shapes))
 
 
 def known_family(family: Family | None, train: TrainConfig) -> Family:

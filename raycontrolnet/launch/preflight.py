@@ -33,6 +33,7 @@ from raycontrolnet.model.base_family import base_family, config_of_denoiser, obj
 from raycontrolnet.model.components import OTHER_BASE, RESUME
 from raycontrolnet.model.families.registry import families
 from raycontrolnet.model.files import local_files
+from raycontrolnet.model.optimizers import state_problem, try_optimizer
 from raycontrolnet.model.problems import mismatch, model_files, model_problems
 from raycontrolnet.model.size import controlnet_bytes_at_least
 from raycontrolnet.sampling import images
@@ -60,6 +61,8 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
         with collected(problems):
             check_device(config.use_gpu, config, has_gpu=torch.cuda.is_available())
     problems += missing_extras(config, problems)
+    with collected(problems):
+        try_optimizer(config)
     problems += push.check_push(config, folder.shown)
     if problem := unwritable(folder.path, "output_dir"):
         problems.append(problem)
@@ -111,10 +114,14 @@ def _warn_of_changes(config: TrainConfig, start: checkpoints.Checkpoint, source:
 
 
 def _checkpoint_problems(config: TrainConfig, start: checkpoints.Checkpoint, token: str | None) -> Iterator[str]:
-    """Yield a problem if the checkpoint's ControlNet does not fit the base model."""
+    """Yield a problem if the checkpoint's ControlNet does not fit the base model, or its state another optimizer."""
     controlnet = local_files(start.path / checkpoints.CONTROLNET_FOLDER).read_json("config.json")
     if problem := mismatch(controlnet, config_of_denoiser(config, token)):
         yield f"--{RESUME}={config.resume_from_checkpoint}: {start.path.name} was {problem}; {OTHER_BASE}"
+    if problem := state_problem(config, start.manifest.get("settings")):
+        weights = start.path / checkpoints.CONTROLNET_FOLDER
+        anew = f"start anew from its weights in another --output_dir: --controlnet_model_name_or_path {weights}"
+        yield f"--{RESUME}={config.resume_from_checkpoint}: {start.path.name} {problem}, or {anew}"
 
 
 def choose_latents(run: CheckedRun, stream: TextIO, *, reused: bool = False) -> CheckedRun:

@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
+from raycontrolnet.config.optimizer_settings import ADAMW
 from raycontrolnet.config.settings import OptimConfig
+from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.errors import UserError
+from raycontrolnet.model.optimizers import arguments_of, new_optimizer, try_optimizer
 
 
 def build_optimizer(
-    parameters: Sequence[torch.nn.Parameter], optim: OptimConfig, learning_rate: float, *, fused: bool = True
+    parameters: Sequence[torch.nn.Parameter], optim: TrainConfig, learning_rate: float, *, fused: bool = True
 ) -> torch.optim.Optimizer:
-    """Build AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101), or bitsandbytes' AdamW8bit.
+    """Build AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101), bitsandbytes' AdamW8bit, or the class of the settings.
 
     Args:
         learning_rate: after `scale_lr`.
@@ -23,23 +26,22 @@ def build_optimizer(
             updates from accelerate. On a GPU it is then a few kernels (foreach).
 
     Raises:
-        UserError: if bitsandbytes is asked for and missing.
+        UserError: if bitsandbytes is asked for and missing, or the class or its arguments cannot be used.
     """
+    arguments = arguments_of(optim)
+    if arguments.get("fused") and not fused:
+        raise UserError("--optimizer_args: fused hides the updates that fp16's loss scaler skips; leave it out")
+    if optim.optimizer != ADAMW:
+        try_optimizer(optim, parameters[0].device)
+        return new_optimizer(parameters, optim, learning_rate)
     options: dict[str, Any] = {
-        "lr": learning_rate,
         "betas": (optim.adam_beta1, optim.adam_beta2),
         "weight_decay": optim.adam_weight_decay,
         "eps": optim.adam_epsilon,
     }
-    if optim.use_8bit_adam:
-        try:
-            import bitsandbytes
-        except ImportError:
-            raise UserError(
-                "--use_8bit_adam: bitsandbytes is not installed; run pip install 'raycontrolnet[8bit]'"
-            ) from None
-        return bitsandbytes.optim.AdamW8bit(parameters, **options)
-    return torch.optim.AdamW(parameters, fused=fused, foreach=not fused and parameters[0].is_cuda, **options)
+    if not optim.use_8bit_adam and "fused" not in arguments and "foreach" not in arguments:
+        options |= {"fused": fused, "foreach": not fused and parameters[0].is_cuda}
+    return new_optimizer(parameters, optim, learning_rate, **options)
 
 
 def build_lr_scheduler(

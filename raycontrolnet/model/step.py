@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from raycontrolnet.config.objective_settings import PLAIN, ObjectiveConfig
 from raycontrolnet.data.order import Purpose, keyed_rng
 from raycontrolnet.data.records import PreparedRow
+from raycontrolnet.model.averages import update_averages
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.diffusion import per_sample_loss, sample_posterior
 from raycontrolnet.model.vae import encode_images
@@ -22,6 +23,7 @@ from raycontrolnet.model.vae import encode_images
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
+    from diffusers.training_utils import EMAModel
 
 
 class Batch(NamedTuple):
@@ -67,6 +69,8 @@ class TrainState:
     samples_per_update: int
     """Samples of all workers together."""
     objective: ObjectiveConfig = PLAIN
+    averages: EMAModel | None = None
+    """Averages of the ControlNet's trained weights over the updates."""
     compiled: bool = False
     """True if the denoiser and the ControlNet are compiled, for batches of the step's shape."""
     step: int = 0
@@ -263,6 +267,8 @@ def train_step(state: TrainState, batch: Batch, draws: Draws, weight: float = 1.
                 grad_norm = torch.zeros_like(loss)
             else:
                 state.lr_scheduler.step()
+                if state.averages:
+                    update_averages(state.averages, state.components.controlnet)
             state.step += 1
             state.samples += state.samples_per_update
         state.optimizer.zero_grad(set_to_none=state.set_grads_to_none)

@@ -9,6 +9,7 @@ import torch
 
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.model.components import Components
+from raycontrolnet.model.optimizers import MOMENTS
 from raycontrolnet.model.performance import enable_memory_savers
 from raycontrolnet.model.step import latent_shape
 from raycontrolnet.predict.count import count_steps
@@ -21,8 +22,6 @@ GAPS = 0.03
 """Share of the device's memory that is lost between blocks."""
 ERROR = 0.1
 """Share by which a prediction may be too high."""
-MOMENTS = {False: 8, True: 2}
-"""`use_8bit_adam` -> bytes of the optimizer's moments for each weight."""
 FP32_BYTES = 4
 
 
@@ -36,7 +35,7 @@ class Prediction:
     """Number of the ControlNet's weights that have gradients."""
     frozen_bytes: dict[str, int]
     """Frozen part on the device -> bytes of its weights."""
-    moment_bytes: int
+    moment_bytes: float
     """Bytes of the optimizer for each weight of the ControlNet."""
     activations_base: float
     activations_per_sample: float
@@ -47,23 +46,31 @@ class Prediction:
     """Calls of operators in a step."""
     latents: int
     """Numbers in the latents of a sample."""
+    has_averages: bool = False
+    """True for a run that averages its weights (--use_ema)."""
 
     @property
     def trained_bytes(self) -> dict[str, int]:
-        """Bytes that the ControlNet's weights, gradients and moments take."""
+        """Bytes that the ControlNet's weights, gradients and moments take, and the averages if there are any."""
         return {
             "ControlNet": FP32_BYTES * self.weights["ControlNet"],
             "gradients": FP32_BYTES * self.trained,
-            "optimizer": self.moment_bytes * self.trained,
+            "optimizer": round(self.moment_bytes * self.trained),
+            **({"averages": FP32_BYTES * self.trained} if self.has_averages else {}),
         }
+
+    @property
+    def _fixed(self) -> int:
+        """Bytes that do not depend on the batch."""
+        return sum(self.frozen_bytes.values()) + sum(self.trained_bytes.values())
 
     def activations(self, batch_size: int) -> float:
         return self.activations_base + self.activations_per_sample * batch_size
 
     def total(self, batch_size: int) -> float:
         """Return the most bytes at a time, beside CUDA's context and the kernels' workspaces."""
-        fixed = sum(self.frozen_bytes.values()) + sum(self.trained_bytes.values())
-        return fixed + self.activations(batch_size)
+        # The averages are updated with a copy of as many bytes, when no activations are left.
+        return self._fixed + max(self.activations(batch_size), self.trained_bytes.get("averages", 0))
 
     def fits(self, batch_size: int, device_bytes: float, reserved: float = LEAST_RESERVED) -> bool:
         """Check whether a batch fits a device, of which CUDA and its kernels take `reserved` bytes."""
@@ -75,8 +82,10 @@ class Prediction:
 
     def largest_batch(self, device_bytes: float) -> int:
         """Return the largest batch that fits a device to be sure; 0 if none does."""
-        left = device_bytes * (1 - GAPS) - RESERVED - self.total(0)
-        return max(0, int(left // self.activations_per_sample))
+        left = device_bytes * (1 - GAPS) - RESERVED - self._fixed
+        if left < self.trained_bytes.get("averages", 0):
+            return 0
+        return max(0, int((left - self.activations(0)) // self.activations_per_sample))
 
     def with_8bit_adam(self) -> Prediction:
         return replace(self, moment_bytes=MOMENTS[True])
@@ -110,6 +119,7 @@ def predict(components: Components, config: TrainConfig, *, cached: bool) -> Pre
         flop_per_sample=(two.flop - one.flop) // size,
         dispatches=one.dispatches,
         latents=math.prod(latent_shape(components, config.resolution)),
+        has_averages=config.use_ema,
     )
 
 

@@ -18,7 +18,7 @@ from raycontrolnet.report.curves import Column
 from raycontrolnet.report.run_history import RunHistory, read
 from raycontrolnet.report.thumbnails import MOST_PAIRS, MOST_STEPS, PairHistory, pair_histories
 from raycontrolnet.text import STANDARD_ERRORS, counted, duration, plus_minus
-from raycontrolnet.training.held_out import MIN_GAP_SHARE, control_appeared, gap_in_words
+from raycontrolnet.training.held_out import AVERAGES, MIN_GAP_SHARE, control_appeared, gap_in_words
 from raycontrolnet.training.metrics import RATE_WINDOW_S, recent_rate
 from raycontrolnet.training.status import STATUS_FILE
 
@@ -129,7 +129,8 @@ def _figures(run: RunHistory) -> Iterable[tuple[str, str, str]]:
         yield "loss", f"{smoothed[-1]:.4g}", f"at first {smoothed[0]:.4g}"
     if run.held_out:
         first, last = run.held_out[0], run.held_out[-1]
-        yield "held-out loss", f"{last['val_loss']:.4g}", f"at first {first['val_loss']:.4g}"
+        of = ", of the averages" if last.get("weights") == AVERAGES else ""
+        yield "held-out loss", f"{last['val_loss']:.4g}", f"at first {first['val_loss']:.4g}{of}"
         gap, error = gap_in_words(last).split(" ", 1)
         yield "control gap", gap, f"{error}, at step {last['step']:,}"
     if run.fidelity:

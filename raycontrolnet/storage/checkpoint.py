@@ -1,7 +1,8 @@
 """Checkpoints: whole or not at all.
 
     checkpoint-N/
-        controlnet/            in diffusers' form
+        controlnet/            in diffusers' form: the weights, or their averages (--use_ema)
+        controlnet_raw/        in diffusers' form: the weights that go on training, beside averages of them
         training_state.pt      optimizer, schedule and loss scaler
         manifest.json          written last: what the run was, and every file with its size and SHA-256
 
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
 CONTROLNET_FOLDER = "controlnet"
+RAW_FOLDER = "controlnet_raw"
 TRAINING_STATE_FILE = "training_state.pt"
 
 _FACTS: dict[str, type | tuple[type, ...]] = {
@@ -107,6 +109,16 @@ class Checkpoint:
             if there != size:
                 raise ValueError(f"{name} is truncated: {there} of {size} bytes")
         return Checkpoint(path, manifest["step"], manifest["samples"], manifest["seed"], manifest["run_id"], manifest)
+
+    @property
+    def has_averages(self) -> bool:
+        """True if it holds averages of the weights as well."""
+        return any(name.startswith(f"{RAW_FOLDER}/") for name in self.manifest["files"])
+
+    @property
+    def trained_folder(self) -> Path:
+        """Folder of the ControlNet that goes on training."""
+        return self.path / (RAW_FOLDER if self.has_averages else CONTROLNET_FOLDER)
 
     def check_bytes(self) -> None:
         """Read all files, and compare their bytes with those that were written.

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from raycontrolnet.config.output_settings import OutputConfig
+from raycontrolnet.config.output_settings import WEIGHTS_FILE, OutputConfig
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.errors import RunError
+from raycontrolnet.model.averages import averaged
 from raycontrolnet.model.components import load_controlnet
 from raycontrolnet.model.families.registry import family_of
 from raycontrolnet.model.step import TrainState
 from raycontrolnet.storage.files import check_open, read_json, readable_by_umask
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training.named_files import begin_named_file, end_named_file
-from raycontrolnet.training.state import FORMAT, WEIGHTS_FILE, save_controlnet_config, unwrap_controlnet
+from raycontrolnet.training.state import FORMAT, save_controlnet_config, unwrap_controlnet
 from raycontrolnet.training.store_sync import MODEL_CONFIG, final_files
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def save_final_weights(state: TrainState, config: TrainConfig, folder: RunFolder) -> None:
     """Write the ControlNet to the root of a run's folder, each file whole or not at all, and send it to a store.
+
+    Averages of its weights are written in their place.
 
     Raises:
         RunError: if the precision cannot hold the weights.
@@ -43,7 +46,8 @@ def save_final_weights(state: TrainState, config: TrainConfig, folder: RunFolder
     prediction_type = state.components.noise_scheduler.config.get("prediction_type")
     metadata = modelspec(read_json(partial / MODEL_CONFIG), config, prediction_type=prediction_type)
     try:
-        write_weights(controlnet.state_dict(), partial, config, metadata)
+        with averaged(controlnet, state.averages):
+            write_weights(controlnet.state_dict(), partial, config, metadata)
     except OverflowError as error:
         advice = "continue the finished run with --resume_from_checkpoint latest --save_precision bf16"
         raise RunError(f"--save_precision={config.save_precision}: {error}; {advice}") from error

@@ -43,6 +43,8 @@ HELD_OUT_FILE = "validation.jsonl"
 MIN_GAP_ERRORS = 2.0
 MIN_GAP_SHARE = 0.01
 """Control has appeared when the gap exceeds this many of its standard errors, and this share of the held-out loss."""
+AVERAGES = "averages"
+"""Entry `weights` of a line of validation.jsonl that is of averages of the weights (--use_ema)."""
 PRECISION = 1e-6
 """Share of the loss below which a difference is noise of 32-bit numbers."""
 MOST_KEPT_BYTES = 2 * 2**30
@@ -248,4 +250,5 @@ def in_words(records: Sequence[Mapping[str, Any]]) -> str:
     gap = f"control gap {gap_in_words(last)}"
     step = control_appeared(records)
     shown = "no control yet" if step is None else f"control has appeared at step {step}"
-    return f"held-out loss {last['val_loss']:.4f}, {gap}: {shown}"
+    of = " of the averages" if last.get("weights") == AVERAGES else ""
+    return f"held-out loss{of} {last['val_loss']:.4f}, {gap}: {shown}"

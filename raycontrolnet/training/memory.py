@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from raycontrolnet.cluster.worker import gpu_share
+from raycontrolnet.config.optimizer_settings import ADAMW
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.model.performance import has_bf16
 from raycontrolnet.training.job import Job
@@ -45,7 +46,7 @@ def _flags(config: TrainConfig, *, cached: bool, num_workers: int, share: float,
         yield f"--train_batch_size {less} {accumulation} (as many samples an update)"
     if config.mixed_precision in (None, "no"):
         yield f"--mixed_precision {'bf16' if bf16 else 'fp16'}"
-    if not config.use_8bit_adam:
+    if not config.use_8bit_adam and config.optimizer == ADAMW:
         yield "--use_8bit_adam"
     if not cached:
         yield "--cache_latents on"

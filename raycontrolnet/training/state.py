@@ -4,33 +4,40 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+from safetensors.torch import save_file
 
 from raycontrolnet.cluster.worker import gpu_share
-from raycontrolnet.config.output_settings import SAFETENSORS, WEIGHTS_NAME
+from raycontrolnet.config.output_settings import WEIGHTS_FILE
 from raycontrolnet.config.settings import StepConfig
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.order import Purpose, keyed_seed
 from raycontrolnet.errors import UserError
+from raycontrolnet.model.averages import with_averages
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.optim import build_lr_scheduler, build_optimizer
+from raycontrolnet.model.optimizers import keeps_layouts
 from raycontrolnet.model.performance import compile_models, enable_memory_savers, memory_share, working_precision
 from raycontrolnet.model.step import TrainState
-from raycontrolnet.storage.checkpoint import CONTROLNET_FOLDER, TRAINING_STATE_FILE, Checkpoint
+from raycontrolnet.storage.checkpoint import CONTROLNET_FOLDER, RAW_FOLDER, TRAINING_STATE_FILE, Checkpoint
+from raycontrolnet.training.resumed_state import (
+    build_averages,
+    load_optimizer,
+    package_of,
+    read_rest,
+    updates_in_schedule,
+)
 from raycontrolnet.training.schedule import Schedule
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import ModelMixin
 
-
-WEIGHTS_FILE = f"{WEIGHTS_NAME}{SAFETENSORS}"
 FORMAT = {"format": "pt"}
 """Metadata without which the libraries do not read a file."""
 PROCESS_GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -106,7 +113,7 @@ def build_state(
         dtype=working_precision(config.mixed_precision),
         seed=keyed_seed(config.seed, Purpose.CONTROLNET, 0),
         token=token,
-        controlnet_path=str(checkpoint.path / CONTROLNET_FOLDER) if checkpoint else None,
+        controlnet_path=str(checkpoint.trained_folder) if checkpoint else None,
         vae_device=None if encodes else torch.device("cpu"),
         zero_snr=config.rescale_betas_zero_snr,
     )
@@ -138,16 +145,19 @@ def state_of(
         gradient_checkpointing=config.gradient_checkpointing,
         xformers=config.enable_xformers_memory_efficient_attention,
     )
-    if accelerator.device.type == "cuda" and not config.use_8bit_adam:  # whose kernels know one layout
+    if accelerator.device.type == "cuda" and keeps_layouts(config):
         # That of the activations: else every convolution would turn its weights first. Files have the other one.
         components.controlnet.to(memory_format=torch.channels_last)
     weights = list(components.controlnet.parameters())
     optimizer = build_optimizer(weights, config, schedule.learning_rate(config), fused=accelerator.scaler is None)
-    updates_done = _load_optimizer(optimizer, accelerator, checkpoint) if checkpoint else 0
+    saved = read_rest(checkpoint) if checkpoint else {}
+    updates_done = updates_in_schedule(checkpoint, saved) if checkpoint else 0
     lr_scheduler = build_lr_scheduler(config, optimizer, schedule.total_updates, updates_done)
     if config.compile:
         compile_models(components)
     controlnet, prepared_optimizer = accelerator.prepare(components.controlnet, optimizer)
+    if checkpoint:  # after accelerate, which loads the optimizer's state once more, and not in its dtypes
+        load_optimizer(optimizer, accelerator, checkpoint, saved)
     return TrainState(
         components=components,
         controlnet=controlnet,
@@ -158,47 +168,11 @@ def state_of(
         set_grads_to_none=config.set_grads_to_none,
         samples_per_update=schedule.samples_per_update,
         objective=config,
+        averages=build_averages(components.controlnet, config, checkpoint, saved),
         compiled=config.compile,
         step=checkpoint.step if checkpoint else 0,
         samples=checkpoint.samples if checkpoint else 0,
     )
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, accelerator: Accelerator, checkpoint: Checkpoint) -> int:
-    """Load the optimizer and the loss scaler as they were saved; return the updates that the schedule counted.
-
-    Only the moments are loaded: learning rate, betas and weight decay are those of the settings, which may be new.
-
-    Raises:
-        UserError: if they do not fit the settings.
-    """
-    try:
-        saved = torch.load(checkpoint.path / TRAINING_STATE_FILE, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:  # a checkpoint without checksums
-        problem = f"{checkpoint.path / TRAINING_STATE_FILE} is damaged"
-        raise UserError(f"--resume_from_checkpoint: {problem}; name an earlier checkpoint") from error
-    try:
-        if saved["optimizer_class"] != type(optimizer).__name__:
-            raise ValueError(f"it holds the state of {saved['optimizer_class']}, not of {type(optimizer).__name__}")
-        settings = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({**saved["optimizer"], "param_groups": settings})
-        _lay_out_as_weights(optimizer)
-        if accelerator.scaler is not None and saved["scaler"] is not None:
-            accelerator.scaler.load_state_dict(saved["scaler"])
-        return int(saved["lr_scheduler"]["last_epoch"])
-    except (KeyError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(
-            f"--resume_from_checkpoint: {checkpoint.path} does not fit these settings ({error}); continue with the "
-            "optimizer settings it was written with (see its manifest.json)"
-        ) from error
-
-
-def _lay_out_as_weights(optimizer: torch.optim.Optimizer) -> None:
-    """Give the moments the memory layout of their weights, which fused kernels need, whatever the files had."""
-    for weight, moments in optimizer.state.items():
-        for name, moment in moments.items():
-            if isinstance(moment, torch.Tensor) and moment.shape == weight.shape:
-                moments[name] = torch.empty_like(weight, dtype=moment.dtype).copy_(moment)
 
 
 class StateParts(NamedTuple):
@@ -207,7 +181,9 @@ class StateParts(NamedTuple):
     weights: Mapping[str, torch.Tensor]
     """The ControlNet's, by name."""
     rest: Mapping[str, Any]
-    """Optimizer, schedule and loss scaler."""
+    """Optimizer, schedule, loss scaler, and number of updates in the averages."""
+    averages: Mapping[str, torch.Tensor] = {}
+    """The ControlNet's weights with averages in place of those that are trained; empty without averages."""
 
 
 def state_parts(state: TrainState) -> StateParts:
@@ -216,10 +192,16 @@ def state_parts(state: TrainState) -> StateParts:
     rest = {
         "optimizer": state.optimizer.state_dict(),
         "optimizer_class": type(state.optimizer.optimizer).__name__,
+        "optimizer_package": package_of(state.optimizer.optimizer),
         "lr_scheduler": state.lr_scheduler.state_dict(),
         "scaler": None if scaler is None else scaler.state_dict(),
     }
-    return StateParts(unwrap_controlnet(state).state_dict(), rest)
+    controlnet = unwrap_controlnet(state)
+    weights = controlnet.state_dict()
+    if not state.averages:
+        return StateParts(weights, rest)
+    rest["averaged_updates"] = state.averages.optimization_step
+    return StateParts(weights, rest, with_averages(weights, controlnet, state.averages))
 
 
 def write_parts(controlnet: ModelMixin, parts: StateParts, folder: Path) -> None:
@@ -230,11 +212,13 @@ def write_parts(controlnet: ModelMixin, parts: StateParts, folder: Path) -> None
         parts: of a state, or a copy of them.
         folder: empty.
     """
-    from safetensors.torch import save_file
-
-    save_controlnet_config(controlnet, folder / CONTROLNET_FOLDER)
-    weights = {name: value.detach().cpu().contiguous() for name, value in parts.weights.items()}
-    save_file(weights, folder / CONTROLNET_FOLDER / WEIGHTS_FILE, FORMAT)
+    folders = {CONTROLNET_FOLDER: parts.averages or parts.weights}
+    if parts.averages:
+        folders[RAW_FOLDER] = parts.weights
+    for name, weights in folders.items():
+        save_controlnet_config(controlnet, folder / name)
+        saved = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+        save_file(saved, folder / name / WEIGHTS_FILE, FORMAT)
     torch.save(dict(parts.rest), folder / TRAINING_STATE_FILE)
 
 

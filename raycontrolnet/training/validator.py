@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import ray
 
 from raycontrolnet.cluster.worker import from_rank_zero, wait_for_all
 from raycontrolnet.data.stream import BatchLoader
+from raycontrolnet.model.averages import averaged
 from raycontrolnet.model.performance import uncompiled, vae_on
 from raycontrolnet.model.step import TrainState
 from raycontrolnet.sampling import images, scores
@@ -67,10 +69,14 @@ class Validator:
             self.actor = AsyncValidation(job)
 
     def measure(self) -> None:
-        """Measure this worker's share of the held-out samples; rank 0 logs the result of all."""
+        """Measure this worker's share of the held-out samples; rank 0 logs the result of all.
+
+        The weights are those that a checkpoint now would offer: the averages, if there are any.
+        """
         if self.loader is None:
             return
-        with self.clock("validation"), uncompiled(compiled=self.state.compiled):
+        compiled, averages = self.state.compiled, self._averaged()
+        with self.clock("validation"), uncompiled(compiled=compiled), averages:
             self.last = held_out.measure(
                 self.state,
                 self.loader,
@@ -81,15 +87,15 @@ class Validator:
                 kept=self.kept,
             )
         if self.last and self.log and self.trackers:
-            self.log.append(self.last._asdict())
+            self.log.append(self.last._asdict() | ({"weights": held_out.AVERAGES} if self.state.averages else {}))
             names = ("val_loss", "val_loss_shuffled", "control_gap")
             self.trackers.scalars(self.last.step, {name: getattr(self.last, name) for name in names})
             logger.info("step %d: %s", self.last.step, held_out.in_words(held_out.read(self.job.output_dir)))
 
     def draw(self) -> None:
-        """Draw images of the current weights: in the actor if it is free, else all workers draw."""
+        """Draw images of the weights that are measured: in the actor if it is free, else all workers draw."""
         if self.job.validation_items:
-            with self.clock("validation_images"):
+            with self.clock("validation_images"), self._averaged():
                 if not self._sent_to_actor():
                     self._draw_together(lambda: unwrap_controlnet(self.state))
 
@@ -101,6 +107,9 @@ class Validator:
                 self._draw_together(self._saved_controlnet)
                 if self.actor:
                     self._publish(self.actor.collect(wait=True))
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return averaged(self.state.components.controlnet, self.state.averages)
 
     def close(self) -> None:
         if self.log:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from raycontrolnet.cluster.session import on_a_cluster
-from raycontrolnet.config.checks import find_token, package_problem
+from raycontrolnet.config.checks import collected, find_token, package_problem
 from raycontrolnet.config.objective_settings import ZERO_SNR
+from raycontrolnet.config.optimizer_settings import ADAM_FLAGS
 from raycontrolnet.config.output_settings import OutputConfig
 from raycontrolnet.config.settings import OptimConfig
 from raycontrolnet.config.space import Space, num_trials, place_of, to_grammar
@@ -25,6 +26,7 @@ from raycontrolnet.model.base_family import (
     size_problems,
 )
 from raycontrolnet.model.loading import BASE
+from raycontrolnet.model.optimizers import try_optimizer
 from raycontrolnet.model.paths import model_path_problem
 from raycontrolnet.model.problems import model_problems
 from raycontrolnet.model.single_file import is_single_file
@@ -111,6 +113,19 @@ def model_problems_of(train: TrainConfig, space: Space) -> list[str]:
     return _problems_of_variants(
         train, space, names_with("model_folders"), lambda variant: model_problems(variant, token, elsewhere=elsewhere)
     )
+
+
+def optimizer_problems_of(train: TrainConfig, space: Space) -> list[str]:
+    """Return what is wrong with the optimizers of trials: with each class all arguments, as trials may draw them."""
+    names = ("optimizer", "optimizer_args", "use_8bit_adam", *ADAM_FLAGS)
+    found: list[str] = []
+    for settings in combinations(space, names):
+        together = [f"{name} {value}" for name, value in settings.items()]
+        problems: list[str] = []
+        with collected(problems):
+            try_optimizer(dataclasses.replace(train, **settings))
+        found += [f"--space: {', '.join(together)}: {problem}" if together else problem for problem in problems]
+    return list(dict.fromkeys(found))
 
 
 def size_problems_of(train: TrainConfig, space: Space) -> list[str]:

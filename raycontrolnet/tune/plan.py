@@ -20,6 +20,8 @@ from raycontrolnet.errors import ConfigError
 from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.launch.precision import in_words, resolve, workers_have_bf16
 from raycontrolnet.launch.preflight import check, choose_latents, ensure_latents
+from raycontrolnet.model.optimizers import state_bytes_per_weight
+from raycontrolnet.model.size import FP32_BYTES
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.tune import checks
 from raycontrolnet.tune.concurrency import TrialSlots
@@ -28,6 +30,12 @@ from raycontrolnet.tune.recorder import mark_interrupted
 from raycontrolnet.tune.records import TrialRecord, read_records, read_sweep
 from raycontrolnet.tune.store_sync import open_sweep
 from raycontrolnet.tune.trial import Shared, cache_key
+
+MEMORY_SETTINGS = (
+    "train_batch_size", "resolution", "gradient_checkpointing", "use_8bit_adam", "optimizer", "optimizer_args",
+    "use_ema", "mixed_precision",
+)  # fmt: skip
+"""Settings by which trials need more memory or less."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +134,10 @@ class SweepPlan:
             tried = dataclasses.replace(self.train, **settings)
             size = tried.train_batch_size * tried.resolution**2
             full = tried.mixed_precision == "no"
-            return size, not tried.gradient_checkpointing, not tried.use_8bit_adam, full
+            beside = state_bytes_per_weight(tried) + FP32_BYTES * tried.use_ema
+            return size, not tried.gradient_checkpointing, beside, full
 
-        names = ("train_batch_size", "resolution", "gradient_checkpointing", "use_8bit_adam", "mixed_precision")
-        settings = max(checks.combinations(self.space, names), key=weight)
+        settings = max(checks.combinations(self.space, MEMORY_SETTINGS), key=weight)
         config = checks.for_its_base(dataclasses.replace(self.train, **settings))
         begun = self.mixed_precision or ("no" if self.records else None)
         return dataclasses.replace(self.run, config=checks.with_default_precision(config, begun))
@@ -152,7 +160,7 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
     train = _shared_settings(train, folder, before)
     space = {name: _with_absolute_paths(name, dimension) for name, dimension in space.items()}
     changed = checks.differences(before, config, public_settings(train), space)
-    problems = [*changed, *checks.problems(config, space)]
+    problems = [*changed, *checks.problems(config, space), *checks.optimizer_problems_of(train, space)]
     problems = problems or checks.model_problems_of(train, space) or checks.size_problems_of(train, space)
     if problems or (problems := checks.objective_problems_of(train, space)):
         raise ConfigError(problems)

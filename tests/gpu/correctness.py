@@ -22,11 +22,12 @@ from states import (
 )
 from torch import Tensor
 
+from raycontrolnet.config.output_settings import WEIGHTS_FILE
 from raycontrolnet.model.components import Components, load_controlnet
 from raycontrolnet.model.step import StepMetrics, TrainState, controlnet_loss, train_step
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.training.saver import HostCopy
-from raycontrolnet.training.state import WEIGHTS_FILE, save_state, state_parts, write_parts
+from raycontrolnet.training.state import save_state, state_parts, write_parts
 
 SIZE = 2
 Result = dict[str, Any]

@@ -1,0 +1,239 @@
+"""Optimizers by the name of their class: looked up, tried on small weights, and their state counted."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from raycontrolnet.config.named_values import read_named_values
+from raycontrolnet.config.optimizer_settings import ADAMW
+from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.errors import UserError
+from raycontrolnet.text import error_message, perhaps
+
+logger = logging.getLogger(__name__)
+
+MOMENTS = {False: 8, True: 2}
+"""`use_8bit_adam` -> bytes of AdamW's moments for each weight."""
+KINDS_OF_WEIGHTS = ((8, 4, 3, 3), (8, 8), (8,))
+"""Shapes of a ControlNet's weights, but for their sizes: convolutions, matrices, biases and norms."""
+LEAST = ((128, 128),)
+"""Shape of the weights of which optimizers keep least."""
+COUNTED_SIZE = 128
+"""Largest side of the weights that are tried for a count; bitsandbytes keeps fp32 for fewer than 4,096 numbers."""
+
+
+def arguments_of(config: TrainConfig) -> dict[str, Any]:
+    """Return the arguments of `--optimizer_args`, with tuples for lists."""
+    return {name: _as_tuple(value) for name, value in read_named_values(config.optimizer_args or "").items()}
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
+
+
+def optimizer_class(name: str) -> type[Optimizer]:
+    """Return the class that `--optimizer` names.
+
+    Raises:
+        UserError: there is none, or it is no optimizer of PyTorch's kind.
+    """
+    flag, (module_name, _, class_name) = f"--optimizer={name}", name.rpartition(".")
+    package = module_name.partition(".")[0]
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        if find_spec(package) is None:
+            raise UserError(
+                f"{flag}: {package} is not installed; run pip install {package}, or the package that has it"
+            ) from None
+        missing = error.name or module_name
+        if module_name == missing or module_name.startswith(f"{missing}."):
+            raise UserError(f"{flag}: {package} has no module {missing}") from None
+        raise UserError(f"{flag}: needs {missing}, which is not installed; run pip install {missing}") from None
+    except Exception as error:
+        raise UserError(f"{flag}: {module_name} cannot be imported ({error_message(error, 200)})") from error
+    found = getattr(module, class_name, None)
+    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+        names = [
+            each for each, value in vars(module).items() if isinstance(value, type) and issubclass(value, Optimizer)
+        ]
+        problem = "has no" if found is None else "has no optimizer of PyTorch's (torch.optim.Optimizer) called"
+        advice = perhaps(class_name, names) or f"; python -m pydoc {module_name} lists its classes"
+        raise UserError(f"{flag}: {module_name} {problem} {class_name}{advice}")
+    return found
+
+
+def class_of(config: TrainConfig) -> type[Optimizer]:
+    """Return the class of the settings' optimizer.
+
+    Raises:
+        UserError: there is none, or it is no optimizer of PyTorch's kind.
+    """
+    if not config.use_8bit_adam:
+        return optimizer_class(config.optimizer)
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise UserError(
+            "--use_8bit_adam: bitsandbytes is not installed; run pip install 'raycontrolnet[8bit]'"
+        ) from None
+    found: type[Optimizer] = bitsandbytes.optim.AdamW8bit
+    return found
+
+
+def new_optimizer(
+    parameters: Sequence[torch.nn.Parameter], config: TrainConfig, learning_rate: float, **options: Any
+) -> Optimizer:
+    """Return an optimizer of the class and with the arguments of the settings.
+
+    Args:
+        parameters: the weights to train.
+        config: the settings.
+        learning_rate: after `scale_lr`.
+        options: other arguments, where the settings say nothing.
+
+    Raises:
+        UserError: there is no such class, or it takes no such arguments or weights.
+    """
+    found = class_of(config)
+    try:
+        return found(parameters, lr=learning_rate, **options | arguments_of(config))  # type: ignore[call-arg]
+    except Exception as error:
+        raise UserError(_complaint(config, found, error)) from error
+
+
+def _complaint(config: TrainConfig, found: type[Optimizer], error: Exception) -> str:
+    place = "--use_8bit_adam" if config.use_8bit_adam else f"--optimizer={config.optimizer}"
+    place += f", --optimizer_args={config.optimizer_args}" if config.optimizer_args else ""
+    names = [argument for argument in constructor_arguments(found) if argument != "lr"]
+    listed = f"; its arguments: {', '.join(names)}" if names else ""
+    return f"{place}: {error_message(error, 200)}{listed}"
+
+
+def constructor_arguments(found: type[Optimizer]) -> list[str]:
+    """Return the names of the arguments that a class takes, without the weights."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = list(inspect.signature(found).parameters.values())
+    return [each.name for each in parameters[1:] if each.kind in named]
+
+
+def try_optimizer(config: TrainConfig, device: torch.device | None = None) -> None:
+    """Try the optimizer of the settings on small weights: an update, and its state through a checkpoint.
+
+    Args:
+        device: the device to train on; without it, what may fail on CPUs alone is left to the workers.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    if config.optimizer == ADAMW and not config.optimizer_args:
+        return
+    if config.use_8bit_adam and find_spec("bitsandbytes") is None:  # said by `missing_extras`
+        return
+    optimizer = _tried(config, KINDS_OF_WEIGHTS, device)
+    found = type(optimizer)
+    closure = inspect.signature(found.step).parameters.get("closure")
+    if closure and closure.default is inspect.Parameter.empty:
+        problem = "needs a closure in its step, which training here does not have; take another class"
+        raise UserError(f"--optimizer={config.optimizer}: {problem}")
+    if callable(getattr(optimizer, "eval", None)):
+        problem = "switches the weights for every measure (eval), which training here does not do; take another class"
+        raise UserError(f"--optimizer={config.optimizer}: {problem}, or --use_ema for averages")
+    try:
+        optimizer.step()
+        with io.BytesIO() as file:
+            torch.save(optimizer.state_dict(), file)
+            file.seek(0)
+            optimizer.load_state_dict(torch.load(file, weights_only=True))
+    except Exception as error:
+        problem = f"--optimizer={config.optimizer}: its update or state fails ({error_message(error, 200)})"
+        if device is None and not _is_torchs(config.optimizer) and config.use_gpu is not False:
+            logger.warning("%s on this CPU; the workers' GPUs decide", problem)
+            return
+        raise UserError(f"{problem}; take another class") from error
+
+
+def state_problem(config: TrainConfig, settings: Any) -> str | None:
+    """Return why a checkpoint's optimizer cannot go on with these settings; None if it can, as far as is known.
+
+    Args:
+        config: the settings now.
+        settings: those in the checkpoint's manifest, which older ones may lack.
+    """
+    if not isinstance(settings, Mapping):
+        return None
+    before, now = str(settings.get("optimizer", ADAMW)), config.optimizer
+    in_8bit = bool(settings.get("use_8bit_adam", False))
+    if in_8bit == config.use_8bit_adam and (in_8bit or _short(before) == _short(now)):
+        return None
+    held, flag = ("AdamW8bit", "--use_8bit_adam") if in_8bit else (before, f"--optimizer {before}")
+    wanted = "AdamW8bit" if config.use_8bit_adam else now
+    return f"holds the state of {held}, and the optimizer is {wanted}; go on with {flag}"
+
+
+def _short(name: str) -> tuple[str, str]:
+    """Return package and class, which the same class has under all its modules' names."""
+    return name.partition(".")[0], name.rpartition(".")[2]
+
+
+def _is_torchs(name: str) -> bool:
+    return name.startswith("torch.")
+
+
+def keeps_layouts(config: TrainConfig) -> bool:
+    """Check that the optimizer takes weights in any memory layout: bitsandbytes' kernels know one, others may."""
+    return not config.use_8bit_adam and _is_torchs(config.optimizer)
+
+
+def _tried(config: TrainConfig, shapes: Iterable[Sequence[int]], device: torch.device | None = None) -> Optimizer:
+    """Return the optimizer of the settings for new weights of `shapes`, with gradients."""
+    weights = [torch.nn.Parameter(torch.full(tuple(shape), 0.1, device=device)) for shape in shapes]
+    for weight in weights:
+        weight.grad = torch.full_like(weight, 0.01)
+    return new_optimizer(weights, config, config.learning_rate)
+
+
+def state_bytes_per_weight(config: TrainConfig, shapes: Iterable[Sequence[int]] = LEAST) -> float:
+    """Count the bytes of an optimizer's state for each weight, by an update of small weights.
+
+    Args:
+        shapes: of the weights that are trained; their larger sides are taken as `COUNTED_SIZE`.
+
+    Returns:
+        AdamW's 8 for an optimizer that cannot be tried here.
+    """
+    if config.use_8bit_adam or (config.optimizer == ADAMW and not config.optimizer_args):
+        return MOMENTS[config.use_8bit_adam]
+    numbers: dict[tuple[int, ...], int] = {}
+    for shape in shapes:
+        small = tuple(min(side, COUNTED_SIZE) for side in shape)
+        numbers[small] = numbers.get(small, 0) + math.prod(shape)
+    try:
+        optimizer = _tried(config, numbers)
+        optimizer.step()
+    except Exception:
+        logger.warning("the state of %s is not counted", config.optimizer, exc_info=True)
+        return MOMENTS[False]
+    weights = optimizer.param_groups[0]["params"]
+    each = (sum(_bytes(optimizer.state[weight])) / weight.numel() for weight in weights)
+    counted = sum(size * number for size, number in zip(each, numbers.values(), strict=True))
+    return counted / sum(numbers.values())
+
+
+def _bytes(value: Any) -> Iterator[int]:
+    """Yield the bytes of the tensors in `value`, without single numbers."""
+    if isinstance(value, torch.Tensor):
+        yield value.numel() * value.element_size() if value.dim() else 0
+    elif isinstance(value, (Mapping, list, tuple)):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _bytes(each)
