@@ -115,7 +115,7 @@ class Worker:
         self.pending = PendingMetrics(interval_s, schedule.samples_per_update)
         most = job.config.max_nan if job.config.on_nan == "skip" else 0
         log = job.output_dir / LEFT_OUT_FILE if share.rank == 0 else None
-        self.not_finite = NotFiniteUpdates(state, job.config.resolution, most, log)
+        self.not_finite = NotFiniteUpdates(state, most, log)
         self.last: UpdateMetrics | None = None
         self.notices = OnItsWay(torch.zeros(2))
         """Means over the workers, in the last update: driver asks for the end, a lost machine for a checkpoint."""
@@ -184,7 +184,6 @@ class Worker:
         components, device, seed = self.state.components, self.state.accelerator.device, self.job.config.seed
         assert seed is not None
         own = components.with_own_tokenizers()  # validation uses the others in another thread
-        shape = latent_shape(components, self.job.config.resolution)
         for micro_step, rows in enumerate(batches):
             expected = self.first_sample + self.share.place(micro_step) * self.schedule.batch_size
             if (found := rows[0].sample_index) != expected:
@@ -194,7 +193,7 @@ class Worker:
                 )
             for row in rows:
                 warn_if_cut(own.tokenizers, row.prompt)
-            indices = [row.sample_index for row in rows]
+            indices, shape = [row.sample_index for row in rows], latent_shape(components, rows[0].size)
             yield make_batch(rows, own, device), draw(seed, indices, shape, components.draw_timestep, device)
 
     def update(self, inputs: Iterator[tuple[Batch, Draws]]) -> None:

@@ -62,7 +62,7 @@ OWN_FLAGS: dict[str, dict[str, Any]] = {
         "use_gpu": None,
     },
     "FLAG": {
-        "compile": False,
+        "compile": False, "aspect_buckets": False,
     },
     "FLOAT": {
         "cpus_per_worker": None, "validation_split": None, "max_bad_fraction": 0.01, "guidance_scale": None,

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+from raycontrolnet.data.records import Size
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.step import Batch, Draws, controlnet_loss, latent_shape, with_posterior
 from raycontrolnet.predict.shape_tensors import memory_of
@@ -120,8 +121,8 @@ class StepCounter(TorchDispatchMode):
         return Counted(flop, max(alive, default=0), self._dispatches)
 
 
-def count_step(components: Components, batch_size: int, resolution: int, *, cached: bool) -> Counted:
-    """Count a step of `batch_size` samples at `resolution`, from the latent cache or from pixels.
+def count_step(components: Components, batch_size: int, resolution: Size | int, *, cached: bool) -> Counted:
+    """Count a step of `batch_size` samples at `resolution`, squared or (height, width), from the cache or from pixels.
 
     Args:
         components: real ones, or of `shapes`; the ControlNet runs under autocast if the frozen models are in half
@@ -131,14 +132,14 @@ def count_step(components: Components, batch_size: int, resolution: int, *, cach
 
 
 def count_steps(
-    components: Components, batch_sizes: Iterable[int], resolution: int, *, cached: bool
+    components: Components, batch_sizes: Iterable[int], resolution: Size | int, *, cached: bool
 ) -> tuple[Counted, ...]:
     """Count steps of several batches as `count_step`, by a single one; `components` are of `shapes`."""
     counter = _counter(components, MARK, resolution, cached=cached)
     return tuple(counter.of(batch_size) for batch_size in batch_sizes)
 
 
-def _counter(components: Components, batch_size: int, resolution: int, *, cached: bool) -> StepCounter:
+def _counter(components: Components, batch_size: int, resolution: Size | int, *, cached: bool) -> StepCounter:
     """Return the counter of a step that has been done."""
     batch, draws = _inputs(components, batch_size, resolution)
     if cached:
@@ -156,9 +157,10 @@ def _counter(components: Components, batch_size: int, resolution: int, *, cached
     return counter
 
 
-def _inputs(components: Components, batch_size: int, resolution: int) -> tuple[Batch, Draws]:
+def _inputs(components: Components, batch_size: int, resolution: Size | int) -> tuple[Batch, Draws]:
     """Return a batch from pixels, with its draws."""
-    images = torch.zeros(batch_size, resolution, resolution, 3, dtype=torch.uint8)
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    images = torch.zeros(batch_size, height, width, 3, dtype=torch.uint8)
     tokens = tuple(
         torch.zeros(batch_size, encoder.config.max_position_embeddings, dtype=torch.int64)
         for encoder in components.text_encoders
