@@ -40,7 +40,7 @@ def bucket_sizes(resolution: int, multiple: int = 8) -> tuple[Size, ...]:
     return tuple(sorted(sizes, key=_shape))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Buckets:
     """The sizes of a run, and the one of each row. Pickles without a copy."""
 

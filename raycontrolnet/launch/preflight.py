@@ -124,11 +124,11 @@ def _buckets(
     if buckets is None or len(buckets.sizes) == 1:
         return buckets
     size, before = config.train_batch_size, start.manifest["settings"]["train_batch_size"]
-    if size != before:
-        logger.warning("%s was made with --train_batch_size=%d: the order of samples changes", start.path, before)
     if start.samples % size:
         problem = f"--train_batch_size={size}: does not divide the {start.samples:,} samples of {start.path.name}"
         raise ConfigError([f"{problem}, and a batch must be of one aspect bucket; use {before}, or a divisor of it"])
+    if size != before:
+        logger.warning("%s was made with --train_batch_size=%d: the order of samples changes", start.path, before)
     return buckets
 
 
