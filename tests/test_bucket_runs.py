@@ -17,7 +17,7 @@ from PIL import Image
 from reference import training, write_trained_controlnet
 from runs import Settings, column, equal, flags, lines, losses, run, weights
 
-from raycontrolnet import TrainConfig, fit, train_controlnet
+from raycontrolnet import GenerateConfig, TrainConfig, fit, generate, train_controlnet
 from raycontrolnet.cli import main
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.errors import ConfigError
@@ -138,6 +138,41 @@ def test_square_pictures_learn_the_same_as_without(tiny_settings: Settings, tmp_
     assert measured(one) == measured(without)
 
 
+# --- on Ray ---
+
+
+@pytest.mark.usefixtures("_local_ray")
+@pytest.mark.parametrize("cached", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_workers_that_come_and_go_keep_the_curve(cached: bool, settings: Settings, tmp_path: Path) -> None:
+    """An elastic run of up to 4 workers: two updates on 2, then two on 1; those of a run in one process."""
+    settings |= {"train_batch_size": 2, "max_train_steps": 4, "checkpointing_steps": 2, "validation_steps": 2}
+    if cached:
+        settings |= {"cache_latents": "on", "latents_dtype": "float32", "latents_cache_dir": str(tmp_path / "latents")}
+    whole = run(settings, tmp_path / "whole", num_workers="0", gradient_accumulation_steps=4)
+    elastic = settings | {"num_workers": "1:4", "dataloader_num_workers": 1}
+    out = run(elastic, tmp_path / "out", cpus_per_worker=1.5, max_train_steps=2)
+    run(elastic, out, cpus_per_worker=2.0, resume_from_checkpoint="latest")
+    log = (out / "run.log").read_text()
+    assert [log.count(f"update {step} on: {workers}") for step, workers in ((0, "2 workers"), (2, "1 worker"))] == [
+        1,
+        1,
+    ]
+    assert column(out, "samples") == column(whole, "samples") == [8, 16, 24, 32]
+    assert losses(out) == pytest.approx(losses(whole), rel=0, abs=1e-5)
+    for expected, figures in zip(measured(whole), measured(out), strict=True):
+        assert figures == pytest.approx(expected, rel=0, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_local_ray")
+def test_four_workers_learn_what_one_does(settings: Settings, tmp_path: Path) -> None:
+    """A fixed number of workers, for which batches travel in bundles."""
+    settings |= {"train_batch_size": 2, "max_train_steps": 8, "checkpointing_steps": 8}
+    whole = run(settings, tmp_path / "whole", num_workers="0", gradient_accumulation_steps=4)
+    four = run(settings, tmp_path / "four", num_workers="4", cpus_per_worker=0.5)
+    assert losses(four) == pytest.approx(losses(whole), rel=0, abs=1e-5)
+
+
 # --- the held-out measure ---
 
 
@@ -183,6 +218,22 @@ def test_a_control_image_is_drawn_in_its_bucket(settings: Settings, pictures: Pa
             with Image.open(folder / "validation" / "step-000002" / f"pair-{pair:02d}-{name}.png") as image:
                 assert image.size == size, (pair, name)
     assert len(lines(folder / "validation" / "step-000002" / "metadata.jsonl")) == 6
+
+    # `generate` brings control images to the sizes of the run, those that it had no rows for as well.
+    Image.new("RGB", (16, 80)).save(tmp_path / "high.png")
+    drawn = generate(
+        GenerateConfig(
+            controlnet=str(folder), prompt=("a", "b", "c"), image=(*controls[:2], str(tmp_path / "high.png")),
+            out=str(tmp_path / "drawn"), num_images=1, num_inference_steps=1, batch_size=3, use_gpu=False,
+        ),
+        stream=io.StringIO(),
+    )  # fmt: skip
+    sizes = []
+    for result in drawn:
+        with Image.open(result.images[0]) as image, Image.open(result.control) as control:
+            assert image.size == control.size
+            sizes.append(image.size)
+    assert sizes == [(24, 40), (32, 32), (16, 64)]
 
 
 # --- SDXL ---

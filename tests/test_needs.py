@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bucket_data import write_pictures
 
 from raycontrolnet import SweepConfig, TrainConfig, cli, fit
 from raycontrolnet.cluster import nodes
 from raycontrolnet.cluster.nodes import ClusterNodes, gpu_types
+from raycontrolnet.config.check_config import CheckConfig
 from raycontrolnet.config.settings import ClusterConfig
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.launch import fit as launch_fit
 from raycontrolnet.launch import needs_beside
+from raycontrolnet.launch.check import check
 from raycontrolnet.launch.needs import Needs, Place, count, gpu_bytes, host_share, say_needs
 from raycontrolnet.launch.needs_beside import Counted, Counting, counting, in_likely_precision
 from raycontrolnet.predict import devices
@@ -118,6 +121,26 @@ def test_a_process_counts_the_same(tiny_settings: dict[str, Any]) -> None:
     assert found.needs.prediction == count(train, None, cached=True)
     checkpointed = count(TrainConfig(**tiny_settings | {"gradient_checkpointing": True}), None, cached=True)
     assert found.needs.checkpointed() == checkpointed != found.needs.prediction
+
+
+@pytest.mark.usefixtures("_counted")
+def test_the_largest_bucket_counts(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    """Of 64 x 16 pixels and 24 x 40, less than a square of 32: a run and `check` say what the larger needs."""
+    data = write_pictures(tmp_path / "data", 8, ((16, 64), (40, 24)))
+    train = TrainConfig(**tiny_settings | {"train_data_dir": str(data), "aspect_buckets": True})
+    sizes = [(16, 64), (40, 24), (32, 32)]
+    wide, high, square = (count(train, None, cached=True, image_size=size) for size in sizes)
+    assert wide.latents == square.latents > high.latents
+    assert square == count(train, None, cached=True)
+    assert high.activations_per_sample < square.activations_per_sample
+    assert high.flop_per_sample < square.flop_per_sample
+    with counting(train, None, cached=True, image_size=(40, 24)) as under_way:
+        found = under_way.result()
+    assert found
+    assert found.needs.prediction == high
+    assert check(CheckConfig(train=train, device_memory=1), io.StringIO()) == count(
+        train, None, cached=False, image_size=(16, 64)
+    )
 
 
 @pytest.mark.parametrize(

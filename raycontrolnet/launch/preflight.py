@@ -151,6 +151,8 @@ def choose_latents(run: CheckedRun, stream: TextIO, *, reused: bool = False) -> 
     config = run.config
     if run.buckets:
         stream.write("".join(f"{line}\n" for line in run.buckets.table()))
+        if config.compile and len(run.buckets.sizes) > 1:
+            stream.write("--compile: each size is compiled when its first batch comes, which takes some minutes each\n")
     if not wants_latents(config, run.schedule(None), reused=reused):
         if config.cache_latents == "auto" and config.latents_cache_dir:
             stream.write("latents: not cached, as no image is used twice; --cache_latents on caches them\n")

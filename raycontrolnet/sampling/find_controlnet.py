@@ -32,7 +32,9 @@ OF_THE_BASE = (
     "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "base_config", "revision", "variant",
     "tokenizer_name", "cache_dir",
 )  # fmt: skip
-OF_THE_RUN = ("resolution", "image_interpolation_mode", "mixed_precision", "allow_tf32", "guidance_scale")
+OF_THE_RUN = (
+    "resolution", "aspect_buckets", "image_interpolation_mode", "mixed_precision", "allow_tf32", "guidance_scale",
+)  # fmt: skip
 """Together with `OF_THE_BASE` the settings that a run's images depend on."""
 
 

@@ -5,6 +5,7 @@ It runs in the calling process, without Ray: check everything, load the models o
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from raycontrolnet.cluster.logs import logging_to, shown_on
 from raycontrolnet.config.checks import check_device, collected, find_token, unwritable
 from raycontrolnet.config.generate_config import GenerateConfig
 from raycontrolnet.config.settings import ModelConfig
+from raycontrolnet.data.buckets import bucket_sizes
 from raycontrolnet.errors import ConfigError, explained
 from raycontrolnet.model.base_family import base_family, resolution_problem
 from raycontrolnet.model.components import Components, load_components
@@ -151,6 +153,9 @@ def _check(config: GenerateConfig) -> _Task:
     allow_tf32, token = settings.get("allow_tf32", False), find_token(config.hub_token)
     family = base_family(model, token) or families()[0]
     options = _options(config, settings.get("image_interpolation_mode"), family)
+    if settings.get("aspect_buckets") and given.resolution is None:
+        sizes = bucket_sizes(options.resolution, family.resolution_multiple)
+        options = dataclasses.replace(options, bucket_sizes=sizes)
     if problem := resolution_problem(options.resolution, family):
         raise ConfigError([problem])
     return _Task(config, model, items, options, out, device, allow_tf32, token)
