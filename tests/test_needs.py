@@ -125,7 +125,7 @@ def test_a_process_counts_the_same(tiny_settings: dict[str, Any]) -> None:
 
 @pytest.mark.usefixtures("_counted")
 def test_the_largest_bucket_counts(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
-    """Of 64 x 16 pixels and 24 x 40, less than a square of 32: a run and `check` say what the larger needs."""
+    """Buckets of 64 x 16 pixels and 24 x 40 need less than a square of 32 or as much: a run and `check` say what the larger needs."""
     data = write_pictures(tmp_path / "data", 8, ((16, 64), (40, 24)))
     train = TrainConfig(**tiny_settings | {"train_data_dir": str(data), "aspect_buckets": True})
     sizes = [(16, 64), (40, 24), (32, 32)]
