@@ -125,7 +125,7 @@ def test_a_process_counts_the_same(tiny_settings: dict[str, Any]) -> None:
 
 @pytest.mark.usefixtures("_counted")
 def test_the_largest_bucket_counts(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
-    """Buckets of 64 x 16 pixels and 24 x 40 need less than a square of 32 or as much: a run and `check` say what the larger needs."""
+    """Buckets of 64 x 16 pixels and 24 x 40: a run and `check` say what the larger needs."""
     data = write_pictures(tmp_path / "data", 8, ((16, 64), (40, 24)))
     train = TrainConfig(**tiny_settings | {"train_data_dir": str(data), "aspect_buckets": True})
     sizes = [(16, 64), (40, 24), (32, 32)]
@@ -264,3 +264,16 @@ def test_the_heaviest_trial_counts(tiny_settings: dict[str, Any]) -> None:
     heaviest = plan.heaviest().config
     assert (heaviest.train_batch_size, heaviest.gradient_checkpointing) == (8, False)
     assert heaviest.learning_rate == train.learning_rate
+
+
+def test_the_heaviest_trial_has_the_largest_images(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    """Its buckets are those of its resolution: where trials differ in it, a square stands for them."""
+    data = write_pictures(tmp_path / "data", 12, ((16, 64), (40, 24)))
+    bucketed = {"train_data_dir": str(data), "aspect_buckets": True, "validation_split": 4, "train_batch_size": 2}
+    train = TrainConfig(**tiny_settings | bucketed)
+    of_one_size: dict[str, Any] = {"learning_rate": {"choice": [1e-6, 1e-3]}}
+    of_several: dict[str, Any] = {"resolution": {"grid": [16, 32]}}
+    for space, largest in ((of_one_size, (16, 64)), (of_several, None)):
+        config = SweepConfig(train=train, space=space, num_samples=1, allow_new_caches=True)
+        buckets = plan_sweep(config, io.StringIO()).heaviest().buckets
+        assert (buckets and buckets.largest) == largest
