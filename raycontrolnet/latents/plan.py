@@ -76,9 +76,7 @@ class LatentPlan:
         manifest = Manifest.read(folder)
         whole = dataclasses.replace(encoding, subset=None)
         if manifest is not None and manifest.encoding == whole and buckets is None:
-            encoding = (
-                manifest.encoding
-            )  # a cache of all rows serves a subset as well, unless their buckets are not known
+            encoding = manifest.encoding  # a cache of all rows serves a subset as well; buckets are of its own rows
         order = SampleOrder(len(source), config.seed or 0, num_used if encoding.subset else None)
         rows: Sequence[int] = range(len(source)) if order.rows is None else sorted(order.rows.tolist())
         shards = tuple(plan_shards(source, rows, encoding, buckets))
