@@ -118,7 +118,7 @@ class Worker:
         self.pending = PendingMetrics(interval_s, schedule.samples_per_update)
         most = job.config.max_nan if job.config.on_nan == "skip" else 0
         log = job.output_dir / LEFT_OUT_FILE if share.rank == 0 else None
-        self.not_finite = NotFiniteUpdates(state, job.config.resolution, most, log)
+        self.not_finite = NotFiniteUpdates(state, most, log)
         self.last: UpdateMetrics | None = None
         self.notices = OnItsWay(torch.zeros(2))
         """Means over the workers, in the last update: driver asks for the end, a lost machine for a checkpoint."""
@@ -187,7 +187,6 @@ class Worker:
         config, device, seed = self.job.config, self.state.accelerator.device, self.job.config.seed
         assert seed is not None
         own = self.state.components.with_own_tokenizers()  # validation uses the others in another thread
-        shape = latent_shape(own, config.resolution)
         for micro_step, rows in enumerate(batches):
             expected = self.first_sample + self.share.place(micro_step) * self.schedule.batch_size
             if (found := rows[0].sample_index) != expected:
@@ -197,7 +196,7 @@ class Worker:
                 )
             for row in rows:
                 warn_if_cut(own.tokenizers, row.prompt)
-            indices = [row.sample_index for row in rows]
+            indices, shape = [row.sample_index for row in rows], latent_shape(own, rows[0].size)
             yield make_batch(rows, own, device), draw(seed, indices, shape, own.draw_timestep, device, objective=config)
 
     def update(self, inputs: Iterator[tuple[Batch, Draws]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bucket_data import write_pictures
 from PIL import Image
 from reference import write_trained_controlnet
 from runs import column, run
@@ -75,6 +77,24 @@ def test_a_run_learns_the_same(
         np.testing.assert_allclose(grid(compiled), grid(plain), rtol=0, atol=3)
         traced.add(graphs["unique_graphs"])
     assert traced == {2}
+
+
+def test_each_size_of_aspect_buckets_is_compiled_once(
+    tiny_settings: dict[str, Any], tmp_path: Path, graphs: Counter[str]
+) -> None:
+    """Two graphs for each of three sizes, over several epochs, and the losses of a run without."""
+    data = write_pictures(tmp_path / "data", 12, ((40, 40), (50, 30), (30, 50)))
+    settings = tiny_settings | {"train_data_dir": str(data), "aspect_buckets": True, "max_train_steps": 9}
+    settings |= {"validation_split": 0, "checkpointing_steps": 9}
+    plain = run(settings, tmp_path / "plain")
+    shown = io.StringIO()
+    folder = fit(
+        TrainConfig(**settings | {"compile": True, "output_dir": str(tmp_path / "out")}), stream=shown
+    ).output_dir
+    np.testing.assert_allclose(column(folder, "loss"), column(plain, "loss"), rtol=1e-5, atol=0)
+    assert graphs["unique_graphs"] == 2 * 3
+    assert "12 rows in 3 sizes" in shown.getvalue()
+    assert "--compile: each size is compiled when its first batch comes" in shown.getvalue()
 
 
 def test_what_is_not_finite_is_found(

@@ -67,7 +67,7 @@ OWN_FLAGS: dict[str, dict[str, Any]] = {
         "use_gpu": None,
     },
     "FLAG": {
-        "compile": False, "use_ema": False, "rescale_betas_zero_snr": False,
+        "compile": False, "use_ema": False, "rescale_betas_zero_snr": False, "aspect_buckets": False,
     },
     "FLOAT": {
         "cpus_per_worker": None, "validation_split": None, "max_bad_fraction": 0.01, "guidance_scale": None,

@@ -67,7 +67,7 @@ def test_it_is_the_mean_of_the_training_loss_with_pinned_draws(settings: Setting
     loader = loader_of(settings)
     with training(settings) as state:
         shake(state)
-        found = measure(state, loader, resolution=32)
+        found = measure(state, loader)
         components = state.components
         rows = [loader.held_out_sample(index) for index in range(NUM_HELD_OUT)]
         right, shuffled = [], []
@@ -92,7 +92,7 @@ def test_it_is_the_mean_of_the_training_loss_with_pinned_draws(settings: Setting
 def test_a_fresh_controlnet_has_no_gap(settings: Settings) -> None:
     """It ends in zero convolutions: no control image changes anything."""
     with training(settings) as state:
-        found = measure(state, loader_of(settings), resolution=32)
+        found = measure(state, loader_of(settings))
     assert found is not None
     assert found.control_gap == found.control_gap_error == 0
     assert found.val_loss == found.val_loss_shuffled > 0
@@ -102,8 +102,8 @@ def test_a_fresh_controlnet_has_no_gap(settings: Settings) -> None:
 def test_the_batch_size_does_not_matter(settings: Settings, batch_size: int) -> None:
     with training(settings) as state:
         shake(state)
-        one = measure(state, loader_of(settings), resolution=32)
-        other = measure(state, loader_of(settings, batch_size), resolution=32)
+        one = measure(state, loader_of(settings))
+        other = measure(state, loader_of(settings, batch_size))
     assert one is not None
     assert other is not None
     assert other[1:5] == pytest.approx(one[1:5], rel=1e-5, abs=1e-7)
@@ -122,7 +122,7 @@ def sums_of_workers(settings: Settings, loader: BatchLoader, world_size: int) ->
         shake(state)
         patch.setattr(state.accelerator, "reduce", reduce)
         for rank in range(world_size):
-            measure(state, loader, resolution=32, rank=rank, world_size=world_size)
+            measure(state, loader, rank=rank, world_size=world_size)
     return torch.stack(found)
 
 
@@ -131,7 +131,7 @@ def test_the_shares_of_workers_are_the_whole(settings: Settings) -> None:
     loader = loader_of(settings)
     with training(settings) as state:
         shake(state)
-        whole = measure(state, loader, resolution=32)
+        whole = measure(state, loader)
     assert whole is not None
     count, right, gap, _ = sums_of_workers(settings, loader, 7).sum(0).tolist()  # two of them have nothing to do
     assert count == NUM_HELD_OUT
@@ -155,7 +155,7 @@ def test_a_row_that_cannot_be_read_is_left_out(settings: Settings, caplog: pytes
     damaged = BatchLoader(Damaged(), loader.order, 2, 0.0)
     with training(settings) as state, caplog.at_level(logging.WARNING):
         shake(state)
-        found = measure(state, damaged, resolution=32)
+        found = measure(state, damaged)
     assert found is not None
     # Of five samples 2 is gone, and 1 with it, for want of another's control image.
     losses_of_samples = sums_of_workers(settings, loader, NUM_HELD_OUT)[:, 1]
@@ -199,7 +199,7 @@ def measured_twice(
         patch.setattr(state.components.vae, "encode", counted)
         for _ in range(2):
             shake(state)
-            found = measure(state, loader, resolution=32, kept=kept)
+            found = measure(state, loader, kept=kept)
             assert found is not None
             figures.append(found[1:5])
             work += [calls[0], loader.rows.reads.total()]  # type: ignore[attr-defined]
@@ -254,10 +254,10 @@ def test_a_row_that_could_not_be_read_is_tried_again(settings: Settings) -> None
     loader, kept = replace(loader, rows=counting), KeptSamples()
     with training(settings) as state:
         shake(state)
-        first = measure(state, loader, resolution=32, kept=kept)
-        again = measure(state, loader, resolution=32, kept=kept)
+        first = measure(state, loader, kept=kept)
+        again = measure(state, loader, kept=kept)
         counting.damaged = ()
-        mended, whole = (measure(state, loader, resolution=32, kept=each) for each in (kept, None))
+        mended, whole = (measure(state, loader, kept=each) for each in (kept, None))
     assert first is not None
     assert again is not None
     assert mended is not None

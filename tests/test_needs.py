@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bucket_data import write_pictures
 
 from raycontrolnet import SweepConfig, TrainConfig, cli, fit
 from raycontrolnet.cluster import nodes
 from raycontrolnet.cluster.nodes import ClusterNodes, gpu_types
+from raycontrolnet.config.check_config import CheckConfig
 from raycontrolnet.config.settings import ClusterConfig
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.launch import fit as launch_fit
 from raycontrolnet.launch import needs_beside
+from raycontrolnet.launch.check import check
 from raycontrolnet.launch.needs import Needs, Place, count, gpu_bytes, host_share, say_needs
 from raycontrolnet.launch.needs_beside import Counted, Counting, counting, in_likely_precision
 from raycontrolnet.predict import devices
@@ -118,6 +121,26 @@ def test_a_process_counts_the_same(tiny_settings: dict[str, Any]) -> None:
     assert found.needs.prediction == count(train, None, cached=True)
     checkpointed = count(TrainConfig(**tiny_settings | {"gradient_checkpointing": True}), None, cached=True)
     assert found.needs.checkpointed() == checkpointed != found.needs.prediction
+
+
+@pytest.mark.usefixtures("_counted")
+def test_the_largest_bucket_counts(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    """Buckets of 64 x 16 pixels and 24 x 40: a run and `check` say what the larger needs."""
+    data = write_pictures(tmp_path / "data", 8, ((16, 64), (40, 24)))
+    train = TrainConfig(**tiny_settings | {"train_data_dir": str(data), "aspect_buckets": True})
+    sizes = [(16, 64), (40, 24), (32, 32)]
+    wide, high, square = (count(train, None, cached=True, image_size=size) for size in sizes)
+    assert wide.latents == square.latents > high.latents
+    assert square == count(train, None, cached=True)
+    assert high.activations_per_sample < square.activations_per_sample
+    assert high.flop_per_sample < square.flop_per_sample
+    with counting(train, None, cached=True, image_size=(40, 24)) as under_way:
+        found = under_way.result()
+    assert found
+    assert found.needs.prediction == high
+    assert check(CheckConfig(train=train, device_memory=1), io.StringIO()) == count(
+        train, None, cached=False, image_size=(16, 64)
+    )
 
 
 @pytest.mark.parametrize(
@@ -241,3 +264,16 @@ def test_the_heaviest_trial_counts(tiny_settings: dict[str, Any]) -> None:
     heaviest = plan.heaviest().config
     assert (heaviest.train_batch_size, heaviest.gradient_checkpointing) == (8, False)
     assert heaviest.learning_rate == train.learning_rate
+
+
+def test_the_heaviest_trial_has_the_largest_images(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    """Its buckets are those of its resolution: where trials differ in it, a square stands for them."""
+    data = write_pictures(tmp_path / "data", 12, ((16, 64), (40, 24)))
+    bucketed = {"train_data_dir": str(data), "aspect_buckets": True, "validation_split": 4, "train_batch_size": 2}
+    train = TrainConfig(**tiny_settings | bucketed)
+    of_one_size: dict[str, Any] = {"learning_rate": {"choice": [1e-6, 1e-3]}}
+    of_several: dict[str, Any] = {"resolution": {"grid": [16, 32]}}
+    for space, largest in ((of_one_size, (16, 64)), (of_several, None)):
+        config = SweepConfig(train=train, space=space, num_samples=1, allow_new_caches=True)
+        buckets = plan_sweep(config, io.StringIO()).heaviest().buckets
+        assert (buckets and buckets.largest) == largest

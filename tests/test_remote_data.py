@@ -15,7 +15,10 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from bucket_data import write_pictures
+from PIL import Image
 from runs import Settings, contents, flags, losses, metadata, run
 from s3_server import BUCKET, KEYS, S3Server, flaky_proxy, s3, serving, use_s3
 from test_tar_source import tar_of, write_tar
@@ -26,6 +29,7 @@ from raycontrolnet.config.checks import absolute
 from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.config.sweep_config import SweepConfig
 from raycontrolnet.data import byte_ranges, remote_copy, remote_path
+from raycontrolnet.data.image_sizes import HEADER_BYTES, image_sizes
 from raycontrolnet.data.remote_copy import RemoteCopy
 from raycontrolnet.data.remote_path import RemotePath
 from raycontrolnet.data.sources import Source, open_source
@@ -210,6 +214,28 @@ def test_pictures_are_local(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 # --- requests ---
+
+
+def test_the_sizes_of_images_are_read_from_their_headers(s3: S3Server, tmp_path: Path) -> None:
+    """Those of a local copy, from the beginning of each file; large files are not fetched whole."""
+    folder = write_pictures(tmp_path / "pictures", 7)
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (400, 300, 3), dtype=np.uint8)).save(folder / "images" / "0.png")
+    source = open_source(data_of(upload(s3, folder, "of-shapes")))
+    fetched = []
+    read = remote_path.RemoteFile.read
+
+    def recorded(self: remote_path.RemoteFile, size: int, offset: int) -> bytes:
+        fetched.append(size)
+        return read(self, size, offset)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remote_path.RemoteFile, "read", recorded)
+        found = image_sizes(of_process(source), range(7))
+    assert found.tolist() == image_sizes(open_source(data_of(folder)), range(7)).tolist()
+    assert found[:3].tolist() == [[400, 300], [50, 30], [30, 50]]
+    assert 7 <= len(fetched) <= 14
+    assert max(fetched) <= HEADER_BYTES < (folder / "images" / "0.png").stat().st_size
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ OTHERS: dict[str, Any] = {
     "adam_epsilon": 1e-6, "max_grad_norm": 2.0, "set_grads_to_none": True, "train_batch_size": 8,
     "num_train_epochs": 2, "max_train_steps": 10, "gradient_accumulation_steps": 2, "gradient_checkpointing": True,
     "mixed_precision": "bf16", "allow_tf32": True, "enable_xformers_memory_efficient_attention": True,
-    "compile": True, "loss": "huber", "huber_delta": 0.2, "snr_gamma": 5.0, "timestep_sampling": "high_noise",
+    "loss": "huber", "huber_delta": 0.2, "snr_gamma": 5.0, "timestep_sampling": "high_noise",
     "logit_mean": 0.5, "logit_std": 0.5, "high_noise_power": 2.0, "noise_offset": 0.1, "input_perturbation": 0.1,
     "rescale_betas_zero_snr": True,
     "compile": True, "use_ema": True, "ema_decay": 0.9, "optimizer": "torch.optim.RAdam",
@@ -68,6 +68,7 @@ OTHERS: dict[str, Any] = {
     "conditioning_image_column": "other", "caption_column": "other", "resolution": 256, "latents_dtype": "float32",
     "pretrained_vae_model_name_or_path": "other", "image_interpolation_mode": "lanczos", "size_conditioning": "real",
     "crops_coords_top_left_h": 8, "crops_coords_top_left_w": 8, "base_config": "other",
+    "aspect_buckets": True,
 }  # fmt: skip
 """Name of a setting -> a value that is not its default."""
 

@@ -105,7 +105,7 @@ def test_plan(config: ValidationConfig) -> None:
     assert {item.seed for item in items}.isdisjoint(item.seed for item in plan(config, seed=8))
     assert plan(ValidationConfig()) == []
     Path(items[0].control_image).unlink()  # which is not needed any more
-    assert items[0].control(RESOLUTION).size == (RESOLUTION, RESOLUTION)
+    assert items[0].control(DrawOptions(RESOLUTION)).size == (RESOLUTION, RESOLUTION)
 
 
 def test_check_names_every_bad_image(config: ValidationConfig, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_images_are_those_of_the_pipeline(base: str, config: ValidationConfig, r
         reference.set_progress_bar_config(disable=True)
         (expected,) = reference(
             "red circle",
-            image=item.control(RESOLUTION),
+            image=item.control(DrawOptions(RESOLUTION)),
             num_inference_steps=20,
             guidance_scale=7.5,
             generator=torch.Generator().manual_seed(item.seed),
@@ -257,7 +257,7 @@ def test_folder(components: Components, config: ValidationConfig, tmp_path: Path
     assert [(result.name, result.step) for result in results] == [("pair-00", 12), ("pair-01", 12)]
     assert results == validation.latest(tmp_path / "two")
     for result, item in zip(results, items[::3], strict=True):
-        np.testing.assert_array_equal(pixels(result.control), pixels(item.control(RESOLUTION)))
+        np.testing.assert_array_equal(pixels(result.control), pixels(item.control(DrawOptions(RESOLUTION))))
         tiles = [pixels(result.control), *map(pixels, result.images)]
         np.testing.assert_array_equal(pixels(result.grid), np.concatenate(tiles, axis=1))
     # the picture is used upright, on black, its middle

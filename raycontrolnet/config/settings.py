@@ -95,6 +95,8 @@ class DataConfig:
     """Share of prompts replaced by the empty one, in [0, 1]."""
     resolution: int = setting(512, sweepable=True, decides="latents")
     """Images are resized (short side) and centre-cropped to this many pixels; divisible by 8."""
+    aspect_buckets: bool = setting(False, sweepable=True, decides="latents")
+    """Bring each image to a size near its own shape, of about resolution x resolution pixels, instead of a square."""
     image_interpolation_mode: str | None = setting(None, sweepable=True, decides="latents")
     """nearest, nearest_exact, bilinear, bicubic, box, hamming or lanczos; by default bilinear, for SDXL lanczos."""
     size_conditioning: str = setting("fixed", sweepable=True)

@@ -45,7 +45,7 @@ class EncodedRow:
     posterior: Posterior
     """[2, C, h, w]: mean and log-variance of the VAE's posterior for the image, not scaled."""
     conditioning_png: bytes
-    """The conditioning image after the geometry, [resolution, resolution], as a PNG file: RGB, or L if it is grey."""
+    """The conditioning image after the geometry, [height, width], as a PNG file: RGB, or L if it is grey."""
     captions: tuple[str, ...]
     identity: str
     """`Source.identities` of the row when it was encoded."""
@@ -61,9 +61,9 @@ class DecodedRow:
 
     captions: tuple[str, ...]
     conditioning_image: UInt8Image
-    """[resolution, resolution, 3] RGB."""
+    """[height, width, 3] RGB."""
     image: UInt8Image
-    """[resolution, resolution, 3] RGB."""
+    """[height, width, 3] RGB."""
     original_size: Size
     """As in `EncodedRow`."""
 
@@ -90,15 +90,21 @@ class PreparedRow:
     sample_index: int
     """k: number of the sample in the run, from 0 over all epochs."""
     image: UInt8Image | None
-    """[resolution, resolution, 3] RGB; None if the sample comes from the latent cache."""
+    """[height, width, 3] RGB; None if the sample comes from the latent cache."""
     conditioning_image: UInt8Image
-    """[resolution, resolution, 3] RGB."""
+    """[height, width, 3] RGB."""
     prompt: str
     """The caption drawn for this use, or the empty prompt."""
     posterior: Posterior | None = None
     """As in `EncodedRow`; None if the sample comes from pixels."""
     size_conditions: SizeConditions | None = None
     """For base models that are conditioned on sizes; None if nobody asked for them."""
+
+    @property
+    def size(self) -> Size:
+        """Height and width of its images."""
+        height, width, _ = self.conditioning_image.shape
+        return height, width
 
     @staticmethod
     def fake(sample_index: int = 0, resolution: int = 16) -> PreparedRow:

@@ -16,15 +16,18 @@ class SizeConditioning:
     corner: tuple[int, int] = (0, 0)
     """(top, left) that every sample is said to be cropped at, unless `real`."""
     real: bool = False
-    """True for each image's own size and crop; else every image is said to be of the resolution."""
+    """True for each image's own size and crop; else every image is said to be of its sample's size."""
 
-    def conditions(self, original_size: Size | None) -> SizeConditions:
+    def conditions(self, original_size: Size | None, size: Size | None = None) -> SizeConditions:
         """Return the size conditions of a sample whose image had this size.
 
+        Args:
+            size: of the sample, if it is not the resolution squared.
+
         Raises:
-            DataError: if the size is needed, and not known.
+            DataError: if the image's size is needed, and not known.
         """
-        target = (self.resolution, self.resolution)
+        target = size or (self.resolution, self.resolution)
         if not self.real:
             return *target, *self.corner, *target
         if original_size is None:
@@ -32,17 +35,21 @@ class SizeConditioning:
                 "--size_conditioning=real: the latent cache was made by an earlier version, without the images' sizes; "
                 "name another --latents_cache_dir"
             )
-        return *original_size, *crop_corner(original_size, self.resolution), *target
+        return *original_size, *crop_corner(original_size, target), *target
 
 
-def resized_size(size: Size, resolution: int) -> Size:
-    """Return the size after resizing the short side to `resolution`; the long side is cut off to whole pixels."""
-    height, width = size
-    long = int(resolution * max(size) / min(size))
-    return (long, resolution) if width <= height else (resolution, long)
+def resized_size(size: Size, target: Size) -> Size:
+    """Return the smallest size of the same shape that covers `target`, the longer side cut off to whole pixels.
+
+    A square target is covered if the short side has its length.
+    """
+    (height, width), (target_height, target_width) = size, target
+    if target_width * height >= target_height * width:
+        return target_width * height // width, target_width
+    return target_height, target_height * width // height
 
 
-def crop_corner(size: Size, resolution: int) -> Size:
+def crop_corner(size: Size, target: Size) -> Size:
     """Return (top, left) of the centre crop of a resized image; half pixels are rounded to even numbers."""
-    top, left = (round((side - resolution) / 2) for side in resized_size(size, resolution))
+    top, left = (round((side - own) / 2) for side, own in zip(resized_size(size, target), target, strict=True))
     return top, left

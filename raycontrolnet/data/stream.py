@@ -21,6 +21,7 @@ import pyarrow as pa
 from raycontrolnet.cluster.blocks import WHOLE_BLOCKS, from_block, generate, to_block
 from raycontrolnet.cluster.cpus import COUNT_CPUS, TASK_CPUS, let_training_go_first
 from raycontrolnet.cluster.shared_files import SharedFiles
+from raycontrolnet.data.buckets import Buckets
 from raycontrolnet.data.decoding import prepared
 from raycontrolnet.data.order import Purpose, SampleOrder, keyed_rng
 from raycontrolnet.data.records import DecodedRow, EncodedRow, PreparedRow, StoredRow
@@ -113,6 +114,7 @@ class PixelRows:
     source: Source
     resolution: int
     interpolation: str = "bilinear"
+    buckets: Buckets | None = None
 
     @property
     def remote(self) -> bool:
@@ -120,11 +122,12 @@ class PixelRows:
 
     @property
     def row_bytes(self) -> int:
-        return 2 * 3 * self.resolution**2
+        return 2 * 3 * (self.buckets.most_pixels if self.buckets else self.resolution**2)
 
     def read(self, row: int) -> DecodedRow:
         source_row = self.source.read(row)
-        images = prepare_images(source_row, self.resolution, self.interpolation)
+        size = self.buckets and self.buckets.size_of(row)
+        images = prepare_images(source_row, size or self.resolution, self.interpolation)
         return DecodedRow(source_row.captions, images.conditioning_image, images.image, images.original_size)
 
 
@@ -142,6 +145,8 @@ class BatchLoader:
     """Files that a machine must see to make batches."""
     sizes: SizeConditioning | None = None
     """Rule for the samples' size conditions; None for none."""
+    buckets: Buckets | None = None
+    """Size of each row, for batches of one size in `order`; None for the resolution squared."""
 
     @property
     def batch_bytes(self) -> int:
@@ -182,9 +187,9 @@ class BatchLoader:
 
     def _with_prompt(self, row: int, index: int, purpose: Purpose, *, empty: float) -> StoredRow | PreparedRow:
         """Return a row with a prompt drawn for it; `empty` is the share of empty prompts."""
-        read = self.rows.read(row)
+        read, size = self.rows.read(row), self.buckets.size_of(row) if self.buckets else None
         prompt = choose_prompt(read.captions, keyed_rng(self.order.seed, purpose, index), empty)
-        size_conditions = self.sizes.conditions(read.original_size) if self.sizes else None
+        size_conditions = self.sizes.conditions(read.original_size, size) if self.sizes else None
         if isinstance(read, EncodedRow):
             return StoredRow(index, prompt, read.posterior, read.conditioning_png, size_conditions, read.place)
         return PreparedRow(index, read.image, read.conditioning_image, prompt, size_conditions=size_conditions)
@@ -230,7 +235,6 @@ def ray_dataset(
         elastic: whether Ray Train takes as many CPUs as there are. The tasks then reserve none: they would wait for
             ever. They have the lower priority.
     """
-    num_cpus = 0 if elastic else TASK_CPUS
     tickets = generate(_tickets, layout, num_cpus=0 if elastic else COUNT_CPUS)
     # The limit of `execution_options` is enough. This one holds tasks back by what the workers have fetched: with many
     # workers for ever, since each waits until there is a block for all.
@@ -238,7 +242,7 @@ def ray_dataset(
     return tickets.map_batches(
         _load,
         fn_kwargs={"loader_ref": loader_ref},
-        num_cpus=num_cpus,
+        num_cpus=0 if elastic else TASK_CPUS,
         concurrency=max_tasks or (ELASTIC_TASKS if elastic else None),
         **WHOLE_BLOCKS,
     )

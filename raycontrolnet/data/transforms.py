@@ -125,23 +125,29 @@ def to_8_bit(values: NDArray[np.generic]) -> UInt8Image:
     return np.rint(np.clip(scaled, 0, 255)).astype(np.uint8)
 
 
-def resize_and_crop(image: Image.Image, resolution: int, interpolation: str = "bilinear") -> UInt8Image:
-    """Return the middle of an RGB image as uint8 [resolution, resolution, 3].
+def resize_and_crop(image: Image.Image, size: Size | int, interpolation: str = "bilinear") -> UInt8Image:
+    """Return the middle of an RGB image as uint8 [height, width, 3].
 
-    Its short side is resized to `resolution`, with antialiasing, then the centre is cropped. The rounding is that of
-    torchvision's `Resize(resolution)` and `CenterCrop(resolution)` on PIL images.
+    It is resized to cover `size`, with antialiasing, then the centre is cropped. The rounding is that of torchvision's
+    `Resize(resolution)` and `CenterCrop(resolution)` on PIL images.
 
     Args:
+        size: height and width; one number is both.
         interpolation: one of `INTERPOLATION_MODES`.
     """
-    top, left = crop_corner((image.height, image.width), resolution)
-    image = resize_short_side(image, resolution, interpolation)
-    return np.array(image.crop((left, top, left + resolution, top + resolution)))
+    height, width = size = (size, size) if isinstance(size, int) else size
+    top, left = crop_corner((image.height, image.width), size)
+    image = _resize_to_cover(image, size, interpolation)
+    return np.array(image.crop((left, top, left + width, top + height)))
 
 
 def resize_short_side(image: Image.Image, resolution: int, interpolation: str = "bilinear") -> Image.Image:
     """Resize an RGB image so that its short side is `resolution`, the first half of `resize_and_crop`."""
-    height, width = resized_size((image.height, image.width), resolution)
+    return _resize_to_cover(image, (resolution, resolution), interpolation)
+
+
+def _resize_to_cover(image: Image.Image, size: Size, interpolation: str) -> Image.Image:
+    height, width = resized_size((image.height, image.width), size)
     filter_ = Image.Resampling[interpolation.removesuffix("_exact").upper()]
     return image if (width, height) == image.size else image.resize((width, height), filter_)
 
@@ -161,15 +167,15 @@ class PreparedImages(NamedTuple):
     """The images of a row."""
 
     image: UInt8Image
-    """[resolution, resolution, 3] RGB."""
+    """[height, width, 3] RGB."""
     conditioning_image: UInt8Image
-    """[resolution, resolution, 3] RGB."""
+    """[height, width, 3] RGB."""
     original_size: Size
     """Size of the image in its file, upright."""
 
 
-def prepare_images(row: ImageRow, resolution: int, interpolation: str = "bilinear") -> PreparedImages:
-    """Return image and conditioning image of a row, resized and cropped.
+def prepare_images(row: ImageRow, size: Size | int, interpolation: str = "bilinear") -> PreparedImages:
+    """Return image and conditioning image of a row, resized and cropped to `size`, as `resize_and_crop` takes it.
 
     Raises:
         DataError: naming the row's place, if one of its images cannot be decoded.
@@ -179,8 +185,8 @@ def prepare_images(row: ImageRow, resolution: int, interpolation: str = "bilinea
         row.conditioning_image, background=CONDITIONING_BACKGROUND, place=f"{row.place}, conditioning image"
     )
     return PreparedImages(
-        resize_and_crop(image, resolution, interpolation),
-        resize_and_crop(conditioning_image, resolution, interpolation),
+        resize_and_crop(image, size, interpolation),
+        resize_and_crop(conditioning_image, size, interpolation),
         (image.height, image.width),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,11 +29,20 @@ class LatentEncoder:
         del self.vae.decoder  # half of the memory
 
     def encode(self, images: Sequence[UInt8Image]) -> list[NDArray[np.float32]]:
-        """Return mean and log-variance (clamped as by diffusers, not scaled), fp32 [2, C, h, w], of each [H, W, 3]."""
-        posteriors: list[NDArray[np.float32]] = []
+        """Return mean and log-variance (clamped as by diffusers, not scaled), fp32 [2, C, h, w], of each [H, W, 3].
+
+        Images of one size are encoded together.
+        """
+        by_size = defaultdict[tuple[int, ...], list[int]](list)
+        for place, image in enumerate(images):
+            by_size[image.shape].append(place)
+        posteriors: dict[int, NDArray[np.float32]] = {}
         with torch.no_grad(), tf32(allowed=False):
-            for start in range(0, len(images), self.batch_size):
-                stacked = torch.from_numpy(np.stack(images[start : start + self.batch_size])).to(self.device)
-                mean, logvar = encode_images(self.vae, stacked)
-                posteriors += list(torch.stack([mean, logvar.clamp(MIN_LOGVAR, MAX_LOGVAR)], dim=1).cpu().numpy())
-        return posteriors
+            for places in by_size.values():
+                for start in range(0, len(places), self.batch_size):
+                    batch = places[start : start + self.batch_size]
+                    stacked = torch.from_numpy(np.stack([images[place] for place in batch])).to(self.device)
+                    mean, logvar = encode_images(self.vae, stacked)
+                    both = torch.stack([mean, logvar.clamp(MIN_LOGVAR, MAX_LOGVAR)], dim=1).cpu().numpy()
+                    posteriors.update(zip(batch, both, strict=True))
+        return [posteriors[place] for place in range(len(images))]

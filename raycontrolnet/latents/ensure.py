@@ -164,7 +164,12 @@ def _announce(plan: LatentPlan, there: dict[str, ShardResult], stream: TextIO) -
     Raises:
         ConfigError: if the disk has no room for it.
     """
-    few = dataclasses.replace(plan.shards[0], rows=plan.shards[0].rows[:SAMPLED_SHARD_ROWS])
+    sizes = plan.shards[0].sizes
+    few = dataclasses.replace(
+        plan.shards[0],
+        rows=plan.shards[0].rows[:SAMPLED_SHARD_ROWS],
+        sizes=sizes and sizes[:SAMPLED_SHARD_ROWS],
+    )
     first = load_shard(plan.source, few, plan.encoding)
     control_bytes = fmean([len(row.conditioning_png) for row in first.rows] or [0.0])
     sample_bytes = plan.posterior_bytes + control_bytes + ROW_OVERHEAD_BYTES

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raycontrolnet.data.buckets import Buckets
+from raycontrolnet.data.records import Size
 from raycontrolnet.data.sources import Source
 from raycontrolnet.data.transforms import TRANSFORMS_VERSION
 from raycontrolnet.storage.folder import CacheFolder
@@ -38,18 +40,23 @@ class Encoding:
     format: int = FORMAT
     interpolation: str = "bilinear"
     """Resizing of the images."""
+    buckets: tuple[Size, ...] | None = None
+    """Sizes that images are brought to, each to the nearest in shape; None for the resolution squared."""
 
     def __repr__(self) -> str:
         """Return the text that names are hashed from: what was added later shows only where it is not as before."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if self.interpolation == "bilinear":
             del fields["interpolation"]
+        if self.buckets is None:
+            del fields["buckets"]
         return f"Encoding({', '.join(f'{name}={value!r}' for name, value in fields.items())})"
 
     def differences(self, other: Encoding) -> list[str]:
         """Return in words what `other` has instead."""
         names = {field.name: getattr(other, field.name) for field in dataclasses.fields(self)}
-        return ["encoded by another VAE" if name == "vae" else f"{name}: {getattr(self, name)}, not {theirs}"
+        in_words = {"vae": "encoded by another VAE", "buckets": "other aspect buckets"}
+        return [in_words.get(name, f"{name}: {getattr(self, name)}, not {theirs}")
                 for name, theirs in names.items() if getattr(self, name) != theirs]  # fmt: skip
 
 
@@ -60,17 +67,28 @@ class Shard:
     name: str
     rows: tuple[int, ...]
     """Rows of the source."""
+    sizes: tuple[Size, ...] | None = None
+    """Size that the images of each row are brought to; None for the resolution squared."""
 
 
-def plan_shards(source: Source, rows: Sequence[int], encoding: Encoding) -> Iterator[Shard]:
-    """Yield the shards of `rows`. Looks at the size of every image file, and opens none."""
+def plan_shards(
+    source: Source, rows: Sequence[int], encoding: Encoding, buckets: Buckets | None = None
+) -> Iterator[Shard]:
+    """Yield the shards of `rows`. Looks at the size of every image file, and opens none.
+
+    Args:
+        buckets: of the rows, if the encoding has some.
+    """
     prefix = repr(encoding).encode()
     for index, start in enumerate(range(0, len(rows), SHARD_ROWS)):
         own = tuple(int(row) for row in rows[start : start + SHARD_ROWS])
         digest = hashlib.blake2b(prefix, digest_size=8)
         for identity in source.identities(own):
             digest.update(identity.encode() + b"\n")
-        yield Shard(f"{index:06d}-{digest.hexdigest()}.arrow", own)
+        sizes = tuple(map(buckets.size_of, own)) if buckets else None
+        if sizes:
+            digest.update(repr(sizes).encode())
+        yield Shard(f"{index:06d}-{digest.hexdigest()}.arrow", own, sizes)
 
 
 @dataclass(frozen=True)
@@ -124,9 +142,13 @@ class Manifest:
         try:
             values: dict[str, Any] = json.loads(folder.read(MANIFEST_FILE))
             encoding = values["encoding"]
-            subset = encoding.pop("subset")
+            subset, buckets = encoding.pop("subset"), encoding.pop("buckets", None)
             return Manifest(
-                encoding=Encoding(**encoding, subset=None if subset is None else tuple(subset)),
+                encoding=Encoding(
+                    **encoding,
+                    subset=None if subset is None else tuple(subset),
+                    buckets=None if buckets is None else tuple((height, width) for height, width in buckets),
+                ),
                 shards=tuple(StoredShard(**shard) for shard in values["shards"]),
                 bad_samples=tuple(BadSample(**bad) for bad in values["bad_samples"]),
                 versions=values["versions"],

@@ -14,6 +14,7 @@ from typing import Any
 
 from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.config.train_config import TrainConfig, changed_settings, names_that_decide, names_with
+from raycontrolnet.data.buckets import Buckets
 from raycontrolnet.data.order import SampleOrder
 from raycontrolnet.data.sources import Source
 from raycontrolnet.data.transforms import prepare_images
@@ -40,12 +41,17 @@ class LatentPlan:
     manifest: Manifest | None
     """Manifest of the complete cache that is there, whether it fits or not."""
     posterior_bytes: int
-    """Size of one sample's latents."""
+    """Size of one sample's latents; the largest, with buckets."""
     token: str | None = dataclasses.field(repr=False)
+    buckets: Buckets | None = None
+    """Size of each row; None for the resolution squared."""
 
     @staticmethod
-    def of(config: TrainConfig, source: Source, token: str | None) -> LatentPlan:
+    def of(config: TrainConfig, source: Source, token: str | None, buckets: Buckets | None = None) -> LatentPlan:
         """Plan the cache of a run, from the folder, the VAE's files and the size of every image; reads no image.
+
+        Args:
+            buckets: of the run, for the rows that it uses.
 
         Raises:
             UserError: if folder or VAE cannot be used.
@@ -64,17 +70,19 @@ class LatentPlan:
             config.latents_dtype,
             subset,
             interpolation=interpolation_of(config, config.image_interpolation_mode, token),
+            buckets=buckets.sizes if buckets else None,
         )
         folder = _folder(config.latents_cache_dir, config, encoding)
         manifest = Manifest.read(folder)
-        if manifest is not None and manifest.encoding == dataclasses.replace(encoding, subset=None):
-            encoding = manifest.encoding  # a cache of all rows serves a subset as well
+        whole = dataclasses.replace(encoding, subset=None)
+        if manifest is not None and manifest.encoding == whole and buckets is None:
+            encoding = manifest.encoding  # a cache of all rows serves a subset as well; buckets are of its own rows
         order = SampleOrder(len(source), config.seed or 0, num_used if encoding.subset else None)
         rows: Sequence[int] = range(len(source)) if order.rows is None else sorted(order.rows.tolist())
-        shards = tuple(plan_shards(source, rows, encoding))
-        side = config.resolution // vae.factor
-        row_bytes = posterior_bytes(vae.latent_channels * side * side, config.latents_dtype)
-        return LatentPlan(config, source, folder, encoding, shards, manifest, row_bytes, token)
+        shards = tuple(plan_shards(source, rows, encoding, buckets))
+        pixels = buckets.most_pixels if buckets else config.resolution**2
+        row_bytes = posterior_bytes(vae.latent_channels * pixels // vae.factor**2, config.latents_dtype)
+        return LatentPlan(config, source, folder, encoding, shards, manifest, row_bytes, token, buckets)
 
     @property
     def num_rows(self) -> int:
@@ -137,7 +145,8 @@ class LatentPlan:
     def _is_bad(self, sample: BadSample) -> bool:
         """Check whether a bad sample is still unreadable."""
         try:
-            prepare_images(self.source.read(sample.row), self.encoding.resolution, self.encoding.interpolation)
+            size = self.buckets.size_of(sample.row) if self.buckets else self.encoding.resolution
+            prepare_images(self.source.read(sample.row), size, self.encoding.interpolation)
         except DataError:
             return True
         return False
@@ -159,7 +168,7 @@ def _folder(asked: str | None, data: DataConfig, encoding: Encoding) -> CacheFol
     if asked is not None:
         return cache_folder(asked)
     whole = CacheFolder(str(_default_folder(data, dataclasses.replace(encoding, subset=None))))
-    if encoding.subset is None or Manifest.read(whole) is None:
+    if encoding.subset is None or encoding.buckets or Manifest.read(whole) is None:
         return cache_folder(str(_default_folder(data, encoding)))
     return whole
 
@@ -176,12 +185,15 @@ def prepare_command(config: TrainConfig, **others: Any) -> str:
     """Return the command that makes the cache for `config`, with some settings changed to `others`."""
     names = {*names_that_decide("latents"), *names_with("in_prepare")}
     settings = {name: value for name, value in changed_settings(config).items() if name in names} | others
-    if "max_train_samples" in settings:  # the rows are drawn together with the held-out ones
-        settings["seed"] = config.seed
+    if config.aspect_buckets:  # of which those with fewer rows than a batch are left out
+        settings["train_batch_size"] = config.train_batch_size
+    if "max_train_samples" in settings or config.aspect_buckets:  # rows are drawn together with the held-out ones
+        if config.seed is not None:
+            settings["seed"] = config.seed
         if config.validation_split is not None:
             settings["validation_split"] = config.validation_split
-    flags = (f"--{name} {shlex.quote(str(value))}" for name, value in settings.items())
-    return " ".join(["raycontrolnet prepare", *flags])
+    values = {name: "" if value is True else f" {shlex.quote(str(value))}" for name, value in settings.items()}
+    return " ".join(["raycontrolnet prepare", *(f"--{name}{value}" for name, value in values.items())])
 
 
 def data_changes(manifest: Manifest, shards: Sequence[Shard], stored: Iterator[str], now: Iterator[str]) -> str | None:

@@ -11,11 +11,14 @@ from raycontrolnet.cluster.resources import worker_resources
 from raycontrolnet.cluster.session import on_a_cluster, ray_session
 from raycontrolnet.config.checks import collected, find_token, with_absolute_paths
 from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.data.image_sizes import find_buckets
 from raycontrolnet.data.sources import open_source
 from raycontrolnet.errors import ConfigError, Interrupted
 from raycontrolnet.latents.ensure import SEVERAL_MACHINES, complete, report_path
 from raycontrolnet.latents.manifest import BadSample
 from raycontrolnet.latents.plan import LatentPlan
+from raycontrolnet.model.base_family import base_family
+from raycontrolnet.model.families.registry import families
 from raycontrolnet.model.problems import model_problems
 
 
@@ -65,7 +68,11 @@ def _prepare(config: TrainConfig, stream: TextIO) -> PrepareResult:
         source = open_source(config, cache_dir=config.cache_dir, token=token, skip_bad=True)
     if problems or source is None:
         raise ConfigError(problems)
-    plan = LatentPlan.of(config, source, token)
+    family = base_family(config, token)
+    buckets = find_buckets(config, source, (family or families()[0]).resolution_multiple)
+    if buckets:
+        stream.write("".join(f"{line}\n" for line in buckets.table()))
+    plan = LatentPlan.of(config, source, token, buckets)
     plan.check_encoding()
     if changes := plan.changes():
         stream.write(f"latents: the data changed since ({changes}); what is new will be encoded\n")

@@ -31,7 +31,7 @@ class LoadedRow:
 
     row: int
     image: UInt8Image
-    """[resolution, resolution, 3] RGB."""
+    """[height, width, 3] RGB."""
     conditioning_png: bytes
     captions: tuple[str, ...]
     identity: str
@@ -69,21 +69,22 @@ class EncodedShard:
 def load_shard(source: Source, shard: Shard, encoding: Encoding) -> LoadedShard:
     """Decode and transform the images of a shard; rows that cannot be used become bad samples."""
 
-    def load(row: int, identity: str) -> LoadedRow | BadSample:
+    def load(row: int, identity: str, size: Size | int) -> LoadedRow | BadSample:
         try:
             loaded = source.read(row)
-            images = prepare_images(loaded, encoding.resolution, encoding.interpolation)
+            images = prepare_images(loaded, size, encoding.interpolation)
         except DataError as error:
             return BadSample(row, str(error))
         png = encode_conditioning(images.conditioning_image)
         return LoadedRow(row, images.image, png, loaded.captions, identity, loaded.place, images.original_size)
 
     identities = source.identities(shard.rows)
+    sizes = shard.sizes or (encoding.resolution,) * len(shard.rows)
     if source.remote:
         with ThreadPoolExecutor(REMOTE_READS) as pool:
-            rows = list(pool.map(load, shard.rows, identities))
+            rows = list(pool.map(load, shard.rows, identities, sizes))
     else:
-        rows = list(map(load, shard.rows, identities))
+        rows = list(map(load, shard.rows, identities, sizes))
     return LoadedShard(
         shard.name,
         [row for row in rows if isinstance(row, LoadedRow)],

@@ -27,7 +27,7 @@ def announce(run: CheckedRun, status: RunStatus, stream: TextIO, *, use_gpu: boo
     with replacing(run.output_dir / CONFIG_FILE) as partial:
         partial.write_text(yaml.safe_dump(settings, sort_keys=False))
     schedule = run.schedule(run.start)
-    status |= {"total_updates": schedule.total_updates, "held_out": len(run.loader.order.held_out)}
+    status |= {"total_updates": schedule.total_updates, "held_out": len(run.order.held_out)}
     status["mixed_precision"] = run.config.mixed_precision or "no"
     status.write()
     step = run.start.step if run.start else 0

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
 from raycontrolnet.config.check_config import CheckConfig
 from raycontrolnet.config.checks import collected, find_token, missing_extras, unwritable, with_absolute_paths
 from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.data.image_sizes import find_buckets
 from raycontrolnet.data.sources import open_source
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.latents.plan import posterior_bytes
@@ -98,10 +99,13 @@ def check(config: CheckConfig, stream: TextIO | None = None) -> Prediction:
     rows = len(source) - train.num_held_out(len(source))
     schedule = Schedule.of(train, min(rows, train.max_train_samples or rows), train.most_workers, start)
     cached = wants_latents(train, schedule)
-    device, needs = Device.of(config), Needs.of(train, token, count(train, token, cached=cached), cached=cached)
+    buckets = find_buckets(train, source, family.resolution_multiple)
+    how: dict[str, Any] = {"cached": cached, "image_size": buckets.largest if buckets else None}
+    device, needs = Device.of(config), Needs.of(train, token, count(train, token, **how), **how)
     prediction = needs.prediction
     lines = [
         *_run_lines(family, train, schedule, cached=cached),
+        *(buckets.table() if buckets else ()),
         *_memory_lines(prediction, train.train_batch_size),
         *_device_lines(needs, device),
         *_work_lines(prediction, schedule, device, config.price_per_hour),

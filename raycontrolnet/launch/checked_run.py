@@ -6,14 +6,20 @@ import dataclasses
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from raycontrolnet.cluster.shared_files import SharedFiles
 from raycontrolnet.config.checks import (
     versions,
 )
 from raycontrolnet.config.train_config import TrainConfig, public_settings
+from raycontrolnet.data.buckets import Buckets
+from raycontrolnet.data.interleaved import RowSequence, grouped
 from raycontrolnet.data.order import SampleOrder
 from raycontrolnet.data.size_conditioning import SizeConditioning
 from raycontrolnet.data.sources import Source
@@ -44,6 +50,8 @@ class CheckedRun:
     """True if max_train_samples takes other rows in every run, because no seed was given."""
     cached: bool = False
     """True if the run trains from cached latents, provided that there is a folder for them."""
+    buckets: Buckets | None = None
+    """Size of each row; None for the resolution squared."""
     latents: LatentPlan | None = None
     """The cache to train from, not yet encoded; None also if the cluster must be seen before it can be chosen."""
     cache: LatentCache | None = None
@@ -64,20 +72,31 @@ class CheckedRun:
         """Rows that the cache left out."""
         return self.cache.bad_rows if self.cache else ()
 
+    @cached_property
+    def order(self) -> SampleOrder:
+        """The order of the run's samples."""
+        config, buckets, seed = self.config, self.buckets, self.config.seed
+        assert seed is not None
+
+        def by_buckets(rows: NDArray[np.int64] | int) -> RowSequence:
+            return grouped(rows, buckets.of_row if buckets else None, seed, turn=config.train_batch_size)
+
+        return SampleOrder(
+            len(self.source),
+            seed,
+            config.max_train_samples,
+            self.bad_rows,
+            config.num_held_out(len(self.source)),
+            by_buckets if buckets else None,
+        )
+
     @property
     def loader(self) -> BatchLoader:
         """The run's samples and batches."""
-        assert self.config.seed is not None
         config = self.config
         return BatchLoader(
-            rows=self.cache or PixelRows(self.source, config.resolution, self.interpolation),
-            order=SampleOrder(
-                len(self.source),
-                self.config.seed,
-                config.max_train_samples,
-                self.bad_rows,
-                config.num_held_out(len(self.source)),
-            ),
+            rows=self.cache or PixelRows(self.source, config.resolution, self.interpolation, self.buckets),
+            order=self.order,
             batch_size=config.train_batch_size,
             proportion_empty_prompts=config.proportion_empty_prompts,
             source=self.source,
@@ -87,11 +106,12 @@ class CheckedRun:
                 (config.crops_coords_top_left_h, config.crops_coords_top_left_w),
                 real=config.size_conditioning == "real",
             ),
+            buckets=self.buckets,
         )
 
     def schedule(self, checkpoint: checkpoints.Checkpoint | None) -> Schedule:
         """Return the schedule from `checkpoint` on."""
-        return Schedule.of(self.config, self.loader.order.num_samples, self.config.most_workers, checkpoint)
+        return Schedule.of(self.config, self.order.num_samples, self.config.most_workers, checkpoint)
 
     def last_checkpoint(self) -> checkpoints.Checkpoint | None:
         """Return the last checkpoint of this run, or the one it started from."""
@@ -123,7 +143,7 @@ class CheckedRun:
         callback: RunCallback | None = None,
     ) -> Job:
         """Return the job for the workers; `loader` is the run's, or a reference to it in Ray's object store."""
-        config, order = self.config, self.loader.order
+        config, order = self.config, self.order
         assert config.seed is not None
         return Job(
             config=dataclasses.replace(config, hub_token=None),
@@ -135,6 +155,7 @@ class CheckedRun:
             use_gpu=use_gpu,
             cached=self.cache is not None,
             interpolation=self.interpolation,
+            bucket_sizes=self.buckets.sizes if self.buckets else (),
             threads=threads,
             validation_items=tuple(
                 images.plan(config.validation_pairs, config.num_validation_images, config.seed, validation.FLAG)
@@ -144,6 +165,7 @@ class CheckedRun:
                 "data": self.source.fingerprint(),
                 "left_out": list(self.bad_rows),
                 "held_out": config.num_held_out(len(self.source)),
+                "buckets": [list(size) for size in self.buckets.sizes] if self.buckets else None,
                 "versions": versions(),
             },
             token=self.token,

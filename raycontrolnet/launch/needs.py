@@ -10,6 +10,7 @@ import torch
 
 from raycontrolnet.config.optimizer_settings import ADAMW
 from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.data.records import Size
 from raycontrolnet.errors import UserError
 from raycontrolnet.model.base_family import base_family
 from raycontrolnet.model.families.family import Family
@@ -35,11 +36,12 @@ class Needs:
     """Call it for the prediction with gradient checkpointing, which takes seconds; advice needs it."""
 
     @staticmethod
-    def of(train: TrainConfig, token: str | None, prediction: Prediction, *, cached: bool) -> Needs:
+    def of(
+        train: TrainConfig, token: str | None, prediction: Prediction, *, cached: bool, image_size: Size | None = None
+    ) -> Needs:
         """Return the needs by a prediction that has been made; arguments as of `count`."""
-        return Needs(
-            train, prediction, lambda: count(replace(train, gradient_checkpointing=True), token, cached=cached)
-        )
+        checkpointed = replace(train, gradient_checkpointing=True)
+        return Needs(train, prediction, lambda: count(checkpointed, token, cached=cached, image_size=image_size))
 
     @property
     def memory(self) -> float:
@@ -95,12 +97,13 @@ class Needs:
         return f"no batch fits{flags}: take a smaller --resolution, or a device with more memory"
 
 
-def count(train: TrainConfig, token: str | None, *, cached: bool) -> Prediction:
+def count(train: TrainConfig, token: str | None, *, cached: bool, image_size: Size | None = None) -> Prediction:
     """Predict a run's step by configurations alone; takes seconds.
 
     Args:
         token: for private models on the Hub.
         cached: the run trains from cached latents.
+        image_size: of the largest bucket; None for the resolution squared.
 
     Raises:
         UserError: if a configuration cannot be read.
@@ -109,7 +112,7 @@ def count(train: TrainConfig, token: str | None, *, cached: bool) -> Prediction:
     base = base_files(train, token, (f"{family.denoiser}/config.json",), from_cache=True)
     dtype = working_precision(train.mixed_precision)
     with shaped(family, base, train, vae=_vae_files(train, token), dtype=dtype) as components:
-        prediction = predict(components, train, cached=cached)
+        prediction = predict(components, train, cached=cached, image_size=image_size)
         shapes = [tuple(each.shape) for each in components.controlnet.parameters() if each.requires_grad]
     # Outside, where tensors have data.
     return replace(prediction, moment_bytes=state_bytes_per_weight(train, shapes))

@@ -20,6 +20,7 @@ from typing import IO, NamedTuple, TextIO
 
 from raycontrolnet.cluster.session import on_a_cluster
 from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.data.records import Size
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.launch.needs import Needs, Place, count, gpu_bytes, gpu_here, host_share, say_needs
 from raycontrolnet.launch.precision import BF16
@@ -32,6 +33,10 @@ SMALL = 64 * 2**20
 """Bytes of a ControlNet that fits everywhere, such as the demo's: counting it would take longer than starting it."""
 PATIENCE_S = 30.0
 """Time that a run waits for the count once Ray has started."""
+
+
+Given = tuple[TrainConfig, str | None, bool, Size | None]
+"""Arguments of `count`."""
 
 
 class Counted(NamedTuple):
@@ -48,7 +53,7 @@ class Counting:
     """A count under way."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes] | None, given: tuple[TrainConfig, str | None, bool], output: IO[bytes],
+        self, process: subprocess.Popen[bytes] | None, given: Given, output: IO[bytes],
         log: IO[bytes],
     ) -> None:  # fmt: skip
         self._process, self._given, self._output, self._log = process, given, output, log
@@ -101,8 +106,9 @@ class Counting:
                 return None
             self._output.seek(0)
             train, for_gpus, prediction, here = pickle.load(self._output)
-            _, token, cached = self._given
-            return Counted(Needs.of(train, token, prediction, cached=cached), here, for_gpus)
+            _, token, cached, image_size = self._given
+            needs = Needs.of(train, token, prediction, cached=cached, image_size=image_size)
+            return Counted(needs, here, for_gpus)
         except subprocess.TimeoutExpired:
             self._process.kill()  # it would take a CPU from the training
             self._process.wait()
@@ -113,16 +119,19 @@ class Counting:
 
 
 @contextmanager
-def counting(train: TrainConfig, token: str | None, *, cached: bool, wanted: bool = True) -> Iterator[Counting]:
+def counting(
+    train: TrainConfig, token: str | None, *, cached: bool, image_size: Size | None = None, wanted: bool = True
+) -> Iterator[Counting]:
     """Count the needs of a run beside what is done inside, unless it is small or not `wanted`.
 
     Args:
         token: for private models on the Hub.
         cached: the run trains from cached latents.
+        image_size: of the largest bucket; None for the resolution squared.
     """
     if train.use_gpu is None and not train.in_this_process and on_a_cluster(train.address):
         train = dataclasses.replace(train, use_gpu=True)  # if these are CPUs, they are not told
-    process, given = None, (train, token, cached)
+    process, given = None, (train, token, cached, image_size)
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as log:
         if wanted and not is_small(train):
             try:
@@ -176,11 +185,12 @@ def main() -> None:
     """Count the run on the standard input, and write the result to the standard output."""
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # for what libraries print
-    train, token, cached = pickle.load(sys.stdin.buffer)
+    train, token, cached, image_size = pickle.load(sys.stdin.buffer)
     here = gpu_here()
     train, for_gpus = in_likely_precision(train, has_gpu=here is not None)
     with output:
-        pickle.dump((train, for_gpus, count(train, token, cached=cached), here), output)
+        prediction = count(train, token, cached=cached, image_size=image_size)
+        pickle.dump((train, for_gpus, prediction, here), output)
 
 
 if __name__ == "__main__":

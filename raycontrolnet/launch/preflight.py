@@ -23,14 +23,23 @@ from raycontrolnet.config.checks import (
 )
 from raycontrolnet.config.objective_settings import ZERO_SNR
 from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.data.buckets import Buckets
+from raycontrolnet.data.image_sizes import find_buckets
 from raycontrolnet.data.sources import Source, open_source, shared_files
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.hub import push
 from raycontrolnet.latents.ensure import SEVERAL_MACHINES, ensure
 from raycontrolnet.latents.plan import LatentPlan, prepare_command
 from raycontrolnet.launch.checked_run import CheckedRun
-from raycontrolnet.model.base_family import base_family, config_of_denoiser, objective_problems, size_problems
+from raycontrolnet.model.base_family import (
+    base_family,
+    bucket_warning,
+    config_of_denoiser,
+    objective_problems,
+    size_problems,
+)
 from raycontrolnet.model.components import OTHER_BASE, RESUME
+from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.families.registry import families
 from raycontrolnet.model.files import local_files
 from raycontrolnet.model.optimizers import state_problem, try_optimizer
@@ -90,9 +99,10 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
         config = dataclasses.replace(config, seed=start.seed if start else secrets.randbelow(2**31))
     if start is not None:
         _warn_of_changes(config, start, source)
+    buckets = _buckets(config, source, family, start)
     files = shared_files(source, config)
     interpolation = config.image_interpolation_mode or (family or families()[0]).interpolation
-    run = CheckedRun(config, folder, source, start, token, interpolation, random_subset, files=files)
+    run = CheckedRun(config, folder, source, start, token, interpolation, random_subset, buckets=buckets, files=files)
     if not folder.is_stored:
         weights = controlnet_bytes_at_least(config)
         check_room(folder, weights, run.schedule(start), start.step if start else 0, config, least=True)
@@ -111,6 +121,33 @@ def _warn_of_changes(config: TrainConfig, start: checkpoints.Checkpoint, source:
             "%s was made with other rows held out: it has seen rows that are measured now, and the order changes",
             start.path,
         )
+
+
+def _buckets(
+    config: TrainConfig, source: Source, family: Family | None, start: checkpoints.Checkpoint | None
+) -> Buckets | None:
+    """Return the aspect buckets of a run; warn if batches are of other rows after its start than they would have been.
+
+    Raises:
+        ConfigError: if batches after its start would be of two buckets.
+    """
+    buckets = find_buckets(config, source, (family or families()[0]).resolution_multiple)
+    if warning := bucket_warning(buckets, family):
+        logger.warning("%s", warning)
+    if start is None:
+        return buckets
+    sizes = [list(size) for size in buckets.sizes] if buckets else None
+    if start.manifest.get("buckets") != sizes:
+        logger.warning("%s was made with other aspect buckets: the order of samples changes", start.path)
+    if buckets is None or len(buckets.sizes) == 1:
+        return buckets
+    size, before = config.train_batch_size, start.manifest["settings"]["train_batch_size"]
+    if start.samples % size:
+        problem = f"--train_batch_size={size}: does not divide the {start.samples:,} samples of {start.path.name}"
+        raise ConfigError([f"{problem}, and a batch must be of one aspect bucket; use {before}, or a divisor of it"])
+    if size != before:
+        logger.warning("%s was made with --train_batch_size=%d: the order of samples changes", start.path, before)
+    return buckets
 
 
 def _checkpoint_problems(config: TrainConfig, start: checkpoints.Checkpoint, token: str | None) -> Iterator[str]:
@@ -134,6 +171,10 @@ def choose_latents(run: CheckedRun, stream: TextIO, *, reused: bool = False) -> 
         ConfigError: if there is a cache that does not fit.
     """
     config = run.config
+    if run.buckets:
+        stream.write("".join(f"{line}\n" for line in run.buckets.table()))
+        if config.compile and len(run.buckets.sizes) > 1:
+            stream.write("--compile: each size is compiled when its first batch comes, which takes some minutes each\n")
     if not wants_latents(config, run.schedule(None), reused=reused):
         if config.cache_latents == "auto" and config.latents_cache_dir:
             stream.write("latents: not cached, as no image is used twice; --cache_latents on caches them\n")
@@ -173,7 +214,7 @@ def _fitting_cache(run: CheckedRun, stream: TextIO, *, one_machine: bool = True)
             raise ConfigError([f"--latents_cache_dir: {SEVERAL_MACHINES}"])
         stream.write(f"latents: not cached; to train faster, give --latents_cache_dir ({SEVERAL_MACHINES})\n")
         return None
-    plan = LatentPlan.of(config, run.source, run.token)
+    plan = LatentPlan.of(config, run.source, run.token, run.buckets)
     plan.check_encoding()
     if changes := plan.changes():
         problem = f"the data changed since its latents were cached in {plan.folder.uri}: {changes}"

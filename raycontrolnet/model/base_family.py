@@ -9,6 +9,7 @@ from typing import Any
 
 from raycontrolnet.config.objective_settings import ObjectiveConfig
 from raycontrolnet.config.settings import DataConfig, ModelConfig
+from raycontrolnet.data.buckets import Buckets, in_words
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.families.registry import (
     class_in,
@@ -19,10 +20,13 @@ from raycontrolnet.model.families.registry import (
 )
 from raycontrolnet.model.files import ModelFiles, NotKnown, NotThere, local_files
 from raycontrolnet.model.single_file import NotABase, base_files
+from raycontrolnet.text import first_of
 
 SCHEDULER = "scheduler/scheduler_config.json"
 OBJECTIVE_SETTINGS = ("snr_gamma", "rescale_betas_zero_snr")
 """Settings of the objective that not every base model can have."""
+LEAST_SIDE = 256
+"""Pixels of the smallest images that SDXL was trained on, by its authors."""
 SIZE_SETTINGS = ("size_conditioning", "crops_coords_top_left_h", "crops_coords_top_left_w")
 
 
@@ -76,6 +80,17 @@ def resolution_problem(resolution: int, family: Family) -> str | None:
     return (
         f"--resolution={resolution}: must be divisible by {multiple} for {family.title}; use {near}" if rest else None
     )
+
+
+def bucket_warning(buckets: Buckets | None, family: Family | None) -> str | None:
+    """Return a warning if buckets are smaller than the family was trained on."""
+    if buckets is None or family is None or not family.has_size_conditions:
+        return None
+    small = [in_words(size) for size in buckets.sizes if min(size) < LEAST_SIDE]
+    if not small:
+        return None
+    which = f"aspect buckets with a side below {LEAST_SIDE} pixels ({first_of(small)})"
+    return f"{which}: {family.title} was not trained on such images; use a larger --resolution, or square images"
 
 
 def size_problems(data: DataConfig, family: Family | None) -> Iterator[str]:

@@ -99,6 +99,7 @@ def make_batch(rows: Sequence[PreparedRow], components: Components, device: torc
     """Stack prepared rows on the device, still uint8: a quarter of the bytes to copy.
 
     Args:
+        rows: with images of one size.
         components: of which the tokenizers are used.
     """
     tokens = components.family.tokenize(components.tokenizers, [row.prompt for row in rows])
@@ -178,10 +179,15 @@ def _with_added_noise(
     return np.concatenate([noise, (noise[1] + np.float32(objective.input_perturbation) * more)[None]])
 
 
-def latent_shape(components: Components, resolution: int) -> tuple[int, int, int]:
-    """Return (C, h, w) of one image's latents."""
+def latent_shape(components: Components, size: tuple[int, ...] | int) -> tuple[int, int, int]:
+    """Return (C, h, w) of one image's latents.
+
+    Args:
+        size: height and width of the image, and perhaps more; one number is both.
+    """
     factor = 2 ** (len(components.vae.config["block_out_channels"]) - 1)
-    return components.vae.config["latent_channels"], resolution // factor, resolution // factor
+    height, width = (size, size) if isinstance(size, int) else size[:2]
+    return components.vae.config["latent_channels"], height // factor, width // factor
 
 
 def controlnet_loss(

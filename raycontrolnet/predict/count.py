@@ -19,6 +19,7 @@ from torch.utils.flop_counter import (
 )
 
 from raycontrolnet.config.objective_settings import PLAIN, ObjectiveConfig
+from raycontrolnet.data.records import Size
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.step import Batch, Draws, controlnet_loss, latent_shape, with_posterior
 from raycontrolnet.predict.shape_tensors import memory_of
@@ -122,9 +123,14 @@ class StepCounter(TorchDispatchMode):
 
 
 def count_step(
-    components: Components, batch_size: int, resolution: int, *, cached: bool, objective: ObjectiveConfig = PLAIN
+    components: Components,
+    batch_size: int,
+    resolution: Size | int,
+    *,
+    cached: bool,
+    objective: ObjectiveConfig = PLAIN,
 ) -> Counted:
-    """Count a step of `batch_size` samples at `resolution`, from the latent cache or from pixels.
+    """Count a step of `batch_size` samples at `resolution`, squared or (height, width), from the cache or from pixels.
 
     Args:
         components: real ones, or of `shapes`; the ControlNet runs under autocast if the frozen models are in half
@@ -136,7 +142,7 @@ def count_step(
 def count_steps(
     components: Components,
     batch_sizes: Iterable[int],
-    resolution: int,
+    resolution: Size | int,
     *,
     cached: bool,
     objective: ObjectiveConfig = PLAIN,
@@ -147,7 +153,7 @@ def count_steps(
 
 
 def _counter(
-    components: Components, batch_size: int, resolution: int, objective: ObjectiveConfig, *, cached: bool
+    components: Components, batch_size: int, resolution: Size | int, objective: ObjectiveConfig, *, cached: bool
 ) -> StepCounter:
     """Return the counter of a step that has been done."""
     batch, draws = _inputs(components, batch_size, resolution)
@@ -168,9 +174,10 @@ def _counter(
     return counter
 
 
-def _inputs(components: Components, batch_size: int, resolution: int) -> tuple[Batch, Draws]:
+def _inputs(components: Components, batch_size: int, resolution: Size | int) -> tuple[Batch, Draws]:
     """Return a batch from pixels, with its draws."""
-    images = torch.zeros(batch_size, resolution, resolution, 3, dtype=torch.uint8)
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    images = torch.zeros(batch_size, height, width, 3, dtype=torch.uint8)
     tokens = tuple(
         torch.zeros(batch_size, encoder.config.max_position_embeddings, dtype=torch.int64)
         for encoder in components.text_encoders

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.data.records import Size
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.optimizers import MOMENTS
 from raycontrolnet.model.performance import enable_memory_savers
@@ -91,17 +92,19 @@ class Prediction:
         return replace(self, moment_bytes=MOMENTS[True])
 
 
-def predict(components: Components, config: TrainConfig, *, cached: bool) -> Prediction:
+def predict(components: Components, config: TrainConfig, *, cached: bool, image_size: Size | None = None) -> Prediction:
     """Predict the step of `config`, by counts of its batch and of twice that, on models that have shapes alone.
 
     Args:
         components: of `shaped`, which must be active.
         config: the run's settings.
         cached: the run trains from cached latents.
+        image_size: of the largest bucket; None for the resolution squared.
     """
     _set_checkpointing(components, on=config.gradient_checkpointing)
     size = config.train_batch_size
-    one, two = count_steps(components, (size, 2 * size), config.resolution, cached=cached, objective=config)
+    largest = image_size or (config.resolution, config.resolution)
+    one, two = count_steps(components, (size, 2 * size), largest, cached=cached, objective=config)
     parts = {"text encoder": components.text_encoders, "VAE": (components.vae,), "denoiser": (components.denoiser,)}
     vae_waits = cached and not components.family.encodes_control
     frozen = {name: modules for name, modules in parts.items() if name != "VAE" or not vae_waits}
@@ -118,7 +121,7 @@ def predict(components: Components, config: TrainConfig, *, cached: bool) -> Pre
         activations_per_sample=per_sample,
         flop_per_sample=(two.flop - one.flop) // size,
         dispatches=one.dispatches,
-        latents=math.prod(latent_shape(components, config.resolution)),
+        latents=math.prod(latent_shape(components, largest)),
         has_averages=config.use_ema,
     )
 

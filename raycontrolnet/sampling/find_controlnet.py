@@ -33,7 +33,7 @@ OF_THE_BASE = (
     "tokenizer_name", "cache_dir",
 )  # fmt: skip
 OF_THE_RUN = (
-    "resolution", "image_interpolation_mode", "mixed_precision", "allow_tf32", "guidance_scale",
+    "resolution", "aspect_buckets", "image_interpolation_mode", "mixed_precision", "allow_tf32", "guidance_scale",
     "rescale_betas_zero_snr",
 )  # fmt: skip
 """Together with `OF_THE_BASE` the settings that a run's images depend on."""

@@ -5,6 +5,7 @@ It runs in the calling process, without Ray: check everything, load the models o
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from raycontrolnet.config.checks import check_device, collected, find_token, unw
 from raycontrolnet.config.generate_config import GenerateConfig
 from raycontrolnet.config.objective_settings import ObjectiveConfig
 from raycontrolnet.config.settings import ModelConfig
+from raycontrolnet.data.buckets import bucket_sizes
 from raycontrolnet.errors import ConfigError, explained
 from raycontrolnet.model.base_family import base_family, objective_problems, resolution_problem
 from raycontrolnet.model.components import Components, load_components
@@ -153,6 +155,9 @@ def _check(config: GenerateConfig) -> _Task:
     allow_tf32, token = settings.get("allow_tf32", False), find_token(config.hub_token)
     family = base_family(model, token) or families()[0]
     options = _options(config, settings.get("image_interpolation_mode"), family)
+    if settings.get("aspect_buckets") and given.resolution is None:
+        sizes = bucket_sizes(options.resolution, family.resolution_multiple)
+        options = dataclasses.replace(options, bucket_sizes=sizes)
     if problem := resolution_problem(options.resolution, family):
         raise ConfigError([problem])
     if problems := _schedule_problems(config, given, model, token):

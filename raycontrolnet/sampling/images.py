@@ -75,10 +75,10 @@ class ImageItem:
     def grid_file_name(self) -> str:
         return self.pair_name + GRID_ENDING
 
-    def control(self, resolution: int, interpolation: str = "bilinear") -> Image.Image:
+    def control(self, options: DrawOptions) -> Image.Image:
         """Return the control image as the model gets it: RGB, resized and cropped."""
         image = decode_rgb(self.control_bytes, background=CONDITIONING_BACKGROUND)
-        return Image.fromarray(resize_and_crop(image, resolution, interpolation))
+        return Image.fromarray(resize_and_crop(image, options.size_for(image), options.interpolation))
 
 
 @dataclass(frozen=True)
@@ -152,19 +152,15 @@ def draw_items(
         components: the models themselves, not wrapped in DistributedDataParallel.
 
     Yields:
-        (item, RGB image of resolution x resolution)
+        (item, RGB image of the size of its control image as it is used)
     """
-    pipeline, waiting = build_pipeline(components), iter(items)
-    while batch := list(islice(waiting, options.batch_size)):
-        images = draw(
-            pipeline,
-            components,
-            [item.prompt for item in batch],
-            [item.control(options.resolution, options.interpolation) for item in batch],
-            [item.seed for item in batch],
-            options,
-        )
-        yield from zip(batch, images, strict=True)
+    pipeline = build_pipeline(components)
+    with_controls = ((item, item.control(options)) for item in items)
+    for _, of_one_size in groupby(with_controls, key=lambda pair: pair[1].size):
+        while batch := list(islice(of_one_size, options.batch_size)):
+            drawn, controls = [item for item, _ in batch], [control for _, control in batch]
+            prompts, seeds = [item.prompt for item in drawn], [item.seed for item in drawn]
+            yield from zip(drawn, draw(pipeline, components, prompts, controls, seeds, options), strict=True)
 
 
 def write(
@@ -197,7 +193,7 @@ def finish(
     lines = []
     for pair in dict.fromkeys(item.pair for item in there):
         of_pair = [item for item in there if item.pair == pair]
-        control = of_pair[0].control(options.resolution, options.interpolation)
+        control = of_pair[0].control(options)
         pictures = [_open(folder / item.file_name) for item in of_pair]
         _save(control, folder / of_pair[0].control_file_name)
         _save(_grid([control, *pictures]), folder / of_pair[0].grid_file_name)

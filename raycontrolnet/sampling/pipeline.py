@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
+from raycontrolnet.data.buckets import nearest_size
+from raycontrolnet.data.records import Size
 from raycontrolnet.model.prompts import warn_if_cut
 from raycontrolnet.quiet import only_errors
 
@@ -35,6 +37,13 @@ class DrawOptions:
     """Resizing of control images."""
     sampler: str = "UniPCMultistepScheduler"
     """Class of diffusers that takes the steps."""
+    bucket_sizes: tuple[Size, ...] = ()
+    """Sizes of which each control image gets the nearest to its shape; none for the resolution squared."""
+
+    def size_for(self, image: Image.Image) -> Size:
+        """Return the height and width that a control image is brought to."""
+        square = (self.resolution, self.resolution)
+        return nearest_size((image.height, image.width), self.bucket_sizes) if self.bucket_sizes else square
 
 
 def build_pipeline(components: Components) -> Any:
@@ -66,7 +75,7 @@ def draw(
     Args:
         pipeline: of `build_pipeline`, for `components`.
         controls: RGB, of one size, width and height divisible by 8; as many as prompts and seeds.
-        options: `resolution`, `batch_size`, `measure`, `interpolation` and `sampler` are not used here.
+        options: what decides the size of `controls`, `batch_size`, `measure` and `sampler` are not used here.
     """
     modules = (*components.frozen(), components.controlnet)
     for prompt in prompts:

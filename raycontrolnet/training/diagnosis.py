@@ -39,8 +39,8 @@ class NotFiniteUpdates:
         log: the file that gets them; None on other workers than that of rank 0.
     """
 
-    def __init__(self, state: TrainState, resolution: int, most: int, log: Path | None):
-        self.state, self.resolution, self.most, self.log = state, resolution, most, log
+    def __init__(self, state: TrainState, most: int, log: Path | None):
+        self.state, self.most, self.log = state, most, log
         self.count = 0
 
     def add(self, update: UpdateMetrics, problem: str, loader: BatchLoader) -> None:
@@ -52,7 +52,7 @@ class NotFiniteUpdates:
         self.count += 1
         samples = range(update.samples - self.state.samples_per_update, update.samples)
         with uncompiled(compiled=self.state.compiled):
-            said = f"{problem}. {diagnosis(self.state, loader, self.resolution, samples)}"
+            said = f"{problem}. {diagnosis(self.state, loader, samples)}"
         if self.count > self.most:
             more = f". More than --max_nan={self.most} such updates since the start" if self.most else ""
             raise RunError(said + more)
@@ -64,14 +64,13 @@ class NotFiniteUpdates:
                 file.write(json.dumps({"step": update.step, "problem": f"{problem}; {left_out}"}) + "\n")
 
 
-def diagnosis(state: TrainState, loader: BatchLoader, resolution: int, samples: Sequence[int]) -> str:
+def diagnosis(state: TrainState, loader: BatchLoader, samples: Sequence[int]) -> str:
     """Return which samples are to blame, by their places, and what to do, in a sentence or two.
 
     Args:
         samples: k of the samples of an update that was not taken, so that the weights are those before it.
     """
     components, device = state.components, state.accelerator.device
-    shape = latent_shape(components, resolution)
     unencoded, not_finite, done, modules = [], [], 0, list[str]()
     models = {"controlnet": components.controlnet, components.family.denoiser: components.denoiser}
     for index in samples[:MOST_SAMPLES]:
@@ -83,6 +82,7 @@ def diagnosis(state: TrainState, loader: BatchLoader, resolution: int, samples: 
         done += 1
         batch = with_posterior(components, make_batch([row], components, device))
         assert batch.posterior is not None
+        shape = latent_shape(components, row.size)
         draws = draw(loader.order.seed, [index], shape, components.draw_timestep, device, objective=state.objective)
         if not batch.posterior.isfinite().all():
             unencoded.append(place)

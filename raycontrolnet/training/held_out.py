@@ -20,16 +20,19 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain, islice, pairwise, takewhile
+from itertools import chain, groupby, islice, pairwise, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 
 from raycontrolnet.data.order import Purpose
 from raycontrolnet.data.records import PreparedRow, UInt8Image
 from raycontrolnet.data.stream import BatchLoader
+from raycontrolnet.data.transforms import resize_and_crop
 from raycontrolnet.errors import DataError
 from raycontrolnet.model.step import TrainState, controlnet_loss, draw, latent_shape, make_batch, with_posterior
 from raycontrolnet.sampling.pipeline import evaluating
@@ -108,7 +111,6 @@ def measure(
     state: TrainState,
     loader: BatchLoader,
     *,
-    resolution: int,
     rank: int = 0,
     world_size: int = 1,
     progress: Callable[[], None] = lambda: None,
@@ -128,10 +130,11 @@ def measure(
     started = time.perf_counter()
     accelerator, components = state.accelerator, state.components
     controlnet = unwrap_controlnet(state)
-    share = np.array_split(np.arange(len(loader.order.held_out)), world_size)[rank].tolist()
+    ordered = _ordered(loader)
+    share = np.array_split(ordered, world_size)[rank].tolist()
     sums, kept = torch.zeros(4, dtype=torch.float64), kept or KeptSamples(most_bytes=0)
     num_kept = len(kept.batches)
-    to_read = _batches(_with_others(loader, share[kept.num_samples :]), loader.batch_size)
+    to_read = _batches(_with_others(loader, share[kept.num_samples :], ordered), loader.batch_size)
     with evaluating((controlnet, *components.frozen())), torch.no_grad():
         models = replace(components, controlnet=controlnet)
         for number, samples in enumerate(chain(list(kept.batches), to_read)):
@@ -144,7 +147,7 @@ def measure(
             draws = draw(
                 loader.order.seed,
                 indices,
-                latent_shape(components, resolution),
+                latent_shape(components, rows[0].size),
                 components.draw_timestep,
                 accelerator.device,
                 Purpose.HELD_OUT,
@@ -181,14 +184,23 @@ def _timesteps(state: TrainState, loader: BatchLoader, indices: Sequence[int]) -
     return torch.tensor(spread, device=state.accelerator.device)
 
 
-def _with_others(loader: BatchLoader, share: Sequence[int]) -> Iterator[Sample]:
-    """Yield the samples of a share, each with the conditioning image of the next; the first follows the last."""
-    count = len(loader.order.held_out)
-    after_last = [index + 1 for index in share[-1:]]
-    rows = (_read(loader, index % count) for index in [*share, *after_last])
+def _ordered(loader: BatchLoader) -> NDArray[np.int64]:
+    """Return the indices of all held-out samples; those of one bucket follow each other."""
+    rows = loader.order.held_out
+    return np.arange(len(rows)) if loader.buckets is None else np.argsort(loader.buckets.of_row[rows], kind="stable")
+
+
+def _with_others(loader: BatchLoader, share: Sequence[int], ordered: NDArray[np.int64]) -> Iterator[Sample]:
+    """Yield the samples of a share, each with the conditioning image of the next of all; the first follows the last.
+
+    The image of one in another bucket is resized and cropped to the sample's size.
+    """
+    next_of_last = np.roll(ordered, -1)[ordered == share[-1]].tolist() if share else []
+    rows = (_read(loader, index) for index in [*share, *next_of_last])
     for row, other in pairwise(rows):
         if row is not None and other is not None:
-            yield row, other.conditioning_image
+            image = other.conditioning_image
+            yield row, image if other.size == row.size else resize_and_crop(Image.fromarray(image), row.size)
 
 
 def _read(loader: BatchLoader, index: int) -> PreparedRow | None:
@@ -199,9 +211,11 @@ def _read(loader: BatchLoader, index: int) -> PreparedRow | None:
         return None
 
 
-def _batches(samples: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    while batch := list(islice(samples, size)):
-        yield batch
+def _batches(samples: Iterator[Sample], batch_size: int) -> Iterator[list[Sample]]:
+    """Yield batches of samples of one size."""
+    for _, of_one_size in groupby(samples, key=lambda sample: sample[0].size):
+        while batch := list(islice(of_one_size, batch_size)):
+            yield batch
 
 
 def read(output_dir: Path) -> list[dict[str, Any]]:

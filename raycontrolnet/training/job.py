@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from raycontrolnet.cluster.worker import RECORDS_OF_RAY
 from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.data.records import Size
 from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.errors import UserError
 from raycontrolnet.model.families.family import Family
@@ -65,6 +66,8 @@ class Job:
     """True if samples come from the latent cache."""
     interpolation: str
     """Resizing of images."""
+    bucket_sizes: tuple[Size, ...]
+    """Sizes of the aspect buckets; none for the resolution squared."""
     threads: int | None
     """CPU threads of a worker; None leaves them."""
     validation_items: tuple[ImageItem, ...]
@@ -100,6 +103,7 @@ class Job:
             measure=self.config.control_fidelity,
             interpolation=self.interpolation,
             sampler=family.sampler,
+            bucket_sizes=self.bucket_sizes,
         )
         return validation.StepImages(self.output_dir, step, self.validation_items, options)
 

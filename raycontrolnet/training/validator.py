@@ -80,7 +80,6 @@ class Validator:
             self.last = held_out.measure(
                 self.state,
                 self.loader,
-                resolution=self.job.config.resolution,
                 rank=self.rank,
                 world_size=self.world_size,
                 progress=lambda: self.watchdog.progress("the held-out measure"),

@@ -140,7 +140,12 @@ class SweepPlan:
         settings = max(checks.combinations(self.space, MEMORY_SETTINGS), key=weight)
         config = checks.for_its_base(dataclasses.replace(self.train, **settings))
         begun = self.mixed_precision or ("no" if self.records else None)
-        return dataclasses.replace(self.run, config=checks.with_default_precision(config, begun))
+        of_one_size = {"resolution", "aspect_buckets"}.isdisjoint(self.space)  # else a square bounds what they need
+        return dataclasses.replace(
+            self.run,
+            config=checks.with_default_precision(config, begun),
+            buckets=self.run.buckets if of_one_size else None,
+        )
 
 
 def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:

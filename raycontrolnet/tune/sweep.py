@@ -126,7 +126,9 @@ def _sweep(config: SweepConfig, stream: TextIO) -> SweepResult:
 def _run(plan: SweepPlan, lease: SweepLease, facts: dict[str, Any], stream: TextIO) -> tune.ResultGrid:
     train = plan.train
     own, heaviest = not on_a_cluster(train.address), plan.heaviest()
-    with counting(heaviest.config, heaviest.token, cached=heaviest.cached) as needs, ray_session(train.address):
+    size = heaviest.buckets.largest if heaviest.buckets else None
+    counted_beside = counting(heaviest.config, heaviest.token, cached=heaviest.cached, image_size=size)
+    with counted_beside as needs, ray_session(train.address):
         slots = trial_slots(train, plan.config, cluster_nodes(train), plan.num_left, own=own)
         for tried in plan.device_settings():
             check_device(slots.use_gpu, tried, has_gpu=slots.use_gpu)
