@@ -100,7 +100,7 @@ def test_held_out_rows_are_measured_alike(settings: Settings) -> None:
             shake(state)
             assert isinstance(state.objective, ObjectiveConfig)
             assert state.objective.snr_gamma == given.get("snr_gamma")
-            record = measure(state, loader_of(plain), resolution=32)
+            record = measure(state, loader_of(plain))
         assert record is not None
         found.append([record._asdict()[name] for name in MEASURED])
     assert found[0] == found[1]
