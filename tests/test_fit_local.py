@@ -127,7 +127,7 @@ def test_what_a_run_leaves(
     assert status["timings"] == result.timings
     assert status["timings"].keys() >= {"model_s", "step_s", "checkpoint_s"}
     for package in ("raycontrolnet", "ray", "torch", "diffusers"):
-        assert status["versions"][package] == __import__(package).__version__
+        assert __import__(package).__version__.startswith(status["versions"][package])
 
     settings = yaml.safe_load((out / "config.yaml").read_text())
     assert settings.pop("output_dir") == str(out)
