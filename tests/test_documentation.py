@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from documents import BLOCKS, TEXTS, Block, block, run, section, write_data, write_workspace
 from hub_stand_in import HubStandIn, take_for_hub
@@ -124,6 +125,11 @@ def test_block_runs(found: Block, call: Call, trained: Path) -> None:
     if "--resume_from_checkpoint latest" in found.command:
         assert "updates 1 to 2" in output
         assert steps(trained / "my-controlnet") == [1, 2]
+    elif "torch.optim.RAdam" in found.command:
+        (checkpoint, *_) = sorted((trained / "controlnet-radam").glob("checkpoint-*"))
+        state = torch.load(checkpoint / "training_state.pt", weights_only=True)
+        (group,) = state["optimizer"]["param_groups"]
+        assert (state["optimizer_class"], group["weight_decay"], group["betas"]) == ("RAdam", 0.01, (0.9, 0.99))
     elif "xl-base" in found.command:
         config = json.loads((trained / "my-sdxl-controlnet" / "config.json").read_text())
         assert config["addition_embed_type"] == "text_time"
