@@ -217,7 +217,7 @@ def test_pictures_are_local(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_sizes_of_images_are_read_from_their_headers(s3: S3Server, tmp_path: Path) -> None:
-    """In a local copy, from the beginning of each file; large files are not fetched whole."""
+    """They are those of a local copy; large files are not fetched whole."""
     folder = write_pictures(tmp_path / "pictures", 7)
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (400, 300, 3), dtype=np.uint8)).save(folder / "images" / "0.png")
