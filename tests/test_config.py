@@ -57,12 +57,13 @@ OWN_FLAGS: dict[str, dict[str, Any]] = {
         "latents_cache_dir": None, "latents_dtype": "float16", "on_bad_sample": "fail", "license": None,
         "on_nan": "fail", "save_precision": "fp32", "save_name": None, "base_config": None,
         "control_fidelity": None, "tracker_group": None, "size_conditioning": "fixed",
+        "crop": "center",
     },
     "BOOL": {
         "use_gpu": None,
     },
     "FLAG": {
-        "compile": False,
+        "compile": False, "random_flip": False,
     },
     "FLOAT": {
         "cpus_per_worker": None, "validation_split": None, "max_bad_fraction": 0.01, "guidance_scale": None,
@@ -201,7 +202,7 @@ def other_values(image: str) -> Settings:
         "lr_scheduler": "cosine", "mixed_precision": "bf16", "report_to": "wandb", "num_workers": "2:4",
         "cache_latents": "on", "latents_dtype": "float32", "on_bad_sample": "skip", "on_nan": "skip",
         "license": "openrail++", "image_interpolation_mode": "lanczos", "size_conditioning": "real",
-        "save_precision": "bf16", "save_name": "edges",
+        "save_precision": "bf16", "save_name": "edges", "crop": "random",
         "control_fidelity": "shape", "validation_image": (image, image), "resolution": 256,
     }  # fmt: skip
     values = {name: own.get(name, kinds[kind](index)) for index, (name, kind) in enumerate(KINDS.items())}

@@ -24,6 +24,7 @@ class Purpose(IntEnum):
     CONTROLNET = 4
     HELD_OUT = 5
     HELD_OUT_PROMPT = 6
+    AUGMENTATION = 8
 
 
 def keyed_rng(seed: int, purpose: Purpose, key: int) -> np.random.Generator:

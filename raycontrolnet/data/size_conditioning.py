@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raycontrolnet.data.augmentation import CENTRED, View
 from raycontrolnet.data.records import Size, SizeConditions
 from raycontrolnet.errors import DataError
 
@@ -18,8 +19,8 @@ class SizeConditioning:
     real: bool = False
     """True for each image's own size and crop; else every image is said to be of the resolution."""
 
-    def conditions(self, original_size: Size | None) -> SizeConditions:
-        """Return the size conditions of a sample whose image had this size.
+    def conditions(self, original_size: Size | None, view: View = CENTRED) -> SizeConditions:
+        """Return the size conditions of a sample whose image had this size, and is seen by `view`.
 
         Raises:
             DataError: if the size is needed, and not known.
@@ -32,7 +33,7 @@ class SizeConditioning:
                 "--size_conditioning=real: the latent cache was made by an earlier version, without the images' sizes; "
                 "name another --latents_cache_dir"
             )
-        return *original_size, *crop_corner(original_size, self.resolution), *target
+        return *original_size, *corner_in_view(original_size, self.resolution, view), *target
 
 
 def resized_size(size: Size, resolution: int) -> Size:
@@ -42,7 +43,13 @@ def resized_size(size: Size, resolution: int) -> Size:
     return (long, resolution) if width <= height else (resolution, long)
 
 
-def crop_corner(size: Size, resolution: int) -> Size:
-    """Return (top, left) of the centre crop of a resized image; half pixels are rounded to even numbers."""
-    top, left = (round((side - resolution) / 2) for side in resized_size(size, resolution))
-    return top, left
+def crop_corner(size: Size, resolution: int, view: View = CENTRED) -> Size:
+    """Return (top, left) of the crop of a resized image; half pixels are rounded to even numbers."""
+    height, width = resized_size(size, resolution)
+    return round((height - resolution) * view.top), round((width - resolution) * view.left)
+
+
+def corner_in_view(size: Size, resolution: int, view: View) -> Size:
+    """Return the crop's (top, left) in the image as it is seen: in its mirror image, if the view is flipped."""
+    top, left = crop_corner(size, resolution, view)
+    return top, resized_size(size, resolution)[1] - resolution - left if view.flipped else left

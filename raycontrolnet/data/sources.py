@@ -64,6 +64,8 @@ class Source(Protocol):
     def identities(self, rows: Sequence[int]) -> Iterator[str]:
         """Yield a line of text per row by which the latent cache notices changes: file names, bytes and captions.
 
+        It is a JSON list whose last item is the caption or the list of captions.
+
         Reads no images: an image that was replaced by one of exactly its size is not noticed.
         """
 

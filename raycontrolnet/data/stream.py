@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol
@@ -21,6 +21,7 @@ import pyarrow as pa
 from raycontrolnet.cluster.blocks import WHOLE_BLOCKS, from_block, generate, to_block
 from raycontrolnet.cluster.cpus import COUNT_CPUS, TASK_CPUS, let_training_go_first
 from raycontrolnet.cluster.shared_files import SharedFiles
+from raycontrolnet.data.augmentation import CENTRED, NONE, Augmentation, View
 from raycontrolnet.data.decoding import prepared
 from raycontrolnet.data.order import Purpose, SampleOrder, keyed_rng
 from raycontrolnet.data.records import DecodedRow, EncodedRow, PreparedRow, StoredRow
@@ -97,8 +98,8 @@ class SampleRows(Protocol):
         """Bytes of a row on its way to a worker, on average."""
         ...
 
-    def read(self, row: int) -> DecodedRow | EncodedRow:
-        """Return the source's row `row`.
+    def read(self, row: int, view: View) -> DecodedRow | EncodedRow:
+        """Return the source's row `row`, seen by `view` unless it is encoded.
 
         Raises:
             DataError: if it cannot be used; names it.
@@ -122,9 +123,9 @@ class PixelRows:
     def row_bytes(self) -> int:
         return 2 * 3 * self.resolution**2
 
-    def read(self, row: int) -> DecodedRow:
+    def read(self, row: int, view: View = CENTRED) -> DecodedRow:
         source_row = self.source.read(row)
-        images = prepare_images(source_row, self.resolution, self.interpolation)
+        images = prepare_images(source_row, self.resolution, self.interpolation, view)
         return DecodedRow(source_row.captions, images.conditioning_image, images.image, images.original_size)
 
 
@@ -142,6 +143,7 @@ class BatchLoader:
     """Files that a machine must see to make batches."""
     sizes: SizeConditioning | None = None
     """Rule for the samples' size conditions; None for none."""
+    augmentation: Augmentation = NONE
 
     @property
     def batch_bytes(self) -> int:
@@ -151,11 +153,9 @@ class BatchLoader:
     def place(self, sample_index: int) -> str:
         """Return where the row of the k-th sample stands, for messages."""
         row = self.order.row(sample_index)
-        try:
+        with suppress(DataError):  # of a cache whose data set is not on this machine
             if self.source is not None:
                 return self.source.read(row).place
-        except DataError:  # of a cache whose data set is not on this machine
-            pass
         return f"row {row + 1} of the data"
 
     def sample(self, sample_index: int) -> PreparedRow:
@@ -173,21 +173,26 @@ class BatchLoader:
             DataError: if its row cannot be used; names it.
         """
         row = int(self.order.held_out[index])
-        return prepared(self._with_prompt(row, index, Purpose.HELD_OUT_PROMPT, empty=0.0))
+        return prepared(self._with_prompt(row, index, Purpose.HELD_OUT_PROMPT, self.augmentation.plain, empty=0.0))
 
     def _read(self, sample_index: int) -> StoredRow | PreparedRow:
         """Return the k-th sample as it travels."""
-        row = self.order.row(sample_index)
-        return self._with_prompt(row, sample_index, Purpose.PROMPT, empty=self.proportion_empty_prompts)
+        row, view = self.order.row(sample_index), self.augmentation.view(self.order.seed, sample_index)
+        return self._with_prompt(row, sample_index, Purpose.PROMPT, view, empty=self.proportion_empty_prompts)
 
-    def _with_prompt(self, row: int, index: int, purpose: Purpose, *, empty: float) -> StoredRow | PreparedRow:
-        """Return a row with a prompt drawn for it; `empty` is the share of empty prompts."""
-        read = self.rows.read(row)
+    def _with_prompt(
+        self, row: int, index: int, purpose: Purpose, view: View, *, empty: float
+    ) -> StoredRow | PreparedRow:
+        """Return a row, seen by `view`, with a prompt drawn for it; `empty` is the share of empty prompts."""
+        read = self.rows.read(row, view)
         prompt = choose_prompt(read.captions, keyed_rng(self.order.seed, purpose, index), empty)
-        size_conditions = self.sizes.conditions(read.original_size) if self.sizes else None
+        if isinstance(read, EncodedRow) and read.crop:
+            view = View(*read.crop, view.flipped)
+        sizes = self.sizes.conditions(read.original_size, view) if self.sizes else None
         if isinstance(read, EncodedRow):
-            return StoredRow(index, prompt, read.posterior, read.conditioning_png, size_conditions, read.place)
-        return PreparedRow(index, read.image, read.conditioning_image, prompt, size_conditions=size_conditions)
+            posterior = read.posterior_seen(flipped=view.flipped)
+            return StoredRow(index, prompt, posterior, read.conditioning_png, sizes, read.place, view.flipped)
+        return PreparedRow(index, read.image, read.conditioning_image, prompt, size_conditions=sizes)
 
     def batch(self, first_sample: int) -> list[StoredRow | PreparedRow]:
         """Return samples [first_sample, first_sample + batch_size) as they travel to a worker.
@@ -230,7 +235,6 @@ def ray_dataset(
         elastic: whether Ray Train takes as many CPUs as there are. The tasks then reserve none: they would wait for
             ever. They have the lower priority.
     """
-    num_cpus = 0 if elastic else TASK_CPUS
     tickets = generate(_tickets, layout, num_cpus=0 if elastic else COUNT_CPUS)
     # The limit of `execution_options` is enough. This one holds tasks back by what the workers have fetched: with many
     # workers for ever, since each waits until there is a block for all.
@@ -238,7 +242,7 @@ def ray_dataset(
     return tickets.map_batches(
         _load,
         fn_kwargs={"loader_ref": loader_ref},
-        num_cpus=num_cpus,
+        num_cpus=0 if elastic else TASK_CPUS,
         concurrency=max_tasks or (ELASTIC_TASKS if elastic else None),
         **WHOLE_BLOCKS,
     )

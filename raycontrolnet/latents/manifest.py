@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raycontrolnet.data.augmentation import Augmentation
+from raycontrolnet.data.order import SampleOrder
 from raycontrolnet.data.sources import Source
 from raycontrolnet.data.transforms import TRANSFORMS_VERSION
 from raycontrolnet.storage.folder import CacheFolder
@@ -38,13 +40,33 @@ class Encoding:
     format: int = FORMAT
     interpolation: str = "bilinear"
     """Resizing of the images."""
+    random_flip: bool = False
+    """True if the latents of the mirrored images are stored as well; such a cache serves runs without mirroring too."""
+    crop: str = "center"
+    """Place of the crop; a random one is fixed for each row."""
+    held_out: tuple[int, int] | None = None
+    """(seed, number) of the rows that are stored with the plain crop, if the others have random ones."""
 
     def __repr__(self) -> str:
         """Return the text that names are hashed from: what was added later shows only where it is not as before."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        if self.interpolation == "bilinear":
-            del fields["interpolation"]
+        for name in ("interpolation", "random_flip", "crop", "held_out"):
+            if fields[name] == getattr(Encoding, name):
+                del fields[name]
         return f"Encoding({', '.join(f'{name}={value!r}' for name, value in fields.items())})"
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """The crops, and mirroring, of the stored images."""
+        return Augmentation(self.crop, self.random_flip)
+
+    def serves(self, other: Encoding) -> bool:
+        """Check whether a cache in this encoding holds what a run in the encoding `other` reads."""
+        wanted = {
+            "subset": self.subset and other.subset,  # a cache of all rows serves a subset as well
+            "random_flip": self.random_flip or other.random_flip,
+        }
+        return self == dataclasses.replace(other, **wanted)  # type: ignore[arg-type]
 
     def differences(self, other: Encoding) -> list[str]:
         """Return in words what `other` has instead."""
@@ -60,17 +82,23 @@ class Shard:
     name: str
     rows: tuple[int, ...]
     """Rows of the source."""
+    plain: frozenset[int] = frozenset()
+    """Rows that are not cropped at random, if others are."""
 
 
 def plan_shards(source: Source, rows: Sequence[int], encoding: Encoding) -> Iterator[Shard]:
     """Yield the shards of `rows`. Looks at the size of every image file, and opens none."""
     prefix = repr(encoding).encode()
+    plain: set[int] = set()
+    if encoding.held_out is not None:
+        seed, number = encoding.held_out
+        plain.update(SampleOrder(len(source), seed, num_held_out=number).held_out.tolist())
     for index, start in enumerate(range(0, len(rows), SHARD_ROWS)):
         own = tuple(int(row) for row in rows[start : start + SHARD_ROWS])
         digest = hashlib.blake2b(prefix, digest_size=8)
-        for identity in source.identities(own):
-            digest.update(identity.encode() + b"\n")
-        yield Shard(f"{index:06d}-{digest.hexdigest()}.arrow", own)
+        for row, identity in zip(own, source.identities(own), strict=True):
+            digest.update(identity.encode() + (b" plain\n" if row in plain else b"\n"))
+        yield Shard(f"{index:06d}-{digest.hexdigest()}.arrow", own, frozenset(plain.intersection(own)))
 
 
 @dataclass(frozen=True)
@@ -124,9 +152,9 @@ class Manifest:
         try:
             values: dict[str, Any] = json.loads(folder.read(MANIFEST_FILE))
             encoding = values["encoding"]
-            subset = encoding.pop("subset")
+            encoding |= {name: tuple(encoding[name]) for name in ("subset", "held_out") if encoding.get(name)}
             return Manifest(
-                encoding=Encoding(**encoding, subset=None if subset is None else tuple(subset)),
+                encoding=Encoding(**encoding),
                 shards=tuple(StoredShard(**shard) for shard in values["shards"]),
                 bad_samples=tuple(BadSample(**bad) for bad in values["bad_samples"]),
                 versions=values["versions"],

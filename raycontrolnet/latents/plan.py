@@ -14,6 +14,7 @@ from typing import Any
 
 from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.config.train_config import TrainConfig, changed_settings, names_that_decide, names_with
+from raycontrolnet.data.augmentation import RANDOM
 from raycontrolnet.data.order import SampleOrder
 from raycontrolnet.data.sources import Source
 from raycontrolnet.data.transforms import prepare_images
@@ -26,6 +27,8 @@ from raycontrolnet.model.base_family import interpolation_of
 from raycontrolnet.storage.files import user_cache
 from raycontrolnet.storage.folder import CacheFolder, cache_folder
 from raycontrolnet.storage.uri import is_uri, shown_uri
+
+NEEDS_SEED = "needs --seed to cache latents: it decides the held-out rows, which are not cropped at random"
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class LatentPlan:
         """
         vae = VaeFiles.find(config, token)
         subset = None
-        num_used = (config.max_train_samples or len(source)) + config.num_held_out(len(source))
+        num_held_out = config.num_held_out(len(source))
+        num_used = (config.max_train_samples or len(source)) + num_held_out
         if num_used < len(source):
             if config.seed is None:
                 problem = f"--max_train_samples={config.max_train_samples}: needs --seed, which decides the rows"
@@ -64,16 +68,19 @@ class LatentPlan:
             config.latents_dtype,
             subset,
             interpolation=interpolation_of(config, config.image_interpolation_mode, token),
+            random_flip=config.random_flip,
+            crop=config.crop,
+            held_out=_plain_rows(config, num_held_out),
         )
         folder = _folder(config.latents_cache_dir, config, encoding)
         manifest = Manifest.read(folder)
-        if manifest is not None and manifest.encoding == dataclasses.replace(encoding, subset=None):
-            encoding = manifest.encoding  # a cache of all rows serves a subset as well
+        if manifest is not None and manifest.encoding.serves(encoding):
+            encoding = manifest.encoding
         order = SampleOrder(len(source), config.seed or 0, num_used if encoding.subset else None)
         rows: Sequence[int] = range(len(source)) if order.rows is None else sorted(order.rows.tolist())
         shards = tuple(plan_shards(source, rows, encoding))
         side = config.resolution // vae.factor
-        row_bytes = posterior_bytes(vae.latent_channels * side * side, config.latents_dtype)
+        row_bytes = posterior_bytes(vae.latent_channels * side * side, config.latents_dtype, both=encoding.random_flip)
         return LatentPlan(config, source, folder, encoding, shards, manifest, row_bytes, token)
 
     @property
@@ -149,9 +156,26 @@ class LatentPlan:
         return {name: size for name, size in sizes.items() if name.endswith(".arrow") and name not in needed}
 
 
-def posterior_bytes(latents: int, latents_dtype: str) -> int:
-    """Return the bytes that a sample takes in the cache: mean and log-variance of so many latents."""
-    return 2 * latents * int(latents_dtype.removeprefix("float")) // 8
+def posterior_bytes(latents: int, latents_dtype: str, *, both: bool) -> int:
+    """Return the bytes that a sample takes in the cache: mean and log-variance of so many latents.
+
+    Args:
+        both: whether the latents of its mirror image are stored as well.
+    """
+    return (4 if both else 2) * latents * int(latents_dtype.removeprefix("float")) // 8
+
+
+def _plain_rows(config: TrainConfig, num_held_out: int) -> tuple[int, int] | None:
+    """Return (seed, number) of the held-out rows if the others are cropped at random.
+
+    Raises:
+        ConfigError: if there is no seed, which decides them.
+    """
+    if config.crop != RANDOM or not num_held_out:
+        return None
+    if config.seed is None:
+        raise ConfigError([f"--crop={config.crop}: {NEEDS_SEED}"])
+    return config.seed, num_held_out
 
 
 def _folder(asked: str | None, data: DataConfig, encoding: Encoding) -> CacheFolder:
@@ -176,12 +200,19 @@ def prepare_command(config: TrainConfig, **others: Any) -> str:
     """Return the command that makes the cache for `config`, with some settings changed to `others`."""
     names = {*names_that_decide("latents"), *names_with("in_prepare")}
     settings = {name: value for name, value in changed_settings(config).items() if name in names} | others
-    if "max_train_samples" in settings:  # the rows are drawn together with the held-out ones
+    # The rows are drawn together with the held-out ones, which are not cropped at random.
+    if config.seed is not None and ("max_train_samples" in settings or config.crop == RANDOM):
         settings["seed"] = config.seed
         if config.validation_split is not None:
             settings["validation_split"] = config.validation_split
-    flags = (f"--{name} {shlex.quote(str(value))}" for name, value in settings.items())
-    return " ".join(["raycontrolnet prepare", *flags])
+    return " ".join(["raycontrolnet prepare", *(_flag(name, value) for name, value in settings.items())])
+
+
+def _flag(name: str, value: Any) -> str:
+    """Return a setting as on a command line."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no_{name}"
+    return f"--{name} {shlex.quote(str(value))}"
 
 
 def data_changes(manifest: Manifest, shards: Sequence[Shard], stored: Iterator[str], now: Iterator[str]) -> str | None:

@@ -6,6 +6,8 @@ import logging
 from typing import TextIO
 
 from raycontrolnet.config.train_config import changed_settings, public_settings
+from raycontrolnet.data.augmentation import RANDOM
+from raycontrolnet.data.sides import side_warning
 from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.launch.precision import in_words
 from raycontrolnet.sampling.find_controlnet import CONFIG_FILE
@@ -42,6 +44,7 @@ def announce(run: CheckedRun, status: RunStatus, stream: TextIO, *, use_gpu: boo
         f"{schedule.batch_size} x accumulation {schedule.accumulation_steps}, updates {step} to "
         f"{schedule.total_updates}, seed {run.config.seed}{shown}\n"
     )
+    _announce_augmentation(run, stream)
     if run.config.resume_from_checkpoint and run.start is None:
         stream.write("no checkpoint is there yet: the run starts anew\n")
     if run.start and step >= schedule.total_updates:
@@ -54,3 +57,17 @@ def announce(run: CheckedRun, status: RunStatus, stream: TextIO, *, use_gpu: boo
         stream.write(f"{warning}\n")
     changed = ", ".join(f"{name}={value}" for name, value in changed_settings(run.config).items())
     logger.info("settings: %s", changed)
+
+
+def _announce_augmentation(run: CheckedRun, stream: TextIO) -> None:
+    """Announce what random augmentation does to samples, and captions that it contradicts."""
+    config, parts = run.config, []
+    if config.random_flip:
+        parts.append("half of the samples are mirrored" + (", from latents stored both ways" if run.cache else ""))
+    if config.crop == RANDOM:
+        fixed = "each row has one random crop, for its latents are cached (--cache_latents off draws one for every use)"
+        parts.append(fixed if run.cache else "every use of a row has its own random crop")
+    if parts:
+        stream.write(f"augmentation: {'; '.join(parts)}; not of held-out rows and validation images\n")
+    if config.random_flip and (warning := side_warning(run.source)):
+        stream.write(f"{warning}\n")

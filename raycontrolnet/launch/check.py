@@ -195,8 +195,10 @@ def _disk_lines(needs: Needs, schedule: Schedule, rows: int, *, cached: bool) ->
     kept = f"{counted(number, 'checkpoint')} of {file_size(one)}: {file_size(number * one)}"
     yield f"disk: {kept}; final weights {file_size(final_bytes(prediction.trained_bytes['ControlNet'], train))}"
     if cached:
-        latents = posterior_bytes(prediction.latents, train.latents_dtype)
-        yield f"cache: {file_size(latents)} of latents a row, {file_size(rows * latents)}, and the conditioning images"
+        latents = posterior_bytes(prediction.latents, train.latents_dtype, both=train.random_flip)
+        both = " (both ways, for --random_flip)" if train.random_flip else ""
+        all_rows = file_size(rows * latents)
+        yield f"cache: {file_size(latents)} of latents a row{both}, {all_rows}, and the conditioning images"
 
 
 def _row(name: str, size: str, more: str = "") -> str:

@@ -14,6 +14,7 @@ from raycontrolnet.config.checks import (
     versions,
 )
 from raycontrolnet.config.train_config import TrainConfig, public_settings
+from raycontrolnet.data.augmentation import Augmentation
 from raycontrolnet.data.order import SampleOrder
 from raycontrolnet.data.size_conditioning import SizeConditioning
 from raycontrolnet.data.sources import Source
@@ -40,8 +41,8 @@ class CheckedRun:
     token: str | None = dataclasses.field(repr=False)
     interpolation: str = "bilinear"
     """Resizing of images, as asked for or as the base model's family has it."""
-    random_subset: bool = False
-    """True if max_train_samples takes other rows in every run, because no seed was given."""
+    not_cached_because: str | None = None
+    """Reason why its latents would serve no other run, because no seed was given, in words."""
     cached: bool = False
     """True if the run trains from cached latents, provided that there is a folder for them."""
     latents: LatentPlan | None = None
@@ -87,6 +88,7 @@ class CheckedRun:
                 (config.crops_coords_top_left_h, config.crops_coords_top_left_w),
                 real=config.size_conditioning == "real",
             ),
+            augmentation=Augmentation(config.crop, config.random_flip),
         )
 
     def schedule(self, checkpoint: checkpoints.Checkpoint | None) -> Schedule:

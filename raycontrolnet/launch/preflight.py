@@ -22,11 +22,12 @@ from raycontrolnet.config.checks import (
     unwritable,
 )
 from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.data.augmentation import RANDOM
 from raycontrolnet.data.sources import open_source, shared_files
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.hub import push
 from raycontrolnet.latents.ensure import SEVERAL_MACHINES, ensure
-from raycontrolnet.latents.plan import LatentPlan, prepare_command
+from raycontrolnet.latents.plan import NEEDS_SEED, LatentPlan, prepare_command
 from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.model.base_family import base_family, config_of_denoiser, size_problems
 from raycontrolnet.model.components import OTHER_BASE, RESUME
@@ -78,9 +79,7 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
     if problems or source is None:
         raise ConfigError(problems)
     config = _with_held_out_rows(config, len(source), start)
-    random_subset = config.seed is None and start is None and (config.max_train_samples or len(source)) < len(source)
-    if random_subset and config.cache_latents == "on":
-        raise ConfigError([f"--max_train_samples={config.max_train_samples}: needs --seed, to cache these rows"])
+    not_cached_because = None if start else _lacks_seed(config, len(source))
     if config.seed is None:
         config = dataclasses.replace(config, seed=start.seed if start else secrets.randbelow(2**31))
     if start is not None:
@@ -94,11 +93,30 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
             )
     files = shared_files(source, config)
     interpolation = config.image_interpolation_mode or (family or families()[0]).interpolation
-    run = CheckedRun(config, folder, source, start, token, interpolation, random_subset, files=files)
+    run = CheckedRun(config, folder, source, start, token, interpolation, not_cached_because, files=files)
     if not folder.is_stored:
         weights = controlnet_bytes_at_least(config)
         check_room(folder, weights, run.schedule(start), start.step if start else 0, config, least=True)
     return run
+
+
+def _lacks_seed(config: TrainConfig, num_rows: int) -> str | None:
+    """Return why every run of these settings would need another latent cache, in words; None if none would.
+
+    Raises:
+        ConfigError: if the latents are to be cached all the same.
+    """
+    if config.seed is not None:
+        return None
+    if (config.max_train_samples or num_rows) < num_rows:
+        if config.cache_latents == "on":
+            raise ConfigError([f"--max_train_samples={config.max_train_samples}: needs --seed, to cache these rows"])
+        return "--max_train_samples draws other rows without --seed"
+    if config.crop == RANDOM and config.num_held_out(num_rows):
+        if config.cache_latents == "on":
+            raise ConfigError([f"--crop={config.crop}: {NEEDS_SEED}"])
+        return f"--crop random {NEEDS_SEED}"
+    return None
 
 
 def _checkpoint_problems(config: TrainConfig, start: checkpoints.Checkpoint, token: str | None) -> Iterator[str]:
@@ -122,8 +140,8 @@ def choose_latents(run: CheckedRun, stream: TextIO, *, reused: bool = False) -> 
         if config.cache_latents == "auto" and config.latents_cache_dir:
             stream.write("latents: not cached, as no image is used twice; --cache_latents on caches them\n")
         return run
-    if run.random_subset:
-        stream.write("latents: not cached, because --max_train_samples draws other rows without --seed\n")
+    if run.not_cached_because:
+        stream.write(f"latents: not cached, because {run.not_cached_because}\n")
         return run
     if config.latents_cache_dir is None and not config.in_this_process and on_a_cluster(config.address):
         return dataclasses.replace(run, cached=True)  # only the cluster shows whether it is a single machine
