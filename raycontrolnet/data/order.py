@@ -6,12 +6,16 @@ workers, restarts or loading tasks cannot change what is learned.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from raycontrolnet.data.interleaved import RowSequence
 
 
 class Purpose(IntEnum):
@@ -24,12 +28,16 @@ class Purpose(IntEnum):
     CONTROLNET = 4
     HELD_OUT = 5
     HELD_OUT_PROMPT = 6
+    TURNS = 7
     AUGMENTATION = 8
 
 
-def keyed_rng(seed: int, purpose: Purpose, key: int) -> np.random.Generator:
-    """Return the generator of `(seed, purpose, key)`; it costs tens of microseconds, and every sample has its own."""
-    return np.random.default_rng((seed, purpose, key))
+def keyed_rng(seed: int, purpose: Purpose, *key: int) -> np.random.Generator:
+    """Return the generator of `(seed, purpose, key)`; it costs tens of microseconds, and every sample has its own.
+
+    A zero at the end of a key of several numbers changes nothing.
+    """
+    return np.random.default_rng((seed, purpose, *key))
 
 
 def keyed_seed(seed: int, purpose: Purpose, key: int) -> int:
@@ -46,6 +54,8 @@ class SampleOrder:
         max_samples: size of the random subset that is used, if there are more rows.
         without: rows that cannot be used; the others keep their order in the subset.
         num_held_out: rows, drawn by the seed, that are never trained on.
+        arrange: gives the rows that are trained on (an array, or their number for all of them) another order, such as
+            `grouped` does.
     """
 
     def __init__(
@@ -55,6 +65,7 @@ class SampleOrder:
         max_samples: int | None = None,
         without: Sequence[int] = (),
         num_held_out: int = 0,
+        arrange: Callable[[NDArray[np.int64] | int], RowSequence] | None = None,
     ):
         self.seed = seed
         end = num_rows if max_samples is None else min(num_rows, num_held_out + max_samples)
@@ -71,9 +82,12 @@ class SampleOrder:
             self.held_out = self.held_out[~np.isin(self.held_out, list(without))]
         self.num_samples = num_rows if self.rows is None else len(self.rows)
         """N, samples per epoch."""
+        self.sequence = arrange(num_rows if self.rows is None else self.rows) if arrange else None
 
     def row(self, sample_index: int) -> int:
         """Return the source's row for sample k = `sample_index`."""
+        if self.sequence is not None:
+            return self.sequence.row(sample_index)
         epoch, position = divmod(sample_index, self.num_samples)
         place = int(_permutation(self.seed, Purpose.ORDER, epoch, self.num_samples)[position])
         return place if self.rows is None else int(self.rows[place])
