@@ -24,7 +24,8 @@ from raycontrolnet.data.order import SampleOrder
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.sides import side_warning
 from raycontrolnet.data.size_conditioning import SizeConditioning, corner_in_view, crop_corner
-from raycontrolnet.data.sources import Source, open_source
+from raycontrolnet.data.source import Source
+from raycontrolnet.data.sources import open_source
 from raycontrolnet.data.stream import BatchLoader, PixelRows, SampleRows
 from raycontrolnet.data.transforms import encode_conditioning, prepare_images, resize_and_crop
 from raycontrolnet.errors import ConfigError

@@ -28,9 +28,11 @@ FLAGS: dict[str, dict[str, Any]] = {
         "pretrained_model_name_or_path": "", "controlnet_model_name_or_path": None, "revision": None, "variant": None,
         "tokenizer_name": None, "output_dir": "controlnet-model", "cache_dir": None, "resume_from_checkpoint": None,
         "lr_scheduler": "constant", "hub_token": None, "hub_model_id": None, "logging_dir": "logs",
-        "report_to": "tensorboard", "mixed_precision": None, "dataset_name": None, "dataset_config_name": None,
-        "train_data_dir": None, "image_column": "image", "conditioning_image_column": "conditioning_image",
-        "caption_column": "text", "tracker_project_name": "train_controlnet",
+        "report_to": "tensorboard", "mixed_precision": None, "tracker_project_name": "train_controlnet",
+    },
+    "ONE OR MORE STR": {
+        "dataset_name": None, "dataset_config_name": None, "train_data_dir": None, "image_column": "image",
+        "conditioning_image_column": "conditioning_image", "caption_column": "text",
     },
     "INT": {
         "seed": None, "resolution": 512, "train_batch_size": 4, "num_train_epochs": 1, "max_train_steps": None,
@@ -71,6 +73,9 @@ OWN_FLAGS: dict[str, dict[str, Any]] = {
     },
     "INT": {
         "max_failures": 3, "max_preemption_failures": -1, "latents_batch_size": 4, "max_nan": 10,
+    },
+    "FLOATS": {
+        "data_weights": None,
     },
 }  # fmt: skip
 XL_FLAGS: dict[str, dict[str, Any]] = {
@@ -132,7 +137,7 @@ def test_there_are_52_flags_and_our_own() -> None:
 
 
 def test_defaults() -> None:
-    types = {"STR": str, "INT": int, "FLOAT": float, "FLAG": bool}
+    types = {"STR": str, "ONE OR MORE STR": str, "INT": int, "FLOAT": float, "FLAG": bool}
     for kind, names in [*FLAGS.items(), *XL_FLAGS.items(), *OWN_FLAGS.items()]:
         assert {name: DEFAULTS[name] for name in names} == names
         assert {type(DEFAULTS[name]) for name in names} <= {types.get(kind), type(None)}
@@ -150,6 +155,7 @@ def test_help(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, kind in KINDS.items():
         default = DEFAULTS[name]
         texts = {"STR": "STR", "STRS": "[STR [STR ...]]", "FLAG": f", --no_{name}", "BOOL": "{None,True,False}"}
+        texts |= {"ONE OR MORE STR": "STR [STR ...]", "FLOATS": "[FLOAT [FLOAT ...]]"}
         type_text = texts.get(kind, kind if default is not None else f"{{None}}|{kind}")
         default_text = repr(default) if default == "" else default
         separator = "" if kind == "FLAG" else " "
@@ -192,7 +198,9 @@ def other_values(image: str) -> Settings:
     """Return a value for every setting, different from its default and, except for switches, from the others'."""
     kinds: dict[str, Callable[[int], Any]] = {
         "STR": lambda index: f"a b{index}",
+        "ONE OR MORE STR": lambda index: f"a b{index}",
         "STRS": lambda index: (f"a b{index}", "c"),
+        "FLOATS": lambda index: (0.5, float(index)),
         "INT": lambda index: 24 + index,
         "FLOAT": lambda index: 0.25 + index / 1000,
         "FLAG": lambda _: True,
@@ -214,8 +222,8 @@ def other_values(image: str) -> Settings:
 @pytest.mark.parametrize(
     "without",
     [
-        ("train_data_dir", "compile"),
-        ("dataset_name", "dataset_config_name", "enable_xformers_memory_efficient_attention"),
+        ("train_data_dir", "data_weights", "compile"),
+        ("dataset_name", "dataset_config_name", "data_weights", "enable_xformers_memory_efficient_attention"),
     ],
 )
 def test_settings_arrive(form: str, without: tuple[str, ...], image: str, file: Callable[[str], str]) -> None:
@@ -317,7 +325,29 @@ RULES: dict[str, list[tuple[str, Any]]] = {
 NOT_SENT = ", a folder of an object store, and its files would not be sent there; name a folder in it, such as logs"
 OTHER_RULES: list[tuple[Settings, str]] = [
     ({"train_data_dir": None}, "--train_data_dir, --dataset_name: give one of them (neither is given)"),
-    ({"dataset_name": "d"}, "--train_data_dir, --dataset_name: give one of them (both are given)"),
+    (
+        {"train_data_dir": ("a", "b"), "dataset_name": "c", "caption_column": ("one", "two")},
+        "--caption_column=one two: 2 for 3 sources; give one for all, or one for each",
+    ),
+    ({"image_column": ["one", "two"]}, "--image_column=one two: 2 for 1 source; give one for all, or one for each"),
+    (
+        {"dataset_name": ("a", "b"), "dataset_config_name": ("x", "y", "z")},
+        "--dataset_config_name=x y z: 3 for 2 sources of --dataset_name; give one for all, or one for each",
+    ),
+    ({"data_weights": (1,)}, "--data_weights=1.0: needs several sources, of --train_data_dir or --dataset_name"),
+    (
+        {"dataset_name": "d", "data_weights": (1, 2, 0.5)},
+        "--data_weights=1.0 2.0 0.5: 3 for 2 sources; give one for each, first for --train_data_dir",
+    ),
+    *(
+        (
+            {"dataset_name": "d", "data_weights": (1, weight)},
+            f"--data_weights=1.0 {float(weight)}: must be numbers above 0; leave out a source that is not to be used",
+        )
+        for weight in (0, -1, "inf")
+    ),
+    ({"dataset_name": "d", "data_weights": (1, "nan")}, "--data_weights=(1, 'nan'): must be a number"),
+    ({"dataset_name": "d", "data_weights": ("1", "two")}, "--data_weights=('1', 'two'): must be a number"),
     (
         {"pretrained_model_name_or_path": ""},
         "--pretrained_model_name_or_path: required; a local folder or a Hub id of a Stable Diffusion model",

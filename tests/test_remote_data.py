@@ -28,7 +28,8 @@ from raycontrolnet.config.sweep_config import SweepConfig
 from raycontrolnet.data import byte_ranges, remote_copy, remote_path
 from raycontrolnet.data.remote_copy import RemoteCopy
 from raycontrolnet.data.remote_path import RemotePath
-from raycontrolnet.data.sources import Source, open_source
+from raycontrolnet.data.source import Source
+from raycontrolnet.data.sources import open_source
 from raycontrolnet.data.transforms import prepare_images
 from raycontrolnet.errors import ConfigError, DataError
 from raycontrolnet.hub.model_card import write_model_card

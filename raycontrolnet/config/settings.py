@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raycontrolnet.config.data_sources import source_problems
 from raycontrolnet.config.declare import setting
 from raycontrolnet.config.rules import (
     Problems,
@@ -75,17 +76,19 @@ class ModelConfig:
 class DataConfig:
     """Data: the data set, and what is taken from it."""
 
-    dataset_name: str | None = setting(None, sweepable=True, decides="latents", path="or id")
-    """A data set's Hub id, or the path or URI (s3://, gs://, ...) of one that datasets.load_dataset reads."""
-    dataset_config_name: str | None = setting(None, sweepable=True, decides="latents")
-    """Name of the data set's configuration, if it has several."""
-    train_data_dir: str | None = setting(None, sweepable=True, decides="latents", path="or URI")
-    """A folder, by path or URI (s3://, gs://, ...), with images and metadata.jsonl, or of WebDataset tars."""
-    image_column: str = setting("image", sweepable=True, decides="latents")
-    """Column of the target images; in tars, their extension."""
-    conditioning_image_column: str = setting("conditioning_image", sweepable=True, decides="latents")
+    dataset_name: str | tuple[str, ...] | None = setting(None, sweepable=True, decides="latents", path="or id")
+    """Hub ids of data sets, or paths or URIs (s3://, gs://, ...) of such as datasets.load_dataset reads."""
+    dataset_config_name: str | tuple[str, ...] | None = setting(None, sweepable=True, decides="latents")
+    """Name of the data set's configuration, if it has several; or one for each data set."""
+    train_data_dir: str | tuple[str, ...] | None = setting(None, sweepable=True, decides="latents", path="or URI")
+    """Folders, by path or URI (s3://, gs://, ...), with images and metadata.jsonl, or of WebDataset tars."""
+    data_weights: tuple[float, ...] | None = setting(None, fixed="is a list of numbers, which a space cannot hold")
+    """Shares of the samples that are of each source, in any unit (2 1); by default each row is as likely."""
+    image_column: str | tuple[str, ...] = setting("image", sweepable=True, decides="latents")
+    """Column of the target images; in tars, their extension. Or one for each source, as of the next two."""
+    conditioning_image_column: str | tuple[str, ...] = setting("conditioning_image", sweepable=True, decides="latents")
     """Column of the conditioning images; in tars, their extension, such as control or control.png."""
-    caption_column: str = setting("text", sweepable=True, decides="latents")
+    caption_column: str | tuple[str, ...] = setting("text", sweepable=True, decides="latents")
     """Column of the captions: a string, or a list of strings, one drawn for every use; in tars, their extension."""
     max_train_samples: int | None = setting(
         None, decides_measurement="which rows there are to train on and to hold out", in_prepare=True
@@ -109,9 +112,7 @@ class DataConfig:
     """Left of the crop that SDXL is told with --size_conditioning fixed."""
 
     def problems(self) -> Problems:
-        if (self.dataset_name is None) == (self.train_data_dir is None):
-            given = "neither is given" if self.dataset_name is None else "both are given"
-            yield f"--train_data_dir, --dataset_name: give one of them ({given})"
+        yield from source_problems(self)
         yield from secret_problems(self, "train_data_dir", "dataset_name")
         yield from in_unit_interval(self, "proportion_empty_prompts")
         yield from resolution_problems(self)
@@ -119,8 +120,6 @@ class DataConfig:
         yield from one_of(self, "image_interpolation_mode", INTERPOLATION_MODES)
         yield from one_of(self, "size_conditioning", SIZE_CONDITIONINGS)
         yield from at_least(self, 0, "crops_coords_top_left_h", "crops_coords_top_left_w")
-        if self.dataset_config_name is not None and self.dataset_name is None:
-            yield problem_of(self, "dataset_config_name", "needs --dataset_name")
         yield from at_least(self, 1, "max_train_samples")
 
 

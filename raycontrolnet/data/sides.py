@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 
-from raycontrolnet.data.sources import Source
+from raycontrolnet.data.source import Source
 
 MOST_CAPTIONS = 1024
 MOST_REMOTE_CAPTIONS = 128

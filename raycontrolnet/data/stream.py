@@ -26,7 +26,7 @@ from raycontrolnet.data.decoding import prepared
 from raycontrolnet.data.order import Purpose, SampleOrder, keyed_rng
 from raycontrolnet.data.records import DecodedRow, EncodedRow, PreparedRow, StoredRow
 from raycontrolnet.data.size_conditioning import SizeConditioning
-from raycontrolnet.data.sources import Source
+from raycontrolnet.data.source import Source
 from raycontrolnet.data.threads import in_threads
 from raycontrolnet.data.transforms import choose_prompt, prepare_images
 from raycontrolnet.errors import DataError, UserError

@@ -10,13 +10,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from raycontrolnet.data.augmentation import Augmentation
+from raycontrolnet.data.joined_source import named_sources
 from raycontrolnet.data.order import SampleOrder
-from raycontrolnet.data.sources import Source
+from raycontrolnet.data.source import Source
 from raycontrolnet.data.transforms import TRANSFORMS_VERSION
 from raycontrolnet.storage.folder import CacheFolder
 
@@ -93,12 +96,25 @@ def plan_shards(source: Source, rows: Sequence[int], encoding: Encoding) -> Iter
     if encoding.held_out is not None:
         seed, number = encoding.held_out
         plain.update(SampleOrder(len(source), seed, num_held_out=number).held_out.tolist())
-    for index, start in enumerate(range(0, len(rows), SHARD_ROWS)):
-        own = tuple(int(row) for row in rows[start : start + SHARD_ROWS])
+    for index, own in enumerate(_rows_of_shards(source, rows)):
         digest = hashlib.blake2b(prefix, digest_size=8)
         for row, identity in zip(own, source.identities(own), strict=True):
             digest.update(identity.encode() + (b" plain\n" if row in plain else b"\n"))
         yield Shard(f"{index:06d}-{digest.hexdigest()}.arrow", own, frozenset(plain.intersection(own)))
+
+
+def _rows_of_shards(source: Source, rows: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Yield the rows of each shard. Of several sources, each begins a shard: so another one after it changes nothing.
+
+    Args:
+        rows: ascending.
+    """
+    begin = 0
+    for end_row in accumulate(map(len, named_sources(source))):
+        end = bisect_left(rows, end_row)
+        for start in range(begin, end, SHARD_ROWS):
+            yield tuple(int(row) for row in rows[start : min(start + SHARD_ROWS, end)])
+        begin = end
 
 
 @dataclass(frozen=True)

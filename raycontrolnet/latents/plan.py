@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raycontrolnet.config.data_sources import sources_of
 from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.config.train_config import TrainConfig, changed_settings, names_that_decide, names_with
 from raycontrolnet.data.augmentation import RANDOM
 from raycontrolnet.data.order import SampleOrder
-from raycontrolnet.data.sources import Source
+from raycontrolnet.data.source import Source
 from raycontrolnet.data.transforms import prepare_images
 from raycontrolnet.errors import ConfigError, DataError
 from raycontrolnet.latents.cache import read_contents, read_identities
@@ -28,6 +29,7 @@ from raycontrolnet.storage.files import user_cache
 from raycontrolnet.storage.folder import CacheFolder, cache_folder
 from raycontrolnet.storage.uri import is_uri, shown_uri
 
+_LONGEST_NAME = 100
 NEEDS_SEED = "needs --seed to cache latents: it decides the held-out rows, which are not cropped at random"
 
 
@@ -190,9 +192,10 @@ def _folder(asked: str | None, data: DataConfig, encoding: Encoding) -> CacheFol
 
 def _default_folder(data: DataConfig, encoding: Encoding) -> Path:
     """Return a folder of its own for each data set, model and size, named after the data."""
-    name = data.train_data_dir or data.dataset_name or ""
-    key = hashlib.blake2b(repr((name, data.dataset_config_name, encoding)).encode(), digest_size=4).hexdigest()
-    own = Path(shown_uri(name) if is_uri(name) else name).name
+    names = [source.name for source in sources_of(data)]
+    named = (names[0] if len(names) == 1 else tuple(names), data.dataset_config_name, encoding)
+    key = hashlib.blake2b(repr(named).encode(), digest_size=4).hexdigest()
+    own = "+".join(Path(shown_uri(name) if is_uri(name) else name).name for name in names)[:_LONGEST_NAME]
     return user_cache() / "raycontrolnet" / "latents" / f"{own}-{encoding.resolution}px-{key}"
 
 
@@ -212,7 +215,8 @@ def _flag(name: str, value: Any) -> str:
     """Return a setting as on a command line."""
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no_{name}"
-    return f"--{name} {shlex.quote(str(value))}"
+    values = value if isinstance(value, list) else [value]
+    return " ".join([f"--{name}", *(shlex.quote(str(each)) for each in values)])
 
 
 def data_changes(manifest: Manifest, shards: Sequence[Shard], stored: Iterator[str], now: Iterator[str]) -> str | None:

@@ -15,7 +15,7 @@ from raycontrolnet.cluster.shared_files import SharedFiles
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.data.augmentation import RANDOM, View
 from raycontrolnet.data.records import EncodedRow, Size, UInt8Image
-from raycontrolnet.data.sources import Source
+from raycontrolnet.data.source import Source
 from raycontrolnet.data.stream import REMOTE_READS
 from raycontrolnet.data.transforms import encode_conditioning, mirrored, prepare_images
 from raycontrolnet.errors import DataError, RunError

@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 from typing import TextIO
 
+from raycontrolnet.config.data_sources import sources_of
 from raycontrolnet.config.train_config import changed_settings, public_settings
 from raycontrolnet.data.augmentation import RANDOM
+from raycontrolnet.data.joined_source import named_sources
+from raycontrolnet.data.mixture import in_words as sources_in_words
 from raycontrolnet.data.sides import side_warning
 from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.launch.precision import in_words
@@ -30,6 +33,8 @@ def announce(run: CheckedRun, status: RunStatus, stream: TextIO, *, use_gpu: boo
         partial.write_text(yaml.safe_dump(settings, sort_keys=False))
     schedule = run.schedule(run.start)
     status |= {"total_updates": schedule.total_updates, "held_out": len(run.loader.order.held_out)}
+    parts = zip(sources_of(run.config), named_sources(run.source), strict=True)
+    status["data"] = [{"source": config.shown, "rows": len(part)} for config, part in parts]
     status["mixed_precision"] = run.config.mixed_precision or "no"
     status.write()
     step = run.start.step if run.start else 0
@@ -44,6 +49,8 @@ def announce(run: CheckedRun, status: RunStatus, stream: TextIO, *, use_gpu: boo
         f"{schedule.batch_size} x accumulation {schedule.accumulation_steps}, updates {step} to "
         f"{schedule.total_updates}, seed {run.config.seed}{shown}\n"
     )
+    if sources := sources_in_words(run.source, run.config):
+        stream.write(f"data: {sources}\n")
     _announce_augmentation(run, stream)
     if run.config.resume_from_checkpoint and run.start is None:
         stream.write("no checkpoint is there yet: the run starts anew\n")

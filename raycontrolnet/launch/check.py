@@ -12,6 +12,7 @@ import torch
 from raycontrolnet.config.check_config import CheckConfig
 from raycontrolnet.config.checks import collected, find_token, missing_extras, unwritable, with_absolute_paths
 from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.data.mixture import in_words as sources_in_words
 from raycontrolnet.data.sources import open_source
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.latents.plan import posterior_bytes
@@ -98,6 +99,7 @@ def check(config: CheckConfig, stream: TextIO | None = None) -> Prediction:
     prediction = needs.prediction
     lines = [
         *_run_lines(family, train, schedule, cached=cached),
+        *([f"data: {sources}"] if (sources := sources_in_words(source, train)) else []),
         *_memory_lines(prediction, train.train_batch_size),
         *_device_lines(needs, device),
         *_work_lines(prediction, schedule, device, config.price_per_hour),

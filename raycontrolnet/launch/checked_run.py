@@ -15,9 +15,10 @@ from raycontrolnet.config.checks import (
 )
 from raycontrolnet.config.train_config import TrainConfig, public_settings
 from raycontrolnet.data.augmentation import Augmentation
+from raycontrolnet.data.mixture import arrangement
 from raycontrolnet.data.order import SampleOrder
 from raycontrolnet.data.size_conditioning import SizeConditioning
-from raycontrolnet.data.sources import Source
+from raycontrolnet.data.source import Source
 from raycontrolnet.data.stream import BatchLoader, PixelRows
 from raycontrolnet.latents.cache import LatentCache
 from raycontrolnet.latents.plan import LatentPlan
@@ -78,6 +79,7 @@ class CheckedRun:
                 config.max_train_samples,
                 self.bad_rows,
                 config.num_held_out(len(self.source)),
+                arrangement(self.source, config.data_weights, self.config.seed),
             ),
             batch_size=config.train_batch_size,
             proportion_empty_prompts=config.proportion_empty_prompts,

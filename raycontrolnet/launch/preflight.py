@@ -86,6 +86,9 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
         for what, now in (("seed", config.seed), ("data", source.fingerprint())):
             if start.manifest[what] != now:
                 logger.warning("%s was made with another %s: the order of samples changes", start.path, what)
+        weights = start.manifest["settings"].get("data_weights")
+        if (weights and tuple(weights)) != config.data_weights:
+            logger.warning("%s was made with other --data_weights: the order of samples changes", start.path)
         if start.manifest.get("held_out", 0) != config.num_held_out(len(source)):
             logger.warning(
                 "%s was made with other rows held out: it has seen rows that are measured now, and the order changes",
