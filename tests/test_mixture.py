@@ -69,6 +69,10 @@ def test_one_name_is_what_it_was(tmp_path: Path) -> None:
     command = ["--pretrained_model_name_or_path", "base", "--train_data_dir", "a", "b", "--data_weights", "2", "0.5"]
     config = parse("train", command)
     assert (config.train_data_dir, config.data_weights) == (("a", "b"), (2.0, 0.5))
+    with pytest.raises(ConfigError, match=r"--image_column=\(\): must name at least one"):
+        parse("train", [*command, "--image_column"])
+    with pytest.raises(ConfigError, match="give one of them"):
+        parse("train", [*command[:2], "--train_data_dir"])
     (tmp_path / "train.yaml").write_text("train_data_dir: [a, b]\ndata_weights: [2, 1e-1]\ncaption_column: [x, y]\n")
     config = parse("train", [*command[:2], "--config", str(tmp_path / "train.yaml")])
     assert (config.train_data_dir, config.data_weights, config.caption_column) == (("a", "b"), (2, 0.1), ("x", "y"))

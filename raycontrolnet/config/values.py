@@ -68,11 +68,13 @@ def coerce(value: Any, kind: Any) -> Any:
         ValueError: names the expected type.
     """
     if typing.get_origin(kind) in (Union, types.UnionType):
-        if value is None and type(None) in typing.get_args(kind):
+        given = typing.get_args(kind)
+        if value is None and type(None) in given:
             return None
-        *others, kind = (part for part in typing.get_args(kind) if part is not type(None))
+        *others, kind = (part for part in given if part is not type(None))
         if others and isinstance(value, (list, tuple)):  # one text or several
-            items = coerce(value, kind)
+            if (items := coerce(value, kind)) is None and type(None) not in given:
+                raise ValueError("must name at least one")
             return items[0] if items is not None and len(items) == 1 else items
         kind = others[0] if others else kind
     if typing.get_origin(kind) is tuple:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 
 from raycontrolnet.data.source import Source
+from raycontrolnet.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 MOST_CAPTIONS = 1024
 MOST_REMOTE_CAPTIONS = 128
@@ -17,7 +21,11 @@ _SIDES = re.compile(r"\b(left|right)(most|wards?)?\b", re.IGNORECASE)
 
 def side_warning(source: Source) -> str | None:
     """Return a warning if captions speak of left or right, with their number; None if none of those looked at does."""
-    captions = list(_captions(source, MOST_REMOTE_CAPTIONS if source.remote else MOST_CAPTIONS))
+    try:
+        captions = list(_captions(source, MOST_REMOTE_CAPTIONS if source.remote else MOST_CAPTIONS))
+    except (OSError, UserError):  # no reason to end a run, which may have all it needs in its cache
+        logger.warning("--random_flip: the captions cannot be looked at", exc_info=True)
+        return None
     found = [caption for caption in captions if _SIDES.search(caption)]
     if not found:
         return None

@@ -18,7 +18,7 @@ from raycontrolnet.errors import ConfigError
 from raycontrolnet.latents.plan import posterior_bytes
 from raycontrolnet.launch import precision
 from raycontrolnet.launch.needs import Needs, count, known_family, memory_size, work
-from raycontrolnet.launch.preflight import wants_latents
+from raycontrolnet.launch.preflight import lacks_seed, wants_latents
 from raycontrolnet.model.base_family import base_family, size_problems
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.performance import has_bf16, working_precision
@@ -95,6 +95,8 @@ def check(config: CheckConfig, stream: TextIO | None = None) -> Prediction:
     rows = len(source) - train.num_held_out(len(source))
     schedule = Schedule.of(train, min(rows, train.max_train_samples or rows), train.most_workers, start)
     cached = wants_latents(train, schedule)
+    with collected(refused):
+        cached = cached and (start is not None or lacks_seed(train, len(source)) is None)
     device, needs = Device.of(config), Needs.of(train, token, count(train, token, cached=cached), cached=cached)
     prediction = needs.prediction
     lines = [

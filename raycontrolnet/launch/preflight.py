@@ -79,7 +79,7 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
     if problems or source is None:
         raise ConfigError(problems)
     config = _with_held_out_rows(config, len(source), start)
-    not_cached_because = None if start else _lacks_seed(config, len(source))
+    not_cached_because = None if start else lacks_seed(config, len(source))
     if config.seed is None:
         config = dataclasses.replace(config, seed=start.seed if start else secrets.randbelow(2**31))
     if start is not None:
@@ -103,7 +103,7 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
     return run
 
 
-def _lacks_seed(config: TrainConfig, num_rows: int) -> str | None:
+def lacks_seed(config: TrainConfig, num_rows: int) -> str | None:
     """Return why every run of these settings would need another latent cache, in words; None if none would.
 
     Raises:
@@ -116,7 +116,7 @@ def _lacks_seed(config: TrainConfig, num_rows: int) -> str | None:
             raise ConfigError([f"--max_train_samples={config.max_train_samples}: needs --seed, to cache these rows"])
         return "--max_train_samples draws other rows without --seed"
     if config.crop == RANDOM and config.num_held_out(num_rows):
-        if config.cache_latents == "on":
+        if config.cache_latents == "on" or config.on_bad_sample == "skip":
             raise ConfigError([f"--crop={config.crop}: {NEEDS_SEED}"])
         return f"--crop random {NEEDS_SEED}"
     return None
