@@ -14,7 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from runs import Settings, equal, losses, run, train, weights
+from runs import Settings, equal, flags, losses, run, train, weights
 
 from raycontrolnet import TrainConfig, prepare
 from raycontrolnet.cli import main, parse
@@ -343,6 +343,7 @@ def test_random_crops_without_a_seed_are_not_cached(settings: Settings, tmp_path
     random = settings | {"crop": "random", "seed": None, "validation_split": 2, "max_train_steps": 4}
     with pytest.raises(ConfigError, match="--crop=random: needs --seed to cache latents: it decides the held-out rows"):
         train(random)
+    assert main(["check", *flags({name: value for name, value in random.items() if value is not None})]) == 2
     with pytest.raises(ConfigError, match="--crop=random: needs --seed"):
         prepare(TrainConfig(**random), stream=io.StringIO())
     shown = train(random | {"cache_latents": "auto"}).shown
