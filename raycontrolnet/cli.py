@@ -10,11 +10,12 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from raycontrolnet.config.check_config import CheckConfig, CheckSettings
 from raycontrolnet.config.condition_config import CONDITION_GROUPS, ConditionConfig
 from raycontrolnet.config.declare import title
+from raycontrolnet.config.flag_types import flag_types
 from raycontrolnet.config.generate_config import GENERATE_GROUPS, GenerateConfig
 from raycontrolnet.config.sweep_config import SweepConfig, SweepSettings
 from raycontrolnet.config.train_config import GROUPS, TrainConfig, typed_settings
@@ -24,9 +25,6 @@ from raycontrolnet.signals import ending_signals_raised, exit_code
 from raycontrolnet.storage.uri import shown_name
 from raycontrolnet.text import first_of
 from raycontrolnet.version import __version__
-
-if TYPE_CHECKING:
-    from tyro.constructors import ConstructorRegistry
 
 USAGE = f"""\
 raycontrolnet {__version__}: the ControlNet trainer for Ray
@@ -42,6 +40,8 @@ raycontrolnet {__version__}: the ControlNet trainer for Ray
 """
 WITHOUT_USE = {"enable_npu_flash_attention": "is for Ascend NPUs, on which raycontrolnet does not run"}
 """Flags of diffusers' scripts that make no sense here -> the reason."""
+SPELLINGS = {"--center_crop": "--crop=center", "--random_crop": "--crop=random"}
+"""Flags of other training scripts, which take no value -> what they mean here."""
 WITH_FILE = "--config FILE.yaml reads the same settings from a file; flags override it."
 
 
@@ -147,7 +147,9 @@ def parse(command: str, argv: Sequence[str]) -> Any:
     if problems := unknown_names(given, {**known, **WITHOUT_USE}, place) + problems:
         raise ConfigError(problems)
     defaults = {**(_load(found.defaults) if found.defaults else {}), **from_file}
-    flags = _whole_flags(flags, {*known, *WITHOUT_USE})
+    spellings = SPELLINGS if "crop" in known else {}
+    flags = _whole_flags(flags, {*known, *WITHOUT_USE, *_names(spellings)})
+    flags = [spellings.get(flag.replace("-", "_").replace("__", "--", 1), flag) for flag in flags]
     if problems := _without_use(_names(flags), "--"):
         raise ConfigError(problems)
     settings = _parsed(flags, found.groups, defaults, f"raycontrolnet {command}", found.description)
@@ -211,31 +213,9 @@ def _parsed(
         args=argv,
         default=flags(*(group(**settings) for group, settings in zip(groups, own, strict=True))),
         use_underscores=True,
-        registry=_text_as_given(),
+        registry=flag_types(),
     )
     return {name: value for section, _ in fields for name, value in vars(getattr(parsed, section)).items()}
-
-
-def _text_as_given() -> ConstructorRegistry:
-    """Return tyro's types with a rule for optional texts: `None` on the command line is a text like any other."""
-    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
-
-    registry = ConstructorRegistry()
-
-    @registry.primitive_rule
-    def optional_text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-        several = info.type == tuple[str, ...] | None
-        if not several and info.type != str | None:
-            return None
-        return PrimitiveConstructorSpec(
-            nargs="*" if several else 1,
-            metavar="[STR [STR ...]]" if several else "STR",
-            instance_from_str=tuple if several else lambda args: args[0],
-            is_instance=lambda value: value is None or isinstance(value, (str, tuple)),
-            str_from_instance=lambda value: list(value) if isinstance(value, tuple) else [str(value)],
-        )
-
-    return registry
 
 
 def _beside_train(own: Any, config: Callable[..., Any]) -> Callable[..., Any]:

@@ -32,7 +32,8 @@ from raycontrolnet.data import byte_ranges, remote_copy, remote_path
 from raycontrolnet.data.image_sizes import HEADER_BYTES, image_sizes
 from raycontrolnet.data.remote_copy import RemoteCopy
 from raycontrolnet.data.remote_path import RemotePath
-from raycontrolnet.data.sources import Source, open_source
+from raycontrolnet.data.source import Source
+from raycontrolnet.data.sources import open_source, shared_files
 from raycontrolnet.data.transforms import prepare_images
 from raycontrolnet.errors import ConfigError, DataError
 from raycontrolnet.hub.model_card import write_model_card
@@ -134,6 +135,21 @@ def test_rows_are_those_of_a_local_copy(kind: str, local: dict[str, Path], remot
         assert ours.place == theirs.place.replace(str(local[kind]), remote[kind])
 
 
+def test_places_of_both_kinds_are_one_source(local: dict[str, Path], remote: dict[str, str]) -> None:
+    data = DataConfig(train_data_dir=(remote["tars"], str(local["metadata"])), dataset_name=remote["parquet"])
+    source = of_process(open_source(data))
+    assert source.remote
+    assert len(source) == 39
+    for row in (5, 18, 31):
+        assert content(source.read(row).image) == content(open_source(data_of(local["metadata"])).read(5).image)
+    files = shared_files(source, data).paths
+    assert str(local["metadata"]) in files
+    assert all(path.startswith(str(local["metadata"])) for path in files), "nodes fetch the others by themselves"
+    secret = f"s3://user:secret@{BUCKET}/data"
+    with pytest.raises(ConfigError, match="--train_data_dir: leave keys and tokens out of the URI"):
+        TrainConfig(pretrained_model_name_or_path="base", train_data_dir=(str(local["metadata"]), secret))
+
+
 @pytest.mark.parametrize("kind", ["metadata", "tars", "parquet"])
 def test_losses_are_those_of_a_local_copy(
     kind: str, local: dict[str, Path], remote: dict[str, str], tiny_settings: Settings, tmp_path: Path
@@ -217,7 +233,7 @@ def test_pictures_are_local(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_sizes_of_images_are_read_from_their_headers(s3: S3Server, tmp_path: Path) -> None:
-    """Those of a local copy, from the beginning of each file; large files are not fetched whole."""
+    """They are those of a local copy; large files are not fetched whole."""
     folder = write_pictures(tmp_path / "pictures", 7)
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (400, 300, 3), dtype=np.uint8)).save(folder / "images" / "0.png")
