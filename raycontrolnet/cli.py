@@ -40,6 +40,8 @@ raycontrolnet {__version__}: the ControlNet trainer for Ray
 """
 WITHOUT_USE = {"enable_npu_flash_attention": "is for Ascend NPUs, on which raycontrolnet does not run"}
 """Flags of diffusers' scripts that make no sense here -> the reason."""
+SPELLINGS = {"--center_crop": "--crop=center", "--random_crop": "--crop=random"}
+"""Flags of other training scripts, which take no value -> what they mean here."""
 WITH_FILE = "--config FILE.yaml reads the same settings from a file; flags override it."
 
 
@@ -145,7 +147,9 @@ def parse(command: str, argv: Sequence[str]) -> Any:
     if problems := unknown_names(given, {**known, **WITHOUT_USE}, place) + problems:
         raise ConfigError(problems)
     defaults = {**(_load(found.defaults) if found.defaults else {}), **from_file}
-    flags = _whole_flags(flags, {*known, *WITHOUT_USE})
+    spellings = SPELLINGS if "crop" in known else {}
+    flags = _whole_flags(flags, {*known, *WITHOUT_USE, *_names(spellings)})
+    flags = [spellings.get(flag.replace("-", "_").replace("__", "--", 1), flag) for flag in flags]
     if problems := _without_use(_names(flags), "--"):
         raise ConfigError(problems)
     settings = _parsed(flags, found.groups, defaults, f"raycontrolnet {command}", found.description)

@@ -117,6 +117,23 @@ def test_a_run_from_pixels_and_from_the_cache(
         assert figures == pytest.approx(expected, abs=1e-6)
 
 
+def test_flips_crops_and_weighted_sources(settings: Settings, tmp_path: Path, seen: list[list[PreparedRow]]) -> None:
+    """All at once: batches of one size, and the cache learns what the pixels do."""
+    more = write_pictures(tmp_path / "more", 9)
+    settings |= {"train_data_dir": (settings["train_data_dir"], str(more)), "data_weights": (1, 2)}
+    settings |= {"random_flip": True, "crop": "top", "max_train_steps": 8, "validation_split": 4}
+    pixels = run(settings, tmp_path / "pixels")
+    latents = {"cache_latents": "on", "latents_dtype": "float32", "latents_cache_dir": str(tmp_path / "latents")}
+    cached = run(settings, tmp_path / "cached", **latents)
+    assert losses(cached) == pytest.approx(losses(pixels), abs=1e-5)
+    assert measured(cached)[0] == pytest.approx(measured(pixels)[0], abs=1e-5)
+    for one, two in zip(seen[:8], seen[8:], strict=True):
+        assert len({row.size for row in one}) == 1
+        for own, other in zip(one, two, strict=True):
+            assert np.array_equal(own.conditioning_image, other.conditioning_image)
+    assert len({batch[0].size for batch in seen}) >= 3
+
+
 def test_resume_is_exact(settings: Settings, tmp_path: Path) -> None:
     """Stopped in the middle of an epoch, with accumulation over micro-batches of different sizes."""
     changed: Settings = {"train_batch_size": 2, "gradient_accumulation_steps": 3, "max_train_steps": 6}

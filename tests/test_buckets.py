@@ -19,7 +19,8 @@ from raycontrolnet.data.image_sizes import find_buckets, header_size, image_size
 from raycontrolnet.data.order import SampleOrder
 from raycontrolnet.data.records import ImageRow, Size
 from raycontrolnet.data.size_conditioning import SizeConditioning, crop_corner, resized_size
-from raycontrolnet.data.sources import Source, open_source
+from raycontrolnet.data.source import Source
+from raycontrolnet.data.sources import open_source
 from raycontrolnet.data.transforms import decode_rgb, prepare_images, resize_and_crop
 from raycontrolnet.errors import DataError
 from raycontrolnet.model.base_family import bucket_warning
@@ -271,10 +272,10 @@ def test_a_square_is_as_without_buckets() -> None:
 
 
 def test_sdxl_is_told_the_sizes_of_the_bucket() -> None:
-    assert SizeConditioning(32, (3, 5)).conditions((100, 90), (24, 40)) == (24, 40, 3, 5, 24, 40)
+    assert SizeConditioning(32, (3, 5)).conditions((100, 90), size=(24, 40)) == (24, 40, 3, 5, 24, 40)
     real = SizeConditioning(32, real=True)
-    assert real.conditions((100, 200), (24, 40)) == (100, 200, 0, 4, 24, 40)
-    assert real.conditions((200, 200), (24, 40)) == (200, 200, 8, 0, 24, 40)
+    assert real.conditions((100, 200), size=(24, 40)) == (100, 200, 0, 4, 24, 40)
+    assert real.conditions((200, 200), size=(24, 40)) == (200, 200, 8, 0, 24, 40)
     assert real.conditions((100, 200)) == (100, 200, 0, 16, 32, 32)
 
 

@@ -13,7 +13,7 @@ from autoscaling import node_type_for
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from raycontrolnet.cluster import nodes, session
-from raycontrolnet.config.settings import ClusterConfig
+from raycontrolnet.config.cluster_settings import ClusterConfig
 
 CLUSTER_YAML = Path(__file__).parents[1] / "cluster.yaml"
 RESOURCES: dict[str, dict[str, float]] = {

@@ -28,9 +28,11 @@ FLAGS: dict[str, dict[str, Any]] = {
         "pretrained_model_name_or_path": "", "controlnet_model_name_or_path": None, "revision": None, "variant": None,
         "tokenizer_name": None, "output_dir": "controlnet-model", "cache_dir": None, "resume_from_checkpoint": None,
         "lr_scheduler": "constant", "hub_token": None, "hub_model_id": None, "logging_dir": "logs",
-        "report_to": "tensorboard", "mixed_precision": None, "dataset_name": None, "dataset_config_name": None,
-        "train_data_dir": None, "image_column": "image", "conditioning_image_column": "conditioning_image",
-        "caption_column": "text", "tracker_project_name": "train_controlnet",
+        "report_to": "tensorboard", "mixed_precision": None, "tracker_project_name": "train_controlnet",
+    },
+    "ONE OR MORE STR": {
+        "dataset_name": None, "dataset_config_name": None, "train_data_dir": None, "image_column": "image",
+        "conditioning_image_column": "conditioning_image", "caption_column": "text",
     },
     "INT": {
         "seed": None, "resolution": 512, "train_batch_size": 4, "num_train_epochs": 1, "max_train_steps": None,
@@ -57,7 +59,7 @@ OWN_FLAGS: dict[str, dict[str, Any]] = {
         "latents_cache_dir": None, "latents_dtype": "float16", "on_bad_sample": "fail", "license": None,
         "on_nan": "fail", "save_precision": "fp32", "save_name": None, "base_config": None,
         "control_fidelity": None, "tracker_group": None, "size_conditioning": "fixed", "loss": "mse",
-        "timestep_sampling": None,
+        "timestep_sampling": None, "crop": "center",
         "optimizer": "torch.optim.AdamW",
     },
     "VALUES": {
@@ -67,7 +69,8 @@ OWN_FLAGS: dict[str, dict[str, Any]] = {
         "use_gpu": None,
     },
     "FLAG": {
-        "compile": False, "use_ema": False, "rescale_betas_zero_snr": False, "aspect_buckets": False,
+        "compile": False, "use_ema": False, "random_flip": False, "rescale_betas_zero_snr": False,
+        "aspect_buckets": False,
     },
     "FLOAT": {
         "cpus_per_worker": None, "validation_split": None, "max_bad_fraction": 0.01, "guidance_scale": None,
@@ -77,6 +80,9 @@ OWN_FLAGS: dict[str, dict[str, Any]] = {
     },
     "INT": {
         "max_failures": 3, "max_preemption_failures": -1, "latents_batch_size": 4, "max_nan": 10,
+    },
+    "FLOATS": {
+        "data_weights": None,
     },
 }  # fmt: skip
 XL_FLAGS: dict[str, dict[str, Any]] = {
@@ -138,7 +144,7 @@ def test_there_are_52_flags_and_our_own() -> None:
 
 
 def test_defaults() -> None:
-    types = {"STR": str, "INT": int, "FLOAT": float, "FLAG": bool}
+    types = {"STR": str, "ONE OR MORE STR": str, "INT": int, "FLOAT": float, "FLAG": bool}
     for kind, names in [*FLAGS.items(), *XL_FLAGS.items(), *OWN_FLAGS.items()]:
         assert {name: DEFAULTS[name] for name in names} == names
         assert {type(DEFAULTS[name]) for name in names} <= {types.get(kind), type(None)}
@@ -157,6 +163,7 @@ def test_help(monkeypatch: pytest.MonkeyPatch) -> None:
         default = DEFAULTS[name]
         texts = {"STR": "STR", "STRS": "[STR [STR ...]]", "FLAG": f", --no_{name}", "BOOL": "{None,True,False}"}
         texts["VALUES"] = "[NAME=VALUE [NAME=VALUE ...]]"
+        texts |= {"ONE OR MORE STR": "STR [STR ...]", "FLOATS": "[FLOAT [FLOAT ...]]"}
         type_text = texts.get(kind, kind if default is not None else f"{{None}}|{kind}")
         default_text = repr(default) if default == "" else default
         separator = "" if kind == "FLAG" else " "
@@ -199,7 +206,9 @@ def other_values(image: str) -> Settings:
     """Return a value for every setting, different from its default and, except for switches, from the others'."""
     kinds: dict[str, Callable[[int], Any]] = {
         "STR": lambda index: f"a b{index}",
+        "ONE OR MORE STR": lambda index: f"a b{index}",
         "STRS": lambda index: (f"a b{index}", "c"),
+        "FLOATS": lambda index: (0.5, float(index)),
         "INT": lambda index: 24 + index,
         "FLOAT": lambda index: 0.25 + index / 1000,
         "FLAG": lambda _: True,
@@ -211,7 +220,7 @@ def other_values(image: str) -> Settings:
         "cache_latents": "on", "latents_dtype": "float32", "on_bad_sample": "skip", "on_nan": "skip",
         "license": "openrail++", "image_interpolation_mode": "lanczos", "size_conditioning": "real",
         "save_precision": "bf16", "save_name": "edges", "loss": "huber", "timestep_sampling": "logit_normal",
-        "high_noise_power": 2.5, "optimizer": "torch.optim.RAdam",
+        "high_noise_power": 2.5, "optimizer": "torch.optim.RAdam", "crop": "random",
         "control_fidelity": "shape", "validation_image": (image, image), "resolution": 256,
     }  # fmt: skip
     values = {name: own.get(name, kinds[kind](index)) for index, (name, kind) in enumerate(KINDS.items())}
@@ -223,10 +232,11 @@ def other_values(image: str) -> Settings:
 @pytest.mark.parametrize(
     "without",
     [
-        ("train_data_dir", "compile", "optimizer"),
+        ("train_data_dir", "data_weights", "compile", "optimizer"),
         (
             "dataset_name",
             "dataset_config_name",
+            "data_weights",
             "enable_xformers_memory_efficient_attention",
             "use_8bit_adam",
             "adam_beta1",
@@ -349,7 +359,29 @@ RULES: dict[str, list[tuple[str, Any]]] = {
 NOT_SENT = ", a folder of an object store, and its files would not be sent there; name a folder in it, such as logs"
 OTHER_RULES: list[tuple[Settings, str]] = [
     ({"train_data_dir": None}, "--train_data_dir, --dataset_name: give one of them (neither is given)"),
-    ({"dataset_name": "d"}, "--train_data_dir, --dataset_name: give one of them (both are given)"),
+    (
+        {"train_data_dir": ("a", "b"), "dataset_name": "c", "caption_column": ("one", "two")},
+        "--caption_column=one two: 2 for 3 sources; give one for all, or one for each",
+    ),
+    ({"image_column": ["one", "two"]}, "--image_column=one two: 2 for 1 source; give one for all, or one for each"),
+    (
+        {"dataset_name": ("a", "b"), "dataset_config_name": ("x", "y", "z")},
+        "--dataset_config_name=x y z: 3 for 2 sources of --dataset_name; give one for all, or one for each",
+    ),
+    ({"data_weights": (1,)}, "--data_weights=1.0: needs several sources, of --train_data_dir or --dataset_name"),
+    (
+        {"dataset_name": "d", "data_weights": (1, 2, 0.5)},
+        "--data_weights=1.0 2.0 0.5: 3 for 2 sources; give one for each, first for --train_data_dir",
+    ),
+    *(
+        (
+            {"dataset_name": "d", "data_weights": (1, weight)},
+            f"--data_weights=1.0 {float(weight)}: must be numbers above 0; leave out a source that is not to be used",
+        )
+        for weight in (0, -1, "inf")
+    ),
+    ({"dataset_name": "d", "data_weights": (1, "nan")}, "--data_weights=(1, 'nan'): must be a number"),
+    ({"dataset_name": "d", "data_weights": ("1", "two")}, "--data_weights=('1', 'two'): must be a number"),
     (
         {"pretrained_model_name_or_path": ""},
         "--pretrained_model_name_or_path: required; a local folder or a Hub id of a Stable Diffusion model",

@@ -69,6 +69,7 @@ def test_flags_exist() -> None:
     of_others = {"logdir", "head", "region", "query", "output", "name", "port", "ulimit"}
     of_others |= {"include", "signal", "submit", "install", "reason"}  # Slurm, train_on_cluster.py, ray drain-node
     ours = {"config", "help", *cli.WITHOUT_USE, *setting_types(SweepSettings)}
+    ours |= {spelling.removeprefix("--") for spelling in cli.SPELLINGS}
     ours |= {
         name
         for config in (TrainConfig, CheckSettings, GenerateConfig, ConditionConfig)

@@ -20,10 +20,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from raycontrolnet import TrainConfig, fit
 from raycontrolnet.config.train_config import public_settings
+from raycontrolnet.data.augmentation import View
 from raycontrolnet.data.order import Purpose, SampleOrder
 from raycontrolnet.data.records import DecodedRow, EncodedRow, PreparedRow
+from raycontrolnet.data.sample_rows import PixelRows, SampleRows
 from raycontrolnet.data.sources import open_source
-from raycontrolnet.data.stream import BatchLoader, PixelRows, SampleRows
+from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.data.transforms import encode_conditioning
 from raycontrolnet.errors import ConfigError, DataError
 from raycontrolnet.model.step import TrainState, controlnet_loss, draw, make_batch
@@ -147,10 +149,10 @@ def test_a_row_that_cannot_be_read_is_left_out(settings: Settings, caplog: pytes
     class Damaged:
         remote, row_bytes = False, 1
 
-        def read(self, row: int) -> DecodedRow | EncodedRow:
+        def read(self, row: int, view: View) -> DecodedRow | EncodedRow:
             if row == bad:
                 raise DataError("circles/2.png: is damaged")
-            return rows.read(row)
+            return rows.read(row, view)
 
     damaged = BatchLoader(Damaged(), loader.order, 2, 0.0)
     with training(settings) as state, caplog.at_level(logging.WARNING):
@@ -175,11 +177,11 @@ class Counting:
         self.rows, self.damaged = rows, damaged
         self.reads: Counter[int] = Counter()
 
-    def read(self, row: int) -> DecodedRow | EncodedRow:
+    def read(self, row: int, view: View) -> DecodedRow | EncodedRow:
         self.reads[row] += 1
         if row in self.damaged:
             raise DataError("circles/2.png: is damaged")
-        return self.rows.read(row)
+        return self.rows.read(row, view)
 
 
 def measured_twice(
@@ -228,7 +230,7 @@ def test_cached_rows_are_read_once(settings: Settings) -> None:
     class Cached:
         remote, row_bytes = False, 1
 
-        def read(self, row: int) -> EncodedRow:
+        def read(self, row: int, view: View) -> EncodedRow:
             return EncodedRow(row, posteriors[row], pngs[row], ("a circle",), "")
 
     every_time, work = measured_twice(settings, Cached(), None)

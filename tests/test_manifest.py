@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from raycontrolnet.config.settings import DataConfig
-from raycontrolnet.data.sources import Source, open_source
+from raycontrolnet.data.source import Source
+from raycontrolnet.data.sources import open_source
 from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.latents.manifest import (
     MANIFEST_FILE,

@@ -15,7 +15,7 @@ from raycontrolnet import SweepConfig, TrainConfig, cli, fit
 from raycontrolnet.cluster import nodes
 from raycontrolnet.cluster.nodes import ClusterNodes, gpu_types
 from raycontrolnet.config.check_config import CheckConfig
-from raycontrolnet.config.settings import ClusterConfig
+from raycontrolnet.config.cluster_settings import ClusterConfig
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.launch import fit as launch_fit
 from raycontrolnet.launch import needs_beside

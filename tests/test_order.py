@@ -98,7 +98,7 @@ def test_the_order_is_the_one_of_runs_that_were_begun() -> None:
     """Golden values. If one changes, a checkpoint of an earlier version goes on with other rows: raise its format."""
     assert {purpose.name: purpose.value for purpose in Purpose} == {
         "SUBSET": 0, "ORDER": 1, "PROMPT": 2, "DIFFUSION": 3, "CONTROLNET": 4, "HELD_OUT": 5, "HELD_OUT_PROMPT": 6,
-        "TURNS": 7,
+        "TURNS": 7, "AUGMENTATION": 8,
     }  # fmt: skip
     assert rows(SampleOrder(13, seed=0), 0) == GOLDEN_EPOCH_0
     assert rows(SampleOrder(13, seed=0), 1) == GOLDEN_EPOCH_1

@@ -32,7 +32,8 @@ from raycontrolnet.data import byte_ranges, remote_copy, remote_path
 from raycontrolnet.data.image_sizes import HEADER_BYTES, image_sizes
 from raycontrolnet.data.remote_copy import RemoteCopy
 from raycontrolnet.data.remote_path import RemotePath
-from raycontrolnet.data.sources import Source, open_source
+from raycontrolnet.data.source import Source
+from raycontrolnet.data.sources import open_source, shared_files
 from raycontrolnet.data.transforms import prepare_images
 from raycontrolnet.errors import ConfigError, DataError
 from raycontrolnet.hub.model_card import write_model_card
@@ -132,6 +133,21 @@ def test_rows_are_those_of_a_local_copy(kind: str, local: dict[str, Path], remot
         assert content(ours.image) == content(theirs.image)
         assert content(ours.conditioning_image) == content(theirs.conditioning_image)
         assert ours.place == theirs.place.replace(str(local[kind]), remote[kind])
+
+
+def test_places_of_both_kinds_are_one_source(local: dict[str, Path], remote: dict[str, str]) -> None:
+    data = DataConfig(train_data_dir=(remote["tars"], str(local["metadata"])), dataset_name=remote["parquet"])
+    source = of_process(open_source(data))
+    assert source.remote
+    assert len(source) == 39
+    for row in (5, 18, 31):
+        assert content(source.read(row).image) == content(open_source(data_of(local["metadata"])).read(5).image)
+    files = shared_files(source, data).paths
+    assert str(local["metadata"]) in files
+    assert all(path.startswith(str(local["metadata"])) for path in files), "nodes fetch the others by themselves"
+    secret = f"s3://user:secret@{BUCKET}/data"
+    with pytest.raises(ConfigError, match="--train_data_dir: leave keys and tokens out of the URI"):
+        TrainConfig(pretrained_model_name_or_path="base", train_data_dir=(str(local["metadata"]), secret))
 
 
 @pytest.mark.parametrize("kind", ["metadata", "tars", "parquet"])

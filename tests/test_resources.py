@@ -12,7 +12,7 @@ import pytest
 
 from raycontrolnet.cluster import cpus, nodes, session
 from raycontrolnet.cluster.resources import share_out
-from raycontrolnet.config.settings import ClusterConfig
+from raycontrolnet.config.cluster_settings import ClusterConfig
 from raycontrolnet.errors import ConfigError
 
 Node = dict[str, float]

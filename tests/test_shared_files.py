@@ -19,8 +19,9 @@ from raycontrolnet.cluster.shared_files import SharedFiles
 from raycontrolnet.cluster.versions import difference
 from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.data.order import SampleOrder
+from raycontrolnet.data.sample_rows import PixelRows
 from raycontrolnet.data.sources import LOOKED_AT_ROWS, open_source, shared_files
-from raycontrolnet.data.stream import BatchLoader, PixelRows
+from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.errors import UserError
 

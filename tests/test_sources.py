@@ -20,7 +20,8 @@ from PIL import Image
 from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.data.folder_source import FolderSource
 from raycontrolnet.data.metadata_file import parse_json
-from raycontrolnet.data.sources import Source, open_source
+from raycontrolnet.data.source import Source
+from raycontrolnet.data.sources import open_source
 from raycontrolnet.data.transforms import decode_rgb
 from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.errors import DataError

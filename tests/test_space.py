@@ -68,7 +68,7 @@ OTHERS: dict[str, Any] = {
     "conditioning_image_column": "other", "caption_column": "other", "resolution": 256, "latents_dtype": "float32",
     "pretrained_vae_model_name_or_path": "other", "image_interpolation_mode": "lanczos", "size_conditioning": "real",
     "crops_coords_top_left_h": 8, "crops_coords_top_left_w": 8, "base_config": "other",
-    "aspect_buckets": True,
+    "crop": "top", "random_flip": True, "aspect_buckets": True,
 }  # fmt: skip
 """Name of a setting -> a value that is not its default."""
 
@@ -364,8 +364,7 @@ def test_the_grammar_comes_back(through: Any) -> None:
         ({"resolution": {"choice": [256, 300]}}, ["resolution: 300: must be divisible by 8; use 296 or 304"]),
         ({"pretrained_model_name_or_path": {"choice": [""]}},
          ["pretrained_model_name_or_path: '': required; a local folder or a Hub id of a Stable Diffusion model"]),
-        ({"dataset_name": {"choice": ["other"]}},
-         ["dataset_name: other: --train_data_dir, --dataset_name: give one of them (both are given)"]),
+        ({"dataset_config_name": {"choice": ["other"]}}, ["dataset_config_name: other: needs --dataset_name"]),
     ],
 )  # fmt: skip
 def test_values_that_a_run_would_refuse(space: dict[str, Any], found: list[str], tmp_path: Path) -> None:

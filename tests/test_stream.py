@@ -149,7 +149,7 @@ def cached(row: int, png: bytes | None = None) -> EncodedRow:
 
 def cached_batches(*rows: EncodedRow) -> list[list[StoredRow | PreparedRow]]:
     """Return batches of two of these rows, in this order, as they travel."""
-    source = SimpleNamespace(remote=False, row_bytes=1, read=lambda row: rows[row])
+    source = SimpleNamespace(remote=False, row_bytes=1, read=lambda row, view: rows[row])
     order = SampleOrder(len(rows), seed=0)
     order.row = lambda sample_index: sample_index  # type: ignore[method-assign]
     loader = BatchLoader(source, order, 2, 0.0)

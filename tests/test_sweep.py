@@ -16,7 +16,7 @@ from sweeps import check_leaderboard, run_sweep, trial_processes
 
 from raycontrolnet import SweepConfig, SweepResult, TrainConfig, fit
 from raycontrolnet.cluster.nodes import HEAD, cluster_nodes
-from raycontrolnet.config.settings import ClusterConfig
+from raycontrolnet.config.cluster_settings import ClusterConfig
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.training import metrics
 from raycontrolnet.tune import checkpoint_folder

@@ -14,7 +14,7 @@ from single_files import write_single_file
 
 from raycontrolnet import SweepConfig, TrainConfig, cli
 from raycontrolnet.cluster.nodes import HEAD, ClusterNodes, nodes_that_may_come
-from raycontrolnet.config.settings import ClusterConfig
+from raycontrolnet.config.cluster_settings import ClusterConfig
 from raycontrolnet.config.sweep_config import OBJECTIVES, SweepSettings
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.tune.concurrency import TrialSlots, trial_slots

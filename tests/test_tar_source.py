@@ -25,7 +25,8 @@ from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.data import byte_ranges, tar_source
 from raycontrolnet.data.folder_source import FolderSource
 from raycontrolnet.data.records import EncodedImage
-from raycontrolnet.data.sources import Source, open_source
+from raycontrolnet.data.source import Source
+from raycontrolnet.data.sources import open_source
 from raycontrolnet.data.tar_index import split_name
 from raycontrolnet.data.tar_source import TarSource
 from raycontrolnet.errors import DataError

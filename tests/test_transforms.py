@@ -20,8 +20,9 @@ from PIL import Image, ImageCms
 from raycontrolnet.data.decoding import prepared
 from raycontrolnet.data.order import SampleOrder
 from raycontrolnet.data.records import ImageRow, PreparedRow
-from raycontrolnet.data.sources import Source
-from raycontrolnet.data.stream import BatchLoader, PixelRows
+from raycontrolnet.data.sample_rows import PixelRows
+from raycontrolnet.data.source import Source
+from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.data.transforms import (
     CONDITIONING_BACKGROUND,
     IMAGE_BACKGROUND,

@@ -12,7 +12,7 @@ from runs import Run, Settings, losses, metadata, run, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from raycontrolnet.cluster.resources import share_out, worker_resources
-from raycontrolnet.config.settings import ClusterConfig
+from raycontrolnet.config.cluster_settings import ClusterConfig
 from raycontrolnet.training.validation import step_folder
 
 GPU_BOX = {"CPU": 16, "GPU": 4, "accelerator_type:H100": 1}

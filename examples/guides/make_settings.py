@@ -82,10 +82,12 @@ def table_lines(group: Any) -> Iterator[str]:
 def type_name(kind: Any) -> str:
     """Return a setting's type as its flag takes it."""
     if typing.get_origin(kind) in (Union, types.UnionType):
-        (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
+        *others, kind = (part for part in typing.get_args(kind) if part is not type(None))
+        if others:
+            return f"one or {type_name(kind)}"
         return "True or False" if kind is bool else type_name(kind)
     if typing.get_origin(kind) is tuple:
-        return "several str"
+        return f"several {typing.get_args(kind)[0].__name__}"
     if kind is NamedValues:
         return "name=value ..."
     return "switch" if kind is bool else str(kind.__name__)

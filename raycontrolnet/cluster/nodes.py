@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raycontrolnet.cluster import session
-from raycontrolnet.config.settings import ClusterConfig
+from raycontrolnet.config.cluster_settings import ClusterConfig
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from raycontrolnet.cluster.cpus import LOADING_CPUS, MIN_CPU_SHARE, threads_for
 from raycontrolnet.cluster.nodes import Node, cluster_nodes, has_type, nodes_that_are_up, total
 from raycontrolnet.config.checks import no_gpu
-from raycontrolnet.config.settings import ClusterConfig
+from raycontrolnet.config.cluster_settings import ClusterConfig
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.text import counted
 

@@ -1,4 +1,4 @@
-"""Rules by which tyro reads flags of our own types: optional texts, and named values."""
+"""Rules by which tyro reads settings of our own types: texts that may be none or several, numbers, and named values."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ from raycontrolnet.config.named_values import NamedValues
 
 if TYPE_CHECKING:
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+_METAVARS: dict[Any, str] = {
+    str | None: "STR",
+    tuple[str, ...] | None: "[STR [STR ...]]",
+    str | tuple[str, ...]: "STR [STR ...]",
+    str | tuple[str, ...] | None: "STR [STR ...]",
+    tuple[float, ...] | None: "[FLOAT [FLOAT ...]]",
+}
+"""Types of settings that tyro would show or read otherwise -> what --help shows."""
 
 
 def own_types() -> ConstructorRegistry:
@@ -28,15 +37,15 @@ def as_default(value: Any, kind: Any) -> Any:
 def _optional_text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     from tyro.constructors import PrimitiveConstructorSpec
 
-    several = info.type == tuple[str, ...] | None
-    if not several and info.type != str | None:
+    if info.type not in _METAVARS:
         return None
+    metavar = _METAVARS[info.type]
     return PrimitiveConstructorSpec(
-        nargs="*" if several else 1,
-        metavar="[STR [STR ...]]" if several else "STR",
-        instance_from_str=tuple if several else lambda args: args[0],
+        nargs=1 if metavar == "STR" else "*",
+        metavar=metavar,
+        instance_from_str=(lambda args: args[0]) if metavar == "STR" else tuple,
         is_instance=lambda value: value is None or isinstance(value, (str, tuple)),
-        str_from_instance=lambda value: list(value) if isinstance(value, tuple) else [str(value)],
+        str_from_instance=lambda value: list(map(str, value)) if isinstance(value, tuple) else [str(value)],
     )
 
 

@@ -120,7 +120,8 @@ def pairs_of(prompts: tuple[str, ...] | None, images: tuple[str, ...] | None) ->
 def secret_problems(config: Any, *names: str) -> Problems:
     """Check that the settings `names` are no URIs with keys in them, as settings are written to files."""
     for name in names:
-        if holds_secret(getattr(config, name) or ""):
+        value = getattr(config, name) or ""
+        if any(map(holds_secret, (value,) if isinstance(value, str) else value)):
             yield f"--{name}: leave keys and tokens out of the URI; put them into the machines' environment"
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raycontrolnet.config.data_sources import source_problems
 from raycontrolnet.config.declare import setting
 from raycontrolnet.config.rules import (
     Problems,
@@ -30,6 +31,7 @@ MIXED_PRECISIONS = ("no", "fp16", "bf16")
 CACHE_MODES = ("auto", "on", "off")
 LATENTS_DTYPES = ("float16", "float32")
 BAD_SAMPLES = ("fail", "skip")
+CROPS = ("center", "top", "random")
 INTERPOLATION_MODES = ("nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 SIZE_CONDITIONINGS = ("fixed", "real")
 BASE_FOLDERS = ("vae", "text_encoder", "scheduler")
@@ -37,7 +39,6 @@ BASE_FOLDERS = ("vae", "text_encoder", "scheduler")
 
 # Reasons why all trials of a sweep share a value
 FILES = "decides where files are kept or how latents are made, which all trials share"
-MACHINES = "decides what the machines do, not what is learned"
 FAULTS = "decides what a fault ends, not what is learned"
 
 
@@ -75,17 +76,19 @@ class ModelConfig:
 class DataConfig:
     """Data: the data set, and what is taken from it."""
 
-    dataset_name: str | None = setting(None, sweepable=True, decides="latents", path="or id")
-    """A data set's Hub id, or the path or URI (s3://, gs://, ...) of one that datasets.load_dataset reads."""
-    dataset_config_name: str | None = setting(None, sweepable=True, decides="latents")
-    """Name of the data set's configuration, if it has several."""
-    train_data_dir: str | None = setting(None, sweepable=True, decides="latents", path="or URI")
-    """A folder, by path or URI (s3://, gs://, ...), with images and metadata.jsonl, or of WebDataset tars."""
-    image_column: str = setting("image", sweepable=True, decides="latents")
-    """Column of the target images; in tars, their extension."""
-    conditioning_image_column: str = setting("conditioning_image", sweepable=True, decides="latents")
+    dataset_name: str | tuple[str, ...] | None = setting(None, sweepable=True, decides="latents", path="or id")
+    """Hub ids of data sets, or paths or URIs (s3://, gs://, ...) of such as datasets.load_dataset reads."""
+    dataset_config_name: str | tuple[str, ...] | None = setting(None, sweepable=True, decides="latents")
+    """Name of the data set's configuration, if it has several; or one for each data set."""
+    train_data_dir: str | tuple[str, ...] | None = setting(None, sweepable=True, decides="latents", path="or URI")
+    """Folders, by path or URI (s3://, gs://, ...), with images and metadata.jsonl, or of WebDataset tars."""
+    data_weights: tuple[float, ...] | None = setting(None, fixed="is a list of numbers, which a space cannot hold")
+    """Shares of the samples that are of each source, in any unit (2 1); by default each row is as likely."""
+    image_column: str | tuple[str, ...] = setting("image", sweepable=True, decides="latents")
+    """Column of the target images; in tars, their extension. Or one for each source, as of the next two."""
+    conditioning_image_column: str | tuple[str, ...] = setting("conditioning_image", sweepable=True, decides="latents")
     """Column of the conditioning images; in tars, their extension, such as control or control.png."""
-    caption_column: str = setting("text", sweepable=True, decides="latents")
+    caption_column: str | tuple[str, ...] = setting("text", sweepable=True, decides="latents")
     """Column of the captions: a string, or a list of strings, one drawn for every use; in tars, their extension."""
     max_train_samples: int | None = setting(
         None, decides_measurement="which rows there are to train on and to hold out", in_prepare=True
@@ -94,9 +97,13 @@ class DataConfig:
     proportion_empty_prompts: float = setting(0.0, sweepable=True)
     """Share of prompts replaced by the empty one, in [0, 1]."""
     resolution: int = setting(512, sweepable=True, decides="latents")
-    """Images are resized (short side) and centre-cropped to this many pixels; divisible by 8."""
+    """Images are resized (short side) and cropped to this many pixels; divisible by 8."""
     aspect_buckets: bool = setting(False, sweepable=True, decides="latents")
     """Bring each image to a size near its own shape, of about resolution x resolution pixels, instead of a square."""
+    crop: str = setting("center", sweepable=True, decides="latents")
+    """Place of the crop of both images: center, top or random (as --random_crop): drawn for every use; cached, once."""
+    random_flip: bool = setting(False, sweepable=True, decides="latents")
+    """Mirror both images of half of the samples, left to right; cached latents are stored both ways."""
     image_interpolation_mode: str | None = setting(None, sweepable=True, decides="latents")
     """nearest, nearest_exact, bilinear, bicubic, box, hamming or lanczos; by default bilinear, for SDXL lanczos."""
     size_conditioning: str = setting("fixed", sweepable=True)
@@ -107,17 +114,14 @@ class DataConfig:
     """Left of the crop that SDXL is told with --size_conditioning fixed."""
 
     def problems(self) -> Problems:
-        if (self.dataset_name is None) == (self.train_data_dir is None):
-            given = "neither is given" if self.dataset_name is None else "both are given"
-            yield f"--train_data_dir, --dataset_name: give one of them ({given})"
+        yield from source_problems(self)
         yield from secret_problems(self, "train_data_dir", "dataset_name")
         yield from in_unit_interval(self, "proportion_empty_prompts")
         yield from resolution_problems(self)
+        yield from one_of(self, "crop", CROPS)
         yield from one_of(self, "image_interpolation_mode", INTERPOLATION_MODES)
         yield from one_of(self, "size_conditioning", SIZE_CONDITIONINGS)
         yield from at_least(self, 0, "crops_coords_top_left_h", "crops_coords_top_left_w")
-        if self.dataset_config_name is not None and self.dataset_name is None:
-            yield problem_of(self, "dataset_config_name", "needs --dataset_name")
         yield from at_least(self, 1, "max_train_samples")
 
 
@@ -237,59 +241,3 @@ class StepConfig:
                 self, "compile", "does not go with --enable_xformers_memory_efficient_attention; leave out one"
             )
         yield from seed_problems(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClusterConfig:
-    """Ray: the cluster and the workers."""
-
-    address: str | None = setting(None, fixed=MACHINES, changes_on_resume=True, left_out_of_card=True)
-    """Ray cluster to run on (`auto` for the one on this machine); by default RAY_ADDRESS, or else a local Ray."""
-    num_workers: str = setting("1", fixed=MACHINES)
-    """Workers (devices) N; MIN:MAX for as many as the cluster has, with the updates of MAX; 0: in this process."""
-    use_gpu: bool | None = setting(None, fixed=MACHINES, changes_on_resume=True)
-    """Train on GPUs; by default if the cluster has any."""
-    cpus_per_worker: float | None = setting(None, fixed=MACHINES, changes_on_resume=True)
-    """CPUs a worker reserves, and its threads; by default its share of the machine, less one for loading data."""
-    accelerator_type: str | None = setting(None, fixed=MACHINES)
-    """GPU type for the workers, such as A100 or H100."""
-    max_failures: int = setting(3, fixed=MACHINES, changes_on_resume=True)
-    """Number of times a run continues by itself after losing a worker."""
-    max_preemption_failures: int = setting(-1, fixed=MACHINES, changes_on_resume=True)
-    """The same for machines that are reclaimed, as spot instances; -1 without limit."""
-    wait_timeout_s: float | None = setting(None, fixed=MACHINES, changes_on_resume=True)
-    """Seconds to wait for workers, as for nodes that an autoscaler starts; by default without end."""
-    hang_timeout_s: float = setting(600.0, fixed=MACHINES, changes_on_resume=True)
-    """Seconds without progress after which a worker is taken for hanging, and started again as a lost one."""
-    dataloader_num_workers: int = setting(0, fixed=MACHINES)
-    """Concurrent loading tasks per worker; 0 for a number that suits the machine."""
-
-    def problems(self) -> Problems:
-        yield from at_least(self, 0, "max_failures", "dataloader_num_workers")
-        yield from at_least(self, -1, "max_preemption_failures")
-        for name in ("cpus_per_worker", "wait_timeout_s", "hang_timeout_s"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                yield problem_of(self, name, "must be above 0")
-        try:
-            low, high = self.worker_range
-        except ValueError:
-            yield problem_of(self, "num_workers", "must be a number, or MIN:MAX")
-        else:
-            if low < 0 or high < low or (low != high and low < 1):
-                yield problem_of(self, "num_workers", "must be 0 or more, or MIN:MAX with 1 <= MIN <= MAX")
-
-    @property
-    def in_this_process(self) -> bool:
-        """True if the run trains in the caller's process, without Ray."""
-        return self.worker_range == (0, 0)
-
-    @property
-    def worker_range(self) -> tuple[int, int]:
-        """Smallest and largest number of workers: equal, unless the run is elastic."""
-        low, _, high = str(self.num_workers).partition(":")
-        return int(low), int(high or low)
-
-    @property
-    def most_workers(self) -> int:
-        """Largest number of workers, by which updates are counted; 1 in the caller's process."""
-        return max(1, self.worker_range[1])

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from raycontrolnet.config.cluster_settings import ClusterConfig
 from raycontrolnet.config.declare import Facts, facts_of
 from raycontrolnet.config.objective_settings import ObjectiveConfig
 from raycontrolnet.config.optimizer_settings import AveragesConfig, OptimizerConfig
 from raycontrolnet.config.output_settings import HubConfig, OutputConfig, ValidationConfig
-from raycontrolnet.config.settings import CacheConfig, ClusterConfig, DataConfig, ModelConfig, OptimConfig, StepConfig
+from raycontrolnet.config.settings import CacheConfig, DataConfig, ModelConfig, OptimConfig, StepConfig
 from raycontrolnet.config.values import check_settings, coerce
 
 

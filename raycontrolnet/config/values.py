@@ -69,14 +69,17 @@ def coerce(value: Any, kind: Any) -> Any:
         ValueError: names the expected type.
     """
     if typing.get_origin(kind) in (Union, types.UnionType):
-        if value is None:
+        given = typing.get_args(kind)
+        if value is None and type(None) in given:
             return None
-        (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
+        *others, kind = (part for part in given if part is not type(None))
+        if others and isinstance(value, (list, tuple)):  # one text or several
+            if (items := coerce(value, kind)) is None and type(None) not in given:
+                raise ValueError("must name at least one")
+            return items[0] if items is not None and len(items) == 1 else items
+        kind = others[0] if others else kind
     if typing.get_origin(kind) is tuple:
-        items = [value] if isinstance(value, (str, Path)) else value
-        if isinstance(items, (list, tuple)) and all(isinstance(item, (str, Path)) for item in items):
-            return tuple(map(str, items)) or None
-        raise ValueError("must be a text or a list of texts")
+        return _coerce_items(value, typing.get_args(kind)[0])
     if kind is NamedValues:
         return as_text(value)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -93,6 +96,14 @@ def coerce(value: Any, kind: Any) -> Any:
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     raise ValueError(f"must be {_TYPE_NAMES[kind]}")
+
+
+def _coerce_items(value: Any, kind: Any) -> tuple[Any, ...] | None:
+    """Return one value or a list of them as a tuple of texts or numbers; None if it is empty."""
+    items = list(value) if isinstance(value, (list, tuple)) else [value]
+    if kind is str and not all(isinstance(item, (str, Path)) for item in items):
+        raise ValueError("must be a text or a list of texts")
+    return tuple(coerce(item, kind) for item in items) or None
 
 
 def unknown_names(settings: Mapping[Any, Any], known: Mapping[str, Any], place: str) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raycontrolnet.config.settings import DataConfig
+from raycontrolnet.config.data_sources import SourceConfig
 from raycontrolnet.errors import DataError
 
 _KIND_NAMES = {
@@ -37,7 +37,7 @@ class Columns:
     caption: str
 
 
-def find_columns(data: DataConfig, available: Sequence[str], where: str) -> Columns:
+def find_columns(data: SourceConfig, available: Sequence[str], where: str) -> Columns:
     """Return the columns of `where` (a file or data set, for messages) that `data` asks for.
 
     A column may also be called `<name>_file_name`, as image folders do. If a setting has its default, the customary
@@ -64,7 +64,7 @@ def find_column(setting: str, asked: str, available: Sequence[str], where: str) 
         ValueError: if there is none; names the columns that exist.
     """
     candidates = [asked] if setting == "caption_column" else [asked, f"{asked}_file_name"]
-    if asked == getattr(DataConfig, setting):
+    if asked == getattr(SourceConfig, setting):
         candidates += _CUSTOMARY_NAMES[setting]
     name = next((candidate for candidate in candidates if candidate in available), None)
     if name is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raycontrolnet.data.records import PreparedRow, StoredRow
-from raycontrolnet.data.transforms import decode_conditioning
+from raycontrolnet.data.transforms import decode_conditioning, mirrored
 from raycontrolnet.errors import DataError
 from raycontrolnet.text import error_message
 
@@ -23,7 +23,7 @@ def prepared(row: StoredRow | PreparedRow) -> PreparedRow:
     return PreparedRow(
         sample_index=row.sample_index,
         image=None,
-        conditioning_image=conditioning_image,
+        conditioning_image=mirrored(conditioning_image) if row.flipped else conditioning_image,
         prompt=row.prompt,
         posterior=row.posterior,
         size_conditions=row.size_conditions,

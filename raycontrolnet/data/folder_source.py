@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raycontrolnet.config.settings import DataConfig
+from raycontrolnet.config.data_sources import SourceConfig
 from raycontrolnet.data.columns import Columns, find_columns, read_captions
 from raycontrolnet.data.metadata_file import METADATA_FILES, metadata_rows, read_path, written_by_condition
 from raycontrolnet.data.paths import (
@@ -133,7 +133,7 @@ class FolderSource:
         return (text for chunk in self.table[name].chunks for text in chunk.to_pylist())
 
 
-def open_folder(folder: AnyPath, data: DataConfig) -> FolderSource:
+def open_folder(folder: AnyPath, data: SourceConfig) -> FolderSource:
     """Read the rows of `folder`; opens no image.
 
     Raises:
@@ -186,7 +186,7 @@ def _metadata_file(folder: AnyPath) -> AnyPath | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def _read_table(path: AnyPath, data: DataConfig) -> tuple[Columns | None, pa.Table, dict[int, str]]:
+def _read_table(path: AnyPath, data: SourceConfig) -> tuple[Columns | None, pa.Table, dict[int, str]]:
     """Read the rows as `FolderSource.table` and `bad_rows`; find the columns by the first row that can be parsed."""
     import pyarrow as pa
 

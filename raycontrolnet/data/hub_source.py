@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from raycontrolnet.config.settings import DataConfig
+from raycontrolnet.config.data_sources import SourceConfig
 from raycontrolnet.data.columns import Columns, find_columns, read_captions
 from raycontrolnet.data.image_columns import holds_images, image_identity, paths_in, value_type
 from raycontrolnet.data.paths import Root, missing_problems, path_or_image
@@ -167,7 +167,7 @@ class HubSource:
 
 
 def open_dataset(
-    shown: str, name: str | RemotePath, data: DataConfig, cache_dir: str | None, token: str | None
+    shown: str, name: str | RemotePath, data: SourceConfig, cache_dir: str | None, token: str | None
 ) -> HubSource:
     """Open the split `train` of the data set `name`, and download it if need be; `shown` is its name in messages.
 

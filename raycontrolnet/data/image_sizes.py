@@ -19,7 +19,7 @@ from raycontrolnet.data.buckets import Buckets, Sizes, bucket_sizes
 from raycontrolnet.data.order import SampleOrder
 from raycontrolnet.data.records import EncodedImage, Size
 from raycontrolnet.data.remote_path import RemotePath
-from raycontrolnet.data.sources import Source
+from raycontrolnet.data.source import Source
 from raycontrolnet.data.stream import REMOTE_READS, THREADS
 from raycontrolnet.data.threads import in_threads
 from raycontrolnet.data.transforms import IMAGE_BACKGROUND, IMAGE_FORMATS, decode_rgb

@@ -1,4 +1,4 @@
-"""Several folders of rows as one source."""
+"""Several sources as one."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
 
-from raycontrolnet.data.folder_source import FolderSource
 from raycontrolnet.data.records import ImageRow
+from raycontrolnet.data.source import Source
 
 
 @dataclass(frozen=True)
 class JoinedSource:
     """The rows of `parts`, one after the other; see `Source` for the methods."""
 
-    parts: tuple[FolderSource, ...]
+    parts: tuple[Source, ...]
+    named: bool = False
+    """True if the settings name each part, false for the folders in a folder."""
 
     @property
     def remote(self) -> bool:
@@ -27,7 +29,7 @@ class JoinedSource:
         return self._ends[-1]
 
     def read(self, row: int) -> ImageRow:
-        """Return row 0 <= `row` < len; opens no file.
+        """Return row 0 <= `row` < len.
 
         Raises:
             DataError: if the row cannot be used.
@@ -41,7 +43,7 @@ class JoinedSource:
             yield from part.problems()
 
     def files(self, row: int) -> tuple[str, ...]:
-        """Return the paths of the row's images."""
+        """Return the paths of the files that the row is read from."""
         part, own = self._part(row)
         return self.parts[part].files(own)
 
@@ -62,3 +64,8 @@ class JoinedSource:
         """Return (index of the part, row in it)."""
         part = bisect_right(self._ends, row)
         return part, row - (self._ends[part - 1] if part else 0)
+
+
+def named_sources(source: Source) -> tuple[Source, ...]:
+    """Return the sources that were named one by one; a single one as it is."""
+    return source.parts if isinstance(source, JoinedSource) and source.named else (source,)

@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     HELD_OUT = 5
     HELD_OUT_PROMPT = 6
     TURNS = 7
+    AUGMENTATION = 8
 
 
 def keyed_rng(seed: int, purpose: Purpose, *key: int) -> np.random.Generator:

@@ -53,6 +53,20 @@ class EncodedRow:
     """Size of the image in its file, upright; None in caches of versions before it was stored."""
     place: str = ""
     """File that it was read from, for messages."""
+    flipped_posterior: Posterior | None = None
+    """The same as `posterior` for the mirrored image; None in caches without it."""
+    crop: tuple[float, float] | None = None
+    """Place of the row's random crop, (top, left) as in `View`; None in caches without random crops."""
+
+    def posterior_seen(self, *, flipped: bool) -> Posterior:
+        """Return the posterior of the image, or of its mirror image.
+
+        Raises:
+            ValueError: if the cache has none of mirror images.
+        """
+        if flipped and self.flipped_posterior is None:
+            raise ValueError(f"{self.place}: has no latents of mirrored images")
+        return self.posterior if self.flipped_posterior is None or not flipped else self.flipped_posterior
 
 
 @dataclass(frozen=True)
@@ -81,6 +95,8 @@ class StoredRow:
     size_conditions: SizeConditions | None
     place: str
     """As in `EncodedRow`."""
+    flipped: bool = False
+    """True if the conditioning image is to be mirrored; the posterior is of the mirrored image already."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from raycontrolnet.config.settings import DataConfig
+from raycontrolnet.config.data_sources import SourceConfig
 from raycontrolnet.data.paired_folder import CONDITIONING_FOLDERS
 from raycontrolnet.data.tar_index import Member
 from raycontrolnet.data.transforms import IMAGE_FORMATS, MAX_IMAGE_BYTES
@@ -41,16 +41,16 @@ class SampleFiles:
     """Value of `--caption_column` for captions in JSON."""
 
     @staticmethod
-    def of(data: DataConfig) -> SampleFiles:
+    def of(data: SourceConfig) -> SampleFiles:
         """Return those that `data` asks for."""
         image, conditioning_image, caption = (
-            "" if getattr(data, name) == getattr(DataConfig, name) else getattr(data, name).lower().removeprefix(".")
+            "" if getattr(data, name) == getattr(SourceConfig, name) else getattr(data, name).lower().removeprefix(".")
             for name in ("image_column", "conditioning_image_column", "caption_column")
         )
         captions: tuple[str, ...] = _DEFAULT_CAPTIONS
         json_caption = data.caption_column
         if is_json(caption):
-            captions, json_caption = (caption,), DataConfig.caption_column
+            captions, json_caption = (caption,), SourceConfig.caption_column
         elif caption:
             captions = (caption, f"{caption}.txt", *(("json",) if caption.rpartition(".")[2] != "txt" else ()))
         return SampleFiles(image, conditioning_image, captions, json_caption)
@@ -78,7 +78,7 @@ class SampleFiles:
                 asked = self._asked(name)
                 advice = (asked and perhaps(asked, extensions)) or f"; name one with --{setting}"
                 problems.append(
-                    f"--{setting}={asked or getattr(DataConfig, setting)}: no file in {shown} has such an extension, "
+                    f"--{setting}={asked or getattr(SourceConfig, setting)}: no file in {shown} has such an extension, "
                     f"as {self._example(name)}; there are: {_listed(extensions)}{advice}"
                 )
         return problems

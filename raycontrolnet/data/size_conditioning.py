@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raycontrolnet.data.augmentation import CENTRED, View
 from raycontrolnet.data.records import Size, SizeConditions
 from raycontrolnet.errors import DataError
 
@@ -18,8 +19,8 @@ class SizeConditioning:
     real: bool = False
     """True for each image's own size and crop; else every image is said to be of its sample's size."""
 
-    def conditions(self, original_size: Size | None, size: Size | None = None) -> SizeConditions:
-        """Return the size conditions of a sample whose image had this size.
+    def conditions(self, original_size: Size | None, view: View = CENTRED, size: Size | None = None) -> SizeConditions:
+        """Return the size conditions of a sample whose image had this size, and is seen by `view`.
 
         Args:
             size: of the sample, if it is not the resolution squared.
@@ -35,7 +36,7 @@ class SizeConditioning:
                 "--size_conditioning=real: the latent cache was made by an earlier version, without the images' sizes; "
                 "name another --latents_cache_dir"
             )
-        return *original_size, *crop_corner(original_size, target), *target
+        return *original_size, *corner_in_view(original_size, target, view), *target
 
 
 def resized_size(size: Size, target: Size) -> Size:
@@ -49,7 +50,13 @@ def resized_size(size: Size, target: Size) -> Size:
     return target_height, target_height * width // height
 
 
-def crop_corner(size: Size, target: Size) -> Size:
-    """Return (top, left) of the centre crop of a resized image; half pixels are rounded to even numbers."""
-    top, left = (round((side - own) / 2) for side, own in zip(resized_size(size, target), target, strict=True))
-    return top, left
+def crop_corner(size: Size, target: Size, view: View = CENTRED) -> Size:
+    """Return (top, left) of the crop of a resized image; half pixels are rounded to even numbers."""
+    (height, width), (target_height, target_width) = resized_size(size, target), target
+    return round((height - target_height) * view.top), round((width - target_width) * view.left)
+
+
+def corner_in_view(size: Size, target: Size, view: View) -> Size:
+    """Return the crop's (top, left) in the image as it is seen: in its mirror image, if the view is flipped."""
+    top, left = crop_corner(size, target, view)
+    return top, resized_size(size, target)[1] - target[1] - left if view.flipped else left

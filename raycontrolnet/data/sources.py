@@ -5,22 +5,22 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 from raycontrolnet.cluster.shared_files import SharedFiles
+from raycontrolnet.config.data_sources import COLUMNS, SourceConfig, sources_of
 from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.data.folder_source import has_metadata, open_folder
 from raycontrolnet.data.hub_source import is_remote_table, open_dataset
-from raycontrolnet.data.joined_source import JoinedSource
+from raycontrolnet.data.joined_source import JoinedSource, named_sources
 from raycontrolnet.data.metadata_file import METADATA_FILES
 from raycontrolnet.data.paired_folder import CONDITIONING_FOLDERS, IMAGES, conditioning_folder, open_pairs
 from raycontrolnet.data.paths import ARCHIVES, kind_of_file
-from raycontrolnet.data.records import ImageRow
 from raycontrolnet.data.remote_path import AnyPath, RemotePath, check_uri, data_path, forget_listings, listed
+from raycontrolnet.data.source import Source
 from raycontrolnet.data.tar_index import shard_files
 from raycontrolnet.data.tar_source import open_tars
 from raycontrolnet.errors import DataError
-from raycontrolnet.storage.uri import as_path, is_uri, shown_uri
+from raycontrolnet.storage.uri import as_path, is_uri
 from raycontrolnet.text import error_message, first_of
 
 logger = logging.getLogger(__name__)
@@ -34,44 +34,10 @@ LOOKED_AT_ROWS = 32
 _ACCESS = "check the URI, and keys and address in the environment"
 
 
-class Source(Protocol):
-    """Rows that can be read in any order, on any machine that sees the same files. Pickles small, or without a copy."""
-
-    @property
-    def remote(self) -> bool:
-        """True if rows are read over the network: slow one by one, so many at a time."""
-        ...
-
-    def __len__(self) -> int:
-        """Return the number of rows; opens nothing."""
-
-    def read(self, row: int) -> ImageRow:
-        """Return row 0 <= `row` < len, its images still encoded; the same on every call and machine.
-
-        Raises:
-            DataError: naming the row, if it cannot be used.
-        """
-
-    def problems(self) -> Iterator[str]:
-        """Yield what keeps rows from being read on this machine, as far as can be seen without opening images."""
-
-    def files(self, row: int) -> tuple[str, ...]:
-        """Return the absolute paths of the files that `row` is read from; none if every machine fetches its own."""
-
-    def fingerprint(self) -> str:
-        """Return a short hash of the data, not of its place, for the checkpoints' manifests."""
-
-    def identities(self, rows: Sequence[int]) -> Iterator[str]:
-        """Yield a line of text per row by which the latent cache notices changes: file names, bytes and captions.
-
-        Reads no images: an image that was replaced by one of exactly its size is not noticed.
-        """
-
-
 def open_source(
     data: DataConfig, *, cache_dir: str | None = None, token: str | None = None, skip_bad: bool = False
 ) -> Source:
-    """Open the source that `data` asks for, and check it with `Source.problems`.
+    """Open the source that `data` asks for, and check it with `Source.problems`; several become one, in their order.
 
     A folder with a metadata file, with images that pair by name, or with tars is read in the same way whichever flag
     names it, by path or URI; so are folders of folders with metadata files, and a tar by itself. `datasets` reads the
@@ -84,22 +50,35 @@ def open_source(
     Raises:
         DataError: with all problems that can be seen without opening images, one per line.
     """
-    name = data.dataset_name if data.train_data_dir is None else data.train_data_dir
-    if name is None:
+    configs = sources_of(data)
+    if not configs:
         raise DataError("--train_data_dir, --dataset_name: give one of them")
-    flag = "train_data_dir" if data.train_data_dir is not None else "dataset_name"
-    shown = f"--{flag}={shown_uri(name) if is_uri(name) else name}"
+    opened, problems = [], []
+    try:
+        for config in configs:
+            try:
+                opened.append(_open_one(config, cache_dir, token, skip_bad=skip_bad))
+            except DataError as error:
+                problems.append(str(error))
+    finally:
+        forget_listings()
+    if problems:
+        raise DataError("\n".join([*problems, *_different_columns(configs, problems)]))
+    return opened[0] if len(opened) == 1 else JoinedSource(tuple(opened), named=True)
+
+
+def _open_one(config: SourceConfig, cache_dir: str | None, token: str | None, *, skip_bad: bool) -> Source:
+    """Open one source; see `open_source`."""
+    name = config.name
     try:
         if is_uri(name):
             check_uri(name)
-        source = _open(name, shown, data, cache_dir, token)
+        source = _open(config, cache_dir, token)
         problems = [] if skip_bad and len(source) else list(source.problems())
     except OSError as error:
         if not is_uri(name):
             raise
-        raise DataError(f"{shown}: cannot be read ({error_message(error)}); {_ACCESS}") from None
-    finally:
-        forget_listings()
+        raise DataError(f"{config.shown}: cannot be read ({error_message(error)}); {_ACCESS}") from None
     if problems:
         if len(source):
             problems.append("fix the data, or skip such rows with --on_bad_sample skip")
@@ -107,30 +86,40 @@ def open_source(
     return source
 
 
+def _different_columns(configs: Sequence[SourceConfig], problems: Sequence[str]) -> Iterator[str]:
+    """Yield advice if a column is not in all of several sources."""
+    for column in COLUMNS if len(configs) > 1 else ():
+        if any(line.startswith(f"--{column}=") for problem in problems for line in problem.splitlines()):
+            names = " ".join(config.name for config in configs)
+            yield f"--{column}: the sources have different columns; give one for each, in the order {names}"
+
+
 def shared_files(source: Source, data: DataConfig) -> SharedFiles:
     """Return files of `source`, those of a few rows, that every machine must see that loads its rows."""
-    name = "dataset_name" if data.train_data_dir is None else "train_data_dir"
-    value = getattr(data, name)
-    rows = range(0, len(source), -(-len(source) // LOOKED_AT_ROWS))
-    paths = [] if source.remote else [path for row in rows for path in source.files(row)]
-    return SharedFiles.of(f"--{name}={value}", [value, *paths] if paths else [])
+    configs, paths = sources_of(data), []
+    for config, part in zip(configs, named_sources(source), strict=True):
+        rows = range(0, len(part), -(-len(part) * len(configs) // LOOKED_AT_ROWS))
+        found = [] if part.remote else [path for row in rows for path in part.files(row)]
+        paths += [config.name, *found] if found else []
+    return SharedFiles.of(" ".join(f"--{config.flag}={config.name}" for config in configs), paths)
 
 
-def _open(name: str, shown: str, data: DataConfig, cache_dir: str | None, token: str | None) -> Source:
+def _open(config: SourceConfig, cache_dir: str | None, token: str | None) -> Source:
+    name, shown = config.name, config.shown
     path = data_path(name)
-    is_place = data.train_data_dir is not None or isinstance(path, RemotePath)  # else it may be a Hub id
+    is_place = config.train_data_dir is not None or isinstance(path, RemotePath)  # else it may be a Hub id
     if is_place and not (path.is_dir() or shard_files(path) or is_remote_table(path)):
         is_file = path.exists()
         raise DataError(f"{shown}: {'is a file; name the folder that it is in' if is_file else 'no such folder'}")
-    by_datasets = data.train_data_dir is None and data.dataset_config_name is not None
-    if not by_datasets and (source := _open_files(path, data)) is not None:
+    by_datasets = config.train_data_dir is None and config.dataset_config_name is not None
+    if not by_datasets and (source := _open_files(path, config)) is not None:
         return source
     if is_place and path.is_dir() and not any(any(path.glob(pattern)) for pattern in _DATASETS_FILES):
         raise DataError(f"{shown}: {_what_is_expected(path)}")
-    return open_dataset(shown, path if isinstance(path, RemotePath) else as_path(name), data, cache_dir, token)
+    return open_dataset(shown, path if isinstance(path, RemotePath) else as_path(name), config, cache_dir, token)
 
 
-def _open_files(folder: AnyPath, data: DataConfig) -> Source | None:
+def _open_files(folder: AnyPath, data: SourceConfig) -> Source | None:
     """Open the images and texts of `folder`; None if it has none in a layout that is read without `datasets`."""
     if has_metadata(folder):
         return open_folder(folder, data)

@@ -11,24 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from raycontrolnet.cluster.blocks import WHOLE_BLOCKS, from_block, generate, to_block
 from raycontrolnet.cluster.cpus import COUNT_CPUS, TASK_CPUS, let_training_go_first
 from raycontrolnet.cluster.shared_files import SharedFiles
+from raycontrolnet.data.augmentation import NONE, Augmentation, View
 from raycontrolnet.data.buckets import Buckets
 from raycontrolnet.data.decoding import prepared
 from raycontrolnet.data.order import Purpose, SampleOrder, keyed_rng
-from raycontrolnet.data.records import DecodedRow, EncodedRow, PreparedRow, StoredRow
+from raycontrolnet.data.records import EncodedRow, PreparedRow, StoredRow
+from raycontrolnet.data.sample_rows import SampleRows
 from raycontrolnet.data.size_conditioning import SizeConditioning
-from raycontrolnet.data.sources import Source
+from raycontrolnet.data.source import Source
 from raycontrolnet.data.threads import in_threads
-from raycontrolnet.data.transforms import choose_prompt, prepare_images
+from raycontrolnet.data.transforms import choose_prompt
 from raycontrolnet.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -85,52 +87,6 @@ class StreamLayout:
             start, size = micro_steps.stop, min(2 * size, self.bundle)
 
 
-class SampleRows(Protocol):
-    """Rows that samples are made of: `PixelRows`, or a `LatentCache`."""
-
-    @property
-    def remote(self) -> bool:
-        """True if rows are read over the network: slow one by one, so many at a time."""
-        ...
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row on its way to a worker, on average."""
-        ...
-
-    def read(self, row: int) -> DecodedRow | EncodedRow:
-        """Return the source's row `row`.
-
-        Raises:
-            DataError: if it cannot be used; names it.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class PixelRows:
-    """Rows whose images are decoded and transformed for every use."""
-
-    source: Source
-    resolution: int
-    interpolation: str = "bilinear"
-    buckets: Buckets | None = None
-
-    @property
-    def remote(self) -> bool:
-        return self.source.remote
-
-    @property
-    def row_bytes(self) -> int:
-        return 2 * 3 * (self.buckets.most_pixels if self.buckets else self.resolution**2)
-
-    def read(self, row: int) -> DecodedRow:
-        source_row = self.source.read(row)
-        size = self.buckets and self.buckets.size_of(row)
-        images = prepare_images(source_row, size or self.resolution, self.interpolation)
-        return DecodedRow(source_row.captions, images.conditioning_image, images.image, images.original_size)
-
-
 @dataclass(frozen=True)
 class BatchLoader:
     """Maker of samples and batches by their index. Pickled to the loading tasks, so it holds no open files."""
@@ -147,6 +103,7 @@ class BatchLoader:
     """Rule for the samples' size conditions; None for none."""
     buckets: Buckets | None = None
     """Size of each row, for batches of one size in `order`; None for the resolution squared."""
+    augmentation: Augmentation = NONE
 
     @property
     def batch_bytes(self) -> int:
@@ -156,11 +113,9 @@ class BatchLoader:
     def place(self, sample_index: int) -> str:
         """Return where the row of the k-th sample stands, for messages."""
         row = self.order.row(sample_index)
-        try:
+        with suppress(DataError):  # of a cache whose data set is not on this machine
             if self.source is not None:
                 return self.source.read(row).place
-        except DataError:  # of a cache whose data set is not on this machine
-            pass
         return f"row {row + 1} of the data"
 
     def sample(self, sample_index: int) -> PreparedRow:
@@ -178,21 +133,26 @@ class BatchLoader:
             DataError: if its row cannot be used; names it.
         """
         row = int(self.order.held_out[index])
-        return prepared(self._with_prompt(row, index, Purpose.HELD_OUT_PROMPT, empty=0.0))
+        return prepared(self._with_prompt(row, index, Purpose.HELD_OUT_PROMPT, self.augmentation.plain, empty=0.0))
 
     def _read(self, sample_index: int) -> StoredRow | PreparedRow:
         """Return the k-th sample as it travels."""
-        row = self.order.row(sample_index)
-        return self._with_prompt(row, sample_index, Purpose.PROMPT, empty=self.proportion_empty_prompts)
+        row, view = self.order.row(sample_index), self.augmentation.view(self.order.seed, sample_index)
+        return self._with_prompt(row, sample_index, Purpose.PROMPT, view, empty=self.proportion_empty_prompts)
 
-    def _with_prompt(self, row: int, index: int, purpose: Purpose, *, empty: float) -> StoredRow | PreparedRow:
-        """Return a row with a prompt drawn for it; `empty` is the share of empty prompts."""
-        read, size = self.rows.read(row), self.buckets.size_of(row) if self.buckets else None
+    def _with_prompt(
+        self, row: int, index: int, purpose: Purpose, view: View, *, empty: float
+    ) -> StoredRow | PreparedRow:
+        """Return a row, seen by `view`, with a prompt drawn for it; `empty` is the share of empty prompts."""
+        read, size = self.rows.read(row, view), self.buckets.size_of(row) if self.buckets else None
         prompt = choose_prompt(read.captions, keyed_rng(self.order.seed, purpose, index), empty)
-        size_conditions = self.sizes.conditions(read.original_size, size) if self.sizes else None
+        if isinstance(read, EncodedRow) and read.crop:
+            view = View(*read.crop, view.flipped)
+        sizes = self.sizes.conditions(read.original_size, view, size) if self.sizes else None
         if isinstance(read, EncodedRow):
-            return StoredRow(index, prompt, read.posterior, read.conditioning_png, size_conditions, read.place)
-        return PreparedRow(index, read.image, read.conditioning_image, prompt, size_conditions=size_conditions)
+            posterior = read.posterior_seen(flipped=view.flipped)
+            return StoredRow(index, prompt, posterior, read.conditioning_png, sizes, read.place, view.flipped)
+        return PreparedRow(index, read.image, read.conditioning_image, prompt, size_conditions=sizes)
 
     def batch(self, first_sample: int) -> list[StoredRow | PreparedRow]:
         """Return samples [first_sample, first_sample + batch_size) as they travel to a worker.

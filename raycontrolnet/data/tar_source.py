@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raycontrolnet.config.settings import DataConfig
+from raycontrolnet.config.data_sources import SourceConfig
 from raycontrolnet.data.byte_ranges import Version, close_files, read_ranges
 from raycontrolnet.data.columns import find_column, kind_name, read_captions
 from raycontrolnet.data.metadata_file import parse_json
@@ -206,7 +206,7 @@ class TarSource:
         return str(self.table["caption_extension"][row])
 
 
-def open_tars(shown: str, paths: Sequence[AnyPath], data: DataConfig) -> TarSource:
+def open_tars(shown: str, paths: Sequence[AnyPath], data: SourceConfig) -> TarSource:
     """Read the headers of the tars `paths`, whose samples are the rows: by tar, then as they first come in it.
 
     `TarSource.problems` names samples that lack a file, and tars that cannot be read to their end.

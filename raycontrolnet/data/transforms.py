@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from raycontrolnet.data.augmentation import CENTRED, View
 from raycontrolnet.data.paths import kind_of_file
 from raycontrolnet.data.records import EncodedImage, ImageRow, Size, UInt8Image
 from raycontrolnet.data.remote_path import RemotePath
@@ -125,20 +126,29 @@ def to_8_bit(values: NDArray[np.generic]) -> UInt8Image:
     return np.rint(np.clip(scaled, 0, 255)).astype(np.uint8)
 
 
-def resize_and_crop(image: Image.Image, size: Size | int, interpolation: str = "bilinear") -> UInt8Image:
-    """Return the middle of an RGB image as uint8 [height, width, 3].
+def resize_and_crop(
+    image: Image.Image, size: Size | int, interpolation: str = "bilinear", view: View = CENTRED
+) -> UInt8Image:
+    """Return a part of an RGB image, by default its middle, as uint8 [height, width, 3].
 
-    It is resized to cover `size`, with antialiasing, then the centre is cropped. The rounding is that of torchvision's
-    `Resize(resolution)` and `CenterCrop(resolution)` on PIL images.
+    It is resized to cover `size`, with antialiasing, then it is cropped, then mirrored if the view is. The rounding is
+    that of torchvision's `Resize(resolution)` and `CenterCrop(resolution)` on PIL images.
 
     Args:
         size: height and width; one number is both.
         interpolation: one of `INTERPOLATION_MODES`.
+        view: place of the crop, and whether it is mirrored.
     """
     height, width = size = (size, size) if isinstance(size, int) else size
-    top, left = crop_corner((image.height, image.width), size)
+    top, left = crop_corner((image.height, image.width), size, view)
     image = _resize_to_cover(image, size, interpolation)
-    return np.array(image.crop((left, top, left + width, top + height)))
+    cropped = np.array(image.crop((left, top, left + width, top + height)))
+    return mirrored(cropped) if view.flipped else cropped
+
+
+def mirrored(image: UInt8Image) -> UInt8Image:
+    """Return the mirror image, left to right, of [H, W, 3]."""
+    return np.ascontiguousarray(image[:, ::-1])
 
 
 def resize_short_side(image: Image.Image, resolution: int, interpolation: str = "bilinear") -> Image.Image:
@@ -174,8 +184,10 @@ class PreparedImages(NamedTuple):
     """Size of the image in its file, upright."""
 
 
-def prepare_images(row: ImageRow, size: Size | int, interpolation: str = "bilinear") -> PreparedImages:
-    """Return image and conditioning image of a row, resized and cropped to `size`, as `resize_and_crop` takes it.
+def prepare_images(
+    row: ImageRow, size: Size | int, interpolation: str = "bilinear", view: View = CENTRED
+) -> PreparedImages:
+    """Return image and conditioning image of a row, resized, cropped and mirrored alike; see `resize_and_crop`.
 
     Raises:
         DataError: naming the row's place, if one of its images cannot be decoded.
@@ -185,8 +197,8 @@ def prepare_images(row: ImageRow, size: Size | int, interpolation: str = "biline
         row.conditioning_image, background=CONDITIONING_BACKGROUND, place=f"{row.place}, conditioning image"
     )
     return PreparedImages(
-        resize_and_crop(image, size, interpolation),
-        resize_and_crop(conditioning_image, size, interpolation),
+        resize_and_crop(image, size, interpolation, view),
+        resize_and_crop(conditioning_image, size, interpolation, view),
         (image.height, image.width),
     )
 

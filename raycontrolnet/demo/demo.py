@@ -60,7 +60,7 @@ def run_demo(config: TrainConfig) -> RunResult:
     started = time.monotonic()
     # With another base model, other data or another initial ControlNet, nothing is compared.
     given = (config.pretrained_model_name_or_path, config.train_data_dir, config.controlnet_model_name_or_path)
-    own = given == (str(BASE), str(DATA), None)
+    own = (*given, config.dataset_name) == (str(BASE), str(DATA), None, None)
     try:
         FOLDER.mkdir(exist_ok=True)
         write_inputs(own or config.train_data_dir == str(DATA), own, config.seed or 0)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raycontrolnet.config.data_sources import named
 from raycontrolnet.config.output_settings import SAFETENSORS
 from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.config.train_config import names_with
@@ -103,28 +104,28 @@ def _metadata(settings: Mapping[str, Any], licence: Licence, family: Family) -> 
     """Return the card's head, which the Hub reads."""
     from huggingface_hub import ModelCardData
 
-    base, dataset = settings["pretrained_model_name_or_path"], _dataset(settings)
+    base, datasets = settings["pretrained_model_name_or_path"], _datasets(settings)
     return ModelCardData(
         **licence.metadata(),
         library_name="diffusers",
         base_model=base if is_hub_id(base) else None,  # the Hub refuses a card that names a local folder
-        datasets=[dataset] if dataset else None,
+        datasets=datasets or None,
         tags=[*family.tags, *TAGS],
         inference=True,
     )
 
 
-def _dataset(settings: Mapping[str, Any]) -> str | None:
-    """Return the data set's id on the Hub; None if it is not there."""
-    name = settings.get("dataset_name", "")
-    return name if is_hub_id(name) else None
+def _datasets(settings: Mapping[str, Any]) -> list[str]:
+    """Return the ids of the data sets that are on the Hub."""
+    return [name for name in dict.fromkeys(named(settings.get("dataset_name"))) if is_hub_id(name)]
 
 
 def _data(settings: Mapping[str, Any]) -> str:
     """Return the data as the text names them."""
-    if dataset := _dataset(settings):
-        return _link(dataset, "datasets/")
-    return _folder(settings.get("dataset_name", "") or settings["train_data_dir"])
+    on_hub = _datasets(settings)
+    names = dict.fromkeys([*named(settings.get("train_data_dir")), *named(settings.get("dataset_name"))])
+    shown = [_link(name, "datasets/") if name in on_hub else _folder(name) for name in names]
+    return " and ".join(filter(None, [", ".join(shown[:-1]), *shown[-1:]]))
 
 
 def _loading(settings: Mapping[str, Any], family: Family, repo_id: str | None, place: str) -> dict[str, Any]:

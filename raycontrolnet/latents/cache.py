@@ -19,6 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raycontrolnet.cluster.shared_files import SharedFiles
+from raycontrolnet.data.augmentation import CENTRED, View
 from raycontrolnet.data.decoding import damaged_shard
 from raycontrolnet.data.records import EncodedRow, Size
 from raycontrolnet.latents.manifest import BadSample, Manifest, Shard, StoredShard
@@ -42,10 +43,14 @@ _SCHEMA = pa.schema(
         "captions": pa.list_(pa.string()),
         "identity": pa.string(),
         "original_size": pa.list_(pa.int64()),
+        "flipped_posterior": pa.large_binary(),
+        "crop": pa.list_(pa.float64()),
         "checksum": pa.int64(),
     }
 )
 """Columns of a shard; those of earlier versions have no original_size."""
+_IF_AUGMENTED = ("flipped_posterior", "crop")
+"""Columns that a shard has only if its cache stores such."""
 _BAD_SAMPLES = b"bad_samples"
 
 
@@ -91,8 +96,8 @@ class LatentCache:
         names = self.shard_names[:: -(-len(self.shard_names) // LOOKED_AT_SHARDS) or 1] if self.folder.is_local else ()
         return SharedFiles.of(f"--latents_cache_dir={self.folder.name}", [self.folder.path(name) for name in names])
 
-    def read(self, row: int) -> EncodedRow:
-        """Return the source's row `row`, verified.
+    def read(self, row: int, view: View = CENTRED) -> EncodedRow:
+        """Return the source's row `row`, verified; it has the cache's own crop whatever the `view`.
 
         Raises:
             DataError: naming the shard, if it is damaged or gone.
@@ -105,7 +110,8 @@ class LatentCache:
 def shard_bytes(rows: Sequence[EncodedRow], bad_samples: Sequence[BadSample]) -> pa.Buffer:
     """Return the content of a shard's file."""
     bad = json.dumps([[sample.row, sample.reason] for sample in bad_samples])
-    schema = _SCHEMA.with_metadata({_BAD_SAMPLES: bad})
+    left_out = [name for name in _IF_AUGMENTED if all(getattr(row, name) is None for row in rows)]
+    schema = pa.schema([field for field in _SCHEMA if field.name not in left_out], {_BAD_SAMPLES: bad})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema) as file:
         for row in rows:
@@ -119,6 +125,10 @@ def shard_bytes(rows: Sequence[EncodedRow], bad_samples: Sequence[BadSample]) ->
                 "identity": row.identity,
                 "original_size": row.original_size and list(row.original_size),
             }
+            if row.flipped_posterior is not None:
+                values["flipped_posterior"] = row.flipped_posterior.tobytes()
+            if row.crop is not None:
+                values["crop"] = list(row.crop)
             values["checksum"] = _checksum(values)
             file.write_batch(pa.record_batch([[values[name]] for name in schema.names], schema=schema))
     return sink.getvalue()
@@ -151,14 +161,21 @@ def read_row(folder: CacheFolder, shard: str, slot: int, row: int) -> EncodedRow
             values = _verified(_reader(folder, shard), slot, row)
         except (pa.ArrowException, OSError, ValueError, IndexError):  # the file may have been replaced
             values = folder.reached(read_anew)
+    posterior, flipped = (
+        np.frombuffer(data, values["dtype"]).reshape(values["shape"]) if data is not None else None
+        for data in (values["posterior"], values.get("flipped_posterior"))
+    )
+    assert posterior is not None
     return EncodedRow(
         row=row,
-        posterior=np.frombuffer(values["posterior"], values["dtype"]).reshape(values["shape"]),
+        posterior=posterior,
         conditioning_png=values["conditioning_png"],
         captions=tuple(values["captions"]),
         identity=values["identity"],
         original_size=_size(values.get("original_size")),
         place=folder.path(shard),
+        flipped_posterior=flipped,
+        crop=tuple(values["crop"]) if values.get("crop") else None,
     )
 
 

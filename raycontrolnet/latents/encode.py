@@ -15,7 +15,7 @@ import pyarrow as pa
 from raycontrolnet.cluster.blocks import WHOLE_BLOCKS, catch, from_block, generate, results, to_block
 from raycontrolnet.cluster.cpus import COUNT_CPUS, TASK_CPUS, let_training_go_first
 from raycontrolnet.config.checks import check_device
-from raycontrolnet.config.settings import ClusterConfig
+from raycontrolnet.config.cluster_settings import ClusterConfig
 from raycontrolnet.latents.manifest import SHARD_ROWS, Shard
 from raycontrolnet.latents.shards import EncodeJob, ShardResult
 

@@ -16,6 +16,7 @@ from raycontrolnet.cluster.resources import WorkerResources
 from raycontrolnet.cluster.shared_files import check_nodes_see
 from raycontrolnet.cluster.versions import check_versions
 from raycontrolnet.config.checks import versions
+from raycontrolnet.data.augmentation import RANDOM
 from raycontrolnet.data.sources import shared_files
 from raycontrolnet.errors import ConfigError, DataError, RunError, UserError, explained
 from raycontrolnet.latents.cache import ROW_OVERHEAD_BYTES, LatentCache
@@ -174,12 +175,15 @@ def _announce(plan: LatentPlan, there: dict[str, ShardResult], stream: TextIO) -
     control_bytes = fmean([len(row.conditioning_png) for row in first.rows] or [0.0])
     sample_bytes = plan.posterior_bytes + control_bytes + ROW_OVERHEAD_BYTES
     wanted = round(plan.num_rows * sample_bytes)
+    both = ", also of the mirror image" if plan.encoding.random_flip else ""
     missing = wanted - sum(result.stored.num_bytes for result in there.values())
     stream.write(
         f"latents: {plan.num_rows:,} images at {plan.config.resolution} px need about {file_size(wanted)} in "
-        f"{plan.folder.name} (each {file_size(plan.posterior_bytes)} of latents, {file_size(control_bytes)} of "
+        f"{plan.folder.name} (each {file_size(plan.posterior_bytes)} of latents{both}, {file_size(control_bytes)} of "
         f"conditioning image, {file_size(ROW_OVERHEAD_BYTES)} of index)\n"
     )
+    if plan.encoding.crop == RANDOM:
+        stream.write("latents: each row is cropped once, at random, the same in every run (--crop random)\n")
     free = plan.folder.free_bytes()
     lack = None
     if free is not None and free < missing:

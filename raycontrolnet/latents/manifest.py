@@ -10,13 +10,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
+from raycontrolnet.data.augmentation import Augmentation
 from raycontrolnet.data.buckets import Buckets
+from raycontrolnet.data.joined_source import named_sources
+from raycontrolnet.data.order import SampleOrder
 from raycontrolnet.data.records import Size
-from raycontrolnet.data.sources import Source
+from raycontrolnet.data.source import Source
 from raycontrolnet.data.transforms import TRANSFORMS_VERSION
 from raycontrolnet.storage.folder import CacheFolder
 
@@ -42,15 +47,34 @@ class Encoding:
     """Resizing of the images."""
     buckets: tuple[Size, ...] | None = None
     """Sizes that images are brought to, each to the nearest in shape; None for the resolution squared."""
+    random_flip: bool = False
+    """True if the latents of the mirrored images are stored as well; such a cache serves runs without mirroring too."""
+    crop: str = "center"
+    """Place of the crop; a random one is fixed for each row."""
+    held_out: tuple[int, int] | None = None
+    """(seed, number) of the rows that are stored with the plain crop, if the others have random ones."""
 
     def __repr__(self) -> str:
         """Return the text that names are hashed from: what was added later shows only where it is not as before."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        if self.interpolation == "bilinear":
-            del fields["interpolation"]
-        if self.buckets is None:
-            del fields["buckets"]
+        for name in ("interpolation", "buckets", "random_flip", "crop", "held_out"):
+            if fields[name] == getattr(Encoding, name):
+                del fields[name]
         return f"Encoding({', '.join(f'{name}={value!r}' for name, value in fields.items())})"
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """The crops, and mirroring, of the stored images."""
+        return Augmentation(self.crop, self.random_flip)
+
+    def serves(self, other: Encoding) -> bool:
+        """Check whether a cache in this encoding holds what a run in the encoding `other` reads."""
+        wanted = {
+            # A cache of all rows serves a subset as well; buckets are of a run's own rows.
+            "subset": other.subset if self.buckets else self.subset and other.subset,
+            "random_flip": self.random_flip or other.random_flip,
+        }
+        return self == dataclasses.replace(other, **wanted)  # type: ignore[arg-type]
 
     def differences(self, other: Encoding) -> list[str]:
         """Return in words what `other` has instead."""
@@ -69,6 +93,8 @@ class Shard:
     """Rows of the source."""
     sizes: tuple[Size, ...] | None = None
     """Size that the images of each row are brought to; None for the resolution squared."""
+    plain: frozenset[int] = frozenset()
+    """Rows that are not cropped at random, if others are."""
 
 
 def plan_shards(
@@ -80,15 +106,32 @@ def plan_shards(
         buckets: of the rows, if the encoding has some.
     """
     prefix = repr(encoding).encode()
-    for index, start in enumerate(range(0, len(rows), SHARD_ROWS)):
-        own = tuple(int(row) for row in rows[start : start + SHARD_ROWS])
+    plain: set[int] = set()
+    if encoding.held_out is not None:
+        seed, number = encoding.held_out
+        plain.update(SampleOrder(len(source), seed, num_held_out=number).held_out.tolist())
+    for index, own in enumerate(_rows_of_shards(source, rows)):
         digest = hashlib.blake2b(prefix, digest_size=8)
-        for identity in source.identities(own):
-            digest.update(identity.encode() + b"\n")
+        for row, identity in zip(own, source.identities(own), strict=True):
+            digest.update(identity.encode() + (b" plain\n" if row in plain else b"\n"))
         sizes = tuple(map(buckets.size_of, own)) if buckets else None
         if sizes:
             digest.update(repr(sizes).encode())
-        yield Shard(f"{index:06d}-{digest.hexdigest()}.arrow", own, sizes)
+        yield Shard(f"{index:06d}-{digest.hexdigest()}.arrow", own, sizes, frozenset(plain.intersection(own)))
+
+
+def _rows_of_shards(source: Source, rows: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Yield the rows of each shard. Of several sources, each begins a shard: so another one after it changes nothing.
+
+    Args:
+        rows: ascending.
+    """
+    begin = 0
+    for end_row in accumulate(map(len, named_sources(source))):
+        end = bisect_left(rows, end_row)
+        for start in range(begin, end, SHARD_ROWS):
+            yield tuple(int(row) for row in rows[start : min(start + SHARD_ROWS, end)])
+        begin = end
 
 
 @dataclass(frozen=True)
@@ -142,13 +185,11 @@ class Manifest:
         try:
             values: dict[str, Any] = json.loads(folder.read(MANIFEST_FILE))
             encoding = values["encoding"]
-            subset, buckets = encoding.pop("subset"), encoding.pop("buckets", None)
+            encoding |= {name: tuple(encoding[name]) for name in ("subset", "held_out") if encoding.get(name)}
+            if encoding.get("buckets"):
+                encoding["buckets"] = tuple((height, width) for height, width in encoding["buckets"])
             return Manifest(
-                encoding=Encoding(
-                    **encoding,
-                    subset=None if subset is None else tuple(subset),
-                    buckets=None if buckets is None else tuple((height, width) for height, width in buckets),
-                ),
+                encoding=Encoding(**encoding),
                 shards=tuple(StoredShard(**shard) for shard in values["shards"]),
                 bad_samples=tuple(BadSample(**bad) for bad in values["bad_samples"]),
                 versions=values["versions"],

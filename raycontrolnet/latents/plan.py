@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raycontrolnet.config.data_sources import sources_of
 from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.config.train_config import TrainConfig, changed_settings, names_that_decide, names_with
+from raycontrolnet.data.augmentation import RANDOM
 from raycontrolnet.data.buckets import Buckets
 from raycontrolnet.data.order import SampleOrder
-from raycontrolnet.data.sources import Source
+from raycontrolnet.data.source import Source
 from raycontrolnet.data.transforms import prepare_images
 from raycontrolnet.errors import ConfigError, DataError
 from raycontrolnet.latents.cache import read_contents, read_identities
@@ -27,6 +29,9 @@ from raycontrolnet.model.base_family import interpolation_of
 from raycontrolnet.storage.files import user_cache
 from raycontrolnet.storage.folder import CacheFolder, cache_folder
 from raycontrolnet.storage.uri import is_uri, shown_uri
+
+_LONGEST_NAME = 100
+NEEDS_SEED = "needs --seed to cache latents: it decides the held-out rows, which are not cropped at random"
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,8 @@ class LatentPlan:
         """
         vae = VaeFiles.find(config, token)
         subset = None
-        num_used = (config.max_train_samples or len(source)) + config.num_held_out(len(source))
+        num_held_out = config.num_held_out(len(source))
+        num_used = (config.max_train_samples or len(source)) + num_held_out
         if num_used < len(source):
             if config.seed is None:
                 problem = f"--max_train_samples={config.max_train_samples}: needs --seed, which decides the rows"
@@ -71,17 +77,20 @@ class LatentPlan:
             subset,
             interpolation=interpolation_of(config, config.image_interpolation_mode, token),
             buckets=buckets.sizes if buckets else None,
+            random_flip=config.random_flip,
+            crop=config.crop,
+            held_out=_plain_rows(config, num_held_out),
         )
         folder = _folder(config.latents_cache_dir, config, encoding)
         manifest = Manifest.read(folder)
-        whole = dataclasses.replace(encoding, subset=None)
-        if manifest is not None and manifest.encoding == whole and buckets is None:
-            encoding = manifest.encoding  # a cache of all rows serves a subset as well; buckets are of its own rows
+        if manifest is not None and manifest.encoding.serves(encoding):
+            encoding = manifest.encoding
         order = SampleOrder(len(source), config.seed or 0, num_used if encoding.subset else None)
         rows: Sequence[int] = range(len(source)) if order.rows is None else sorted(order.rows.tolist())
         shards = tuple(plan_shards(source, rows, encoding, buckets))
         pixels = buckets.most_pixels if buckets else config.resolution**2
-        row_bytes = posterior_bytes(vae.latent_channels * pixels // vae.factor**2, config.latents_dtype)
+        latents = vae.latent_channels * pixels // vae.factor**2
+        row_bytes = posterior_bytes(latents, config.latents_dtype, both=encoding.random_flip)
         return LatentPlan(config, source, folder, encoding, shards, manifest, row_bytes, token, buckets)
 
     @property
@@ -158,9 +167,26 @@ class LatentPlan:
         return {name: size for name, size in sizes.items() if name.endswith(".arrow") and name not in needed}
 
 
-def posterior_bytes(latents: int, latents_dtype: str) -> int:
-    """Return the bytes that a sample takes in the cache: mean and log-variance of so many latents."""
-    return 2 * latents * int(latents_dtype.removeprefix("float")) // 8
+def posterior_bytes(latents: int, latents_dtype: str, *, both: bool) -> int:
+    """Return the bytes that a sample takes in the cache: mean and log-variance of so many latents.
+
+    Args:
+        both: whether the latents of its mirror image are stored as well.
+    """
+    return (4 if both else 2) * latents * int(latents_dtype.removeprefix("float")) // 8
+
+
+def _plain_rows(config: TrainConfig, num_held_out: int) -> tuple[int, int] | None:
+    """Return (seed, number) of the held-out rows if the others are cropped at random.
+
+    Raises:
+        ConfigError: if there is no seed, which decides them.
+    """
+    if config.crop != RANDOM or not num_held_out:
+        return None
+    if config.seed is None:
+        raise ConfigError([f"--crop={config.crop}: {NEEDS_SEED}"])
+    return config.seed, num_held_out
 
 
 def _folder(asked: str | None, data: DataConfig, encoding: Encoding) -> CacheFolder:
@@ -175,9 +201,10 @@ def _folder(asked: str | None, data: DataConfig, encoding: Encoding) -> CacheFol
 
 def _default_folder(data: DataConfig, encoding: Encoding) -> Path:
     """Return a folder of its own for each data set, model and size, named after the data."""
-    name = data.train_data_dir or data.dataset_name or ""
-    key = hashlib.blake2b(repr((name, data.dataset_config_name, encoding)).encode(), digest_size=4).hexdigest()
-    own = Path(shown_uri(name) if is_uri(name) else name).name
+    names = [source.name for source in sources_of(data)]
+    named = (names[0] if len(names) == 1 else tuple(names), data.dataset_config_name, encoding)
+    key = hashlib.blake2b(repr(named).encode(), digest_size=4).hexdigest()
+    own = "+".join(Path(shown_uri(name) if is_uri(name) else name).name for name in names)[:_LONGEST_NAME]
     return user_cache() / "raycontrolnet" / "latents" / f"{own}-{encoding.resolution}px-{key}"
 
 
@@ -187,13 +214,21 @@ def prepare_command(config: TrainConfig, **others: Any) -> str:
     settings = {name: value for name, value in changed_settings(config).items() if name in names} | others
     if config.aspect_buckets:  # of which those with fewer rows than a batch are left out
         settings["train_batch_size"] = config.train_batch_size
-    if "max_train_samples" in settings or config.aspect_buckets:  # rows are drawn together with the held-out ones
-        if config.seed is not None:
-            settings["seed"] = config.seed
+    # The rows are drawn together with the held-out ones, which are not cropped at random.
+    drawn = "max_train_samples" in settings or config.crop == RANDOM or config.aspect_buckets
+    if config.seed is not None and drawn:
+        settings["seed"] = config.seed
         if config.validation_split is not None:
             settings["validation_split"] = config.validation_split
-    values = {name: "" if value is True else f" {shlex.quote(str(value))}" for name, value in settings.items()}
-    return " ".join(["raycontrolnet prepare", *(f"--{name}{value}" for name, value in values.items())])
+    return " ".join(["raycontrolnet prepare", *(_flag(name, value) for name, value in settings.items())])
+
+
+def _flag(name: str, value: Any) -> str:
+    """Return a setting as on a command line."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no_{name}"
+    values = value if isinstance(value, list) else [value]
+    return " ".join([f"--{name}", *(shlex.quote(str(each)) for each in values)])
 
 
 def data_changes(manifest: Manifest, shards: Sequence[Shard], stored: Iterator[str], now: Iterator[str]) -> str | None:

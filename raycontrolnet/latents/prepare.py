@@ -12,6 +12,7 @@ from raycontrolnet.cluster.session import on_a_cluster, ray_session
 from raycontrolnet.config.checks import collected, find_token, with_absolute_paths
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.image_sizes import find_buckets
+from raycontrolnet.data.mixture import in_words as sources_in_words
 from raycontrolnet.data.sources import open_source
 from raycontrolnet.errors import ConfigError, Interrupted
 from raycontrolnet.latents.ensure import SEVERAL_MACHINES, complete, report_path
@@ -68,6 +69,8 @@ def _prepare(config: TrainConfig, stream: TextIO) -> PrepareResult:
         source = open_source(config, cache_dir=config.cache_dir, token=token, skip_bad=True)
     if problems or source is None:
         raise ConfigError(problems)
+    if sources := sources_in_words(source, config):
+        stream.write(f"data: {sources}\n")
     family = base_family(config, token)
     buckets = find_buckets(config, source, (family or families()[0]).resolution_multiple)
     if buckets:

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from raycontrolnet.cluster.shared_files import SharedFiles
 from raycontrolnet.config.settings import ModelConfig
+from raycontrolnet.data.augmentation import RANDOM, View
 from raycontrolnet.data.records import EncodedRow, Size, UInt8Image
-from raycontrolnet.data.sources import Source
+from raycontrolnet.data.source import Source
 from raycontrolnet.data.stream import REMOTE_READS
-from raycontrolnet.data.transforms import encode_conditioning, prepare_images
+from raycontrolnet.data.transforms import encode_conditioning, mirrored, prepare_images
 from raycontrolnet.errors import DataError, RunError
 from raycontrolnet.latents.cache import read_contents, shard_bytes
 from raycontrolnet.latents.manifest import BadSample, Encoding, Shard, StoredShard
@@ -23,6 +25,9 @@ from raycontrolnet.storage.folder import CacheFolder
 
 if TYPE_CHECKING:
     from raycontrolnet.latents.encoder import LatentEncoder
+
+
+Exact = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class LoadedRow:
     """Place of the row in its source, for messages."""
     original_size: Size
     """As in `EncodedRow`."""
+    view: View
+    """View that the images are of."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +79,14 @@ def load_shard(source: Source, shard: Shard, encoding: Encoding) -> LoadedShard:
     def load(row: int, identity: str, size: Size | int) -> LoadedRow | BadSample:
         try:
             loaded = source.read(row)
-            images = prepare_images(loaded, size, encoding.interpolation)
+            view = augmentation.plain if row in shard.plain else augmentation.fixed_view(identity)
+            images = prepare_images(loaded, size, encoding.interpolation, view)
         except DataError as error:
             return BadSample(row, str(error))
         png = encode_conditioning(images.conditioning_image)
-        return LoadedRow(row, images.image, png, loaded.captions, identity, loaded.place, images.original_size)
+        return LoadedRow(row, images.image, png, loaded.captions, identity, loaded.place, images.original_size, view)
 
-    identities = source.identities(shard.rows)
+    augmentation, identities = encoding.augmentation, source.identities(shard.rows)
     sizes = shard.sizes or (encoding.resolution,) * len(shard.rows)
     if source.remote:
         with ThreadPoolExecutor(REMOTE_READS) as pool:
@@ -136,23 +144,41 @@ class EncodeJob:
             return loaded
         from raycontrolnet.model.performance import memory_advised
 
+        both = self.encoding.random_flip
         with memory_advised(lambda: "Use a smaller --latents_batch_size"):
             posteriors = encoder.encode([row.image for row in loaded.rows])
-        dtype, rows, bad_samples = self.encoding.dtype, [], list(loaded.bad_samples)
-        for row, exact in zip(loaded.rows, posteriors, strict=True):
-            with np.errstate(over="ignore"):
-                posterior = exact.astype(dtype)
-            if np.isfinite(posterior).all():
-                encoded = (row.row, posterior, row.conditioning_png, row.captions, row.identity, row.original_size)
-                rows.append(EncodedRow(*encoded))
+            flipped = encoder.encode([mirrored(row.image) for row in loaded.rows]) if both else [None] * len(posteriors)
+        rows, bad_samples = [], list(loaded.bad_samples)
+        for row, exact, flipped_exact in zip(loaded.rows, posteriors, flipped, strict=True):
+            found = self._encoded(row, exact, flipped_exact)
+            if isinstance(found, EncodedRow):
+                rows.append(found)
             else:
-                if np.isfinite(exact).all():
-                    why = f"latents that {dtype} cannot hold; use --latents_dtype float32"
-                else:
-                    why = "latents that are not finite, even in fp32; are its weights damaged?"
-                bad_samples.append(BadSample(row.row, f"{row.place}, image: the VAE makes {why}"))
+                bad_samples.append(found)
         content = shard_bytes(rows, bad_samples)
         return EncodedShard(ShardResult(StoredShard(loaded.name, len(rows), content.size), bad_samples), content)
+
+    def _encoded(self, row: LoadedRow, exact: Exact, flipped: Exact | None) -> EncodedRow | BadSample:
+        """Return the row with its posterior, and with that of its mirror image if there is one."""
+        dtype, found = self.encoding.dtype, [each for each in (exact, flipped) if each is not None]
+        with np.errstate(over="ignore"):
+            stored = [each.astype(dtype) for each in found]
+        if all(np.isfinite(each).all() for each in stored):
+            return EncodedRow(
+                row=row.row,
+                posterior=stored[0],
+                conditioning_png=row.conditioning_png,
+                captions=row.captions,
+                identity=row.identity,
+                original_size=row.original_size,
+                flipped_posterior=None if flipped is None else stored[1],
+                crop=(row.view.top, row.view.left) if self.encoding.crop == RANDOM else None,
+            )
+        if all(np.isfinite(each).all() for each in found):
+            why = f"latents that {dtype} cannot hold; use --latents_dtype float32"
+        else:
+            why = "latents that are not finite, even in fp32; are its weights damaged?"
+        return BadSample(row.row, f"{row.place}, image: the VAE makes {why}")
 
     def store(self, encoded: EncodedShard | ShardResult) -> ShardResult:
         """Write the shard's file, whole or not at all.

@@ -5,7 +5,12 @@ from __future__ import annotations
 import logging
 from typing import TextIO
 
+from raycontrolnet.config.data_sources import sources_of
 from raycontrolnet.config.train_config import changed_settings, public_settings
+from raycontrolnet.data.augmentation import RANDOM
+from raycontrolnet.data.joined_source import named_sources
+from raycontrolnet.data.mixture import in_words as sources_in_words
+from raycontrolnet.data.sides import side_warning
 from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.launch.precision import in_words
 from raycontrolnet.sampling.find_controlnet import CONFIG_FILE
@@ -28,6 +33,8 @@ def announce(run: CheckedRun, status: RunStatus, stream: TextIO, *, use_gpu: boo
         partial.write_text(yaml.safe_dump(settings, sort_keys=False))
     schedule = run.schedule(run.start)
     status |= {"total_updates": schedule.total_updates, "held_out": len(run.order.held_out)}
+    parts = zip(sources_of(run.config), named_sources(run.source), strict=True)
+    status["data"] = [{"source": config.shown, "rows": len(part)} for config, part in parts]
     status["mixed_precision"] = run.config.mixed_precision or "no"
     status.write()
     step = run.start.step if run.start else 0
@@ -42,6 +49,9 @@ def announce(run: CheckedRun, status: RunStatus, stream: TextIO, *, use_gpu: boo
         f"{schedule.batch_size} x accumulation {schedule.accumulation_steps}, updates {step} to "
         f"{schedule.total_updates}, seed {run.config.seed}{shown}\n"
     )
+    if sources := sources_in_words(run.source, run.config):
+        stream.write(f"data: {sources}\n")
+    _announce_augmentation(run, stream)
     if run.config.resume_from_checkpoint and run.start is None:
         stream.write("no checkpoint is there yet: the run starts anew\n")
     if run.start and step >= schedule.total_updates:
@@ -55,3 +65,17 @@ def announce(run: CheckedRun, status: RunStatus, stream: TextIO, *, use_gpu: boo
     stream.writelines(f"{warning}\n" for warning in run.config.without_effect())
     changed = ", ".join(f"{name}={value}" for name, value in changed_settings(run.config).items())
     logger.info("settings: %s", changed)
+
+
+def _announce_augmentation(run: CheckedRun, stream: TextIO) -> None:
+    """Announce what random augmentation does to samples, and captions that it contradicts."""
+    config, parts = run.config, []
+    if config.random_flip:
+        parts.append("half of the samples are mirrored" + (", from latents stored both ways" if run.cache else ""))
+    if config.crop == RANDOM:
+        fixed = "each row has one random crop, for its latents are cached (--cache_latents off draws one for every use)"
+        parts.append(fixed if run.cache else "every use of a row has its own random crop")
+    if parts:
+        stream.write(f"augmentation: {'; '.join(parts)}; not of held-out rows and validation images\n")
+    if config.random_flip and (warning := side_warning(run.source)):
+        stream.write(f"{warning}\n")

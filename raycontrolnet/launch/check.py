@@ -13,12 +13,13 @@ from raycontrolnet.config.check_config import CheckConfig
 from raycontrolnet.config.checks import collected, find_token, missing_extras, unwritable, with_absolute_paths
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.image_sizes import find_buckets
+from raycontrolnet.data.mixture import in_words as sources_in_words
 from raycontrolnet.data.sources import open_source
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.latents.plan import posterior_bytes
 from raycontrolnet.launch import precision
 from raycontrolnet.launch.needs import Needs, count, known_family, memory_size, work
-from raycontrolnet.launch.preflight import wants_latents
+from raycontrolnet.launch.preflight import lacks_seed, wants_latents
 from raycontrolnet.model.base_family import base_family, objective_problems, size_problems
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.optimizers import try_optimizer
@@ -99,12 +100,15 @@ def check(config: CheckConfig, stream: TextIO | None = None) -> Prediction:
     rows = len(source) - train.num_held_out(len(source))
     schedule = Schedule.of(train, min(rows, train.max_train_samples or rows), train.most_workers, start)
     cached = wants_latents(train, schedule)
+    with collected(refused):
+        cached = cached and (start is not None or lacks_seed(train, len(source)) is None)
     buckets = find_buckets(train, source, family.resolution_multiple)
     how: dict[str, Any] = {"cached": cached, "image_size": buckets.largest if buckets else None}
     device, needs = Device.of(config), Needs.of(train, token, count(train, token, **how), **how)
     prediction = needs.prediction
     lines = [
         *_run_lines(family, train, schedule, cached=cached),
+        *([f"data: {sources}"] if (sources := sources_in_words(source, train)) else []),
         *(buckets.table() if buckets else ()),
         *_memory_lines(prediction, train.train_batch_size),
         *_device_lines(needs, device),
@@ -204,8 +208,10 @@ def _disk_lines(needs: Needs, schedule: Schedule, rows: int, *, cached: bool) ->
     kept = f"{counted(number, 'checkpoint')} of {file_size(one)}: {file_size(number * one)}"
     yield f"disk: {kept}; final weights {file_size(final_bytes(prediction.trained_bytes['ControlNet'], train))}"
     if cached:
-        latents = posterior_bytes(prediction.latents, train.latents_dtype)
-        yield f"cache: {file_size(latents)} of latents a row, {file_size(rows * latents)}, and the conditioning images"
+        latents = posterior_bytes(prediction.latents, train.latents_dtype, both=train.random_flip)
+        both = " (both ways, for --random_flip)" if train.random_flip else ""
+        all_rows = file_size(rows * latents)
+        yield f"cache: {file_size(latents)} of latents a row{both}, {all_rows}, and the conditioning images"
 
 
 def _row(name: str, size: str, more: str = "") -> str:

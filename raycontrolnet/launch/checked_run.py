@@ -10,20 +10,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from raycontrolnet.cluster.shared_files import SharedFiles
 from raycontrolnet.config.checks import (
     versions,
 )
 from raycontrolnet.config.train_config import TrainConfig, public_settings
+from raycontrolnet.data.augmentation import Augmentation
 from raycontrolnet.data.buckets import Buckets
-from raycontrolnet.data.interleaved import RowSequence, grouped
+from raycontrolnet.data.mixture import arrangement
 from raycontrolnet.data.order import SampleOrder
+from raycontrolnet.data.sample_rows import PixelRows
 from raycontrolnet.data.size_conditioning import SizeConditioning
-from raycontrolnet.data.sources import Source
-from raycontrolnet.data.stream import BatchLoader, PixelRows
+from raycontrolnet.data.source import Source
+from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.latents.cache import LatentCache
 from raycontrolnet.latents.plan import LatentPlan
 from raycontrolnet.sampling import images
@@ -46,8 +45,8 @@ class CheckedRun:
     token: str | None = dataclasses.field(repr=False)
     interpolation: str = "bilinear"
     """Resizing of images, as asked for or as the base model's family has it."""
-    random_subset: bool = False
-    """True if max_train_samples takes other rows in every run, because no seed was given."""
+    not_cached_because: str | None = None
+    """Reason why its latents would serve no other run, because no seed was given, in words."""
     cached: bool = False
     """True if the run trains from cached latents, provided that there is a folder for them."""
     buckets: Buckets | None = None
@@ -75,19 +74,15 @@ class CheckedRun:
     @cached_property
     def order(self) -> SampleOrder:
         """The order of the run's samples."""
-        config, buckets, seed = self.config, self.buckets, self.config.seed
+        config, seed = self.config, self.config.seed
         assert seed is not None
-
-        def by_buckets(rows: NDArray[np.int64] | int) -> RowSequence:
-            return grouped(rows, buckets.of_row if buckets else None, seed, turn=config.train_batch_size)
-
         return SampleOrder(
             len(self.source),
             seed,
             config.max_train_samples,
             self.bad_rows,
             config.num_held_out(len(self.source)),
-            by_buckets if buckets else None,
+            arrangement(self.source, config.data_weights, seed, self.buckets, config.train_batch_size),
         )
 
     @property
@@ -106,6 +101,7 @@ class CheckedRun:
                 (config.crops_coords_top_left_h, config.crops_coords_top_left_w),
                 real=config.size_conditioning == "real",
             ),
+            augmentation=Augmentation(config.crop, config.random_flip),
             buckets=self.buckets,
         )
 

@@ -23,13 +23,15 @@ from raycontrolnet.config.checks import (
 )
 from raycontrolnet.config.objective_settings import ZERO_SNR
 from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.data.augmentation import RANDOM
 from raycontrolnet.data.buckets import Buckets
 from raycontrolnet.data.image_sizes import find_buckets
-from raycontrolnet.data.sources import Source, open_source, shared_files
+from raycontrolnet.data.source import Source
+from raycontrolnet.data.sources import open_source, shared_files
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.hub import push
 from raycontrolnet.latents.ensure import SEVERAL_MACHINES, ensure
-from raycontrolnet.latents.plan import LatentPlan, prepare_command
+from raycontrolnet.latents.plan import NEEDS_SEED, LatentPlan, prepare_command
 from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.model.base_family import (
     base_family,
@@ -92,9 +94,7 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
     if problems or source is None:
         raise ConfigError(problems)
     config = _with_held_out_rows(config, len(source), start)
-    random_subset = config.seed is None and start is None and (config.max_train_samples or len(source)) < len(source)
-    if random_subset and config.cache_latents == "on":
-        raise ConfigError([f"--max_train_samples={config.max_train_samples}: needs --seed, to cache these rows"])
+    not_cached_because = None if start else lacks_seed(config, len(source))
     if config.seed is None:
         config = dataclasses.replace(config, seed=start.seed if start else secrets.randbelow(2**31))
     if start is not None:
@@ -102,7 +102,9 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
     buckets = _buckets(config, source, family, start)
     files = shared_files(source, config)
     interpolation = config.image_interpolation_mode or (family or families()[0]).interpolation
-    run = CheckedRun(config, folder, source, start, token, interpolation, random_subset, buckets=buckets, files=files)
+    run = CheckedRun(
+        config, folder, source, start, token, interpolation, not_cached_because, buckets=buckets, files=files
+    )
     if not folder.is_stored:
         weights = controlnet_bytes_at_least(config)
         check_room(folder, weights, run.schedule(start), start.step if start else 0, config, least=True)
@@ -114,6 +116,9 @@ def _warn_of_changes(config: TrainConfig, start: checkpoints.Checkpoint, source:
     for what, now in (("seed", config.seed), ("data", source.fingerprint())):
         if start.manifest[what] != now:
             logger.warning("%s was made with another %s: the order of samples changes", start.path, what)
+    weights = start.manifest["settings"].get("data_weights")
+    if (weights and tuple(weights)) != config.data_weights:
+        logger.warning("%s was made with other --data_weights: the order of samples changes", start.path)
     if start.manifest.get("settings", {}).get(ZERO_SNR, False) != getattr(config, ZERO_SNR):
         logger.warning("%s was trained with another noise schedule: its run had another --%s", start.path, ZERO_SNR)
     if start.manifest.get("held_out", 0) != config.num_held_out(len(source)):
@@ -121,6 +126,25 @@ def _warn_of_changes(config: TrainConfig, start: checkpoints.Checkpoint, source:
             "%s was made with other rows held out: it has seen rows that are measured now, and the order changes",
             start.path,
         )
+
+
+def lacks_seed(config: TrainConfig, num_rows: int) -> str | None:
+    """Return why every run of these settings would need another latent cache, in words; None if none would.
+
+    Raises:
+        ConfigError: if the latents are to be cached all the same.
+    """
+    if config.seed is not None:
+        return None
+    if (config.max_train_samples or num_rows) < num_rows:
+        if config.cache_latents == "on":
+            raise ConfigError([f"--max_train_samples={config.max_train_samples}: needs --seed, to cache these rows"])
+        return "--max_train_samples draws other rows without --seed"
+    if config.crop == RANDOM and config.num_held_out(num_rows):
+        if config.cache_latents == "on" or config.on_bad_sample == "skip":
+            raise ConfigError([f"--crop={config.crop}: {NEEDS_SEED}"])
+        return f"--crop random {NEEDS_SEED}"
+    return None
 
 
 def _buckets(
@@ -179,8 +203,8 @@ def choose_latents(run: CheckedRun, stream: TextIO, *, reused: bool = False) -> 
         if config.cache_latents == "auto" and config.latents_cache_dir:
             stream.write("latents: not cached, as no image is used twice; --cache_latents on caches them\n")
         return run
-    if run.random_subset:
-        stream.write("latents: not cached, because --max_train_samples draws other rows without --seed\n")
+    if run.not_cached_because:
+        stream.write(f"latents: not cached, because {run.not_cached_because}\n")
         return run
     if config.latents_cache_dir is None and not config.in_this_process and on_a_cluster(config.address):
         return dataclasses.replace(run, cached=True)  # only the cluster shows whether it is a single machine

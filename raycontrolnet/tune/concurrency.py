@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from raycontrolnet.cluster.cpus import LOADING_CPUS, MIN_CPU_SHARE, threads_for
 from raycontrolnet.cluster.nodes import ClusterNodes, Node, has_type, total
-from raycontrolnet.config.settings import ClusterConfig
+from raycontrolnet.config.cluster_settings import ClusterConfig
 from raycontrolnet.config.sweep_config import SweepSettings
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.text import counted

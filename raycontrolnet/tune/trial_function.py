@@ -31,7 +31,7 @@ from ray import tune
 from raycontrolnet.cluster.nodes import cluster_nodes, total
 from raycontrolnet.cluster.tuning import ends_orderly
 from raycontrolnet.config.checks import with_absolute_paths
-from raycontrolnet.config.settings import ClusterConfig
+from raycontrolnet.config.cluster_settings import ClusterConfig
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.config.values import setting_types, unknown_names
 from raycontrolnet.errors import ConfigError, UserError

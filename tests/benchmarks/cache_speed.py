@@ -87,8 +87,9 @@ def load(folder: Path, images: int, repeats: int) -> None:
     from raycontrolnet import TrainConfig, prepare
     from raycontrolnet.data.decoding import prepared
     from raycontrolnet.data.order import SampleOrder
+    from raycontrolnet.data.sample_rows import PixelRows
     from raycontrolnet.data.sources import open_source
-    from raycontrolnet.data.stream import BatchLoader, PixelRows
+    from raycontrolnet.data.stream import BatchLoader
     from raycontrolnet.latents.cache import LatentCache
     from raycontrolnet.latents.plan import LatentPlan
 
