@@ -131,6 +131,7 @@ def test_a_view_is_a_function_of_seed_and_sample(source: Source) -> None:
     views = [BOTH.view(3, index) for index in range(2000)]
     assert [BOTH.view(3, index) for index in reversed(range(2000))] == views[::-1]
     assert [BOTH.view(4, index) for index in range(2000)] != views
+    assert len({view[:2] for view in views}) == 2000
     for numbers in zip(*views, strict=True):
         assert 0.47 < np.mean(numbers) < 0.53
     assert np.corrcoef(np.array(views, float).T)[np.triu_indices(3, 1)] == pytest.approx(0, abs=0.08)

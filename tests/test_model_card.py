@@ -191,6 +191,15 @@ def test_card_of_models_on_the_hub(run_folder: Path) -> None:
     assert str(run_folder) not in text
 
 
+def test_card_of_several_sources(run_folder: Path, tiny_base: Path) -> None:
+    names = {"train_data_dir": ("/data/mine", "/data/yours"), "dataset_name": ("someone/circles", "other/squares")}
+    metadata, text = parts(write_model_card(run_folder, settings_of(run_folder, tiny_base, **names), {}))
+    assert metadata["datasets"] == ["someone/circles", "other/squares"]
+    circles, squares = (f"[{name}](https://huggingface.co/datasets/{name})" for name in names["dataset_name"])
+    assert f"on `mine`, `yours`, {circles} and {squares}." in text
+    assert "/data/" not in text
+
+
 def test_card_of_an_earlier_run_is_replaced(run_folder: Path, tiny_base: Path) -> None:
     finish_validation(run_folder, 2, "red circle", "blue circle")
     write_model_card(run_folder, settings_of(run_folder, tiny_base), {})
