@@ -200,7 +200,7 @@ def test_what_it_says(tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyP
     assert "time and cost: not known without the device; --device_tflops" in "\n".join(said)
     assert "disk: 2 checkpoints of " in text
     assert "cache: 256 B of latents a row, " in text
-    both = "\n".join(checked(tiny_settings | run | {"random_flip": True}))
+    both = "\n".join(checked(tiny_settings | run | {"cache_latents": "on", "random_flip": True}))
     assert "cache: 512 B of latents a row (both ways, for --random_flip), " in both
 
 
