@@ -51,7 +51,9 @@ class NoRun:
             self._folder(),
         )
         check_named_file(config, folder)
-        state: Any = SimpleNamespace(components=SimpleNamespace(noise_scheduler=SimpleNamespace(config={})))
+        state: Any = SimpleNamespace(
+            components=SimpleNamespace(noise_scheduler=SimpleNamespace(config={})), averages=None
+        )
         save_final_weights(state, config, folder)
 
     def killed_at(self, moment: str, name: str) -> None:

@@ -12,6 +12,8 @@ from raycontrolnet.config.rules import Problems, problem_of
 from raycontrolnet.config.settings import OptimConfig
 
 ADAMW = "torch.optim.AdamW"
+ADAMW_8BIT = "bitsandbytes.optim.AdamW8bit"
+"""The class of --use_8bit_adam."""
 ADAM_FLAGS = ("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
 FLAGS_OF_ADAMW = {
     "betas": "--adam_beta1 and --adam_beta2", "weight_decay": "--adam_weight_decay", "eps": "--adam_epsilon",

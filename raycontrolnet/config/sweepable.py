@@ -15,9 +15,16 @@ from raycontrolnet.errors import ConfigError
 NOT_DECLARED = "is not declared as a setting that trials may try"
 
 
-def cache_settings(names: Iterable[str]) -> list[str]:
-    """Return those of `names` whose values each need a latent cache of their own, sorted."""
-    return sorted(set(names_that_decide("latents")).intersection(names))
+def cache_settings(names: Iterable[str], *, buckets: bool = False) -> list[str]:
+    """Return those of `names` whose values each need a latent cache of their own, sorted.
+
+    Args:
+        names: of settings that trials try.
+        buckets: whether trials that do not try it have aspect buckets: a bucket with fewer rows than a batch is merged.
+    """
+    names = set(names)
+    decide = {*names_that_decide("latents"), *(["train_batch_size"] if buckets or "aspect_buckets" in names else [])}
+    return sorted(decide & names)
 
 
 def refusal(name: str, objective: str) -> str | None:

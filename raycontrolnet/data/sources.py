@@ -89,7 +89,10 @@ def _open_one(config: SourceConfig, cache_dir: str | None, token: str | None, *,
 def _different_columns(configs: Sequence[SourceConfig], problems: Sequence[str]) -> Iterator[str]:
     """Yield advice if a column is not in all of several sources."""
     for column in COLUMNS if len(configs) > 1 else ():
-        if any(line.startswith(f"--{column}=") for problem in problems for line in problem.splitlines()):
+        one_for_all = len({getattr(config, column) for config in configs}) == 1
+        if one_for_all and any(
+            line.startswith(f"--{column}=") for problem in problems for line in problem.splitlines()
+        ):
             names = " ".join(config.name for config in configs)
             yield f"--{column}: the sources have different columns; give one for each, in the order {names}"
 

@@ -85,6 +85,7 @@ def write_model_card(
         single_file=f"{settings['save_name']}{SAFETENSORS}" if settings.get("save_name") else None,
         **_loading(settings, family, repo_id, place or str(output_dir)),
         resolution=settings.get("resolution", DataConfig.resolution),
+        of_many_shapes=settings.get("aspect_buckets", DataConfig.aspect_buckets),
         figures={title: facts[name] for name, title in FIGURES.items() if facts.get(name) is not None},
         control_gap=facts.get("control_gap"),
         control_step=facts.get("control_appeared_at_step"),

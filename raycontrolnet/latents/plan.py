@@ -31,6 +31,7 @@ from raycontrolnet.storage.folder import CacheFolder, cache_folder
 from raycontrolnet.storage.uri import is_uri, shown_uri
 
 _LONGEST_NAME = 100
+SIZES_NEED_SEED = "needs --seed to cache latents: it decides the held-out rows, and what is left of each bucket"
 NEEDS_SEED = "needs --seed to cache latents: it decides the held-out rows, which are not cropped at random"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import secrets
 from collections.abc import Iterator
 from typing import TextIO
@@ -31,7 +32,7 @@ from raycontrolnet.data.sources import open_source, shared_files
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.hub import push
 from raycontrolnet.latents.ensure import SEVERAL_MACHINES, ensure
-from raycontrolnet.latents.plan import NEEDS_SEED, LatentPlan, prepare_command
+from raycontrolnet.latents.plan import NEEDS_SEED, SIZES_NEED_SEED, LatentPlan, prepare_command
 from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.model.base_family import (
     base_family,
@@ -116,10 +117,11 @@ def _warn_of_changes(config: TrainConfig, start: checkpoints.Checkpoint, source:
     for what, now in (("seed", config.seed), ("data", source.fingerprint())):
         if start.manifest[what] != now:
             logger.warning("%s was made with another %s: the order of samples changes", start.path, what)
-    weights = start.manifest["settings"].get("data_weights")
+    before = start.manifest.get("settings", {})
+    weights = before.get("data_weights")
     if (weights and tuple(weights)) != config.data_weights:
         logger.warning("%s was made with other --data_weights: the order of samples changes", start.path)
-    if start.manifest.get("settings", {}).get(ZERO_SNR, False) != getattr(config, ZERO_SNR):
+    if before.get(ZERO_SNR, False) != getattr(config, ZERO_SNR):
         logger.warning("%s was trained with another noise schedule: its run had another --%s", start.path, ZERO_SNR)
     if start.manifest.get("held_out", 0) != config.num_held_out(len(source)):
         logger.warning(
@@ -144,6 +146,10 @@ def lacks_seed(config: TrainConfig, num_rows: int) -> str | None:
         if config.cache_latents == "on" or config.on_bad_sample == "skip":
             raise ConfigError([f"--crop={config.crop}: {NEEDS_SEED}"])
         return f"--crop random {NEEDS_SEED}"
+    if config.aspect_buckets and config.num_held_out(num_rows):
+        if config.cache_latents == "on":
+            raise ConfigError([f"--aspect_buckets: {SIZES_NEED_SEED}"])
+        return f"--aspect_buckets {SIZES_NEED_SEED}"
     return None
 
 
@@ -165,12 +171,13 @@ def _buckets(
         logger.warning("%s was made with other aspect buckets: the order of samples changes", start.path)
     if buckets is None or len(buckets.sizes) == 1:
         return buckets
-    size, before = config.train_batch_size, start.manifest["settings"]["train_batch_size"]
+    size, before = config.train_batch_size, start.manifest.get("settings", {}).get("train_batch_size")
     if start.samples % size:
         problem = f"--train_batch_size={size}: does not divide the {start.samples:,} samples of {start.path.name}"
-        raise ConfigError([f"{problem}, and a batch must be of one aspect bucket; use {before}, or a divisor of it"])
+        fits = math.gcd(start.samples, before or size)
+        raise ConfigError([f"{problem}, and a batch must be of one aspect bucket; use {fits}, or a divisor of it"])
     if size != before:
-        logger.warning("%s was made with --train_batch_size=%d: the order of samples changes", start.path, before)
+        logger.warning("%s was made with --train_batch_size=%s: the order of samples changes", start.path, before)
     return buckets
 
 

@@ -5,7 +5,7 @@ After update n:
     average <- d(n) x average + (1 - d(n)) x weight,  d(n) = min(--ema_decay, n / (n + 9)),  d(1) = 0
 
 So a short run averages over about its last tenth, and the weights that it began with have no part in it. An update that
-fp16's loss scaler skips is none of them.
+fp16's loss scaler skips is none of them; one that `--on_nan skip` leaves out counts, with the weights unchanged.
 """
 
 from __future__ import annotations

@@ -93,7 +93,11 @@ def load_components(
     if problem := family.scheduler_problem(_config(model, token, "scheduler")):
         raise _unsuitable(model, problem)
     denoiser, noise_scheduler = family.load_denoiser(model, token)
-    noise_scheduler = family.with_zero_snr(noise_scheduler) if zero_snr else noise_scheduler
+    if zero_snr:
+        objective = ObjectiveConfig(rescale_betas_zero_snr=True)
+        if problems := list(family.objective_problems(objective, noise_scheduler.config)):
+            raise UserError("\n".join(problems))
+        noise_scheduler = family.with_zero_snr(noise_scheduler)
     tokenizers, text_encoders = family.load_text(model, token, dtype)
     vae_dtype = family.vae_dtype(dtype, named=model.pretrained_vae_model_name_or_path is not None)
     vae = load_vae(model, dtype=vae_dtype, token=token)

@@ -15,7 +15,7 @@ import torch
 from torch.optim import Optimizer
 
 from raycontrolnet.config.named_values import read_named_values
-from raycontrolnet.config.optimizer_settings import ADAMW
+from raycontrolnet.config.optimizer_settings import ADAMW, ADAMW_8BIT
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.errors import UserError
 from raycontrolnet.text import error_message, perhaps
@@ -156,8 +156,9 @@ def try_optimizer(config: TrainConfig, device: torch.device | None = None) -> No
             file.seek(0)
             optimizer.load_state_dict(torch.load(file, weights_only=True))
     except Exception as error:
-        problem = f"--optimizer={config.optimizer}: its update or state fails ({error_message(error, 200)})"
-        if device is None and not _is_torchs(config.optimizer) and config.use_gpu is not False:
+        flag = "--use_8bit_adam" if config.use_8bit_adam else f"--optimizer={config.optimizer}"
+        problem = f"{flag}: its update or state fails ({error_message(error, 200)})"
+        if device is None and not _is_torchs(found.__module__) and config.use_gpu is not False:
             logger.warning("%s on this CPU; the workers' GPUs decide", problem)
             return
         raise UserError(f"{problem}; take another class") from error
@@ -172,13 +173,13 @@ def state_problem(config: TrainConfig, settings: Any) -> str | None:
     """
     if not isinstance(settings, Mapping):
         return None
-    before, now = str(settings.get("optimizer", ADAMW)), config.optimizer
     in_8bit = bool(settings.get("use_8bit_adam", False))
-    if in_8bit == config.use_8bit_adam and (in_8bit or _short(before) == _short(now)):
+    before = ADAMW_8BIT if in_8bit else str(settings.get("optimizer", ADAMW))
+    now = ADAMW_8BIT if config.use_8bit_adam else config.optimizer
+    if _short(before) == _short(now):
         return None
-    held, flag = ("AdamW8bit", "--use_8bit_adam") if in_8bit else (before, f"--optimizer {before}")
-    wanted = "AdamW8bit" if config.use_8bit_adam else now
-    return f"holds the state of {held}, and the optimizer is {wanted}; go on with {flag}"
+    flag = "--use_8bit_adam" if in_8bit else f"--optimizer {before}"
+    return f"holds the state of {before}, and the optimizer is {now}; go on with {flag}"
 
 
 def _short(name: str) -> tuple[str, str]:

@@ -43,6 +43,12 @@ def warnings(
             f"trials with and without --{ZERO_SNR} are measured at other noise levels, so their {objective} differs "
             "for that alone; compare them by --objective control_fidelity"
         )
+    for name in ("aspect_buckets", "crop"):
+        if name in space and objective in ("val_loss", "control_gap"):
+            yield (
+                f"trials of another --{name} are measured on other parts of the held-out images, so their {objective} "
+                "differs for that alone; compare them by --objective control_fidelity"
+            )
     if (every := output.checkpointing_steps) >= total_updates:
         yield (
             f"trials write a checkpoint only at their end (--checkpointing_steps={every}, {total_updates} updates): "

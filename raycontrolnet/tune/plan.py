@@ -170,11 +170,11 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
     if problems or (problems := checks.objective_problems_of(train, space)):
         raise ConfigError(problems)
     runs = {}
-    for settings in _cache_variants(space):
+    for settings in _cache_variants(train, space):
         variant = dataclasses.replace(train, **settings)
         run = choose_latents(check(checks.to_check(variant, space), folder), stream, reused=True)
         shared = dataclasses.replace(run.config, base_config=variant.base_config)
-        runs[cache_key(settings)] = dataclasses.replace(run, config=shared)
+        runs[cache_key(settings, buckets=train.aspect_buckets)] = dataclasses.replace(run, config=shared)
     for run in runs.values():
         if problem := checks.objective_problem(config.objective, run):
             raise ConfigError([problem])
@@ -213,9 +213,9 @@ def _with_absolute_paths(name: str, dimension: Dimension) -> Dimension:
     return dimension
 
 
-def _cache_variants(space: Space) -> Iterator[dict[str, Any]]:
+def _cache_variants(train: TrainConfig, space: Space) -> Iterator[dict[str, Any]]:
     """Return all combinations of the values that need their own latents; a single empty one if there are none."""
-    names = cache_settings(space)
+    names = cache_settings(space, buckets=train.aspect_buckets)
     for name in names:
         if space[name].is_range:
             raise ConfigError([f"--space: {name}: needs its own latents for every value; use choice or grid"])

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 
 from raycontrolnet.config.sweep_config import OBJECTIVES
+from raycontrolnet.config.train_config import TrainConfig, typed_settings
+from raycontrolnet.config.values import setting_types
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.report import run_history
 from raycontrolnet.report.run_history import RunHistory, number
@@ -149,6 +151,7 @@ def _record_of(content: Any, folder: str) -> TrialRecord:
     index, settings, cause = found.get("index"), found.get("settings"), found.get("cause")
     if type(index) is not int or not isinstance(settings, dict) or folder != f"{index:04d}":
         raise ValueError(f"it does not hold the settings of trial {folder}")
+    settings, _ = typed_settings(settings, setting_types(TrainConfig), folder)  # JSON has lists where these are tuples
     seconds, started = number(found.get("seconds")), number(found.get("started"))
     return TrialRecord(
         index=index,

@@ -62,7 +62,8 @@ class Shared:
 
     def run_of(self, record: TrialRecord) -> CheckedRun:
         """Return the run of a trial, which starts at its last checkpoint."""
-        base = self.runs[cache_key(record.settings)]
+        some = next(iter(self.runs.values()))
+        base = self.runs[cache_key(record.settings, buckets=some.config.aspect_buckets)]
         folder = run_folder_of(self.lease.folder, record, f"trial-{self.lease.sweep_id}")
         folder.path.mkdir(parents=True, exist_ok=True)
         checkpoints.remove_leftovers(folder.path)
@@ -72,9 +73,9 @@ class Shared:
         return dataclasses.replace(base, config=config, folder=folder, start=start, run_id=uuid.uuid4().hex)
 
 
-def cache_key(settings: Mapping[str, Any]) -> str:
+def cache_key(settings: Mapping[str, Any], *, buckets: bool) -> str:
     """Return a key that is equal for trials which train from the same latents."""
-    return repr([(name, settings[name]) for name in cache_settings(settings)])
+    return repr([(name, settings[name]) for name in cache_settings(settings, buckets=buckets)])
 
 
 def trial_config(record: TrialRecord) -> dict[str, Any]:
