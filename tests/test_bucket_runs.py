@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 from bucket_data import SHAPES, write_pictures
 from PIL import Image
+from processes import start_ray
 from reference import training, write_trained_controlnet
 from runs import Settings, column, equal, flags, lines, losses, run, weights
 
@@ -167,6 +169,8 @@ def test_workers_that_come_and_go_keep_the_curve(cached: bool, settings: Setting
         settings |= {"cache_latents": "on", "latents_dtype": "float32", "latents_cache_dir": str(tmp_path / "latents")}
     whole = run(settings, tmp_path / "whole", num_workers="0", gradient_accumulation_steps=4)
     elastic = settings | {"num_workers": "1:4", "dataloader_num_workers": 1}
+    ray.shutdown()  # it may keep a CPU for the loading of an earlier test's killed run, for three minutes
+    start_ray()
     out = run(elastic, tmp_path / "out", cpus_per_worker=1.5, max_train_steps=2)
     run(elastic, out, cpus_per_worker=2.0, resume_from_checkpoint="latest")
     log = (out / "run.log").read_text()

@@ -151,11 +151,11 @@ def _record_of(content: Any, folder: str) -> TrialRecord:
     index, settings, cause = found.get("index"), found.get("settings"), found.get("cause")
     if type(index) is not int or not isinstance(settings, dict) or folder != f"{index:04d}":
         raise ValueError(f"it does not hold the settings of trial {folder}")
-    settings, _ = typed_settings(settings, setting_types(TrainConfig), folder)  # JSON has lists where these are tuples
+    typed, _ = typed_settings(settings, setting_types(TrainConfig), folder)  # JSON has lists where these are tuples
     seconds, started = number(found.get("seconds")), number(found.get("started"))
     return TrialRecord(
         index=index,
-        settings=settings,
+        settings=settings | typed,
         state=state if (state := found.get("state")) in STATES else "interrupted",
         cause=None if cause is None else str(cause),
         stopped_at=step if type(step := found.get("stopped_at")) is int else None,
