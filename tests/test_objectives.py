@@ -322,7 +322,9 @@ def load(base: Path, controlnet: Path | None = None, *, zero_snr: bool = False) 
     model = TrainConfig(
         pretrained_model_name_or_path=str(base), controlnet_model_name_or_path=named, train_data_dir="none"
     )
-    return load_components(model, device=CPU, dtype=torch.float32, seed=0, zero_snr=zero_snr)
+    return load_components(
+        model, device=CPU, dtype=torch.float32, seed=0, objective=ObjectiveConfig(rescale_betas_zero_snr=zero_snr)
+    )
 
 
 @pytest.fixture(scope="module")

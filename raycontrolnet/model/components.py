@@ -73,7 +73,7 @@ def load_components(
     controlnet_path: str | None = None,
     controlnet_flag: str = "controlnet_model_name_or_path",
     vae_device: torch.device | None = None,
-    zero_snr: bool = False,
+    objective: ObjectiveConfig = PLAIN,
 ) -> Components:
     """Load the base model, and make or load the ControlNet.
 
@@ -84,7 +84,7 @@ def load_components(
         controlnet_path: a checkpoint's ControlNet, instead of the settings'.
         controlnet_flag: the flag that names the settings' ControlNet, for messages.
         vae_device: where the VAE is kept, if not on `device`, and if the family does not need it there.
-        zero_snr: rescale the noise to a last timestep without signal.
+        objective: what the model is trained by; decides whether the noise is rescaled.
 
     Raises:
         UserError: if a part is missing or unreadable, or the model is of a kind that cannot be trained.
@@ -93,11 +93,7 @@ def load_components(
     if problem := family.scheduler_problem(_config(model, token, "scheduler")):
         raise _unsuitable(model, problem)
     denoiser, noise_scheduler = family.load_denoiser(model, token)
-    if zero_snr:
-        objective = ObjectiveConfig(rescale_betas_zero_snr=True)
-        if problems := list(family.objective_problems(objective, noise_scheduler.config)):
-            raise UserError("\n".join(problems))
-        noise_scheduler = family.with_zero_snr(noise_scheduler)
+    noise_scheduler = _scheduler_for(objective, family, noise_scheduler)
     tokenizers, text_encoders = family.load_text(model, token, dtype)
     vae_dtype = family.vae_dtype(dtype, named=model.pretrained_vae_model_name_or_path is not None)
     vae = load_vae(model, dtype=vae_dtype, token=token)
@@ -125,6 +121,17 @@ def load_components(
     for module in family.without_effect(controlnet):  # for their gradients workers would wait
         module.requires_grad_(False)
     return components
+
+
+def _scheduler_for(objective: ObjectiveConfig, family: Family, noise_scheduler: Any) -> Any:
+    """Return the scheduler, with its noise rescaled to a last timestep without signal if the objective says so.
+
+    Raises:
+        UserError: if the base model cannot have the objective; on a cluster the driver may not see the model.
+    """
+    if problems := list(family.objective_problems(objective, noise_scheduler.config)):
+        raise UserError("\n".join(problems))
+    return family.with_zero_snr(noise_scheduler) if objective.rescale_betas_zero_snr else noise_scheduler
 
 
 def _unsuitable(model: ModelConfig, problem: str) -> UserError:

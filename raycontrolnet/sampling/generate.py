@@ -101,7 +101,7 @@ def _generate(config: GenerateConfig, stream: TextIO) -> list[PairImages]:
                 seed=0,
                 token=task.token,
                 controlnet_flag="controlnet",
-                zero_snr=bool(task.config.rescale_betas_zero_snr),
+                objective=_objective(task.config),
             )
             for prompt in dict.fromkeys(config.prompt or ()):
                 if problem := cut(components.tokenizers, prompt):
@@ -169,9 +169,13 @@ def _schedule_problems(
     config: GenerateConfig, given: GenerateConfig, model: ModelConfig, token: str | None
 ) -> list[str]:
     """Return why the base model cannot draw with the noise that the settings or the run have."""
-    objective = ObjectiveConfig(rescale_betas_zero_snr=bool(config.rescale_betas_zero_snr))
     advice = "" if given.rescale_betas_zero_snr else "; the run has it, --rescale_betas_zero_snr False draws without"
-    return [f"{problem}{advice}" for problem in objective_problems(model, objective, token)]
+    return [f"{problem}{advice}" for problem in objective_problems(model, _objective(config), token)]
+
+
+def _objective(config: GenerateConfig) -> ObjectiveConfig:
+    """Return the objective as far as images depend on it."""
+    return ObjectiveConfig(rescale_betas_zero_snr=bool(config.rescale_betas_zero_snr))
 
 
 def _options(config: GenerateConfig, interpolation: str | None, family: Family) -> DrawOptions:

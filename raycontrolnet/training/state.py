@@ -115,11 +115,8 @@ def build_state(
         token=token,
         controlnet_path=str(checkpoint.trained_folder) if checkpoint else None,
         vae_device=None if encodes else torch.device("cpu"),
-        zero_snr=config.rescale_betas_zero_snr,
+        objective=config,
     )
-    # Where the driver does not see the base model.
-    if problems := list(components.family.objective_problems(config, components.noise_scheduler.config)):
-        raise UserError("\n".join(problems))
     if config.image_interpolation_mode is None and interpolation not in (None, components.family.interpolation):
         raise UserError(
             f"--image_interpolation_mode: the driver does not see the base model, of which the default depends; give "

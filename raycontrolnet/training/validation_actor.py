@@ -83,10 +83,7 @@ class ValidationActor:
     def _load(self, token: str | None) -> Components:
         config = self.job.config
         precision = working_precision(config.mixed_precision)
-        zero_snr = config.rescale_betas_zero_snr
-        components = load_components(
-            config, device=self.device, dtype=precision, seed=0, token=token, zero_snr=zero_snr
-        )
+        components = load_components(config, device=self.device, dtype=precision, seed=0, token=token, objective=config)
         components.controlnet.requires_grad_(False).eval()
         xformers = config.enable_xformers_memory_efficient_attention
         enable_memory_savers(components, gradient_checkpointing=False, xformers=xformers)
