@@ -130,11 +130,6 @@ class Interleaved:
             epoch, begin = epoch + 1, begin + len(rows)
         return np.concatenate(parts)
 
-    def label(self, index: int) -> int:
-        """Return which of the sequences the row at `index` is of."""
-        epoch = self._epoch(index)
-        return int(_cached_labels(self, epoch)[(index - self._begin(epoch)) // self.turn])
-
     def _turns_before(self, epoch: int) -> list[int]:
         """Return the turns of each sequence before `epoch`."""
         return [epoch * numerator // self._denominator for numerator in self._numerators]
@@ -208,8 +203,3 @@ _cached_permutation = lru_cache(maxsize=4)(_permutation)  # a batch may straddle
 @lru_cache(maxsize=4)
 def _cached_rows(sequence: Interleaved, epoch: int) -> Rows:
     return sequence._rows(epoch)
-
-
-@lru_cache(maxsize=4)
-def _cached_labels(sequence: Interleaved, epoch: int) -> NDArray[np.int64]:
-    return sequence._labels(epoch)
