@@ -56,12 +56,19 @@ def test_several_sources_are_found_again_by_a_trial_that_goes_on(tmp_path: Path)
     assert cache_key(record.settings, buckets=False) == cache_key(settings, buckets=False)
 
 
-@pytest.mark.parametrize("command", ["train", "prepare"])
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        ("train", ["--cache_latents", "on"]),
+        ("train", ["--on_bad_sample", "skip"]),  # which the cache must have found before the first update
+        ("prepare", []),
+    ],
+)
 def test_sizes_that_depend_on_the_seed_need_one(
-    command: str, bucketed: Settings, capsys: pytest.CaptureFixture[str]
+    command: str, why: list[str], bucketed: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = ("pretrained_model_name_or_path", "train_data_dir", "output_dir", "validation_split", "resolution")
     given = [text for name in names for text in (f"--{name}", str(bucketed[name]))]
-    given += ["--aspect_buckets", "--num_workers", "0", "--cache_latents", "on"]
+    given += ["--aspect_buckets", "--num_workers", "0", *why]
     assert main([command, *given]) == 2
     assert "--aspect_buckets: needs --seed to cache latents" in capsys.readouterr().err

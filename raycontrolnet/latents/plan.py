@@ -31,8 +31,7 @@ from raycontrolnet.storage.folder import CacheFolder, cache_folder
 from raycontrolnet.storage.uri import is_uri, shown_uri
 
 _LONGEST_NAME = 100
-SIZES_NEED_SEED = "needs --seed to cache latents: it decides the held-out rows, and what is left of each bucket"
-NEEDS_SEED = "needs --seed to cache latents: it decides the held-out rows, which are not cropped at random"
+_NEEDS_SEED = "needs --seed to cache latents: it decides the held-out rows"
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class LatentPlan:
             buckets: of the run, for the rows that it uses.
 
         Raises:
-            UserError: if folder or VAE cannot be used.
+            UserError: if folder or VAE cannot be used, or a seed is missing.
         """
         vae = VaeFiles.find(config, token)
         subset = None
@@ -71,6 +70,8 @@ class LatentPlan:
                 problem = f"--max_train_samples={config.max_train_samples}: needs --seed, which decides the rows"
                 raise ConfigError([problem])
             subset = (config.seed, num_used)
+        if needed := lacks_seed(config, num_held_out):
+            raise ConfigError([": ".join(needed)])
         encoding = Encoding(
             vae.fingerprint,
             config.resolution,
@@ -177,16 +178,20 @@ def posterior_bytes(latents: int, latents_dtype: str, *, both: bool) -> int:
     return (4 if both else 2) * latents * int(latents_dtype.removeprefix("float")) // 8
 
 
-def _plain_rows(config: TrainConfig, num_held_out: int) -> tuple[int, int] | None:
-    """Return (seed, number) of the held-out rows if the others are cropped at random.
+def lacks_seed(config: TrainConfig, num_held_out: int) -> tuple[str, str] | None:
+    """Return a flag by which the cache depends on the held-out rows, and why it needs --seed; None if that is given."""
+    if config.seed is not None or not num_held_out:
+        return None
+    if config.crop == RANDOM:
+        return f"--crop={RANDOM}", f"{_NEEDS_SEED}, which are not cropped at random"
+    return ("--aspect_buckets", f"{_NEEDS_SEED}, and what is left of each bucket") if config.aspect_buckets else None
 
-    Raises:
-        ConfigError: if there is no seed, which decides them.
-    """
+
+def _plain_rows(config: TrainConfig, num_held_out: int) -> tuple[int, int] | None:
+    """Return (seed, number) of the held-out rows if the others are cropped at random."""
     if config.crop != RANDOM or not num_held_out:
         return None
-    if config.seed is None:
-        raise ConfigError([f"--crop={config.crop}: {NEEDS_SEED}"])
+    assert config.seed is not None  # see `lacks_seed`
     return config.seed, num_held_out
 
 

@@ -17,7 +17,7 @@ from raycontrolnet.data.sources import open_source
 from raycontrolnet.errors import ConfigError, Interrupted
 from raycontrolnet.latents.ensure import SEVERAL_MACHINES, complete, report_path
 from raycontrolnet.latents.manifest import BadSample
-from raycontrolnet.latents.plan import SIZES_NEED_SEED, LatentPlan
+from raycontrolnet.latents.plan import LatentPlan
 from raycontrolnet.model.base_family import base_family
 from raycontrolnet.model.families.registry import families
 from raycontrolnet.model.problems import model_problems
@@ -71,8 +71,6 @@ def _prepare(config: TrainConfig, stream: TextIO) -> PrepareResult:
         raise ConfigError(problems)
     if sources := sources_in_words(source, config):
         stream.write(f"data: {sources}\n")
-    if config.aspect_buckets and config.seed is None and config.num_held_out(len(source)):
-        raise ConfigError([f"--aspect_buckets: {SIZES_NEED_SEED}"])
     family = base_family(config, token)
     buckets = find_buckets(config, source, (family or families()[0]).resolution_multiple)
     if buckets:

@@ -19,7 +19,7 @@ from raycontrolnet.errors import ConfigError
 from raycontrolnet.latents.plan import posterior_bytes
 from raycontrolnet.launch import precision
 from raycontrolnet.launch.needs import Needs, count, known_family, memory_size, work
-from raycontrolnet.launch.preflight import lacks_seed, wants_latents
+from raycontrolnet.launch.preflight import no_cache_because, wants_latents
 from raycontrolnet.model.base_family import base_family, objective_problems, size_problems
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.optimizers import try_optimizer
@@ -101,7 +101,7 @@ def check(config: CheckConfig, stream: TextIO | None = None) -> Prediction:
     schedule = Schedule.of(train, min(rows, train.max_train_samples or rows), train.most_workers, start)
     cached = wants_latents(train, schedule)
     with collected(refused):
-        cached = cached and (start is not None or lacks_seed(train, len(source)) is None)
+        cached = cached and (start is not None or no_cache_because(train, len(source)) is None)
     buckets = find_buckets(train, source, family.resolution_multiple)
     how: dict[str, Any] = {"cached": cached, "image_size": buckets.largest if buckets else None}
     device, needs = Device.of(config), Needs.of(train, token, count(train, token, **how), **how)

@@ -24,7 +24,6 @@ from raycontrolnet.config.checks import (
 )
 from raycontrolnet.config.objective_settings import ZERO_SNR
 from raycontrolnet.config.train_config import TrainConfig
-from raycontrolnet.data.augmentation import RANDOM
 from raycontrolnet.data.buckets import Buckets
 from raycontrolnet.data.image_sizes import find_buckets
 from raycontrolnet.data.source import Source
@@ -32,7 +31,7 @@ from raycontrolnet.data.sources import open_source, shared_files
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.hub import push
 from raycontrolnet.latents.ensure import SEVERAL_MACHINES, ensure
-from raycontrolnet.latents.plan import NEEDS_SEED, SIZES_NEED_SEED, LatentPlan, prepare_command
+from raycontrolnet.latents.plan import LatentPlan, lacks_seed, prepare_command
 from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.model.base_family import (
     base_family,
@@ -95,7 +94,7 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
     if problems or source is None:
         raise ConfigError(problems)
     config = _with_held_out_rows(config, len(source), start)
-    not_cached_because = None if start else lacks_seed(config, len(source))
+    not_cached_because = None if start else no_cache_because(config, len(source))
     if config.seed is None:
         config = dataclasses.replace(config, seed=start.seed if start else secrets.randbelow(2**31))
     if start is not None:
@@ -130,7 +129,7 @@ def _warn_of_changes(config: TrainConfig, start: checkpoints.Checkpoint, source:
         )
 
 
-def lacks_seed(config: TrainConfig, num_rows: int) -> str | None:
+def no_cache_because(config: TrainConfig, num_rows: int) -> str | None:
     """Return why every run of these settings would need another latent cache, in words; None if none would.
 
     Raises:
@@ -142,15 +141,16 @@ def lacks_seed(config: TrainConfig, num_rows: int) -> str | None:
         if config.cache_latents == "on":
             raise ConfigError([f"--max_train_samples={config.max_train_samples}: needs --seed, to cache these rows"])
         return "--max_train_samples draws other rows without --seed"
-    if config.crop == RANDOM and config.num_held_out(num_rows):
-        if config.cache_latents == "on" or config.on_bad_sample == "skip":
-            raise ConfigError([f"--crop={config.crop}: {NEEDS_SEED}"])
-        return f"--crop random {NEEDS_SEED}"
-    if config.aspect_buckets and config.num_held_out(num_rows):
-        if config.cache_latents == "on":
-            raise ConfigError([f"--aspect_buckets: {SIZES_NEED_SEED}"])
-        return f"--aspect_buckets {SIZES_NEED_SEED}"
+    if needed := lacks_seed(config, config.num_held_out(num_rows)):
+        if _needs_cache(config):
+            raise ConfigError([": ".join(needed)])
+        return " ".join(needed).replace("=", " ", 1)
     return None
+
+
+def _needs_cache(config: TrainConfig) -> bool:
+    """Check whether a run must have its cache: bad samples must be known before the first update."""
+    return config.cache_latents == "on" or config.on_bad_sample == "skip"
 
 
 def _buckets(
@@ -241,7 +241,7 @@ def _fitting_cache(run: CheckedRun, stream: TextIO, *, one_machine: bool = True)
     """
     config = run.config
     if config.latents_cache_dir is None and not one_machine:
-        if config.cache_latents == "on" or config.on_bad_sample == "skip":
+        if _needs_cache(config):
             raise ConfigError([f"--latents_cache_dir: {SEVERAL_MACHINES}"])
         stream.write(f"latents: not cached; to train faster, give --latents_cache_dir ({SEVERAL_MACHINES})\n")
         return None
