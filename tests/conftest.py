@@ -29,6 +29,8 @@ from raycontrolnet.demo.shapes import write_shapes
 if TYPE_CHECKING:
     from runs import Run
 
+    from raycontrolnet.data.records import PreparedRow
+
 TINY_RESOLUTION = 32
 """Pixels; 4 x 4 latents, 2 x 2 in the middle of the tiny UNet."""
 
@@ -154,6 +156,23 @@ def validated_run(validated_settings: dict[str, Any], tmp_path_factory: pytest.T
     from runs import train
 
     return train(validated_settings | {"output_dir": str(tmp_path_factory.mktemp("validated") / "run")})
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[PreparedRow]]:
+    """Record the batches that the step gets, in order."""
+    from raycontrolnet import train_controlnet
+    from raycontrolnet.model import step
+
+    batches: list[list[PreparedRow]] = []
+    make_batch = step.make_batch
+
+    def recording(rows: list[PreparedRow], *rest: Any) -> Any:
+        batches.append(rows)
+        return make_batch(rows, *rest)
+
+    monkeypatch.setattr(train_controlnet, "make_batch", recording)
+    return batches
 
 
 @pytest.fixture(scope="session")

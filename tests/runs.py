@@ -62,6 +62,15 @@ def run(settings: Settings, output_dir: Path, **changed: Any) -> Path:
     return output_dir
 
 
+def check_resume_is_exact(settings: Settings, folder: Path, **changed: Any) -> None:
+    """Train as a whole, and with a stop after two updates: losses and weights are the same, bit for bit."""
+    whole = run(settings, folder / "whole", **changed)
+    parts = run(settings, folder / "parts", **changed | {"max_train_steps": 2})
+    run(settings, parts, **changed, resume_from_checkpoint="latest")
+    assert losses(parts) == losses(whole)
+    assert equal(weights(parts), weights(whole))
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
     """Return the records of a file with one per line."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

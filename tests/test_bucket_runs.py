@@ -17,15 +17,14 @@ from bucket_data import SHAPES, write_pictures
 from PIL import Image
 from processes import start_ray
 from reference import training, write_trained_controlnet
-from runs import Settings, column, equal, flags, lines, losses, run, weights
+from runs import Settings, check_resume_is_exact, column, equal, flags, lines, losses, run, weights
 
-from raycontrolnet import GenerateConfig, TrainConfig, fit, generate, train_controlnet
+from raycontrolnet import GenerateConfig, TrainConfig, fit, generate
 from raycontrolnet.cli import main
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.launch import preflight
 from raycontrolnet.launch.checked_run import CheckedRun
-from raycontrolnet.model import step
 from raycontrolnet.storage.stored_folder import run_folder
 from raycontrolnet.training.held_out import KeptSamples, measure
 
@@ -53,20 +52,6 @@ def settings(tiny_settings: Settings, pictures: Path) -> Settings:
         "validation_split": 6,
         "lr_warmup_steps": 0,
     }
-
-
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[PreparedRow]]:
-    """Record the batches that the step gets, in order."""
-    batches: list[list[PreparedRow]] = []
-    make_batch = step.make_batch
-
-    def recording(rows: list[PreparedRow], *rest: Any) -> Any:
-        batches.append(rows)
-        return make_batch(rows, *rest)
-
-    monkeypatch.setattr(train_controlnet, "make_batch", recording)
-    return batches
 
 
 def checked(settings: Settings, **changed: Any) -> CheckedRun:
@@ -140,11 +125,7 @@ def test_resume_is_exact(settings: Settings, tmp_path: Path) -> None:
     """Stopped in the middle of an epoch, with accumulation over micro-batches of different sizes."""
     changed: Settings = {"train_batch_size": 2, "gradient_accumulation_steps": 3, "max_train_steps": 6}
     changed |= {"checkpointing_steps": 2, "validation_steps": 6}
-    whole = run(settings, tmp_path / "whole", **changed)
-    parts = run(settings, tmp_path / "parts", **changed | {"max_train_steps": 2})
-    run(settings, parts, **changed, resume_from_checkpoint="latest")
-    assert losses(parts) == losses(whole)
-    assert equal(weights(parts), weights(whole))
+    check_resume_is_exact(settings, tmp_path, **changed)
 
 
 def test_square_pictures_learn_the_same_as_without(tiny_settings: Settings, tmp_path: Path) -> None:

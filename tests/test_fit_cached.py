@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from runs import Settings, equal, losses, metadata, run, weights
+from runs import Settings, check_resume_is_exact, losses, metadata, run
 
 from raycontrolnet import RunResult, TrainConfig, fit, prepare
 from raycontrolnet.data import transforms
@@ -53,11 +53,7 @@ def test_a_named_vae_that_is_the_base_models_own(settings: Settings, tmp_path: P
 def test_resume_is_exact(settings: Settings, tmp_path: Path) -> None:
     """The run stops after 2 of 8 updates, in the middle of an epoch."""
     changed = {"train_batch_size": 2, "max_train_steps": 8, "checkpointing_steps": 2}
-    whole = run(settings, tmp_path / "whole", **changed)
-    parts = run(settings, tmp_path / "parts", **changed | {"max_train_steps": 2})
-    run(settings, parts, **changed, resume_from_checkpoint="latest")
-    assert losses(parts) == losses(whole)
-    assert equal(weights(parts), weights(whole))
+    check_resume_is_exact(settings, tmp_path, **changed)
 
 
 def test_neither_vae_nor_images_are_needed_once_the_cache_is_there(

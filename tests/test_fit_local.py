@@ -33,7 +33,6 @@ from raycontrolnet import RunResult, TrainConfig, fit, train_controlnet
 from raycontrolnet.cluster import worker
 from raycontrolnet.config.train_config import public_settings
 from raycontrolnet.data.order import SampleOrder
-from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.transforms import resize_and_crop
 from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
@@ -65,20 +64,6 @@ def captions(circles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         row["text"] = [row["text"], "a circle", f"{row['text']}, drawn"]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
-
-
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[PreparedRow]]:
-    """Record the batches that the step gets, in order."""
-    batches: list[list[PreparedRow]] = []
-    make_batch = step.make_batch
-
-    def recording(rows: list[PreparedRow], *rest: Any) -> Any:
-        batches.append(rows)
-        return make_batch(rows, *rest)
-
-    monkeypatch.setattr(train_controlnet, "make_batch", recording)
-    return batches
 
 
 # --- what a run leaves ---

@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from runs import Settings, equal, flags, losses, metadata, run, train, weights
+from runs import Settings, check_resume_is_exact, flags, losses, metadata, run, train
 
 from raycontrolnet import TrainConfig, prepare
 from raycontrolnet.cli import main, parse
@@ -293,11 +293,7 @@ def test_a_run_names_all_data(settings: Settings, folders: tuple[Path, Path], tm
 @pytest.mark.parametrize("cache_latents", ["off", "on"])
 def test_resume_is_exact(settings: Settings, tmp_path: Path, cache_latents: str) -> None:
     changed = {"data_weights": (1, 2), "cache_latents": cache_latents, "random_flip": True, "checkpointing_steps": 2}
-    whole = run(settings, tmp_path / "whole", **changed)
-    parts = run(settings, tmp_path / "parts", **changed | {"max_train_steps": 2})
-    run(settings, parts, **changed, resume_from_checkpoint="latest")
-    assert losses(parts) == losses(whole)
-    assert equal(weights(parts), weights(whole))
+    check_resume_is_exact(settings, tmp_path, **changed)
 
 
 def test_going_on_with_other_weights_is_told(
