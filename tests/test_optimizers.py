@@ -253,7 +253,7 @@ def test_another_class_is_refused(
     """By the manifest before models are read, and by the state itself."""
     folder = run(tiny_settings, tmp_path / "out", optimizer="torch.optim.RAdam", max_train_steps=2)
     if not early:
-        monkeypatch.setattr("raycontrolnet.launch.preflight.state_problem", lambda *given: None)
+        monkeypatch.setattr("raycontrolnet.launch.resumed_run.state_problem", lambda *given: None)
     with pytest.raises(UserError) as error:
         run(tiny_settings, folder, resume_from_checkpoint="latest")
     assert str(error.value).startswith(

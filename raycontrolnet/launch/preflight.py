@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import secrets
-from collections.abc import Iterator
 from typing import TextIO
 
 import torch
@@ -22,30 +20,29 @@ from raycontrolnet.config.checks import (
     missing_extras,
     unwritable,
 )
-from raycontrolnet.config.objective_settings import ZERO_SNR
 from raycontrolnet.config.train_config import TrainConfig
-from raycontrolnet.data.buckets import Buckets
 from raycontrolnet.data.image_sizes import find_buckets
-from raycontrolnet.data.source import Source
 from raycontrolnet.data.sources import open_source, shared_files
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.hub import push
 from raycontrolnet.latents.ensure import SEVERAL_MACHINES, ensure
 from raycontrolnet.latents.plan import LatentPlan, lacks_seed, prepare_command
 from raycontrolnet.launch.checked_run import CheckedRun
+from raycontrolnet.launch.resumed_run import (
+    check_buckets,
+    checkpoint_problems,
+    warn_of_changes,
+    with_held_out_rows,
+)
 from raycontrolnet.model.base_family import (
     base_family,
     bucket_warning,
-    config_of_denoiser,
     objective_problems,
     size_problems,
 )
-from raycontrolnet.model.components import OTHER_BASE, RESUME
-from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.families.registry import families
-from raycontrolnet.model.files import local_files
-from raycontrolnet.model.optimizers import state_problem, try_optimizer
-from raycontrolnet.model.problems import mismatch, model_files, model_problems
+from raycontrolnet.model.optimizers import try_optimizer
+from raycontrolnet.model.problems import model_files, model_problems
 from raycontrolnet.model.size import controlnet_bytes_at_least
 from raycontrolnet.sampling import images
 from raycontrolnet.storage import checkpoint as checkpoints
@@ -87,19 +84,23 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
     with collected(problems):
         source = open_source(config, cache_dir=config.cache_dir, token=token, skip_bad=config.on_bad_sample == "skip")
     if start is not None and not problems:
-        problems += _checkpoint_problems(config, start, token)
+        problems += checkpoint_problems(config, start, token)
     family = base_family(config, token) if not problems else None
     problems += size_problems(config, family)
     problems += objective_problems(config, config, token) if not problems else ()
     if problems or source is None:
         raise ConfigError(problems)
-    config = _with_held_out_rows(config, len(source), start)
+    config = with_held_out_rows(config, len(source), start)
     not_cached_because = None if start else no_cache_because(config, len(source))
     if config.seed is None:
         config = dataclasses.replace(config, seed=start.seed if start else secrets.randbelow(2**31))
     if start is not None:
-        _warn_of_changes(config, start, source)
-    buckets = _buckets(config, source, family, start)
+        warn_of_changes(config, start, source)
+    buckets = find_buckets(config, source, (family or families()[0]).resolution_multiple)
+    if warning := bucket_warning(buckets, family):
+        logger.warning("%s", warning)
+    if start is not None:
+        check_buckets(config, buckets, start)
     files = shared_files(source, config)
     interpolation = config.image_interpolation_mode or (family or families()[0]).interpolation
     run = CheckedRun(
@@ -109,24 +110,6 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
         weights = controlnet_bytes_at_least(config)
         check_room(folder, weights, run.schedule(start), start.step if start else 0, config, least=True)
     return run
-
-
-def _warn_of_changes(config: TrainConfig, start: checkpoints.Checkpoint, source: Source) -> None:
-    """Log what differs from the run that wrote the checkpoint, and changes what is learned."""
-    for what, now in (("seed", config.seed), ("data", source.fingerprint())):
-        if start.manifest[what] != now:
-            logger.warning("%s was made with another %s: the order of samples changes", start.path, what)
-    before = start.manifest.get("settings", {})
-    weights = before.get("data_weights")
-    if (weights and tuple(weights)) != config.data_weights:
-        logger.warning("%s was made with other --data_weights: the order of samples changes", start.path)
-    if before.get(ZERO_SNR, False) != getattr(config, ZERO_SNR):
-        logger.warning("%s was trained with another noise schedule: its run had another --%s", start.path, ZERO_SNR)
-    if start.manifest.get("held_out", 0) != config.num_held_out(len(source)):
-        logger.warning(
-            "%s was made with other rows held out: it has seen rows that are measured now, and the order changes",
-            start.path,
-        )
 
 
 def no_cache_because(config: TrainConfig, num_rows: int) -> str | None:
@@ -151,45 +134,6 @@ def no_cache_because(config: TrainConfig, num_rows: int) -> str | None:
 def _needs_cache(config: TrainConfig) -> bool:
     """Check whether a run must have its cache: bad samples must be known before the first update."""
     return config.cache_latents == "on" or config.on_bad_sample == "skip"
-
-
-def _buckets(
-    config: TrainConfig, source: Source, family: Family | None, start: checkpoints.Checkpoint | None
-) -> Buckets | None:
-    """Return the aspect buckets of a run; warn if batches are of other rows after its start than they would have been.
-
-    Raises:
-        ConfigError: if batches after its start would be of two buckets.
-    """
-    buckets = find_buckets(config, source, (family or families()[0]).resolution_multiple)
-    if warning := bucket_warning(buckets, family):
-        logger.warning("%s", warning)
-    if start is None:
-        return buckets
-    sizes = [list(size) for size in buckets.sizes] if buckets else None
-    if start.manifest.get("buckets") != sizes:
-        logger.warning("%s was made with other aspect buckets: the order of samples changes", start.path)
-    if buckets is None or len(buckets.sizes) == 1:
-        return buckets
-    size, before = config.train_batch_size, start.manifest.get("settings", {}).get("train_batch_size")
-    if start.samples % size:
-        problem = f"--train_batch_size={size}: does not divide the {start.samples:,} samples of {start.path.name}"
-        fits = math.gcd(start.samples, before or size)
-        raise ConfigError([f"{problem}, and a batch must be of one aspect bucket; use {fits}, or a divisor of it"])
-    if size != before:
-        logger.warning("%s was made with --train_batch_size=%s: the order of samples changes", start.path, before)
-    return buckets
-
-
-def _checkpoint_problems(config: TrainConfig, start: checkpoints.Checkpoint, token: str | None) -> Iterator[str]:
-    """Yield a problem if the checkpoint's ControlNet does not fit the base model, or its state another optimizer."""
-    controlnet = local_files(start.path / checkpoints.CONTROLNET_FOLDER).read_json("config.json")
-    if problem := mismatch(controlnet, config_of_denoiser(config, token)):
-        yield f"--{RESUME}={config.resume_from_checkpoint}: {start.path.name} was {problem}; {OTHER_BASE}"
-    if problem := state_problem(config, start.manifest.get("settings")):
-        weights = start.path / checkpoints.CONTROLNET_FOLDER
-        anew = f"start anew from its weights in another --output_dir: --controlnet_model_name_or_path {weights}"
-        yield f"--{RESUME}={config.resume_from_checkpoint}: {start.path.name} {problem}, or {anew}"
 
 
 def choose_latents(run: CheckedRun, stream: TextIO, *, reused: bool = False) -> CheckedRun:
@@ -284,18 +228,3 @@ def _with_cache(run: CheckedRun, workers: WorkerResources | None, stream: TextIO
     if run.start is not None and run.start.manifest.get("left_out", []) != list(run.bad_rows):
         logger.warning("%s was made with other bad samples left out: the order of samples changes", run.start.path)
     return run
-
-
-def _with_held_out_rows(config: TrainConfig, num_rows: int, start: checkpoints.Checkpoint | None) -> TrainConfig:
-    """Return the settings with as many held-out rows as the run that is continued had, unless they give a number.
-
-    Raises:
-        ConfigError: if no row would be left to train on.
-    """
-    before = start.manifest.get("held_out", 0) if start else None
-    if config.validation_split is None and before not in (None, config.num_held_out(num_rows)):
-        config = dataclasses.replace(config, validation_split=before)
-    if config.num_held_out(num_rows) >= num_rows:
-        problem = f"--validation_split={config.validation_split:g}: leaves none of the {num_rows:,} rows to train on"
-        raise ConfigError([f"{problem}; hold out fewer, or 0"])
-    return config

@@ -1,0 +1,86 @@
+"""Checks of a run that goes on from a checkpoint: what must fit it, and what is no longer as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator
+
+from raycontrolnet.config.objective_settings import ZERO_SNR
+from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.data.buckets import Buckets
+from raycontrolnet.data.source import Source
+from raycontrolnet.errors import ConfigError
+from raycontrolnet.model.base_family import config_of_denoiser
+from raycontrolnet.model.components import OTHER_BASE, RESUME
+from raycontrolnet.model.files import local_files
+from raycontrolnet.model.optimizers import state_problem
+from raycontrolnet.model.problems import mismatch
+from raycontrolnet.storage import checkpoint as checkpoints
+
+logger = logging.getLogger(__name__)
+
+
+def with_held_out_rows(config: TrainConfig, num_rows: int, start: checkpoints.Checkpoint | None) -> TrainConfig:
+    """Return the settings with as many held-out rows as the run that is continued had, unless they give a number.
+
+    Raises:
+        ConfigError: if no row would be left to train on.
+    """
+    before = start.manifest.get("held_out", 0) if start else None
+    if config.validation_split is None and before not in (None, config.num_held_out(num_rows)):
+        config = dataclasses.replace(config, validation_split=before)
+    if config.num_held_out(num_rows) >= num_rows:
+        problem = f"--validation_split={config.validation_split:g}: leaves none of the {num_rows:,} rows to train on"
+        raise ConfigError([f"{problem}; hold out fewer, or 0"])
+    return config
+
+
+def checkpoint_problems(config: TrainConfig, start: checkpoints.Checkpoint, token: str | None) -> Iterator[str]:
+    """Yield a problem if the checkpoint's ControlNet does not fit the base model, or its state another optimizer."""
+    controlnet = local_files(start.path / checkpoints.CONTROLNET_FOLDER).read_json("config.json")
+    if problem := mismatch(controlnet, config_of_denoiser(config, token)):
+        yield f"--{RESUME}={config.resume_from_checkpoint}: {start.path.name} was {problem}; {OTHER_BASE}"
+    if problem := state_problem(config, start.manifest.get("settings")):
+        weights = start.path / checkpoints.CONTROLNET_FOLDER
+        anew = f"start anew from its weights in another --output_dir: --controlnet_model_name_or_path {weights}"
+        yield f"--{RESUME}={config.resume_from_checkpoint}: {start.path.name} {problem}, or {anew}"
+
+
+def warn_of_changes(config: TrainConfig, start: checkpoints.Checkpoint, source: Source) -> None:
+    """Log what differs from the run that wrote the checkpoint, and changes what is learned."""
+    for what, now in (("seed", config.seed), ("data", source.fingerprint())):
+        if start.manifest[what] != now:
+            logger.warning("%s was made with another %s: the order of samples changes", start.path, what)
+    before = start.manifest.get("settings", {})
+    weights = before.get("data_weights")
+    if (weights and tuple(weights)) != config.data_weights:
+        logger.warning("%s was made with other --data_weights: the order of samples changes", start.path)
+    if before.get(ZERO_SNR, False) != getattr(config, ZERO_SNR):
+        logger.warning("%s was trained with another noise schedule: its run had another --%s", start.path, ZERO_SNR)
+    if start.manifest.get("held_out", 0) != config.num_held_out(len(source)):
+        logger.warning(
+            "%s was made with other rows held out: it has seen rows that are measured now, and the order changes",
+            start.path,
+        )
+
+
+def check_buckets(config: TrainConfig, buckets: Buckets | None, start: checkpoints.Checkpoint) -> None:
+    """Warn if batches after the checkpoint are of other rows than they would have been.
+
+    Raises:
+        ConfigError: if batches after its start would be of two buckets.
+    """
+    sizes = [list(size) for size in buckets.sizes] if buckets else None
+    if start.manifest.get("buckets") != sizes:
+        logger.warning("%s was made with other aspect buckets: the order of samples changes", start.path)
+    if buckets is None or len(buckets.sizes) == 1:
+        return
+    size, before = config.train_batch_size, start.manifest.get("settings", {}).get("train_batch_size")
+    if start.samples % size:
+        problem = f"--train_batch_size={size}: does not divide the {start.samples:,} samples of {start.path.name}"
+        fits = math.gcd(start.samples, before or size)
+        raise ConfigError([f"{problem}, and a batch must be of one aspect bucket; use {fits}, or a divisor of it"])
+    if size != before:
+        logger.warning("%s was made with --train_batch_size=%s: the order of samples changes", start.path, before)
