@@ -23,7 +23,13 @@ from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.stream import local_batches, ray_batches
 from raycontrolnet.data.threads import read_ahead
 from raycontrolnet.errors import RunError, UserError
-from raycontrolnet.model.performance import attention_kernels, fastest_convolutions, tf32
+from raycontrolnet.model.performance import (
+    attention_kernels,
+    fastest_convolutions,
+    fused_layers,
+    tf32,
+    working_precision,
+)
 from raycontrolnet.model.prompts import warn_if_cut
 from raycontrolnet.model.step import Batch, Draws, TrainState, draw, latent_shape, make_batch, to_device, train_step
 from raycontrolnet.storage.checkpoint import Checkpoint
@@ -95,7 +101,7 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
         with (
             accelerator_for(job.config, use_gpu=job.use_gpu, world_size=world_size) as accelerator,
             tf32(allowed=job.config.allow_tf32),
-            fastest_convolutions(accelerator.device),
+            fastest_convolutions(accelerator.device, working_precision(job.config.mixed_precision)),
             freed_memory_kept(on_cpu=accelerator.device.type == "cpu") as keeps_memory,
         ):
             if job.threads is not None:
@@ -180,6 +186,7 @@ class Worker:
             "loss": self.last.loss if self.last else None,
             "timings": self.clock.rounded(),
             "attention": attention_kernels(state.components),
+            "fused_layers": fused_layers(state.components),
         }
 
     def inputs(self, batches: Iterator[list[PreparedRow]]) -> Iterator[tuple[Batch, Draws]]:

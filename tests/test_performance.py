@@ -91,17 +91,18 @@ def benchmark() -> Iterator[None]:
 
 @pytest.mark.usefixtures("benchmark")
 @pytest.mark.parametrize("before", [False, True])
-def test_convolutions_are_chosen_by_trial_on_gpus_alone(before: bool) -> None:
+def test_convolutions_are_chosen_by_trial_on_gpus_alone_and_not_in_fp32(before: bool) -> None:
     torch.backends.cudnn.benchmark = before
-    for device in ("cuda", "cpu"):
-        with fastest_convolutions(torch.device(device)):
-            assert torch.backends.cudnn.benchmark == (device == "cuda")
+    for device, dtype in (("cuda", torch.bfloat16), ("cuda", torch.float32), ("cpu", torch.bfloat16)):
+        with fastest_convolutions(torch.device(device), dtype):
+            assert torch.backends.cudnn.benchmark == (device == "cuda" and dtype == torch.bfloat16)
         assert torch.backends.cudnn.benchmark == before
 
 
-def test_a_run_tells_its_attention(tiny_settings: dict[str, Any]) -> None:
+def test_a_run_tells_its_attention_and_its_fused_layers(tiny_settings: dict[str, Any]) -> None:
     done = fit(TrainConfig(**tiny_settings | {"max_train_steps": 1})).output_dir
-    assert json.loads((done / "run.json").read_text())["attention"] == ["flash_attention"]
+    status = json.loads((done / "run.json").read_text())
+    assert (status["attention"], status["fused_layers"]) == (["flash_attention"], []), "fused ones are for GPUs"
 
 
 def test_other_attention_is_told(tiny_settings: dict[str, Any]) -> None:

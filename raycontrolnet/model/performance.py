@@ -16,6 +16,7 @@ from raycontrolnet.text import error_message
 
 CONTEXT_BYTES = 2**29
 """Memory of a process on a GPU that torch does not count: CUDA's context and the kernels' code."""
+_FUSED = "raycontrolnet.model.fused."
 _NO_MEMORY = re.compile(
     r"(CUDA|HIP) (error: )?out of memory|hipErrorOutOfMemory|Cuda failure.*out of memory|"
     r"(CUBLAS|CUDNN|CUSOLVER|CUSPARSE|CUFFT|HIPBLAS|MIOPEN)\w*_ALLOC_FAILED"
@@ -135,13 +136,16 @@ def memory_advised(advice: Callable[[], str]) -> Iterator[None]:
 
 
 @contextmanager
-def fastest_convolutions(device: torch.device) -> Iterator[None]:
+def fastest_convolutions(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Let cuDNN try its algorithms once for every shape, of which a run has few, and take the fastest.
 
     On another start it may take another one, which rounds otherwise.
+
+    Args:
+        dtype: in which the models compute. In fp32 nothing is tried: the trial took 61 GiB, where a step needs 16.
     """
     before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = device.type == "cuda"
+    torch.backends.cudnn.benchmark = device.type == "cuda" and dtype != torch.float32
     try:
         yield
     finally:
@@ -164,6 +168,12 @@ def attention_kernels(components: Components) -> tuple[str, ...]:
         choice = torch._fused_sdp_choice(query, query, query)
         found.add(torch.nn.attention.SDPBackend(choice).name.lower())
     return tuple(sorted(found))
+
+
+def fused_layers(components: Components) -> tuple[str, ...]:
+    """Return the names of the classes of `model.fused` that the denoiser's layers have."""
+    classes = {type(module) for module in components.denoiser.modules()}
+    return tuple(sorted(each.__name__ for each in classes if each.__module__.startswith(_FUSED)))
 
 
 COMPILER = "inductor"

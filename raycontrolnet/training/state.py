@@ -145,6 +145,10 @@ def state_of(
     if accelerator.device.type == "cuda" and keeps_layouts(config):
         # That of the activations: else every convolution would turn its weights first. Files have the other one.
         components.controlnet.to(memory_format=torch.channels_last)
+    if accelerator.device.type == "cuda" and not config.compile:
+        from raycontrolnet.model.fused.layers import fuse_layers  # imports diffusers
+
+        fuse_layers(components)
     weights = list(components.controlnet.parameters())
     optimizer = build_optimizer(weights, config, schedule.learning_rate(config), fused=accelerator.scaler is None)
     saved = read_rest(checkpoint) if checkpoint else {}

@@ -36,9 +36,12 @@ Result = dict[str, Any]
 
 NAMES = (
     "fp32 is the CPU's", "bf16 gradients", "gradient checkpointing", "exact resume", "fp16 gradients",
-    "exact resume in fp16", "the loss scaler skips", "no synchronisation", "compiled", "copied checkpoint",
+    "exact resume in fp16", "the loss scaler skips", "no synchronisation", "fused layers", "compiled",
+    "copied checkpoint",
 )  # fmt: skip
-"""All checks; the last six need a GPU."""
+"""All checks; the last seven need a GPU."""
+NORMS = ((4, 320, 64, 64), (2, 960, 24, 40), (3, 1280, 8, 8), (1, 80, 33, 31))
+"""Shapes of images, [B, C, H, W]; with 16 groups."""
 
 
 def checks(device: torch.device) -> dict[str, Callable[[], Result]]:
@@ -56,6 +59,7 @@ def checks(device: torch.device) -> dict[str, Callable[[], Result]]:
             "exact resume in fp16": lambda: exact_resume(base, device, "fp16"),
             "the loss scaler skips": lambda: loss_scaler_skips(base, device),
             "no synchronisation": lambda: no_synchronisation(base, device),
+            "fused layers": lambda: fused_layers(device),
             "compiled": lambda: compiled(base, device),
             "copied checkpoint": lambda: copied_checkpoint(base, device),
         }
@@ -156,6 +160,47 @@ def no_synchronisation(base: Components, device: torch.device) -> Result:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return {"said": said, "ok": said is None}
+
+
+def fused_layers(device: torch.device) -> Result:
+    """Compare the fused layers' outputs and gradients with fp64's on the CPU, and with their own, bit for bit."""
+    from diffusers.models.activations import GEGLU
+
+    from raycontrolnet.model.fused.layers import FUSED
+
+    off = {"fp32": 0.0, "bf16": 0.0, "autocast": 0.0}
+    exact = True
+    for shape in NORMS:
+        images = 3 + torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        tokens = images.permute(0, 2, 3, 1).flatten(1, 2) - 3
+        for layer, inputs in ((torch.nn.GroupNorm(16, shape[1]), images), (GEGLU(shape[1], 64), tokens)):
+            if isinstance(layer, torch.nn.GroupNorm):
+                for weight in layer.parameters():
+                    torch.nn.init.normal_(weight)
+            layer.bfloat16().float()  # weights that bf16 has too
+            for kind in off:
+                dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+                fused = copy.deepcopy(layer).to(device, torch.bfloat16 if kind == "bf16" else torch.float32)
+                fused.__class__ = FUSED[type(layer)]
+                given = inputs.to(device, dtype)
+                if inputs.ndim == 4:
+                    given = given.contiguous(memory_format=torch.channels_last)
+                with torch.autocast(device.type, torch.bfloat16, enabled=kind == "autocast"):
+                    found, again = (_with_gradients(fused, given) for _ in range(2))
+                exact &= all(map(torch.equal, found, again))
+                expected = _with_gradients(copy.deepcopy(layer).double(), inputs.to(dtype).double())
+                differences = [float((a.cpu() - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
+                off[kind] = max(off[kind], *differences)
+    ok = exact and off["fp32"] <= 1e-5 and max(off.values()) <= 1e-2
+    return {**{f"off in {kind}": value for kind, value in off.items()}, "the same bits twice": exact, "ok": ok}
+
+
+def _with_gradients(layer: torch.nn.Module, inputs: Tensor) -> list[Tensor]:
+    """Return a layer's output, and where its gradient is its tanh, those of its inputs and weights; fp64."""
+    inputs = inputs.detach().requires_grad_()
+    output = layer(inputs)
+    gradients = torch.autograd.grad(output, [inputs, *layer.parameters()], output.detach().tanh())
+    return [each.double() for each in (output.detach(), *gradients)]
 
 
 def compiled(base: Components, device: torch.device) -> Result:

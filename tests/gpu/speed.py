@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from states import Base, components_of, draws_of, random_batch, settings, training
+from states import Base, components_of, draws_of, random_batch, settings, training, with_torchs_layers
 
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.step import Draws, train_step
@@ -47,16 +47,18 @@ def draws_ahead(components: Components, size: int) -> Iterator[Draws]:
             yield found
 
 
-def memory(base: Base, precision: str, size: int, *, cached: bool, **changes: Any) -> float:
-    """Return the most GiB that PyTorch allocates in three updates."""
+def memory(base: Base, precision: str, size: int, *, cached: bool, **changes: Any) -> tuple[float, float]:
+    """Return the most GiB that PyTorch allocates in an update, and in the first one, where cuDNN tries algorithms."""
     config = settings(precision, train_batch_size=size, **changes)
+    peaks = []
     with free_memory(), training(components_of(base, config, CUDA, cached=cached), config) as state:
-        torch.cuda.reset_peak_memory_stats()
         batch = random_batch(state.components, size, RESOLUTION, CUDA, cached=cached)
         for _, draws in zip(range(3), draws_ahead(state.components, size), strict=False):
+            torch.cuda.reset_peak_memory_stats()
             train_step(state, batch, draws)
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() / GIB
+            torch.cuda.synchronize()
+            peaks.append(torch.cuda.max_memory_allocated() / GIB)
+    return max(peaks[1:]), peaks[0]
 
 
 def images_per_second(update: Callable[[], None], size: int, updates: int, until: float) -> list[float]:
@@ -76,14 +78,22 @@ def images_per_second(update: Callable[[], None], size: int, updates: int, until
     return rates
 
 
-def ours(base: Base, size: int, updates: int, until: float, *, compiled: bool = False) -> dict[str, Any]:
+def ours(
+    base: Base, size: int, updates: int, until: float, *, compiled: bool = False, fused: bool = True
+) -> dict[str, Any]:
     """Measure `train_step` in bf16 from cached latents, with its draws."""
     config = settings("bf16", train_batch_size=size, compile=compiled)
+    started = time.perf_counter()
     with free_memory(), training(components_of(base, config, CUDA), config) as state:
+        if not fused:
+            with_torchs_layers(state.components)
         batch = random_batch(state.components, size, RESOLUTION, CUDA, cached=True)
         draws = draws_ahead(state.components, size)
+        train_step(state, batch, next(draws))
+        torch.cuda.synchronize()
+        found: dict[str, Any] = {"first update after s": time.perf_counter() - started}
         rates = images_per_second(lambda: _ignored(train_step(state, batch, next(draws))), size, updates, until)
-        return {"images/s": median(rates), "blocks": rates, "GiB": torch.cuda.max_memory_allocated() / GIB}
+        return {**found, "images/s": median(rates), "blocks": rates, "GiB": torch.cuda.max_memory_allocated() / GIB}
 
 
 def checkpoint_copy(base: Base) -> dict[str, Any]:

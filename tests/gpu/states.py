@@ -78,7 +78,7 @@ def training(
     with (
         accelerator_for(config, use_gpu=use_gpu) as accelerator,
         tf32(allowed=False),
-        fastest_convolutions(device),
+        fastest_convolutions(device, working_precision(config.mixed_precision)),
     ):
         yield state_of(components, config, Schedule.of(config, ROWS, 1), accelerator, checkpoint)
 
@@ -111,3 +111,14 @@ def draws_of(components: Components, first: int, size: int, resolution: int, dev
 
 def with_controlnet(components: Components, controlnet: Any) -> Components:
     return replace(components, controlnet=controlnet)
+
+
+def with_torchs_layers(components: Components) -> None:
+    """Give the models the layers of PyTorch and diffusers in place of the fused ones."""
+    from raycontrolnet.model.fused.layers import FUSED
+
+    originals = {fused: original for original, fused in FUSED.items()}
+    for model in (components.denoiser, components.controlnet):
+        for module in model.modules():
+            if original := originals.get(type(module)):
+                module.__class__ = original

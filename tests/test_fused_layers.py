@@ -1,0 +1,153 @@
+"""Fused layers: the results of those they replace, their layout, and what happens where their kernels cannot run.
+
+The kernels themselves run on a GPU (tests/gpu), or where Triton is installed in its interpreter; here are stand-ins.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import fused_stand_ins
+import pytest
+import torch
+from reference import fake_rows, steps, training
+
+from raycontrolnet.model.components import Components
+from raycontrolnet.model.fused.layers import (
+    FUSED,
+    ChannelsLastGroupNorm,
+    ChannelsLastTransformer2DModel,
+    fuse_layers,
+    problem_of_kernels,
+)
+from raycontrolnet.model.performance import fused_layers
+
+INTERPRETED = """
+import json, torch
+from raycontrolnet.model.fused.layers import problem_of_kernels
+print(json.dumps([problem_of_kernels(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.bfloat16)]))
+"""
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module in fused_stand_ins.kernels().items():
+        monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setattr("raycontrolnet.model.fused." + name.rpartition(".")[2], module, raising=False)
+
+
+def results(settings: dict[str, Any], *, fused: bool) -> tuple[list[float], Components]:
+    """Return the losses and gradient norms of three updates, and the models after them."""
+    with training(settings | {"learning_rate": 1e-3}) as state:
+        state.components.controlnet.to(memory_format=torch.channels_last)
+        if fused:
+            fuse_layers(state.components)
+        taken = steps(state, fake_rows(0, 1), fake_rows(2, 3), fake_rows(4, 5))
+        figures = [float(value) for step in taken for value in (step.loss, step.grad_norm)]
+        return figures, state.components
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize(("precision", "tolerance"), [("no", 1e-5), ("bf16", 2e-2)])
+def test_a_step_is_that_of_the_layers_they_replace(
+    tiny_settings: dict[str, Any], precision: str, tolerance: float
+) -> None:
+    settings = tiny_settings | {"mixed_precision": precision}
+    plain, components = results(settings, fused=False)
+    assert fused_layers(components) == ()
+    found, components = results(settings, fused=True)
+    assert fused_layers(components) == (
+        "ChannelsLastGroupNorm", "ChannelsLastTransformer2DModel", "FusedGEGLU",
+    )  # fmt: skip
+    for model in (components.denoiser, components.controlnet):
+        assert not {type(module) for module in model.modules()} & FUSED.keys(), "none is left out"
+    assert found == pytest.approx(plain, rel=tolerance)
+    assert found != plain, "other arithmetic ran"
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_norm_keeps_the_layout_and_is_fp32_under_autocast(autocast: bool) -> None:
+    norm = ChannelsLastGroupNorm(4, 8)
+    images = torch.randn(2, 8, 6, 5, dtype=torch.bfloat16 if autocast else torch.float32)
+    images = images.contiguous(memory_format=torch.channels_last).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = norm(images)
+    assert found.dtype == torch.float32
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    (gradient,) = torch.autograd.grad(found.tanh().sum(), images)
+    assert gradient.dtype == images.dtype
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_other_images_are_normalized_by_pytorch() -> None:
+    norm, plain = ChannelsLastGroupNorm(4, 8), torch.nn.GroupNorm(4, 8)
+    for shape in ((2, 8, 6, 5), (2, 8, 1, 1), (2, 8, 7), (2, 8)):
+        values = torch.randn(shape)
+        assert torch.equal(norm(values), plain(values))
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_transformer_leaves_its_images_channels_last(linear: bool) -> None:
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    options = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 16, "norm_num_groups": 4}
+    model = Transformer2DModel(**options, use_linear_projection=linear).to(memory_format=torch.channels_last)
+    images = torch.randn(2, 16, 4, 6).contiguous(memory_format=torch.channels_last)
+    expected = model(images, return_dict=False)[0]
+    inside: list[bool] = []
+    if not linear:
+        model.proj_out.register_forward_pre_hook(
+            lambda _, inputs: inside.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+        )
+    model.__class__ = ChannelsLastTransformer2DModel
+    found = model(images, return_dict=False)[0]
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert all(inside)
+
+
+def test_without_kernels_the_layers_stay_and_the_log_says_why(
+    tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "raycontrolnet.model.fused.group_norm", None)
+    with training(tiny_settings) as state, caplog.at_level(logging.WARNING):
+        fuse_layers(state.components)
+        assert fused_layers(state.components) == ()
+    assert "training goes on with PyTorch's layers, more slowly: fused ones cannot run here: " in caplog.text
+    assert "ModuleNotFoundError" in caplog.text or "ImportError" in caplog.text
+
+
+def test_kernels_that_compute_something_else_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for factor, dtype in ((1.001, torch.float32), (1.1, torch.bfloat16)):
+        for right in (False, True):
+            for name, module in fused_stand_ins.kernels(factor=1.0 if right else factor).items():
+                monkeypatch.setitem(sys.modules, name, module)
+                monkeypatch.setattr("raycontrolnet.model.fused." + name.rpartition(".")[2], module, raising=False)
+            problem = problem_of_kernels(cpu, dtype)
+            assert (problem is None) == right, problem
+            assert right or "ChannelsLastGroupNorm differs" in str(problem)
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_the_trial_draws_nothing_from_the_process() -> None:
+    before = torch.get_rng_state()
+    assert problem_of_kernels(torch.device("cpu"), torch.float32) is None
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_kernels_in_tritons_interpreter() -> None:
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, check=True, env=environment,
+        cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert json.loads(done.stdout) == [None, None]
