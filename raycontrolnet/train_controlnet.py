@@ -23,13 +23,7 @@ from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.stream import local_batches, ray_batches
 from raycontrolnet.data.threads import read_ahead
 from raycontrolnet.errors import RunError, UserError
-from raycontrolnet.model.performance import (
-    attention_kernels,
-    fastest_convolutions,
-    fused_layers,
-    tf32,
-    working_precision,
-)
+from raycontrolnet.model.performance import fastest_convolutions, kernels_used, tf32, working_precision
 from raycontrolnet.model.prompts import warn_if_cut
 from raycontrolnet.model.step import Batch, Draws, TrainState, draw, latent_shape, make_batch, to_device, train_step
 from raycontrolnet.storage.checkpoint import Checkpoint
@@ -59,6 +53,7 @@ from raycontrolnet.training.metrics import (
 from raycontrolnet.training.room import check_room
 from raycontrolnet.training.saver import CheckpointSaver
 from raycontrolnet.training.schedule import Schedule, Share
+from raycontrolnet.training.signs_of_life import SignsOfLife
 from raycontrolnet.training.state import accelerator_for, build_state, controlnet_bytes
 from raycontrolnet.training.store_sync import worker_in_step
 from raycontrolnet.training.trackers import Trackers, open_trackers
@@ -139,7 +134,8 @@ class Worker:
             self.metrics_log = MetricsLog(job.output_dir, state.step)
             self.trackers = open_trackers(job.config, job.facts["settings"], state.step, job.output_dir)
         log = job.output_dir / log_of(job, f"worker {share.rank}")
-        self.watchdog = Watchdog(f"Worker {share.rank}", job.folder, log, job.config.hang_timeout_s)
+        who, signs = f"Worker {share.rank}", SignsOfLife.of_process_group()
+        self.watchdog = Watchdog(who, job.folder, log, job.config.hang_timeout_s, signs)
         self.validator = Validator(job, share, state, clock, self.trackers, self.watchdog)
 
     def run(self, batches: Iterator[list[PreparedRow]]) -> dict[str, Any] | None:
@@ -185,8 +181,7 @@ class Worker:
             "samples": state.samples,
             "loss": self.last.loss if self.last else None,
             "timings": self.clock.rounded(),
-            "attention": attention_kernels(state.components),
-            "fused_layers": fused_layers(state.components),
+            **kernels_used(state.components),
         }
 
     def inputs(self, batches: Iterator[list[PreparedRow]]) -> Iterator[tuple[Batch, Draws]]:
@@ -212,9 +207,10 @@ class Worker:
         start, number = time.perf_counter(), state.step - self.first_step
         micro_steps, weight = self.share.micro_steps(number), self.share.weight(number)
         state.begin_update(micro_steps)
+        self.watchdog.update = state.step + 1
         losses: list[torch.Tensor] = []
         for _ in range(micro_steps):
-            with self.clock("data_wait" if number or losses else "first_batch"):
+            with self.clock("data_wait" if number or losses else "first_batch"), self.watchdog.waiting_for_data():
                 batch, draws = self.next_input(inputs)
             with self.clock("step"):
                 metrics = train_step(state, batch, draws, weight)

@@ -84,6 +84,9 @@ def test_a_run_is_kept_to_its_share(
 @pytest.mark.usefixtures("_local_ray")
 def test_the_share_that_ray_gave(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_share() == 1.0, "a driver"
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "ray", None)
+        assert gpu_share() == 1.0, "nor need Ray be installed, as for tests/gpu/kit.py"
 
     def share() -> float:
         from raycontrolnet.cluster.worker import gpu_share

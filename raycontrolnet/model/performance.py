@@ -152,6 +152,11 @@ def fastest_convolutions(device: torch.device, dtype: torch.dtype) -> Iterator[N
         torch.backends.cudnn.benchmark = before
 
 
+def kernels_used(components: Components) -> dict[str, tuple[str, ...]]:
+    """Return what run.json says of the kernels of a training step."""
+    return {"attention": attention_kernels(components), "fused_layers": fused_layers(components)}
+
+
 def attention_kernels(components: Components) -> tuple[str, ...]:
     """Return the names of the kernels that the denoiser's attention runs in, as xformers or flash_attention.
 

@@ -7,13 +7,15 @@ import logging
 import os
 import threading
 import time
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.text import duration
 from raycontrolnet.training.background import repeating
 from raycontrolnet.training.failures import HANG_FILE, record_hang
+from raycontrolnet.training.signs_of_life import SignsOfLife
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +23,7 @@ SENDING_S = 20.0
 """Time to tell an object store of a hang."""
 LOOKS = 20
 """Looks in the time that is allowed."""
-
-
+UNKNOWN = "by itself, or in waiting for another"
 LEAST_COLLECTIVE_S = 1800
 """Ray Train's own limit to a collective."""
 MOST_COLLECTIVE_S = 10**8
@@ -39,11 +40,15 @@ class Watchdog:
     Args:
         who: names the worker, for messages.
         log: gets the stacks of all threads.
+        signs: of the run's workers; None if this is the only one.
     """
 
-    def __init__(self, who: str, folder: RunFolder, log: Path, timeout_s: float):
-        self.who, self.folder, self.log, self.timeout_s = who, folder, log, timeout_s
+    def __init__(self, who: str, folder: RunFolder, log: Path, timeout_s: float, signs: SignsOfLife | None = None):
+        self.who, self.folder, self.log, self.timeout_s, self.signs = who, folder, log, timeout_s, signs
         self.phase = ""
+        self._waits_for_data = False
+        self.update = 0
+        """Number of the update that this worker is in, from 1."""
         self._since: float | None = None
         self._looked = 0.0
 
@@ -51,10 +56,24 @@ class Watchdog:
         """Note that something was done, and what is being done now; if not `timed`, it may take as long as it does."""
         self.phase, self._since = phase, time.monotonic() if timed else None
 
-    def watching(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Say so in this worker's signs of life while the `with` block runs."""
+        self._waits_for_data = True
+        yield
+        self._waits_for_data = False
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
         """Watch, in a thread, while the `with` block runs."""
-        self._looked = time.monotonic()
-        return repeating(self._look, self.timeout_s / LOOKS, "watchdog")
+        self._looked, interval_s = time.monotonic(), self.timeout_s / LOOKS
+        exchanging = self.signs.exchanging(self._own_sign, interval_s) if self.signs else nullcontext()
+        with exchanging, repeating(self._look, interval_s, "watchdog"):
+            yield
+
+    def _own_sign(self) -> tuple[int, str]:
+        """Return the update that this worker is in, and what it is at."""
+        return self.update, "the wait for data" if self._waits_for_data else self.phase or "the start"
 
     def _look(self) -> None:
         now = time.monotonic()
@@ -66,9 +85,10 @@ class Watchdog:
         self._looked = now
 
     def _end(self) -> None:
+        suspect = self.signs.suspect(*self._own_sign(), self.timeout_s / 2) if self.signs else None
         message = (
             f"{self.who} hung: nothing came of {self.phase} for {duration(self.timeout_s)} (--hang_timeout_s="
-            f"{self.timeout_s:g}): by itself, or in waiting for another; the stacks of its threads are in the log"
+            f"{self.timeout_s:g}): {suspect or UNKNOWN}; the stacks of its threads are in the log"
         )
         logger.error("%s", message)
         with self.log.open("a", encoding="utf-8") as file:

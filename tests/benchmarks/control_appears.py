@@ -71,6 +71,8 @@ def main() -> None:
     parser.add_argument("--confirm", type=int, default=3, help="measurements that confirm the first one")
     parser.add_argument("--folder", type=Path, default=Path("control-appears"), help="for data, runs and results")
     args = parser.parse_args()
+    # Begun in a shell's background, it ignores SIGINT, and its runs would too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     settings = read_settings(args.settings)
     args.folder.mkdir(parents=True, exist_ok=True)
     results = args.folder / RESULTS
