@@ -20,7 +20,7 @@ KEY = "raycontrolnet/worker-{}"
 
 
 class Sign(NamedTuple):
-    """What a worker says of itself."""
+    """A message of a worker about itself."""
 
     looks: int
     """Grows while the worker's process runs."""
@@ -44,7 +44,7 @@ class SignsOfLife:
         self.seen: dict[int, tuple[Sign, float]] = {}
         self.looks = 0
         self.asked: float | None = None
-        """When the store was asked that has not answered yet."""
+        """Time of the question that the store has not answered yet; None if there is none."""
 
     @classmethod
     def of_process_group(cls) -> SignsOfLife | None:
