@@ -221,10 +221,14 @@ def test_refusals_on_the_command_line(tiny_settings: Settings, capsys: pytest.Ca
 def test_parameters_without_effect_are_said(tiny_settings: Settings) -> None:
     """A run that was meant to be another one; in a sweep, trials with another loss just do not use them."""
     given = {"huber_delta": 0.5, "logit_mean": 1.0, "high_noise_power": 2.0, "timestep_sampling": "high_noise"}
-    shown = train(tiny_settings | given | {"max_train_steps": 1}).shown
-    assert "--huber_delta=0.5: has no effect without --loss huber\n" in shown
-    assert "--logit_mean=1.0: has no effect without --timestep_sampling logit_normal\n" in shown
-    assert "--high_noise_power" not in shown
+    settings = tiny_settings | given | {"ema_decay": 0.9, "max_train_steps": 1}
+    checked = io.StringIO()
+    check(CheckConfig(train=TrainConfig(**settings)), checked)
+    for shown in (train(settings).shown, checked.getvalue()):
+        assert "--huber_delta=0.5: has no effect without --loss huber\n" in shown
+        assert "--logit_mean=1.0: has no effect without --timestep_sampling logit_normal\n" in shown
+        assert "--ema_decay=0.9: has no effect without --use_ema\n" in shown
+        assert "--high_noise_power" not in shown
 
 
 def test_a_sweep_whose_measure_means_two_things(tiny_settings: Settings) -> None:

@@ -63,19 +63,6 @@ class ObjectiveConfig:
         if not 1 <= self.high_noise_power < math.inf:
             yield problem_of(self, "high_noise_power", "must be a number of at least 1; 1 is uniform")
 
-    def without_effect(self) -> Problems:
-        """Yield a warning for each setting that was given and does nothing beside the others."""
-        for name, needed, value in _PARAMETERS:
-            if getattr(self, name) != getattr(ObjectiveConfig, name) and getattr(self, needed) != value:
-                yield problem_of(self, name, f"has no effect without --{needed} {value}")
 
-
-_PARAMETERS = (
-    ("huber_delta", "loss", "huber"),
-    ("logit_mean", "timestep_sampling", "logit_normal"),
-    ("logit_std", "timestep_sampling", "logit_normal"),
-    ("high_noise_power", "timestep_sampling", "high_noise"),
-)
-"""Parameter, and the setting with the value that it belongs to."""
 PLAIN = ObjectiveConfig()
 """MSE without weights, at the base model's own timesteps and noise."""

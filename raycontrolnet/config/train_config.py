@@ -12,6 +12,7 @@ from raycontrolnet.config.declare import Facts, facts_of
 from raycontrolnet.config.objective_settings import ObjectiveConfig
 from raycontrolnet.config.optimizer_settings import AveragesConfig, OptimizerConfig
 from raycontrolnet.config.output_settings import HubConfig, OutputConfig, ValidationConfig
+from raycontrolnet.config.rules import Problems, problem_of
 from raycontrolnet.config.settings import CacheConfig, DataConfig, ModelConfig, OptimConfig, StepConfig
 from raycontrolnet.config.values import check_settings, coerce
 
@@ -40,11 +41,26 @@ class TrainConfig(
     def __post_init__(self) -> None:
         check_settings(self)
 
+    def without_effect(self) -> Problems:
+        """Yield a warning for each parameter that was given and does nothing beside the other settings."""
+        for name, needed, value in PARAMETERS:
+            if getattr(self, name) != getattr(TrainConfig, name) and getattr(self, needed) != value:
+                flag = f"--{needed}" if value is True else f"--{needed} {value}"
+                yield problem_of(self, name, f"has no effect without {flag}")
+
     def num_held_out(self, num_rows: int) -> int:
         """Return the number of rows to hold out of a data set with `num_rows`."""
         return self.held_out_of(num_rows, min(num_rows, self.max_train_samples or num_rows))
 
 
+PARAMETERS = (
+    ("huber_delta", "loss", "huber"),
+    ("logit_mean", "timestep_sampling", "logit_normal"),
+    ("logit_std", "timestep_sampling", "logit_normal"),
+    ("high_noise_power", "timestep_sampling", "high_noise"),
+    ("ema_decay", "use_ema", True),
+)
+"""Parameter, and the setting with the value that it belongs to."""
 GROUPS: tuple[Any, ...] = TrainConfig.__bases__[::-1]
 FACTS: dict[str, Facts] = facts_of(TrainConfig)
 """Facts about every setting, by its name."""

@@ -110,6 +110,7 @@ def check(config: CheckConfig, stream: TextIO | None = None) -> Prediction:
         *_run_lines(family, train, schedule, cached=cached),
         *([f"data: {sources}"] if (sources := sources_in_words(source, train)) else []),
         *(buckets.table() if buckets else ()),
+        *train.without_effect(),
         *_memory_lines(prediction, train.train_batch_size),
         *_device_lines(needs, device),
         *_work_lines(prediction, schedule, device, config.price_per_hour),
