@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from reference import fake_rows, steps, training
-from runs import WEIGHTS, Settings, contents, equal, lines, losses, run, weights
+from runs import WEIGHTS, Settings, contents, equal, lines, losses, run, train, weights
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
@@ -141,12 +141,16 @@ def test_a_checkpoint_without_averages(settings: Settings, tmp_path: Path) -> No
 
 
 def test_without_averages_from_a_checkpoint_that_has_them(settings: Settings, tmp_path: Path) -> None:
-    """The weights train on; the averages are left out, and that is said."""
+    """The weights train on; the averages are left out, and that is said, as other changes of the training are."""
     straight = run(settings, tmp_path / "straight", use_ema=False)
     folder = run(settings, tmp_path / "run", max_train_steps=2)
-    run(settings, folder, resume_from_checkpoint="latest", use_ema=False)
-    said = "the averages of checkpoint-2 are left out; --use_ema goes on with them"
-    assert said in (folder / "run.log").read_text()
+    on = settings | {"output_dir": str(folder), "resume_from_checkpoint": "latest", "use_ema": False}
+    shown = train(on | {"max_train_steps": 2, "loss": "huber", "learning_rate": 0.5}).shown
+    changed = f"--loss=mse, --learning_rate={settings['learning_rate']}, --use_ema=True"
+    assert f"checkpoint-2 was trained with {changed}; the run goes on with its own\n" in shown
+    shown = train(on).shown
+    assert "checkpoint-2 was trained with --use_ema=True; the run goes on with its own\n" in shown
+    assert "the averages of checkpoint-2 are left out; --use_ema goes on with them\n" in shown
     assert losses(folder) == losses(straight)
     assert equal(weights(folder), weights(straight))
 

@@ -13,6 +13,7 @@ from raycontrolnet.data.mixture import in_words as sources_in_words
 from raycontrolnet.data.sides import side_warning
 from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.launch.precision import in_words
+from raycontrolnet.launch.resumed_run import changed_training
 from raycontrolnet.sampling.find_controlnet import CONFIG_FILE
 from raycontrolnet.storage.files import replacing
 from raycontrolnet.text import counted
@@ -60,6 +61,8 @@ def announce(run: CheckedRun, status: RunStatus, stream: TextIO, *, use_gpu: boo
             f"nothing is left to train: {run.start.path.name} has {step} updates, and --{length}="
             f"{getattr(run.config, length)} asks for no more; raise it to train on\n"
         )
+    if run.start:
+        stream.writelines(f"{line}\n" for line in changed_training(run.config, run.start))
     if warning := warmup_warning(run.config, schedule.total_updates):
         stream.write(f"{warning}\n")
     stream.writelines(f"{warning}\n" for warning in run.config.without_effect())

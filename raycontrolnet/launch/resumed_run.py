@@ -7,8 +7,10 @@ import logging
 import math
 from collections.abc import Iterator
 
-from raycontrolnet.config.objective_settings import ZERO_SNR
-from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.config.objective_settings import ZERO_SNR, ObjectiveConfig
+from raycontrolnet.config.optimizer_settings import AveragesConfig, OptimizerConfig
+from raycontrolnet.config.settings import OptimConfig
+from raycontrolnet.config.train_config import TrainConfig, public_settings
 from raycontrolnet.data.buckets import Buckets
 from raycontrolnet.data.source import Source
 from raycontrolnet.errors import ConfigError
@@ -20,6 +22,9 @@ from raycontrolnet.model.problems import mismatch
 from raycontrolnet.storage import checkpoint as checkpoints
 
 logger = logging.getLogger(__name__)
+
+TRAINING = (ObjectiveConfig, OptimConfig, OptimizerConfig, AveragesConfig)
+"""Groups of settings that decide how weights are learned."""
 
 
 def with_held_out_rows(config: TrainConfig, num_rows: int, start: checkpoints.Checkpoint | None) -> TrainConfig:
@@ -64,6 +69,21 @@ def warn_of_changes(config: TrainConfig, start: checkpoints.Checkpoint, source: 
             "%s was made with other rows held out: it has seen rows that are measured now, and the order changes",
             start.path,
         )
+
+
+def changed_training(config: TrainConfig, start: checkpoints.Checkpoint) -> Iterator[str]:
+    """Yield what a run that goes on does otherwise than that of its checkpoint, in words for the terminal."""
+    before, now = start.manifest.get("settings", {}), public_settings(config)
+    changed = [
+        f"--{name}={before[name]}"
+        for group in TRAINING
+        for name in (field.name for field in dataclasses.fields(group))
+        if name in before and before[name] != now[name]
+    ]
+    if changed:
+        yield f"{start.path.name} was trained with {', '.join(changed)}; the run goes on with its own"
+    if start.has_averages and not config.use_ema:
+        yield f"the averages of {start.path.name} are left out; --use_ema goes on with them"
 
 
 def check_buckets(config: TrainConfig, buckets: Buckets | None, start: checkpoints.Checkpoint) -> None:

@@ -30,8 +30,6 @@ def build_averages(
 ) -> EMAModel | None:
     """Return the averages of a run, as the checkpoint has them; without any there they begin with its weights."""
     if not config.use_ema:
-        if checkpoint and checkpoint.has_averages:
-            logger.warning("the averages of %s are left out; --use_ema goes on with them", checkpoint.path.name)
         return None
     averages = new_averages(controlnet, config.ema_decay)
     if checkpoint and checkpoint.has_averages:
