@@ -24,6 +24,7 @@ from torch import Tensor
 
 from raycontrolnet.config.output_settings import WEIGHTS_FILE
 from raycontrolnet.model.components import Components, load_controlnet
+from raycontrolnet.model.performance import fused_layers
 from raycontrolnet.model.step import StepMetrics, TrainState, controlnet_loss, train_step
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.training.saver import HostCopy
@@ -59,7 +60,7 @@ def checks(device: torch.device) -> dict[str, Callable[[], Result]]:
             "exact resume in fp16": lambda: exact_resume(base, device, "fp16"),
             "the loss scaler skips": lambda: loss_scaler_skips(base, device),
             "no synchronisation": lambda: no_synchronisation(base, device),
-            "fused layers": lambda: fused_layers(device),
+            "fused layers": lambda: fused(base, device),
             "compiled": lambda: compiled(base, device),
             "copied checkpoint": lambda: copied_checkpoint(base, device),
         }
@@ -162,7 +163,7 @@ def no_synchronisation(base: Components, device: torch.device) -> Result:
     return {"said": said, "ok": said is None}
 
 
-def fused_layers(device: torch.device) -> Result:
+def fused(base: Components, device: torch.device) -> Result:
     """Compare the fused layers' outputs and gradients with fp64's on the CPU, and with their own, bit for bit."""
     from diffusers.models.activations import GEGLU
 
@@ -191,8 +192,12 @@ def fused_layers(device: torch.device) -> Result:
                 expected = _with_gradients(copy.deepcopy(layer).double(), inputs.to(dtype).double())
                 differences = [float((a.cpu() - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
                 off[kind] = max(off[kind], *differences)
-    ok = exact and off["fp32"] <= 1e-5 and max(off.values()) <= 1e-2
-    return {**{f"off in {kind}": value for kind, value in off.items()}, "the same bits twice": exact, "ok": ok}
+    config = settings("bf16")
+    with training(copied(base, config, device), config) as state:
+        used = fused_layers(state.components)
+    ok = len(used) == len(FUSED) and exact and off["fp32"] <= 1e-5 and max(off.values()) <= 1e-2
+    figures = {f"off in {kind}": value for kind, value in off.items()}
+    return {**figures, "the same bits twice": exact, "used in training": used, "ok": ok}
 
 
 def _with_gradients(layer: torch.nn.Module, inputs: Tensor) -> list[Tensor]:
