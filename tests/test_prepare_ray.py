@@ -62,7 +62,7 @@ def test_two_workers_learn_from_the_cache_what_one_does(settings: Settings, tmp_
     bad.write_bytes(content)
     rows = (data / "metadata.jsonl").read_text().splitlines()
     (data / "metadata.jsonl").write_text("\n".join(rows[:2] + rows[3:]) + "\n")
-    pixels = losses(run(settings, tmp_path / "pixels", cache_latents="off", num_workers="0"))
+    pixels = losses(run(settings, tmp_path / "pixels", cache_latents="off", on_bad_sample="fail", num_workers="0"))
     assert pixels == pytest.approx(one, rel=1e-3)
     assert pixels != one
 
