@@ -71,9 +71,7 @@ def test_one_name_is_what_it_was(tmp_path: Path) -> None:
     config = parse("train", command)
     assert (config.train_data_dir, config.data_weights) == (("a", "b"), (2.0, 0.5))
     with pytest.raises(ConfigError, match=r"--image_column=\(\): must name at least one"):
-        parse("train", [*command, "--image_column"])
-    with pytest.raises(ConfigError, match="give one of them"):
-        parse("train", [*command[:2], "--train_data_dir"])
+        TrainConfig(pretrained_model_name_or_path="base", train_data_dir="a", image_column=())
     (tmp_path / "train.yaml").write_text("train_data_dir: [a, b]\ndata_weights: [2, 1e-1]\ncaption_column: [x, y]\n")
     config = parse("train", [*command[:2], "--config", str(tmp_path / "train.yaml")])
     assert (config.train_data_dir, config.data_weights, config.caption_column) == (("a", "b"), (2, 0.1), ("x", "y"))
@@ -317,5 +315,5 @@ def test_losses_do_not_depend_on_the_number_of_workers(settings: Settings, tmp_p
 
 
 def test_weights_that_cannot_be(settings: Settings) -> None:
-    with pytest.raises(ConfigError, match=r"--data_weights=1\.0 0\.0: must be numbers above 0"):
+    with pytest.raises(ConfigError, match="--data_weights 1 0: must be finite numbers above 0"):
         TrainConfig(**settings | {"data_weights": (1, 0)})
