@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import shutil
+import tarfile
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -138,12 +139,40 @@ def test_other_columns_are_refused_with_both_names(
     for command in ("train", "check", "prepare"):
         assert main([command, *flags(given, output_dir=tmp_path / "out")]) == 2
         said = capsys.readouterr().err
+        assert said.count("--caption_column=") == 1
         assert f"--caption_column=text: no such column in {few}/metadata.jsonl, which has: " in said
-        advice = (
-            f"--caption_column: the sources have different columns; give one for each, in the order {folders[0]} {few}"
-        )
-        assert advice in said
+        assert "; give one for each source, such as --caption_column text words\n" in said
     assert len(open_source(config_of(folders[0], few, caption_column=("text", "words")))) == 13
+
+
+def test_a_line_for_each_column_that_sources_lack(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """The example names what is nearest in the source, or else what no other setting names."""
+    for name, columns in {"one": ["picture", "sketch", "words"], "two": ["texts", "image", "edges", "x"]}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metadata.jsonl").write_text(json.dumps(dict.fromkeys(columns, "a.png")) + "\n")
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for file in ("1.jpg", "1.canny.png", "1.txt"):
+            tar.addfile(tarfile.TarInfo(file))
+    sources = (tmp_path / "one", folders[0], tmp_path / "two", tmp_path / "0.tar")
+    with pytest.raises(DataError) as error:
+        open_source(config_of(*sources))
+    one, two = (f"no such column in {tmp_path}/{name}/metadata.jsonl, which has: " for name in ("one", "two"))
+    tars = f"no file in {tmp_path}/0.tar has such an extension, as KEY.conditioning_image.png; there are: "
+    each, conditioning = "give one for each source, such as ", "conditioning_image"
+    assert str(error.value).splitlines() == [
+        f"--image_column=image: {one}picture, sketch, words; {each}--image_column picture image image image",
+        (
+            f"--{conditioning}_column={conditioning}: {one}picture, sketch, words; {two}texts, image, edges, x; "
+            f"{tars}jpg, canny.png, txt; {each}--{conditioning}_column sketch {conditioning} edges canny.png"
+        ),
+        (
+            f"--caption_column=text: {one}picture, sketch, words; {two}texts, image, edges, x; "
+            f"{each}--caption_column words text texts text"
+        ),
+    ]
+    given = config_of(tmp_path / "one", folders[0], image_column="picture", caption_column=("words", "nothing"))
+    with pytest.raises(DataError, match=r"--caption_column=nothing: no such column .*--caption_column words \w+"):
+        open_source(given)
 
 
 def test_every_source_that_cannot_be_opened_is_named(folders: tuple[Path, Path], tmp_path: Path) -> None:
