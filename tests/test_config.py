@@ -584,8 +584,11 @@ def test_words_that_yaml_takes_for_booleans(file: Callable[[str], str]) -> None:
     assert (found.cache_latents, found.optimizer_args) == ("on", 'foreach=false x={"y": "on"}')
     for text, message in {
         "mixed_precision: off": "--mixed_precision=off: must be one of no, fp16, bf16",
+        "cache_latents: true": "--cache_latents=true: must be one of auto, on, off",
         "cache_latents: No": "--cache_latents=No: must be one of auto, on, off",
         "resolution: on": "resolution: 'on' must be a whole number",
+        "learning_rate: false": "learning_rate: 'false' must be a number",
+        "random_flip: !!bool 3": "random_flip: '3' must be true or false",
         "random_flip: 'yes'": "random_flip: 'yes' must be true or false",
     }.items():
         with pytest.raises(ConfigError, match=message):

@@ -145,6 +145,16 @@ def test_other_columns_are_refused_with_both_names(
     assert len(open_source(config_of(folders[0], few, caption_column=("text", "words")))) == 13
 
 
+def test_customary_columns_are_found_in_each_source(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """At the default value, given or not; a column of another name must be there."""
+    few = Path(shutil.copytree(folders[1], tmp_path / "few"))
+    rename_captions(few, "prompt")
+    for given in ({}, {"caption_column": "text"}, {"caption_column": ("text", "text")}):
+        assert len(open_source(config_of(folders[0], few, **given))) == 13
+    with pytest.raises(DataError, match=r"--caption_column=caption: no such column in .*/many/"):
+        open_source(config_of(folders[0], few, caption_column="caption"))
+
+
 def test_a_line_for_each_column_that_sources_lack(folders: tuple[Path, Path], tmp_path: Path) -> None:
     """The example names what is nearest in the source, or else what no other setting names."""
     for name, columns in {"one": ["picture", "sketch", "words"], "two": ["texts", "image", "edges", "x"]}.items():

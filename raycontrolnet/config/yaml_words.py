@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-_TRUTH = {"yes": True, "on": True, "no": False, "off": False}
-
 
 class Word(str):
-    """One of yes, on, no and off without quotes, as it was written: a text or a boolean, as the setting's type is."""
+    """A boolean of YAML 1.1, as it was written: yes, on, true, no, off or false, without quotes."""
 
     __slots__ = ()
 
     @property
     def truth(self) -> bool:
-        return _TRUTH[self.lower()]
+        return self.lower() in ("yes", "on", "true")
 
 
 def value_meant(value: Any, kind: Any) -> Any:
@@ -25,7 +23,7 @@ def value_meant(value: Any, kind: Any) -> Any:
 
 
 def load_yaml(text: str) -> Any:
-    """Return the content of a YAML file as `yaml.safe_load` does, but with each such word as a `Word`.
+    """Return the content of a YAML file as `yaml.safe_load` does, but with each boolean as a `Word`.
 
     Raises:
         yaml.YAMLError: if the text is not YAML.
@@ -35,9 +33,9 @@ def load_yaml(text: str) -> Any:
     class Loader(yaml.SafeLoader):
         pass
 
-    def read_bool(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Word | bool:
+    def read_bool(loader: Any, node: Any) -> str:
         word = str(loader.construct_scalar(node))
-        return Word(word) if word.lower() in _TRUTH else bool(loader.construct_yaml_bool(node))
+        return Word(word) if word.lower() in Loader.bool_values else word  # else as in `!!bool 3`
 
     Loader.add_constructor("tag:yaml.org,2002:bool", read_bool)
     return yaml.load(text, Loader)
