@@ -17,6 +17,7 @@ from raycontrolnet.config.condition_config import CONDITION_GROUPS, ConditionCon
 from raycontrolnet.config.declare import title
 from raycontrolnet.config.flag_types import as_default, own_types
 from raycontrolnet.config.generate_config import GENERATE_GROUPS, GenerateConfig
+from raycontrolnet.config.spellings import SPELLINGS, in_our_spelling
 from raycontrolnet.config.sweep_config import SweepConfig, SweepSettings
 from raycontrolnet.config.train_config import GROUPS, TrainConfig, typed_settings
 from raycontrolnet.config.values import read_yaml, setting_types, unknown_names
@@ -40,8 +41,6 @@ raycontrolnet {__version__}: the ControlNet trainer for Ray
 """
 WITHOUT_USE = {"enable_npu_flash_attention": "is for Ascend NPUs, on which raycontrolnet does not run"}
 """Flags of diffusers' scripts that make no sense here -> the reason."""
-SPELLINGS = {"--center_crop": "--crop=center", "--random_crop": "--crop=random"}
-"""Flags of other training scripts, which take no value -> what they mean here."""
 WITH_FILE = "--config FILE.yaml reads the same settings from a file; flags override it."
 
 
@@ -147,9 +146,9 @@ def parse(command: str, argv: Sequence[str]) -> Any:
     if problems := unknown_names(given, {**known, **WITHOUT_USE}, place) + problems:
         raise ConfigError(problems)
     defaults = {**(_load(found.defaults) if found.defaults else {}), **from_file}
-    spellings = SPELLINGS if "crop" in known else {}
-    flags = _whole_flags(flags, {*known, *WITHOUT_USE, *_names(spellings)})
-    flags = [spellings.get(flag.replace("-", "_").replace("__", "--", 1), flag) for flag in flags]
+    crops = "crop" in known
+    flags = _whole_flags(flags, {*known, *WITHOUT_USE, *(SPELLINGS if crops else ())})
+    flags = in_our_spelling(flags) if crops else flags
     if problems := _without_use(_names(flags), "--"):
         raise ConfigError(problems)
     settings = _parsed(flags, found.groups, defaults, f"raycontrolnet {command}", found.description)

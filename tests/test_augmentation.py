@@ -362,11 +362,44 @@ def test_random_crops_without_a_seed_are_not_cached(settings: Settings, tmp_path
         (["--random_crop"], "random", False), (["--center_crop", "--random_flip"], "center", True),
         (["--random-crop", "--random-flip"], "random", True), (["--crop", "top"], "top", False),
         (["--center"], "center", False), (["--random_c", "--random_f"], "random", True),
+        (["--random_crop", "--crop=random", "--random-crop", "--crop", "random"], "random", False),
+        (["--crop", "center", "--crop", "top"], "top", False),
     ],
 )  # fmt: skip
 def test_flags_of_other_scripts(given: list[str], crop: str, *, flip: bool) -> None:
     config = parse("train", ["--pretrained_model_name_or_path", "base", "--train_data_dir", "data", *given])
     assert (config.crop, config.random_flip) == (crop, flip)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["--random_crop", "--crop", "top"], "--random_crop, --crop top"),
+        (["--crop=center", "--random-crop"], "--random-crop, --crop center"),
+        (["--random_crop", "--seed", "1", "--center_crop"], "--random_crop, --center_crop"),
+    ],
+)
+def test_crops_that_contradict_each_other(given: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--pretrained_model_name_or_path", "base", "--train_data_dir", "data"]
+    assert main(["train", *command, *given]) == 2
+    assert capsys.readouterr().err == f"error: {named}: contradict each other; keep one of them\n"
+
+
+@pytest.mark.parametrize(("name", "value"), [("random_crop", "random"), ("center_crop", "center")])
+def test_spellings_of_other_scripts_in_a_file(name: str, value: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(f"{name}: true\n")
+    with pytest.raises(ConfigError) as refused:
+        parse("train", ["--config", str(tmp_path / "c.yaml")])
+    assert str(refused.value).endswith(f": unknown setting {name}; write crop: {value}")
+
+
+@pytest.mark.parametrize("command", ["train", "tune", "prepare", "check"])
+def test_help_names_the_spellings(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert "--random_crop" in shown
+    assert "--center_crop" in shown
 
 
 def test_bad_crops(capsys: pytest.CaptureFixture[str]) -> None:

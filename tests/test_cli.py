@@ -154,6 +154,10 @@ def test_an_unknown_flag(ask: Ask) -> None:
         (["--resolution", "64.5"], "Error parsing --resolution: invalid literal for int() with base 10: '64.5'"),
         (["--resolution"], "Missing value for argument '--resolution"),
         (["--config"], "argument --config: expected one argument"),
+        *(
+            ([f"--{name}", "--seed", "3"], f"Error parsing --{name}: expected at least one value")
+            for name in ("data_weights", "train_data_dir", "image_column", "validation_prompt", "optimizer_args")
+        ),
     ],
 )
 def test_values_that_do_not_parse(argv: list[str], message: str, ask: Ask) -> None:

@@ -161,9 +161,9 @@ def test_help(monkeypatch: pytest.MonkeyPatch) -> None:
     assert docstrings.keys() == KINDS.keys()
     for name, kind in KINDS.items():
         default = DEFAULTS[name]
-        texts = {"STR": "STR", "STRS": "[STR [STR ...]]", "FLAG": f", --no_{name}", "BOOL": "{None,True,False}"}
-        texts["VALUES"] = "[NAME=VALUE [NAME=VALUE ...]]"
-        texts |= {"ONE OR MORE STR": "STR [STR ...]", "FLOATS": "[FLOAT [FLOAT ...]]"}
+        texts = {"STR": "STR", "STRS": "STR [STR ...]", "FLAG": f", --no_{name}", "BOOL": "{None,True,False}"}
+        texts["VALUES"] = "NAME=VALUE [NAME=VALUE ...]"
+        texts |= {"ONE OR MORE STR": "STR [STR ...]", "FLOATS": "FLOAT [FLOAT ...]"}
         type_text = texts.get(kind, kind if default is not None else f"{{None}}|{kind}")
         default_text = repr(default) if default == "" else default
         separator = "" if kind == "FLAG" else " "
@@ -357,6 +357,7 @@ RULES: dict[str, list[tuple[str, Any]]] = {
 }  # fmt: skip
 """Rule -> (setting, value) that breaks it."""
 NOT_SENT = ", a folder of an object store, and its files would not be sent there; name a folder in it, such as logs"
+SEVERAL_NUMBERS = "must be several numbers: in a file a list, as [1, 3]; as a flag with spaces, as 1 3"
 OTHER_RULES: list[tuple[Settings, str]] = [
     ({"train_data_dir": None}, "--train_data_dir, --dataset_name: give one of them (neither is given)"),
     (
@@ -368,20 +369,24 @@ OTHER_RULES: list[tuple[Settings, str]] = [
         {"dataset_name": ("a", "b"), "dataset_config_name": ("x", "y", "z")},
         "--dataset_config_name=x y z: 3 for 2 sources of --dataset_name; give one for all, or one for each",
     ),
-    ({"data_weights": (1,)}, "--data_weights=1.0: needs several sources, of --train_data_dir or --dataset_name"),
+    ({"data_weights": (1,)}, "--data_weights 1: needs several sources, of --train_data_dir or --dataset_name"),
     (
         {"dataset_name": "d", "data_weights": (1, 2, 0.5)},
-        "--data_weights=1.0 2.0 0.5: 3 for 2 sources; give one for each, first for --train_data_dir",
+        "--data_weights 1 2 0.5: 3 for 2 sources; give one for each, first for --train_data_dir",
     ),
     *(
         (
             {"dataset_name": "d", "data_weights": (1, weight)},
-            f"--data_weights=1.0 {float(weight)}: must be numbers above 0; leave out a source that is not to be used",
+            f"--data_weights 1 {weight}: must be finite numbers above 0; leave out a source that is not to be used",
         )
         for weight in (0, -1, "inf")
     ),
-    ({"dataset_name": "d", "data_weights": (1, "nan")}, "--data_weights=(1, 'nan'): must be a number"),
-    ({"dataset_name": "d", "data_weights": ("1", "two")}, "--data_weights=('1', 'two'): must be a number"),
+    ({"dataset_name": "d", "data_weights": (1, "nan")}, "--data_weights=(1, 'nan'): must be finite numbers"),
+    ({"dataset_name": "d", "data_weights": ("1", "two")}, "--data_weights 1 two: must be finite numbers"),
+    *(
+        ({"dataset_name": "d", "data_weights": weights}, f"--data_weights{shown}: {SEVERAL_NUMBERS}")
+        for weights, shown in (("1 3", "='1 3'"), ("1,3", "='1,3'"), (("1,3",), " 1,3"), (["1, 3"], "=['1, 3']"))
+    ),
     (
         {"pretrained_model_name_or_path": ""},
         "--pretrained_model_name_or_path: required; a local folder or a Hub id of a Stable Diffusion model",
@@ -567,6 +572,29 @@ def test_yaml_and_flags(file: Callable[[str], str], image: str) -> None:
     assert again == TrainConfig(**yaml.safe_load(Path(path).read_text()))
 
 
+def test_words_that_yaml_takes_for_booleans(file: Callable[[str], str]) -> None:
+    """As they were written for a setting that is a text, booleans for a switch and in an optimizer's arguments."""
+    start = "pretrained_model_name_or_path: base\ntrain_data_dir: [no, 'on']\n"
+    found = parsed("--config", file(f"{start}mixed_precision: no\ncache_latents: off\nrandom_flip: yes\nuse_gpu: No\n"))
+    assert (found.mixed_precision, found.cache_latents, found.random_flip, found.use_gpu) == ("no", "off", True, False)
+    assert found.train_data_dir == ("no", "on")
+    assert yaml.safe_load(yaml.safe_dump(public_settings(found)))["mixed_precision"] == "no"
+    text = f"{start}cache_latents: on\noptimizer: torch.optim.NAdam\noptimizer_args: {{foreach: off, x: {{y: 'on'}}}}\n"
+    found = parsed("--config", file(text))
+    assert (found.cache_latents, found.optimizer_args) == ("on", 'foreach=false x={"y": "on"}')
+    for text, message in {
+        "mixed_precision: off": "--mixed_precision=off: must be one of no, fp16, bf16",
+        "cache_latents: true": "--cache_latents=true: must be one of auto, on, off",
+        "cache_latents: No": "--cache_latents=No: must be one of auto, on, off",
+        "resolution: on": "resolution: 'on' must be a whole number",
+        "learning_rate: false": "learning_rate: 'false' must be a number",
+        "random_flip: !!bool 3": "random_flip: '3' must be true or false",
+        "random_flip: 'yes'": "random_flip: 'yes' must be true or false",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            parsed("--config", file(start + text))
+
+
 def test_config_yaml_can_be_read_again(file: Callable[[str], str], image: str) -> None:
     """--config reads what a run writes."""
     given = config(learning_rate=3e-7, validation_prompt=["a", "b"], validation_image=image, seed=2**62)
@@ -581,6 +609,8 @@ def test_config_yaml_can_be_read_again(file: Callable[[str], str], image: str) -
         ("- learning_rate\n", ["must be a list of `setting: value` lines"]),
         ("learning_rate\n", ["must be a list of `setting: value` lines"]),
         ("learning_rate: fast\n", ["learning_rate: 'fast' must be a number"]),
+        ("data_weights: 1 3\n", [f"data_weights: '1 3' {SEVERAL_NUMBERS}"]),
+        ("data_weights: [a, 3]\n", ["data_weights: ['a', 3] must be finite numbers"]),
         ("learning_rate: [1]\n", ["learning_rate: [1] must be a number"]),
         ("scale_lr: 'true'\n", ["scale_lr: 'true' must be true or false"]),
         ("3: 4", ["unknown setting 3; raycontrolnet train --help lists the settings"]),

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from raycontrolnet.cli import parse
 from raycontrolnet.config.declare import Facts
 from raycontrolnet.config.settings import LR_SCHEDULERS
 from raycontrolnet.config.space import (
@@ -241,6 +242,19 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         "train_batch_size": Dimension("grid", (4, 8)),
         "mixed_precision": Dimension("choice", (None, "no")),
     }
+
+
+def test_words_of_a_file_that_yaml_takes_for_booleans(tmp_path: Path) -> None:
+    space = tmp_path / "space.yaml"
+    space.write_text("mixed_precision: {choice: [no, bf16]}\nscale_lr: {grid: [yes, no]}\n")
+    dimensions = {"mixed_precision": Dimension("choice", ("no", "bf16")), "scale_lr": Dimension("grid", (True, False))}
+    assert read_space(space) == dimensions
+    file = tmp_path / "c.yaml"
+    indented = space.read_text().replace("\n", "\n  ")
+    file.write_text(f"pretrained_model_name_or_path: base\ntrain_data_dir: data\nspace:\n  {indented}")
+    found = parse("tune", ["--config", str(file)])
+    assert found.parsed_space == dimensions
+    assert json.loads(json.dumps(to_grammar(found.parsed_space)))["mixed_precision"] == {"choice": ["no", "bf16"]}
 
 
 @pytest.mark.parametrize(

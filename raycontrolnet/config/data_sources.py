@@ -94,9 +94,9 @@ def _number_problems(data: Any, name: str, number: int, of: str) -> Iterator[str
 def _weight_problems(weights: tuple[float, ...] | None, number: int) -> Problems:
     if weights is None:
         return
-    start = f"--data_weights={_words(weights)}"
+    start = f"--data_weights {' '.join(f'{weight:g}' for weight in weights)}"
     if any(not 0 < weight < math.inf for weight in weights):
-        yield f"{start}: must be numbers above 0; leave out a source that is not to be used"
+        yield f"{start}: must be finite numbers above 0; leave out a source that is not to be used"
     if number == 1:
         yield f"{start}: needs several sources, of --train_data_dir or --dataset_name"
     elif len(weights) != number:

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 _METAVARS: dict[Any, str] = {
     str | None: "STR",
-    tuple[str, ...] | None: "[STR [STR ...]]",
+    tuple[str, ...] | None: "STR [STR ...]",
     str | tuple[str, ...]: "STR [STR ...]",
     str | tuple[str, ...] | None: "STR [STR ...]",
-    tuple[float, ...] | None: "[FLOAT [FLOAT ...]]",
+    tuple[float, ...] | None: "FLOAT [FLOAT ...]",
 }
 """Types of settings that tyro would show or read otherwise -> what --help shows."""
 
@@ -43,7 +43,7 @@ def _optional_text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | N
     return PrimitiveConstructorSpec(
         nargs=1 if metavar == "STR" else "*",
         metavar=metavar,
-        instance_from_str=(lambda args: args[0]) if metavar == "STR" else tuple,
+        instance_from_str=(lambda args: args[0]) if metavar == "STR" else lambda args: tuple(_at_least_one(args)),
         is_instance=lambda value: value is None or isinstance(value, (str, tuple)),
         str_from_instance=lambda value: list(map(str, value)) if isinstance(value, tuple) else [str(value)],
     )
@@ -57,8 +57,14 @@ def _named_values(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | No
         return None
     return PrimitiveConstructorSpec(
         nargs="*",
-        metavar="[NAME=VALUE [NAME=VALUE ...]]",
-        instance_from_str=" ".join,
+        metavar="NAME=VALUE [NAME=VALUE ...]",
+        instance_from_str=lambda args: " ".join(_at_least_one(args)),
         is_instance=lambda value: value is None or isinstance(value, str),
         str_from_instance=lambda value: [str(value)],
     )
+
+
+def _at_least_one(args: list[str]) -> list[str]:
+    if not args:
+        raise ValueError("expected at least one value")
+    return args

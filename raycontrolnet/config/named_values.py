@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+from raycontrolnet.config.yaml_words import Word
+
 
 class NamedValues(str):
     """Type of a setting that is such a text, kept as a plain `str`: the same values are the same text."""
@@ -50,7 +52,7 @@ def read_named_values(given: str | Mapping[str, Any]) -> dict[str, Any]:
     for name in values:
         if not isinstance(name, str) or not name.isidentifier():
             raise ValueError(f"{name} is no name; write name=value, such as {EXAMPLE}")
-    return {name: _with_numbers(value) for name, value in values.items()}
+    return {name: _plain(value) for name, value in values.items()}
 
 
 def _read(text: str) -> Mapping[Any, Any]:
@@ -72,7 +74,12 @@ def _read(text: str) -> Mapping[Any, Any]:
         raise ValueError(f"cannot be read; write name=value, such as {EXAMPLE}") from None
 
 
-def _with_numbers(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    """Return a value with such numbers as numbers, and words that YAML takes for booleans as booleans."""
     if isinstance(value, (list, tuple)):
-        return [_with_numbers(each) for each in value]
+        return [_plain(each) for each in value]
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, Word):
+        return value.truth
     return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value

@@ -101,7 +101,8 @@ class DataConfig:
     aspect_buckets: bool = setting(False, sweepable=True, decides="latents")
     """Bring each image to a size near its own shape, of about resolution x resolution pixels, instead of a square."""
     crop: str = setting("center", sweepable=True, decides="latents")
-    """Place of the crop of both images: center, top or random (as --random_crop): drawn for every use; cached, once."""
+    """Place of the crop of both images: center (also as --center_crop), top, or random (also as --random_crop): drawn
+    for every use; cached, once."""
     random_flip: bool = setting(False, sweepable=True, decides="latents")
     """Mirror both images of half of the samples, left to right; cached latents are stored both ways."""
     image_interpolation_mode: str | None = setting(None, sweepable=True, decides="latents")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, Union
 
 from raycontrolnet.config.named_values import NamedValues, as_text
+from raycontrolnet.config.spellings import SPELLINGS
+from raycontrolnet.config.yaml_words import load_yaml, value_meant
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.storage.object_store import ObjectStore
 from raycontrolnet.storage.store_requests import reason
@@ -54,16 +57,23 @@ def coerce_settings(config: Any, kinds: Mapping[str, Any]) -> list[str]:
         try:
             object.__setattr__(config, setting.name, coerce(given, kinds[setting.name]))
         except ValueError as error:
-            shown = "" if setting.metadata.get("secret") else f"={given!r}"
+            shown = "" if setting.metadata.get("secret") else _shown(given)
             problems.append(f"--{setting.name}{shown}: {error}")
     return problems
+
+
+def _shown(given: Any) -> str:
+    """Return the value of a setting as it follows the flag; several texts are as on the command line."""
+    if given and isinstance(given, tuple) and all(isinstance(item, str) for item in given):
+        return f" {' '.join(given)}"
+    return f"={given!r}"
 
 
 def coerce(value: Any, kind: Any) -> Any:
     """Return `value` as the setting's type `kind`.
 
     Only unambiguous conversions are made: an int, or a text such as 1e-5 (a string in YAML 1.1), to a float; a number
-    to a text; one text or a list of them to a tuple; a mapping to named values.
+    to a text; one text or a list of them to a tuple; a mapping to named values; a `Word` to a text or a boolean.
 
     Raises:
         ValueError: names the expected type.
@@ -80,6 +90,7 @@ def coerce(value: Any, kind: Any) -> Any:
         kind = others[0] if others else kind
     if typing.get_origin(kind) is tuple:
         return _coerce_items(value, typing.get_args(kind)[0])
+    value = value_meant(value, kind)
     if kind is NamedValues:
         return as_text(value)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -103,20 +114,29 @@ def _coerce_items(value: Any, kind: Any) -> tuple[Any, ...] | None:
     items = list(value) if isinstance(value, (list, tuple)) else [value]
     if kind is str and not all(isinstance(item, (str, Path)) for item in items):
         raise ValueError("must be a text or a list of texts")
-    return tuple(coerce(item, kind) for item in items) or None
+    if kind is float and any(isinstance(item, str) and re.search(r"[\s,;]", item.strip()) for item in items):
+        raise ValueError("must be several numbers: in a file a list, as [1, 3]; as a flag with spaces, as 1 3")
+    try:
+        return tuple(coerce(item, kind) for item in items) or None
+    except ValueError as error:
+        raise (ValueError("must be finite numbers") if kind is float else error) from None
 
 
 def unknown_names(settings: Mapping[Any, Any], known: Mapping[str, Any], place: str) -> list[str]:
-    """Return a problem for each key of `settings` that is not in `known`, with the nearest name.
+    """Return a problem for each key of `settings` that is not in `known`, with what it is here or the nearest name.
 
     Args:
         settings: values by name.
         known: names of settings.
         place: the flag or file that `settings` are from.
     """
-    unknown = [name for name in settings if name not in known]
-    advice = "; raycontrolnet train --help lists the settings"
-    return [f"{place}: unknown setting {name}{perhaps(str(name), known) or advice}" for name in unknown]
+
+    def advice(name: Any) -> str:
+        if name in SPELLINGS and "crop" in known:
+            return f"; write crop: {SPELLINGS[name]}"
+        return perhaps(str(name), known) or "; raycontrolnet train --help lists the settings"
+
+    return [f"{place}: unknown setting {name}{advice(name)}" for name in settings if name not in known]
 
 
 def _text(path: str) -> str:
@@ -129,13 +149,15 @@ def _text(path: str) -> str:
 def read_yaml(path: str | Path, place: str) -> dict[Any, Any]:
     """Return the content of a YAML file of `name: value` lines, on a disk or in an object store, whatever the names.
 
+    Values may be `Word`s, or hold some; `coerce` takes them.
+
     Raises:
         ConfigError: names `place`, the flag that the file is from, if it cannot be read or is not a mapping.
     """
     import yaml
 
     try:
-        settings = yaml.safe_load(_text(str(path))) or {}
+        settings = load_yaml(_text(str(path))) or {}
     except UNUSABLE as error:
         raise ConfigError([f"{place}: cannot be read ({reason(error, 160)})"]) from None
     except yaml.YAMLError as error:

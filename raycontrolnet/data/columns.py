@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,37 @@ _CUSTOMARY_NAMES = {
 }
 
 
+class MissingColumn(ValueError):
+    """A column, or an extension of files in tars, that a source lacks."""
+
+    def __init__(self, setting: str, asked: str, reason: str, *, near: str | None, advice: str):
+        """Take the setting and its value, what the source has, the nearest name there, and the advice without one."""
+        self.setting, self.asked, self.reason, self.near = setting, asked, reason, near
+        advice = f"perhaps you meant {near}" if near else advice
+        super().__init__(f"--{setting}={asked}: {reason}{advice and f'; {advice}'}")
+
+
+class MissingColumns(DataError):
+    """The columns that a source lacks; the message says what helps if it is the only source.
+
+    Args:
+        missing: one or more.
+        unused: names in the source that no setting means, for examples.
+        others: other problems of the source.
+    """
+
+    def __init__(self, missing: Sequence[MissingColumn], unused: Iterable[str], others: Sequence[str] = ()):
+        self.missing, self.others = tuple(missing), tuple(others)
+        near = {each.near for each in missing}
+        free = iter([name for name in unused if name not in near])
+        self.guesses = {each.setting: each.near or next(free, "NAME") for each in missing}
+        """Setting -> the name that may be meant."""
+        super().__init__("\n".join([*map(str, missing), *others]))
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return DataError, (str(self),)
+
+
 @dataclass(frozen=True)
 class Columns:
     """Names of a data set's columns, in the order of `_CUSTOMARY_NAMES`."""
@@ -40,20 +71,20 @@ class Columns:
 def find_columns(data: SourceConfig, available: Sequence[str], where: str) -> Columns:
     """Return the columns of `where` (a file or data set, for messages) that `data` asks for.
 
-    A column may also be called `<name>_file_name`, as image folders do. If a setting has its default, the customary
-    names of the known layouts are tried as well; a column that the user named must exist.
+    A column may also be called `<name>_file_name`, as image folders do. If a setting has the value of its default,
+    given or not, the customary names of the known layouts are tried as well; a column of another name must exist.
 
     Raises:
-        DataError: with every column that does not exist.
+        MissingColumns: with every column that does not exist.
     """
-    found, problems = [], []
+    found, missing = [], []
     for setting in _CUSTOMARY_NAMES:
         try:
             found.append(find_column(setting, getattr(data, setting), available, where))
-        except ValueError as problem:
-            problems.append(str(problem))
-    if problems:
-        raise DataError("\n".join(problems))
+        except MissingColumn as column:
+            missing.append(column)
+    if missing:
+        raise MissingColumns(missing, [name for name in available if name not in found])
     return Columns(*found)
 
 
@@ -61,7 +92,7 @@ def find_column(setting: str, asked: str, available: Sequence[str], where: str) 
     """Return the column of `where` that `setting`, with the value `asked`, means; see `find_columns`.
 
     Raises:
-        ValueError: if there is none; names the columns that exist.
+        MissingColumn: if there is none; names the columns that exist.
     """
     candidates = [asked] if setting == "caption_column" else [asked, f"{asked}_file_name"]
     if asked == getattr(SourceConfig, setting):
@@ -69,9 +100,10 @@ def find_column(setting: str, asked: str, available: Sequence[str], where: str) 
     name = next((candidate for candidate in candidates if candidate in available), None)
     if name is None:
         near = difflib.get_close_matches(asked, available, n=1)
-        advice = f"perhaps you meant {near[0]}" if near else f"name one of them with --{setting}"
-        has = f"has: {', '.join(available)}; {advice}" if available else "has no columns"
-        raise ValueError(f"--{setting}={asked}: no such column in {where}, which {has}")
+        advice = f"name one of them with --{setting}" if available else ""
+        has = f"has: {', '.join(available)}" if available else "has no columns"
+        reason = f"no such column in {where}, which {has}"
+        raise MissingColumn(setting, asked, reason, near=near[0] if near else None, advice=advice)
     return name
 
 

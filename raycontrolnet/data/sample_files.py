@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image
 
 from raycontrolnet.config.data_sources import SourceConfig
+from raycontrolnet.data.columns import MissingColumn
 from raycontrolnet.data.paired_folder import CONDITIONING_FOLDERS
 from raycontrolnet.data.tar_index import Member
 from raycontrolnet.data.transforms import IMAGE_FORMATS, MAX_IMAGE_BYTES
-from raycontrolnet.text import file_size, first_of, perhaps
+from raycontrolnet.text import file_size, first_of
 
 _IMAGE_FORMATS = frozenset(
     suffix.removeprefix(".") for suffix, name in Image.registered_extensions().items() if name in IMAGE_FORMATS
@@ -69,19 +71,32 @@ class SampleFiles:
         image, conditioning_image, caption = (self._find(name, members) for name in _EXAMPLES)
         return image, conditioning_image, caption
 
-    def problems(self, extensions: Sequence[str], shown: str) -> list[str]:
-        """Return a line for each of the three files that is nowhere among `extensions`, those of all samples."""
-        problems = []
+    def missing(self, extensions: Sequence[str], shown: str) -> list[MissingColumn]:
+        """Return each of the three files that is nowhere among `extensions`, those of all samples."""
+        missing = []
         for name in _EXAMPLES:
             setting = f"{name}_column"
             if not any(self._is(name, extension) for extension in extensions):
                 asked = self._asked(name)
-                advice = (asked and perhaps(asked, extensions)) or f"; name one with --{setting}"
-                problems.append(
-                    f"--{setting}={asked or getattr(SourceConfig, setting)}: no file in {shown} has such an extension, "
-                    f"as {self._example(name)}; there are: {_listed(extensions)}{advice}"
+                near = difflib.get_close_matches(asked, extensions, n=1) if asked else []
+                reason = (
+                    f"no file in {shown} has such an extension, as {self._example(name)}; "
+                    f"there are: {_listed(extensions)}"
                 )
-        return problems
+                missing.append(
+                    MissingColumn(
+                        setting,
+                        asked or getattr(SourceConfig, setting),
+                        reason,
+                        near=near[0] if near else None,
+                        advice=f"name one with --{setting}",
+                    )
+                )
+        return missing
+
+    def unused(self, extensions: Sequence[str]) -> list[str]:
+        """Return those of `extensions` that are none of the three files."""
+        return [extension for extension in extensions if not any(self._is(name, extension) for name in _EXAMPLES)]
 
     def _find(self, name: str, members: Sequence[Member]) -> Member:
         found = [member for member in members if self._is(name, member.extension)]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 
 from raycontrolnet.cluster.shared_files import SharedFiles
 from raycontrolnet.config.data_sources import COLUMNS, SourceConfig, sources_of
 from raycontrolnet.config.settings import DataConfig
+from raycontrolnet.data.columns import MissingColumns
 from raycontrolnet.data.folder_source import has_metadata, open_folder
 from raycontrolnet.data.hub_source import is_remote_table, open_dataset
 from raycontrolnet.data.joined_source import JoinedSource, named_sources
@@ -53,17 +55,23 @@ def open_source(
     configs = sources_of(data)
     if not configs:
         raise DataError("--train_data_dir, --dataset_name: give one of them")
-    opened, problems = [], []
+    opened, missing = [], {}
+    problems: list[str] = []
     try:
-        for config in configs:
+        for index, config in enumerate(configs):
             try:
                 opened.append(_open_one(config, cache_dir, token, skip_bad=skip_bad))
+            except MissingColumns as error:
+                missing[index] = error
+                problems += error.others if len(configs) > 1 else [str(error)]
             except DataError as error:
                 problems.append(str(error))
     finally:
         forget_listings()
+    if len(configs) > 1:
+        problems += _different_columns(configs, missing)
     if problems:
-        raise DataError("\n".join([*problems, *_different_columns(configs, problems)]))
+        raise DataError("\n".join(problems))
     return opened[0] if len(opened) == 1 else JoinedSource(tuple(opened), named=True)
 
 
@@ -86,15 +94,23 @@ def _open_one(config: SourceConfig, cache_dir: str | None, token: str | None, *,
     return source
 
 
-def _different_columns(configs: Sequence[SourceConfig], problems: Sequence[str]) -> Iterator[str]:
-    """Yield advice if a column is not in all of several sources."""
-    for column in COLUMNS if len(configs) > 1 else ():
-        one_for_all = len({getattr(config, column) for config in configs}) == 1
-        if one_for_all and any(
-            line.startswith(f"--{column}=") for problem in problems for line in problem.splitlines()
-        ):
-            names = " ".join(config.name for config in configs)
-            yield f"--{column}: the sources have different columns; give one for each, in the order {names}"
+def _different_columns(configs: Sequence[SourceConfig], missing: Mapping[int, MissingColumns]) -> Iterator[str]:
+    """Yield a line for each column that some of several sources lack, with an example of what helps.
+
+    Args:
+        missing: index of a source -> the columns that it lacks.
+    """
+    for name in COLUMNS:
+        lacking = {index: each for index, error in missing.items() for each in error.missing if each.setting == name}
+        if lacking:
+            asked = " ".join(dict.fromkeys(each.asked for each in lacking.values()))
+            reasons = "; ".join(each.reason for each in lacking.values())
+            example = [
+                missing[index].guesses[name] if index in lacking else getattr(config, name)
+                for index, config in enumerate(configs)
+            ]
+            advice = f"give one for each source, such as --{name} {shlex.join(example)}"
+            yield f"--{name}={asked}: {reasons}; {advice}"
 
 
 def shared_files(source: Source, data: DataConfig) -> SharedFiles:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from raycontrolnet.config.data_sources import SourceConfig
 from raycontrolnet.data.byte_ranges import Version, close_files, read_ranges
-from raycontrolnet.data.columns import find_column, kind_name, read_captions
+from raycontrolnet.data.columns import MissingColumn, MissingColumns, find_column, kind_name, read_captions
 from raycontrolnet.data.metadata_file import parse_json
 from raycontrolnet.data.paths import shown_path
 from raycontrolnet.data.records import ImageRow
@@ -151,8 +151,8 @@ class TarSource:
         if values is not None:
             try:
                 find_column("caption_column", self.caption_column, list(values), f"the JSON of {self._place(row)}")
-            except ValueError as error:
-                raise DataError(str(error)) from None
+            except MissingColumn as column:
+                raise MissingColumns([column], values) from None
 
     def _captions_if_any(self, row: int) -> tuple[str, ...] | None:
         """Return the captions of a row; None if it is bad.
@@ -254,13 +254,16 @@ def _check_extensions(files: SampleFiles, indices: Mapping[AnyPath, ShardIndex],
         if not (index.samples or index.fault):
             logger.warning("%s: holds no samples", path)
     extensions = list(extensions_of(indices))
-    if not (extensions and (problems := files.problems(extensions, shown))):
+    if not (extensions and (missing := files.missing(extensions, shown))):
         return
+    faulty = [f"{path}: {index.fault}" for path, index in indices.items() if index.fault]
+    faults = list(shorten(faulty, "tars cannot be read"))
     if archive := next((path for path, index in indices.items() if index.metadata_file), None):
         name = indices[archive].metadata_file
-        problems = [f"{archive}: holds {name}, so it is an archive of a data folder: unpack it there"]
-    faults = [f"{path}: {index.fault}" for path, index in indices.items() if index.fault]
-    raise DataError("\n".join([*problems, *shorten(faults, "tars cannot be read")]))
+        raise DataError(
+            "\n".join([f"{archive}: holds {name}, so it is an archive of a data folder: unpack it there", *faults])
+        )
+    raise MissingColumns(missing, files.unused(extensions), faults)
 
 
 def _say_keys_in_several(source: TarSource) -> None:
