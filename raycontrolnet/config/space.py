@@ -16,7 +16,7 @@ import math
 import random
 import shlex
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -201,6 +201,13 @@ def to_grammar(space: Space) -> dict[str, dict[str, list[Any]]]:
         name: {dimension.kind: [list(value) if isinstance(value, tuple) else value for value in dimension.values]}
         for name, dimension in space.items()
     }
+
+
+def combinations(space: Space, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield all combinations of the values, or the ends of the ranges, in the space for `names`."""
+    tried = [name for name in names if name in space]
+    for values in itertools.product(*(space[name].values for name in tried)):
+        yield dict(zip(tried, values, strict=True))
 
 
 def _grids(space: Space) -> dict[str, tuple[Any, ...]]:

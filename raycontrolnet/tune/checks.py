@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from raycontrolnet.config.objective_settings import ZERO_SNR
 from raycontrolnet.config.optimizer_settings import ADAM_FLAGS
 from raycontrolnet.config.output_settings import OutputConfig
 from raycontrolnet.config.settings import OptimConfig
-from raycontrolnet.config.space import Space, num_trials, place_of, to_grammar
+from raycontrolnet.config.space import Space, combinations, num_trials, place_of, to_grammar
 from raycontrolnet.config.sweep_config import SweepConfig
 from raycontrolnet.config.train_config import TrainConfig, names_with
 from raycontrolnet.launch.checked_run import CheckedRun
@@ -180,13 +179,6 @@ def _problems_of_variants(
     tried = (dataclasses.replace(train, **settings) for settings in combinations(space, names) if settings)
     variants = (to_check(variant, space) for variant in tried)
     return list(dict.fromkeys(problem for variant in variants for problem in problems_of(variant)))
-
-
-def combinations(space: Space, names: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Yield all combinations of the values, or the ends of the ranges, in the space for `names`."""
-    tried = [name for name in names if name in space]
-    for values in itertools.product(*(space[name].values for name in tried)):
-        yield dict(zip(tried, values, strict=True))
 
 
 def objective_problem(objective: str, run: CheckedRun) -> str | None:
