@@ -375,6 +375,13 @@ def test_trials_with_optimizers_that_cannot_be_used() -> None:
     }
     assert optimizer_problems_of(config(), SweepConfig(train=config(), space=fitting).parsed_space) == []
     mixed = fitting | {"adam_beta1": {"uniform": [0.8, 0.9]}}
-    found = optimizer_problems_of(config(), SweepConfig(train=config(), space=mixed).parsed_space)
+    with pytest.raises(ConfigError) as error:
+        SweepConfig(train=config(), space=mixed)
     own = "is for AdamW; give torch.optim.RAdam its arguments with --optimizer_args"
-    assert found == [f"--space: optimizer torch.optim.RAdam, adam_beta1 0.8: --adam_beta1=0.8: {own}"]
+    assert error.value.problems == (f"--space: optimizer torch.optim.RAdam, adam_beta1 0.8: --adam_beta1=0.8: {own}",)
+    others = {
+        "optimizer": {"choice": ["torch.optim.RAdam", "torch.optim.SGD"]},
+        "optimizer_args": {"choice": ["betas=[0.8,0.9]"]},
+    }
+    (problem,) = optimizer_problems_of(config(), SweepConfig(train=config(), space=others).parsed_space)
+    assert "--optimizer=torch.optim.SGD, --optimizer_args=betas=[0.8, 0.9]: SGD.__init__() got an unexpected" in problem

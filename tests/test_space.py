@@ -28,7 +28,7 @@ from raycontrolnet.config.space import (
     read_space,
     to_grammar,
 )
-from raycontrolnet.config.sweep_config import SweepConfig
+from raycontrolnet.config.sweep_config import TOGETHER, SweepConfig
 from raycontrolnet.config.sweepable import refusal
 from raycontrolnet.config.train_config import FACTS, TrainConfig, names_that_decide, names_with
 from raycontrolnet.config.values import coerce, setting_types
@@ -372,6 +372,55 @@ def test_values_that_a_run_would_refuse(space: dict[str, Any], found: list[str],
     file = tmp_path / "f.yaml"
     file.write_text(yaml.safe_dump(space, sort_keys=False))
     assert checked(file, allow_new_caches=True) == [f"--space={file}: {line}" for line in found]
+
+
+@pytest.mark.parametrize(
+    ("space", "found"),
+    [
+        ({"optimizer": ["torch.optim.RAdam", "torch.optim.NAdam"],
+          "optimizer_args": [{"weight_decay": 0.1}, {"weight_decay": 0.01}]}, []),
+        ({"optimizer": ["torch.optim.AdamW", "torch.optim.RAdam"], "optimizer_args": ["weight_decay=0.1", "lr=1"]},
+         [("optimizer torch.optim.AdamW, optimizer_args weight_decay=0.1: --optimizer_args=weight_decay=0.1: "
+          "weight_decay: give it with --adam_weight_decay"),
+          "optimizer torch.optim.AdamW, optimizer_args lr=1: --optimizer_args=lr=1: lr: give it with --learning_rate"]),
+        ({"optimizer": ["torch.optim.AdamW", "torch.optim.RAdam"], "use_8bit_adam": [False, True]},
+         [("optimizer torch.optim.RAdam, use_8bit_adam True: --use_8bit_adam, --optimizer=torch.optim.RAdam: are two "
+          "optimizers; leave out one")]),
+        ({"compile": [True, False], "enable_xformers_memory_efficient_attention": [True]},
+         [("compile True, enable_xformers_memory_efficient_attention True: --compile=True: does not go with "
+          "--enable_xformers_memory_efficient_attention; leave out one")]),
+        ({"dataset_config_name": ["a", "b"], "dataset_name": ["other"]}, []),
+        ({"dataset_config_name": ["a", "b"], "dataset_name": ["other", None]},
+         ["dataset_name None, dataset_config_name a: --dataset_config_name=a: needs --dataset_name",
+          "dataset_name None, dataset_config_name b: --dataset_config_name=b: needs --dataset_name"]),
+        ({"train_data_dir": [["one", "other"]], "caption_column": ["text", ["text", "prompt"]]}, []),
+        ({"train_data_dir": ["one", ["one", "other"]], "caption_column": ["text", ["text", "prompt"]]},
+         [("train_data_dir one, caption_column [text, prompt]: --caption_column=text prompt: 2 for 1 source; give one "
+          "for all, or one for each")]),
+    ],
+)  # fmt: skip
+def test_values_are_checked_together(space: dict[str, Any], found: list[str]) -> None:
+    """Check values that trials may draw, not the defaults of settings that the space has."""
+    choices = {name: {"choice": values} for name, values in space.items()}
+    assert checked(choices, allow_new_caches=True) == [f"--space: {line}" for line in found]
+
+
+def test_all_settings_that_depend_on_each_other_are_checked_together() -> None:
+    """For two that do, the problems of both together are others than those of each."""
+
+    def problems_of(*names: str) -> set[str]:
+        try:
+            dataclasses.replace(TRAIN, **{name: OTHERS[name] for name in names})
+        except ConfigError as error:
+            return set(error.problems)
+        return set()
+
+    alone = {name: problems_of(name) for name in OTHERS}
+    pairs = itertools.combinations(OTHERS, 2)
+    dependent = [(one, other) for one, other in pairs if problems_of(one, other) != alone[one] | alone[other]]
+    assert len(dependent) >= 4
+    for pair in dependent:
+        assert any(set(pair) <= set(group) for group in TOGETHER), pair
 
 
 def test_optuna_goes_through_no_grid() -> None:

@@ -15,8 +15,11 @@ from single_files import write_single_file
 from raycontrolnet import SweepConfig, TrainConfig, cli
 from raycontrolnet.cluster.nodes import HEAD, ClusterNodes, nodes_that_may_come
 from raycontrolnet.config.cluster_settings import ClusterConfig
+from raycontrolnet.config.space import read_space
 from raycontrolnet.config.sweep_config import OBJECTIVES, SweepSettings
 from raycontrolnet.errors import ConfigError
+from raycontrolnet.tune import checks
+from raycontrolnet.tune.checks import model_problems_of
 from raycontrolnet.tune.concurrency import TrialSlots, trial_slots
 from raycontrolnet.tune.lease import SweepLease
 from raycontrolnet.tune.plan import SweepPlan, plan_sweep
@@ -251,3 +254,44 @@ def test_a_configuration_of_single_files_beside_folders(
     assert error.value.problems == (
         f"--base_config={tmp_path / 'gone'}: no such folder, and not the form of a Hub id (owner/name)",
     )
+
+
+def test_models_are_checked_with_the_variants_of_the_space(tiny_base: Path, tmp_path: Path) -> None:
+    """A base model may have its weights in that variant alone."""
+    base = Path(shutil.copytree(tiny_base, tmp_path / "half"))
+    for file in base.glob("*/*.safetensors"):
+        file.rename(file.with_name(f"{file.stem}.fp16.safetensors"))
+    train = TrainConfig(pretrained_model_name_or_path=str(tiny_base), train_data_dir="data")
+    for variants, refused in ((["fp16"], False), ([None, "fp16"], True)):
+        space = {"pretrained_model_name_or_path": {"choice": [str(base)]}, "variant": {"choice": variants}}
+        found = model_problems_of(train, read_space(space))
+        assert bool(found) == refused
+        assert all(str(base) in problem for problem in found)
+
+
+@pytest.mark.parametrize(
+    ("steps", "space", "refused"),
+    [
+        (None, {}, False),
+        (8, {}, True),
+        (8, {"max_train_steps": {"choice": [None, 10]}}, False),
+        (None, {"max_train_steps": {"choice": [10]}}, True),
+        (None, {"max_train_steps": {"uniform": [10, 20]}}, True),
+    ],
+)
+def test_a_number_of_epochs_that_no_trial_has(steps: int | None, space: dict[str, Any], refused: bool) -> None:
+    train = TrainConfig(**TRAIN, max_train_steps=steps)
+    space = {"num_train_epochs": {"choice": [1, 2]}, **space}
+    found = list(checks.problems(SweepConfig(train=train, space=space), read_space(space)))
+    assert bool(found) == refused
+    assert all(line.startswith("--space: num_train_epochs: has no effect with --max_train_steps") for line in found)
+
+
+def test_keys_are_not_shown_with_values_that_do_not_go_together() -> None:
+    space = {
+        "train_data_dir": {"choice": ["s3://name:hidden@bucket/data"]},
+        "caption_column": {"choice": [["one", "two"]]},
+    }
+    found = problems(space=space, allow_new_caches=True)
+    assert len(found) == 2
+    assert "hidden" not in str(found)

@@ -64,8 +64,10 @@ def problems(config: SweepConfig, space: Space) -> Iterator[str]:
         yield "--searcher=optuna: optuna is not installed; run pip install 'raycontrolnet[optuna]'"
     yield from _value_problems(space, place_of(config.space))
     train = config.train
-    if "num_train_epochs" in space and train.max_train_steps is not None:
-        problem = f"has no effect with --max_train_steps={train.max_train_steps}; leave one of them out"
+    steps = values_of("max_train_steps", train, space)
+    if "num_train_epochs" in space and None not in steps:
+        given = "" if "max_train_steps" in space else f"={steps[0]}"
+        problem = f"has no effect with --max_train_steps{given}; leave one of them out"
         yield f"--space: num_train_epochs: {problem}"
     if train.resume_from_checkpoint is not None:
         instead = "--resume resumes a sweep, --controlnet_model_name_or_path names weights to start from"
@@ -112,11 +114,19 @@ def _value_problems(space: Space, place: str) -> Iterator[str]:
                 yield f"{place}: {name}: {problem.removeprefix(f'--{name}').lstrip('=: ')}"
 
 
+def values_of(name: str, train: TrainConfig, space: Space) -> tuple[Any, ...]:
+    """Return the values that trials may have of a setting; of a range, its ends."""
+    return space[name].values if name in space else (getattr(train, name),)
+
+
 def model_problems_of(train: TrainConfig, space: Space) -> list[str]:
     """Return what is wrong with the models that trials use beside those of `train`."""
     token, elsewhere = find_token(train.hub_token), on_a_cluster(train.address)
     return _problems_of_variants(
-        train, space, names_with("model_folders"), lambda variant: model_problems(variant, token, elsewhere=elsewhere)
+        train,
+        space,
+        (*names_with("model_folders"), "revision", "variant"),
+        lambda variant: model_problems(variant, token, elsewhere=elsewhere),
     )
 
 
