@@ -9,6 +9,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from raycontrolnet.config.space import (
     DEFAULT_SPACE,
     Dimension,
     draw,
+    num_combinations,
     num_trials,
     optuna_distributions,
     place_of,
@@ -521,6 +523,44 @@ def test_whole_numbers_are_drawn_fairly() -> None:
 def test_choices_are_drawn_evenly() -> None:
     counts = collections.Counter(drawn("max_train_steps", {"choice": [None, 10, 20, 30]}, 4000))
     assert [counts[value] for value in (None, 10, 20, 30)] == pytest.approx([1000] * 4, abs=130)
+
+
+def test_choices_repeat_only_once_all_combinations_are_drawn() -> None:
+    """With each combination of the grids for itself, and then again in another order."""
+    space = read_space({
+        "lr_power": {"choice": [1, 2, 3]}, "scale_lr": {"grid": [False, True]},
+        "lr_scheduler": {"choice": ["constant", "cosine"]},
+    })  # fmt: skip
+    assert num_combinations(space) == 12
+    for seed in range(20):
+        settings = [tuple(draw(space, seed, index).items()) for index in range(36)]
+        rounds = [settings[start : start + 12] for start in (0, 12, 24)]
+        assert [len(set(each)) for each in rounds] == [12, 12, 12]
+        assert rounds[0] != rounds[1] != rounds[2]
+        assert {settings[index] for index in range(0, 12, 2)}.isdisjoint(settings[index] for index in range(1, 12, 2))
+    firsts = collections.Counter(tuple(draw(space, seed, 2).values()) for seed in range(1200))
+    assert sorted(firsts.values()) == pytest.approx([200] * 6, abs=60)
+
+
+def test_draws_of_choices_stay_what_they_are() -> None:
+    """A sweep that is resumed, with more trials too, draws those that have not begun again."""
+    space = read_space({"lr_power": {"choice": [1, 2]}, "lr_scheduler": {"choice": ["constant", "cosine"]}})
+    drawn = [draw(space, 0, index) for index in range(4)]
+    assert [tuple(settings.values()) for settings in drawn] == [
+        (2.0, "cosine"),
+        (2.0, "constant"),
+        (1.0, "cosine"),
+        (1.0, "constant"),
+    ]
+
+
+def test_many_choices_are_drawn_in_no_time() -> None:
+    """The last of 500 trials looks at all before it."""
+    values = [float(value) for value in range(1, 24)]
+    space = {name: Dimension("choice", tuple(values)) for name in ("lr_power", "max_grad_norm")}
+    started = time.process_time()
+    assert len({tuple(draw(space, 0, index).values()) for index in range(490, 500)}) == 10
+    assert time.process_time() - started < 2
 
 
 @pytest.mark.parametrize("low", [1e-300, 1e-6, 0.5])

@@ -295,3 +295,67 @@ def test_keys_are_not_shown_with_values_that_do_not_go_together() -> None:
     found = problems(space=space, allow_new_caches=True)
     assert len(found) == 2
     assert "hidden" not in str(found)
+
+
+def warned(train: dict[str, Any], space: dict[str, Any], **settings: Any) -> list[str]:
+    config = SweepConfig(train=TrainConfig(**TRAIN | train), space=space, **settings)
+    return list(checks.warnings(config, config.train, config.parsed_space, 10_000))
+
+
+ALONE = "trials that differ by it alone are the same"
+EMA = f"ema_decay: has no effect without --use_ema; {ALONE}"
+
+
+@pytest.mark.parametrize(
+    ("train", "space", "found"),
+    [
+        ({}, {"ema_decay": {"choice": [0.9, 0.99]}}, [f"--space: {EMA}"]),
+        ({"ema_decay": 0.5}, {"ema_decay": {"choice": [0.9, 0.99]}}, [f"--space: {EMA}"]),
+        ({"use_ema": True}, {"ema_decay": {"choice": [0.9, 0.99]}}, []),
+        ({}, {"ema_decay": {"choice": [0.9, 0.99]}, "use_ema": {"choice": [True, False]}}, []),
+        ({"use_ema": True}, {"ema_decay": {"grid": [0.9, 0.99]}, "use_ema": {"grid": [False]}}, [f"--space: {EMA}"]),
+        (
+            {"timestep_sampling": "high_noise", "high_noise_power": 2},
+            {"logit_std": {"uniform": [0.5, 2]}},
+            [f"--space: logit_std: has no effect without --timestep_sampling logit_normal; {ALONE}"],
+        ),
+        ({"huber_delta": 0.2}, {}, ["--huber_delta=0.2: has no effect without --loss huber"]),
+        ({"huber_delta": 0.2}, {"loss": {"choice": ["mse", "huber"]}}, []),
+    ],
+)
+def test_settings_without_effect_are_said(train: dict[str, Any], space: dict[str, Any], found: list[str]) -> None:
+    """In the space, where no trial can have the value that they need; and among those that trials share."""
+    assert warned(train, {"learning_rate": {"uniform": [0, 1]}, **space}) == found
+
+
+@pytest.mark.parametrize(
+    ("number", "space", "found"),
+    [
+        (4, {"choice": [1, 2, 3, 4]}, None),
+        (5, {"choice": [1, 2, 3, 4]}, "there are 5 trials"),
+        (1, {"grid": [1, 2, 3, 4]}, None),
+        (16, {"grid": [1, 2, 3, 4]}, "there are 64 trials"),
+        (16, {"uniform": [1, 4]}, None),
+    ],
+)
+@pytest.mark.parametrize("searcher", ["random", "optuna"])
+def test_trials_that_repeat_others_are_said(
+    number: int, space: dict[str, Any], found: str | None, searcher: str
+) -> None:
+    if searcher == "optuna" and "grid" in space:
+        return
+    end = f"some trials have the same settings, and train the same; lower it to {1 if 'grid' in space else 4}"
+    lines = [f"--num_samples={number}: {found}, and 4 combinations of values in the space: {end}"] if found else []
+    assert warned({}, {"lr_power": space}, num_samples=number, searcher=searcher) == lines
+
+
+def test_the_sources_and_the_warnings_of_a_sweep(sweep_settings: dict[str, Any]) -> None:
+    """Shares as `train` says them, and settings without effect."""
+    rows = sweep_settings["train_data_dir"]
+    shared = sweep_settings | {"train_data_dir": [rows, rows], "data_weights": [3, 1], "latents_cache_dir": None}
+    config = SweepConfig(train=TrainConfig(**shared, logit_mean=1), space={"ema_decay": {"choice": [0.9]}})
+    plan_sweep(config, said := io.StringIO())
+    source = f"--train_data_dir={rows} has 24 rows"
+    assert f"data: {source}, 0.75 of the samples; {source}, 0.25 of the samples\n" in said.getvalue()
+    assert f"sweep: --space: {EMA}\n" in said.getvalue()
+    assert "sweep: --logit_mean=1.0: has no effect without --timestep_sampling logit_normal\n" in said.getvalue()

@@ -11,11 +11,16 @@ from raycontrolnet.cluster.session import on_a_cluster
 from raycontrolnet.config.checks import collected, find_token, package_problem
 from raycontrolnet.config.objective_settings import ZERO_SNR
 from raycontrolnet.config.optimizer_settings import ADAM_FLAGS
-from raycontrolnet.config.output_settings import OutputConfig
-from raycontrolnet.config.settings import OptimConfig
-from raycontrolnet.config.space import Space, combinations, num_trials, place_of, to_grammar
+from raycontrolnet.config.rules import problem_of
+from raycontrolnet.config.space import Space, combinations, num_combinations, num_trials, place_of, to_grammar
 from raycontrolnet.config.sweep_config import SweepConfig
-from raycontrolnet.config.train_config import TrainConfig, names_with
+from raycontrolnet.config.train_config import (
+    PARAMETERS,
+    TrainConfig,
+    names_that_decide,
+    names_with,
+    no_effect_without,
+)
 from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.model.base_family import (
     OBJECTIVE_SETTINGS,
@@ -30,13 +35,22 @@ from raycontrolnet.model.paths import model_path_problem
 from raycontrolnet.model.problems import model_problems
 from raycontrolnet.model.single_file import is_single_file
 from raycontrolnet.storage.uri import shown_value
+from raycontrolnet.text import counted
 from raycontrolnet.training.schedule import warmup_warning
 
 
-def warnings(
-    output: OutputConfig, variants: Iterable[OptimConfig], total_updates: int, objective: str, space: Space
-) -> Iterator[str]:
-    """Yield warnings about trials of `total_updates`, with every warm-up that `variants` have."""
+def warnings(config: SweepConfig, train: TrainConfig, space: Space, total_updates: int) -> Iterator[str]:
+    """Yield warnings about the trials of a sweep.
+
+    Args:
+        config: as given.
+        train: the settings that trials share.
+        space: the settings to try.
+        total_updates: of a trial.
+    """
+    objective = config.objective
+    yield from _without_effect(train, space)
+    yield from _repeated(config, space)
     if ZERO_SNR in space and objective in ("val_loss", "control_gap"):
         yield (
             f"trials with and without --{ZERO_SNR} are measured at other noise levels, so their {objective} differs "
@@ -48,14 +62,37 @@ def warnings(
                 f"trials of another --{name} are measured on other parts of the held-out images, so their {objective} "
                 "differs for that alone; compare them by --objective control_fidelity"
             )
-    if (every := output.checkpointing_steps) >= total_updates:
+    if (every := train.checkpointing_steps) >= total_updates:
         yield (
             f"trials write a checkpoint only at their end (--checkpointing_steps={every}, {total_updates} updates): "
             "a trial that is interrupted starts again from the beginning"
         )
-    for variant in variants:
-        if warning := warmup_warning(variant, total_updates):
+    for settings in combinations(space, names_that_decide("warm-up")):
+        if warning := warmup_warning(dataclasses.replace(train, **settings), total_updates):
             yield warning
+
+
+def _without_effect(train: TrainConfig, space: Space) -> Iterator[str]:
+    """Yield parameters of the space, and those that trials share, that have no effect in any trial."""
+    for name, needed, value in PARAMETERS:
+        if value in values_of(needed, train, space):
+            continue
+        if name in space:
+            problem = no_effect_without(needed, value)
+            yield f"--space: {name}: {problem}; trials that differ by it alone are the same"
+        elif getattr(train, name) != getattr(TrainConfig, name):
+            yield problem_of(train, name, no_effect_without(needed, value))
+
+
+def _repeated(config: SweepConfig, space: Space) -> Iterator[str]:
+    """Yield a warning if there are fewer combinations of values than trials."""
+    trials, different = num_trials(space, config.num_samples), num_combinations(space)
+    if different is not None and trials > different:
+        yield (
+            f"--num_samples={config.num_samples}: there are {trials:,} trials, and {counted(different, 'combination')} "
+            "of values in the space: some trials have the same settings, and train the same; lower it to "
+            f"{different * config.num_samples // trials}"
+        )
 
 
 def problems(config: SweepConfig, space: Space) -> Iterator[str]:

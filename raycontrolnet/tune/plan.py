@@ -16,6 +16,7 @@ from raycontrolnet.config.space import Dimension, Space, combinations, num_trial
 from raycontrolnet.config.sweep_config import OBJECTIVES, SweepConfig, SweepSettings
 from raycontrolnet.config.sweepable import cache_settings
 from raycontrolnet.config.train_config import TrainConfig, names_that_decide, names_with, public_settings
+from raycontrolnet.data.mixture import in_words as sources_in_words
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.launch.precision import in_words, resolve, workers_have_bf16
@@ -179,8 +180,9 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
         if problem := checks.objective_problem(config.objective, run):
             raise ConfigError([problem])
     total_updates = max(total for run in runs.values() for total in _totals(run, space))
-    warm_ups = (dataclasses.replace(train, **some) for some in combinations(space, names_that_decide("warm-up")))
-    for warning in dict.fromkeys(checks.warnings(train, warm_ups, total_updates, config.objective, space)):
+    for sources in dict.fromkeys(sources_in_words(run.source, run.config) for run in runs.values()):
+        stream.write(f"data: {sources}\n" if sources else "")
+    for warning in dict.fromkeys(checks.warnings(config, train, space, total_updates)):
         stream.write(f"sweep: {warning}\n")
     return SweepPlan(
         config=config,
