@@ -319,6 +319,11 @@ EMA = f"ema_decay: has no effect without --use_ema; {ALONE}"
             {"logit_std": {"uniform": [0.5, 2]}},
             [f"--space: logit_std: has no effect without --timestep_sampling logit_normal; {ALONE}"],
         ),
+        (
+            {"lr_scheduler": "polynomial"},
+            {"lr_power": {"choice": [1, 2]}, "lr_num_cycles": {"choice": [1, 2]}},
+            [f"--space: lr_num_cycles: has no effect without --lr_scheduler cosine_with_restarts; {ALONE}"],
+        ),
         ({"huber_delta": 0.2}, {}, ["--huber_delta=0.2: has no effect without --loss huber"]),
         ({"huber_delta": 0.2}, {"loss": {"choice": ["mse", "huber"]}}, []),
     ],
@@ -346,7 +351,7 @@ def test_trials_that_repeat_others_are_said(
         return
     end = f"some trials have the same settings, and train the same; lower it to {1 if 'grid' in space else 4}"
     lines = [f"--num_samples={number}: {found}, and 4 combinations of values in the space: {end}"] if found else []
-    assert warned({}, {"lr_power": space}, num_samples=number, searcher=searcher) == lines
+    assert warned({}, {"max_grad_norm": space}, num_samples=number, searcher=searcher) == lines
 
 
 def test_the_sources_and_the_warnings_of_a_sweep(sweep_settings: dict[str, Any]) -> None:

@@ -63,6 +63,8 @@ PARAMETERS = (
     ("logit_std", "timestep_sampling", "logit_normal"),
     ("high_noise_power", "timestep_sampling", "high_noise"),
     ("ema_decay", "use_ema", True),
+    ("lr_num_cycles", "lr_scheduler", "cosine_with_restarts"),
+    ("lr_power", "lr_scheduler", "polynomial"),
 )
 """Parameter, and the setting with the value that it belongs to."""
 GROUPS: tuple[Any, ...] = TrainConfig.__bases__[::-1]
