@@ -97,9 +97,13 @@ def first_of(words: Sequence[str], most: int = SHOWN_PROBLEMS) -> str:
 
 
 def perhaps(word: str, known: Iterable[str]) -> str:
-    """Return a hint at the name in `known` that is nearest to `word`: `; perhaps you meant ...`; empty without one."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; perhaps you meant {near[0]}" if near else ""
+    """Return a hint at the name in `known` that is nearest to `word`: `; perhaps you meant ...`; empty without one.
+
+    Upper and lower case are the same.
+    """
+    names = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), names, n=1)
+    return f"; perhaps you meant {names[near[0]]}" if near else ""
 
 
 def printable(text: str) -> str:

@@ -228,8 +228,9 @@ def test_a_control_image_is_drawn_in_its_bucket(settings: Settings, pictures: Pa
             controlnet=str(folder), prompt=("a", "b", "c"), image=(*controls[:2], str(tmp_path / "high.png")),
             out=str(tmp_path / "drawn"), num_images=1, num_inference_steps=1, batch_size=3, use_gpu=False,
         ),
-        stream=io.StringIO(),
+        stream=(said := io.StringIO()),
     )  # fmt: skip
+    assert "3 pairs x 1 image of about 32 x 32 px in the control image's shape, 1 step," in said.getvalue()
     sizes = []
     for result in drawn:
         with Image.open(result.images[0]) as image, Image.open(result.control) as control:

@@ -17,6 +17,7 @@ from raycontrolnet.tune import leaderboard
 from raycontrolnet.tune.hparams import write_hparams
 from raycontrolnet.tune.leaderboard import write_leaderboard
 from raycontrolnet.tune.records import Trial, ranked, read_records, read_trials
+from raycontrolnet.tune.table import repeated
 
 RATE = 0.1 + 0.2e-17 + 1e-5 / 3
 
@@ -276,3 +277,13 @@ def test_written_again_it_replaces_what_was_there(tmp_path: Path, monkeypatch: p
         write_hparams(logs, trial, "val_loss")
     assert sorted((logs / "0000").iterdir()) == files
     assert Tab(logs).figures["0000"]["val_loss"] == (200, 0.25)
+
+
+def test_trials_with_the_same_settings_are_said(tmp_path: Path) -> None:
+    """Optuna may propose some again."""
+    for index, rate in enumerate((1e-3, 1e-4, 1e-3, 1e-3, 1e-4, 1e-5)):
+        write_trial(tmp_path, index, {"learning_rate": rate, "crop": "top"})
+    assert list(repeated(read_trials(tmp_path, 100)[::-1])) == [
+        "trials 0001, 0004 have the same settings, and so train the same",
+        "trials 0000, 0002, 0003 have the same settings, and so train the same",
+    ]

@@ -14,10 +14,9 @@ from reference import training, write_trained_controlnet
 from runs import Settings, equal, flags, losses, run, train, weights
 from test_held_out import MEASURED, NUM_HELD_OUT, loader_of, measured, shake
 
-from raycontrolnet import GenerateConfig, TrainConfig, cli, generate
+from raycontrolnet import GenerateConfig, SweepConfig, TrainConfig, cli, generate
 from raycontrolnet.config.check_config import CheckConfig
 from raycontrolnet.config.objective_settings import ObjectiveConfig
-from raycontrolnet.config.space import read_space
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.launch.check import check
 from raycontrolnet.training.held_out import measure
@@ -238,6 +237,7 @@ def test_a_sweep_whose_measure_means_two_things(tiny_settings: Settings) -> None
         ("control_fidelity", "rescale_betas_zero_snr", False),
         ("val_loss", "noise_offset", False),
     ):
-        space = read_space({name: {"choice": [0, 0.1] if name == "noise_offset" else [False, True]}})
-        found = list(warnings(TrainConfig(**tiny_settings), (), 1000, objective, space))
+        space = {name: {"choice": [0, 0.1] if name == "noise_offset" else [False, True]}}
+        config = SweepConfig(train=TrainConfig(**tiny_settings), space=space, objective=objective)
+        found = list(warnings(config, config.train, config.parsed_space, 1000))
         assert any("are measured at other noise levels" in line for line in found) == warned

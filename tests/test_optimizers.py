@@ -119,7 +119,10 @@ def test_settings_that_do_not_go_together(settings: Settings, problem: str) -> N
 UNUSABLE = [
     ("nowhere.Adam", "", "nowhere is not installed; run pip install nowhere, or the package that has it"),
     ("torch.nowhere.Adam", "", "torch has no module torch.nowhere"),
+    ("torch.optimm.RAdam", "", "torch has no module torch.optimm; perhaps you meant torch.optim"),
+    ("torch.optim.adam.x.Adam", "", "torch has no module torch.optim.adam.x"),
     ("torch.optim.Adamm", "", "torch.optim has no Adamm; perhaps you meant Adam"),
+    ("torch.optim.radam", "", "torch.optim has no radam; perhaps you meant RAdam"),
     (
         "torch.nn.Linear",
         "",
@@ -137,6 +140,26 @@ UNUSABLE = [
         "SGD.__init__() got an unexpected keyword argument 'momentumm'; its arguments: mo",
     ),
     ("torch.optim.SGD", "nesterov=true", "Nesterov momentum requires a momentum and zero dampening; its arguments: "),
+    (
+        "torch.optim.RAdam",
+        "betas=0.9",
+        (
+            "these values cannot be used ('float' object is not subscriptable); check them against the class's "
+            "documentation: python -m pydoc torch.optim.RAdam"
+        ),
+    ),
+    (
+        "torch.optim.RAdam",
+        'eps=1e-08 weight_decay="abc"',
+        "these values cannot be used ('<=' not supported between instances of 'float' and 'str'); check them against",
+    ),
+    ("torch.optim.RAdam", "betas=[0.9, 2.0]", "Invalid beta parameter at index 1: 2.0; its arguments: betas, "),
+    (
+        "torch.optim.Adafactor",
+        'beta2_decay=-0.8 d="abc"',
+        "these values cannot be used ('<=' not supported between instances of 'float' and 'str'); check them against",
+    ),
+    (f"{OWN}.Estimating", 'momentum="abc"', "its update or state fails (mul_(): argument 'other' (position 1) must"),
     ("torch.optim.AdamW", "amsgradd=true", "AdamW.__init__() got an unexpected keyword argument 'amsgradd'; its argum"),
 ]
 
@@ -352,6 +375,13 @@ def test_trials_with_optimizers_that_cannot_be_used() -> None:
     }
     assert optimizer_problems_of(config(), SweepConfig(train=config(), space=fitting).parsed_space) == []
     mixed = fitting | {"adam_beta1": {"uniform": [0.8, 0.9]}}
-    found = optimizer_problems_of(config(), SweepConfig(train=config(), space=mixed).parsed_space)
+    with pytest.raises(ConfigError) as error:
+        SweepConfig(train=config(), space=mixed)
     own = "is for AdamW; give torch.optim.RAdam its arguments with --optimizer_args"
-    assert found == [f"--space: optimizer torch.optim.RAdam, adam_beta1 0.8: --adam_beta1=0.8: {own}"]
+    assert error.value.problems == (f"--space: optimizer torch.optim.RAdam, adam_beta1 0.8: --adam_beta1=0.8: {own}",)
+    others = {
+        "optimizer": {"choice": ["torch.optim.RAdam", "torch.optim.SGD"]},
+        "optimizer_args": {"choice": ["betas=[0.8,0.9]"]},
+    }
+    (problem,) = optimizer_problems_of(config(), SweepConfig(train=config(), space=others).parsed_space)
+    assert "--optimizer=torch.optim.SGD, --optimizer_args=betas=[0.8, 0.9]: SGD.__init__() got an unexpected" in problem

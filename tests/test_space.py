@@ -9,6 +9,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,14 @@ from raycontrolnet.config.space import (
     DEFAULT_SPACE,
     Dimension,
     draw,
+    num_combinations,
     num_trials,
     optuna_distributions,
     place_of,
     read_space,
     to_grammar,
 )
-from raycontrolnet.config.sweep_config import SweepConfig
+from raycontrolnet.config.sweep_config import TOGETHER, SweepConfig
 from raycontrolnet.config.sweepable import refusal
 from raycontrolnet.config.train_config import FACTS, TrainConfig, names_that_decide, names_with
 from raycontrolnet.config.values import coerce, setting_types
@@ -388,6 +390,55 @@ def test_values_that_a_run_would_refuse(space: dict[str, Any], found: list[str],
     assert checked(file, allow_new_caches=True) == [f"--space={file}: {line}" for line in found]
 
 
+@pytest.mark.parametrize(
+    ("space", "found"),
+    [
+        ({"optimizer": ["torch.optim.RAdam", "torch.optim.NAdam"],
+          "optimizer_args": [{"weight_decay": 0.1}, {"weight_decay": 0.01}]}, []),
+        ({"optimizer": ["torch.optim.AdamW", "torch.optim.RAdam"], "optimizer_args": ["weight_decay=0.1", "lr=1"]},
+         [("optimizer torch.optim.AdamW, optimizer_args weight_decay=0.1: --optimizer_args=weight_decay=0.1: "
+          "weight_decay: give it with --adam_weight_decay"),
+          "optimizer torch.optim.AdamW, optimizer_args lr=1: --optimizer_args=lr=1: lr: give it with --learning_rate"]),
+        ({"optimizer": ["torch.optim.AdamW", "torch.optim.RAdam"], "use_8bit_adam": [False, True]},
+         [("optimizer torch.optim.RAdam, use_8bit_adam True: --use_8bit_adam, --optimizer=torch.optim.RAdam: are two "
+          "optimizers; leave out one")]),
+        ({"compile": [True, False], "enable_xformers_memory_efficient_attention": [True]},
+         [("compile True, enable_xformers_memory_efficient_attention True: --compile=True: does not go with "
+          "--enable_xformers_memory_efficient_attention; leave out one")]),
+        ({"dataset_config_name": ["a", "b"], "dataset_name": ["other"]}, []),
+        ({"dataset_config_name": ["a", "b"], "dataset_name": ["other", None]},
+         ["dataset_name None, dataset_config_name a: --dataset_config_name=a: needs --dataset_name",
+          "dataset_name None, dataset_config_name b: --dataset_config_name=b: needs --dataset_name"]),
+        ({"train_data_dir": [["one", "other"]], "caption_column": ["text", ["text", "prompt"]]}, []),
+        ({"train_data_dir": ["one", ["one", "other"]], "caption_column": ["text", ["text", "prompt"]]},
+         [("train_data_dir one, caption_column [text, prompt]: --caption_column=text prompt: 2 for 1 source; give one "
+          "for all, or one for each")]),
+    ],
+)  # fmt: skip
+def test_values_are_checked_together(space: dict[str, Any], found: list[str]) -> None:
+    """Check values that trials may draw, not the defaults of settings that the space has."""
+    choices = {name: {"choice": values} for name, values in space.items()}
+    assert checked(choices, allow_new_caches=True) == [f"--space: {line}" for line in found]
+
+
+def test_all_settings_that_depend_on_each_other_are_checked_together() -> None:
+    """For two that do, the problems of both together are others than those of each."""
+
+    def problems_of(*names: str) -> set[str]:
+        try:
+            dataclasses.replace(TRAIN, **{name: OTHERS[name] for name in names})
+        except ConfigError as error:
+            return set(error.problems)
+        return set()
+
+    alone = {name: problems_of(name) for name in OTHERS}
+    pairs = itertools.combinations(OTHERS, 2)
+    dependent = [(one, other) for one, other in pairs if problems_of(one, other) != alone[one] | alone[other]]
+    assert len(dependent) >= 4
+    for pair in dependent:
+        assert any(set(pair) <= set(group) for group in TOGETHER), pair
+
+
 def test_optuna_goes_through_no_grid() -> None:
     space = {"train_batch_size": {"grid": [4, 8]}, "lr_power": {"choice": [1, 2]}}
     assert checked(space) == []
@@ -486,6 +537,44 @@ def test_whole_numbers_are_drawn_fairly() -> None:
 def test_choices_are_drawn_evenly() -> None:
     counts = collections.Counter(drawn("max_train_steps", {"choice": [None, 10, 20, 30]}, 4000))
     assert [counts[value] for value in (None, 10, 20, 30)] == pytest.approx([1000] * 4, abs=130)
+
+
+def test_choices_repeat_only_once_all_combinations_are_drawn() -> None:
+    """With each combination of the grids for itself, and then again in another order."""
+    space = read_space({
+        "lr_power": {"choice": [1, 2, 3]}, "scale_lr": {"grid": [False, True]},
+        "lr_scheduler": {"choice": ["constant", "cosine"]},
+    })  # fmt: skip
+    assert num_combinations(space) == 12
+    for seed in range(20):
+        settings = [tuple(draw(space, seed, index).items()) for index in range(36)]
+        rounds = [settings[start : start + 12] for start in (0, 12, 24)]
+        assert [len(set(each)) for each in rounds] == [12, 12, 12]
+        assert rounds[0] != rounds[1] != rounds[2]
+        assert {settings[index] for index in range(0, 12, 2)}.isdisjoint(settings[index] for index in range(1, 12, 2))
+    firsts = collections.Counter(tuple(draw(space, seed, 2).values()) for seed in range(1200))
+    assert sorted(firsts.values()) == pytest.approx([200] * 6, abs=60)
+
+
+def test_draws_of_choices_stay_what_they_are() -> None:
+    """A sweep that is resumed, with more trials too, draws those that have not begun again."""
+    space = read_space({"lr_power": {"choice": [1, 2]}, "lr_scheduler": {"choice": ["constant", "cosine"]}})
+    drawn = [draw(space, 0, index) for index in range(4)]
+    assert [tuple(settings.values()) for settings in drawn] == [
+        (2.0, "cosine"),
+        (2.0, "constant"),
+        (1.0, "cosine"),
+        (1.0, "constant"),
+    ]
+
+
+def test_many_choices_are_drawn_in_no_time() -> None:
+    """The last of 500 trials looks at all before it."""
+    values = [float(value) for value in range(1, 24)]
+    space = {name: Dimension("choice", tuple(values)) for name in ("lr_power", "max_grad_norm")}
+    started = time.process_time()
+    assert len({tuple(draw(space, 0, index).values()) for index in range(490, 500)}) == 10
+    assert time.process_time() - started < 2
 
 
 @pytest.mark.parametrize("low", [1e-300, 1e-6, 0.5])

@@ -33,7 +33,8 @@ Settings = dict[str, Any]
 
 def test_a_sweep_goes_on_with_what_is_left(sweep_settings: Settings) -> None:
     """More trials, and one that had been cut off: those that had ended are not trained again."""
-    config = SweepConfig(train=TrainConfig(**sweep_settings), num_samples=2, scheduler="none", resume=True)
+    space = {"learning_rate": {"choice": [1e-3, 2e-3]}}
+    config = SweepConfig(train=TrainConfig(**sweep_settings), space=space, num_samples=2, scheduler="none", resume=True)
     config = replace(config, max_concurrent_trials=1)  # one process for all trials: quicker
     first = run_sweep(config)
     before = {trial.record.index: (trial.folder / "run.json").read_bytes() for trial in first.trials}
@@ -42,13 +43,15 @@ def test_a_sweep_goes_on_with_what_is_left(sweep_settings: Settings) -> None:
     said = io.StringIO()
     second = sweep(replace(config, num_samples=3), stream=said)
     assert "sweep: 2 trials" in said.getvalue()
+    assert "--num_samples=3: there are 3 trials, and 2 combinations of values in the space: some" in said.getvalue()
+    assert said.getvalue().count(" have the same settings, and so train the same\n") == 1
     assert [trial.record.state for trial in second.trials] == ["finished"] * 3
     by_index = {trial.record.index: trial for trial in second.trials}
     kept, mended = first.trials[1].record.index, first.trials[0].record.index
     assert (by_index[kept].folder / "run.json").read_bytes() == before[kept]
     assert figures(by_index[mended]) == figures(first.trials[0])
     third = sweep(replace(config, num_samples=3), stream=(said := io.StringIO()))  # nothing is left
-    shown = [line.split()[:2] for line in said.getvalue().splitlines()[:4]]
+    shown = [line.split()[:2] for line in said.getvalue().splitlines()[1:5]]
     assert shown == [["trial", "state"], *([trial.record.name, "finished"] for trial in third.trials)]
     assert [figures(trial) for trial in third.trials] == [figures(trial) for trial in second.trials]
     check_leaderboard(third)

@@ -15,8 +15,11 @@ from single_files import write_single_file
 from raycontrolnet import SweepConfig, TrainConfig, cli
 from raycontrolnet.cluster.nodes import HEAD, ClusterNodes, nodes_that_may_come
 from raycontrolnet.config.cluster_settings import ClusterConfig
+from raycontrolnet.config.space import read_space
 from raycontrolnet.config.sweep_config import OBJECTIVES, SweepSettings
 from raycontrolnet.errors import ConfigError
+from raycontrolnet.tune import checks
+from raycontrolnet.tune.checks import model_problems_of
 from raycontrolnet.tune.concurrency import TrialSlots, trial_slots
 from raycontrolnet.tune.lease import SweepLease
 from raycontrolnet.tune.plan import SweepPlan, plan_sweep
@@ -251,3 +254,113 @@ def test_a_configuration_of_single_files_beside_folders(
     assert error.value.problems == (
         f"--base_config={tmp_path / 'gone'}: no such folder, and not the form of a Hub id (owner/name)",
     )
+
+
+def test_models_are_checked_with_the_variants_of_the_space(tiny_base: Path, tmp_path: Path) -> None:
+    """A base model may have its weights in that variant alone."""
+    base = Path(shutil.copytree(tiny_base, tmp_path / "half"))
+    for file in base.glob("*/*.safetensors"):
+        file.rename(file.with_name(f"{file.stem}.fp16.safetensors"))
+    train = TrainConfig(pretrained_model_name_or_path=str(tiny_base), train_data_dir="data")
+    for variants, refused in ((["fp16"], False), ([None, "fp16"], True)):
+        space = {"pretrained_model_name_or_path": {"choice": [str(base)]}, "variant": {"choice": variants}}
+        found = model_problems_of(train, read_space(space))
+        assert bool(found) == refused
+        assert all(str(base) in problem for problem in found)
+
+
+@pytest.mark.parametrize(
+    ("steps", "space", "refused"),
+    [
+        (None, {}, False),
+        (8, {}, True),
+        (8, {"max_train_steps": {"choice": [None, 10]}}, False),
+        (None, {"max_train_steps": {"choice": [10]}}, True),
+        (None, {"max_train_steps": {"uniform": [10, 20]}}, True),
+    ],
+)
+def test_a_number_of_epochs_that_no_trial_has(steps: int | None, space: dict[str, Any], refused: bool) -> None:
+    train = TrainConfig(**TRAIN, max_train_steps=steps)
+    space = {"num_train_epochs": {"choice": [1, 2]}, **space}
+    found = list(checks.problems(SweepConfig(train=train, space=space), read_space(space)))
+    assert bool(found) == refused
+    assert all(line.startswith("--space: num_train_epochs: has no effect with --max_train_steps") for line in found)
+
+
+def test_keys_are_not_shown_with_values_that_do_not_go_together() -> None:
+    space = {
+        "train_data_dir": {"choice": ["s3://name:hidden@bucket/data"]},
+        "caption_column": {"choice": [["one", "two"]]},
+    }
+    found = problems(space=space, allow_new_caches=True)
+    assert len(found) == 2
+    assert "hidden" not in str(found)
+
+
+def warned(train: dict[str, Any], space: dict[str, Any], **settings: Any) -> list[str]:
+    config = SweepConfig(train=TrainConfig(**TRAIN | train), space=space, **settings)
+    return list(checks.warnings(config, config.train, config.parsed_space, 10_000))
+
+
+ALONE = "trials that differ by it alone are the same"
+EMA = f"ema_decay: has no effect without --use_ema; {ALONE}"
+
+
+@pytest.mark.parametrize(
+    ("train", "space", "found"),
+    [
+        ({}, {"ema_decay": {"choice": [0.9, 0.99]}}, [f"--space: {EMA}"]),
+        ({"ema_decay": 0.5}, {"ema_decay": {"choice": [0.9, 0.99]}}, [f"--space: {EMA}"]),
+        ({"use_ema": True}, {"ema_decay": {"choice": [0.9, 0.99]}}, []),
+        ({}, {"ema_decay": {"choice": [0.9, 0.99]}, "use_ema": {"choice": [True, False]}}, []),
+        ({"use_ema": True}, {"ema_decay": {"grid": [0.9, 0.99]}, "use_ema": {"grid": [False]}}, [f"--space: {EMA}"]),
+        (
+            {"timestep_sampling": "high_noise", "high_noise_power": 2},
+            {"logit_std": {"uniform": [0.5, 2]}},
+            [f"--space: logit_std: has no effect without --timestep_sampling logit_normal; {ALONE}"],
+        ),
+        (
+            {"lr_scheduler": "polynomial"},
+            {"lr_power": {"choice": [1, 2]}, "lr_num_cycles": {"choice": [1, 2]}},
+            [f"--space: lr_num_cycles: has no effect without --lr_scheduler cosine_with_restarts; {ALONE}"],
+        ),
+        ({"huber_delta": 0.2}, {}, ["--huber_delta=0.2: has no effect without --loss huber"]),
+        ({"huber_delta": 0.2}, {"loss": {"choice": ["mse", "huber"]}}, []),
+    ],
+)
+def test_settings_without_effect_are_said(train: dict[str, Any], space: dict[str, Any], found: list[str]) -> None:
+    """In the space, where no trial can have the value that they need; and among those that trials share."""
+    assert warned(train, {"learning_rate": {"uniform": [0, 1]}, **space}) == found
+
+
+@pytest.mark.parametrize(
+    ("number", "space", "found"),
+    [
+        (4, {"choice": [1, 2, 3, 4]}, None),
+        (5, {"choice": [1, 2, 3, 4]}, "there are 5 trials"),
+        (1, {"grid": [1, 2, 3, 4]}, None),
+        (16, {"grid": [1, 2, 3, 4]}, "there are 64 trials"),
+        (16, {"uniform": [1, 4]}, None),
+    ],
+)
+@pytest.mark.parametrize("searcher", ["random", "optuna"])
+def test_trials_that_repeat_others_are_said(
+    number: int, space: dict[str, Any], found: str | None, searcher: str
+) -> None:
+    if searcher == "optuna" and "grid" in space:
+        return
+    end = f"some trials have the same settings, and train the same; lower it to {1 if 'grid' in space else 4}"
+    lines = [f"--num_samples={number}: {found}, and 4 combinations of values in the space: {end}"] if found else []
+    assert warned({}, {"max_grad_norm": space}, num_samples=number, searcher=searcher) == lines
+
+
+def test_the_sources_and_the_warnings_of_a_sweep(sweep_settings: dict[str, Any]) -> None:
+    """Shares as `train` says them, and settings without effect."""
+    rows = sweep_settings["train_data_dir"]
+    shared = sweep_settings | {"train_data_dir": [rows, rows], "data_weights": [3, 1], "latents_cache_dir": None}
+    config = SweepConfig(train=TrainConfig(**shared, logit_mean=1), space={"ema_decay": {"choice": [0.9]}})
+    plan_sweep(config, said := io.StringIO())
+    source = f"--train_data_dir={rows} has 24 rows"
+    assert f"data: {source}, 0.75 of the samples; {source}, 0.25 of the samples\n" in said.getvalue()
+    assert f"sweep: --space: {EMA}\n" in said.getvalue()
+    assert "sweep: --logit_mean=1.0: has no effect without --timestep_sampling logit_normal\n" in said.getvalue()

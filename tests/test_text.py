@@ -39,6 +39,16 @@ def test_errors(error: Exception, message: str, line: str) -> None:
     assert text.one_line(error) == line
 
 
+def test_the_nearest_name() -> None:
+    """Case counts least: a name that differs by nothing else is the nearest."""
+    known = ["Adam", "RAdam", "AdamW", "fp16"]
+    nearest = {"radam": "RAdam", "adam": "Adam", "ADAMW": "AdamW", "Adamm": "Adam", "fp_16": "fp16"}
+    assert {word: text.perhaps(word, known) for word in nearest} == {
+        word: f"; perhaps you meant {name}" for word, name in nearest.items()
+    }
+    assert text.perhaps("qqq", known) == ""
+
+
 def count(stream: io.StringIO) -> None:
     counter = Counter("latents", "images", 2000, 500, stream)
     counter.started -= 1e6  # so that a slow machine does not change the rate

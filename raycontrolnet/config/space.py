@@ -16,7 +16,7 @@ import math
 import random
 import shlex
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -203,6 +203,13 @@ def to_grammar(space: Space) -> dict[str, dict[str, list[Any]]]:
     }
 
 
+def combinations(space: Space, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield all combinations of the values, or the ends of the ranges, in the space for `names`."""
+    tried = [name for name in names if name in space]
+    for values in itertools.product(*(space[name].values for name in tried)):
+        yield dict(zip(tried, values, strict=True))
+
+
 def _grids(space: Space) -> dict[str, tuple[Any, ...]]:
     """Return the values of each grid, sorted by name: the order of a file's lines does not matter."""
     return {name: space[name].values for name in sorted(space) if space[name].kind == "grid"}
@@ -213,17 +220,41 @@ def num_trials(space: Space, num_samples: int) -> int:
     return num_samples * math.prod(map(len, _grids(space).values()))
 
 
+def num_combinations(space: Space) -> int | None:
+    """Return the number of combinations of the space's values; None if it has a range."""
+    if any(dimension.is_range for dimension in space.values()):
+        return None
+    return math.prod(len(dimension.values) for dimension in space.values())
+
+
 def draw(space: Space, seed: int, index: int) -> dict[str, Any]:
     """Return the settings of trial `index`, which depend on the arguments alone.
 
     Trials go through the combinations of the grids in turn (sorted by name, the last changes fastest). Every other
-    value is drawn from (seed, index, name), so that more trials or more settings in the space do not change it.
+    value is drawn from (seed, index, name), so that more trials or more settings in the space do not change it. If all
+    are choices, trials with the settings of an earlier one are drawn anew, until all combinations are there.
     """
-    grids = _grids(space)
-    combinations = list(itertools.product(*grids.values()))
-    fixed = dict(zip(grids, combinations[index % len(combinations)], strict=True))
+    different = num_combinations(space)
+    if different is None:
+        return _drawn(space, seed, index, 0)
+    turn = num_trials(space, 1)
+    of_turn = different // turn
+    first = index - index // turn % of_turn * turn
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for each in range(first, index + 1, turn):
+        tries = (_drawn(space, seed, each, number) for number in itertools.count())
+        settings = next(settings for settings in tries if tuple(settings.values()) not in found)
+        found[tuple(settings.values())] = settings
+    return settings
+
+
+def _drawn(space: Space, seed: int, index: int, number: int) -> dict[str, Any]:
+    """Return what draw `number` is for trial `index`."""
+    grids, key = _grids(space), f"{seed}/{index}/{number}" if number else f"{seed}/{index}"
+    of_grids = list(itertools.product(*grids.values()))
+    fixed = dict(zip(grids, of_grids[index % len(of_grids)], strict=True))
     drawn = {
-        name: fixed[name] if name in fixed else dimension.at(random.Random(f"{seed}/{index}/{name}").random())
+        name: fixed[name] if name in fixed else dimension.at(random.Random(f"{key}/{name}").random())
         for name, dimension in space.items()
     }
     return {name: coerce(value, TYPES[name]) for name, value in drawn.items()}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from raycontrolnet.config.data_sources import COLUMNS, SourceConfig
+from raycontrolnet.config.optimizer_settings import ADAM_FLAGS
 from raycontrolnet.config.rules import Problems, at_least, one_of, problem_of
-from raycontrolnet.config.space import Dimension, Space, place_of, read_space, shown
-from raycontrolnet.config.sweepable import cache_problems, refusal, run_problems
+from raycontrolnet.config.space import Dimension, Space, combinations, place_of, read_space, shown
+from raycontrolnet.config.sweepable import cache_problems, refusal, run_problems, without_keys
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.config.values import coerce_settings, setting_types
 from raycontrolnet.errors import ConfigError
@@ -25,6 +28,12 @@ OBJECTIVES = {
     "images_per_second": "max",
 }
 """Metrics that trials can be ranked by -> the best value, smallest or largest."""
+TOGETHER = (
+    ("optimizer", "optimizer_args", "use_8bit_adam", *ADAM_FLAGS),
+    (*SourceConfig.FLAGS, "dataset_config_name", *COLUMNS),
+    ("compile", "enable_xformers_memory_efficient_attention"),
+)
+"""Settings of which one decides what another may be: in a space, all their combinations are checked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +99,7 @@ class SweepConfig(SweepSettings):
                 for name, dimension in self.parsed_space.items()
                 for problem in self._problems_of(name, dimension)
             ]
+            problems += self._problems_together()
         except ConfigError as error:
             problems += error.problems
         if problems:
@@ -108,8 +118,28 @@ class SweepConfig(SweepSettings):
         if self.searcher == "optuna" and dimension.kind == "grid":
             instead = f"use {{choice: {shown(dimension.values)}}}, or --searcher random"
             yield f"grid: optuna chooses values by itself and cannot go through a grid; {instead}"
+        if name in self._together():
+            return
         refusals = [problem for value in dimension.values for problem in run_problems(name, value, self.train)]
         yield from refusals
         if not refusals and dimension.whole:  # `resolution` has gaps
             for problem in run_problems(name, dimension.values[0] + 1, self.train):
                 yield f"{dimension.kind}: {problem}; list the values with {{choice: [...]}}"
+
+    def _together(self) -> dict[str, list[str]]:
+        """Return name -> the settings of the space that its values are checked together with, itself among them."""
+        groups = [[name for name in group if name in self.parsed_space] for group in TOGETHER]
+        return {name: group for group in groups if len(group) > 1 for name in group}
+
+    def _problems_together(self) -> Problems:
+        """Yield the problems of combinations of values, each problem once, with the first combination that has it."""
+        said = set[str]()
+        for group in dict.fromkeys(map(tuple, self._together().values())):
+            for settings in combinations(self.parsed_space, group):
+                try:
+                    dataclasses.replace(self.train, **settings)
+                except ConfigError as error:
+                    new = [problem for problem in error.problems if problem not in said]
+                    said.update(new)
+                    together = ", ".join(f"{name} {shown(without_keys(value))}" for name, value in settings.items())
+                    yield from (f"{place_of(self.space)}: {together}: {problem}" for problem in new)

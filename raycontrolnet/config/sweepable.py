@@ -64,12 +64,19 @@ def cache_problems(name: str, cache: CacheConfig, *, allow_new_caches: bool) -> 
     return []
 
 
+def without_keys(value: Any) -> Any:
+    """Return a value for messages: `a URI` for one with a password or key in it."""
+    if isinstance(value, tuple):
+        return tuple(map(without_keys, value))
+    return "a URI" if holds_secret(str(value)) else value
+
+
 def run_problems(name: str, value: Any, train: TrainConfig) -> list[str]:
     """Return what is wrong with a run of `train` with another `value` of `name`; each line starts with the value."""
     try:
         dataclasses.replace(train, **{name: value})
     except ConfigError as error:
         flag = rf"--{name}(={re.escape(str(value))}|={re.escape(repr(value))})?: "
-        shown = "a URI" if holds_secret(str(value)) else str(value) or repr(value)
+        shown = str(without_keys(value)) or repr(value)
         return [f"{shown}: {re.sub(f'^{flag}', '', problem)}" for problem in error.problems]
     return []

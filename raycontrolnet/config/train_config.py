@@ -45,12 +45,16 @@ class TrainConfig(
         """Yield a warning for each parameter that was given and does nothing beside the other settings."""
         for name, needed, value in PARAMETERS:
             if getattr(self, name) != getattr(TrainConfig, name) and getattr(self, needed) != value:
-                flag = f"--{needed}" if value is True else f"--{needed} {value}"
-                yield problem_of(self, name, f"has no effect without {flag}")
+                yield problem_of(self, name, no_effect_without(needed, value))
 
     def num_held_out(self, num_rows: int) -> int:
         """Return the number of rows to hold out of a data set with `num_rows`."""
         return self.held_out_of(num_rows, min(num_rows, self.max_train_samples or num_rows))
+
+
+def no_effect_without(needed: str, value: Any) -> str:
+    """Return the warning about a parameter that needs the setting `needed` to have `value`."""
+    return f"has no effect without --{needed}" + ("" if value is True else f" {value}")
 
 
 PARAMETERS = (
@@ -59,6 +63,8 @@ PARAMETERS = (
     ("logit_std", "timestep_sampling", "logit_normal"),
     ("high_noise_power", "timestep_sampling", "high_noise"),
     ("ema_decay", "use_ema", True),
+    ("lr_num_cycles", "lr_scheduler", "cosine_with_restarts"),
+    ("lr_power", "lr_scheduler", "polynomial"),
 )
 """Parameter, and the setting with the value that it belongs to."""
 GROUPS: tuple[Any, ...] = TrainConfig.__bases__[::-1]

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from pkgutil import iter_modules
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def optimizer_class(name: str) -> type[Optimizer]:
             ) from None
         missing = error.name or module_name
         if module_name == missing or module_name.startswith(f"{missing}."):
-            raise UserError(f"{flag}: {package} has no module {missing}") from None
+            raise UserError(f"{flag}: {package} has no module {missing}{_nearest_module(missing)}") from None
         raise UserError(f"{flag}: needs {missing}, which is not installed; run pip install {missing}") from None
     except Exception as error:
         raise UserError(f"{flag}: {module_name} cannot be imported ({error_message(error, 200)})") from error
@@ -71,6 +72,13 @@ def optimizer_class(name: str) -> type[Optimizer]:
         advice = perhaps(class_name, names) or f"; python -m pydoc {module_name} lists its classes"
         raise UserError(f"{flag}: {module_name} {problem} {class_name}{advice}")
     return found
+
+
+def _nearest_module(missing: str) -> str:
+    """Return a hint at the module beside `missing` that has nearly its name; empty without one."""
+    parent, _, name = missing.rpartition(".")
+    folders = getattr(import_module(parent), "__path__", [])
+    return perhaps(name, [each.name for each in iter_modules(folders)]).replace("meant ", f"meant {parent}.")
 
 
 def class_of(config: TrainConfig) -> type[Optimizer]:
@@ -112,12 +120,26 @@ def new_optimizer(
         raise UserError(_complaint(config, found, error)) from error
 
 
-def _complaint(config: TrainConfig, found: type[Optimizer], error: Exception) -> str:
+def _place(config: TrainConfig) -> str:
+    """Return the flags of the optimizer and its arguments, with their values."""
     place = "--use_8bit_adam" if config.use_8bit_adam else f"--optimizer={config.optimizer}"
-    place += f", --optimizer_args={config.optimizer_args}" if config.optimizer_args else ""
+    return place + (f", --optimizer_args={config.optimizer_args}" if config.optimizer_args else "")
+
+
+def _documentation(config: TrainConfig) -> str:
+    """Return the advice to look up which values the class takes."""
+    name = ADAMW_8BIT if config.use_8bit_adam else config.optimizer
+    return f"check them against the class's documentation: python -m pydoc {name}"
+
+
+def _complaint(config: TrainConfig, found: type[Optimizer], error: Exception) -> str:
+    """Return what is wrong with an optimizer that could not be made."""
     names = [argument for argument in constructor_arguments(found) if argument != "lr"]
-    listed = f"; its arguments: {', '.join(names)}" if names else ""
-    return f"{place}: {error_message(error, 200)}{listed}"
+    problem, listed = error_message(error, 200), f"; its arguments: {', '.join(names)}" if names else ""
+    own_words = isinstance(error, (ValueError, NotImplementedError)) or not config.optimizer_args
+    if own_words or not set(arguments_of(config)) <= set(names):  # Python's words are clear for an unknown argument
+        return f"{_place(config)}: {problem}{listed}"
+    return f"{_place(config)}: these values cannot be used ({problem}); {_documentation(config)}"
 
 
 def constructor_arguments(found: type[Optimizer]) -> list[str]:
@@ -156,12 +178,12 @@ def try_optimizer(config: TrainConfig, device: torch.device | None = None) -> No
             file.seek(0)
             optimizer.load_state_dict(torch.load(file, weights_only=True))
     except Exception as error:
-        flag = "--use_8bit_adam" if config.use_8bit_adam else f"--optimizer={config.optimizer}"
-        problem = f"{flag}: its update or state fails ({error_message(error, 200)})"
+        problem = f"{_place(config)}: its update or state fails ({error_message(error, 200)})"
         if device is None and not _is_torchs(found.__module__) and config.use_gpu is not False:
             logger.warning("%s on this CPU; the workers' GPUs decide", problem)
             return
-        raise UserError(f"{problem}; take another class") from error
+        advice = f"its values may be to blame, {_documentation(config)}; or " if config.optimizer_args else ""
+        raise UserError(f"{problem}; {advice}take another class") from error
 
 
 def state_problem(config: TrainConfig, settings: Any) -> str | None:

@@ -250,10 +250,12 @@ def _announce(task: _Task, stream: TextIO) -> None:
     config, options = task.config, task.options
     device = "GPU" if task.device.type == "cuda" else "CPU"
     precision = "" if options.precision == torch.float32 else f" in {config.mixed_precision}"
+    side = options.resolution
+    size = f"about {side} x {side} px in the control image's shape" if options.bucket_sizes else f"{side} px"
     what = (
         f"{shown_name(config.controlnet)} on {task.model.pretrained_model_name_or_path}, "
         f"{counted(len(config.pairs), 'pair')} x "
-        f"{counted(config.num_images, 'image')} of {options.resolution} px, "
+        f"{counted(config.num_images, 'image')} of {size}, "
         f"{counted(config.num_inference_steps, 'step')}, guidance {options.guidance_scale:g}, "
         f"seed {config.seed}, on the {device}{precision}"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,11 +11,16 @@ from raycontrolnet.cluster.session import on_a_cluster
 from raycontrolnet.config.checks import collected, find_token, package_problem
 from raycontrolnet.config.objective_settings import ZERO_SNR
 from raycontrolnet.config.optimizer_settings import ADAM_FLAGS
-from raycontrolnet.config.output_settings import OutputConfig
-from raycontrolnet.config.settings import OptimConfig
-from raycontrolnet.config.space import Space, num_trials, place_of, to_grammar
+from raycontrolnet.config.rules import problem_of
+from raycontrolnet.config.space import Space, combinations, num_combinations, num_trials, place_of, to_grammar
 from raycontrolnet.config.sweep_config import SweepConfig
-from raycontrolnet.config.train_config import TrainConfig, names_with
+from raycontrolnet.config.train_config import (
+    PARAMETERS,
+    TrainConfig,
+    names_that_decide,
+    names_with,
+    no_effect_without,
+)
 from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.model.base_family import (
     OBJECTIVE_SETTINGS,
@@ -31,13 +35,22 @@ from raycontrolnet.model.paths import model_path_problem
 from raycontrolnet.model.problems import model_problems
 from raycontrolnet.model.single_file import is_single_file
 from raycontrolnet.storage.uri import shown_value
+from raycontrolnet.text import counted
 from raycontrolnet.training.schedule import warmup_warning
 
 
-def warnings(
-    output: OutputConfig, variants: Iterable[OptimConfig], total_updates: int, objective: str, space: Space
-) -> Iterator[str]:
-    """Yield warnings about trials of `total_updates`, with every warm-up that `variants` have."""
+def warnings(config: SweepConfig, train: TrainConfig, space: Space, total_updates: int) -> Iterator[str]:
+    """Yield warnings about the trials of a sweep.
+
+    Args:
+        config: as given.
+        train: the settings that trials share.
+        space: the settings to try.
+        total_updates: of a trial.
+    """
+    objective = config.objective
+    yield from _without_effect(train, space)
+    yield from _repeated(config, space)
     if ZERO_SNR in space and objective in ("val_loss", "control_gap"):
         yield (
             f"trials with and without --{ZERO_SNR} are measured at other noise levels, so their {objective} differs "
@@ -49,14 +62,37 @@ def warnings(
                 f"trials of another --{name} are measured on other parts of the held-out images, so their {objective} "
                 "differs for that alone; compare them by --objective control_fidelity"
             )
-    if (every := output.checkpointing_steps) >= total_updates:
+    if (every := train.checkpointing_steps) >= total_updates:
         yield (
             f"trials write a checkpoint only at their end (--checkpointing_steps={every}, {total_updates} updates): "
             "a trial that is interrupted starts again from the beginning"
         )
-    for variant in variants:
-        if warning := warmup_warning(variant, total_updates):
+    for settings in combinations(space, names_that_decide("warm-up")):
+        if warning := warmup_warning(dataclasses.replace(train, **settings), total_updates):
             yield warning
+
+
+def _without_effect(train: TrainConfig, space: Space) -> Iterator[str]:
+    """Yield parameters of the space, and those that trials share, that have no effect in any trial."""
+    for name, needed, value in PARAMETERS:
+        if value in values_of(needed, train, space):
+            continue
+        if name in space:
+            problem = no_effect_without(needed, value)
+            yield f"--space: {name}: {problem}; trials that differ by it alone are the same"
+        elif getattr(train, name) != getattr(TrainConfig, name):
+            yield problem_of(train, name, no_effect_without(needed, value))
+
+
+def _repeated(config: SweepConfig, space: Space) -> Iterator[str]:
+    """Yield a warning if there are fewer combinations of values than trials."""
+    trials, different = num_trials(space, config.num_samples), num_combinations(space)
+    if different is not None and trials > different:
+        yield (
+            f"--num_samples={config.num_samples}: there are {trials:,} trials, and {counted(different, 'combination')} "
+            "of values in the space: some trials have the same settings, and train the same; lower it to "
+            f"{different * config.num_samples // trials}"
+        )
 
 
 def problems(config: SweepConfig, space: Space) -> Iterator[str]:
@@ -65,8 +101,10 @@ def problems(config: SweepConfig, space: Space) -> Iterator[str]:
         yield "--searcher=optuna: optuna is not installed; run pip install 'raycontrolnet[optuna]'"
     yield from _value_problems(space, place_of(config.space))
     train = config.train
-    if "num_train_epochs" in space and train.max_train_steps is not None:
-        problem = f"has no effect with --max_train_steps={train.max_train_steps}; leave one of them out"
+    steps = values_of("max_train_steps", train, space)
+    if "num_train_epochs" in space and None not in steps:
+        given = "" if "max_train_steps" in space else f"={steps[0]}"
+        problem = f"has no effect with --max_train_steps{given}; leave one of them out"
         yield f"--space: num_train_epochs: {problem}"
     if train.resume_from_checkpoint is not None:
         instead = "--resume resumes a sweep, --controlnet_model_name_or_path names weights to start from"
@@ -113,11 +151,19 @@ def _value_problems(space: Space, place: str) -> Iterator[str]:
                 yield f"{place}: {name}: {problem.removeprefix(f'--{name}').lstrip('=: ')}"
 
 
+def values_of(name: str, train: TrainConfig, space: Space) -> tuple[Any, ...]:
+    """Return the values that trials may have of a setting; of a range, its ends."""
+    return space[name].values if name in space else (getattr(train, name),)
+
+
 def model_problems_of(train: TrainConfig, space: Space) -> list[str]:
     """Return what is wrong with the models that trials use beside those of `train`."""
     token, elsewhere = find_token(train.hub_token), on_a_cluster(train.address)
     return _problems_of_variants(
-        train, space, names_with("model_folders"), lambda variant: model_problems(variant, token, elsewhere=elsewhere)
+        train,
+        space,
+        (*names_with("model_folders"), "revision", "variant"),
+        lambda variant: model_problems(variant, token, elsewhere=elsewhere),
     )
 
 
@@ -180,13 +226,6 @@ def _problems_of_variants(
     tried = (dataclasses.replace(train, **settings) for settings in combinations(space, names) if settings)
     variants = (to_check(variant, space) for variant in tried)
     return list(dict.fromkeys(problem for variant in variants for problem in problems_of(variant)))
-
-
-def combinations(space: Space, names: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Yield all combinations of the values, or the ends of the ranges, in the space for `names`."""
-    tried = [name for name in names if name in space]
-    for values in itertools.product(*(space[name].values for name in tried)):
-        yield dict(zip(tried, values, strict=True))
 
 
 def objective_problem(objective: str, run: CheckedRun) -> str | None:

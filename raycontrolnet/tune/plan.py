@@ -12,10 +12,11 @@ from typing import Any, TextIO
 
 from raycontrolnet.cluster.resources import WorkerResources
 from raycontrolnet.config.checks import absolute, versions, with_absolute_paths
-from raycontrolnet.config.space import Dimension, Space, num_trials, to_grammar
+from raycontrolnet.config.space import Dimension, Space, combinations, num_trials, to_grammar
 from raycontrolnet.config.sweep_config import OBJECTIVES, SweepConfig, SweepSettings
 from raycontrolnet.config.sweepable import cache_settings
 from raycontrolnet.config.train_config import TrainConfig, names_that_decide, names_with, public_settings
+from raycontrolnet.data.mixture import in_words as sources_in_words
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.launch.precision import in_words, resolve, workers_have_bf16
@@ -115,7 +116,7 @@ class SweepPlan:
         """Yield the settings with each value in the space that may need a GPU."""
         yield self.train
         for name in names_with("gpu_only"):
-            for settings in checks.combinations(self.space, [name]):
+            for settings in combinations(self.space, [name]):
                 yield dataclasses.replace(self.train, **settings)
 
     def config_of(self, record: TrialRecord, mixed_precision: str | None) -> TrainConfig:
@@ -137,7 +138,7 @@ class SweepPlan:
             beside = state_bytes_per_weight(tried) + FP32_BYTES * tried.use_ema
             return size, not tried.gradient_checkpointing, beside, full
 
-        settings = max(checks.combinations(self.space, MEMORY_SETTINGS), key=weight)
+        settings = max(combinations(self.space, MEMORY_SETTINGS), key=weight)
         config = checks.for_its_base(dataclasses.replace(self.train, **settings))
         begun = self.mixed_precision or ("no" if self.records else None)
         of_one_size = {"resolution", "aspect_buckets"}.isdisjoint(self.space)  # else a square bounds what they need
@@ -179,8 +180,9 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
         if problem := checks.objective_problem(config.objective, run):
             raise ConfigError([problem])
     total_updates = max(total for run in runs.values() for total in _totals(run, space))
-    warm_ups = (dataclasses.replace(train, **some) for some in checks.combinations(space, names_that_decide("warm-up")))
-    for warning in dict.fromkeys(checks.warnings(train, warm_ups, total_updates, config.objective, space)):
+    for sources in dict.fromkeys(sources_in_words(run.source, run.config) for run in runs.values()):
+        stream.write(f"data: {sources}\n" if sources else "")
+    for warning in dict.fromkeys(checks.warnings(config, train, space, total_updates)):
         stream.write(f"sweep: {warning}\n")
     return SweepPlan(
         config=config,
@@ -219,12 +221,12 @@ def _cache_variants(train: TrainConfig, space: Space) -> Iterator[dict[str, Any]
     for name in names:
         if space[name].is_range:
             raise ConfigError([f"--space: {name}: needs its own latents for every value; use choice or grid"])
-    return checks.combinations(space, names)
+    return combinations(space, names)
 
 
 def _totals(run: CheckedRun, space: Space) -> Iterator[int]:
     """Yield numbers of updates that trials may do, the smallest and the largest among them."""
-    for settings in checks.combinations(space, names_that_decide("length")):
+    for settings in combinations(space, names_that_decide("length")):
         tried = dataclasses.replace(run, config=dataclasses.replace(run.config, **settings))
         yield tried.schedule(None).total_updates
 

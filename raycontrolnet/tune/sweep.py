@@ -50,7 +50,7 @@ from raycontrolnet.tune.report.history import too_early
 from raycontrolnet.tune.report.sweep_report import write_report
 from raycontrolnet.tune.results import BEST_FOLDER, push_best, ranked_trials, write_results
 from raycontrolnet.tune.store_sync import SWEEP_LOG, fetch_records, sweep_in_step
-from raycontrolnet.tune.table import trial_table
+from raycontrolnet.tune.table import repeated, trial_table
 from raycontrolnet.tune.tuner import run_trials
 
 logger = logging.getLogger(__name__)
@@ -251,6 +251,7 @@ def _finish(
             stream.write(f"{line.plain}\n")
         if len(trials) > MOST_SHOWN:
             stream.write(f"... and {len(trials) - MOST_SHOWN} more in {LEADERBOARD_FILE}\n")
+    stream.writelines(f"{line}\n" for line in repeated(trials))
     if doubt := too_early(trials, plan.config.scheduler, plan.config.objective):
         stream.write(f"{doubt}\n")
     result = SweepResult(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.cells import cell_len
 from rich.text import Text
 
-from raycontrolnet.text import duration, printable
+from raycontrolnet.text import duration, first_of, printable
 from raycontrolnet.tune.records import Trial, as_text, settings_of
 
 GAP = "  "
@@ -88,6 +89,16 @@ def trial_table(
             line.truncate(width, overflow="ellipsis")
         lines.append(line)
     return lines
+
+
+def repeated(trials: Sequence[Trial]) -> Iterator[str]:
+    """Yield a line for all trials that share their settings, and so train the same."""
+    names: dict[str, list[str]] = {}
+    for trial in trials:
+        names.setdefault(json.dumps(trial.record.settings, sort_keys=True), []).append(trial.record.name)
+    for same in names.values():
+        if len(same) > 1:
+            yield f"trials {first_of(sorted(same))} have the same settings, and so train the same"
 
 
 def _fit(
