@@ -58,7 +58,9 @@ def signs_of(number: int) -> list[SignsOfLife]:
 
 def test_a_worker_that_is_stopped_is_named_to_those_that_wait_for_it() -> None:
     signs = signs_of(3)
-    assert signs[0].suspect(5, "an update", 0.2) is None, "none has given a sign"
+    assert signs[0].suspect(5, "an update", 0.2) is None, "it has not asked yet"
+    signs[0].exchange(1, "the start")
+    assert signs[0].suspect(1, "the start", -1) == "worker 1 has given no sign of life for 0:00", "not one since"
     for each in (*signs, *signs, signs[0]):
         each.exchange(5, "an update")
     assert signs[0].suspect(5, "an update", 0.2) is None, "all are alike"

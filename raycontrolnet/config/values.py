@@ -18,7 +18,7 @@ from raycontrolnet.config.yaml_words import load_yaml, value_meant
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.storage.object_store import ObjectStore
 from raycontrolnet.storage.store_requests import reason
-from raycontrolnet.storage.uri import UNUSABLE, is_uri, split_uri
+from raycontrolnet.storage.uri import UNUSABLE, is_uri, shown_value, split_uri
 from raycontrolnet.text import error_message, perhaps
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
@@ -64,9 +64,10 @@ def coerce_settings(config: Any, kinds: Mapping[str, Any]) -> list[str]:
 
 def _shown(given: Any) -> str:
     """Return the value of a setting as it follows the flag; several texts are as on the command line."""
+    value = shown_value(given)  # without keys in URIs
     if given and isinstance(given, tuple) and all(isinstance(item, str) for item in given):
-        return f" {' '.join(given)}"
-    return f"={given!r}"
+        return f" {' '.join(value)}"
+    return f"={tuple(value) if isinstance(given, tuple) else value!r}"
 
 
 def coerce(value: Any, kind: Any) -> Any:

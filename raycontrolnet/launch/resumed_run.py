@@ -78,10 +78,10 @@ def changed_training(config: TrainConfig, start: checkpoints.Checkpoint) -> Iter
         f"--{name}={before[name]}"
         for group in TRAINING
         for name in (field.name for field in dataclasses.fields(group))
-        if name in before and before[name] != now[name]
+        if name in before and before[name] != now[name] and name not in ("use_ema", ZERO_SNR)  # said apart
     ]
     if changed:
-        yield f"{start.path.name} was trained with {', '.join(changed)}; the run goes on with its own"
+        yield f"{start.path.name} was trained with {', '.join(changed)}; the run goes on with the settings given now"
     if start.has_averages and not config.use_ema:
         yield f"the averages of {start.path.name} are left out; --use_ema goes on with them"
 

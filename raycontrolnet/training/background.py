@@ -11,8 +11,14 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def repeating(work: Callable[[], object], interval_s: float, name: str) -> Iterator[None]:
-    """Call `work` every `interval_s` in a thread called `name`, which logs errors; at the end wait until it returns."""
+def repeating(
+    work: Callable[[], object], interval_s: float, name: str, *, patience_s: float | None = None
+) -> Iterator[None]:
+    """Call `work` every `interval_s` in a thread called `name`, which logs errors; at the end wait until it returns.
+
+    Args:
+        patience_s: to wait at the end; None for as long as it takes.
+    """
     over = threading.Event()
 
     def repeat() -> None:
@@ -28,4 +34,4 @@ def repeating(work: Callable[[], object], interval_s: float, name: str) -> Itera
         yield
     finally:
         over.set()
-        thread.join()
+        thread.join(patience_s)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from raycontrolnet.text import duration
 from raycontrolnet.training.background import repeating
 
 KEY = "raycontrolnet/worker-{}"
+PATIENCE_S = 2.0
+"""Time to wait at the end for a store that may answer no more."""
 
 
 class Sign(NamedTuple):
@@ -41,10 +43,13 @@ class SignsOfLife:
     def __init__(self, rank: int, world_size: int, store: Any):
         self.rank, self.store = rank, store
         self.others = [other for other in range(world_size) if other != rank]
-        self.seen: dict[int, tuple[Sign, float]] = {}
+        self.seen: dict[int, tuple[Sign | None, float]] = {}
+        """Others' last sign, None before the first, and since when it is that."""
         self.looks = 0
         self.asked: float | None = None
         """Time of the question that the store has not answered yet; None if there is none."""
+        self.is_over = False
+        """True once the store is no longer there."""
 
     @classmethod
     def of_process_group(cls) -> SignsOfLife | None:
@@ -53,7 +58,8 @@ class SignsOfLife:
             return None
         # Private: there is no public way to the store, which every process group has.
         store = dist.distributed_c10d._get_default_store()
-        return cls(dist.get_rank(), dist.get_world_size(), store)
+        # A connection of its own, if torch has that: the group's waits while a communicator is made.
+        return cls(dist.get_rank(), dist.get_world_size(), store.clone() if hasattr(store, "clone") else store)
 
     def exchanging(self, own: Callable[[], tuple[int, str]], interval_s: float) -> AbstractContextManager[None]:
         """Exchange signs every `interval_s` while the `with` block runs, in a thread that may wait for the store.
@@ -61,18 +67,25 @@ class SignsOfLife:
         Args:
             own: returns the update that this worker is in, and what it is doing.
         """
-        return repeating(lambda: self.exchange(*own()), interval_s, "signs of life")
+        return repeating(lambda: self.exchange(*own()), interval_s, "signs of life", patience_s=PATIENCE_S)
 
     def exchange(self, update: int, doing: str) -> None:
         """Leave this worker's sign, and read the others'."""
+        if self.is_over:
+            return
         self.looks, self.asked = self.looks + 1, time.monotonic()
-        with suppress(RuntimeError):  # the store's worker has ended
+        for other in self.others:
+            self.seen.setdefault(other, (None, self.asked))
+        try:
             self.store.set(KEY.format(self.rank), json.dumps(Sign(self.looks, update, doing)))
             for other in self.others:
                 if self.store.check([KEY.format(other)]):
                     sign = Sign(*json.loads(self.store.get(KEY.format(other))))
-                    if other not in self.seen or self.seen[other][0].looks != sign.looks:
+                    before, _ = self.seen[other]
+                    if before is None or before.looks != sign.looks:
                         self.seen[other] = sign, time.monotonic()
+        except RuntimeError:  # its worker has ended; torch prints a stack for every try
+            self.is_over = True
         self.asked = None
 
     def suspect(self, update: int, doing: str, silent_s: float) -> str | None:
@@ -83,6 +96,8 @@ class SignsOfLife:
             doing: what this worker does.
             silent_s: seconds without a sign after which a worker is not running.
         """
+        if self.is_over:
+            return "worker 0, which keeps all signs of life, has ended"
         now = time.monotonic()
         if self.asked is not None and now - self.asked > silent_s:
             return (
@@ -92,7 +107,7 @@ class SignsOfLife:
         if silent:
             other = max(silent, key=lambda each: silent[each])
             return f"worker {other} has given no sign of life for {duration(silent[other])}"
-        signs = sorted((sign.update, other, sign.doing) for other, (sign, _) in self.seen.items())
+        signs = sorted((sign.update, other, sign.doing) for other, (sign, _) in self.seen.items() if sign)
         for number, other, at in signs:
             if number < update or (number == update and at != doing):
                 return f"this one is in update {update} at {doing}, worker {other} in update {number} at {at}"

@@ -60,8 +60,10 @@ class Watchdog:
     def waiting_for_data(self) -> Iterator[None]:
         """Say so in this worker's signs of life while the `with` block runs."""
         self._waits_for_data = True
-        yield
-        self._waits_for_data = False
+        try:
+            yield
+        finally:
+            self._waits_for_data = False
 
     @contextmanager
     def watching(self) -> Iterator[None]:
