@@ -42,20 +42,28 @@ def _channel_moments(x, sums, pixels, channels: tl.constexpr, summed: tl.constex
 
 
 @triton.jit
+def _sums_over_parts(sums, image, channel, inside, parts: tl.constexpr, channels: tl.constexpr, at_once: tl.constexpr,
+                     padded: tl.constexpr):  # fmt: skip
+    """Add up both sums of some channels of an image over the parts of its pixels."""
+    first = tl.zeros([padded], tl.float32)
+    second = tl.zeros([padded], tl.float32)
+    for start in range(0, parts, at_once):
+        part = start + tl.arange(0, at_once)
+        there = (part < parts)[:, None] & inside[None, :]
+        place = sums + (image * parts + part[:, None]) * 2 * channels + channel[None, :]
+        first += tl.sum(tl.load(place, mask=there, other=0.0), 0)
+        second += tl.sum(tl.load(place + channels, mask=there, other=0.0), 0)
+    return first, second
+
+
+@triton.jit
 def _group_moments(x, sums, means, rstds, pixels, eps, parts: tl.constexpr, channels: tl.constexpr, size: tl.constexpr,
                    at_once: tl.constexpr, padded: tl.constexpr):  # fmt: skip
     """Combine a group's sums into its mean and reciprocal standard deviation (Chan et al. 1979)."""
     image, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     within = tl.arange(0, padded)
     channel, inside = group * size + within, within < size
-    total = tl.zeros([padded], tl.float32)
-    squares = tl.zeros([padded], tl.float32)
-    for start in range(0, parts, at_once):
-        part = start + tl.arange(0, at_once)
-        there = (part < parts)[:, None] & inside[None, :]
-        place = sums + (image * parts + part[:, None]) * 2 * channels + channel[None, :]
-        total += tl.sum(tl.load(place, mask=there, other=0.0), 0)
-        squares += tl.sum(tl.load(place + channels, mask=there, other=0.0), 0)
+    total, squares = _sums_over_parts(sums, image, channel, inside, parts, channels, at_once, padded)
     pivot = tl.load(x + image * pixels * channels + channel, mask=inside, other=0.0).to(tl.float32)
     of_channel = pivot + total / pixels
     mean = tl.sum(tl.where(inside, of_channel, 0.0), 0) / size
@@ -116,14 +124,7 @@ def _group_gradients(sums, weight, of_channels, of_groups, pixels, images, parts
     image, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     within = tl.arange(0, padded)
     channel, inside = group * size + within, within < size
-    total = tl.zeros([padded], tl.float32)
-    products = tl.zeros([padded], tl.float32)
-    for start in range(0, parts, at_once):
-        part = start + tl.arange(0, at_once)
-        there = (part < parts)[:, None] & inside[None, :]
-        place = sums + (image * parts + part[:, None]) * 2 * channels + channel[None, :]
-        total += tl.sum(tl.load(place, mask=there, other=0.0), 0)
-        products += tl.sum(tl.load(place + channels, mask=there, other=0.0), 0)
+    total, products = _sums_over_parts(sums, image, channel, inside, parts, channels, at_once, padded)
     scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
     tl.store(of_channels + image * channels + channel, total, mask=inside)
     tl.store(of_channels + (images + image) * channels + channel, products, mask=inside)
