@@ -167,7 +167,7 @@ def fused(base: Components, device: torch.device) -> Result:
     """Compare the fused layers' outputs and gradients with fp64's on the CPU, and with their own, bit for bit."""
     from diffusers.models.activations import GEGLU
 
-    from raycontrolnet.model.fused.layers import FUSED
+    from raycontrolnet.model.fused.layers import FUSED, with_gradients
 
     off = {"fp32": 0.0, "bf16": 0.0, "autocast": 0.0}
     exact = True
@@ -181,16 +181,17 @@ def fused(base: Components, device: torch.device) -> Result:
             layer.bfloat16().float()  # weights that bf16 has too
             for kind in off:
                 dtype = torch.float32 if kind == "fp32" else torch.bfloat16
-                fused = copy.deepcopy(layer).to(device, torch.bfloat16 if kind == "bf16" else torch.float32)
-                fused.__class__ = FUSED[type(layer)]
+                tried = copy.deepcopy(layer).to(device, torch.bfloat16 if kind == "bf16" else torch.float32)
+                tried.__class__ = FUSED[type(layer)]
                 given = inputs.to(device, dtype)
                 if inputs.ndim == 4:
                     given = given.contiguous(memory_format=torch.channels_last)
                 with torch.autocast(device.type, torch.bfloat16, enabled=kind == "autocast"):
-                    found, again = (_with_gradients(fused, given) for _ in range(2))
+                    found, again = (with_gradients(tried, given) for _ in range(2))
                 exact &= all(map(torch.equal, found, again))
-                expected = _with_gradients(copy.deepcopy(layer).double(), inputs.to(dtype).double())
-                differences = [float((a.cpu() - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
+                expected = with_gradients(copy.deepcopy(layer).double(), inputs.to(dtype).double())
+                pairs = zip(found, expected, strict=True)
+                differences = [float((one.cpu().double() - other).norm() / other.norm()) for one, other in pairs]
                 off[kind] = max(off[kind], *differences)
     config = settings("bf16")
     with training(copied(base, config, device), config) as state:
@@ -198,14 +199,6 @@ def fused(base: Components, device: torch.device) -> Result:
     ok = len(used) == len(FUSED) and exact and off["fp32"] <= 1e-5 and max(off.values()) <= 1e-2
     figures = {f"off in {kind}": value for kind, value in off.items()}
     return {**figures, "the same bits twice": exact, "used in training": used, "ok": ok}
-
-
-def _with_gradients(layer: torch.nn.Module, inputs: Tensor) -> list[Tensor]:
-    """Return a layer's output, and where its gradient is its tanh, those of its inputs and weights; fp64."""
-    inputs = inputs.detach().requires_grad_()
-    output = layer(inputs)
-    gradients = torch.autograd.grad(output, [inputs, *layer.parameters()], output.detach().tanh())
-    return [each.double() for each in (output.detach(), *gradients)]
 
 
 def compiled(base: Components, device: torch.device) -> Result:

@@ -75,19 +75,24 @@ def _group_moments(x, sums, means, rstds, pixels, eps, parts: tl.constexpr, chan
 
 
 @triton.jit
-def _normalized(x, y, means, rstds, weight, bias, pixels, groups, channels: tl.constexpr, size: tl.constexpr,
-                rows: tl.constexpr, tile: tl.constexpr):  # fmt: skip
+def _tile(pixels, groups, channels: tl.constexpr, size: tl.constexpr, rows: tl.constexpr, tile: tl.constexpr):
+    """Return the tile of a program: its channels and which of them exist, their groups, its places and which exist."""
     image = tl.program_id(0).to(tl.int64)
     pixel = tl.program_id(1) * rows + tl.arange(0, rows)
     channel = tl.program_id(2) * tile + tl.arange(0, tile)
     inside = channel < channels
-    there = (pixel < pixels)[:, None] & inside[None, :]
-    of_group = image * groups + channel // size
+    place = image * pixels * channels + pixel[:, None] * channels + channel[None, :]
+    return channel, inside, image * groups + channel // size, place, (pixel < pixels)[:, None] & inside[None, :]
+
+
+@triton.jit
+def _normalized(x, y, means, rstds, weight, bias, pixels, groups, channels: tl.constexpr, size: tl.constexpr,
+                rows: tl.constexpr, tile: tl.constexpr):  # fmt: skip
+    channel, inside, of_group, place, there = _tile(pixels, groups, channels, size, rows, tile)
     mean = tl.load(means + of_group, mask=inside, other=0.0)
     rstd = tl.load(rstds + of_group, mask=inside, other=0.0)
     scale = rstd * tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
     shift = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32) - mean * scale
-    place = image * pixels * channels + pixel[:, None] * channels + channel[None, :]
     value = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
     tl.store(y + place, (value * scale[None, :] + shift[None, :]).to(y.dtype.element_ty), mask=there)
 
@@ -136,18 +141,12 @@ def _group_gradients(sums, weight, of_channels, of_groups, pixels, images, parts
 @triton.jit
 def _input_gradient(x, dy, dx, means, rstds, weight, of_groups, pixels, groups, images, channels: tl.constexpr,
                     size: tl.constexpr, rows: tl.constexpr, tile: tl.constexpr):  # fmt: skip
-    image = tl.program_id(0).to(tl.int64)
-    pixel = tl.program_id(1) * rows + tl.arange(0, rows)
-    channel = tl.program_id(2) * tile + tl.arange(0, tile)
-    inside = channel < channels
-    there = (pixel < pixels)[:, None] & inside[None, :]
-    of_group = image * groups + channel // size
+    channel, inside, of_group, place, there = _tile(pixels, groups, channels, size, rows, tile)
     mean = tl.load(means + of_group, mask=inside, other=0.0)[None, :]
     rstd = tl.load(rstds + of_group, mask=inside, other=0.0)[None, :]
     along = tl.load(of_groups + of_group, mask=inside, other=0.0)[None, :]
     against = tl.load(of_groups + images * groups + of_group, mask=inside, other=0.0)[None, :]
     scale = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
-    place = image * pixels * channels + pixel[:, None] * channels + channel[None, :]
     value = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
     slope = tl.load(dy + place, mask=there, other=0.0).to(tl.float32)
     gradient = rstd * (scale * slope - along - (value - mean) * rstd * against)
