@@ -23,9 +23,10 @@ from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.stream import local_batches, ray_batches
 from raycontrolnet.data.threads import read_ahead
 from raycontrolnet.errors import RunError, UserError
+from raycontrolnet.model.batch import Batch, Draws, draw, latent_shape, make_batch, to_device
 from raycontrolnet.model.performance import fastest_convolutions, kernels_used, tf32, working_precision
 from raycontrolnet.model.prompts import warn_if_cut
-from raycontrolnet.model.step import Batch, Draws, TrainState, draw, latent_shape, make_batch, to_device, train_step
+from raycontrolnet.model.step import TrainState, train_step
 from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.text import counted
 from raycontrolnet.training.diagnosis import NotFiniteUpdates
@@ -181,7 +182,7 @@ class Worker:
             "samples": state.samples,
             "loss": self.last.loss if self.last else None,
             "timings": self.clock.rounded(),
-            **kernels_used(state.components),
+            **kernels_used(state.components, graphs=state.graphs is not None and not state.graphs.problem),
         }
 
     def inputs(self, batches: Iterator[list[PreparedRow]]) -> Iterator[tuple[Batch, Draws]]:

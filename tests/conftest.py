@@ -162,10 +162,10 @@ def validated_run(validated_settings: dict[str, Any], tmp_path_factory: pytest.T
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[PreparedRow]]:
     """Record the batches that the step gets, in order."""
     from raycontrolnet import train_controlnet
-    from raycontrolnet.model import step
+    from raycontrolnet.model import batch as batch_module
 
     batches: list[list[PreparedRow]] = []
-    make_batch = step.make_batch
+    make_batch = batch_module.make_batch
 
     def recording(rows: list[PreparedRow], *rest: Any) -> Any:
         batches.append(rows)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3ControlNetModel, SD3Transformer2DModel
     from transformers import CLIPTokenizer
 
+    from raycontrolnet.model.batch import Batch, Draws
     from raycontrolnet.model.components import Components
-    from raycontrolnet.model.step import Batch, Draws
 
 T5_TOKENS = 256
 """Tokens of the text encoder that is left out, whose places are zeros, as in diffusers' pipeline."""

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.records import PreparedRow
-from raycontrolnet.model.step import Draws, TrainState, draw, make_batch, train_step
+from raycontrolnet.model.batch import Draws, draw, make_batch
+from raycontrolnet.model.step import TrainState, train_step
 from raycontrolnet.training.schedule import Schedule
 from raycontrolnet.training.state import accelerator_for, build_state
 

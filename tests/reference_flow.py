@@ -11,7 +11,7 @@ from reference import normalize, to_tensor
 from torch import Tensor
 
 from raycontrolnet.data.records import PreparedRow
-from raycontrolnet.model.step import Draws
+from raycontrolnet.model.batch import Draws
 
 
 def write_trained_controlnet(base: Path, folder: Path) -> Path:

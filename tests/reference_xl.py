@@ -13,8 +13,8 @@ from torch import Tensor
 
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.data.records import PreparedRow
+from raycontrolnet.model.batch import Draws
 from raycontrolnet.model.components import Components, load_components
-from raycontrolnet.model.step import Draws
 
 
 @pytest.fixture(scope="module")

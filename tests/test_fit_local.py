@@ -38,6 +38,7 @@ from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
 from raycontrolnet.latents import encoder
 from raycontrolnet.launch import workers
+from raycontrolnet.model import batch as batch_module
 from raycontrolnet.model import step, vae
 from raycontrolnet.report.progress import Progress, progress
 from raycontrolnet.report.run_report import write_report
@@ -750,7 +751,7 @@ def test_the_sample_that_is_not_finite_is_named(
     rows = metadata(data)
     rows[5]["text"] = "a sample that spoils the update"
     (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    make_batch = step.make_batch
+    make_batch = batch_module.make_batch
 
     def spoiled(prepared: Any, *rest: Any) -> Any:
         batch = make_batch(prepared, *rest)

@@ -28,7 +28,8 @@ from raycontrolnet.data.sources import open_source
 from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.data.transforms import encode_conditioning
 from raycontrolnet.errors import ConfigError, DataError
-from raycontrolnet.model.step import TrainState, controlnet_loss, draw, make_batch
+from raycontrolnet.model.batch import draw, make_batch
+from raycontrolnet.model.step import TrainState, controlnet_loss
 from raycontrolnet.training.held_out import KeptSamples, control_appeared, in_words, measure
 
 NUM_ROWS = 13

@@ -17,10 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 from raycontrolnet import TrainConfig
 from raycontrolnet.config.objective_settings import ObjectiveConfig
+from raycontrolnet.model.batch import Batch, Draws, latent_shape
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.families.registry import family_of
 from raycontrolnet.model.files import local_files
-from raycontrolnet.model.step import Batch, Draws, controlnet_loss, latent_shape, train_step
+from raycontrolnet.model.step import controlnet_loss, train_step
 from raycontrolnet.predict.shapes import built
 from raycontrolnet.training.schedule import Schedule
 from raycontrolnet.training.state import accelerator_for, state_of

@@ -15,11 +15,12 @@ from torch import Tensor
 from raycontrolnet import TrainConfig
 from raycontrolnet.config.objective_settings import PLAIN, ObjectiveConfig
 from raycontrolnet.errors import UserError
+from raycontrolnet.model.batch import Draws, draw, make_batch
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.diffusion import PREDICTION_TYPES, add_noise, min_snr_weights, per_sample_loss
 from raycontrolnet.model.families.unet import ZERO_SNR
 from raycontrolnet.model.fractions import draw_fraction, high_noise, logit_normal
-from raycontrolnet.model.step import Draws, controlnet_loss, draw, make_batch
+from raycontrolnet.model.step import controlnet_loss
 from raycontrolnet.quiet import only_errors
 
 ALPHAS_CUMPROD = torch.tensor([1.0, 0.9991, 0.75, 0.5, 0.1, 0.0047, 0.0], dtype=torch.float64)

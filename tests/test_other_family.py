@@ -31,11 +31,12 @@ from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.errors import ConfigError, UserError
 from raycontrolnet.launch.check import check
 from raycontrolnet.model.base_family import base_family, family_of_saved
+from raycontrolnet.model.batch import draw, make_batch
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.families import registry
 from raycontrolnet.model.problems import model_files, model_problems
 from raycontrolnet.model.size import controlnet_bytes_at_least
-from raycontrolnet.model.step import controlnet_loss, draw, make_batch
+from raycontrolnet.model.step import controlnet_loss
 from raycontrolnet.quiet import only_errors
 from raycontrolnet.tune.plan import plan_sweep
 

@@ -19,9 +19,10 @@ from raycontrolnet.config.settings import INTERPOLATION_MODES
 from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.size_conditioning import SizeConditioning
 from raycontrolnet.data.transforms import resize_and_crop
+from raycontrolnet.model.batch import draw, make_batch
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.families.stable_diffusion_xl import StableDiffusionXL
-from raycontrolnet.model.step import controlnet_loss, draw, make_batch
+from raycontrolnet.model.step import controlnet_loss
 
 __all__ = ["controlnet_folder"]  # a fixture
 

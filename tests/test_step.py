@@ -27,10 +27,11 @@ from raycontrolnet import TrainConfig
 from raycontrolnet.config.objective_settings import PLAIN, ObjectiveConfig
 from raycontrolnet.config.settings import StepConfig
 from raycontrolnet.errors import UserError
+from raycontrolnet.model.batch import draw, latent_shape, make_batch
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.optim import build_optimizer
 from raycontrolnet.model.performance import enable_memory_savers
-from raycontrolnet.model.step import TrainState, controlnet_loss, draw, latent_shape, make_batch
+from raycontrolnet.model.step import TrainState, controlnet_loss
 from raycontrolnet.predict.count import as_autocast_on_gpus
 from raycontrolnet.training.schedule import Schedule, Share
 from raycontrolnet.training.state import accelerator_for

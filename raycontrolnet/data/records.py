@@ -1,7 +1,7 @@
 """Records of the data path, from a row on disk to a batch in the worker, with dtype, shape and range.
 
-from pixels:    ImageRow -> DecodedRow -> PreparedRow -> (bundles, through Ray Data) -> model.step.Batch, on the device
-from the cache: ImageRow -> EncodedRow, once, on disk -> StoredRow -> (bundles) -> PreparedRow -> model.step.Batch
+from pixels:    ImageRow -> DecodedRow -> PreparedRow -> (bundles, through Ray Data) -> model.batch.Batch, on the device
+from the cache: ImageRow -> EncodedRow, once, on disk -> StoredRow -> (bundles) -> PreparedRow -> model.batch.Batch
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.checkpoint import checkpoint
 
 from raycontrolnet.errors import UserError, out_of_memory
 from raycontrolnet.model.components import Components
@@ -42,7 +44,7 @@ def enable_memory_savers(components: Components, *, gradient_checkpointing: bool
     """
     for module in (components.denoiser, components.controlnet):
         if gradient_checkpointing:
-            module.enable_gradient_checkpointing()
+            module.enable_gradient_checkpointing(_recomputed if _is_deterministic(module) else None)
         if xformers:
             try:
                 module.enable_xformers_memory_efficient_attention()
@@ -51,6 +53,19 @@ def enable_memory_savers(components: Components, *, gradient_checkpointing: bool
                     f"--enable_xformers_memory_efficient_attention: {error_message(error, 200)}; "
                     "needs a CUDA GPU and pip install 'raycontrolnet[xformers]'"
                 ) from error
+
+
+def _recomputed(module: torch.nn.Module, *inputs: Any) -> Any:
+    """Call a module whose activations are computed again for the backward pass, without the state of the generators.
+
+    That is read from the device, for which a CUDA graph cannot wait.
+    """
+    return checkpoint(module.__call__, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def _is_deterministic(model: torch.nn.Module) -> bool:
+    """Check that a model draws nothing at random when it trains."""
+    return not any(isinstance(each, _DropoutNd) and each.p > 0 for each in model.modules())
 
 
 def allow_tf32(*, allowed: bool) -> None:
@@ -152,9 +167,14 @@ def fastest_convolutions(device: torch.device, dtype: torch.dtype) -> Iterator[N
         torch.backends.cudnn.benchmark = before
 
 
-def kernels_used(components: Components) -> dict[str, tuple[str, ...]]:
-    """Return what run.json says of the kernels of a training step."""
-    return {"attention": attention_kernels(components), "fused_layers": fused_layers(components)}
+def kernels_used(components: Components, *, graphs: bool) -> dict[str, Any]:
+    """Return what run.json says of the kernels of a training step.
+
+    Args:
+        graphs: whether CUDA graphs start them.
+    """
+    used = {"attention": attention_kernels(components), "fused_layers": fused_layers(components)}
+    return used | {"cuda_graphs": graphs}
 
 
 def attention_kernels(components: Components) -> tuple[str, ...]:

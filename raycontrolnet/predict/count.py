@@ -20,8 +20,9 @@ from torch.utils.flop_counter import (
 
 from raycontrolnet.config.objective_settings import PLAIN, ObjectiveConfig
 from raycontrolnet.data.records import Size
+from raycontrolnet.model.batch import Batch, Draws, latent_shape
 from raycontrolnet.model.components import Components
-from raycontrolnet.model.step import Batch, Draws, controlnet_loss, latent_shape, with_posterior
+from raycontrolnet.model.step import controlnet_loss, with_posterior
 from raycontrolnet.predict.shape_tensors import memory_of
 
 SIZES = 6

@@ -9,10 +9,10 @@ import torch
 
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.records import Size
+from raycontrolnet.model.batch import latent_shape
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.optimizers import MOMENTS
 from raycontrolnet.model.performance import enable_memory_savers
-from raycontrolnet.model.step import latent_shape
 from raycontrolnet.predict.count import count_steps
 
 GIB = 2**30

@@ -17,10 +17,10 @@ import torch
 
 from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.errors import RunError, UserError
+from raycontrolnet.model.batch import draw, latent_shape, make_batch
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.loading import VAE
-from raycontrolnet.model.performance import uncompiled
-from raycontrolnet.model.step import TrainState, controlnet_loss, draw, latent_shape, make_batch, with_posterior
+from raycontrolnet.model.step import TrainState, controlnet_loss, with_posterior
 from raycontrolnet.storage.files import check_open
 from raycontrolnet.text import first_of
 from raycontrolnet.training.metrics import UpdateMetrics
@@ -51,7 +51,7 @@ class NotFiniteUpdates:
         """
         self.count += 1
         samples = range(update.samples - self.state.samples_per_update, update.samples)
-        with uncompiled(compiled=self.state.compiled):
+        with self.state.at_rest():
             said = f"{problem}. {diagnosis(self.state, loader, samples)}"
         if self.count > self.most:
             more = f". More than --max_nan={self.most} such updates since the start" if self.most else ""

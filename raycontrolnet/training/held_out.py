@@ -34,7 +34,8 @@ from raycontrolnet.data.records import PreparedRow, UInt8Image
 from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.data.transforms import resize_and_crop
 from raycontrolnet.errors import DataError
-from raycontrolnet.model.step import TrainState, controlnet_loss, draw, latent_shape, make_batch, with_posterior
+from raycontrolnet.model.batch import draw, latent_shape, make_batch
+from raycontrolnet.model.step import TrainState, controlnet_loss, with_posterior
 from raycontrolnet.sampling.pipeline import evaluating
 from raycontrolnet.text import plus_minus, short_number
 from raycontrolnet.training import metrics

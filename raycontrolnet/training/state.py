@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -20,6 +20,7 @@ from raycontrolnet.data.order import Purpose, keyed_seed
 from raycontrolnet.errors import UserError
 from raycontrolnet.model.averages import with_averages
 from raycontrolnet.model.components import Components, load_components
+from raycontrolnet.model.graphs import GradientGraphs
 from raycontrolnet.model.optim import build_lr_scheduler, build_optimizer
 from raycontrolnet.model.optimizers import keeps_layouts
 from raycontrolnet.model.performance import compile_models, enable_memory_savers, memory_share, working_precision
@@ -171,9 +172,19 @@ def state_of(
         objective=config,
         averages=build_averages(components.controlnet, config, checkpoint, saved),
         compiled=config.compile,
+        graphs=_graphs(weights, config, accelerator),
         step=checkpoint.step if checkpoint else 0,
         samples=checkpoint.samples if checkpoint else 0,
     )
+
+
+def _graphs(
+    weights: Sequence[torch.nn.Parameter], config: TrainConfig, accelerator: Accelerator
+) -> GradientGraphs | None:
+    """Return the place of a run's graphs; None on CPUs, and with several workers, where DDP's hooks are Python."""
+    if config.no_cuda_graphs or accelerator.device.type != "cuda" or accelerator.num_processes > 1:
+        return None
+    return GradientGraphs(weights)
 
 
 class StateParts(NamedTuple):

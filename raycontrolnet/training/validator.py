@@ -16,7 +16,7 @@ import ray
 from raycontrolnet.cluster.worker import from_rank_zero, wait_for_all
 from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.model.averages import averaged
-from raycontrolnet.model.performance import uncompiled, vae_on
+from raycontrolnet.model.performance import vae_on
 from raycontrolnet.model.step import TrainState
 from raycontrolnet.sampling import images, scores
 from raycontrolnet.sampling.images import PairImages, fidelity_of
@@ -75,8 +75,7 @@ class Validator:
         """
         if self.loader is None:
             return
-        compiled, averages = self.state.compiled, self._averaged()
-        with self.clock("validation"), uncompiled(compiled=compiled), averages:
+        with self.clock("validation"), self.state.at_rest(), self._averaged():
             self.last = held_out.measure(
                 self.state,
                 self.loader,
@@ -138,8 +137,8 @@ class Validator:
             self._forget(files)
         with (
             validation.failures_logged(state.step),
+            state.at_rest(),
             vae_on(state.components, state.accelerator.device),
-            uncompiled(compiled=state.compiled),
         ):
             components = replace(state.components, controlnet=controlnet())
             drawing.draw(components, self.rank, self.world_size, self._ends_early)

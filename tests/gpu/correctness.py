@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,10 @@ Result = dict[str, Any]
 
 NAMES = (
     "fp32 is the CPU's", "bf16 gradients", "gradient checkpointing", "exact resume", "fp16 gradients",
-    "exact resume in fp16", "the loss scaler skips", "no synchronisation", "fused layers", "compiled",
+    "exact resume in fp16", "the loss scaler skips", "no synchronisation", "CUDA graphs", "fused layers", "compiled",
     "copied checkpoint",
 )  # fmt: skip
-"""All checks; the last seven need a GPU."""
+"""All checks; the last eight need a GPU."""
 NORMS = ((4, 320, 64, 64), (2, 960, 24, 40), (3, 1280, 8, 8), (1, 80, 33, 31))
 """Shapes of images, [B, C, H, W]; with 16 groups."""
 
@@ -60,6 +60,7 @@ def checks(device: torch.device) -> dict[str, Callable[[], Result]]:
             "exact resume in fp16": lambda: exact_resume(base, device, "fp16"),
             "the loss scaler skips": lambda: loss_scaler_skips(base, device),
             "no synchronisation": lambda: no_synchronisation(base, device),
+            "CUDA graphs": lambda: cuda_graphs(base, device),
             "fused layers": lambda: fused(base, device),
             "compiled": lambda: compiled(base, device),
             "copied checkpoint": lambda: copied_checkpoint(base, device),
@@ -126,16 +127,15 @@ def exact_resume(base: Components, device: torch.device, precision: str) -> Resu
 
 
 def loss_scaler_skips(base: Components, device: torch.device) -> Result:
-    """Plant an infinity in a gradient: weights stay, the scale is halved, the next update is taken."""
+    """Plant an infinity in an update: weights stay, the scale is halved, the next update is taken."""
     config = settings("fp16", learning_rate=1e-4)
     with training(copied(base, config, device), config) as state:
         scaler: Any = state.accelerator.scaler
         do_steps(state, 0, 8, device)  # the scale comes down from 65,536 to what these gradients bear
         before, scale = copy.deepcopy(state.components.controlnet.state_dict()), scaler.get_scale()
-        weight = next(state.components.controlnet.parameters())
-        planted = weight.register_hook(lambda gradient: gradient * torch.inf)
-        do_steps(state, 8, 1, device)
-        planted.remove()
+        batch = random_batch(state.components, SIZE, TINY_RESOLUTION, device, cached=False)
+        draws = draws_of(state.components, 8 * SIZE, SIZE, TINY_RESOLUTION, device)
+        train_step(state, batch, draws._replace(noise=draws.noise * torch.inf))
         after = state.components.controlnet.state_dict()
         kept = all(torch.equal(value, after[name]) for name, value in before.items())
         halved = scaler.get_scale() == scale / 2
@@ -146,21 +146,62 @@ def loss_scaler_skips(base: Components, device: torch.device) -> Result:
 
 def no_synchronisation(base: Components, device: torch.device) -> Result:
     """Let CUDA fail at whatever waits for the device in a step whose batch and draws are there."""
-    config = settings("bf16")
-    with training(copied(base, config, device), config) as state:
-        batch = random_batch(state.components, SIZE, TINY_RESOLUTION, device, cached=False)
-        draws = [draws_of(state.components, SIZE * step, SIZE, TINY_RESOLUTION, device) for step in range(3)]
-        train_step(state, batch, draws[0])
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            train_step(state, batch, draws[1])
-            said = None
-        except RuntimeError as error:
-            said = str(error).splitlines()[0]
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return {"said": said, "ok": said is None}
+    said: dict[str, str | None] = {}
+    for name, without in (("kernel by kernel", True), ("by a graph", False)):
+        config = settings("bf16", no_cuda_graphs=without)
+        with training(copied(base, config, device), config) as state:
+            do_steps(state, 0, 2, device)
+            batch = random_batch(state.components, SIZE, TINY_RESOLUTION, device, cached=False)
+            draws = draws_of(state.components, 2 * SIZE, SIZE, TINY_RESOLUTION, device)
+            torch.cuda.synchronize()
+            try:
+                torch.cuda.set_sync_debug_mode("error")
+                train_step(state, batch, draws)
+                said[name] = None
+            except RuntimeError as error:
+                said[name] = str(error).splitlines()[0]
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    return {**said, "ok": not any(said.values())}
+
+
+GRAPHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "bf16": ("bf16", {}), "fp16": ("fp16", {}), "fp32": ("no", {}),
+    "accumulation": ("bf16", {"gradient_accumulation_steps": 2, "set_grads_to_none": True}),
+    "checkpointing": ("bf16", {"gradient_checkpointing": True}), "RAdam": ("bf16", {"optimizer": "torch.optim.RAdam"}),
+}  # fmt: skip
+"""Name -> precision, and other settings."""
+
+
+def cuda_graphs(base: Components, device: torch.device) -> Result:
+    """Train with and without graphs, in two sizes by turns, with a rest between: the same losses and weights, by bits.
+
+    cuDNN takes its algorithms without a trial, of which the outcome could differ.
+    """
+    different, problems = [], []
+    for name, (precision, changes) in GRAPHED.items():
+        found = []
+        for without in (True, False):
+            config = settings(precision, learning_rate=1e-4, no_cuda_graphs=without, **changes)
+            with training(copied(base, config, device), config) as state:
+                torch.backends.cudnn.benchmark = False
+                losses = [each.loss for first in range(0, 16, 4) for each in _by_turns(state, first, device)]
+                found.append([*losses, *(weight.detach() for weight in state.components.controlnet.parameters())])
+                if state.graphs and state.graphs.problem:
+                    problems.append(f"{name}: {state.graphs.problem}")
+        if not all(map(torch.equal, *found)):
+            different.append(name)
+    return {"differ": different, "problems": problems, "ok": not different and not problems}
+
+
+def _by_turns(state: TrainState, first: int, device: torch.device) -> Iterator[StepMetrics]:
+    """Do four steps with batches of two sizes, and rest."""
+    for index in range(first, first + 4):
+        size = SIZE + index % 2
+        batch = random_batch(state.components, size, TINY_RESOLUTION, device, cached=index % 3 > 0)
+        yield train_step(state, batch, draws_of(state.components, 8 * index, size, TINY_RESOLUTION, device))
+    with state.at_rest():
+        pass
 
 
 def fused(base: Components, device: torch.device) -> Result:

@@ -136,8 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, base in BASES.items():
             largest = partial(speed.ours, base, BATCHES[0], args.updates, until)
             report.part("speed", f"{name}, batch {BATCHES[0]}", largest)
-        unfused = partial(speed.ours, SD15, BATCHES[0], args.updates, until, fused=False)
-        report.part("speed", f"SD 1.5, batch {BATCHES[0]}, PyTorch's layers", unfused)
+        for size in BATCHES[1:]:
+            report.part("speed", f"SD 1.5, batch {size}", partial(speed.ours, SD15, size, args.updates, until))
         for case in CASES:
             report.part("memory", " ".join(map(str, case)), partial(measured, case, predictions[case]))
     for size in BATCHES:
@@ -146,10 +146,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     profile = partial(speed.profile, SD15, BATCHES[0])
     report.part("profile", f"SD 1.5, batch {BATCHES[0]}", profile)
     report.part("checkpoint", "SD 1.5: copy in host memory", partial(speed.checkpoint_copy, SD15))
+    without: dict[str, dict[str, Any]] = {
+        "without graphs": {"no_cuda_graphs": True},
+        "PyTorch's layers": {"fused": False},
+    }
+    for size in (BATCHES[0], BATCHES[-1]):
+        for name, changes in without.items():
+            part = partial(speed.ours, SD15, size, args.updates, until, **changes)
+            report.part("speed", f"SD 1.5, batch {size}, {name}", part)
+    adam = partial(speed.ours, SD15, BATCHES[-1], args.updates, until, use_8bit_adam=True)
+    report.part("speed", f"SD 1.5, batch {BATCHES[-1]}, 8-bit Adam", adam)
     for size in BATCHES[1:]:
-        for name, base in BASES.items():
-            report.part("speed", f"{name}, batch {size}", partial(speed.ours, base, size, args.updates, until))
-    compiled = partial(speed.ours, SD15, BATCHES[0], args.updates, until, compiled=True)
+        report.part("speed", f"SD 2.1, batch {size}", partial(speed.ours, SD21, size, args.updates, until))
+    compiled = partial(speed.ours, SD15, BATCHES[0], args.updates, until, compile=True)
     report.part("speed", f"SD 1.5, batch {BATCHES[0]}, compiled", compiled)
     judged = [result for section in ("checks", "memory") for result in report.content[section].values()]
     return int(not all(result.get("ok") for result in judged))

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from states import Base, components_of, draws_of, random_batch, settings, training, with_torchs_layers
 
+from raycontrolnet.model.batch import Draws
 from raycontrolnet.model.components import Components
-from raycontrolnet.model.step import Draws, train_step
+from raycontrolnet.model.step import train_step
 from raycontrolnet.predict.prediction import GIB
 from raycontrolnet.training.saver import HostCopy
 from raycontrolnet.training.state import state_parts
@@ -78,11 +79,9 @@ def images_per_second(update: Callable[[], None], size: int, updates: int, until
     return rates
 
 
-def ours(
-    base: Base, size: int, updates: int, until: float, *, compiled: bool = False, fused: bool = True
-) -> dict[str, Any]:
+def ours(base: Base, size: int, updates: int, until: float, *, fused: bool = True, **changes: Any) -> dict[str, Any]:
     """Measure `train_step` in bf16 from cached latents, with its draws."""
-    config = settings("bf16", train_batch_size=size, compile=compiled)
+    config = settings("bf16", train_batch_size=size, **changes)
     started = time.perf_counter()
     with free_memory(), training(components_of(base, config, CUDA), config) as state:
         if not fused:
@@ -93,7 +92,10 @@ def ours(
         torch.cuda.synchronize()
         found: dict[str, Any] = {"first update after s": time.perf_counter() - started}
         rates = images_per_second(lambda: _ignored(train_step(state, batch, next(draws))), size, updates, until)
-        return {**found, "images/s": median(rates), "blocks": rates, "GiB": torch.cuda.max_memory_allocated() / GIB}
+        if state.graphs:
+            found["no graphs"] = state.graphs.problem
+        found |= {"images/s": median(rates), "blocks": rates, "GiB": torch.cuda.max_memory_allocated() / GIB}
+        return found | {"GiB held": torch.cuda.max_memory_reserved() / GIB}
 
 
 def checkpoint_copy(base: Base) -> dict[str, Any]:

@@ -14,11 +14,12 @@ import torch
 from full_size import write_configurations
 
 from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.model.batch import Batch, Draws, draw, latent_shape
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.families.registry import family_of
 from raycontrolnet.model.files import local_files
 from raycontrolnet.model.performance import fastest_convolutions, tf32, working_precision
-from raycontrolnet.model.step import Batch, Draws, TrainState, draw, latent_shape
+from raycontrolnet.model.step import TrainState
 from raycontrolnet.predict.shapes import built
 from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.training.schedule import Schedule

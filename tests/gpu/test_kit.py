@@ -51,6 +51,8 @@ def test_the_checks_pass_on_the_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's compiler
 @pytest.mark.parametrize("name", sorted(correctness.NAMES))
 def test_checks(name: str) -> None:
     found = correctness.checks(torch.device("cuda"))[name]()

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin
     from transformers import PreTrainedTokenizerBase
 
+    from raycontrolnet.model.batch import Batch, Draws
     from raycontrolnet.model.components import Components
-    from raycontrolnet.model.step import Batch, Draws
 
 Conditioning = dict[str, Any]
 """Arguments that the ControlNet and the base model share besides latents and timesteps."""

@@ -17,8 +17,8 @@ from raycontrolnet.model.layout import Layout
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
+    from raycontrolnet.model.batch import Batch
     from raycontrolnet.model.components import Components
-    from raycontrolnet.model.step import Batch
 
 
 @dataclass(frozen=True, kw_only=True)

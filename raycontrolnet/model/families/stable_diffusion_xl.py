@@ -18,8 +18,8 @@ from raycontrolnet.model.layout import Layout
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
+    from raycontrolnet.model.batch import Batch
     from raycontrolnet.model.components import Components
-    from raycontrolnet.model.step import Batch
 
 EMBEDDING = "text_time"
 """`addition_embed_type`: pooled caption, sizes and crop are added to the timestep's embedding."""

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTokenizer
 
+    from raycontrolnet.model.batch import Draws
     from raycontrolnet.model.components import Components
-    from raycontrolnet.model.step import Draws
 
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 """Settings of diffusers' schedulers for noise whose last timestep has no signal, and for images that begin at it.
