@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,9 @@ Result = dict[str, Any]
 NAMES = (
     "fp32 is the CPU's", "bf16 gradients", "gradient checkpointing", "exact resume", "fp16 gradients",
     "exact resume in fp16", "the loss scaler skips", "no synchronisation", "CUDA graphs", "fused layers", "compiled",
-    "copied checkpoint",
+    "copied checkpoint", "exact resume of 8-bit Adam",
 )  # fmt: skip
-"""All checks; the last eight need a GPU."""
+"""All checks; the last nine need a GPU, and the very last bitsandbytes."""
 NORMS = ((4, 320, 64, 64), (2, 960, 24, 40), (3, 1280, 8, 8), (1, 80, 33, 31))
 """Shapes of images, [B, C, H, W]; with 16 groups."""
 
@@ -65,6 +66,8 @@ def checks(device: torch.device) -> dict[str, Callable[[], Result]]:
             "compiled": lambda: compiled(base, device),
             "copied checkpoint": lambda: copied_checkpoint(base, device),
         }
+        if find_spec("bitsandbytes"):
+            found[NAMES[-1]] = lambda: exact_resume(base, device, "bf16", use_8bit_adam=True)
     return found
 
 
@@ -109,9 +112,9 @@ def do_steps(state: TrainState, first: int, number: int, device: torch.device) -
     ]
 
 
-def exact_resume(base: Components, device: torch.device, precision: str) -> Result:
+def exact_resume(base: Components, device: torch.device, precision: str, **changes: Any) -> Result:
     """Do 4 updates at once, and 2 and 2 with a checkpoint between them: the same losses, bit for bit."""
-    config = settings(precision, learning_rate=1e-4, max_train_steps=4)
+    config = settings(precision, learning_rate=1e-4, max_train_steps=4, **changes)
     with tempfile.TemporaryDirectory() as folder:
         with training(copied(base, config, device), config) as state:
             do_steps(state, 0, 2, device)

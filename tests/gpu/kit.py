@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ import speed
 import torch
 from full_size import SD15, SD21
 from predictions import predicted
+from states import Base
 
 from raycontrolnet.model.performance import working_precision
 from raycontrolnet.predict.prediction import GIB
@@ -128,40 +130,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type == "cpu":
         results = [report.part("checks", name, check) for name, check in checks.items()]
         return int(not all(result.get("ok") for result in results))
+    on_gpu(report, checks, args.updates)
+    judged = [result for section in ("checks", "memory") for result in report.content[section].values()]
+    return int(not all(result.get("ok") for result in judged))
+
+
+def on_gpu(report: Report, checks: dict[str, Callable[[], Any]], updates: int) -> None:
+    """Do the parts that need a GPU, those first that matter most.
+
+    Args:
+        updates: of a block.
+    """
     until = report.until - PART_S
+
+    def rate(name: str, base: Base, size: int, **changes: Any) -> None:
+        part = partial(speed.ours, base, size, updates, until, **changes)
+        report.part(
+            "speed", ", ".join(filter(None, [f"SD {'1.5' if base is SD15 else '2.1'}, batch {size}", name])), part
+        )
+
+    compiled = checks.pop("compiled")
     with ProcessPoolExecutor(4, mp_context=get_context("spawn")) as pool:
         predictions = {case: pool.submit(predicted_gib, case) for case in CASES}
         for name, check in checks.items():
             report.part("checks", name, check)
-        for name, base in BASES.items():
-            largest = partial(speed.ours, base, BATCHES[0], args.updates, until)
-            report.part("speed", f"{name}, batch {BATCHES[0]}", largest)
-        for size in BATCHES[1:]:
-            report.part("speed", f"SD 1.5, batch {size}", partial(speed.ours, SD15, size, args.updates, until))
+        for size in BATCHES:
+            rate("", SD15, size)
+        rate("", SD21, BATCHES[0])
         for case in CASES:
             report.part("memory", " ".join(map(str, case)), partial(measured, case, predictions[case]))
     for size in BATCHES:
-        loop = partial(speed.reference, SD15, size, args.updates // 2, until)
+        loop = partial(speed.reference, SD15, size, updates // 2, until)
         report.part("reference loop", f"SD 1.5, batch {size}", loop)
-    profile = partial(speed.profile, SD15, BATCHES[0])
-    report.part("profile", f"SD 1.5, batch {BATCHES[0]}", profile)
+    report.part("profile", f"SD 1.5, batch {BATCHES[0]}", partial(speed.profile, SD15, BATCHES[0]))
     report.part("checkpoint", "SD 1.5: copy in host memory", partial(speed.checkpoint_copy, SD15))
-    without: dict[str, dict[str, Any]] = {
-        "without graphs": {"no_cuda_graphs": True},
-        "PyTorch's layers": {"fused": False},
-    }
+    report.part("checks", "compiled", compiled)
     for size in (BATCHES[0], BATCHES[-1]):
-        for name, changes in without.items():
-            part = partial(speed.ours, SD15, size, args.updates, until, **changes)
-            report.part("speed", f"SD 1.5, batch {size}, {name}", part)
-    adam = partial(speed.ours, SD15, BATCHES[-1], args.updates, until, use_8bit_adam=True)
-    report.part("speed", f"SD 1.5, batch {BATCHES[-1]}, 8-bit Adam", adam)
+        rate("without graphs", SD15, size, no_cuda_graphs=True)
+        rate("PyTorch's layers", SD15, size, fused=False)
+    if find_spec("bitsandbytes"):
+        rate("8-bit Adam", SD15, BATCHES[-1], use_8bit_adam=True)
     for size in BATCHES[1:]:
-        report.part("speed", f"SD 2.1, batch {size}", partial(speed.ours, SD21, size, args.updates, until))
-    compiled = partial(speed.ours, SD15, BATCHES[0], args.updates, until, compile=True)
-    report.part("speed", f"SD 1.5, batch {BATCHES[0]}, compiled", compiled)
-    judged = [result for section in ("checks", "memory") for result in report.content[section].values()]
-    return int(not all(result.get("ok") for result in judged))
+        rate("", SD21, size)
+    for size in (BATCHES[-1], BATCHES[0]):
+        rate("compiled", SD15, size, compile=True)
 
 
 if __name__ == "__main__":

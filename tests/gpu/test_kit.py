@@ -55,5 +55,8 @@ def test_the_checks_pass_on_the_cpu(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's compiler
 @pytest.mark.parametrize("name", sorted(correctness.NAMES))
 def test_checks(name: str) -> None:
-    found = correctness.checks(torch.device("cuda"))[name]()
+    check = correctness.checks(torch.device("cuda")).get(name)
+    if check is None:
+        pytest.skip("needs bitsandbytes")
+    found = check()
     assert found["ok"], found
