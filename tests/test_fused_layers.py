@@ -17,6 +17,7 @@ from typing import Any
 import fused_stand_ins
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from reference import fake_rows, steps, training
@@ -25,9 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.fused.layers import FUSED, fuse_layers, fused_class, problem_of_kernels
-from raycontrolnet.model.fused.norms import ChannelsLastGroupNorm
+from raycontrolnet.model.fused.norms import ChannelsLastGroupNorm, FusedLayerNorm
 from raycontrolnet.model.fused.resnets import FusedResnetBlock2D
-from raycontrolnet.model.fused.transformers import ChannelsLastTransformer2DModel
+from raycontrolnet.model.fused.transformers import ChannelsLastTransformer2DModel, norms_before_products
 from raycontrolnet.model.performance import fused_layers
 
 INTERPRETED = """
@@ -40,7 +41,11 @@ print(json.dumps([problem_of_kernels(torch.device("cpu"), dtype) for dtype in dt
 
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, module in fused_stand_ins.kernels().items():
+    use_stand_ins(monkeypatch)
+
+
+def use_stand_ins(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    for name, module in fused_stand_ins.kernels(**options).items():
         monkeypatch.setitem(sys.modules, name, module)
         monkeypatch.setattr("raycontrolnet.model.fused." + name.rpartition(".")[2], module, raising=False)
 
@@ -66,7 +71,7 @@ def test_a_step_is_that_of_the_layers_they_replace(
     assert fused_layers(components) == ()
     found, components = results(settings, fused=True)
     assert fused_layers(components) == (
-        "ChannelsLastGroupNorm", "ChannelsLastTransformer2DModel", "FusedGEGLU", "FusedResnetBlock2D",
+        "ChannelsLastGroupNorm", "ChannelsLastTransformer2DModel", "FusedGEGLU", "FusedLayerNorm", "FusedResnetBlock2D",
     )  # fmt: skip
     for model in (components.denoiser, components.controlnet):
         assert not {type(module) for module in model.modules()} & FUSED.keys(), "none is left out"
@@ -87,6 +92,28 @@ def test_a_norm_keeps_the_layout_and_is_fp32_under_autocast(autocast: bool) -> N
     (gradient,) = torch.autograd.grad(found.tanh().sum(), images)
     assert gradient.dtype == images.dtype
     assert gradient.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_layer_norm_has_the_dtype_of_autocast() -> None:
+    norm, tokens = FusedLayerNorm(8), torch.randn(2, 5, 8, dtype=torch.bfloat16)
+    for values in (tokens.float(), tokens):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert norm(values).dtype == torch.bfloat16
+    assert norm(tokens.float()).dtype == torch.float32
+    assert norm.bfloat16()(tokens).dtype == torch.bfloat16
+
+
+def test_layer_norms_elsewhere_stay() -> None:
+    def block(**options: Any) -> BasicTransformerBlock:
+        return BasicTransformerBlock(8, 2, 4, cross_attention_dim=6, **options)
+
+    assert len(list(norms_before_products(block()))) == 3
+    others: tuple[dict[str, Any], ...] = (
+        {"norm_type": "ada_norm", "num_embeds_ada_norm": 3}, {"norm_elementwise_affine": False},
+        {"positional_embeddings": "sinusoidal", "num_positional_embeddings": 3},
+    )  # fmt: skip
+    assert [list(norms_before_products(block(**options))) for options in others] == [[]] * 3
 
 
 def test_other_images_are_normalized_by_pytorch() -> None:
@@ -191,16 +218,21 @@ def test_without_kernels_the_layers_stay_and_the_log_says_why(
     assert "ModuleNotFoundError" in caplog.text or "ImportError" in caplog.text
 
 
-def test_kernels_that_compute_something_else_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
+@pytest.mark.parametrize(
+    ("kernels", "layer"),
+    [("group_norm", "ChannelsLastGroupNorm"), ("residual", "FusedResnetBlock2D"), ("geglu", "FusedGEGLU"),
+     ("layer_norm", "FusedLayerNorm"), ("", "")],
+)  # fmt: skip
+def test_kernels_that_compute_something_else_are_not_used(
+    kernels: str, layer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for factor, dtype in ((1.001, torch.float32), (1.1, torch.bfloat16)):
-        for right in (False, True):
-            for name, module in fused_stand_ins.kernels(factor=1.0 if right else factor).items():
-                monkeypatch.setitem(sys.modules, name, module)
-                monkeypatch.setattr("raycontrolnet.model.fused." + name.rpartition(".")[2], module, raising=False)
-            problem = problem_of_kernels(cpu, dtype)
-            assert (problem is None) == right, problem
-            assert right or "ChannelsLastGroupNorm differs" in str(problem)
+        use_stand_ins(monkeypatch, wrong=kernels, factor=factor)
+        problem = problem_of_kernels(torch.device("cpu"), dtype)
+        if not layer or (layer == "FusedLayerNorm" and dtype == torch.float32):  # which is PyTorch's without autocast
+            assert problem is None
+        else:
+            assert f"{layer} differs" in str(problem)
 
 
 @pytest.mark.usefixtures("stand_ins")

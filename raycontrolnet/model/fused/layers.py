@@ -12,13 +12,18 @@ import logging
 
 import torch
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from raycontrolnet.model.components import Components
-from raycontrolnet.model.fused.norms import ChannelsLastGroupNorm
+from raycontrolnet.model.fused.norms import ChannelsLastGroupNorm, FusedLayerNorm
 from raycontrolnet.model.fused.resnets import FusedResnetBlock2D, is_plain_block
-from raycontrolnet.model.fused.transformers import ChannelsLastTransformer2DModel, FusedGEGLU
+from raycontrolnet.model.fused.transformers import (
+    ChannelsLastTransformer2DModel,
+    FusedGEGLU,
+    norms_before_products,
+)
 from raycontrolnet.model.fused.trials import trials, with_gradients
 from raycontrolnet.text import error_message
 
@@ -35,8 +40,9 @@ FUSED = {
     ResnetBlock2D: FusedResnetBlock2D,
     GEGLU: FusedGEGLU,
     Transformer2DModel: ChannelsLastTransformer2DModel,
+    torch.nn.LayerNorm: FusedLayerNorm,
 }
-"""Layer's class -> that of the fused one, if `fused_class` finds its settings plain."""
+"""Layer's class -> that of the fused one, for those with plain settings; layer norms in transformers' blocks alone."""
 
 
 def fuse_layers(components: Components) -> None:
@@ -55,7 +61,10 @@ def use_fused_layers(components: Components) -> None:
     """Give the denoiser's and the ControlNet's layers the classes of fused ones, without a look at their kernels."""
     for model in (components.denoiser, components.controlnet):
         for module in model.modules():
-            if fused := fused_class(module):
+            if isinstance(module, BasicTransformerBlock):
+                for norm in norms_before_products(module):
+                    norm.__class__ = FusedLayerNorm
+            elif type(module) is not torch.nn.LayerNorm and (fused := fused_class(module)):
                 module.__class__ = fused
 
 
@@ -69,13 +78,16 @@ def fused_class(module: torch.nn.Module) -> type[torch.nn.Module] | None:
 def problem_of_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
     """Try the kernels beside PyTorch's layers on a few numbers, and return what is wrong with them, if anything is."""
     for trial in trials(TRIED):
-        layer, inputs = trial.to(device, dtype, dtype)
-        expected = with_gradients(layer, *inputs)
+        autocast = trial.under_autocast and dtype != torch.float32
+        layer, inputs, _ = trial.to(device, torch.float32 if autocast else dtype, dtype)
+        # In fp32 as CUDA's autocast computes norms; a CPU's does not.
+        expected = with_gradients(layer, *(each.float() if autocast else each for each in inputs))
         fused = fused_class(layer)
         assert fused
         layer.__class__ = fused
         try:
-            found = with_gradients(layer, *inputs)
+            with torch.autocast(device.type, dtype if autocast else None, enabled=autocast):
+                found = with_gradients(layer, *inputs)
         except Exception as error:  # noqa: BLE001 (of Triton, of its compiler, of the driver)
             return f"{type(error).__name__}: {error_message(error, 200)}"
         for one, other in zip(expected, found, strict=True):

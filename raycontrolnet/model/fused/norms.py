@@ -1,4 +1,4 @@
-"""Normalizations by Triton's kernels: group norm that keeps images channels-last, alone or with SiLU behind."""
+"""Normalizations by Triton's kernels: group norm that keeps images channels-last, and layer norm under autocast."""
 
 from __future__ import annotations
 
@@ -19,6 +19,19 @@ class ChannelsLastGroupNorm(torch.nn.GroupNorm):
         # CUDA's autocast computes norms in fp32, and leaves them so.
         dtype = torch.float32 if torch.is_autocast_enabled(input.device.type) else input.dtype
         return _normalized(self, input, dtype, with_silu=False)
+
+
+class FusedLayerNorm(torch.nn.LayerNorm):
+    """`torch.nn.LayerNorm` before linear layers: under autocast the output has the dtype to which these would cast it.
+
+    PyTorch's is fp32 then, and each of the layers casts it for itself.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (as torch names it)
+        if not torch.is_autocast_enabled(input.device.type):
+            return super().forward(input)
+        found: Tensor = _LayerNorm.apply(input, self.weight, self.bias, self.eps, product_dtype(input))
+        return found
 
 
 def norm_before_product(norm: torch.nn.GroupNorm, images: Tensor, *, with_silu: bool) -> Tensor:
@@ -52,6 +65,30 @@ def is_channels_last(images: Tensor) -> bool:
 def _normalized(norm: torch.nn.GroupNorm, images: Tensor, dtype: torch.dtype, *, with_silu: bool) -> Tensor:
     found: Tensor = _GroupNorm.apply(images, norm.weight, norm.bias, norm.num_groups, norm.eps, dtype, with_silu)
     return found
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        from raycontrolnet.model.fused import layer_norm
+
+        tokens = tokens.contiguous()
+        normalized, means, rstds = layer_norm.forward(tokens, weight, bias, eps, dtype)
+        ctx.save_for_backward(tokens, weight, means, rstds)
+        return normalized
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        from raycontrolnet.model.fused import layer_norm
+
+        tokens, weight, means, rstds = ctx.saved_tensors
+        wanted = any(ctx.needs_input_grad[1:3])
+        of_tokens, of_weights = layer_norm.backward(
+            tokens, gradient.contiguous(), means, rstds, weight, of_weights=wanted
+        )
+        of_bias, of_weight = (None, None) if of_weights is None else of_weights.to(weight.dtype)
+        return of_tokens, of_weight, of_bias, None, None
 
 
 class _GroupNorm(torch.autograd.Function):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -60,6 +62,14 @@ def _convolved(convolution: torch.nn.Module, tokens: Tensor, height: int, width:
         return linear(tokens, convolution.weight.flatten(1), convolution.bias)
     images: Tensor = convolution(_as_images(tokens, height, width))
     return images.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def norms_before_products(block: BasicTransformerBlock) -> Iterator[torch.nn.LayerNorm]:
+    """Yield a block's layer norms whose output goes to linear layers alone."""
+    if block.norm_type == "layer_norm" and block.pos_embed is None:
+        for norm in (block.norm1, block.norm2, block.norm3):
+            if type(norm) is torch.nn.LayerNorm and norm.bias is not None:
+                yield norm
 
 
 class _Gated(torch.autograd.Function):

@@ -22,6 +22,8 @@ class Trial(NamedTuple):
 
     layer: torch.nn.Module
     inputs: tuple[Tensor, ...]
+    under_autocast: bool = False
+    """Its kernels run under autocast alone, with fp32 weights."""
 
     def to(self, device: torch.device, weights: torch.dtype, values: torch.dtype) -> Trial:
         """Return the trial on a device, images channels-last, with weights and inputs in some dtypes."""
@@ -29,7 +31,7 @@ class Trial(NamedTuple):
             each.to(device, values, memory_format=torch.channels_last if each.ndim == 4 else torch.preserve_format)
             for each in self.inputs
         )
-        return Trial(self.layer.to(device, weights), inputs)
+        return Trial(self.layer.to(device, weights), inputs, self.under_autocast)
 
 
 def trials(shape: Sequence[int]) -> tuple[Trial, ...]:
@@ -49,10 +51,14 @@ def trials(shape: Sequence[int]) -> tuple[Trial, ...]:
             use_in_shortcut=True,
         )  # fmt: skip
         gate = GEGLU(channels, 48)
-        for module in (norm, block.norm1, block.norm2):
+        of_tokens = torch.nn.LayerNorm(channels)
+        for module in (norm, block.norm1, block.norm2, of_tokens):
             for weight in module.parameters():
                 torch.nn.init.normal_(weight)
-    return Trial(norm, (3 + images,)), Trial(block, (images, embedding)), Trial(gate, (tokens,))
+    return (
+        Trial(norm, (3 + images,)), Trial(block, (images, embedding)), Trial(gate, (tokens,)),
+        Trial(of_tokens, (3 + tokens,), under_autocast=True),
+    )  # fmt: skip
 
 
 def with_gradients(module: torch.nn.Module, *inputs: Tensor) -> list[Tensor]:
