@@ -1,53 +1,33 @@
-"""Triton kernels of GEGLU (Shazeer 2020, arXiv:2002.05202), one pass each way; `layers` puts them to use."""
+"""GEGLU's activation and product by Triton's kernels, in one pass each way."""
 
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from raycontrolnet.model.fused.running import has_data, num_parts
+
 BLOCK = 1024
-
-
-@triton.jit
-def _forward(both, y, total, width: tl.constexpr, block: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    inside = place < total
-    row, column = place // width, place % width
-    source = both + row * 2 * width + column
-    value = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(source + width, mask=inside, other=0.0).to(tl.float32)
-    gelu = 0.5 * gate * (1.0 + tl.math.erf(gate * 0.7071067811865476))
-    tl.store(y + place, (value * gelu).to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _backward(both, dy, gradient, total, width: tl.constexpr, block: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    inside = place < total
-    row, column = place // width, place % width
-    offset = row * 2 * width + column
-    value = tl.load(both + offset, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(both + offset + width, mask=inside, other=0.0).to(tl.float32)
-    slope = tl.load(dy + place, mask=inside, other=0.0).to(tl.float32)
-    normal = 0.5 * (1.0 + tl.math.erf(gate * 0.7071067811865476))
-    density = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
-    dtype = gradient.dtype.element_ty
-    tl.store(gradient + offset, (slope * gate * normal).to(dtype), mask=inside)
-    tl.store(gradient + offset + width, (slope * value * (normal + gate * density)).to(dtype), mask=inside)
 
 
 def forward(both: Tensor) -> Tensor:
     """Return the first half of the last dimension times the GELU of the second."""
     *rows, width = both.shape
     y = both.new_empty(*rows, width // 2)
-    _forward[(triton.cdiv(y.numel(), BLOCK),)](both, y, y.numel(), width // 2, BLOCK)
+    if not has_data(both):
+        return y
+    from raycontrolnet.model.fused import geglu_kernels as kernels
+
+    kernels.forward[(num_parts(y.numel(), BLOCK),)](both, y, y.numel(), width // 2, BLOCK)
     return y
 
 
 def backward(both: Tensor, dy: Tensor) -> Tensor:
     """Return the gradient of `both`."""
     gradient = torch.empty_like(both)
-    _backward[(triton.cdiv(dy.numel(), BLOCK),)](both, dy, gradient, dy.numel(), dy.shape[-1], BLOCK)
+    if not has_data(both):
+        return gradient
+    from raycontrolnet.model.fused import geglu_kernels as kernels
+
+    kernels.backward[(num_parts(dy.numel(), BLOCK),)](both, dy, gradient, dy.numel(), dy.shape[-1], BLOCK)
     return gradient

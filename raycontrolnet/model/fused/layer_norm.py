@@ -1,0 +1,65 @@
+"""Layer normalization by Triton's kernels, with an output of another dtype than the weights'."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from raycontrolnet.model.fused.running import has_data, next_power_of_2, num_parts
+
+HELD = 2048
+"""Numbers that a program holds at once, if a row is not longer."""
+ROWS_SUMMED, PROGRAMS = 64, 1024
+"""Rows over which a program sums, at most; fewer where there would be fewer programs than these."""
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalize, and return the output in `dtype`, the rows' means and reciprocal standard deviations, fp32 [...].
+
+    Args:
+        x: [..., C], contiguous.
+        weight: [C].
+        bias: [C].
+        eps: added to the variance.
+        dtype: of the output, [..., C].
+    """
+    *shape, width = x.shape
+    total, padded = x.numel() // width, next_power_of_2(width)
+    means, rstds = torch.empty(2, *shape, dtype=torch.float32, device=x.device)
+    y = torch.empty_like(x, dtype=dtype)
+    if not has_data(x):
+        return y, means, rstds
+    from raycontrolnet.model.fused import layer_norm_kernels as kernels
+
+    rows = max(1, HELD // padded)
+    kernels.forward[(num_parts(total, rows),)](x, y, means, rstds, weight, bias, total, eps, width, rows, padded)
+    return y, means, rstds
+
+
+def backward(
+    x: Tensor, dy: Tensor, means: Tensor, rstds: Tensor, weight: Tensor, *, of_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradient of x, and if wanted those of bias and weight, fp32 [2, C].
+
+    Args:
+        x: the input, [..., C], contiguous, as is `dy`, the gradient of the output.
+        dy: of any dtype.
+        means: by `forward`, as `rstds`.
+        rstds: [...].
+        weight: [C].
+        of_weights: return the weights' gradients.
+    """
+    width = x.shape[-1]
+    total, padded = x.numel() // width, next_power_of_2(width)
+    rows = max(1, HELD // padded)
+    summed = max(rows, min(ROWS_SUMMED, next_power_of_2(max(1, total // PROGRAMS))))
+    parts = num_parts(total, summed)
+    sums = torch.empty(parts if of_weights else 0, 2, width, dtype=torch.float32, device=x.device)
+    dx = torch.empty_like(x)
+    if has_data(x):
+        from raycontrolnet.model.fused import layer_norm_kernels as kernels
+
+        kernels.backward[(parts,)](
+            x, dy, dx, sums, means, rstds, weight, total, width, summed, rows, padded, of_weights
+        )
+    return dx, sums.sum(0) if of_weights else None

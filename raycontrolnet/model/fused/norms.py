@@ -1,0 +1,116 @@
+"""Normalizations by Triton's kernels: group norm that keeps images channels-last, and layer norm under autocast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import silu
+
+
+class ChannelsLastGroupNorm(torch.nn.GroupNorm):
+    """`torch.nn.GroupNorm` whose output is channels-last if its input is, on a GPU."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (as torch names it)
+        if not is_channels_last(input):
+            return super().forward(input)
+        # CUDA's autocast computes norms in fp32, and leaves them so.
+        dtype = torch.float32 if torch.is_autocast_enabled(input.device.type) else input.dtype
+        return _normalized(self, input, dtype, with_silu=False)
+
+
+class FusedLayerNorm(torch.nn.LayerNorm):
+    """`torch.nn.LayerNorm` before linear layers: under autocast the output has the dtype to which these would cast it.
+
+    PyTorch's is fp32 then, and each of the layers casts it for itself.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (as torch names it)
+        if not torch.is_autocast_enabled(input.device.type):
+            return super().forward(input)
+        found: Tensor = _LayerNorm.apply(input, self.weight, self.bias, self.eps, product_dtype(input))
+        return found
+
+
+def norm_before_product(norm: torch.nn.GroupNorm, images: Tensor, *, with_silu: bool) -> Tensor:
+    """Normalize images for a convolution or a linear layer, which is all that takes the result.
+
+    Under autocast these layers would round to its dtype what CUDA's norm and SiLU leave in fp32; here the result is
+    rounded at once, from fp32 as there. Without autocast the images' dtype stays, and is rounded to once, not twice.
+
+    Args:
+        norm: a group norm with weights.
+        images: [B, C, H, W] of any dtype; PyTorch normalizes those that are not channels-last.
+        with_silu: let the output go through SiLU.
+    """
+    if not is_channels_last(images):
+        normalized = norm(images)
+        return silu(normalized) if with_silu else normalized
+    return _normalized(norm, images, product_dtype(images), with_silu=with_silu)
+
+
+def product_dtype(values: Tensor) -> torch.dtype:
+    """Return the dtype in which a linear layer or a convolution takes some values: autocast's, or their own."""
+    kind = values.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else values.dtype
+
+
+def is_channels_last(images: Tensor) -> bool:
+    """Check for images with the channels as the last dimension in memory, whose other layout would be another."""
+    return images.ndim == 4 and images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+
+
+def _normalized(norm: torch.nn.GroupNorm, images: Tensor, dtype: torch.dtype, *, with_silu: bool) -> Tensor:
+    found: Tensor = _GroupNorm.apply(images, norm.weight, norm.bias, norm.num_groups, norm.eps, dtype, with_silu)
+    return found
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        from raycontrolnet.model.fused import layer_norm
+
+        tokens = tokens.contiguous()
+        normalized, means, rstds = layer_norm.forward(tokens, weight, bias, eps, dtype)
+        ctx.save_for_backward(tokens, weight, means, rstds)
+        return normalized
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        from raycontrolnet.model.fused import layer_norm
+
+        tokens, weight, means, rstds = ctx.saved_tensors
+        wanted = any(ctx.needs_input_grad[1:3])
+        of_tokens, of_weights = layer_norm.backward(
+            tokens, gradient.contiguous(), means, rstds, weight, of_weights=wanted
+        )
+        of_bias, of_weight = (None, None) if of_weights is None else of_weights.to(weight.dtype)
+        return of_tokens, of_weight, of_bias, None, None
+
+
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, images: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, dtype: torch.dtype,
+        with_silu: bool,
+    ) -> Tensor:  # fmt: skip
+        from raycontrolnet.model.fused import group_norm
+
+        normalized, means, rstds = group_norm.forward(images, weight, bias, groups, eps, dtype, silu=with_silu)
+        ctx.save_for_backward(images, weight, bias, means, rstds)
+        ctx.with_silu = with_silu
+        return normalized
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        from raycontrolnet.model.fused import group_norm
+
+        images, weight, bias, means, rstds = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        of_images, of_channels = group_norm.backward(images, gradient, means, rstds, weight, bias, silu=ctx.with_silu)
+        of_bias, of_weight = of_channels.sum(1).to(weight.dtype) if any(ctx.needs_input_grad[1:3]) else (None, None)
+        return of_images, of_weight, of_bias, None, None, None, None

@@ -1,0 +1,68 @@
+"""Layers of each kind that has kernels, with inputs, on which these are tried and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor
+
+GROUPS = 16
+"""Groups of each group norm."""
+
+MOST_CHANNELS = 80
+"""Channels of a residual block's output, at most: its convolutions would take long in fp64 on a CPU."""
+
+
+class Trial(NamedTuple):
+    """A layer of PyTorch or diffusers, and inputs of it."""
+
+    layer: torch.nn.Module
+    inputs: tuple[Tensor, ...]
+    under_autocast: bool = False
+    """Its kernels run under autocast alone, with fp32 weights."""
+
+    def to(self, device: torch.device, weights: torch.dtype, values: torch.dtype) -> Trial:
+        """Return the trial on a device, images channels-last, with weights and inputs in some dtypes."""
+        inputs = tuple(
+            each.to(device, values, memory_format=torch.channels_last if each.ndim == 4 else torch.preserve_format)
+            for each in self.inputs
+        )
+        return Trial(self.layer.to(device, weights), inputs, self.under_autocast)
+
+
+def trials(shape: Sequence[int]) -> tuple[Trial, ...]:
+    """Return a trial of each kind, random but always the same, fp32 on the CPU; nothing is drawn from the process.
+
+    Args:
+        shape: of the images, [B, C, H, W]; C is a multiple of `GROUPS`.
+    """
+    channels, embedded = shape[1], 24
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        images, embedding = torch.randn(*shape), torch.randn(shape[0], embedded)
+        tokens = images.permute(0, 2, 3, 1).flatten(1, 2)
+        norm = torch.nn.GroupNorm(GROUPS, channels)
+        block = ResnetBlock2D(
+            in_channels=channels, out_channels=min(channels, MOST_CHANNELS), temb_channels=embedded, groups=GROUPS,
+            use_in_shortcut=True,
+        )  # fmt: skip
+        gate = GEGLU(channels, 48)
+        of_tokens = torch.nn.LayerNorm(channels)
+        for module in (norm, block.norm1, block.norm2, of_tokens):
+            for weight in module.parameters():
+                torch.nn.init.normal_(weight)
+    return (
+        Trial(norm, (3 + images,)), Trial(block, (images, embedding)), Trial(gate, (tokens,)),
+        Trial(of_tokens, (3 + tokens,), under_autocast=True),
+    )  # fmt: skip
+
+
+def with_gradients(module: torch.nn.Module, *inputs: Tensor) -> list[Tensor]:
+    """Return a module's output, and where its gradient is its tanh, those of its inputs and weights."""
+    leaves = [each.detach().requires_grad_() for each in inputs]
+    output = module(*leaves)
+    return [output.detach(), *torch.autograd.grad(output, [*leaves, *module.parameters()], output.detach().tanh())]
