@@ -8,7 +8,7 @@ pytorch.org/blog/accelerating-pytorch-with-cuda-graphs).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,7 +23,7 @@ MAX_GRAPHS = 32
 """Shapes of batches that a run may have; with more of them it goes on without graphs."""
 
 Inputs = TypeVar("Inputs", bound=tuple[Any, ...])
-"""Tuples of tensors, of such tuples, and of None."""
+"""Tuples of tensors and None, of tuples and dictionaries of them."""
 
 
 class _Graph(NamedTuple):
@@ -60,7 +60,7 @@ class GradientGraphs:
             add: adds to the weights' gradients and returns the loss, detached; nothing in it waits for the device.
             constants: numbers that `add` uses beside `inputs`; other ones need another graph.
         """
-        key = constants, _mapped(inputs, lambda tensor: (tensor.shape, tensor.dtype))
+        key = constants, _shapes(inputs)
         if self._gradients:
             self._hold_gradients()
         if key not in self._graphs or self.problem:
@@ -136,17 +136,27 @@ def capture(function: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], Non
 
 
 def _mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Return nested tuples with a function's results in place of their tensors."""
+    """Return tuples and dictionaries, nested, with a function's results in place of their tensors."""
     if isinstance(value, Tensor):
         return function(value)
     if value is None:
         return None
+    if isinstance(value, dict):
+        return {name: _mapped(each, function) for name, each in value.items()}
     items = [_mapped(each, function) for each in value]
     return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
 
 
+def _parts(value: Any) -> Iterable[Any]:
+    """Return what is in a tuple or a dictionary, in order; None is empty."""
+    return () if value is None else value.values() if isinstance(value, dict) else value
+
+
 def _tensors(value: Any) -> list[Tensor]:
-    """Return the tensors of nested tuples, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    return [] if value is None else [tensor for each in value for tensor in _tensors(each)]
+    """Return the tensors, in order."""
+    return [value] if isinstance(value, Tensor) else [tensor for each in _parts(value) for tensor in _tensors(each)]
+
+
+def _shapes(value: Any) -> Hashable:
+    """Return shapes and dtypes in place of the tensors, without names."""
+    return (value.shape, value.dtype) if isinstance(value, Tensor) else tuple(map(_shapes, _parts(value)))
