@@ -198,13 +198,16 @@ def test_other_residual_blocks_stay() -> None:
         assert fused_class(plain) is FusedResnetBlock2D
 
 
-def test_a_residual_block_of_other_images_is_diffusers() -> None:
-    block = ResnetBlock2D(in_channels=8, temb_channels=4, groups=4)
-    embedding = torch.randn(2, 4)
-    given = torch.randn(2, 8, 6, 5), torch.randn(2, 8, 1, 1).contiguous(memory_format=torch.channels_last)
-    expected = [block(images, embedding) for images in given]
+@pytest.mark.usefixtures("stand_ins")
+def test_a_residual_block_turns_its_images() -> None:
+    block = ResnetBlock2D(in_channels=8, out_channels=16, temb_channels=4, groups=4)
+    embedding, images, pixel = torch.randn(2, 4), torch.randn(2, 8, 6, 5), torch.randn(2, 8, 1, 1)
+    expected, of_pixel = block(images, embedding), block(pixel, embedding)
     block.__class__ = FusedResnetBlock2D
-    assert all(map(torch.equal, expected, [block(images, embedding) for images in given]))
+    found = block(images, embedding)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.equal(block(pixel, embedding), of_pixel), "which has no layout"
 
 
 def test_without_kernels_the_layers_stay_and_the_log_says_why(
