@@ -20,12 +20,14 @@ Base = Path | Mapping[str, Mapping[str, Any]]
 """A base model's folder, or its configurations."""
 
 
-def predicted(base: Base, dtype: torch.dtype, *, cached: bool = True, **settings: Any) -> Prediction:
-    """Predict a run on `base` with some settings."""
+def predicted(
+    base: Base, dtype: torch.dtype, *, cached: bool = True, on_gpu: bool = False, **settings: Any
+) -> Prediction:
+    """Predict a run on `base` with some settings, by default with the layers of a CPU."""
     config = TrainConfig(pretrained_model_name_or_path="random weights", train_data_dir=".", **settings)
     with tempfile.TemporaryDirectory() as folder:
         files = local_files(base if isinstance(base, Path) else write_configurations(base, Path(folder) / "base"))
         family = family_of(files.read_json("unet/config.json"))
         assert family
         with shaped(family, files, config, vae=None, dtype=dtype) as components:
-            return predict(components, config, cached=cached)
+            return predict(components, config, cached=cached, on_gpu=on_gpu)

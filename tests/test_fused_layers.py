@@ -18,6 +18,7 @@ import fused_stand_ins
 import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from reference import fake_rows, steps, training
@@ -62,16 +63,21 @@ def results(settings: dict[str, Any], *, fused: bool) -> tuple[list[float], Comp
 
 
 @pytest.mark.usefixtures("stand_ins")
-@pytest.mark.parametrize(("precision", "tolerance"), [("no", 1e-5), ("bf16", 2e-2)])
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [({"mixed_precision": "no"}, 1e-5), ({"mixed_precision": "bf16"}, 2e-2), ({"gradient_checkpointing": True}, 1e-5)],
+)
+@pytest.mark.parametrize("base", ["tiny_base", "tiny_xl_base"])
 def test_a_step_is_that_of_the_layers_they_replace(
-    tiny_settings: dict[str, Any], precision: str, tolerance: float
+    base: str, changes: dict[str, Any], tolerance: float, tiny_settings: dict[str, Any], request: pytest.FixtureRequest
 ) -> None:
-    settings = tiny_settings | {"mixed_precision": precision}
+    settings = tiny_settings | changes | {"pretrained_model_name_or_path": str(request.getfixturevalue(base))}
     plain, components = results(settings, fused=False)
     assert fused_layers(components) == ()
     found, components = results(settings, fused=True)
     assert fused_layers(components) == (
         "ChannelsLastGroupNorm", "ChannelsLastTransformer2DModel", "FusedGEGLU", "FusedLayerNorm", "FusedResnetBlock2D",
+        "PlainAttention",
     )  # fmt: skip
     for model in (components.denoiser, components.controlnet):
         assert not {type(module) for module in model.modules()} & FUSED.keys(), "none is left out"
@@ -92,6 +98,28 @@ def test_a_norm_keeps_the_layout_and_is_fp32_under_autocast(autocast: bool) -> N
     (gradient,) = torch.autograd.grad(found.tanh().sum(), images)
     assert gradient.dtype == images.dtype
     assert gradient.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_attention_is_diffusers_but_for_the_division() -> None:
+    attention = Attention(8, cross_attention_dim=6, heads=2, dim_head=4)
+    tokens, text, mask = torch.randn(2, 5, 8), torch.randn(2, 3, 6), torch.zeros(2, 1, 3)
+    calls: tuple[dict[str, Any], ...] = ({}, {"attention_mask": mask}, {"unknown": 1})
+    expected = [attention(tokens, text, **options) for options in calls]
+    attention.__class__ = fused_class(attention) or pytest.fail("it is plain")
+    with Calls() as counted:
+        found = [attention(tokens, text, **options) for options in calls]
+    assert all(map(torch.equal, found, expected))
+    assert counted.found["div"] == 2
+    attention.set_processor(AttnProcessor())
+    with Calls() as counted:
+        assert torch.allclose(attention(tokens, text), expected[0], atol=1e-6)
+    assert counted.found["div"] == 1, "that of diffusers' processor"
+    others: tuple[dict[str, Any], ...] = (
+        {"rescale_output_factor": 2.0}, {"residual_connection": True}, {"norm_num_groups": 2},
+        {"qk_norm": "layer_norm"}, {"cross_attention_norm": "layer_norm"},
+    )  # fmt: skip
+    for options in others:
+        assert fused_class(Attention(8, cross_attention_dim=6, heads=2, dim_head=4, **options)) is None
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -198,13 +226,16 @@ def test_other_residual_blocks_stay() -> None:
         assert fused_class(plain) is FusedResnetBlock2D
 
 
-def test_a_residual_block_of_other_images_is_diffusers() -> None:
-    block = ResnetBlock2D(in_channels=8, temb_channels=4, groups=4)
-    embedding = torch.randn(2, 4)
-    given = torch.randn(2, 8, 6, 5), torch.randn(2, 8, 1, 1).contiguous(memory_format=torch.channels_last)
-    expected = [block(images, embedding) for images in given]
+@pytest.mark.usefixtures("stand_ins")
+def test_a_residual_block_turns_its_images() -> None:
+    block = ResnetBlock2D(in_channels=8, out_channels=16, temb_channels=4, groups=4)
+    embedding, images, pixel = torch.randn(2, 4), torch.randn(2, 8, 6, 5), torch.randn(2, 8, 1, 1)
+    expected, of_pixel = block(images, embedding), block(pixel, embedding)
     block.__class__ = FusedResnetBlock2D
-    assert all(map(torch.equal, expected, [block(images, embedding) for images in given]))
+    found = block(images, embedding)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.equal(block(pixel, embedding), of_pixel), "which has no layout"
 
 
 def test_without_kernels_the_layers_stay_and_the_log_says_why(

@@ -150,7 +150,8 @@ def test_the_largest_bucket_counts(tiny_settings: dict[str, Any], tmp_path: Path
         ({}, False, (None, False)),
         ({"use_gpu": False}, True, (None, False)),
         ({"use_gpu": True}, False, ("bf16", True)),
-        ({"mixed_precision": "no"}, True, ("no", None)),
+        ({"mixed_precision": "no"}, True, ("no", True)),
+        ({"mixed_precision": "bf16", "use_gpu": False}, True, ("bf16", False)),
     ],
 )
 def test_the_likely_precision(changed: dict[str, Any], has_gpu: bool, expected: tuple[str | None, bool | None]) -> None:

@@ -65,10 +65,15 @@ class Device:
 def in_precision_of_device(config: CheckConfig) -> TrainConfig:
     """Return the settings of the run with its precision on the device that is described, or else on the one here."""
     train, described = config.train, config.device_memory is not None
-    is_gpu = train.use_gpu is not False and (described or config.device_tflops is not None or torch.cuda.is_available())
     bf16 = has_bf16 if torch.cuda.is_available() and not described else lambda: True  # as all GPUs since 2020
-    chosen, _ = precision.resolve(train.mixed_precision, None, use_gpu=is_gpu, has_bf16=bf16)
+    chosen, _ = precision.resolve(train.mixed_precision, None, use_gpu=is_for_gpu(config), has_bf16=bf16)
     return replace(train, mixed_precision=chosen)
+
+
+def is_for_gpu(config: CheckConfig) -> bool:
+    """Check whether the device that is described, or else the one here, is a GPU."""
+    described = config.device_memory is not None or config.device_tflops is not None
+    return config.train.use_gpu is not False and (described or torch.cuda.is_available())
 
 
 def check(config: CheckConfig, stream: TextIO | None = None) -> Prediction:
@@ -104,6 +109,7 @@ def check(config: CheckConfig, stream: TextIO | None = None) -> Prediction:
         cached = cached and (start is not None or no_cache_because(train, len(source)) is None)
     buckets = find_buckets(train, source, family.resolution_multiple)
     how: dict[str, Any] = {"cached": cached, "image_size": buckets.largest if buckets else None}
+    how["on_gpu"] = is_for_gpu(config)
     device, needs = Device.of(config), Needs.of(train, token, count(train, token, **how), **how)
     prediction = needs.prediction
     lines = [

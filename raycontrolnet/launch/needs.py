@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 
@@ -37,11 +37,13 @@ class Needs:
 
     @staticmethod
     def of(
-        train: TrainConfig, token: str | None, prediction: Prediction, *, cached: bool, image_size: Size | None = None
-    ) -> Needs:
+        train: TrainConfig, token: str | None, prediction: Prediction, *, cached: bool,
+        image_size: Size | None = None, on_gpu: bool = False,
+    ) -> Needs:  # fmt: skip
         """Return the needs by a prediction that has been made; arguments as of `count`."""
         checkpointed = replace(train, gradient_checkpointing=True)
-        return Needs(train, prediction, lambda: count(checkpointed, token, cached=cached, image_size=image_size))
+        how: dict[str, Any] = {"cached": cached, "image_size": image_size, "on_gpu": on_gpu}
+        return Needs(train, prediction, lambda: count(checkpointed, token, **how))
 
     @property
     def memory(self) -> float:
@@ -97,13 +99,16 @@ class Needs:
         return f"no batch fits{flags}: take a smaller --resolution, or a device with more memory"
 
 
-def count(train: TrainConfig, token: str | None, *, cached: bool, image_size: Size | None = None) -> Prediction:
+def count(
+    train: TrainConfig, token: str | None, *, cached: bool, image_size: Size | None = None, on_gpu: bool = False
+) -> Prediction:
     """Predict a run's step by configurations alone; takes seconds.
 
     Args:
         token: for private models on the Hub.
         cached: the run trains from cached latents.
         image_size: of the largest bucket; None for the resolution squared.
+        on_gpu: the run's layers are those of a GPU.
 
     Raises:
         UserError: if a configuration cannot be read.
@@ -112,7 +117,7 @@ def count(train: TrainConfig, token: str | None, *, cached: bool, image_size: Si
     base = base_files(train, token, (f"{family.denoiser}/config.json",), from_cache=True)
     dtype = working_precision(train.mixed_precision)
     with shaped(family, base, train, vae=_vae_files(train, token), dtype=dtype) as components:
-        prediction = predict(components, train, cached=cached, image_size=image_size)
+        prediction = predict(components, train, cached=cached, image_size=image_size, on_gpu=on_gpu)
         shapes = [tuple(each.shape) for each in components.controlnet.parameters() if each.requires_grad]
     # Outside, where tensors have data.
     return replace(prediction, moment_bytes=state_bytes_per_weight(train, shapes))

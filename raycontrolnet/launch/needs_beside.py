@@ -46,7 +46,7 @@ class Counted(NamedTuple):
     gpu_here: float | None
     """Memory of this machine's GPU, if it has one."""
     for_gpus: bool | None = None
-    """Kind of device whose default precision was taken; None if the settings name one."""
+    """Kind of device whose layers and default precision were counted; None if it does not matter."""
 
 
 class Counting:
@@ -107,7 +107,7 @@ class Counting:
             self._output.seek(0)
             train, for_gpus, prediction, here = pickle.load(self._output)
             _, token, cached, image_size = self._given
-            needs = Needs.of(train, token, prediction, cached=cached, image_size=image_size)
+            needs = Needs.of(train, token, prediction, cached=cached, image_size=image_size, on_gpu=for_gpus)
             return Counted(needs, here, for_gpus)
         except subprocess.TimeoutExpired:
             self._process.kill()  # it would take a CPU from the training
@@ -146,17 +146,17 @@ def counting(
                 process.wait()
 
 
-def in_likely_precision(train: TrainConfig, *, has_gpu: bool) -> tuple[TrainConfig, bool | None]:
-    """Return the settings in the precision that a run without one will probably have, and for which kind of device.
+def in_likely_precision(train: TrainConfig, *, has_gpu: bool) -> tuple[TrainConfig, bool]:
+    """Return the settings in the precision that a run without one will probably have, and whether it will be on GPUs.
 
     It is known only once the workers' nodes are. All GPUs since 2020 have bf16; an older one needs more.
 
     Args:
         has_gpu: this machine has one.
     """
-    if train.mixed_precision is not None:
-        return train, None
     for_gpus = has_gpu if train.use_gpu is None else train.use_gpu
+    if train.mixed_precision is not None:
+        return train, for_gpus
     return dataclasses.replace(train, mixed_precision=BF16 if for_gpus else None), for_gpus
 
 
@@ -189,7 +189,7 @@ def main() -> None:
     here = gpu_here()
     train, for_gpus = in_likely_precision(train, has_gpu=here is not None)
     with output:
-        prediction = count(train, token, cached=cached, image_size=image_size)
+        prediction = count(train, token, cached=cached, image_size=image_size, on_gpu=for_gpus)
         pickle.dump((train, for_gpus, prediction, here), output)
 
 

@@ -200,9 +200,10 @@ def as_autocast_on_gpus(components: Components) -> Iterator[Any]:
     if dtype not in HALF:
         yield controlnet
         return
-    norms = [each for each in controlnet.modules() if isinstance(each, (torch.nn.GroupNorm, torch.nn.LayerNorm))]
+    # Fused ones are those of a GPU anyway.
+    norms = [each for each in controlnet.modules() if type(each) in (torch.nn.GroupNorm, torch.nn.LayerNorm)]
     for module in norms:
-        module.forward = _in_fp32(module.forward)  # type: ignore[method-assign]
+        module.forward = _in_fp32(module.forward)
 
     def forward(*args: Any, **options: Any) -> Any:
         with torch.autocast("cpu", dtype=dtype):

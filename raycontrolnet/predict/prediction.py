@@ -92,7 +92,14 @@ class Prediction:
         return replace(self, moment_bytes=MOMENTS[True])
 
 
-def predict(components: Components, config: TrainConfig, *, cached: bool, image_size: Size | None = None) -> Prediction:
+def predict(
+    components: Components,
+    config: TrainConfig,
+    *,
+    cached: bool,
+    image_size: Size | None = None,
+    on_gpu: bool = False,
+) -> Prediction:
     """Predict the step of `config`, by counts of its batch and of twice that, on models that have shapes alone.
 
     Args:
@@ -100,7 +107,10 @@ def predict(components: Components, config: TrainConfig, *, cached: bool, image_
         config: the run's settings.
         cached: the run trains from cached latents.
         image_size: of the largest bucket; None for the resolution squared.
+        on_gpu: count the layers of a GPU, which `components` have from then on.
     """
+    if on_gpu and not config.compile:
+        _use_layers_of_gpus(components)
     _set_checkpointing(components, on=config.gradient_checkpointing)
     size = config.train_batch_size
     largest = image_size or (config.resolution, config.resolution)
@@ -130,6 +140,18 @@ def _set_checkpointing(components: Components, *, on: bool) -> None:
     for module in (components.denoiser, components.controlnet):
         module.disable_gradient_checkpointing()
     enable_memory_savers(components, gradient_checkpointing=on, xformers=False)
+
+
+def _use_layers_of_gpus(components: Components) -> None:
+    """Let the step run as on a GPU: on images that are channels-last, by fused layers."""
+    from raycontrolnet.model.fused.layers import use_fused_layers  # imports diffusers
+
+    for module in (*components.denoiser.modules(), *components.controlnet.modules()):
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.ndim == 4:  # `Module.to` would swap tensors, which not all without data allow
+                turned = weight.detach().contiguous(memory_format=torch.channels_last)
+                setattr(module, name, torch.nn.Parameter(turned, requires_grad=weight.requires_grad))
+    use_fused_layers(components)
 
 
 def _numel(module: torch.nn.Module) -> int:

@@ -89,6 +89,7 @@ def predicted_gib(case: Case) -> float:
     found = predicted(
         BASES[case.base], working_precision(case.precision), cached=case.cached, mixed_precision=case.precision,
         train_batch_size=case.batch_size, gradient_checkpointing=case.gradient_checkpointing,
+        on_gpu=True,
     )  # fmt: skip
     return found.total(case.batch_size) / GIB
 

@@ -13,10 +13,12 @@ import logging
 import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from raycontrolnet.model.components import Components
+from raycontrolnet.model.fused.attention import PlainAttention, is_plain_attention
 from raycontrolnet.model.fused.norms import ChannelsLastGroupNorm, FusedLayerNorm
 from raycontrolnet.model.fused.resnets import FusedResnetBlock2D, is_plain_block
 from raycontrolnet.model.fused.transformers import (
@@ -41,6 +43,7 @@ FUSED = {
     GEGLU: FusedGEGLU,
     Transformer2DModel: ChannelsLastTransformer2DModel,
     torch.nn.LayerNorm: FusedLayerNorm,
+    Attention: PlainAttention,
 }
 """Layer's class -> that of the fused one, for those with plain settings; layer norms in transformers' blocks alone."""
 
@@ -71,6 +74,8 @@ def use_fused_layers(components: Components) -> None:
 def fused_class(module: torch.nn.Module) -> type[torch.nn.Module] | None:
     """Return the class to give to a layer; None if there is none for it."""
     if type(module) is ResnetBlock2D and not is_plain_block(module):
+        return None
+    if type(module) is Attention and not is_plain_attention(module):
         return None
     return FUSED.get(type(module))
 

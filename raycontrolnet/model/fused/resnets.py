@@ -14,12 +14,14 @@ from raycontrolnet.model.fused.norms import is_channels_last, norm_before_produc
 
 
 class FusedResnetBlock2D(ResnetBlock2D):
-    """diffusers' `ResnetBlock2D` of the settings that `is_plain_block` checks, for channels-last images.
+    """diffusers' `ResnetBlock2D` of the settings that `is_plain_block` checks, whose output is channels-last.
 
     The first convolution's bias is added with the time embedding, the second's and the shortcut's with the residual.
     """
 
     def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # Of a model whose weights have the other layout, as 8-bit AdamW wants them: the rest of it follows.
+        input_tensor = input_tensor.contiguous(memory_format=torch.channels_last)
         if args or kwargs or not is_channels_last(input_tensor):
             block: Tensor = super().forward(input_tensor, temb, *args, **kwargs)
             return block
