@@ -150,7 +150,7 @@ def on_gpu(report: Report, checks: dict[str, Callable[[], Any]], updates: int) -
             "speed", ", ".join(filter(None, [f"SD {'1.5' if base is SD15 else '2.1'}, batch {size}", name])), part
         )
 
-    compiled = checks.pop("compiled")
+    later = {name: checks.pop(name) for name in ("fused layers", "compiled")}  # which compile a lot
     with ProcessPoolExecutor(4, mp_context=get_context("spawn")) as pool:
         predictions = {case: pool.submit(predicted_gib, case) for case in CASES}
         for name, check in checks.items():
@@ -160,12 +160,13 @@ def on_gpu(report: Report, checks: dict[str, Callable[[], Any]], updates: int) -
         rate("", SD21, BATCHES[0])
         for case in CASES:
             report.part("memory", " ".join(map(str, case)), partial(measured, case, predictions[case]))
-    for size in BATCHES:
+    for size in (BATCHES[0], BATCHES[-1], *BATCHES[1:-1]):
         loop = partial(speed.reference, SD15, size, updates // 2, until)
         report.part("reference loop", f"SD 1.5, batch {size}", loop)
     report.part("profile", f"SD 1.5, batch {BATCHES[0]}", partial(speed.profile, SD15, BATCHES[0]))
     report.part("checkpoint", "SD 1.5: copy in host memory", partial(speed.checkpoint_copy, SD15))
-    report.part("checks", "compiled", compiled)
+    for name, check in later.items():
+        report.part("checks", name, check)
     for size in (BATCHES[0], BATCHES[-1]):
         rate("without graphs", SD15, size, no_cuda_graphs=True)
         rate("PyTorch's layers", SD15, size, fused=False)
