@@ -22,9 +22,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import correctness
 import speed
 import torch
+from checks import checks as all_checks
 from full_size import SD15, SD21
 from predictions import predicted
 from states import Base
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = Report(args.out / "kit.json", time.monotonic() + 60 * args.minutes)
     report.part("machine", "facts", lambda: device_facts(device))
-    checks = correctness.checks(device)
+    checks = all_checks(device)
     if device.type == "cpu":
         results = [report.part("checks", name, check) for name, check in checks.items()]
         return int(not all(result.get("ok") for result in results))

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import correctness
+import checks
 import pytest
 import torch
 
@@ -53,9 +53,9 @@ def test_the_checks_pass_on_the_cpu(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's compiler
-@pytest.mark.parametrize("name", sorted(correctness.NAMES))
+@pytest.mark.parametrize("name", sorted(checks.NAMES))
 def test_checks(name: str) -> None:
-    check = correctness.checks(torch.device("cuda")).get(name)
+    check = checks.checks(torch.device("cuda")).get(name)
     if check is None:
         pytest.skip("needs bitsandbytes")
     found = check()
