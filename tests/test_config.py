@@ -70,7 +70,7 @@ OWN_FLAGS: dict[str, dict[str, Any]] = {
     },
     "FLAG": {
         "compile": False, "use_ema": False, "random_flip": False, "rescale_betas_zero_snr": False,
-        "aspect_buckets": False, "no_cuda_graphs": False,
+        "aspect_buckets": False, "cuda_graphs": True,
     },
     "FLOAT": {
         "cpus_per_worker": None, "validation_split": None, "max_bad_fraction": 0.01, "guidance_scale": None,
@@ -211,7 +211,7 @@ def other_values(image: str) -> Settings:
         "FLOATS": lambda index: (0.5, float(index)),
         "INT": lambda index: 24 + index,
         "FLOAT": lambda index: 0.25 + index / 1000,
-        "FLAG": lambda _: True,
+        "FLAG": bool,  # in place of which comes the other of both
         "BOOL": lambda _: True,
         "VALUES": lambda index: f"seed={index} amsgrad=true",
     }
@@ -223,6 +223,7 @@ def other_values(image: str) -> Settings:
         "high_noise_power": 2.5, "optimizer": "torch.optim.RAdam", "crop": "random",
         "control_fidelity": "shape", "validation_image": (image, image), "resolution": 256,
     }  # fmt: skip
+    own |= {name: not DEFAULTS[name] for name, kind in KINDS.items() if kind == "FLAG"}
     values = {name: own.get(name, kinds[kind](index)) for index, (name, kind) in enumerate(KINDS.items())}
     assert all(value != DEFAULTS[name] for name, value in values.items())
     return values
@@ -259,7 +260,8 @@ def test_settings_arrive(form: str, without: tuple[str, ...], image: str, file: 
         for name, value in values.items():
             words = [] if KINDS[name] == "FLAG" else [str(v) for v in (value if isinstance(value, tuple) else [value])]
             joined = form == "equals" and len(words) == 1
-            argv += [f"--{name}={words[0]}"] if joined else [f"--{name}", *words]
+            flag = f"--no_{name}" if value is False else f"--{name}"
+            argv += [f"{flag}={words[0]}"] if joined else [flag, *words]
         found = parsed(*argv)
     for name, value in values.items():
         assert getattr(found, name) == value
@@ -285,7 +287,9 @@ def test_flags_that_make_no_sense_here(argument: str, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind == "FLAG"])
 def test_a_switch_turns_itself_alone(name: str) -> None:
-    assert changed_settings(parsed(*flags(MINIMAL), f"--{name}")) == MINIMAL | {name: True}
+    default = DEFAULTS[name]
+    turned = f"--no_{name}" if default else f"--{name}"
+    assert changed_settings(parsed(*flags(MINIMAL), turned)) == MINIMAL | {name: not default}
 
 
 # --- the rules ---

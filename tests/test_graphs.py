@@ -247,10 +247,10 @@ def test_each_size_of_aspect_buckets_has_a_graph(
 
 
 @pytest.mark.parametrize(
-    ("device", "workers", "off", "expected"),
-    [("cuda", 1, False, True), ("cuda", 1, True, False), ("cuda", 2, False, False), ("cpu", 1, False, False)],
+    ("device", "workers", "on", "expected"),
+    [("cuda", 1, True, True), ("cuda", 1, False, False), ("cuda", 2, True, False), ("cpu", 1, True, False)],
 )
-def test_who_gets_graphs(device: str, workers: int, off: bool, expected: bool) -> None:
-    config = TrainConfig(pretrained_model_name_or_path="base", train_data_dir="data", no_cuda_graphs=off)
+def test_who_gets_graphs(device: str, workers: int, on: bool, expected: bool) -> None:
+    config = TrainConfig(pretrained_model_name_or_path="base", train_data_dir="data", cuda_graphs=on)
     accelerator = cast(Any, SimpleNamespace(device=torch.device(device), num_processes=workers))
     assert (states._graphs([], config, accelerator) is not None) == expected

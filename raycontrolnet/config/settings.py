@@ -226,8 +226,8 @@ class StepConfig:
     """Attention by xformers (needs a CUDA GPU): pip install 'raycontrolnet[xformers]'."""
     compile: bool = setting(False, sweepable=True)
     """Compile the UNet and the ControlNet for the training step (torch.compile): some minutes at the start."""
-    no_cuda_graphs: bool = setting(False, sweepable=True)
-    """Start a step's kernels one by one; by default a GPU that trains alone gets all at once, and waits for nothing."""
+    cuda_graphs: bool = setting(True, sweepable=True)
+    """Give a GPU that trains alone all kernels of a step at once (CUDA graphs), so that it does not wait for Python."""
     on_nan: str = setting("fail", changes_on_resume=True, fixed=FAULTS)
     """Reaction to an update whose loss or gradient is not finite, which is never taken: fail, or skip it."""
     max_nan: int = setting(10, changes_on_resume=True, fixed=FAULTS)

@@ -182,7 +182,7 @@ def _graphs(
     weights: Sequence[torch.nn.Parameter], config: TrainConfig, accelerator: Accelerator
 ) -> GradientGraphs | None:
     """Return the place of a run's graphs; None on CPUs, and with several workers, where DDP's hooks are Python."""
-    if config.no_cuda_graphs or accelerator.device.type != "cuda" or accelerator.num_processes > 1:
+    if not config.cuda_graphs or accelerator.device.type != "cuda" or accelerator.num_processes > 1:
         return None
     return GradientGraphs(weights)
 

@@ -111,8 +111,8 @@ def loss_scaler_skips(base: Components, device: torch.device) -> Result:
 def no_synchronisation(base: Components, device: torch.device) -> Result:
     """Let CUDA fail at whatever waits for the device in a step whose batch and draws are there."""
     said: dict[str, str | None] = {}
-    for name, without in (("kernel by kernel", True), ("by a graph", False)):
-        config = settings("bf16", no_cuda_graphs=without)
+    for name, graphs in (("kernel by kernel", False), ("by a graph", True)):
+        config = settings("bf16", cuda_graphs=graphs)
         with training(copied(base, config, device), config) as state:
             do_steps(state, 0, 2, device)
             batch = random_batch(state.components, SIZE, TINY_RESOLUTION, device, cached=False)

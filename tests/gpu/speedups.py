@@ -45,8 +45,8 @@ def cuda_graphs(base: Components, device: torch.device) -> Result:
     ok, problems = True, []
     for precision, changes in GRAPHED.items():
         found = []
-        for without in (True, True, False):
-            config = settings(precision, learning_rate=1e-4, no_cuda_graphs=without, **changes)
+        for graphs in (False, False, True):
+            config = settings(precision, learning_rate=1e-4, cuda_graphs=graphs, **changes)
             with training(copied(base, config, device), config) as state:
                 torch.backends.cudnn.benchmark = False
                 losses = [each.loss[None] for first in (0, 4) for each in _by_turns(state, first, device)]
