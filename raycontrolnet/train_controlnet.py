@@ -173,6 +173,8 @@ class Worker:
                         self.pending.restart_clock()
             self.finish()
         finally:
+            if state.graphs:
+                state.graphs.release()  # what else may hold the state holds no more than before
             for part in (self.saver, self.metrics_log, self.validator, self.trackers):
                 if part:
                     part.close()
@@ -182,7 +184,7 @@ class Worker:
             "samples": state.samples,
             "loss": self.last.loss if self.last else None,
             "timings": self.clock.rounded(),
-            **kernels_used(state.components, graphs=state.graphs is not None and not state.graphs.problem),
+            **kernels_used(state.components, graphs=state.graphs is not None and state.graphs.replayed),
         }
 
     def inputs(self, batches: Iterator[list[PreparedRow]]) -> Iterator[tuple[Batch, Draws]]:

@@ -1,13 +1,13 @@
 """CUDA graphs of the step: the same bits as without, whatever comes between. They are captured on a GPU (tests/gpu).
 
-Here a stand-in keeps what a graph keeps, the function and the places it reads and writes, and does it on the CPU.
+Here a stand-in does the function again, and checks the places that a graph would keep.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from raycontrolnet import TrainConfig
 from raycontrolnet.config.output_settings import WEIGHTS_FILE
+from raycontrolnet.errors import RunError
 from raycontrolnet.model import graphs
 from raycontrolnet.model.graphs import GradientGraphs
 from raycontrolnet.model.step import TrainState
@@ -30,29 +31,41 @@ Settings = dict[str, Any]
 
 
 class Captures:
-    """Stand-in of `capture`, which counts."""
+    """Stand-in of `capture`, which counts, and checks that what is replayed still lies where it was captured."""
 
     def __init__(self) -> None:
         self.captured = self.replayed = 0
-        self.fails = False
+        self.error: Exception | None = None
+        self.weights: list[torch.nn.Parameter] = []
 
     def __call__(self, function: Callable[[], Tensor], _pool: Any) -> tuple[Callable[[], None], Tensor]:
         self.captured += 1
-        if self.fails:
-            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        if self.error:
+            raise self.error
         loss = torch.full((), torch.nan)
+        places = self.places()
+        assert places
 
         def replay() -> None:
             self.replayed += 1
+            assert self.places() == places
             loss.copy_(function())
 
         return replay, loss
+
+    def places(self) -> list[tuple[int, int]]:
+        return [(each.data_ptr(), each.grad.data_ptr()) for each in self.weights if each.grad is not None]
+
+    def graphs(self, weights: Sequence[torch.nn.Parameter]) -> GradientGraphs:
+        self.weights = list(weights)
+        return GradientGraphs(self.weights)
 
 
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
     found = Captures()
     monkeypatch.setattr(graphs, "capture", found)
+    monkeypatch.setattr(graphs, "free_bytes", lambda _: 2**40)
     return found
 
 
@@ -62,18 +75,13 @@ def settings(tiny_base: Path, tmp_path: Path, tiny_settings: Settings) -> Settin
     return tiny_settings | {"controlnet_model_name_or_path": str(controlnet), "learning_rate": 1e-3}
 
 
-def with_graphs(state: TrainState) -> None:
-    weights = list(state.components.controlnet.parameters())
-    state.graphs = GradientGraphs(weights)
-
-
 def results(
-    settings: Settings, *batches: Any, graphed: bool, between: Callable[[TrainState], None] | None = None
+    settings: Settings, *batches: Any, by: Captures | None = None, between: Callable[[TrainState], None] | None = None
 ) -> Any:
     """Return losses and norms of the steps, and the weights after them; `between` is done before the fourth."""
     with training(settings) as state:
-        if graphed:
-            with_graphs(state)
+        if by:
+            state.graphs = by.graphs(list(state.components.controlnet.parameters()))
         taken = steps(state, *batches[:3])
         if between:
             between(state)
@@ -107,46 +115,71 @@ def test_the_bits_are_those_without(
     settings: Settings, captures: Captures, changed: Settings, batches: list[Any]
 ) -> None:
     settings |= changed
-    plain = results(settings, *batches, graphed=False)
+    plain = results(settings, *batches)
     assert not captures.captured
     sizes = len({len(rows) for rows in batches})
-    assert_same_bits(results(settings, *batches, graphed=True), plain)
+    assert_same_bits(results(settings, *batches, by=captures), plain)
     assert captures.replayed == len(batches) - sizes, "all but the first of each size"
     assert captures.captured >= sizes
 
 
 def test_other_numbers_than_tensors_have_graphs_of_their_own(settings: Settings, captures: Captures) -> None:
     with training(settings) as state:
-        with_graphs(state)
+        state.graphs = captures.graphs(list(state.components.controlnet.parameters()))
         rows = fake_rows(0, 1)
         for weight in (1.0, 0.5, 1.0, 0.5):
-            before = captures.captured
             steps(state, rows, weight=weight)
-        assert captures.captured == 2 > before
+        assert (captures.captured, captures.replayed) == (2, 2)
 
 
 def test_memory_is_given_back_while_the_step_rests(settings: Settings, captures: Captures) -> None:
     def rest(state: TrainState) -> None:
         assert state.graphs
         assert any(state.graphs._graphs.values())
-        with state.at_rest():
+        with state.paused():
             assert not any(state.graphs._graphs.values())
 
-    plain = results(settings, *ONE_SIZE, graphed=False)
-    assert_same_bits(results(settings, *ONE_SIZE, graphed=True, between=rest), plain)
+    plain = results(settings, *ONE_SIZE)
+    assert_same_bits(results(settings, *ONE_SIZE, by=captures, between=rest), plain)
     assert (captures.captured, captures.replayed) == (2, 5), "again after the rest, at once"
 
 
-def test_a_step_that_cannot_be_captured_runs_without(
-    settings: Settings, captures: Captures, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("cause", ["out of memory", "little is left"])
+def test_where_memory_is_short_the_run_goes_on_without(
+    settings: Settings,
+    captures: Captures,
+    cause: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    captures.fails = True
-    plain = results(settings, *ONE_SIZE, graphed=False)
+    if cause == "out of memory":
+        captures.error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    else:
+        monkeypatch.setattr(graphs, "free_bytes", lambda _: 1000)
+    plain = results(settings, *ONE_SIZE)
     with caplog.at_level(logging.WARNING, "raycontrolnet"):
-        assert_same_bits(results(settings, *ONE_SIZE, graphed=True), plain)
-    assert captures.captured == 1, "it is not tried again"
-    assert "goes on without CUDA graphs" in caplog.text
-    assert "operation not permitted when stream is capturing" in caplog.text
+        assert_same_bits(results(settings, *ONE_SIZE, by=captures), plain)
+    assert (captures.captured, captures.replayed) == (1, 0), "it is not tried again"
+    said = "Tried to allocate 2 GiB" if cause == "out of memory" else "that an update needs would be left beside them"
+    assert "training goes on without CUDA graphs" in caplog.text
+    assert said in caplog.text
+
+
+def test_a_step_that_cannot_be_captured_ends_the_run(settings: Settings, captures: Captures) -> None:
+    """Torch's allocator stays in the capture."""
+    captures.error = RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+    with pytest.raises(RunError, match=r"cannot be captured.*not permitted.*; add --no_cuda_graphs"):
+        results(settings, *ONE_SIZE, by=captures)
+
+
+def test_weights_that_move_are_captured_again(settings: Settings, captures: Captures) -> None:
+    def move(state: TrainState) -> None:
+        for weight in state.components.controlnet.parameters():
+            weight.data = weight.data.clone()
+
+    plain = results(settings, *ONE_SIZE)
+    assert_same_bits(results(settings, *ONE_SIZE, by=captures, between=move), plain)
+    assert (captures.captured, captures.replayed) == (2, 5)
 
 
 def test_an_update_that_is_not_finite_leaves_the_next_ones_alone(settings: Settings, captures: Captures) -> None:
@@ -162,8 +195,8 @@ def test_an_update_that_is_not_finite_leaves_the_next_ones_alone(settings: Setti
         assert torch.equal(weight, before)
 
     settings |= {"optimizer": "torch.optim.RAdam"}
-    plain = results(settings, *ONE_SIZE, graphed=False, between=spoil)
-    assert_same_bits(results(settings, *ONE_SIZE, graphed=True, between=spoil), plain)
+    plain = results(settings, *ONE_SIZE, between=spoil)
+    assert_same_bits(results(settings, *ONE_SIZE, by=captures, between=spoil), plain)
     assert captures.replayed == 6
 
 
@@ -173,7 +206,7 @@ def test_weights_without_a_gradient_keep_none(settings: Settings, captures: Capt
         unused = torch.nn.Parameter(torch.ones(3))
         state.components.controlnet.register_parameter("unused", unused)
         state.optimizer.param_groups[0]["params"].append(unused)
-        with_graphs(state)
+        state.graphs = captures.graphs(list(state.components.controlnet.parameters()))
         steps(state, *ONE_SIZE)
         assert captures.replayed == 5
         assert unused.grad is None
@@ -185,8 +218,8 @@ def test_with_too_many_shapes_there_are_none(
 ) -> None:
     monkeypatch.setattr(graphs, "MAX_GRAPHS", 1)
     batches = [*ONE_SIZE[:3], fake_rows(20), *ONE_SIZE[3:]]
-    plain = results(settings, *batches, graphed=False)
-    assert_same_bits(results(settings, *batches, graphed=True), plain)
+    plain = results(settings, *batches)
+    assert_same_bits(results(settings, *batches, by=captures), plain)
     assert (captures.captured, captures.replayed) == (1, 2)
     assert caplog.text.count("batches have more than 1 shapes") == 1
 
@@ -194,7 +227,7 @@ def test_with_too_many_shapes_there_are_none(
 def test_a_step_without_a_graph_has_their_memory(settings: Settings, captures: Captures) -> None:
     """Its activations and theirs would not fit together."""
     with training(settings) as state:
-        with_graphs(state)
+        state.graphs = captures.graphs(list(state.components.controlnet.parameters()))
         steps(state, *ONE_SIZE[:2])
         assert state.graphs
         assert any(state.graphs._graphs.values())
@@ -205,7 +238,7 @@ def test_a_step_without_a_graph_has_their_memory(settings: Settings, captures: C
 @pytest.fixture
 def everywhere(captures: Captures, monkeypatch: pytest.MonkeyPatch) -> Captures:
     """Give each run graphs, as on a GPU."""
-    monkeypatch.setattr(states, "_graphs", lambda weights, *_: GradientGraphs(weights))
+    monkeypatch.setattr(states, "_graphs", lambda weights, *_: captures.graphs(weights))
     return captures
 
 
@@ -247,10 +280,23 @@ def test_each_size_of_aspect_buckets_has_a_graph(
 
 
 @pytest.mark.parametrize(
-    ("device", "workers", "on", "expected"),
-    [("cuda", 1, True, True), ("cuda", 1, False, False), ("cuda", 2, True, False), ("cpu", 1, True, False)],
+    ("changed", "device", "workers"),
+    [
+        ({}, "cpu", 1),
+        ({}, "cuda", 2),
+        ({"cuda_graphs": False}, "cuda", 1),
+        ({"mixed_precision": "no"}, "cuda", 1),
+        ({"compile": True}, "cuda", 1),
+        ({"enable_xformers_memory_efficient_attention": True}, "cuda", 1),
+    ],
 )
-def test_who_gets_graphs(device: str, workers: int, on: bool, expected: bool) -> None:
-    config = TrainConfig(pretrained_model_name_or_path="base", train_data_dir="data", cuda_graphs=on)
-    accelerator = cast(Any, SimpleNamespace(device=torch.device(device), num_processes=workers))
-    assert (states._graphs([], config, accelerator) is not None) == expected
+def test_who_gets_graphs(changed: Settings, device: str, workers: int) -> None:
+    def graphs_of(changed: Settings, device: str, workers: int) -> GradientGraphs | None:
+        settings: Settings = {"pretrained_model_name_or_path": "base", "train_data_dir": "data"}
+        settings |= {"mixed_precision": "bf16"} | changed
+        accelerator = cast(Any, SimpleNamespace(device=torch.device(device), num_processes=workers))
+        return states._graphs([], TrainConfig(**settings), accelerator)
+
+    assert graphs_of({}, "cuda", 1)
+    assert graphs_of({"mixed_precision": "fp16"}, "cuda", 1)
+    assert graphs_of(changed, device, workers) is None

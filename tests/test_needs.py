@@ -151,6 +151,8 @@ def test_the_largest_bucket_counts(tiny_settings: dict[str, Any], tmp_path: Path
         ({"use_gpu": False}, True, (None, False)),
         ({"use_gpu": True}, False, ("bf16", True)),
         ({"mixed_precision": "no"}, True, ("no", True)),
+        ({"mixed_precision": "no"}, False, ("no", False)),
+        ({"mixed_precision": "fp16"}, False, ("fp16", True)),
         ({"mixed_precision": "bf16", "use_gpu": False}, True, ("bf16", False)),
     ],
 )
@@ -216,7 +218,7 @@ def test_a_run_says_its_needs_first(tiny_settings: dict[str, Any], monkeypatch: 
 
 def _with_gpu(monkeypatch: pytest.MonkeyPatch, needs: Needs, gpu: float) -> None:
     monkeypatch.setattr(launch_fit, "check_device", lambda *_, **__: True)
-    monkeypatch.setattr(Counting, "result", lambda _: Counted(needs, gpu))
+    monkeypatch.setattr(Counting, "result", lambda _: Counted(needs, gpu, for_gpus=True))
 
 
 def test_a_run_that_cannot_fit_is_refused(
@@ -236,14 +238,16 @@ def test_advice_that_fails_stops_no_run(monkeypatch: pytest.MonkeyPatch, caplog:
     def fails() -> Prediction:
         raise RuntimeError("no such file")
 
-    monkeypatch.setattr(Counting, "result", lambda _: Counted(Needs(TRAIN, prediction(8e9), fails), 30 * GIB))
+    monkeypatch.setattr(
+        Counting, "result", lambda _: Counted(Needs(TRAIN, prediction(8e9), fails), 30 * GIB, for_gpus=True)
+    )
     with counting(TRAIN, None, cached=True, wanted=False) as under_way:
         under_way.say(SCHEDULE, None, io.StringIO(), use_gpu=True)
     assert "needs could not be said" in caplog.text
 
 
 def test_parts_of_gpus_and_types_reach_the_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Counting, "result", lambda _: Counted(NEEDS, 80 * GIB))
+    monkeypatch.setattr(Counting, "result", lambda _: Counted(NEEDS, 80 * GIB, for_gpus=True))
     with counting(TRAIN, None, cached=True, wanted=False) as under_way:
         under_way.say(SCHEDULE, None, io.StringIO(), use_gpu=True, share=0.5)
         with pytest.raises(ConfigError, match=r"0.25 of a GPU has 20.0 GiB"):

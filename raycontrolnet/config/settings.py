@@ -227,7 +227,7 @@ class StepConfig:
     compile: bool = setting(False, sweepable=True)
     """Compile the UNet and the ControlNet for the training step (torch.compile): some minutes at the start."""
     cuda_graphs: bool = setting(True, sweepable=True)
-    """Give a GPU that trains alone all kernels of a step at once (CUDA graphs), so that it does not wait for Python."""
+    """Launch a step's forward and backward pass as one CUDA graph (one worker, bf16 or fp16, without --compile)."""
     on_nan: str = setting("fail", changes_on_resume=True, fixed=FAULTS)
     """Reaction to an update whose loss or gradient is not finite, which is never taken: fail, or skip it."""
     max_nan: int = setting(10, changes_on_resume=True, fixed=FAULTS)

@@ -45,8 +45,8 @@ class Counted(NamedTuple):
     needs: Needs
     gpu_here: float | None
     """Memory of this machine's GPU, if it has one."""
-    for_gpus: bool | None = None
-    """Kind of device whose layers and default precision were counted; None if it does not matter."""
+    for_gpus: bool
+    """True if the layers and the default precision of GPUs were counted; else those of CPUs."""
 
 
 class Counting:
@@ -79,7 +79,7 @@ class Counting:
         if (found := self.result()) is None:
             return
         needs, here, for_gpus = found
-        if for_gpus not in (None, use_gpu):
+        if for_gpus != use_gpu:
             logger.info("needs were counted for %s, and these are others", "GPUs" if for_gpus else "CPUs")
             return
         try:
@@ -149,12 +149,14 @@ def counting(
 def in_likely_precision(train: TrainConfig, *, has_gpu: bool) -> tuple[TrainConfig, bool]:
     """Return the settings in the precision that a run without one will probably have, and whether it will be on GPUs.
 
-    It is known only once the workers' nodes are. All GPUs since 2020 have bf16; an older one needs more.
+    It is known only once the workers' nodes are. All GPUs since 2020 have bf16; an older one needs more. Who names a
+    half precision has GPUs, perhaps on other machines than this one.
 
     Args:
         has_gpu: this machine has one.
     """
-    for_gpus = has_gpu if train.use_gpu is None else train.use_gpu
+    half = train.mixed_precision not in (None, "no")
+    for_gpus = has_gpu or half if train.use_gpu is None else train.use_gpu
     if train.mixed_precision is not None:
         return train, for_gpus
     return dataclasses.replace(train, mixed_precision=BF16 if for_gpus else None), for_gpus

@@ -8,22 +8,39 @@ pytorch.org/blog/accelerating-pytorch-with-cuda-graphs).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from raycontrolnet.config.settings import StepConfig
+from raycontrolnet.errors import RunError
 from raycontrolnet.text import error_message
 
 logger = logging.getLogger(__name__)
 
 MAX_GRAPHS = 32
 """Shapes of batches that a run may have; with more of them it goes on without graphs."""
+LEFT_FREE = 2
+"""Copies of the gradients that must fit beside the graphs, for an update's clipping, moments and averages."""
 
 Inputs = TypeVar("Inputs", bound=tuple[Any, ...])
-"""Tuples of tensors and None, of tuples and dictionaries of them."""
+"""Tuples of tensors, of tuples and dictionaries of them, and of values that are the same in all batches."""
+
+
+def has_graphs(config: StepConfig, *, on_gpu: bool, num_workers: int) -> bool:
+    """Check whether the steps of a run are captured.
+
+    Several workers average their gradients from Python, during the backward pass. With fp32, torch.compile and
+    xformers, graphs have not been shown to leave the results as they are.
+    """
+    if not (config.cuda_graphs and on_gpu and num_workers == 1):
+        return False
+    others = config.compile or config.enable_xformers_memory_efficient_attention
+    return config.mixed_precision in ("fp16", "bf16") and not others
 
 
 class _Graph(NamedTuple):
@@ -46,12 +63,18 @@ class GradientGraphs:
     """The weights that are trained."""
     problem: str | None = None
     """Reason why nothing is captured any more; None while it is."""
+    replayed: bool = False
+    """True once a graph has done a step."""
     _pool: Any = None
     """Handle of the memory of all graphs; None while there is none."""
     _graphs: dict[Hashable, _Graph | None] = field(default_factory=dict)
     """By shapes; None where the next batch will be captured."""
+    _reached: list[torch.nn.Parameter] = field(default_factory=list)
+    """The weights that get gradients."""
     _gradients: dict[torch.nn.Parameter, Tensor] = field(default_factory=dict)
-    """The tensors in which gradients are summed, of the weights that get any."""
+    """The tensors in which the graphs sum gradients."""
+    _places: list[int] = field(default_factory=list)
+    """Addresses of the weights that the graphs read."""
 
     def add_gradients(self, add: Callable[[Inputs], Tensor], inputs: Inputs, *constants: float) -> Tensor:
         """Do `add(inputs)`, by the graph of it once there is one; return its loss, a scalar on the device.
@@ -59,63 +82,98 @@ class GradientGraphs:
         Args:
             add: adds to the weights' gradients and returns the loss, detached; nothing in it waits for the device.
             constants: numbers that `add` uses beside `inputs`; other ones need another graph.
+
+        Raises:
+            RunError: if `add` cannot be captured.
         """
+        if self.problem:
+            return add(inputs)
         key = constants, _shapes(inputs)
-        if self._gradients:
-            self._hold_gradients()
-        if key not in self._graphs or self.problem:
-            return self._without_graph(add, inputs, key)
+        if key not in self._graphs:
+            return self._first(add, inputs, key)
+        self._hold_gradients()
+        places = [weight.data_ptr() for weight in self.weights]
+        if places != self._places:  # an optimizer may put weights elsewhere
+            self.release()
+            self._places = places
         graph = self._graphs[key] or self._captured(add, inputs)
         if graph is None:
             return add(inputs)
         self._graphs[key] = graph
         torch._foreach_copy_(graph.inputs, _tensors(inputs))
         graph.replay()
+        self.replayed = True
         return graph.loss.clone()  # the next replay writes there again
 
     def release(self) -> None:
         """Give back what the graphs hold of the GPU's memory; the next batches are captured again."""
         if any(self._graphs.values()):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()  # one of them may be running
-            self._graphs, self._pool = dict.fromkeys(self._graphs), None
+            self._drop()
+
+    def _drop(self) -> None:
+        if self.weights[0].is_cuda:
+            with suppress(RuntimeError):  # of a device that has failed, of which others tell
+                torch.cuda.synchronize()  # a graph may be running
+        self._graphs, self._pool, self._gradients = dict.fromkeys(self._graphs), None, {}
+        if self.weights[0].is_cuda:
             torch.cuda.empty_cache()
 
-    def _without_graph(self, add: Callable[[Inputs], Tensor], inputs: Inputs, key: Hashable) -> Tensor:
+    def _first(self, add: Callable[[Inputs], Tensor], inputs: Inputs, key: Hashable) -> Tensor:
+        """Do a step of a shape that comes for the first time."""
         self.release()
-        if not self.problem and len(self._graphs) == MAX_GRAPHS:
+        if len(self._graphs) == MAX_GRAPHS:
             self._give_up(f"batches have more than {MAX_GRAPHS} shapes")
         loss = add(inputs)
-        self._graphs.setdefault(key)
-        if not self._gradients:
-            self._gradients = {each: torch.zeros_like(each) for each in self.weights if each.grad is not None}
+        self._graphs[key] = None
+        self._reached = [weight for weight in self.weights if weight.grad is not None]
         return loss
 
     def _give_up(self, problem: str) -> None:
         self.problem = problem
-        self.release()
+        self._drop()
         logger.warning("training goes on without CUDA graphs, more slowly at small batches: %s", problem)
 
     def _hold_gradients(self) -> None:
         """Let the weights' gradients be the tensors that the graphs add to, with what is in them so far."""
-        without = [held for weight, held in self._gradients.items() if weight.grad is None]
-        if without:
-            torch._foreach_zero_(without)
-        for weight, held in self._gradients.items():
-            if weight.grad is not None and weight.grad is not held:
+        empty = []
+        for weight in self._reached:
+            held = self._gradients.get(weight)
+            if held is None:
+                held = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                self._gradients[weight] = held
+            elif weight.grad is None:
+                empty.append(held)
+            elif weight.grad is not held:
                 held.copy_(weight.grad)
             weight.grad = held
+        if empty:
+            torch._foreach_zero_(empty)
 
     def _captured(self, add: Callable[[Inputs], Tensor], inputs: Inputs) -> _Graph | None:
-        """Return the graph of `add` on copies of `inputs`; None, with a word in the log, if that fails."""
+        """Return the graph of `add` on copies of `inputs`; None, with a word in the log, if memory is short."""
+        if self.weights[0].is_cuda:
+            torch.cuda.synchronize()  # errors of the steps before are not the graph's
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+        found = self._tried(add, inputs)
+        if isinstance(found, _Graph):
+            return found
+        self._give_up(found)  # now that nothing holds the attempt's tensors
+        return None
+
+    def _tried(self, add: Callable[[Inputs], Tensor], inputs: Inputs) -> _Graph | str:
+        """Return the graph, or why there is none."""
         try:
-            if self._pool is None and torch.cuda.is_available():
-                self._pool = torch.cuda.graph_pool_handle()
             copies = _mapped(inputs, torch.clone)
             replay, loss = capture(lambda: add(copies), self._pool)
+        except torch.OutOfMemoryError as error:
+            return error_message(error, 200)
         except RuntimeError as error:
-            self._give_up(f"{type(error).__name__}: {error_message(error, 200)}")
-            return None
+            # torch leaves its allocator as in a capture: nothing can go on in this process.
+            said = f"The step cannot be captured in a CUDA graph: {error_message(error, 200)}"
+            raise RunError(f"{said}; add --no_cuda_graphs") from error
+        needed = LEFT_FREE * sum(each.nbytes for each in self._gradients.values())
+        if free_bytes(self.weights[0].device) < needed:
+            return f"less than the {needed / 2**30:.1f} GiB that an update needs would be left beside them"
         return _Graph(replay, _tensors(copies), loss)
 
 
@@ -126,37 +184,50 @@ def capture(function: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], Non
         pool: handle of the memory to work in, `torch.cuda.graph_pool_handle`.
 
     Raises:
-        RuntimeError: if it cannot be captured: it waits for the device, or memory is short.
+        RuntimeError: if it cannot be captured: it waits for the device.
+        torch.OutOfMemoryError: if memory is short, after which the process can go on.
     """
     graph = torch.cuda.CUDAGraph()
-    # Other threads go on copying batches meanwhile.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        result = function()
+    before = torch.cuda.current_stream()
+    try:
+        # Other threads go on copying batches meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            result = function()
+    finally:
+        torch.cuda.set_stream(before)  # torch does not, where the end of the capture fails
     return graph.replay, result
 
 
-def _mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Return tuples and dictionaries, nested, with a function's results in place of their tensors."""
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes of a GPU that this process could still take."""
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return min(free, allowed - torch.cuda.memory_reserved(device))
+
+
+def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Return a nest of tuples and dictionaries with a function's results in place of its tensors."""
     if isinstance(value, Tensor):
         return function(value)
-    if value is None:
-        return None
     if isinstance(value, dict):
         return {name: _mapped(each, function) for name, each in value.items()}
+    if not isinstance(value, tuple):
+        return value
     items = [_mapped(each, function) for each in value]
     return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
 
 
-def _parts(value: Any) -> Iterable[Any]:
-    """Return what is in a tuple or a dictionary, in order; None is empty."""
-    return () if value is None else value.values() if isinstance(value, dict) else value
-
-
 def _tensors(value: Any) -> list[Tensor]:
-    """Return the tensors, in order."""
-    return [value] if isinstance(value, Tensor) else [tensor for each in _parts(value) for tensor in _tensors(each)]
+    """Return a nest's tensors, in order."""
+    found: list[Tensor] = []
+    _mapped(value, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return found
 
 
 def _shapes(value: Any) -> Hashable:
-    """Return shapes and dtypes in place of the tensors, without names."""
-    return (value.shape, value.dtype) if isinstance(value, Tensor) else tuple(map(_shapes, _parts(value)))
+    """Return a nest with shapes and dtypes in place of its tensors."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    if isinstance(value, dict):
+        return tuple((name, _shapes(each)) for name, each in value.items())
+    return tuple(map(_shapes, value)) if isinstance(value, tuple) else value

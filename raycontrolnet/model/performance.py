@@ -171,7 +171,7 @@ def kernels_used(components: Components, *, graphs: bool) -> dict[str, Any]:
     """Return what run.json says of the kernels of a training step.
 
     Args:
-        graphs: whether CUDA graphs start them.
+        graphs: true if CUDA graphs started them.
     """
     used = {"attention": attention_kernels(components), "fused_layers": fused_layers(components)}
     return used | {"cuda_graphs": graphs}

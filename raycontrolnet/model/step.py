@@ -58,7 +58,7 @@ class TrainState:
         self.accelerator.step = 0
 
     @contextmanager
-    def at_rest(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """Let the models and the GPU's memory serve something else for a while: images, or measurements."""
         if self.graphs:
             self.graphs.release()
@@ -91,49 +91,36 @@ def controlnet_loss(
     Args:
         objective: decides the kind of loss, and its weights.
     """
-    return _loss(components, controlnet, _prepared(components, batch, draws, objective), objective)
+    return _loss(components, controlnet, (batch, draws, _conditioning(components, batch)), objective)
 
 
-class _Prepared(NamedTuple):
-    """Samples as the ControlNet takes them: what comes before it has no gradient."""
-
-    noisy_latents: Tensor
-    """fp32 [B, C, h, w]."""
-    target: Tensor
-    """fp32 [B, C, h, w]: of the prediction."""
-    timesteps: Tensor
-    """int64 or fp32 [B]."""
-    control: Tensor
-    """The conditioning images, as of `Family.control`."""
-    conditioning: dict[str, Any]
-    """The prompts and more, as of `Family.encode_prompts`."""
-    weights: Tensor | None
-    """fp32 [B]: of the samples' losses; None for 1."""
+def _conditioning(components: Components, batch: Batch) -> dict[str, Any]:
+    with torch.no_grad():
+        return components.family.encode_prompts(components, batch)
 
 
-@torch.no_grad()
-def _prepared(components: Components, batch: Batch, draws: Draws, objective: ObjectiveConfig) -> _Prepared:
+def _loss(
+    components: Components,
+    controlnet: torch.nn.Module,
+    inputs: tuple[Batch, Draws, dict[str, Any]],
+    objective: ObjectiveConfig,
+) -> Tensor:
+    """Return the loss of every sample, fp32 [B], of a batch, its draws and what `Family.encode_prompts` made of it."""
     family, noise_scheduler = components.family, components.noise_scheduler
-    mean, logvar = _posterior(components, batch)
-    latents = family.scale_latents(components.vae, sample_posterior(mean, logvar, draws.posterior_noise))
-    conditioning = family.encode_prompts(components, batch)
-    control = family.control(components, batch.conditioning_images)
+    batch, draws, conditioning = inputs
+    with torch.no_grad():
+        mean, logvar = _posterior(components, batch)
+        latents = family.scale_latents(components.vae, sample_posterior(mean, logvar, draws.posterior_noise))
+        control = family.control(components, batch.conditioning_images)
+
     noisy_latents, target = family.diffuse(noise_scheduler, latents, draws)
     if draws.input_noise is not None:
         noisy_latents, _ = family.diffuse(noise_scheduler, latents, draws._replace(noise=draws.input_noise))
-    weights = None
-    if objective.snr_gamma is not None:
-        weights = family.min_snr_weights(noise_scheduler, draws.timesteps, objective.snr_gamma)
-    return _Prepared(noisy_latents, target, draws.timesteps, control, conditioning, weights)
-
-
-def _loss(components: Components, controlnet: torch.nn.Module, inputs: _Prepared, objective: ObjectiveConfig) -> Tensor:
-    """Return the loss of every sample, fp32 [B]."""
-    prediction = components.family.predict(
-        components, controlnet, inputs.noisy_latents, inputs.timesteps, inputs.control, inputs.conditioning
-    )
-    loss = per_sample_loss(prediction, inputs.target, objective.huber_delta if objective.loss == "huber" else None)
-    return loss if inputs.weights is None else loss * inputs.weights
+    prediction = family.predict(components, controlnet, noisy_latents, draws.timesteps, control, conditioning)
+    loss = per_sample_loss(prediction, target, objective.huber_delta if objective.loss == "huber" else None)
+    if objective.snr_gamma is None:
+        return loss
+    return loss * family.min_snr_weights(noise_scheduler, draws.timesteps, objective.snr_gamma)
 
 
 def with_posterior(components: Components, batch: Batch) -> Batch:
@@ -198,12 +185,13 @@ def train_step(state: TrainState, batch: Batch, draws: Draws, weight: float = 1.
 def _add_gradients(state: TrainState, batch: Batch, draws: Draws, weight: float) -> Tensor:
     """Add to the gradients those of the mean loss times `weight`; return the mean loss, detached."""
 
-    def add(inputs: _Prepared) -> Tensor:
+    def add(inputs: tuple[Batch, Draws, dict[str, Any]]) -> Tensor:
         loss = _loss(state.components, state.controlnet, inputs, state.objective).mean()
         state.accelerator.backward(loss * weight)
         return loss.detach()
 
-    inputs = _prepared(state.components, batch, draws, state.objective)
+    # Not in the graphs: Transformers 5.17 takes another attention, which rounds otherwise, while a stream is captured.
+    inputs = batch, draws, _conditioning(state.components, batch)
     if state.graphs is None:
         return add(inputs)
     return state.graphs.add_gradients(add, inputs, weight, state.accelerator.gradient_accumulation_steps)

@@ -11,6 +11,7 @@ from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.records import Size
 from raycontrolnet.model.batch import latent_shape
 from raycontrolnet.model.components import Components
+from raycontrolnet.model.graphs import has_graphs
 from raycontrolnet.model.optimizers import MOMENTS
 from raycontrolnet.model.performance import enable_memory_savers
 from raycontrolnet.predict.count import count_steps
@@ -49,6 +50,8 @@ class Prediction:
     """Numbers in the latents of a sample."""
     has_averages: bool = False
     """True for a run that averages its weights (--use_ema)."""
+    has_graphs: bool = False
+    """True for CUDA graphs, which keep the memory of a step's activations."""
 
     @property
     def trained_bytes(self) -> dict[str, int]:
@@ -70,8 +73,9 @@ class Prediction:
 
     def total(self, batch_size: int) -> float:
         """Return the most bytes at a time, beside CUDA's context and the kernels' workspaces."""
-        # The averages are updated with a copy of as many bytes, when no activations are left.
-        return self._fixed + max(self.activations(batch_size), self.trained_bytes.get("averages", 0))
+        activations, copied = self.activations(batch_size), self.trained_bytes.get("averages", 0)
+        # The averages are updated with a copy of as many bytes, when no activations are left but those in graphs.
+        return self._fixed + (activations + copied if self.has_graphs else max(activations, copied))
 
     def fits(self, batch_size: int, device_bytes: float, reserved: float = LEAST_RESERVED) -> bool:
         """Check whether a batch fits a device, of which CUDA and its kernels take `reserved` bytes."""
@@ -83,9 +87,11 @@ class Prediction:
 
     def largest_batch(self, device_bytes: float) -> int:
         """Return the largest batch that fits a device to be sure; 0 if none does."""
-        left = device_bytes * (1 - GAPS) - RESERVED - self._fixed
-        if left < self.trained_bytes.get("averages", 0):
+        left, copied = device_bytes * (1 - GAPS) - RESERVED - self._fixed, self.trained_bytes.get("averages", 0)
+        if left < copied:
             return 0
+        if self.has_graphs:
+            left -= copied
         return max(0, int((left - self.activations(0)) // self.activations_per_sample))
 
     def with_8bit_adam(self) -> Prediction:
@@ -133,6 +139,7 @@ def predict(
         dispatches=one.dispatches,
         latents=math.prod(latent_shape(components, largest)),
         has_averages=config.use_ema,
+        has_graphs=has_graphs(config, on_gpu=on_gpu, num_workers=1),
     )
 
 

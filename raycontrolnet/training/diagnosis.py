@@ -51,7 +51,7 @@ class NotFiniteUpdates:
         """
         self.count += 1
         samples = range(update.samples - self.state.samples_per_update, update.samples)
-        with self.state.at_rest():
+        with self.state.paused():
             said = f"{problem}. {diagnosis(self.state, loader, samples)}"
         if self.count > self.most:
             more = f". More than --max_nan={self.most} such updates since the start" if self.most else ""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from raycontrolnet.cluster.worker import gpu_share
 from raycontrolnet.config.optimizer_settings import ADAMW
 from raycontrolnet.config.train_config import TrainConfig
+from raycontrolnet.model.graphs import has_graphs
 from raycontrolnet.model.performance import has_bf16
 from raycontrolnet.training.job import Job
 
@@ -52,4 +53,6 @@ def _flags(config: TrainConfig, *, cached: bool, num_workers: int, share: float,
         yield "--cache_latents on"
     # Gradients stay during an accumulation, and DDP's buckets hold them always.
     if not config.set_grads_to_none and steps == 1 and num_workers == 1:
-        yield "--set_grads_to_none"
+        # CUDA graphs hold them, too.
+        kept = has_graphs(config, on_gpu=True, num_workers=num_workers)
+        yield "--set_grads_to_none --no_cuda_graphs" if kept else "--set_grads_to_none"

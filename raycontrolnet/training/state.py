@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,7 +21,7 @@ from raycontrolnet.data.order import Purpose, keyed_seed
 from raycontrolnet.errors import UserError
 from raycontrolnet.model.averages import with_averages
 from raycontrolnet.model.components import Components, load_components
-from raycontrolnet.model.graphs import GradientGraphs
+from raycontrolnet.model.graphs import GradientGraphs, has_graphs
 from raycontrolnet.model.optim import build_lr_scheduler, build_optimizer
 from raycontrolnet.model.optimizers import keeps_layouts
 from raycontrolnet.model.performance import compile_models, enable_memory_savers, memory_share, working_precision
@@ -38,6 +39,8 @@ from raycontrolnet.training.schedule import Schedule
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from diffusers import ModelMixin
+
+logger = logging.getLogger(__name__)
 
 FORMAT = {"format": "pt"}
 """Metadata without which the libraries do not read a file."""
@@ -181,10 +184,13 @@ def state_of(
 def _graphs(
     weights: Sequence[torch.nn.Parameter], config: TrainConfig, accelerator: Accelerator
 ) -> GradientGraphs | None:
-    """Return the place of a run's graphs; None on CPUs, and with several workers, where DDP's hooks are Python."""
-    if not config.cuda_graphs or accelerator.device.type != "cuda" or accelerator.num_processes > 1:
-        return None
-    return GradientGraphs(weights)
+    """Return the place of a run's graphs; None if it has none."""
+    on_gpu = accelerator.device.type == "cuda"
+    if has_graphs(config, on_gpu=on_gpu, num_workers=accelerator.num_processes):
+        return GradientGraphs(weights)
+    if on_gpu and config.cuda_graphs:
+        logger.info("no CUDA graphs: these are for one worker, in bf16 or fp16, without --compile and xformers")
+    return None
 
 
 class StateParts(NamedTuple):

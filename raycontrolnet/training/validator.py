@@ -75,7 +75,7 @@ class Validator:
         """
         if self.loader is None:
             return
-        with self.clock("validation"), self.state.at_rest(), self._averaged():
+        with self.clock("validation"), self.state.paused(), self._averaged():
             self.last = held_out.measure(
                 self.state,
                 self.loader,
@@ -137,7 +137,7 @@ class Validator:
             self._forget(files)
         with (
             validation.failures_logged(state.step),
-            state.at_rest(),
+            state.paused(),
             vae_on(state.components, state.accelerator.device),
         ):
             components = replace(state.components, controlnet=controlnet())

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from states import Base, components_of, draws_of, random_batch, settings, training, with_torchs_layers
@@ -48,8 +48,19 @@ def draws_ahead(components: Components, size: int) -> Iterator[Draws]:
             yield found
 
 
-def memory(base: Base, precision: str, size: int, *, cached: bool, **changes: Any) -> tuple[float, float]:
-    """Return the most GiB that PyTorch allocates in an update, and in the first one, where cuDNN tries algorithms."""
+class Peaks(NamedTuple):
+    """The most memory of PyTorch, in GiB."""
+
+    allocated: float
+    """In the second update, which a graph captures, and the third, where what is in the graph's pool does not count."""
+    first: float
+    """In the first update, where cuDNN tries algorithms."""
+    held: float
+    """Taken from the device after the first update, with gaps and the graph's pool."""
+
+
+def memory(base: Base, precision: str, size: int, *, cached: bool, **changes: Any) -> Peaks:
+    """Measure the memory of three updates."""
     config = settings(precision, train_batch_size=size, **changes)
     peaks = []
     with free_memory(), training(components_of(base, config, CUDA, cached=cached), config) as state:
@@ -59,7 +70,10 @@ def memory(base: Base, precision: str, size: int, *, cached: bool, **changes: An
             train_step(state, batch, draws)
             torch.cuda.synchronize()
             peaks.append(torch.cuda.max_memory_allocated() / GIB)
-    return max(peaks[1:]), peaks[0]
+            if len(peaks) == 1:
+                torch.cuda.empty_cache()
+        held = torch.cuda.max_memory_reserved() / GIB
+    return Peaks(max(peaks[1:]), peaks[0], held)
 
 
 def images_per_second(update: Callable[[], None], size: int, updates: int, until: float) -> list[float]:

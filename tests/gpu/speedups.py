@@ -13,6 +13,7 @@ from correctness import CPU, SIZE, Result, compared, do_steps, gradients
 from states import TINY_RESOLUTION, copied, draws_of, random_batch, settings, training
 
 from raycontrolnet.model.components import Components
+from raycontrolnet.model.graphs import GradientGraphs
 from raycontrolnet.model.performance import fused_layers, tf32
 from raycontrolnet.model.step import StepMetrics, TrainState, train_step
 
@@ -49,6 +50,8 @@ def cuda_graphs(base: Components, device: torch.device) -> Result:
             config = settings(precision, learning_rate=1e-4, cuda_graphs=graphs, **changes)
             with training(copied(base, config, device), config) as state:
                 torch.backends.cudnn.benchmark = False
+                if graphs and state.graphs is None:  # in fp32, where runs have none until this has been shown
+                    state.graphs = GradientGraphs(list(state.components.controlnet.parameters()))
                 losses = [each.loss[None] for first in (0, 4) for each in _by_turns(state, first, device)]
                 weights = [weight.detach().flatten() for weight in state.components.controlnet.parameters()]
                 found.append(torch.cat([*losses, *weights]).double())
@@ -68,7 +71,7 @@ def _by_turns(state: TrainState, first: int, device: torch.device) -> Iterator[S
         size = SIZE + index % 2
         batch = random_batch(state.components, size, TINY_RESOLUTION, device, cached=False)
         yield train_step(state, batch, draws_of(state.components, 8 * index, size, TINY_RESOLUTION, device))
-    with state.at_rest():
+    with state.paused():
         pass
 
 
