@@ -147,11 +147,14 @@ def test_precision_and_optimizer(tiny_base: Path) -> None:
     assert half.total(3) - half.with_8bit_adam().total(3) == 6 * half.weights["ControlNet"]
 
 
-def test_the_largest_batch_fits_and_no_larger() -> None:
+@pytest.mark.parametrize(("averages", "graphs"), [(False, False), (True, False), (True, True)])
+def test_the_largest_batch_fits_and_no_larger(averages: bool, graphs: bool) -> None:
     found = Prediction(
         weights={"ControlNet": 10**8}, trained=10**8, frozen_bytes={"denoiser": 10**9}, moment_bytes=8,
         activations_base=1e6, activations_per_sample=1e9, flop_per_sample=1, dispatches=1, latents=1,
+        has_averages=averages, has_graphs=graphs,
     )  # fmt: skip
+    assert found.total(2) == found._fixed + 2.001e9 + (4e8 if graphs else 0)  # a copy of the averages, beside
     for device in (8 * GIB, 24 * GIB, 80 * GIB):
         largest = found.largest_batch(device)
         assert found.fits(largest, device, RESERVED)
