@@ -137,6 +137,14 @@ def test_no_turns_it_off_and_old_gpus_do_without(
         assert run.shown.splitlines()[0].endswith(f", seed 0, fp32{reason}")
 
 
+def test_images_are_drawn_during_a_run_in_bf16(validated_settings: Settings, tmp_path: Path) -> None:
+    """A CPU's group norm takes no other dtype than its weights'; once, no image came before the run's end."""
+    out = train(validated_settings | {"mixed_precision": "bf16", "output_dir": str(tmp_path / "out")}).folder
+    assert "no validation images" not in (out / "run.log").read_text()
+    drawn = {each.parent.name for each in (out / "validation").glob("*/*-image-*.png")}
+    assert drawn == {"step-000002", "step-000004"}
+
+
 @pytest.mark.parametrize("trained", [None, "bf16"])
 def test_a_run_goes_on_as_it_began(
     tiny_settings: Settings, tmp_path: Path, on_a_gpu: Callable[[bool], None], trained: str | None
