@@ -91,11 +91,11 @@ class GradientGraphs:
         key = constants, _shapes(inputs)
         if key not in self._graphs:
             return self._first(add, inputs, key)
-        self._hold_gradients()
         places = [weight.data_ptr() for weight in self.weights]
         if places != self._places:  # an optimizer may put weights elsewhere
             self.release()
             self._places = places
+        self._hold_gradients()
         graph = self._graphs[key] or self._captured(add, inputs)
         if graph is None:
             return add(inputs)
