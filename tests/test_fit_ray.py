@@ -31,7 +31,7 @@ from reference import write_trained_controlnet
 from runs import Settings, column, run, weights
 
 from raycontrolnet import TrainConfig, fit
-from raycontrolnet.config.train_config import public_settings
+from raycontrolnet.config.train_config import changed_settings
 from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.errors import ConfigError, RunError, UserError
 from raycontrolnet.launch import waiting
@@ -226,7 +226,7 @@ def test_workers_that_leave_no_cpu_for_loading_are_refused(settings: Settings, t
 def test_signals_end_a_run_cleanly(settings: Settings, tmp_path: Path, number: int, group: bool) -> None:
     """A Ray of its own: a checkpoint of the current update, the message says how to go on, no process stays."""
     output_dir = tmp_path / "out"
-    flags = public_settings(
+    flags = changed_settings(
         TrainConfig(
             **settings
             | {
@@ -238,7 +238,7 @@ def test_signals_end_a_run_cleanly(settings: Settings, tmp_path: Path, number: i
         )
     )
     command = [sys.executable, "-m", "raycontrolnet", "train"]
-    command += [f"--{name}={value}" for name, value in flags.items() if value not in (None, False)]
+    command += [f"--{name}={value}" for name, value in flags.items()]
     process, stderr = ctrl_c(command, (output_dir / "checkpoint-4").exists, whole_group=group, number=number)
     assert process.returncode == 128 + number
     assert "Traceback" not in stderr
@@ -261,9 +261,9 @@ def test_a_signal_to_all_processes_of_a_run(settings: Settings, tmp_path: Path) 
         "checkpoints_total_limit": 2,
         "cpus_per_worker": None,
     }
-    values = public_settings(TrainConfig(**settings | changed | {"checkpointing_steps": 5}))
+    values = changed_settings(TrainConfig(**settings | changed | {"checkpointing_steps": 5}))
     command = [sys.executable, "-m", "raycontrolnet", "train"]
-    command += [f"--{name}={value}" for name, value in values.items() if value not in (None, False)]
+    command += [f"--{name}={value}" for name, value in values.items()]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         wait_for((out / "checkpoint-5").exists, START_TIMEOUT_S)
