@@ -215,8 +215,8 @@ class Family(ABC):
     ) -> Tensor:
         """Return the base model's prediction for the noised sample, steered by the ControlNet, [B, C, h, w].
 
-        On a GPU a CUDA graph replays this, `control`, `diffuse` and `min_snr_weights`: none may wait for the device, and
-        what depends on a batch must be in tensors.
+        On a GPU a CUDA graph replays this, `control`, `diffuse` and `min_snr_weights`: none may wait for the device,
+        and what depends on a batch must be in tensors.
 
         Args:
             controlnet: as it is trained, perhaps wrapped.
