@@ -1,6 +1,6 @@
 """Forward and backward pass of the training step as CUDA graphs: the GPU no longer waits for Python.
 
-A step of Stable Diffusion 1.5 is about 20,000 operators. With small batches a GPU does each sooner than Python can ask
+A step of Stable Diffusion 1.5 is thousands of operators. With small batches a GPU does each sooner than Python can ask
 for the next. A graph asks for all at once: the same kernels, on the same numbers (Nguyen et al. 2021,
 pytorch.org/blog/accelerating-pytorch-with-cuda-graphs).
 """

@@ -139,7 +139,7 @@ def predict(
         dispatches=one.dispatches,
         latents=math.prod(latent_shape(components, largest)),
         has_averages=config.use_ema,
-        has_graphs=has_graphs(config, on_gpu=on_gpu, num_workers=1),
+        has_graphs=has_graphs(config, on_gpu=on_gpu, num_workers=config.most_workers),
     )
 
 
