@@ -47,8 +47,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def use_stand_ins(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
     for name, module in fused_stand_ins.kernels(**options).items():
-        monkeypatch.setitem(sys.modules, name, module)
-        monkeypatch.setattr("raycontrolnet.model.fused." + name.rpartition(".")[2], module, raising=False)
+        for function, stand_in in vars(module).items():
+            monkeypatch.setattr(f"{name}.{function}", stand_in)
 
 
 def results(settings: dict[str, Any], *, fused: bool) -> tuple[list[float], Components]:

@@ -8,7 +8,7 @@ pytorch.org/blog/accelerating-pytorch-with-cuda-graphs).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
@@ -115,8 +115,7 @@ class GradientGraphs:
             with suppress(RuntimeError):  # of a device that has failed, of which others tell
                 torch.cuda.synchronize()  # a graph may be running
         self._graphs, self._pool, self._gradients = dict.fromkeys(self._graphs), None, {}
-        if self.weights[0].is_cuda:
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # nothing where CUDA is not in use
 
     def _first(self, add: Callable[[Inputs], Tensor], inputs: Inputs, key: Hashable) -> Tensor:
         """Do a step of a shape that comes for the first time."""
@@ -162,8 +161,10 @@ class GradientGraphs:
 
     def _tried(self, add: Callable[[Inputs], Tensor], inputs: Inputs) -> _Graph | str:
         """Return the graph, or why there is none."""
+        from accelerate.utils import recursively_apply
+
         try:
-            copies = _mapped(inputs, torch.clone)
+            copies = recursively_apply(torch.clone, inputs)
             replay, loss = capture(lambda: add(copies), self._pool)
         except torch.OutOfMemoryError as error:
             return error_message(error, 200)
@@ -205,29 +206,22 @@ def free_bytes(device: torch.device) -> int:
     return min(free, allowed - torch.cuda.memory_reserved(device))
 
 
-def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Return a nest of tuples and dictionaries with a function's results in place of its tensors."""
-    if isinstance(value, Tensor):
-        return function(value)
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield what is in a nest of tuples and dictionaries, in order."""
     if isinstance(value, dict):
-        return {name: _mapped(each, function) for name, each in value.items()}
-    if not isinstance(value, tuple):
-        return value
-    items = [_mapped(each, function) for each in value]
-    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _leaves(each)
+    else:
+        yield value
 
 
 def _tensors(value: Any) -> list[Tensor]:
     """Return a nest's tensors, in order."""
-    found: list[Tensor] = []
-    _mapped(value, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
-    return found
+    return [each for each in _leaves(value) if isinstance(each, Tensor)]
 
 
 def _shapes(value: Any) -> Hashable:
-    """Return a nest with shapes and dtypes in place of its tensors."""
-    if isinstance(value, Tensor):
-        return value.shape, value.dtype
-    if isinstance(value, dict):
-        return tuple((name, _shapes(each)) for name, each in value.items())
-    return tuple(map(_shapes, value)) if isinstance(value, tuple) else value
+    """Return what is in a nest, with shapes and dtypes in place of the tensors."""
+    return tuple((each.shape, each.dtype) if isinstance(each, Tensor) else each for each in _leaves(value))

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
+from raycontrolnet.model.fused import group_norm, layer_norm
+
 
 class ChannelsLastGroupNorm(torch.nn.GroupNorm):
     """`torch.nn.GroupNorm` whose output is channels-last if its input is, on a GPU."""
@@ -70,8 +72,6 @@ def _normalized(norm: torch.nn.GroupNorm, images: Tensor, dtype: torch.dtype, *,
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        from raycontrolnet.model.fused import layer_norm
-
         tokens = tokens.contiguous()
         normalized, means, rstds = layer_norm.forward(tokens, weight, bias, eps, dtype)
         ctx.save_for_backward(tokens, weight, means, rstds)
@@ -80,8 +80,6 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        from raycontrolnet.model.fused import layer_norm
-
         tokens, weight, means, rstds = ctx.saved_tensors
         wanted = any(ctx.needs_input_grad[1:3])
         of_tokens, of_weights = layer_norm.backward(
@@ -97,8 +95,6 @@ class _GroupNorm(torch.autograd.Function):
         ctx: Any, images: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, dtype: torch.dtype,
         with_silu: bool,
     ) -> Tensor:  # fmt: skip
-        from raycontrolnet.model.fused import group_norm
-
         normalized, means, rstds = group_norm.forward(images, weight, bias, groups, eps, dtype, silu=with_silu)
         ctx.save_for_backward(images, weight, bias, means, rstds)
         ctx.with_silu = with_silu
@@ -107,8 +103,6 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        from raycontrolnet.model.fused import group_norm
-
         images, weight, bias, means, rstds = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         of_images, of_channels = group_norm.backward(images, gradient, means, rstds, weight, bias, silu=ctx.with_silu)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d
 
+from raycontrolnet.model.fused import residual
 from raycontrolnet.model.fused.norms import is_channels_last, norm_before_product
 
 
@@ -78,8 +79,6 @@ def add(one: Tensor, other: Tensor, bias: Tensor) -> Tensor:
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, one: Tensor, other: Tensor, bias: Tensor) -> Tensor:
-        from raycontrolnet.model.fused import residual
-
         ctx.dtypes = one.dtype, other.dtype, bias.dtype
         return residual.forward(one, other, bias)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from raycontrolnet.model.fused import geglu
 from raycontrolnet.model.fused.norms import norm_before_product
 from raycontrolnet.model.fused.resnets import is_plain_convolution
 
@@ -75,8 +76,6 @@ def norms_before_products(block: BasicTransformerBlock) -> Iterator[torch.nn.Lay
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, projected: Tensor) -> Tensor:
-        from raycontrolnet.model.fused import geglu
-
         projected = projected.contiguous()
         ctx.save_for_backward(projected)
         return geglu.forward(projected)
@@ -84,7 +83,5 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        from raycontrolnet.model.fused import geglu
-
         (projected,) = ctx.saved_tensors
         return geglu.backward(projected, gradient.contiguous())
