@@ -32,15 +32,40 @@ Inputs = TypeVar("Inputs", bound=tuple[Any, ...])
 
 
 def has_graphs(config: StepConfig, *, on_gpu: bool, num_workers: int) -> bool:
-    """Check whether the steps of a run are captured.
+    """Check whether the steps of a run are captured; see `no_graphs_because`."""
+    return no_graphs_because(config, on_gpu=on_gpu, num_workers=num_workers) is None
+
+
+def no_graphs_because(config: StepConfig, *, on_gpu: bool, num_workers: int) -> str | None:
+    """Return why the steps of a run are not captured, in words; None if they are.
 
     Several workers average their gradients from Python, during the backward pass. With fp32, torch.compile and
     xformers, graphs have not been shown to leave the results as they are.
     """
-    if not (config.cuda_graphs and on_gpu and num_workers == 1):
-        return False
-    others = config.compile or config.enable_xformers_memory_efficient_attention
-    return config.mixed_precision in ("fp16", "bf16") and not others
+    if not on_gpu:
+        return "the run is on CPUs"
+    if not config.cuda_graphs:
+        return "--no_cuda_graphs leaves them out"
+    if num_workers > 1:
+        return f"they are for one worker, and there are {num_workers}"
+    if config.mixed_precision not in ("fp16", "bf16"):
+        return "they are for bf16 and fp16, and the run is in fp32"
+    if config.compile:
+        return "--compile leaves them out"
+    if config.enable_xformers_memory_efficient_attention:
+        return "--enable_xformers_memory_efficient_attention leaves them out"
+    return None
+
+
+def graphs_used(graphs: GradientGraphs | None, config: StepConfig, *, on_gpu: bool, num_workers: int) -> dict[str, Any]:
+    """Return what run.json says of a run's graphs: whether there were any, and why not, or not to the end."""
+    if graphs is None:
+        return {
+            "cuda_graphs": False,
+            "no_cuda_graphs_because": no_graphs_because(config, on_gpu=on_gpu, num_workers=num_workers),
+        }
+    never = None if graphs.replayed else "no two batches of one shape were trained"
+    return {"cuda_graphs": graphs.replayed, "no_cuda_graphs_because": graphs.problem or never}
 
 
 class _Graph(NamedTuple):
