@@ -16,6 +16,7 @@ from raycontrolnet.cluster import nodes
 from raycontrolnet.cluster.nodes import ClusterNodes, gpu_types
 from raycontrolnet.config.check_config import CheckConfig
 from raycontrolnet.config.cluster_settings import ClusterConfig
+from raycontrolnet.config.space import draw
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.launch import fit as launch_fit
 from raycontrolnet.launch import needs_beside
@@ -25,7 +26,9 @@ from raycontrolnet.launch.needs_beside import Counted, Counting, counting, in_li
 from raycontrolnet.predict import devices
 from raycontrolnet.predict.prediction import ERROR, GIB, Prediction
 from raycontrolnet.training.schedule import Schedule
-from raycontrolnet.tune.plan import plan_sweep
+from raycontrolnet.tune.heaviest import heaviest, say_heaviest
+from raycontrolnet.tune.plan import SweepPlan, plan_sweep
+from raycontrolnet.tune.records import TrialRecord
 
 TRAIN = TrainConfig(
     pretrained_model_name_or_path="base", train_data_dir="data", train_batch_size=4, checkpoints_total_limit=3
@@ -129,17 +132,17 @@ def test_the_largest_bucket_counts(tiny_settings: dict[str, Any], tmp_path: Path
     data = write_pictures(tmp_path / "data", 8, ((16, 64), (40, 24)))
     train = TrainConfig(**tiny_settings | {"train_data_dir": str(data), "aspect_buckets": True})
     sizes = [(16, 64), (40, 24), (32, 32)]
-    wide, high, square = (count(train, None, cached=True, image_size=size) for size in sizes)
+    wide, high, square = (count(train, None, cached=True, sizes=[size]) for size in sizes)
     assert wide.latents == square.latents > high.latents
     assert square == count(train, None, cached=True)
     assert high.activations_per_sample < square.activations_per_sample
     assert high.flop_per_sample < square.flop_per_sample
-    with counting(train, None, cached=True, image_size=(40, 24)) as under_way:
+    with counting(train, None, cached=True, sizes=[(40, 24)]) as under_way:
         found = under_way.result()
     assert found
     assert found.needs.prediction == high
-    assert check(CheckConfig(train=train, device_memory=1), io.StringIO()) == count(
-        train, None, cached=False, image_size=(16, 64)
+    assert check(CheckConfig(train=train, device_memory=1), stream=io.StringIO()) == count(
+        train, None, cached=False, sizes=[(40, 24), (16, 64)]
     )
 
 
@@ -258,17 +261,78 @@ def test_parts_of_gpus_and_types_reach_the_refusal(monkeypatch: pytest.MonkeyPat
             under_way.say(SCHEDULE, unknown, io.StringIO(), use_gpu=True)
 
 
-def test_the_heaviest_trial_counts(tiny_settings: dict[str, Any]) -> None:
-    space = {
-        "train_batch_size": {"choice": [2, 8, 4]},
-        "gradient_checkpointing": {"choice": [True, False]},
-        "learning_rate": {"loguniform": [1e-6, 1e-3]},
-    }
-    train = TrainConfig(**tiny_settings | {"validation_split": 4})
-    plan = plan_sweep(SweepConfig(train=train, space=space, num_samples=2), io.StringIO())
-    heaviest = plan.heaviest().config
-    assert (heaviest.train_batch_size, heaviest.gradient_checkpointing) == (8, False)
-    assert heaviest.learning_rate == train.learning_rate
+SPACE: dict[str, Any] = {
+    "train_batch_size": {"choice": [2, 8, 4]},
+    "gradient_checkpointing": {"choice": [True, False]},
+    "learning_rate": {"loguniform": [1e-6, 1e-3]},
+}
+
+
+def planned(settings: dict[str, Any], num_samples: int, space: dict[str, Any] = SPACE, **own: Any) -> SweepPlan:
+    train = TrainConfig(**settings | {"validation_split": 4})
+    return plan_sweep(SweepConfig(train=train, space=space, num_samples=num_samples, **own), io.StringIO())
+
+
+def test_the_heaviest_trial_that_will_run_counts(tiny_settings: dict[str, Any]) -> None:
+    """Not the space's heaviest corner, which random search may never draw."""
+    sizes = []
+    for number in (1, 2, 12):
+        plan = planned(tiny_settings, number)
+        assert plan.train.seed is not None
+        trials = [draw(plan.space, plan.train.seed, index) for index in range(number)]
+        expected = max(trials, key=lambda each: (each["train_batch_size"], not each["gradient_checkpointing"]))
+        found = heaviest(plan)
+        assert found.trial is not None
+        assert trials[found.trial] | dict(found.settings) == trials[found.trial]
+        config = found.run.config
+        assert config.train_batch_size == expected["train_batch_size"]
+        assert config.gradient_checkpointing == expected["gradient_checkpointing"]
+        assert config.learning_rate == plan.train.learning_rate
+        sizes.append(config.train_batch_size)
+    assert sizes[0] < sizes[-1] == 8
+    grid = SPACE | {"train_batch_size": {"grid": [2, 8, 4]}, "gradient_checkpointing": {"grid": [True, False]}}
+    found = heaviest(planned(tiny_settings, 1, grid))
+    assert found.settings == {"train_batch_size": 8, "gradient_checkpointing": False}
+
+
+def test_trials_of_an_earlier_part_count_until_they_have_ended(tiny_settings: dict[str, Any]) -> None:
+    plan = planned(tiny_settings, 1)
+    big = {"train_batch_size": 64, "gradient_checkpointing": False, "learning_rate": 1e-3}
+    for state, expected in (("interrupted", 64), ("failed", 8), ("finished", 8)):
+        left = replace(plan, records=[TrialRecord(0, big, state)], num_trials=12)
+        assert heaviest(left).run.config.train_batch_size == expected
+
+
+@pytest.mark.parametrize("searcher", ["random", "optuna"])
+def test_only_what_will_run_is_refused(
+    searcher: str, tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Optuna has not said what it will try: a combination that cannot fit is warned of."""
+    if searcher == "optuna":
+        pytest.importorskip("optuna")
+    monkeypatch.setattr(Counting, "result", lambda _: Counted(NEEDS, 24 * GIB, for_gpus=True))
+    plan, stream = planned(tiny_settings, 12, searcher=searcher), io.StringIO()
+    why = "batch 4 needs 32.2 GiB, this GPU has 24.0 GiB: --gradient_checkpointing brings it to 9.9 GiB"
+    found = heaviest(plan)._replace(run=replace(plan.run, config=replace(TRAIN, seed=0)))
+    with counting(TRAIN, None, cached=True, wanted=False) as under_way:
+        how: dict[str, Any] = {"types": None, "use_gpu": True}
+        if searcher == "random":
+            with pytest.raises(ConfigError) as error:
+                say_heaviest(plan, found, under_way, stream, **how)
+            assert str(error.value) == (
+                f"--space: trial {found.trial} has train_batch_size 8, gradient_checkpointing False, and cannot fit: "
+                + why
+            )
+            return
+        say_heaviest(plan, found, under_way, stream, **how)
+        needs, warning = stream.getvalue().splitlines()
+        assert needs.startswith("needs: 32.2 GiB of each GPU at batch 4")
+        assert warning == (
+            "warning: trials with train_batch_size 8, gradient_checkpointing False cannot fit, and fail alone: " + why
+        )
+        same = planned(tiny_settings, 2, {"learning_rate": SPACE["learning_rate"]}, searcher=searcher)
+        with pytest.raises(ConfigError, match=f"^--train_batch_size=4: {why}$"):
+            say_heaviest(same, heaviest(same)._replace(run=found.run), under_way, stream, **how)
 
 
 def test_the_heaviest_trial_has_the_largest_images(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
@@ -280,5 +344,5 @@ def test_the_heaviest_trial_has_the_largest_images(tiny_settings: dict[str, Any]
     of_several: dict[str, Any] = {"resolution": {"grid": [16, 32]}}
     for space, largest in ((of_one_size, (16, 64)), (of_several, None)):
         config = SweepConfig(train=train, space=space, num_samples=1, allow_new_caches=True)
-        buckets = plan_sweep(config, io.StringIO()).heaviest().buckets
+        buckets = heaviest(plan_sweep(config, io.StringIO())).run.buckets
         assert (buckets and buckets.largest) == largest
