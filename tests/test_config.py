@@ -70,7 +70,7 @@ OWN_FLAGS: dict[str, dict[str, Any]] = {
     },
     "FLAG": {
         "compile": False, "use_ema": False, "random_flip": False, "rescale_betas_zero_snr": False,
-        "aspect_buckets": False, "cuda_graphs": True,
+        "aspect_buckets": False, "cuda_graphs": "auto",
     },
     "FLOAT": {
         "cpus_per_worker": None, "validation_split": None, "max_bad_fraction": 0.01, "guidance_scale": None,

@@ -214,11 +214,11 @@ def test_the_flags_that_are_not_in_use(tiny_settings: Settings) -> None:
         ("mixed_precision", None, "--mixed_precision bf16"),
         ("use_8bit_adam", False, "--use_8bit_adam"),
         ("cached", False, "--cache_latents on"),
-        ("set_grads_to_none", False, "--set_grads_to_none --no_cuda_graphs"),
+        ("set_grads_to_none", False, "--set_grads_to_none --cuda_graphs off"),
         ("share", 0.5, "more than 0.5 of a GPU (--gpus_per_trial)"),
     ):
         assert advice(tiny_settings, **every | {name: other}) == f"Less is needed with {flag}{END}"
-    without = every | {"set_grads_to_none": False, "cuda_graphs": False}
+    without = every | {"set_grads_to_none": False, "cuda_graphs": "off"}
     assert advice(tiny_settings, **without) == f"Less is needed with --set_grads_to_none{END}"
     assert "--mixed_precision fp16" in advice(tiny_settings, bf16=False)
     assert "--train_batch_size 6 --gradient_accumulation_steps 6 (" in advice(
@@ -246,7 +246,7 @@ def test_a_run_that_is_out_of_memory(tiny_settings: Settings, tmp_path: Path, mo
     assert first == (
         "Out of GPU memory: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of "
         "which 1.25 GiB is free. Less is needed with --train_batch_size 2 --gradient_accumulation_steps 2 (as many "
-        f"samples an update), --use_8bit_adam, --cache_latents on or --set_grads_to_none --no_cuda_graphs{END}."
+        f"samples an update), --use_8bit_adam, --cache_latents on or --set_grads_to_none --cuda_graphs off{END}."
     )
     assert second.startswith("The checkpoint of update 2 stands: go on with --resume_from_checkpoint latest")
     assert json.loads((out / "run.json").read_text())["cause"].startswith("Out of GPU memory: ")

@@ -34,10 +34,11 @@ Inputs = TypeVar("Inputs", bound=tuple[Any, ...])
 def has_graphs(config: StepConfig, *, on_gpu: bool, num_workers: int) -> bool:
     """Check whether the steps of a run are captured.
 
-    Several workers average their gradients from Python, during the backward pass. With fp32, torch.compile and
-    xformers, graphs have not been shown to leave the results as they are.
+    With several workers they have not been measured: these ask for them. With fp32, torch.compile and xformers, graphs
+    have not been shown to leave the results as they are.
     """
-    if not (config.cuda_graphs and on_gpu and num_workers == 1):
+    wanted = {"on": True, "off": False, "auto": num_workers == 1}
+    if not (on_gpu and wanted[config.cuda_graphs]):
         return False
     others = config.compile or config.enable_xformers_memory_efficient_attention
     return config.mixed_precision in ("fp16", "bf16") and not others
@@ -171,7 +172,7 @@ class GradientGraphs:
         except RuntimeError as error:
             # torch leaves its allocator as in a capture: nothing can go on in this process.
             said = f"The step cannot be captured in a CUDA graph: {error_message(error, 200)}"
-            raise RunError(f"{said}; add --no_cuda_graphs") from error
+            raise RunError(f"{said}; add --cuda_graphs off") from error
         needed = LEFT_FREE * sum(each.nbytes for each in self._gradients.values())
         if free_bytes(self.weights[0].device) < needed:
             return f"less than the {needed / 2**30:.1f} GiB that an update needs would be left beside them"

@@ -55,4 +55,4 @@ def _flags(config: TrainConfig, *, cached: bool, num_workers: int, share: float,
     if not config.set_grads_to_none and steps == 1 and num_workers == 1:
         # CUDA graphs hold them, too.
         kept = has_graphs(config, on_gpu=True, num_workers=num_workers)
-        yield "--set_grads_to_none --no_cuda_graphs" if kept else "--set_grads_to_none"
+        yield "--set_grads_to_none --cuda_graphs off" if kept else "--set_grads_to_none"

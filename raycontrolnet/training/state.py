@@ -21,6 +21,7 @@ from raycontrolnet.data.order import Purpose, keyed_seed
 from raycontrolnet.errors import UserError
 from raycontrolnet.model.averages import with_averages
 from raycontrolnet.model.components import Components, load_components
+from raycontrolnet.model.gradients import GradientAverage
 from raycontrolnet.model.graphs import GradientGraphs, has_graphs
 from raycontrolnet.model.optim import build_lr_scheduler, build_optimizer
 from raycontrolnet.model.optimizers import keeps_layouts
@@ -160,7 +161,11 @@ def state_of(
     lr_scheduler = build_lr_scheduler(config, optimizer, schedule.total_updates, updates_done)
     if config.compile:
         compile_models(components)
-    controlnet, prepared_optimizer = accelerator.prepare(components.controlnet, optimizer)
+    graphs = _graphs(weights, config, accelerator)
+    averages_itself = graphs is not None and accelerator.num_processes > 1
+    # For an evaluation: without DDP, which averages from Python.
+    controlnet = accelerator.prepare_model(components.controlnet, evaluation_mode=averages_itself)
+    prepared_optimizer = accelerator.prepare_optimizer(optimizer)
     if checkpoint:  # after accelerate, which loads the optimizer's state once more, and not in its dtypes
         load_optimizer(optimizer, accelerator, checkpoint, saved)
     return TrainState(
@@ -175,7 +180,8 @@ def state_of(
         objective=config,
         averages=build_averages(components.controlnet, config, checkpoint, saved),
         compiled=config.compile,
-        graphs=_graphs(weights, config, accelerator),
+        graphs=graphs,
+        gradient_average=GradientAverage(weights) if averages_itself else None,
         step=checkpoint.step if checkpoint else 0,
         samples=checkpoint.samples if checkpoint else 0,
     )
@@ -188,8 +194,11 @@ def _graphs(
     on_gpu = accelerator.device.type == "cuda"
     if has_graphs(config, on_gpu=on_gpu, num_workers=accelerator.num_processes):
         return GradientGraphs(weights)
-    if on_gpu and config.cuda_graphs:
-        logger.info("no CUDA graphs: these are for one worker, in bf16 or fp16, without --compile and xformers")
+    if on_gpu and config.cuda_graphs != "off":
+        logger.info(
+            "no CUDA graphs: these are for one worker (for several with --cuda_graphs on), in bf16 or fp16, without "
+            "--compile and xformers"
+        )
     return None
 
 
