@@ -24,6 +24,7 @@ from raycontrolnet.data.stream import local_batches, ray_batches
 from raycontrolnet.data.threads import read_ahead
 from raycontrolnet.errors import RunError, UserError
 from raycontrolnet.model.batch import Batch, Draws, draw, latent_shape, make_batch, to_device
+from raycontrolnet.model.graphs import graphs_used
 from raycontrolnet.model.performance import fastest_convolutions, kernels_used, tf32, working_precision
 from raycontrolnet.model.prompts import warn_if_cut
 from raycontrolnet.model.step import TrainState, train_step
@@ -184,7 +185,8 @@ class Worker:
             "samples": state.samples,
             "loss": self.last.loss if self.last else None,
             "timings": self.clock.rounded(),
-            **kernels_used(state.components, graphs=state.graphs is not None and state.graphs.replayed),
+            **kernels_used(state.components),
+            **graphs_used(state.graphs, config, on_gpu=not on_cpu, num_workers=state.accelerator.num_processes),
         }
 
     def inputs(self, batches: Iterator[list[PreparedRow]]) -> Iterator[tuple[Batch, Draws]]:

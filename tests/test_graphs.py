@@ -221,11 +221,13 @@ def test_a_run_that_measures_and_draws_ends_with_the_same_weights(
     settings = validated_settings | {"max_train_steps": 6, "validation_split": 4, "use_ema": True}
     found = run(settings, tmp_path / "graphs")
     assert everywhere.captured == 3, "anew after each validation but the last"
-    assert json.loads((found / "run.json").read_text())["cuda_graphs"] is True
+    status = json.loads((found / "run.json").read_text())
+    assert (status["cuda_graphs"], status["no_cuda_graphs_because"]) == (True, None)
     monkeypatch.undo()
     plain = run(settings, tmp_path / "plain")
     assert weights_of(found) == weights_of(plain)
-    assert json.loads((plain / "run.json").read_text())["cuda_graphs"] is False
+    status = json.loads((plain / "run.json").read_text())
+    assert (status["cuda_graphs"], status["no_cuda_graphs_because"]) == (False, "the run is on CPUs")
 
 
 @pytest.mark.usefixtures("everywhere")
@@ -249,17 +251,24 @@ def test_each_size_of_aspect_buckets_has_a_graph(
 
 
 @pytest.mark.parametrize(
-    ("changed", "device", "workers"),
+    ("changed", "device", "workers", "because"),
     [
-        ({}, "cpu", 1),
-        ({}, "cuda", 2),
-        ({"cuda_graphs": "off"}, "cuda", 1),
-        ({"mixed_precision": "no"}, "cuda", 1),
-        ({"compile": True}, "cuda", 1),
-        ({"enable_xformers_memory_efficient_attention": True}, "cuda", 1),
+        ({}, "cpu", 1, "the run is on CPUs"),
+        ({}, "cuda", 2, "there are 2 workers; --cuda_graphs on takes them there too"),
+        ({"cuda_graphs": "off"}, "cuda", 2, "--cuda_graphs off leaves them out"),
+        ({"mixed_precision": "no"}, "cuda", 1, "they are for bf16 and fp16, and the run is in fp32"),
+        ({"compile": True}, "cuda", 1, "--compile leaves them out"),
+        (
+            {"enable_xformers_memory_efficient_attention": True}, "cuda", 1,
+            "--enable_xformers_memory_efficient_attention leaves them out",
+        ),
     ],
-)
-def test_who_gets_graphs(changed: Settings, device: str, workers: int) -> None:
+)  # fmt: skip
+def test_who_gets_graphs(
+    changed: Settings, device: str, workers: int, because: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
     def graphs_of(changed: Settings, device: str, workers: int) -> GradientGraphs | None:
         settings: Settings = {"pretrained_model_name_or_path": "base", "train_data_dir": "data"}
         settings |= {"mixed_precision": "bf16"} | changed
@@ -268,4 +277,26 @@ def test_who_gets_graphs(changed: Settings, device: str, workers: int) -> None:
 
     assert graphs_of({}, "cuda", 1)
     assert graphs_of({"mixed_precision": "fp16"}, "cuda", 1)
+    assert graphs_of({"cuda_graphs": "on"}, "cuda", 2)
     assert graphs_of(changed, device, workers) is None
+    assert [record.getMessage() for record in caplog.records] == (
+        [f"no CUDA graphs: {because}"] if device == "cuda" else []
+    )
+    settings: Settings = {"pretrained_model_name_or_path": "base", "train_data_dir": "data", "mixed_precision": "bf16"}
+    config = TrainConfig(**settings | changed)
+    assert graphs.graphs_used(None, config, on_gpu=device == "cuda", num_workers=workers) == {
+        "cuda_graphs": False, "no_cuda_graphs_because": because,
+    }  # fmt: skip
+
+
+def test_run_json_says_why_graphs_ended() -> None:
+    config = TrainConfig(pretrained_model_name_or_path="base", train_data_dir="data")
+    for replayed, problem, because in (
+        (True, None, None),
+        (False, None, "no two batches of one shape were trained"),
+        (False, "memory is short", "memory is short"),
+        (True, "batches have more than 32 shapes", "batches have more than 32 shapes"),
+    ):
+        found = GradientGraphs([], problem=problem, replayed=replayed)
+        used = graphs.graphs_used(found, config, on_gpu=True, num_workers=1)
+        assert used == {"cuda_graphs": replayed, "no_cuda_graphs_because": because}

@@ -32,16 +32,40 @@ Inputs = TypeVar("Inputs", bound=tuple[Any, ...])
 
 
 def has_graphs(config: StepConfig, *, on_gpu: bool, num_workers: int) -> bool:
-    """Check whether the steps of a run are captured.
+    """Check whether the steps of a run are captured; see `no_graphs_because`."""
+    return no_graphs_because(config, on_gpu=on_gpu, num_workers=num_workers) is None
+
+
+def no_graphs_because(config: StepConfig, *, on_gpu: bool, num_workers: int) -> str | None:
+    """Return why the steps of a run are not captured, in words; None if they are.
 
     With several workers they have not been measured: these ask for them. With fp32, torch.compile and xformers, graphs
     have not been shown to leave the results as they are.
     """
-    wanted = {"on": True, "off": False, "auto": num_workers == 1}
-    if not (on_gpu and wanted[config.cuda_graphs]):
-        return False
-    others = config.compile or config.enable_xformers_memory_efficient_attention
-    return config.mixed_precision in ("fp16", "bf16") and not others
+    if not on_gpu:
+        return "the run is on CPUs"
+    if config.cuda_graphs == "off":
+        return "--cuda_graphs off leaves them out"
+    if config.cuda_graphs == "auto" and num_workers > 1:
+        return f"there are {num_workers} workers; --cuda_graphs on takes them there too"
+    if config.mixed_precision not in ("fp16", "bf16"):
+        return "they are for bf16 and fp16, and the run is in fp32"
+    if config.compile:
+        return "--compile leaves them out"
+    if config.enable_xformers_memory_efficient_attention:
+        return "--enable_xformers_memory_efficient_attention leaves them out"
+    return None
+
+
+def graphs_used(graphs: GradientGraphs | None, config: StepConfig, *, on_gpu: bool, num_workers: int) -> dict[str, Any]:
+    """Return what run.json says of a run's graphs: whether there were any, and why not, or not to the end."""
+    if graphs is None:
+        return {
+            "cuda_graphs": False,
+            "no_cuda_graphs_because": no_graphs_because(config, on_gpu=on_gpu, num_workers=num_workers),
+        }
+    never = None if graphs.replayed else "no two batches of one shape were trained"
+    return {"cuda_graphs": graphs.replayed, "no_cuda_graphs_because": graphs.problem or never}
 
 
 class _Graph(NamedTuple):

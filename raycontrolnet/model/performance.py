@@ -167,14 +167,9 @@ def fastest_convolutions(device: torch.device, dtype: torch.dtype) -> Iterator[N
         torch.backends.cudnn.benchmark = before
 
 
-def kernels_used(components: Components, *, graphs: bool) -> dict[str, Any]:
-    """Return what run.json says of the kernels of a training step.
-
-    Args:
-        graphs: true if CUDA graphs started them.
-    """
-    used = {"attention": attention_kernels(components), "fused_layers": fused_layers(components)}
-    return used | {"cuda_graphs": graphs}
+def kernels_used(components: Components) -> dict[str, Any]:
+    """Return what run.json says of the kernels of a training step."""
+    return {"attention": attention_kernels(components), "fused_layers": fused_layers(components)}
 
 
 def attention_kernels(components: Components) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from raycontrolnet.errors import UserError
 from raycontrolnet.model.averages import with_averages
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.gradients import GradientAverage
-from raycontrolnet.model.graphs import GradientGraphs, has_graphs
+from raycontrolnet.model.graphs import GradientGraphs, no_graphs_because
 from raycontrolnet.model.optim import build_lr_scheduler, build_optimizer
 from raycontrolnet.model.optimizers import keeps_layouts
 from raycontrolnet.model.performance import compile_models, enable_memory_savers, memory_share, working_precision
@@ -192,13 +192,11 @@ def _graphs(
 ) -> GradientGraphs | None:
     """Return the place of a run's graphs; None if it has none."""
     on_gpu = accelerator.device.type == "cuda"
-    if has_graphs(config, on_gpu=on_gpu, num_workers=accelerator.num_processes):
+    problem = no_graphs_because(config, on_gpu=on_gpu, num_workers=accelerator.num_processes)
+    if problem is None:
         return GradientGraphs(weights)
-    if on_gpu and config.cuda_graphs != "off":
-        logger.info(
-            "no CUDA graphs: these are for one worker (for several with --cuda_graphs on), in bf16 or fp16, without "
-            "--compile and xformers"
-        )
+    if on_gpu:
+        logger.info("no CUDA graphs: %s", problem)
     return None
 
 
