@@ -101,7 +101,7 @@ def _average(weights: Sequence[torch.nn.Parameter]) -> None:
     """Put the average over the workers in the place of the gradients of weights of one dtype, sent as one tensor."""
     if not weights:
         return
-    gradients = [weight.grad for weight in weights]
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
     sizes = [weight.numel() for weight in weights]
     together = torch.empty(sum(sizes), dtype=weights[0].dtype, device=weights[0].device)
     # In the weights' layouts, which are the same in all workers.
