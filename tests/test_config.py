@@ -219,9 +219,9 @@ def other_values(image: str) -> Settings:
         "lr_scheduler": "cosine", "mixed_precision": "bf16", "report_to": "wandb", "num_workers": "2:4",
         "cache_latents": "on", "latents_dtype": "float32", "on_bad_sample": "skip", "on_nan": "skip",
         "license": "openrail++", "image_interpolation_mode": "lanczos", "size_conditioning": "real",
-        "save_precision": "bf16", "save_name": "edges", "cuda_graphs": "on", "loss": "huber", "timestep_sampling": "logit_normal",
+        "save_precision": "bf16", "save_name": "edges", "loss": "huber", "timestep_sampling": "logit_normal",
         "high_noise_power": 2.5, "optimizer": "torch.optim.RAdam", "crop": "random",
-        "control_fidelity": "shape", "validation_image": (image, image), "resolution": 256,
+        "control_fidelity": "shape", "validation_image": (image, image), "resolution": 256, "cuda_graphs": "on",
     }  # fmt: skip
     own |= {name: not DEFAULTS[name] for name, kind in KINDS.items() if kind == "FLAG"}
     values = {name: own.get(name, kinds[kind](index)) for index, (name, kind) in enumerate(KINDS.items())}
