@@ -60,7 +60,7 @@ OWN_FLAGS: dict[str, dict[str, Any]] = {
         "on_nan": "fail", "save_precision": "fp32", "save_name": None, "base_config": None,
         "control_fidelity": None, "tracker_group": None, "size_conditioning": "fixed", "loss": "mse",
         "timestep_sampling": None, "crop": "center",
-        "optimizer": "torch.optim.AdamW",
+        "optimizer": "torch.optim.AdamW", "cuda_graphs": "auto",
     },
     "VALUES": {
         "optimizer_args": None,
@@ -70,7 +70,7 @@ OWN_FLAGS: dict[str, dict[str, Any]] = {
     },
     "FLAG": {
         "compile": False, "use_ema": False, "random_flip": False, "rescale_betas_zero_snr": False,
-        "aspect_buckets": False, "cuda_graphs": True,
+        "aspect_buckets": False,
     },
     "FLOAT": {
         "cpus_per_worker": None, "validation_split": None, "max_bad_fraction": 0.01, "guidance_scale": None,
@@ -221,7 +221,7 @@ def other_values(image: str) -> Settings:
         "license": "openrail++", "image_interpolation_mode": "lanczos", "size_conditioning": "real",
         "save_precision": "bf16", "save_name": "edges", "loss": "huber", "timestep_sampling": "logit_normal",
         "high_noise_power": 2.5, "optimizer": "torch.optim.RAdam", "crop": "random",
-        "control_fidelity": "shape", "validation_image": (image, image), "resolution": 256,
+        "control_fidelity": "shape", "validation_image": (image, image), "resolution": 256, "cuda_graphs": "on",
     }  # fmt: skip
     own |= {name: not DEFAULTS[name] for name, kind in KINDS.items() if kind == "FLAG"}
     values = {name: own.get(name, kinds[kind](index)) for index, (name, kind) in enumerate(KINDS.items())}
@@ -300,7 +300,7 @@ RULES: dict[str, list[tuple[str, Any]]] = {
     "must be in [0, 1]": [
         ("proportion_empty_prompts", 1.5), ("proportion_empty_prompts", -0.1), ("max_bad_fraction", 2),
     ],
-    "must be one of auto, on, off": [("cache_latents", "yes")],
+    "must be one of auto, on, off": [("cache_latents", "yes"), ("cuda_graphs", "yes")],
     "must be one of float16, float32": [("latents_dtype", "half")],
     "must be one of fixed, real": [("size_conditioning", "own")],
     "must be one of nearest, nearest_exact, bilinear, bicubic, box, hamming, lanczos; perhaps you meant lanczos": [

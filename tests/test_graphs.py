@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,9 +15,9 @@ from typing import Any, cast
 import pytest
 import torch
 from bucket_data import write_pictures
+from captures import Captures
 from reference import fake_rows, steps, training, write_trained_controlnet
 from runs import run
-from torch import Tensor
 
 from raycontrolnet import TrainConfig
 from raycontrolnet.config.output_settings import WEIGHTS_FILE
@@ -28,37 +28,6 @@ from raycontrolnet.model.step import TrainState
 from raycontrolnet.training import state as states
 
 Settings = dict[str, Any]
-
-
-class Captures:
-    """Stand-in of `capture`, which counts, and checks that what is replayed still lies where it was captured."""
-
-    def __init__(self) -> None:
-        self.captured = self.replayed = 0
-        self.error: Exception | None = None
-        self.weights: list[torch.nn.Parameter] = []
-
-    def __call__(self, function: Callable[[], Tensor], _pool: Any) -> tuple[Callable[[], None], Tensor]:
-        self.captured += 1
-        if self.error:
-            raise self.error
-        loss = torch.full((), torch.nan)
-        places = self.places()
-        assert places
-
-        def replay() -> None:
-            self.replayed += 1
-            assert self.places() == places
-            loss.copy_(function())
-
-        return replay, loss
-
-    def places(self) -> list[tuple[int, int]]:
-        return [(each.data_ptr(), each.grad.data_ptr()) for each in self.weights if each.grad is not None]
-
-    def graphs(self, weights: Sequence[torch.nn.Parameter]) -> GradientGraphs:
-        self.weights = list(weights)
-        return GradientGraphs(self.weights)
 
 
 @pytest.fixture
@@ -168,7 +137,7 @@ def test_where_memory_is_short_the_run_goes_on_without(
 def test_a_step_that_cannot_be_captured_ends_the_run(settings: Settings, captures: Captures) -> None:
     """Torch's allocator stays in the capture."""
     captures.error = RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
-    with pytest.raises(RunError, match=r"cannot be captured.*not permitted.*; add --no_cuda_graphs"):
+    with pytest.raises(RunError, match=r"cannot be captured.*not permitted.*; add --cuda_graphs off"):
         results(settings, *ONE_SIZE, by=captures)
 
 
@@ -285,8 +254,8 @@ def test_each_size_of_aspect_buckets_has_a_graph(
     ("changed", "device", "workers", "because"),
     [
         ({}, "cpu", 1, "the run is on CPUs"),
-        ({}, "cuda", 2, "they are for one worker, and there are 2"),
-        ({"cuda_graphs": False}, "cuda", 1, "--no_cuda_graphs leaves them out"),
+        ({}, "cuda", 2, "there are 2 workers; --cuda_graphs on takes them there too"),
+        ({"cuda_graphs": "off"}, "cuda", 2, "--cuda_graphs off leaves them out"),
         ({"mixed_precision": "no"}, "cuda", 1, "they are for bf16 and fp16, and the run is in fp32"),
         ({"compile": True}, "cuda", 1, "--compile leaves them out"),
         (
@@ -308,6 +277,7 @@ def test_who_gets_graphs(
 
     assert graphs_of({}, "cuda", 1)
     assert graphs_of({"mixed_precision": "fp16"}, "cuda", 1)
+    assert graphs_of({"cuda_graphs": "on"}, "cuda", 2)
     assert graphs_of(changed, device, workers) is None
     assert [record.getMessage() for record in caplog.records] == (
         [f"no CUDA graphs: {because}"] if device == "cuda" else []

@@ -202,7 +202,7 @@ def test_the_flags_that_are_not_in_use(tiny_settings: Settings) -> None:
     )
     every: dict[str, Any] = {
         "gradient_checkpointing": True, "train_batch_size": 1, "mixed_precision": "bf16", "use_8bit_adam": True,
-        "cached": True, "set_grads_to_none": True, "cuda_graphs": False,
+        "cached": True, "set_grads_to_none": True, "cuda_graphs": "off",
     }  # fmt: skip
     assert advice(tiny_settings, **every) == (
         "No flag is left that needs less: take a smaller --resolution, or a GPU with more memory"
@@ -215,18 +215,20 @@ def test_the_flags_that_are_not_in_use(tiny_settings: Settings) -> None:
         ("use_8bit_adam", False, "--use_8bit_adam"),
         ("cached", False, "--cache_latents on"),
         ("set_grads_to_none", False, "--set_grads_to_none"),
-        ("cuda_graphs", True, "--no_cuda_graphs"),  # which hold the gradients
+        ("cuda_graphs", "auto", "--cuda_graphs off"),  # which hold the gradients
         ("share", 0.5, "more than 0.5 of a GPU (--gpus_per_trial)"),
     ):
         assert advice(tiny_settings, **every | {name: other}) == f"Less is needed with {flag}{END}"
-    both = every | {"set_grads_to_none": False, "cuda_graphs": True}
-    assert advice(tiny_settings, **both) == f"Less is needed with --set_grads_to_none --no_cuda_graphs{END}"
-    accumulated = every | {"cuda_graphs": True, "gradient_accumulation_steps": 2}
+    both = every | {"set_grads_to_none": False, "cuda_graphs": "auto"}
+    assert advice(tiny_settings, **both) == f"Less is needed with --set_grads_to_none --cuda_graphs off{END}"
+    accumulated = every | {"cuda_graphs": "auto", "gradient_accumulation_steps": 2}
     assert advice(tiny_settings, **accumulated).startswith("No flag is left"), "gradients stay with and without graphs"
     # An update of the averages needs a copy, beside the activations that graphs hold.
     averaged = advice(tiny_settings, **accumulated, use_ema=True)
-    assert averaged == f"Less is needed with --no_cuda_graphs{END}"
+    assert averaged == f"Less is needed with --cuda_graphs off{END}"
     assert advice(tiny_settings, **accumulated | {"num_workers": 2}, use_ema=True).startswith("No flag is left")
+    several = accumulated | {"num_workers": 2, "cuda_graphs": "on", "use_ema": True}
+    assert advice(tiny_settings, **several) == f"Less is needed with --cuda_graphs off{END}"
     assert "--mixed_precision fp16" in advice(tiny_settings, bf16=False)
     assert "--train_batch_size 6 --gradient_accumulation_steps 6 (" in advice(
         tiny_settings, train_batch_size=12, gradient_accumulation_steps=3
@@ -253,7 +255,7 @@ def test_a_run_that_is_out_of_memory(tiny_settings: Settings, tmp_path: Path, mo
     assert first == (
         "Out of GPU memory: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of "
         "which 1.25 GiB is free. Less is needed with --train_batch_size 2 --gradient_accumulation_steps 2 (as many "
-        f"samples an update), --use_8bit_adam, --cache_latents on or --set_grads_to_none --no_cuda_graphs{END}."
+        f"samples an update), --use_8bit_adam, --cache_latents on or --set_grads_to_none --cuda_graphs off{END}."
     )
     assert second.startswith("The checkpoint of update 2 stands: go on with --resume_from_checkpoint latest")
     assert json.loads((out / "run.json").read_text())["cause"].startswith("Out of GPU memory: ")

@@ -115,7 +115,7 @@ def test_graphs_keep_the_inputs_of_each_size(sd15: Path) -> None:
     assert two.graph_inputs_per_sample == 2 * (of_size + of_prompt)
     assert two == replace(one, graph_inputs_per_sample=two.graph_inputs_per_sample)
     assert two.total(8) - one.total(8) == 8 * one.graph_inputs_per_sample
-    assert predicted(sd15, torch.bfloat16, sizes=sizes, cuda_graphs=False, **settings) == two.without_graphs()
+    assert predicted(sd15, torch.bfloat16, sizes=sizes, cuda_graphs="off", **settings) == two.without_graphs()
     pixels = predicted(sd15, torch.bfloat16, cached=False, **settings)
     assert pixels.graph_inputs_per_sample == one.graph_inputs_per_sample + 512 * 512 * 3 - 2 * 4 * 64 * 64 * 2
 
@@ -311,18 +311,19 @@ def test_graphs_are_left_out_where_that_makes_it_fit(tiny_base: Path) -> None:
 
     bare, bare_less = plain.without_graphs().total(64), less.without_graphs().total(64)
     assert bare_less < less.total(64) < bare < plain.total(64)
-    assert advice((bare, plain.total(64))) == f"--no_cuda_graphs brings it to {memory_size(bare)}"
+    assert advice((bare, plain.total(64))) == f"--cuda_graphs off brings it to {memory_size(bare)}"
     assert advice((less.total(64), bare)) == f"--gradient_checkpointing brings it to {memory_size(less.total(64))}"
     assert advice((bare_less, less.total(64))) == (
-        f"--gradient_checkpointing --no_cuda_graphs brings it to {memory_size(bare_less)}"
+        f"--gradient_checkpointing --cuda_graphs off brings it to {memory_size(bare_less)}"
     )
     without = replace(needs, prediction=plain.without_graphs(), checkpointed=less.without_graphs)
-    assert "--no_cuda_graphs" not in without.advice(LEAST_RESERVED)
+    assert "--cuda_graphs off" not in without.advice(LEAST_RESERVED)
     small = replace(needs, train=replace(train, use_8bit_adam=True))
     one = less.without_graphs().total(1)
     device = (one + less.total(1) + 2 * LEAST_RESERVED) / 2 / (1 - GAPS)
     assert re.fullmatch(
-        r"--train_batch_size \d+ --gradient_accumulation_steps \d+ fits with --gradient_checkpointing --no_cuda_graphs",
+        r"--train_batch_size \d+ --gradient_accumulation_steps \d+ "
+        r"fits with --gradient_checkpointing --cuda_graphs off",
         small.advice(device),
     )
 

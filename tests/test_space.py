@@ -72,7 +72,7 @@ OTHERS: dict[str, Any] = {
     "conditioning_image_column": "other", "caption_column": "other", "resolution": 256, "latents_dtype": "float32",
     "pretrained_vae_model_name_or_path": "other", "image_interpolation_mode": "lanczos", "size_conditioning": "real",
     "crops_coords_top_left_h": 8, "crops_coords_top_left_w": 8, "base_config": "other",
-    "crop": "top", "random_flip": True, "aspect_buckets": True, "cuda_graphs": False,
+    "crop": "top", "random_flip": True, "aspect_buckets": True, "cuda_graphs": "off",
 }  # fmt: skip
 """Name of a setting -> a value that is not its default."""
 

@@ -29,6 +29,7 @@ from raycontrolnet.config.rules import (
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
 CACHE_MODES = ("auto", "on", "off")
+GRAPH_MODES = ("auto", "on", "off")
 LATENTS_DTYPES = ("float16", "float32")
 BAD_SAMPLES = ("fail", "skip")
 CROPS = ("center", "top", "random")
@@ -226,8 +227,8 @@ class StepConfig:
     """Attention by xformers (needs a CUDA GPU): pip install 'raycontrolnet[xformers]'."""
     compile: bool = setting(False, sweepable=True)
     """Compile the UNet and the ControlNet for the training step (torch.compile): some minutes at the start."""
-    cuda_graphs: bool = setting(True, sweepable=True)
-    """Launch a step's forward and backward pass as one CUDA graph (one worker, bf16 or fp16, without --compile)."""
+    cuda_graphs: str = setting("auto", sweepable=True)
+    """Launch a step's passes as a CUDA graph, in bf16 or fp16 without --compile: auto (of one worker), on, off."""
     on_nan: str = setting("fail", changes_on_resume=True, fixed=FAULTS)
     """Reaction to an update whose loss or gradient is not finite, which is never taken: fail, or skip it."""
     max_nan: int = setting(10, changes_on_resume=True, fixed=FAULTS)
@@ -237,6 +238,7 @@ class StepConfig:
         yield from at_least(self, 1, "train_batch_size", "num_train_epochs", "max_train_steps")
         yield from at_least(self, 1, "gradient_accumulation_steps")
         yield from one_of(self, "mixed_precision", MIXED_PRECISIONS)
+        yield from one_of(self, "cuda_graphs", GRAPH_MODES)
         yield from one_of(self, "on_nan", BAD_SAMPLES)
         yield from at_least(self, 1, "max_nan")
         if self.compile and self.enable_xformers_memory_efficient_attention:

@@ -26,7 +26,7 @@ from raycontrolnet.model.optimizers import try_optimizer
 from raycontrolnet.model.performance import has_bf16, working_precision
 from raycontrolnet.model.problems import model_problems
 from raycontrolnet.predict.devices import REACHED, peak_of
-from raycontrolnet.predict.prediction import GIB, RESERVED, Prediction, margin
+from raycontrolnet.predict.prediction import GIB, MIB, RESERVED, Prediction, margin
 from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.storage.resume import resolve
 from raycontrolnet.storage.run_folder import RunFolder
@@ -237,7 +237,8 @@ def _disk_lines(needs: Needs, schedule: Schedule, rows: int, *, cached: bool) ->
 
 
 def _per_sample(size: float) -> str:
-    return f"{size / GIB:.2f} GiB a sample" if size >= 0.1 * GIB else f"{memory_size(size)} a sample"
+    small = f"{size / 1024:.0f} KiB" if size < 0.1 * MIB else memory_size(size)
+    return f"{size / GIB:.2f} GiB a sample" if size >= 0.1 * GIB else f"{small} a sample"
 
 
 def _row(name: str, size: str, more: str = "") -> str:

@@ -25,7 +25,7 @@ from raycontrolnet.predict.shapes import shaped
 from raycontrolnet.text import counted, file_size
 from raycontrolnet.training.schedule import Schedule, due_steps
 
-NO_GRAPHS = "--no_cuda_graphs"
+NO_GRAPHS = "--cuda_graphs off"
 
 
 @dataclass(frozen=True)

@@ -39,15 +39,15 @@ def has_graphs(config: StepConfig, *, on_gpu: bool, num_workers: int) -> bool:
 def no_graphs_because(config: StepConfig, *, on_gpu: bool, num_workers: int) -> str | None:
     """Return why the steps of a run are not captured, in words; None if they are.
 
-    Several workers average their gradients from Python, during the backward pass. With fp32, torch.compile and
-    xformers, graphs have not been shown to leave the results as they are.
+    With several workers they have not been measured: these ask for them. With fp32, torch.compile and xformers, graphs
+    have not been shown to leave the results as they are.
     """
     if not on_gpu:
         return "the run is on CPUs"
-    if not config.cuda_graphs:
-        return "--no_cuda_graphs leaves them out"
-    if num_workers > 1:
-        return f"they are for one worker, and there are {num_workers}"
+    if config.cuda_graphs == "off":
+        return "--cuda_graphs off leaves them out"
+    if config.cuda_graphs == "auto" and num_workers > 1:
+        return f"there are {num_workers} workers; --cuda_graphs on takes them there too"
     if config.mixed_precision not in ("fp16", "bf16"):
         return "they are for bf16 and fp16, and the run is in fp32"
     if config.compile:
@@ -196,7 +196,7 @@ class GradientGraphs:
         except RuntimeError as error:
             # torch leaves its allocator as in a capture: nothing can go on in this process.
             said = f"The step cannot be captured in a CUDA graph: {error_message(error, 200)}"
-            raise RunError(f"{said}; add --no_cuda_graphs") from error
+            raise RunError(f"{said}; add --cuda_graphs off") from error
         needed = LEFT_FREE * sum(each.nbytes for each in self._gradients.values())
         if free_bytes(self.weights[0].device) < needed:
             return f"less than the {needed / 2**30:.1f} GiB that an update needs would be left beside them"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +16,7 @@ from raycontrolnet.model.averages import update_averages
 from raycontrolnet.model.batch import Batch, Draws
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.diffusion import per_sample_loss, sample_posterior
+from raycontrolnet.model.gradients import GradientAverage
 from raycontrolnet.model.graphs import GradientGraphs
 from raycontrolnet.model.performance import uncompiled
 from raycontrolnet.model.vae import encode_images
@@ -47,6 +48,8 @@ class TrainState:
     """True if the denoiser and the ControlNet are compiled, for batches of the step's shape."""
     graphs: GradientGraphs | None = None
     """The graphs of the forward and backward pass; None to run these without."""
+    gradient_average: GradientAverage | None = None
+    """The average over several workers; None for one, or where DDP does it."""
     step: int = 0
     """Optimizer updates done."""
     samples: int = 0
@@ -164,6 +167,8 @@ def train_step(state: TrainState, batch: Batch, draws: Draws, weight: float = 1.
         grad_norm = None
         lr = float(state.lr_scheduler.get_last_lr()[0])
         if accelerator.sync_gradients:
+            if state.gradient_average:
+                state.gradient_average.average()
             grad_norm = accelerator.clip_grad_norm_(state.controlnet.parameters(), state.max_grad_norm)
             if accelerator.scaler is None:
                 _skip_if_not_finite(state.optimizer, grad_norm)
@@ -187,7 +192,8 @@ def _add_gradients(state: TrainState, batch: Batch, draws: Draws, weight: float)
 
     def add(inputs: tuple[Batch, Draws, dict[str, Any]]) -> Tensor:
         loss = _loss(state.components, state.controlnet, inputs, state.objective).mean()
-        state.accelerator.backward(loss * weight)
+        with state.gradient_average.watching() if state.gradient_average else nullcontext():
+            state.accelerator.backward(loss * weight)
         return loss.detach()
 
     # Not in the graphs: Transformers 5.17 takes another attention, which rounds otherwise, while a stream is captured.

@@ -56,6 +56,6 @@ def _flags(config: TrainConfig, *, cached: bool, num_workers: int, share: float,
     held = ["--set_grads_to_none"] if given_back and not config.set_grads_to_none else []
     # Graphs hold gradients, too, and activations while averages are updated.
     if (given_back or config.use_ema) and has_graphs(config, on_gpu=True, num_workers=num_workers):
-        held.append("--no_cuda_graphs")
+        held.append("--cuda_graphs off")
     if held:
         yield " ".join(held)

@@ -21,6 +21,7 @@ from raycontrolnet.data.order import Purpose, keyed_seed
 from raycontrolnet.errors import UserError
 from raycontrolnet.model.averages import with_averages
 from raycontrolnet.model.components import Components, load_components
+from raycontrolnet.model.gradients import GradientAverage
 from raycontrolnet.model.graphs import GradientGraphs, no_graphs_because
 from raycontrolnet.model.optim import build_lr_scheduler, build_optimizer
 from raycontrolnet.model.optimizers import keeps_layouts
@@ -160,7 +161,11 @@ def state_of(
     lr_scheduler = build_lr_scheduler(config, optimizer, schedule.total_updates, updates_done)
     if config.compile:
         compile_models(components)
-    controlnet, prepared_optimizer = accelerator.prepare(components.controlnet, optimizer)
+    graphs = _graphs(weights, config, accelerator)
+    averages_itself = graphs is not None and accelerator.num_processes > 1
+    # For an evaluation: without DDP, which averages from Python.
+    controlnet = accelerator.prepare_model(components.controlnet, evaluation_mode=averages_itself)
+    prepared_optimizer = accelerator.prepare_optimizer(optimizer)
     if checkpoint:  # after accelerate, which loads the optimizer's state once more, and not in its dtypes
         load_optimizer(optimizer, accelerator, checkpoint, saved)
     return TrainState(
@@ -175,7 +180,8 @@ def state_of(
         objective=config,
         averages=build_averages(components.controlnet, config, checkpoint, saved),
         compiled=config.compile,
-        graphs=_graphs(weights, config, accelerator),
+        graphs=graphs,
+        gradient_average=GradientAverage(weights) if averages_itself else None,
         step=checkpoint.step if checkpoint else 0,
         samples=checkpoint.samples if checkpoint else 0,
     )

@@ -14,10 +14,10 @@ from states import components_of, settings
 
 NAMES = (
     "fp32 is the CPU's", "bf16 gradients", "gradient checkpointing", "exact resume", "fp16 gradients",
-    "exact resume in fp16", "the loss scaler skips", "no synchronisation", "CUDA graphs", "fused layers", "compiled",
-    "copied checkpoint", "exact resume of 8-bit Adam",
+    "exact resume in fp16", "the loss scaler skips", "no synchronisation", "CUDA graphs",
+    "averaged gradients", "fused layers", "compiled", "copied checkpoint", "exact resume of 8-bit Adam",
 )  # fmt: skip
-"""All checks; the last nine need a GPU, and the very last bitsandbytes."""
+"""All checks; the last ten need a GPU, and the very last bitsandbytes."""
 
 
 def checks(device: torch.device) -> dict[str, Callable[[], Result]]:
@@ -36,6 +36,7 @@ def checks(device: torch.device) -> dict[str, Callable[[], Result]]:
             "the loss scaler skips": lambda: correctness.loss_scaler_skips(base, device),
             "no synchronisation": lambda: correctness.no_synchronisation(base, device),
             "CUDA graphs": lambda: speedups.cuda_graphs(base, device),
+            "averaged gradients": lambda: speedups.averaged_gradients(base, device),
             "fused layers": lambda: speedups.fused(base, device),
             "compiled": lambda: speedups.compiled(base, device),
             "copied checkpoint": lambda: correctness.copied_checkpoint(base, device),

@@ -112,7 +112,7 @@ def no_synchronisation(base: Components, device: torch.device) -> Result:
     """Let CUDA fail at whatever waits for the device in a step whose batch and draws are there."""
     said: dict[str, str | None] = {}
     for name, graphs in (("kernel by kernel", False), ("by a graph", True)):
-        config = settings("bf16", cuda_graphs=graphs)
+        config = settings("bf16", cuda_graphs="on" if graphs else "off")
         with training(copied(base, config, device), config) as state:
             do_steps(state, 0, 2, device)
             batch = random_batch(state.components, SIZE, TINY_RESOLUTION, device, cached=False)

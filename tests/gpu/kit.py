@@ -168,7 +168,7 @@ def on_gpu(report: Report, checks: dict[str, Callable[[], Any]], updates: int) -
     for name, check in later.items():
         report.part("checks", name, check)
     for size in (BATCHES[0], BATCHES[-1]):
-        rate("without graphs", SD15, size, cuda_graphs=False)
+        rate("without graphs", SD15, size, cuda_graphs="off")
         rate("PyTorch's layers", SD15, size, fused=False)
     if find_spec("bitsandbytes"):
         rate("8-bit Adam", SD15, BATCHES[-1], use_8bit_adam=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +12,11 @@ from typing import Any
 import torch
 from correctness import CPU, SIZE, Result, compared, do_steps, gradients
 from states import TINY_RESOLUTION, copied, draws_of, random_batch, settings, training
+from torch import distributed
 
+from raycontrolnet.model import gradients as gradients_of_workers
 from raycontrolnet.model.components import Components
+from raycontrolnet.model.gradients import GradientAverage
 from raycontrolnet.model.graphs import GradientGraphs
 from raycontrolnet.model.performance import fused_layers, tf32
 from raycontrolnet.model.step import StepMetrics, TrainState, train_step
@@ -47,7 +51,7 @@ def cuda_graphs(base: Components, device: torch.device) -> Result:
     for precision, changes in GRAPHED.items():
         found = []
         for graphs in (False, False, True):
-            config = settings(precision, learning_rate=1e-4, cuda_graphs=graphs, **changes)
+            config = settings(precision, learning_rate=1e-4, cuda_graphs="on" if graphs else "off", **changes)
             with training(copied(base, config, device), config) as state:
                 torch.backends.cudnn.benchmark = False
                 if graphs and state.graphs is None:  # in fp32, where runs have none until this has been shown
@@ -73,6 +77,29 @@ def _by_turns(state: TrainState, first: int, device: torch.device) -> Iterator[S
         yield train_step(state, batch, draws_of(state.components, 8 * index, size, TINY_RESOLUTION, device))
     with state.paused():
         pass
+
+
+def averaged_gradients(base: Components, device: torch.device) -> Result:
+    """Train by graphs with and without an average over the workers of a group of one, in many parts: the same bits."""
+    found, before = [], gradients_of_workers.BUCKET_BYTES
+    config = settings("bf16", learning_rate=1e-4, gradient_accumulation_steps=2, cuda_graphs="on")
+    with tempfile.TemporaryDirectory() as folder:
+        distributed.init_process_group("nccl", init_method=f"file://{folder}/group", rank=0, world_size=1)
+        try:
+            gradients_of_workers.BUCKET_BYTES = 2**18
+            for averages in (False, True):
+                with training(copied(base, config, device), config) as state:
+                    torch.backends.cudnn.benchmark = False
+                    weights = list(state.components.controlnet.parameters())
+                    state.gradient_average = GradientAverage(weights) if averages else None
+                    losses = [each.loss[None] for first in (0, 4) for each in _by_turns(state, first, device)]
+                    found.append(torch.cat([*losses, *(weight.detach().flatten() for weight in weights)]))
+                    replayed = state.graphs is not None and state.graphs.replayed
+        finally:
+            gradients_of_workers.BUCKET_BYTES = before
+            distributed.destroy_process_group()
+    off = float((found[0] - found[1]).norm() / found[0].norm())
+    return {"off by": off, "by graphs": replayed, "ok": off == 0 and replayed}
 
 
 def fused(base: Components, device: torch.device) -> Result:
