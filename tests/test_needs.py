@@ -303,36 +303,65 @@ def test_trials_of_an_earlier_part_count_until_they_have_ended(tiny_settings: di
         assert heaviest(left).run.config.train_batch_size == expected
 
 
-@pytest.mark.parametrize("searcher", ["random", "optuna"])
-def test_only_what_will_run_is_refused(
-    searcher: str, tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+BIG = replace(TRAIN, train_batch_size=8, seed=0)
+TOO_BIG = "batch 8 needs 62.0 GiB, this GPU has 24.0 GiB: --gradient_checkpointing brings it to 17.3 GiB"
+
+
+def said_of_the_heaviest(plan: SweepPlan, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Say the needs of a trial of batch 8 that cannot fit, of which 2 would fit."""
+    needs = Needs(BIG, prediction(8e9), lambda: prediction(2e9))
+    monkeypatch.setattr(Counting, "result", lambda _: Counted(needs, 24 * GIB, for_gpus=True))
+    stream, found = io.StringIO(), heaviest(plan)._replace(run=replace(plan.run, config=BIG))
+    with counting(BIG, None, cached=True, wanted=False) as under_way:
+        say_heaviest(plan, found, under_way, stream, types=None, use_gpu=True)
+    first, *rest = stream.getvalue().splitlines()
+    assert first.startswith("needs: 62.0 GiB of each GPU at batch 8")
+    return rest
+
+
+def test_a_trial_that_will_run_and_cannot_fit_is_refused(
+    tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Optuna has not said what it will try: a combination that cannot fit is warned of."""
-    if searcher == "optuna":
-        pytest.importorskip("optuna")
-    monkeypatch.setattr(Counting, "result", lambda _: Counted(NEEDS, 24 * GIB, for_gpus=True))
-    plan, stream = planned(tiny_settings, 12, searcher=searcher), io.StringIO()
-    why = "batch 4 needs 32.2 GiB, this GPU has 24.0 GiB: --gradient_checkpointing brings it to 9.9 GiB"
-    found = heaviest(plan)._replace(run=replace(plan.run, config=replace(TRAIN, seed=0)))
-    with counting(TRAIN, None, cached=True, wanted=False) as under_way:
-        how: dict[str, Any] = {"types": None, "use_gpu": True}
-        if searcher == "random":
-            with pytest.raises(ConfigError) as error:
-                say_heaviest(plan, found, under_way, stream, **how)
-            assert str(error.value) == (
-                f"--space: trial {found.trial} has train_batch_size 8, gradient_checkpointing False, and cannot fit: "
-                + why
-            )
-            return
-        say_heaviest(plan, found, under_way, stream, **how)
-        needs, warning = stream.getvalue().splitlines()
-        assert needs.startswith("needs: 32.2 GiB of each GPU at batch 4")
-        assert warning == (
-            "warning: trials with train_batch_size 8, gradient_checkpointing False cannot fit, and fail alone: " + why
-        )
-        same = planned(tiny_settings, 2, {"learning_rate": SPACE["learning_rate"]}, searcher=searcher)
-        with pytest.raises(ConfigError, match=f"^--train_batch_size=4: {why}$"):
-            say_heaviest(same, heaviest(same)._replace(run=found.run), under_way, stream, **how)
+    plan = planned(tiny_settings, 12)
+    with pytest.raises(ConfigError) as error:
+        said_of_the_heaviest(plan, monkeypatch)
+    own = "gradient_checkpointing False, train_batch_size 8"
+    assert str(error.value) == f"--space: trial {heaviest(plan).trial} has {own}, and cannot fit: {TOO_BIG}"
+
+
+@pytest.mark.parametrize(
+    ("batches", "said"),
+    [
+        ({"choice": [2, 8, 4]}, "train_batch_size 4 or more"),
+        ({"uniform": [1, 8]}, "train_batch_size 4 or more"),
+        ({"choice": [2, 8]}, "train_batch_size 8"),
+        (None, ""),
+    ],
+)
+def test_what_optuna_may_try_is_warned_of(
+    batches: dict[str, Any] | None, said: str, tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has not said what it will: some trials may fit."""
+    pytest.importorskip("optuna")
+    given = {"train_batch_size": batches} if batches else {}
+    space = {"gradient_checkpointing": SPACE["gradient_checkpointing"], **given}
+    plan = planned(tiny_settings, 12, space, searcher="optuna")
+    own = f"gradient_checkpointing False{', ' * bool(said)}{said}"
+    assert said_of_the_heaviest(plan, monkeypatch) == [
+        f"warning: trials with {own} cannot fit, and fail alone: {TOO_BIG}"
+    ]
+
+
+def test_a_sweep_of_optuna_in_which_no_trial_fits_is_refused(
+    tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    plan = planned(tiny_settings, 2, {"train_batch_size": {"choice": [8, 4]}}, searcher="optuna")
+    with pytest.raises(ConfigError, match=f"^--space: no trial can fit: {TOO_BIG}$"):
+        said_of_the_heaviest(plan, monkeypatch)
+    plan = planned(tiny_settings, 2, {"learning_rate": SPACE["learning_rate"]}, searcher="optuna")
+    with pytest.raises(ConfigError, match=f"^--train_batch_size=8: {TOO_BIG}$"):
+        said_of_the_heaviest(plan, monkeypatch)
 
 
 def test_the_heaviest_trial_has_the_largest_images(tiny_settings: dict[str, Any], tmp_path: Path) -> None:

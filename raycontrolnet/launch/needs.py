@@ -67,12 +67,16 @@ class Needs:
     def fits(self, device_bytes: float) -> bool:
         return self.prediction.fits(self.train.train_batch_size, device_bytes)
 
+    def may_fit(self, batch_size: int, device_bytes: float) -> bool:
+        """Check whether a batch fits a device, or may fit if the prediction is too high."""
+        # Where memory is short, a run goes on without graphs by itself.
+        return not self.prediction.without_graphs().cannot_fit(batch_size, device_bytes)
+
     def problem(self, device_bytes: float, device: str = "this device") -> str | None:
         """Return why a run is refused on a device; None if it fits, or may fit if the prediction is too high."""
-        # Where memory is short, a run goes on without graphs by itself.
-        if not self.prediction.without_graphs().cannot_fit(self.train.train_batch_size, device_bytes):
-            return None
         size = self.train.train_batch_size
+        if self.may_fit(size, device_bytes):
+            return None
         return f"--train_batch_size={size}: {self.shortage(device_bytes, device)}"
 
     def shortage(self, device_bytes: float, device: str = "this device") -> str:

@@ -13,7 +13,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple, TextIO
@@ -49,6 +49,19 @@ class Counted(NamedTuple):
     """True if the layers and the default precision of GPUs were counted; else those of CPUs."""
 
 
+class CannotFit(ConfigError):
+    """A run that cannot fit its GPU.
+
+    Args:
+        problem: in words.
+        may_fit: checks whether another batch may fit.
+    """
+
+    def __init__(self, problem: str, may_fit: Callable[[int], bool]) -> None:
+        super().__init__([problem])
+        self.may_fit = may_fit
+
+
 class Counting:
     """A count under way."""
 
@@ -74,7 +87,7 @@ class Counting:
             share: part of a GPU that each worker gets.
 
         Raises:
-            ConfigError: if it cannot fit the GPU.
+            CannotFit: it cannot fit the GPU.
         """
         if (found := self.result()) is None:
             return
@@ -92,8 +105,8 @@ class Counting:
         except Exception:  # as of the advice
             logger.warning("needs could not be said", exc_info=True)
             return
-        if problem:
-            raise ConfigError([problem])
+        if problem and (memory := place.bytes):
+            raise CannotFit(problem, lambda size: needs.may_fit(size, memory))
 
     def result(self) -> Counted | None:
         """Wait for the count; None if there is none, or if it fails or takes too long, which stops no run."""

@@ -7,21 +7,22 @@ the heaviest combination is counted, and only warned of.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TextIO
 
-from raycontrolnet.config.space import combinations, draws, place_of, shown
+from raycontrolnet.config.space import Space, combinations, draws, place_of, shown
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.launch.checked_run import CheckedRun
-from raycontrolnet.launch.needs_beside import Counting
+from raycontrolnet.launch.needs_beside import CannotFit, Counting
 from raycontrolnet.model.optimizers import state_bytes_per_weight
 from raycontrolnet.model.size import FP32_BYTES
 from raycontrolnet.tune import checks
 from raycontrolnet.tune.plan import SweepPlan
 
+BATCH = "train_batch_size"
 MEMORY_SETTINGS = (
-    "train_batch_size", "resolution", "gradient_checkpointing", "use_8bit_adam", "optimizer", "optimizer_args",
+    BATCH, "resolution", "gradient_checkpointing", "use_8bit_adam", "optimizer", "optimizer_args",
     "use_ema", "mixed_precision",
 )  # fmt: skip
 """Settings by which trials need more memory or less."""
@@ -35,24 +36,6 @@ class Heaviest(NamedTuple):
     """The settings in the space by which it needs more or less."""
     trial: int | None
     """Its index; None if no trial has these settings yet."""
-
-    def refuse(self, place: str, problem: str, stream: TextIO) -> None:
-        """Refuse the sweep because the trial cannot fit, or warn if it is not known whether there will be such a trial.
-
-        Args:
-            place: of the space; see `place_of`.
-            problem: in words, as of a run.
-
-        Raises:
-            ConfigError: there will be.
-        """
-        own = ", ".join(f"{name} {shown(value)}" for name, value in self.settings.items())
-        if not own:
-            raise ConfigError([problem])
-        why = problem.removeprefix(f"--train_batch_size={self.run.config.train_batch_size}: ")
-        if self.trial is not None:
-            raise ConfigError([f"{place}: trial {self.trial} has {own}, and cannot fit: {why}"])
-        stream.write(f"warning: trials with {own} cannot fit, and fail alone: {why}\n")
 
 
 def heaviest(plan: SweepPlan) -> Heaviest:
@@ -93,15 +76,42 @@ def _weight(config: TrainConfig) -> tuple[Any, ...]:
 
 
 def say_heaviest(plan: SweepPlan, found: Heaviest, needs: Counting, stream: TextIO, **how: Any) -> None:
-    """Say what the heaviest trial needs.
+    """Say what the heaviest trial needs; if it cannot fit and may never be tried, say which trials cannot.
 
     Args:
         how: as of `Counting.say`.
 
     Raises:
-        ConfigError: as `Heaviest.refuse`.
+        ConfigError: it cannot fit, and it will be tried, or no other trial can fit either.
     """
     try:
         needs.say(found.run.schedule(None), stream=stream, **how)
-    except ConfigError as error:
-        found.refuse(place_of(plan.config.space), "; ".join(error.problems), stream)
+    except CannotFit as error:
+        if not found.settings:
+            raise
+        place, size = place_of(plan.config.space), found.run.config.train_batch_size
+        why = str(error).removeprefix(f"--train_batch_size={size}: ")
+        if found.trial is not None:
+            own = in_words(found.settings)
+            raise ConfigError([f"{place}: trial {found.trial} has {own}, and cannot fit: {why}"]) from None
+        smallest = _smallest(plan.space, size, error.may_fit)
+        if found.settings.keys() == {BATCH} and smallest == min(plan.space[BATCH].values):
+            raise ConfigError([f"{place}: no trial can fit: {why}"]) from None
+        own = in_words({**found.settings, BATCH: smallest} if BATCH in found.settings else found.settings)
+        more = " or more" if smallest < size else ""
+        stream.write(f"warning: trials with {own}{more} cannot fit, and fail alone: {why}\n")
+
+
+def in_words(settings: Mapping[str, Any]) -> str:
+    """Return settings and their values, the batch last."""
+    names = sorted(settings, key=lambda name: name == BATCH)
+    return ", ".join(f"{name} {shown(settings[name])}" for name in names)
+
+
+def _smallest(space: Space, size: int, may_fit: Callable[[int], bool]) -> int:
+    """Return the smallest batch in the space that cannot fit with the rest of the heaviest trial's settings."""
+    if BATCH not in space:
+        return size
+    values = space[BATCH].values
+    tried = range(values[0], values[1] + 1) if space[BATCH].is_range else sorted(values)
+    return next((each for each in tried if not may_fit(each)), size)
