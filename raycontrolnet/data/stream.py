@@ -64,7 +64,6 @@ class StreamLayout:
     """Batches of every worker."""
     batch_size: int
     num_workers: int = 1
-    """1 also if the number is not known: with a bundle of 1, batches are dealt one by one to any number of workers."""
     bundle: int = 1
     """Batches that travel together to a worker: Ray's work for each block costs tens of ms."""
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import ray
     import ray.train
 
+    from raycontrolnet.storage.checkpoint import Checkpoint
+
 logger = logging.getLogger(__name__)
 
 ENDLESS = 2**40
@@ -79,9 +81,10 @@ def train_on_ray(
         What the worker loop of rank 0 returns.
     """
     import ray
-    from ray.train import DataConfig, ScalingConfig
+    from ray.train import ScalingConfig
     from ray.train.torch import TorchConfig
 
+    from raycontrolnet.cluster.data_of_workers import DataOfWorkers, nothing_yet
     from raycontrolnet.cluster.trainer import InterruptibleTrainer
     from raycontrolnet.train_controlnet import train_controlnet
 
@@ -106,8 +109,8 @@ def train_on_ray(
             accelerator_type=resources.accelerator_type,
         ),
         run_config=_run_config(run, on_cpu=not resources.use_gpu),
-        datasets={"train": _dataset_factory(run, job, loader.batch_bytes)},
-        dataset_config=DataConfig(execution_options=options, enable_shard_locality=False),
+        datasets={"train": nothing_yet},
+        dataset_config=DataOfWorkers(_stream_factory(run, job, loader.batch_bytes), options),
     )
     trainer.folder = run.folder
     trainer.one_machine = resources.one_machine
@@ -255,19 +258,25 @@ def _checkpoint_is_there(run: CheckedRun, step: int) -> bool:
     return last is not None and last.step >= step
 
 
-def _dataset_factory(run: CheckedRun, job: Job, batch_bytes: int) -> Callable[[], ray.data.Dataset]:
-    """Return what Ray Train calls at every start of the workers: the stream from the last checkpoint on."""
-    batch_size, (fewest, most) = run.config.train_batch_size, run.config.worker_range
-    bundle = StreamLayout.bundle_for(batch_bytes)
+def _stream_factory(run: CheckedRun, job: Job, batch_bytes: int) -> Callable[[int], ray.data.Dataset]:
+    """Return what makes the stream from the last checkpoint on, for a number of workers, at every start of these."""
+    fewest, most = run.config.worker_range
     max_tasks = run.config.dataloader_num_workers * most or None
 
-    def dataset() -> ray.data.Dataset:
-        checkpoint = job.current_checkpoint(here=False)
-        step, samples = (checkpoint.step, checkpoint.samples) if checkpoint else (0, 0)
-        if fewest == most:
-            layout = StreamLayout(samples, run.schedule(checkpoint).batches_per_worker(step), batch_size, most, bundle)
-        else:  # how many workers an elastic run got is not known here: they stop by themselves
-            layout = StreamLayout(samples, ENDLESS, batch_size)
+    def stream(num_workers: int) -> ray.data.Dataset:
+        layout = stream_layout(run, job.current_checkpoint(here=False), num_workers, batch_bytes)
         return ray_dataset(job.loader, layout, max_tasks, elastic=fewest != most)
 
-    return dataset
+    return stream
+
+
+def stream_layout(run: CheckedRun, checkpoint: Checkpoint | None, num_workers: int, batch_bytes: int) -> StreamLayout:
+    """Return the batches from a checkpoint on, for as many workers as there are now.
+
+    Without end for an elastic run, of which the workers may have unequal numbers of batches: they stop by themselves.
+    """
+    step, samples = (checkpoint.step, checkpoint.samples) if checkpoint else (0, 0)
+    fewest, most = run.config.worker_range
+    micro_steps = run.schedule(checkpoint).batches_per_worker(step) if fewest == most else ENDLESS
+    bundle = StreamLayout.bundle_for(batch_bytes)
+    return StreamLayout(samples, micro_steps, run.config.train_batch_size, num_workers, bundle)

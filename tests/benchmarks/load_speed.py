@@ -53,12 +53,13 @@ def main() -> None:
     parser.add_argument("--commit", help="measure this commit as well, in turn with this tree")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--bundle", type=int, help="batches of a block; by default as many as the run would take")
     parser.add_argument("--seconds", type=float, default=40.0, help="of each measurement, after a warm-up")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--side", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        print(json.dumps(measure(args.side, args.workers, args.batch_size, args.seconds)))
+        print(json.dumps(measure(args.side, args.workers, args.batch_size, args.seconds, args.bundle)))
         return
     with tempfile.TemporaryDirectory(prefix="raycontrolnet-load-") as temporary, trees(args.commit) as sides:
         png_bytes = write_cache(Path(temporary))
@@ -68,6 +69,7 @@ def main() -> None:
                 environment = os.environ | {"PYTHONPATH": f"{tree}{os.pathsep}{ROOT / 'tests'}"}
                 own = ["--seconds", str(args.seconds), "--workers", str(args.workers)]
                 own += ["--batch_size", str(args.batch_size)]
+                own += ["--bundle", str(args.bundle)] if args.bundle else []
                 command = [sys.executable, str(Path(__file__).resolve()), "--side", temporary, *own]
                 done = subprocess.run(  # not here: Ray's workers would import from the working folder first
                     command, env=environment, cwd=temporary, check=True, stdout=subprocess.PIPE, text=True
@@ -161,8 +163,12 @@ def loader_of(folder: Path, batch_size: int) -> BatchLoader:
     return BatchLoader(LatentCache.of(cache, manifest, planned), SampleOrder(NUM_ROWS, seed=0), batch_size, 0.0)
 
 
-def measure(folder: Path, num_workers: int, batch_size: int, seconds: float) -> Figures:
-    """Return CPU ms per image by kind of process, images/s, and the seconds to the first batch."""
+def measure(folder: Path, num_workers: int, batch_size: int, seconds: float, bundle: int | None) -> Figures:
+    """Return CPU ms per image by kind of process, images/s, and the seconds to the first batch.
+
+    Args:
+        bundle: batches of a block; None for as many as a run would take.
+    """
     import ray
     from processes import start_ray
 
@@ -173,7 +179,7 @@ def measure(folder: Path, num_workers: int, batch_size: int, seconds: float) -> 
     loader = loader_of(folder, batch_size)
     # Earlier commits take every row for two decoded images.
     size = getattr(loader, "batch_bytes", None) or stream.batch_bytes(batch_size, RESOLUTION)  # type: ignore[attr-defined]
-    layout = stream.StreamLayout(0, 10**7, batch_size, num_workers, stream.StreamLayout.bundle_for(size))
+    layout = stream.StreamLayout(0, 10**7, batch_size, num_workers, bundle or stream.StreamLayout.bundle_for(size))
 
     class Worker:
         """Stands in for a training worker: takes its batches, looks at them and counts."""
