@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from raycontrolnet.version import __version__
 
 __all__ = [
+    "CheckConfig",
     "ConditionConfig",
     "ConditionResult",
     "GenerateConfig",
@@ -18,6 +19,7 @@ __all__ = [
     "SweepResult",
     "TrainConfig",
     "__version__",
+    "check",
     "condition",
     "control_fidelity",
     "fit",
@@ -28,11 +30,13 @@ __all__ = [
 
 if TYPE_CHECKING:
     from raycontrolnet.conditions.condition import ConditionResult, condition
+    from raycontrolnet.config.check_config import CheckConfig
     from raycontrolnet.config.condition_config import ConditionConfig
     from raycontrolnet.config.generate_config import GenerateConfig
     from raycontrolnet.config.sweep_config import SweepConfig
     from raycontrolnet.config.train_config import TrainConfig
     from raycontrolnet.latents.prepare import PrepareResult, prepare
+    from raycontrolnet.launch.check import check
     from raycontrolnet.launch.fit import RunResult, fit
     from raycontrolnet.sampling.fidelity import control_fidelity
     from raycontrolnet.sampling.generate import generate
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
     from raycontrolnet.tune.sweep import SweepResult, sweep
 
 _MODULES = {
+    "CheckConfig": "config.check_config",
     "ConditionConfig": "config.condition_config",
     "ConditionResult": "conditions.condition",
     "GenerateConfig": "config.generate_config",
@@ -49,6 +54,7 @@ _MODULES = {
     "SweepConfig": "config.sweep_config",
     "SweepResult": "tune.sweep",
     "TrainConfig": "config.train_config",
+    "check": "launch.check",
     "condition": "conditions.condition",
     "control_fidelity": "sampling.fidelity",
     "fit": "launch.fit",

@@ -240,7 +240,7 @@ COMMANDS = {
         f"{WITH_FILE}",
     ),
     "check": Command(
-        "launch.check:check",
+        "launch.check:check_on_stdout",
         _beside_train(CheckSettings, CheckConfig),
         (CheckSettings, *GROUPS),
         "Say what training with the same flags needs: memory, time, disk. No weights are read, nothing is trained. "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +17,8 @@ from runs import contents, metadata
 from train_base import quality
 
 from raycontrolnet import cli
-from raycontrolnet.demo.demo import BASE, FOLDER, SEED, UNSEEN_SEED, run_demo
-from raycontrolnet.demo.evaluation import colours_are_right
+from raycontrolnet.demo.demo import BASE, FOLDER, SEED, UNSEEN_SEED, num_compared, run_demo
+from raycontrolnet.demo.evaluation import SHOWN, colours_are_right
 from raycontrolnet.demo.shapes import COLOURS, SHAPES, draw_row, render, write_shapes
 from raycontrolnet.sampling.fidelity import asked_shape, found_shape, iou
 
@@ -231,6 +233,41 @@ def test_demo_writes_what_it_needs_and_compares(
     assert result.control_fidelity is not None
     figures = json.loads((FOLDER / "controlnet" / "demo.json").read_text())
     assert [f"{figures[name]['control_fidelity']:.2f}" for name, _, _ in found] == [shown for _, shown, _ in found]
+
+
+def test_a_short_demo_draws_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In proportion to its updates; the whole demo draws as before."""
+
+    def compared(*flags: str) -> int:
+        return num_compared(cli.parse("demo", flags))
+
+    assert compared() == compared("--max_train_steps", "1000") == compared("--max_train_steps", "5000") == 100
+    assert compared("--max_train_steps", "400") == 40
+    assert compared("--max_train_steps", "2") == SHOWN
+
+    class Ends(Exception):
+        pass
+
+    asked = []
+
+    def evaluate(*_: Any, number: int, **__: Any) -> None:
+        asked.append(number)
+        raise Ends
+
+    result = SimpleNamespace(output_dir=Path("raycontrolnet-demo/controlnet"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("raycontrolnet.demo.demo.NUM_ROWS", 4)
+    monkeypatch.setattr("raycontrolnet.launch.fit.fit", lambda _: result)
+    monkeypatch.setattr("raycontrolnet.demo.evaluation.evaluate", evaluate)
+    for steps in (20, 1000):
+        with pytest.raises(Ends):
+            run_demo(cli.parse("demo", ["--max_train_steps", str(steps)]))
+    assert asked == [SHOWN, 100]
+    said = capsys.readouterr().err
+    assert said.count("a short demo, of 20 updates in place of 1,000: before and after are compared on 8 unseen ") == 1
+    assert said.count("a short demo") == 1
 
 
 def test_demo_says_that_it_cannot_write(

@@ -74,7 +74,8 @@ def test_neither_vae_nor_images_are_needed_once_the_cache_is_there(
     [
         ({"max_train_steps": None, "num_train_epochs": 1, "train_batch_size": 13}, False),
         ({"max_train_steps": 3}, False),  # 12 of 13 samples
-        ({"max_train_steps": 4}, True),
+        ({"max_train_steps": None, "num_train_epochs": 1, "train_batch_size": 7}, False),  # 14 of 13
+        ({"max_train_steps": 4}, True),  # 16
         ({"max_train_steps": 2, "gradient_accumulation_steps": 2}, True),
         ({"max_train_steps": None, "num_train_epochs": 2}, True),
         ({"max_train_steps": 1, "cache_latents": "on"}, True),

@@ -202,7 +202,7 @@ def test_the_flags_that_are_not_in_use(tiny_settings: Settings) -> None:
     )
     every: dict[str, Any] = {
         "gradient_checkpointing": True, "train_batch_size": 1, "mixed_precision": "bf16", "use_8bit_adam": True,
-        "cached": True, "set_grads_to_none": True,
+        "cached": True, "set_grads_to_none": True, "cuda_graphs": "off",
     }  # fmt: skip
     assert advice(tiny_settings, **every) == (
         "No flag is left that needs less: take a smaller --resolution, or a GPU with more memory"
@@ -214,12 +214,21 @@ def test_the_flags_that_are_not_in_use(tiny_settings: Settings) -> None:
         ("mixed_precision", None, "--mixed_precision bf16"),
         ("use_8bit_adam", False, "--use_8bit_adam"),
         ("cached", False, "--cache_latents on"),
-        ("set_grads_to_none", False, "--set_grads_to_none --cuda_graphs off"),
+        ("set_grads_to_none", False, "--set_grads_to_none"),
+        ("cuda_graphs", "auto", "--cuda_graphs off"),  # which hold the gradients
         ("share", 0.5, "more than 0.5 of a GPU (--gpus_per_trial)"),
     ):
         assert advice(tiny_settings, **every | {name: other}) == f"Less is needed with {flag}{END}"
-    without = every | {"set_grads_to_none": False, "cuda_graphs": "off"}
-    assert advice(tiny_settings, **without) == f"Less is needed with --set_grads_to_none{END}"
+    both = every | {"set_grads_to_none": False, "cuda_graphs": "auto"}
+    assert advice(tiny_settings, **both) == f"Less is needed with --set_grads_to_none --cuda_graphs off{END}"
+    accumulated = every | {"cuda_graphs": "auto", "gradient_accumulation_steps": 2}
+    assert advice(tiny_settings, **accumulated).startswith("No flag is left"), "gradients stay with and without graphs"
+    # An update of the averages needs a copy, beside the activations that graphs hold.
+    averaged = advice(tiny_settings, **accumulated, use_ema=True)
+    assert averaged == f"Less is needed with --cuda_graphs off{END}"
+    assert advice(tiny_settings, **accumulated | {"num_workers": 2}, use_ema=True).startswith("No flag is left")
+    several = accumulated | {"num_workers": 2, "cuda_graphs": "on", "use_ema": True}
+    assert advice(tiny_settings, **several) == f"Less is needed with --cuda_graphs off{END}"
     assert "--mixed_precision fp16" in advice(tiny_settings, bf16=False)
     assert "--train_batch_size 6 --gradient_accumulation_steps 6 (" in advice(
         tiny_settings, train_batch_size=12, gradient_accumulation_steps=3

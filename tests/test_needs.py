@@ -16,6 +16,7 @@ from raycontrolnet.cluster import nodes
 from raycontrolnet.cluster.nodes import ClusterNodes, gpu_types
 from raycontrolnet.config.check_config import CheckConfig
 from raycontrolnet.config.cluster_settings import ClusterConfig
+from raycontrolnet.config.space import draw
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.launch import fit as launch_fit
 from raycontrolnet.launch import needs_beside
@@ -25,7 +26,9 @@ from raycontrolnet.launch.needs_beside import Counted, Counting, counting, in_li
 from raycontrolnet.predict import devices
 from raycontrolnet.predict.prediction import ERROR, GIB, Prediction
 from raycontrolnet.training.schedule import Schedule
-from raycontrolnet.tune.plan import plan_sweep
+from raycontrolnet.tune.heaviest import heaviest, say_heaviest
+from raycontrolnet.tune.plan import SweepPlan, plan_sweep
+from raycontrolnet.tune.records import TrialRecord
 
 TRAIN = TrainConfig(
     pretrained_model_name_or_path="base", train_data_dir="data", train_batch_size=4, checkpoints_total_limit=3
@@ -129,17 +132,17 @@ def test_the_largest_bucket_counts(tiny_settings: dict[str, Any], tmp_path: Path
     data = write_pictures(tmp_path / "data", 8, ((16, 64), (40, 24)))
     train = TrainConfig(**tiny_settings | {"train_data_dir": str(data), "aspect_buckets": True})
     sizes = [(16, 64), (40, 24), (32, 32)]
-    wide, high, square = (count(train, None, cached=True, image_size=size) for size in sizes)
+    wide, high, square = (count(train, None, cached=True, sizes=[size]) for size in sizes)
     assert wide.latents == square.latents > high.latents
     assert square == count(train, None, cached=True)
     assert high.activations_per_sample < square.activations_per_sample
     assert high.flop_per_sample < square.flop_per_sample
-    with counting(train, None, cached=True, image_size=(40, 24)) as under_way:
+    with counting(train, None, cached=True, sizes=[(40, 24)]) as under_way:
         found = under_way.result()
     assert found
     assert found.needs.prediction == high
-    assert check(CheckConfig(train=train, device_memory=1), io.StringIO()) == count(
-        train, None, cached=False, image_size=(16, 64)
+    assert check(CheckConfig(train=train, device_memory=1), stream=io.StringIO()) == count(
+        train, None, cached=False, sizes=[(40, 24), (16, 64)]
     )
 
 
@@ -258,17 +261,107 @@ def test_parts_of_gpus_and_types_reach_the_refusal(monkeypatch: pytest.MonkeyPat
             under_way.say(SCHEDULE, unknown, io.StringIO(), use_gpu=True)
 
 
-def test_the_heaviest_trial_counts(tiny_settings: dict[str, Any]) -> None:
-    space = {
-        "train_batch_size": {"choice": [2, 8, 4]},
-        "gradient_checkpointing": {"choice": [True, False]},
-        "learning_rate": {"loguniform": [1e-6, 1e-3]},
-    }
-    train = TrainConfig(**tiny_settings | {"validation_split": 4})
-    plan = plan_sweep(SweepConfig(train=train, space=space, num_samples=2), io.StringIO())
-    heaviest = plan.heaviest().config
-    assert (heaviest.train_batch_size, heaviest.gradient_checkpointing) == (8, False)
-    assert heaviest.learning_rate == train.learning_rate
+SPACE: dict[str, Any] = {
+    "train_batch_size": {"choice": [2, 8, 4]},
+    "gradient_checkpointing": {"choice": [True, False]},
+    "learning_rate": {"loguniform": [1e-6, 1e-3]},
+}
+
+
+def planned(settings: dict[str, Any], num_samples: int, space: dict[str, Any] = SPACE, **own: Any) -> SweepPlan:
+    train = TrainConfig(**settings | {"validation_split": 4})
+    return plan_sweep(SweepConfig(train=train, space=space, num_samples=num_samples, **own), io.StringIO())
+
+
+def test_the_heaviest_trial_that_will_run_counts(tiny_settings: dict[str, Any]) -> None:
+    """Not the space's heaviest corner, which random search may never draw."""
+    sizes = []
+    for number in (1, 2, 12):
+        plan = planned(tiny_settings, number)
+        assert plan.train.seed is not None
+        trials = [draw(plan.space, plan.train.seed, index) for index in range(number)]
+        expected = max(trials, key=lambda each: (each["train_batch_size"], not each["gradient_checkpointing"]))
+        found = heaviest(plan)
+        assert found.trial is not None
+        assert trials[found.trial] | dict(found.settings) == trials[found.trial]
+        config = found.run.config
+        assert config.train_batch_size == expected["train_batch_size"]
+        assert config.gradient_checkpointing == expected["gradient_checkpointing"]
+        assert config.learning_rate == plan.train.learning_rate
+        sizes.append(config.train_batch_size)
+    assert sizes[0] < sizes[-1] == 8
+    grid = SPACE | {"train_batch_size": {"grid": [2, 8, 4]}, "gradient_checkpointing": {"grid": [True, False]}}
+    found = heaviest(planned(tiny_settings, 1, grid))
+    assert found.settings == {"train_batch_size": 8, "gradient_checkpointing": False}
+
+
+def test_trials_of_an_earlier_part_count_until_they_have_ended(tiny_settings: dict[str, Any]) -> None:
+    plan = planned(tiny_settings, 1)
+    big = {"train_batch_size": 64, "gradient_checkpointing": False, "learning_rate": 1e-3}
+    for state, expected in (("interrupted", 64), ("failed", 8), ("finished", 8)):
+        left = replace(plan, records=[TrialRecord(0, big, state)], num_trials=12)
+        assert heaviest(left).run.config.train_batch_size == expected
+
+
+BIG = replace(TRAIN, train_batch_size=8, seed=0)
+TOO_BIG = "batch 8 needs 62.0 GiB, this GPU has 24.0 GiB: --gradient_checkpointing brings it to 17.3 GiB"
+
+
+def said_of_the_heaviest(plan: SweepPlan, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Say the needs of a trial of batch 8 that cannot fit, of which 2 would fit."""
+    needs = Needs(BIG, prediction(8e9), lambda: prediction(2e9))
+    monkeypatch.setattr(Counting, "result", lambda _: Counted(needs, 24 * GIB, for_gpus=True))
+    stream, found = io.StringIO(), heaviest(plan)._replace(run=replace(plan.run, config=BIG))
+    with counting(BIG, None, cached=True, wanted=False) as under_way:
+        say_heaviest(plan, found, under_way, stream, types=None, use_gpu=True)
+    first, *rest = stream.getvalue().splitlines()
+    assert first.startswith("needs: 62.0 GiB of each GPU at batch 8")
+    return rest
+
+
+def test_a_trial_that_will_run_and_cannot_fit_is_refused(
+    tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(tiny_settings, 12)
+    with pytest.raises(ConfigError) as error:
+        said_of_the_heaviest(plan, monkeypatch)
+    own = "gradient_checkpointing False, train_batch_size 8"
+    assert str(error.value) == f"--space: trial {heaviest(plan).trial} has {own}, and cannot fit: {TOO_BIG}"
+
+
+@pytest.mark.parametrize(
+    ("batches", "said"),
+    [
+        ({"choice": [2, 8, 4]}, "train_batch_size 4 or more"),
+        ({"uniform": [1, 8]}, "train_batch_size 4 or more"),
+        ({"choice": [2, 8]}, "train_batch_size 8"),
+        (None, ""),
+    ],
+)
+def test_what_optuna_may_try_is_warned_of(
+    batches: dict[str, Any] | None, said: str, tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has not said what it will: some trials may fit."""
+    pytest.importorskip("optuna")
+    given = {"train_batch_size": batches} if batches else {}
+    space = {"gradient_checkpointing": SPACE["gradient_checkpointing"], **given}
+    plan = planned(tiny_settings, 12, space, searcher="optuna")
+    own = f"gradient_checkpointing False{', ' * bool(said)}{said}"
+    assert said_of_the_heaviest(plan, monkeypatch) == [
+        f"warning: trials with {own} cannot fit, and fail alone: {TOO_BIG}"
+    ]
+
+
+def test_a_sweep_of_optuna_in_which_no_trial_fits_is_refused(
+    tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    plan = planned(tiny_settings, 2, {"train_batch_size": {"choice": [8, 4]}}, searcher="optuna")
+    with pytest.raises(ConfigError, match=f"^--space: no trial can fit: {TOO_BIG}$"):
+        said_of_the_heaviest(plan, monkeypatch)
+    plan = planned(tiny_settings, 2, {"learning_rate": SPACE["learning_rate"]}, searcher="optuna")
+    with pytest.raises(ConfigError, match=f"^--train_batch_size=8: {TOO_BIG}$"):
+        said_of_the_heaviest(plan, monkeypatch)
 
 
 def test_the_heaviest_trial_has_the_largest_images(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
@@ -280,5 +373,5 @@ def test_the_heaviest_trial_has_the_largest_images(tiny_settings: dict[str, Any]
     of_several: dict[str, Any] = {"resolution": {"grid": [16, 32]}}
     for space, largest in ((of_one_size, (16, 64)), (of_several, None)):
         config = SweepConfig(train=train, space=space, num_samples=1, allow_new_caches=True)
-        buckets = plan_sweep(config, io.StringIO()).heaviest().buckets
+        buckets = heaviest(plan_sweep(config, io.StringIO())).run.buckets
         assert (buckets and buckets.largest) == largest

@@ -196,7 +196,7 @@ def test_another_base_that_cannot_draw_so(
 def test_check_counts_the_objective(settings: Settings) -> None:
     """The operations are those of the plain one: the models' work is all that matters."""
     plain = {key: value for key, value in settings.items() if key not in EVERYTHING}
-    counted = [check(CheckConfig(train=TrainConfig(**given)), io.StringIO()) for given in (plain, settings)]
+    counted = [check(CheckConfig(train=TrainConfig(**given)), stream=io.StringIO()) for given in (plain, settings)]
     assert counted[0].flop_per_sample == counted[1].flop_per_sample
     assert counted[0].dispatches < counted[1].dispatches
 
@@ -222,7 +222,7 @@ def test_parameters_without_effect_are_said(tiny_settings: Settings) -> None:
     given = {"huber_delta": 0.5, "logit_mean": 1.0, "high_noise_power": 2.0, "timestep_sampling": "high_noise"}
     settings = tiny_settings | given | {"ema_decay": 0.9, "max_train_steps": 1}
     checked = io.StringIO()
-    check(CheckConfig(train=TrainConfig(**settings)), checked)
+    check(CheckConfig(train=TrainConfig(**settings)), stream=checked)
     for shown in (train(settings).shown, checked.getvalue()):
         assert "--huber_delta=0.5: has no effect without --loss huber\n" in shown
         assert "--logit_mean=1.0: has no effect without --timestep_sampling logit_normal\n" in shown

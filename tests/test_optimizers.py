@@ -339,7 +339,7 @@ def test_check_and_the_disk_count_them(tiny_settings: Settings) -> None:
     stream = io.StringIO()
     changed = {"use_ema": True, "optimizer": "torch.optim.SGD", "optimizer_args": "momentum=0.9"}
     train = TrainConfig(**tiny_settings | changed)
-    prediction = check(CheckConfig(train=train), stream)
+    prediction = check(CheckConfig(train=train), stream=stream)
     rows = [line.split()[:3] for line in stream.getvalue().splitlines() if line.startswith("  ")]
     sizes = {name: size for name, *size in rows}
     assert sizes["averages"] == sizes["optimizer"] == sizes["gradients"]

@@ -200,7 +200,7 @@ def test_objectives_of_another_kind_of_noise(flow_settings: Settings, flow_base:
     with pytest.raises(ConfigError) as training:
         run(flow_settings, tmp_path / "out", **both)
     with pytest.raises(ConfigError) as checking:
-        check(CheckConfig(train=TrainConfig(**flow_settings | both)), io.StringIO())
+        check(CheckConfig(train=TrainConfig(**flow_settings | both)), stream=io.StringIO())
     for error in (training, checking):
         assert list(error.value.problems) == [snr, zero]
     family, objective = load(flow_base).family, ObjectiveConfig(**both)
@@ -392,9 +392,9 @@ def test_what_it_needs(flow_settings: Settings) -> None:
     """The VAE stays on the device for the control images; latents have the family's channels."""
     settings = flow_settings | {"cache_latents": "on", "mixed_precision": "bf16"}
     stream = io.StringIO()
-    found = check(CheckConfig(train=TrainConfig(**settings)), stream)
+    found = check(CheckConfig(train=TrainConfig(**settings)), stream=stream)
     assert found.frozen_bytes["VAE"] == found.weights["VAE"] * 4  # in fp32, as this family has it
     assert 0 < found.trained < found.weights["ControlNet"]
     assert "cache: 384 B of latents a row, " in stream.getvalue()
     with pytest.raises(ConfigError, match="--resolution=40: "):
-        check(CheckConfig(train=TrainConfig(**settings | {"resolution": 40})), stream)
+        check(CheckConfig(train=TrainConfig(**settings | {"resolution": 40})), stream=stream)

@@ -18,6 +18,7 @@ from reference import CPU
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+import raycontrolnet
 from raycontrolnet import TrainConfig, cli, fit
 from raycontrolnet.config.check_config import CheckConfig
 from raycontrolnet.errors import ConfigError
@@ -63,9 +64,10 @@ def test_the_figures_that_were_measured(sd15: Path) -> None:
 
 def test_the_layers_of_a_gpu(sd15: Path) -> None:
     """The same work in less memory; the guide shows what a GPU needs."""
-    plain, compiled = predicted(sd15, torch.bfloat16), predicted(sd15, torch.bfloat16, on_gpu=True, compile=True)
+    plain = predicted(sd15, torch.bfloat16, mixed_precision="bf16")
+    compiled = predicted(sd15, torch.bfloat16, on_gpu=True, compile=True, mixed_precision="bf16")
     assert compiled == plain, "which PyTorch fuses itself"
-    found = predicted(sd15, torch.bfloat16, on_gpu=True)
+    found = predicted(sd15, torch.bfloat16, on_gpu=True, mixed_precision="bf16")
     assert found.flop_per_sample == plain.flop_per_sample
     assert 0.7 < found.activations_per_sample / plain.activations_per_sample < 0.8
     assert found.dispatches <= BUDGET_ON_GPUS
@@ -73,6 +75,49 @@ def test_the_layers_of_a_gpu(sd15: Path) -> None:
     needs = Needs(TrainConfig(pretrained_model_name_or_path="none", train_data_dir="."), found, lambda: found)
     shown = [*_memory_lines(found, 4), *_device_lines(needs, Device(None, 24 * GIB, None))]
     assert [line for line in shown if line.strip() not in guide] == []
+
+
+def figures(lines: list[str]) -> dict[str, float]:
+    """Return the GiB of each line of `_memory_lines`; for activations the fixed part and that of a sample, too."""
+    sizes = {"GiB": 1.0, "MiB": 1 / 1024}
+    found = {}
+    for line in lines:
+        name, *numbers = line[:15].strip(), *re.findall(r"([\d.]+) (GiB|MiB)", line[15:])
+        for part, (number, unit) in zip(("", " base", " each"), numbers, strict=False):
+            found[name + part] = float(number) * sizes[unit]
+    return found
+
+
+@pytest.mark.parametrize("averages", [False, True])
+def test_the_lines_add_up_for_any_batch(averages: bool, sd15: Path) -> None:
+    found = predicted(sd15, torch.bfloat16, on_gpu=True, mixed_precision="bf16", use_ema=averages)
+    four, ten = (figures(list(_memory_lines(found, batch))) for batch in (4, 10))
+    assert "averaging" in four if averages else "averaging" not in four
+    parts = [
+        name for name in four if name not in ("together", "together base") and not name.endswith((" base", " each"))
+    ]
+    assert four["together"] == pytest.approx(sum(four[name] for name in parts), abs=0.4)  # of ten rounded figures
+    fixed = four["together"] - four["activations"] - four["graph inputs"]
+    of_ten = four["activations base"] + 10 * (four["activations each"] + four["graph inputs base"])
+    assert ten["together"] == pytest.approx(fixed + of_ten, abs=0.2)
+    assert four["activations base"] > 0.3, "else nobody would miss it"
+
+
+def test_graphs_keep_the_inputs_of_each_size(sd15: Path) -> None:
+    """A row's latents and noises, its control image, its prompt's tokens and their states, and its timestep."""
+    settings: dict[str, Any] = {"on_gpu": True, "mixed_precision": "bf16"}
+    one = predicted(sd15, torch.bfloat16, **settings)
+    of_size = 512 * 512 * 3 + 2 * 4 * 64 * 64 * 2 + 2 * 4 * 64 * 64 * 4
+    of_prompt = 77 * 8 + 77 * 768 * 2 + 8
+    assert one.graph_inputs_per_sample == of_size + of_prompt
+    sizes = ((512, 512), (1024, 256))
+    two = predicted(sd15, torch.bfloat16, sizes=sizes, **settings)
+    assert two.graph_inputs_per_sample == 2 * (of_size + of_prompt)
+    assert two == replace(one, graph_inputs_per_sample=two.graph_inputs_per_sample)
+    assert two.total(8) - one.total(8) == 8 * one.graph_inputs_per_sample
+    assert predicted(sd15, torch.bfloat16, sizes=sizes, cuda_graphs="off", **settings) == two.without_graphs()
+    pixels = predicted(sd15, torch.bfloat16, cached=False, **settings)
+    assert pixels.graph_inputs_per_sample == one.graph_inputs_per_sample + 512 * 512 * 3 - 2 * 4 * 64 * 64 * 2
 
 
 @pytest.fixture
@@ -152,9 +197,9 @@ def test_the_largest_batch_fits_and_no_larger(averages: bool, graphs: bool) -> N
     found = Prediction(
         weights={"ControlNet": 10**8}, trained=10**8, frozen_bytes={"denoiser": 10**9}, moment_bytes=8,
         activations_base=1e6, activations_per_sample=1e9, flop_per_sample=1, dispatches=1, latents=1,
-        has_averages=averages, has_graphs=graphs,
+        has_averages=averages, has_graphs=graphs, graph_inputs_per_sample=10**8 * graphs,
     )  # fmt: skip
-    assert found.total(2) == found._fixed + 2.001e9 + (4e8 if graphs else 0)  # a copy of the averages, beside
+    assert found.total(2) == found._fixed + 2.001e9 + (2e8 + 4e8 if graphs else 0)  # a copy of the averages, beside
     for device in (8 * GIB, 24 * GIB, 80 * GIB):
         largest = found.largest_batch(device)
         assert found.fits(largest, device, RESERVED)
@@ -198,7 +243,7 @@ def test_other_devices_are_not_taken_for_these(name: str) -> None:
 
 def checked(settings: dict[str, Any], **own: Any) -> list[str]:
     stream = io.StringIO()
-    check(CheckConfig(train=TrainConfig(**settings), **own), stream)
+    check(CheckConfig(train=TrainConfig(**settings), **own), stream=stream)
     return stream.getvalue().splitlines()
 
 
@@ -253,6 +298,70 @@ def test_what_brings_a_run_that_does_not_fit_there(tiny_settings: dict[str, Any]
     assert "the device has 0.9 GiB: no batch fits with --use_8bit_adam" in found
 
 
+def test_graphs_are_left_out_where_that_makes_it_fit(tiny_base: Path) -> None:
+    """They hold the activations while averages are updated with a copy."""
+    settings: dict[str, Any] = {"train_batch_size": 64, "mixed_precision": "bf16", "use_ema": True, "resolution": 32}
+    train = TrainConfig(pretrained_model_name_or_path="none", train_data_dir=".", **settings)
+    plain = predicted(tiny_base, torch.bfloat16, on_gpu=True, **settings)
+    less = predicted(tiny_base, torch.bfloat16, on_gpu=True, gradient_checkpointing=True, **settings)
+    needs = Needs(train, plain, lambda: less)
+
+    def advice(between: tuple[float, float]) -> str:
+        return needs.advice((sum(between) / 2 + LEAST_RESERVED) / (1 - GAPS))
+
+    bare, bare_less = plain.without_graphs().total(64), less.without_graphs().total(64)
+    assert bare_less < less.total(64) < bare < plain.total(64)
+    assert advice((bare, plain.total(64))) == f"--cuda_graphs off brings it to {memory_size(bare)}"
+    assert advice((less.total(64), bare)) == f"--gradient_checkpointing brings it to {memory_size(less.total(64))}"
+    assert advice((bare_less, less.total(64))) == (
+        f"--gradient_checkpointing --cuda_graphs off brings it to {memory_size(bare_less)}"
+    )
+    without = replace(needs, prediction=plain.without_graphs(), checkpointed=less.without_graphs)
+    assert "--cuda_graphs off" not in without.advice(LEAST_RESERVED)
+    small = replace(needs, train=replace(train, use_8bit_adam=True))
+    one = less.without_graphs().total(1)
+    device = (one + less.total(1) + 2 * LEAST_RESERVED) / 2 / (1 - GAPS)
+    assert re.fullmatch(
+        r"--train_batch_size \d+ --gradient_accumulation_steps \d+ "
+        r"fits with --gradient_checkpointing --cuda_graphs off",
+        small.advice(device),
+    )
+
+
+def test_a_run_that_goes_on_without_graphs_is_not_refused(tiny_base: Path) -> None:
+    settings: dict[str, Any] = {"mixed_precision": "bf16", "use_ema": True, "resolution": 32}
+    plain = predicted(tiny_base, torch.bfloat16, on_gpu=True, **settings)
+    needs = Needs(
+        TrainConfig(pretrained_model_name_or_path="none", train_data_dir=".", **settings), plain, lambda: plain
+    )
+    size = needs.train.train_batch_size
+    bare = plain.without_graphs().total(size)
+    assert plain.cannot_fit(size, bare * 0.95)
+    assert needs.problem(bare * 0.95) is None
+    assert needs.problem(bare * 0.85)
+
+
+def test_the_margin_is_said(tiny_settings: dict[str, Any]) -> None:
+    (said,) = (line for line in checked(tiny_settings, device_memory=24) if line.startswith("device: "))
+    assert said.endswith(", as 3.7 GiB are kept for CUDA and gaps"), "3 GiB and 3%"
+    (said,) = (line for line in checked(tiny_settings, device_memory=1) if line.startswith("device: "))
+    assert " MiB and 1.0 GiB for CUDA and gaps, the device has 1.0 GiB: no batch fits" in said
+
+
+def test_what_it_says_goes_to_standard_error_from_python(
+    tiny_settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As that of fit, prepare and sweep; the command's output is its result."""
+    raycontrolnet.check(raycontrolnet.CheckConfig(train=TrainConfig(**tiny_settings)))
+    from_python = capsys.readouterr()
+    assert from_python.out == ""
+    assert "  together " in from_python.err
+    assert cli.main(["check", *(f"--{name}={value}" for name, value in tiny_settings.items())]) == 0
+    from_command = capsys.readouterr()
+    assert from_command.out == from_python.err
+    assert from_command.err == ""
+
+
 def test_what_may_just_fit(tiny_settings: dict[str, Any]) -> None:
     (said,) = (line for line in checked(tiny_settings, device_memory=2.5) if line.startswith("device: "))
     assert said.endswith("and what CUDA needs; the device with 2.5 GiB may just have it")
@@ -279,7 +388,10 @@ def test_what_train_would_refuse_comes_after_the_needs(tiny_settings: dict[str, 
     """As `train`: a batch that cannot fit, and a folder with checkpoints. Nothing is written there."""
     stream, new = io.StringIO(), tmp_path / "new"
     with pytest.raises(ConfigError) as refused:
-        check(CheckConfig(train=TrainConfig(**tiny_settings | {"output_dir": str(new)}), device_memory=1e-4), stream)
+        check(
+            CheckConfig(train=TrainConfig(**tiny_settings | {"output_dir": str(new)}), device_memory=1e-4),
+            stream=stream,
+        )
     (problem,) = refused.value.problems
     assert re.match(r"--train_batch_size=\d+: batch \d+ needs .* MiB, the device has 0.1 MiB: no batch fits", problem)
     assert "  together " in stream.getvalue()
@@ -293,7 +405,7 @@ def test_what_train_would_refuse_comes_after_the_needs(tiny_settings: dict[str, 
     fit(TrainConfig(**settings | {"num_workers": "0", "max_train_steps": 1}), stream=io.StringIO())
     stream = io.StringIO()
     with pytest.raises(ConfigError, match=r"--output_dir=.*used.*checkpoint-1"):
-        check(CheckConfig(train=TrainConfig(**settings)), stream)
+        check(CheckConfig(train=TrainConfig(**settings)), stream=stream)
     assert "  together " in stream.getvalue()
     assert checked(settings | {"resume_from_checkpoint": "latest"})
     with pytest.raises(ConfigError, match="--resume_from_checkpoint=checkpoint-9: no such folder"):

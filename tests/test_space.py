@@ -24,6 +24,7 @@ from raycontrolnet.config.space import (
     DEFAULT_SPACE,
     Dimension,
     draw,
+    draws,
     num_combinations,
     num_trials,
     optuna_distributions,
@@ -575,6 +576,15 @@ def test_many_choices_are_drawn_in_no_time() -> None:
     started = time.process_time()
     assert len({tuple(draw(space, 0, index).values()) for index in range(490, 500)}) == 10
     assert time.process_time() - started < 2
+
+
+def test_all_draws_are_those_of_each() -> None:
+    """Also where trials are repeated, and for each turn through the grids."""
+    choices = {name: Dimension("choice", (1.0, 2.0, 3.0)) for name in ("lr_power", "max_grad_norm")}
+    grid = {"lr_scheduler": Dimension("grid", ("constant", "cosine"))}
+    for space in (SPACE, choices, choices | grid, grid):
+        assert list(draws(space, 3, 40)) == [draw(space, 3, index) for index in range(40)]
+    assert len({tuple(each.values()) for each in draws(choices | grid, 3, 18)}) == 18
 
 
 @pytest.mark.parametrize("low", [1e-300, 1e-6, 0.5])

@@ -74,6 +74,13 @@ def run_demo(config: TrainConfig) -> RunResult:
     if config.output_dir == demo_settings["output_dir"] and config.resume_from_checkpoint is None:
         config = dataclasses.replace(config, output_dir=_fresh_folder(Path(config.output_dir)))
 
+    if own and (number := num_compared(config)) < NUM_UNSEEN:
+        whole = demo_settings["max_train_steps"]
+        _say(
+            f"a short demo, of {config.max_train_steps} updates in place of {whole:,}: before and after are compared "
+            f"on {number} unseen outlines, not on {NUM_UNSEEN}"
+        )
+
     from raycontrolnet.launch.fit import fit
 
     result = fit(config)
@@ -81,9 +88,21 @@ def run_demo(config: TrainConfig) -> RunResult:
     folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
     print(f"\nThe ControlNet is in {folder}, which diffusers' ControlNetModel.from_pretrained reads.", flush=True)
     if own:
-        print(_comparison(folder, guidance_scale=config.guidance_scale, use_gpu=config.use_gpu))
+        print(_comparison(folder, config))
     print(_report(result, folder, time.monotonic() - started))
     return result
+
+
+def num_compared(config: TrainConfig) -> int:
+    """Return the number of unseen outlines to draw: fewer for a run that is shorter than the demo, in proportion.
+
+    They take most of a short demo's time. At least as many as the picture shows.
+    """
+    from raycontrolnet.demo.evaluation import SHOWN
+
+    whole = demo_settings["max_train_steps"]
+    number = round(NUM_UNSEEN * (config.max_train_steps or whole) / whole)
+    return min(NUM_UNSEEN, max(SHOWN, number))
 
 
 def write_inputs(train: bool, compare: bool, seed: int) -> None:
@@ -141,7 +160,7 @@ def _fresh_folder(output_dir: Path) -> str:
     return str(folder)
 
 
-def _comparison(folder: Path, *, guidance_scale: float | None, use_gpu: bool | None) -> str:
+def _comparison(folder: Path, config: TrainConfig) -> str:
     """Evaluate the ControlNet before and after training; write the figures and a picture to `folder`.
 
     Returns:
@@ -152,11 +171,18 @@ def _comparison(folder: Path, *, guidance_scale: float | None, use_gpu: bool | N
     """
     from raycontrolnet.demo.evaluation import draw_picture, evaluate
 
-    found = {}
+    found, number = {}, num_compared(config)
     for name, controlnet in (("before", UNTRAINED), ("after", folder)):
-        _say(f"drawing for {NUM_UNSEEN} unseen outlines {name} training")
-        drawn = folder / "obedience" / name
-        found[name] = evaluate(controlnet, BASE, UNSEEN, drawn, guidance_scale=guidance_scale, use_gpu=use_gpu)
+        _say(f"drawing for {number} unseen outlines {name} training")
+        found[name] = evaluate(
+            controlnet,
+            BASE,
+            UNSEEN,
+            folder / "obedience" / name,
+            number=number,
+            guidance_scale=config.guidance_scale,
+            use_gpu=config.use_gpu,
+        )
     try:
         (folder / FIGURES).write_text(json.dumps({name: one.figures for name, one in found.items()}) + "\n")
         draw_picture(folder / PICTURE, found["before"], found["after"], folder)
@@ -164,7 +190,7 @@ def _comparison(folder: Path, *, guidance_scale: float | None, use_gpu: bool | N
         raise RunError(
             f"{folder}: cannot be written ({error.strerror or error}); the ControlNet is complete"
         ) from error
-    lines = [f"Results on {NUM_UNSEEN} outlines that it has never seen (fidelity: overlap of asked and drawn shape):"]
+    lines = [f"Results on {number} outlines that it has never seen (fidelity: overlap of asked and drawn shape):"]
     for name, one in found.items():
         lines.append(
             f"  {name:8} control fidelity {one.fidelity.mean:.2f}{plus_minus(one.fidelity.error)}, "

@@ -46,16 +46,18 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    controlnet: Path, base: Path, unseen: Path, out: Path, *, guidance_scale: float | None, use_gpu: bool | None = None
-) -> Evaluation:
+    controlnet: Path, base: Path, unseen: Path, out: Path, *,
+    guidance_scale: float | None, use_gpu: bool | None = None, number: int | None = None,
+) -> Evaluation:  # fmt: skip
     """Draw one image for every row of the data set `unseen`, and score them.
 
     Args:
         controlnet: folder of the ControlNet.
         base: folder of the base model.
         out: folder for the images.
+        number: of rows, the first ones; None for all.
     """
-    rows = read_rows(unseen)
+    rows = read_rows(unseen)[:number]
     config = GenerateConfig(
         controlnet=str(controlnet),
         pretrained_model_name_or_path=str(base),

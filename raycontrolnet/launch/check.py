@@ -26,7 +26,7 @@ from raycontrolnet.model.optimizers import try_optimizer
 from raycontrolnet.model.performance import has_bf16, working_precision
 from raycontrolnet.model.problems import model_problems
 from raycontrolnet.predict.devices import REACHED, peak_of
-from raycontrolnet.predict.prediction import GIB, RESERVED, Prediction
+from raycontrolnet.predict.prediction import GIB, MIB, RESERVED, Prediction, margin
 from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.storage.resume import resolve
 from raycontrolnet.storage.run_folder import RunFolder
@@ -76,15 +76,24 @@ def is_for_gpu(config: CheckConfig) -> bool:
     return config.train.use_gpu is not False and (described or torch.cuda.is_available())
 
 
-def check(config: CheckConfig, stream: TextIO | None = None) -> Prediction:
-    """Predict what a run needs, and write it to `stream`, by default the standard output.
+def check_on_stdout(config: CheckConfig) -> Prediction:
+    """Predict as `check`, and write it to the standard output: it is the command's result."""
+    return check(config, stream=sys.stdout)
+
+
+def check(config: CheckConfig, *, stream: TextIO | None = None) -> Prediction:
+    """Predict what a run needs.
+
+    Args:
+        config: all settings.
+        stream: where it is said in words; standard error by default.
 
     Raises:
         ConfigError: with the problems of models and data together; or, after the needs are written, with what `train`
             would refuse of the device and of --output_dir.
         UserError: if the base model's configuration cannot be read.
     """
-    stream = stream or sys.stdout
+    stream = stream or sys.stderr
     train = in_precision_of_device(config)
     config, token = replace(config, train=train), find_token(train.hub_token)
     problems, source = list(missing_extras(train)), None
@@ -108,7 +117,7 @@ def check(config: CheckConfig, stream: TextIO | None = None) -> Prediction:
     with collected(refused):
         cached = cached and (start is not None or no_cache_because(train, len(source)) is None)
     buckets = find_buckets(train, source, family.resolution_multiple)
-    how: dict[str, Any] = {"cached": cached, "image_size": buckets.largest if buckets else None}
+    how: dict[str, Any] = {"cached": cached, "sizes": buckets.sizes if buckets else ()}
     how["on_gpu"] = is_for_gpu(config)
     device, needs = Device.of(config), Needs.of(train, token, count(train, token, **how), **how)
     prediction = needs.prediction
@@ -162,9 +171,13 @@ def _memory_lines(prediction: Prediction, batch_size: int) -> Iterator[str]:
     for name in ("gradients", "optimizer", "averages"):
         if name in prediction.trained_bytes:
             yield _row(name, memory_size(prediction.trained_bytes[name]))
-    each = prediction.activations_per_sample
-    per_sample = f"{each / GIB:.2f} GiB a sample" if each >= 0.1 * GIB else f"{memory_size(each)} a sample"
-    yield _row("activations", memory_size(prediction.activations(batch_size)), per_sample)
+    if copied := prediction.averaging(batch_size):
+        yield _row("averaging", memory_size(copied), "a copy of them" + " beside CUDA graphs" * prediction.has_graphs)
+    if inputs := prediction.graph_inputs(batch_size):
+        yield _row("graph inputs", memory_size(inputs), _per_sample(prediction.graph_inputs_per_sample))
+    per_sample = _per_sample(prediction.activations_per_sample)
+    base = f"{memory_size(prediction.activations(0))} and {per_sample}"
+    yield _row("activations", memory_size(prediction.activations(batch_size)), base)
     yield _row("together", memory_size(prediction.total(batch_size)), "CUDA and its kernels need 1 to 3 GiB more")
 
 
@@ -177,7 +190,9 @@ def _device_lines(needs: Needs, device: Device) -> Iterator[str]:
         yield f"\ndevice: {needs.shortage(device.bytes, device.words)}"
     elif prediction.fits(batch_size, device.bytes, RESERVED):
         largest = prediction.largest_batch(device.bytes)
-        yield f"\ndevice: fits; the largest batch for {device.words} with {has} is {largest}"
+        kept = memory_size(margin(device.bytes))
+        where = f"{device.words} with {has}"
+        yield f"\ndevice: fits; the largest batch for {where} is {largest}, as {kept} are kept for CUDA and gaps"
     else:
         need = f"batch {batch_size} needs {memory_size(needs.memory)} and what CUDA needs"
         yield f"\ndevice: {need}; {device.words} with {has} may just have it"
@@ -219,6 +234,11 @@ def _disk_lines(needs: Needs, schedule: Schedule, rows: int, *, cached: bool) ->
         both = " (both ways, for --random_flip)" if train.random_flip else ""
         all_rows = file_size(rows * latents)
         yield f"cache: {file_size(latents)} of latents a row{both}, {all_rows}, and the conditioning images"
+
+
+def _per_sample(size: float) -> str:
+    small = f"{size / 1024:.0f} KiB" if size < 0.1 * MIB else memory_size(size)
+    return f"{size / GIB:.2f} GiB a sample" if size >= 0.1 * GIB else f"{small} a sample"
 
 
 def _row(name: str, size: str, more: str = "") -> str:

@@ -114,8 +114,8 @@ def _run_fit(config: TrainConfig, folder: RunFolder, stream: TextIO, callback: R
     run = choose_latents(check(config, folder), stream)
     check_named_file(config, folder)  # last: it warns of what the run will do
     likely = dataclasses.replace(run.config, mixed_precision=run.config.mixed_precision or trained_in(run.start))
-    size = run.buckets.largest if run.buckets else None
-    with counting(likely, run.token, cached=run.cached, image_size=size, wanted=callback is None) as needs:
+    sizes = run.buckets.sizes if run.buckets else ()
+    with counting(likely, run.token, cached=run.cached, sizes=sizes, wanted=callback is None) as needs:
         return run_and_record(run, partial(_train, run, needs, stream, callback), stream, started)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TextIO
 
@@ -20,10 +20,12 @@ from raycontrolnet.model.optimizers import state_bytes_per_weight
 from raycontrolnet.model.performance import working_precision
 from raycontrolnet.model.single_file import base_files
 from raycontrolnet.predict.devices import bytes_of_type, host_bytes
-from raycontrolnet.predict.prediction import GIB, MIB, Prediction, predict
+from raycontrolnet.predict.prediction import GIB, LEAST_RESERVED, MIB, Prediction, margin, predict
 from raycontrolnet.predict.shapes import shaped
 from raycontrolnet.text import counted, file_size
 from raycontrolnet.training.schedule import Schedule, due_steps
+
+NO_GRAPHS = "--cuda_graphs off"
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,11 @@ class Needs:
     @staticmethod
     def of(
         train: TrainConfig, token: str | None, prediction: Prediction, *, cached: bool,
-        image_size: Size | None = None, on_gpu: bool = False,
+        sizes: Sequence[Size] = (), on_gpu: bool = False,
     ) -> Needs:  # fmt: skip
         """Return the needs by a prediction that has been made; arguments as of `count`."""
         checkpointed = replace(train, gradient_checkpointing=True)
-        how: dict[str, Any] = {"cached": cached, "image_size": image_size, "on_gpu": on_gpu}
+        how: dict[str, Any] = {"cached": cached, "sizes": sizes, "on_gpu": on_gpu}
         return Needs(train, prediction, lambda: count(checkpointed, token, **how))
 
     @property
@@ -65,49 +67,62 @@ class Needs:
     def fits(self, device_bytes: float) -> bool:
         return self.prediction.fits(self.train.train_batch_size, device_bytes)
 
+    def may_fit(self, batch_size: int, device_bytes: float) -> bool:
+        """Check whether a batch fits a device, or may fit if the prediction is too high."""
+        # Where memory is short, a run goes on without graphs by itself.
+        return not self.prediction.without_graphs().cannot_fit(batch_size, device_bytes)
+
     def problem(self, device_bytes: float, device: str = "this device") -> str | None:
         """Return why a run is refused on a device; None if it fits, or may fit if the prediction is too high."""
-        if not self.prediction.cannot_fit(self.train.train_batch_size, device_bytes):
-            return None
         size = self.train.train_batch_size
+        if self.may_fit(size, device_bytes):
+            return None
         return f"--train_batch_size={size}: {self.shortage(device_bytes, device)}"
 
     def shortage(self, device_bytes: float, device: str = "this device") -> str:
         """Return in words that the batch does not fit, and what brings it in."""
         need, has = memory_size(self.memory), memory_size(device_bytes)
+        if self.memory <= device_bytes:
+            need += f" and {memory_size(margin(device_bytes, LEAST_RESERVED))} for CUDA and gaps"
         return f"batch {self.train.train_batch_size} needs {need}, {device} has {has}: {self.advice(device_bytes)}"
 
     def advice(self, device_bytes: float) -> str:
         """Return what makes a run fit that does not."""
-        size, train, tried = self.train.train_batch_size, self.train, []
-        checkpointed = self.prediction
-        if not train.gradient_checkpointing:
-            checkpointed = self.checkpointed()
-            tried.append(("--gradient_checkpointing", checkpointed))
-        if not train.use_8bit_adam and train.optimizer == ADAMW:
-            flags = " ".join(["--use_8bit_adam", *(flag for flag, _ in tried)])
-            tried.append((flags, checkpointed.with_8bit_adam()))
-        for flags, other in tried:
-            if other.fits(size, device_bytes):
-                return f"{flags} brings it to {memory_size(other.total(size))}"
-        last = tried[-1][1] if tried else self.prediction
-        flags = f" with {tried[-1][0]}" if tried else ""
-        fitting = [part for part in range(1, size) if size % part == 0 and last.fits(part, device_bytes)]
-        if fitting:
-            steps = size // fitting[-1] * train.gradient_accumulation_steps
-            return f"--train_batch_size {fitting[-1]} --gradient_accumulation_steps {steps} fits{flags}"
+        size, steps = self.train.train_batch_size, self.train.gradient_accumulation_steps
+        tried: list[tuple[str, Prediction]] = []
+        for flags, prediction in self._lighter():
+            tried = [(flags, prediction), (f"{flags} {NO_GRAPHS}".strip(), prediction.without_graphs())]
+            for found, lighter in tried:
+                if lighter.fits(size, device_bytes):
+                    return f"{found} brings it to {memory_size(lighter.total(size))}"
+        parts = [part for part in range(size - 1, 0, -1) if size % part == 0]
+        fitting = [next((part for part in parts if each.fits(part, device_bytes)), 0) for _, each in tried]
+        flags = tried[fitting.index(max(fitting))][0]
+        flags = f" with {flags}" if flags else ""
+        if part := max(fitting):
+            return f"--train_batch_size {part} --gradient_accumulation_steps {size // part * steps} fits{flags}"
         return f"no batch fits{flags}: take a smaller --resolution, or a device with more memory"
+
+    def _lighter(self) -> Iterator[tuple[str, Prediction]]:
+        """Yield the run's prediction, and those with more and more of the flags that need less memory."""
+        train, prediction, flags = self.train, self.prediction, ""
+        yield flags, prediction
+        if not train.gradient_checkpointing:
+            flags, prediction = "--gradient_checkpointing", self.checkpointed()
+            yield flags, prediction
+        if not train.use_8bit_adam and train.optimizer == ADAMW:
+            yield f"--use_8bit_adam {flags}".strip(), prediction.with_8bit_adam()
 
 
 def count(
-    train: TrainConfig, token: str | None, *, cached: bool, image_size: Size | None = None, on_gpu: bool = False
+    train: TrainConfig, token: str | None, *, cached: bool, sizes: Sequence[Size] = (), on_gpu: bool = False
 ) -> Prediction:
     """Predict a run's step by configurations alone; takes seconds.
 
     Args:
         token: for private models on the Hub.
         cached: the run trains from cached latents.
-        image_size: of the largest bucket; None for the resolution squared.
+        sizes: of the buckets; empty for the resolution squared.
         on_gpu: the run's layers are those of a GPU.
 
     Raises:
@@ -117,7 +132,7 @@ def count(
     base = base_files(train, token, (f"{family.denoiser}/config.json",), from_cache=True)
     dtype = working_precision(train.mixed_precision)
     with shaped(family, base, train, vae=_vae_files(train, token), dtype=dtype) as components:
-        prediction = predict(components, train, cached=cached, image_size=image_size, on_gpu=on_gpu)
+        prediction = predict(components, train, cached=cached, sizes=sizes, on_gpu=on_gpu)
         shapes = [tuple(each.shape) for each in components.controlnet.parameters() if each.requires_grad]
     # Outside, where tensors have data.
     return replace(prediction, moment_bytes=state_bytes_per_weight(train, shapes))

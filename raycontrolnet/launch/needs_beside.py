@@ -13,7 +13,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple, TextIO
@@ -35,7 +35,7 @@ PATIENCE_S = 30.0
 """Time that a run waits for the count once Ray has started."""
 
 
-Given = tuple[TrainConfig, str | None, bool, Size | None]
+Given = tuple[TrainConfig, str | None, bool, Sequence[Size]]
 """Arguments of `count`."""
 
 
@@ -47,6 +47,19 @@ class Counted(NamedTuple):
     """Memory of this machine's GPU, if it has one."""
     for_gpus: bool
     """True if the layers and the default precision of GPUs were counted; else those of CPUs."""
+
+
+class CannotFit(ConfigError):
+    """A run that cannot fit its GPU.
+
+    Args:
+        problem: in words.
+        may_fit: checks whether another batch may fit.
+    """
+
+    def __init__(self, problem: str, may_fit: Callable[[int], bool]) -> None:
+        super().__init__([problem])
+        self.may_fit = may_fit
 
 
 class Counting:
@@ -74,7 +87,7 @@ class Counting:
             share: part of a GPU that each worker gets.
 
         Raises:
-            ConfigError: if it cannot fit the GPU.
+            CannotFit: it cannot fit the GPU.
         """
         if (found := self.result()) is None:
             return
@@ -92,8 +105,8 @@ class Counting:
         except Exception:  # as of the advice
             logger.warning("needs could not be said", exc_info=True)
             return
-        if problem:
-            raise ConfigError([problem])
+        if problem and (memory := place.bytes):
+            raise CannotFit(problem, lambda size: needs.may_fit(size, memory))
 
     def result(self) -> Counted | None:
         """Wait for the count; None if there is none, or if it fails or takes too long, which stops no run."""
@@ -106,8 +119,8 @@ class Counting:
                 return None
             self._output.seek(0)
             train, for_gpus, prediction, here = pickle.load(self._output)
-            _, token, cached, image_size = self._given
-            needs = Needs.of(train, token, prediction, cached=cached, image_size=image_size, on_gpu=for_gpus)
+            _, token, cached, sizes = self._given
+            needs = Needs.of(train, token, prediction, cached=cached, sizes=sizes, on_gpu=for_gpus)
             return Counted(needs, here, for_gpus)
         except subprocess.TimeoutExpired:
             self._process.kill()  # it would take a CPU from the training
@@ -120,18 +133,18 @@ class Counting:
 
 @contextmanager
 def counting(
-    train: TrainConfig, token: str | None, *, cached: bool, image_size: Size | None = None, wanted: bool = True
+    train: TrainConfig, token: str | None, *, cached: bool, sizes: Sequence[Size] = (), wanted: bool = True
 ) -> Iterator[Counting]:
     """Count the needs of a run beside what is done inside, unless it is small or not `wanted`.
 
     Args:
         token: for private models on the Hub.
         cached: the run trains from cached latents.
-        image_size: of the largest bucket; None for the resolution squared.
+        sizes: of the buckets; empty for the resolution squared.
     """
     if train.use_gpu is None and not train.in_this_process and on_a_cluster(train.address):
         train = dataclasses.replace(train, use_gpu=True)  # if these are CPUs, they are not told
-    process, given = None, (train, token, cached, image_size)
+    process, given = None, (train, token, cached, sizes)
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as log:
         if wanted and not is_small(train):
             try:
@@ -187,11 +200,11 @@ def main() -> None:
     """Count the run on the standard input, and write the result to the standard output."""
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # for what libraries print
-    train, token, cached, image_size = pickle.load(sys.stdin.buffer)
+    train, token, cached, sizes = pickle.load(sys.stdin.buffer)
     here = gpu_here()
     train, for_gpus = in_likely_precision(train, has_gpu=here is not None)
     with output:
-        prediction = count(train, token, cached=cached, image_size=image_size, on_gpu=for_gpus)
+        prediction = count(train, token, cached=cached, sizes=sizes, on_gpu=for_gpus)
         pickle.dump((train, for_gpus, prediction, here), output)
 
 

@@ -190,6 +190,35 @@ def _inputs(components: Components, batch_size: int, resolution: Size | int) -> 
     return Batch(images, images.clone(), tokens, sizes), Draws(noise, noise.clone(), timesteps)
 
 
+def input_bytes(
+    components: Components,
+    sizes: Iterable[Size],
+    *,
+    cached: bool,
+    latents_dtype: torch.dtype,
+    objective: ObjectiveConfig = PLAIN,
+) -> int:
+    """Return the bytes of a sample's inputs of a step, as CUDA graphs keep them, summed over image `sizes`.
+
+    Args:
+        components: of `shapes`.
+        latents_dtype: of the cached latents.
+    """
+    total = 0
+    for size in sizes:
+        batch, draws = _inputs(components, 1, size)
+        if objective.input_perturbation:
+            draws = draws._replace(input_noise=draws.noise)
+        if cached:
+            posterior = torch.zeros(1, 2, *latent_shape(components, size), dtype=latents_dtype)
+            batch = batch._replace(images=None, posterior=posterior)
+        with torch.no_grad():
+            conditioning = components.family.encode_prompts(components, batch)
+        leaves = tree_leaves((batch, draws, conditioning))
+        total += sum(each.nbytes for each in leaves if isinstance(each, torch.Tensor))
+    return total
+
+
 @contextmanager
 def as_autocast_on_gpus(components: Components) -> Iterator[Any]:
     """Give the ControlNet as accelerate runs it on a GPU: in half precision, with normalizations in fp32.

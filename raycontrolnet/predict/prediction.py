@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -14,7 +16,7 @@ from raycontrolnet.model.components import Components
 from raycontrolnet.model.graphs import has_graphs
 from raycontrolnet.model.optimizers import MOMENTS
 from raycontrolnet.model.performance import enable_memory_savers
-from raycontrolnet.predict.count import count_steps
+from raycontrolnet.predict.count import count_steps, input_bytes
 
 GIB = 2**30
 MIB = 2**20
@@ -52,6 +54,8 @@ class Prediction:
     """True for a run that averages its weights (--use_ema)."""
     has_graphs: bool = False
     """True for CUDA graphs, which keep the memory of a step's activations."""
+    graph_inputs_per_sample: int = 0
+    """Bytes of a sample in the inputs that CUDA graphs keep, of a batch of each size; 0 without graphs."""
 
     @property
     def trained_bytes(self) -> dict[str, int]:
@@ -71,15 +75,25 @@ class Prediction:
     def activations(self, batch_size: int) -> float:
         return self.activations_base + self.activations_per_sample * batch_size
 
+    def graph_inputs(self, batch_size: int) -> int:
+        return self.graph_inputs_per_sample * batch_size
+
+    def averaging(self, batch_size: int) -> float:
+        """Return the bytes that an update of the averages takes beyond the activations: it makes a copy of them.
+
+        No activations are left then, but those in graphs.
+        """
+        copied = self.trained_bytes.get("averages", 0)
+        return copied if self.has_graphs else max(0.0, copied - self.activations(batch_size))
+
     def total(self, batch_size: int) -> float:
         """Return the most bytes at a time, beside CUDA's context and the kernels' workspaces."""
-        activations, copied = self.activations(batch_size), self.trained_bytes.get("averages", 0)
-        # The averages are updated with a copy of as many bytes, when no activations are left but those in graphs.
-        return self._fixed + (activations + copied if self.has_graphs else max(activations, copied))
+        of_batch = self.activations(batch_size) + self.graph_inputs(batch_size)
+        return self._fixed + of_batch + self.averaging(batch_size)
 
     def fits(self, batch_size: int, device_bytes: float, reserved: float = LEAST_RESERVED) -> bool:
         """Check whether a batch fits a device, of which CUDA and its kernels take `reserved` bytes."""
-        return self.total(batch_size) + reserved <= device_bytes * (1 - GAPS)
+        return self.total(batch_size) + margin(device_bytes, reserved) <= device_bytes
 
     def cannot_fit(self, batch_size: int, device_bytes: float) -> bool:
         """Check whether a batch does not fit a device even if the prediction is too high, and CUDA needs nothing."""
@@ -87,15 +101,24 @@ class Prediction:
 
     def largest_batch(self, device_bytes: float) -> int:
         """Return the largest batch that fits a device to be sure; 0 if none does."""
-        left, copied = device_bytes * (1 - GAPS) - RESERVED - self._fixed, self.trained_bytes.get("averages", 0)
+        left, copied = device_bytes - margin(device_bytes) - self._fixed, self.trained_bytes.get("averages", 0)
         if left < copied:
             return 0
         if self.has_graphs:
             left -= copied
-        return max(0, int((left - self.activations(0)) // self.activations_per_sample))
+        per_sample = self.activations_per_sample + self.graph_inputs_per_sample
+        return max(0, int((left - self.activations(0)) // per_sample))
 
     def with_8bit_adam(self) -> Prediction:
         return replace(self, moment_bytes=MOMENTS[True])
+
+    def without_graphs(self) -> Prediction:
+        return replace(self, has_graphs=False, graph_inputs_per_sample=0)
+
+
+def margin(device_bytes: float, reserved: float = RESERVED) -> float:
+    """Return the bytes of a device that a step cannot have: `reserved` ones of CUDA, and gaps between blocks."""
+    return reserved + GAPS * device_bytes
 
 
 def predict(
@@ -103,7 +126,7 @@ def predict(
     config: TrainConfig,
     *,
     cached: bool,
-    image_size: Size | None = None,
+    sizes: Sequence[Size] = (),
     on_gpu: bool = False,
 ) -> Prediction:
     """Predict the step of `config`, by counts of its batch and of twice that, on models that have shapes alone.
@@ -112,19 +135,22 @@ def predict(
         components: of `shaped`, which must be active.
         config: the run's settings.
         cached: the run trains from cached latents.
-        image_size: of the largest bucket; None for the resolution squared.
+        sizes: of the buckets; empty for the resolution squared.
         on_gpu: count the layers of a GPU, which `components` have from then on.
     """
     if on_gpu and not config.compile:
         _use_layers_of_gpus(components)
     _set_checkpointing(components, on=config.gradient_checkpointing)
     size = config.train_batch_size
-    largest = image_size or (config.resolution, config.resolution)
+    sizes = sizes or ((config.resolution, config.resolution),)
+    largest = max(sizes, key=math.prod)
     one, two = count_steps(components, (size, 2 * size), largest, cached=cached, objective=config)
     parts = {"text encoder": components.text_encoders, "VAE": (components.vae,), "denoiser": (components.denoiser,)}
     vae_waits = cached and not components.family.encodes_control
     frozen = {name: modules for name, modules in parts.items() if name != "VAE" or not vae_waits}
     per_sample = (two.activations - one.activations) / size
+    graphs = has_graphs(config, on_gpu=on_gpu, num_workers=config.most_workers)
+    how: dict[str, Any] = {"cached": cached, "latents_dtype": getattr(torch, config.latents_dtype), "objective": config}
     return Prediction(
         weights={
             **{name: sum(map(_numel, modules)) for name, modules in parts.items()},
@@ -139,7 +165,8 @@ def predict(
         dispatches=one.dispatches,
         latents=math.prod(latent_shape(components, largest)),
         has_averages=config.use_ema,
-        has_graphs=has_graphs(config, on_gpu=on_gpu, num_workers=config.most_workers),
+        has_graphs=graphs,
+        graph_inputs_per_sample=input_bytes(components, sizes, **how) if graphs else 0,
     )
 
 

@@ -52,7 +52,10 @@ def _flags(config: TrainConfig, *, cached: bool, num_workers: int, share: float,
     if not cached:
         yield "--cache_latents on"
     # Gradients stay during an accumulation, and DDP's buckets hold them always.
-    if not config.set_grads_to_none and steps == 1 and num_workers == 1:
-        # CUDA graphs hold them, too.
-        kept = has_graphs(config, on_gpu=True, num_workers=num_workers)
-        yield "--set_grads_to_none --cuda_graphs off" if kept else "--set_grads_to_none"
+    given_back = steps == 1 and num_workers == 1
+    held = ["--set_grads_to_none"] if given_back and not config.set_grads_to_none else []
+    # Graphs hold gradients, too, and activations while averages are updated.
+    if (given_back or config.use_ema) and has_graphs(config, on_gpu=True, num_workers=num_workers):
+        held.append("--cuda_graphs off")
+    if held:
+        yield " ".join(held)

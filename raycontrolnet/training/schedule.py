@@ -54,6 +54,11 @@ class Schedule:
         return self.micro_batches * self.batch_size
 
     @property
+    def uses_of_a_sample(self) -> float:
+        """Mean number of times that the run uses each sample."""
+        return self.total_updates * self.samples_per_update / max(1, self.num_samples)
+
+    @property
     def micro_batches(self) -> int:
         """Micro-batches of an update, of all workers."""
         return self.num_workers * self.accumulation_steps

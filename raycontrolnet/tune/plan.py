@@ -21,8 +21,6 @@ from raycontrolnet.errors import ConfigError
 from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.launch.precision import in_words, resolve, workers_have_bf16
 from raycontrolnet.launch.preflight import check, choose_latents, ensure_latents
-from raycontrolnet.model.optimizers import state_bytes_per_weight
-from raycontrolnet.model.size import FP32_BYTES
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.tune import checks
 from raycontrolnet.tune.concurrency import TrialSlots
@@ -31,12 +29,6 @@ from raycontrolnet.tune.recorder import mark_interrupted
 from raycontrolnet.tune.records import TrialRecord, read_records, read_sweep
 from raycontrolnet.tune.store_sync import open_sweep
 from raycontrolnet.tune.trial import Shared, cache_key
-
-MEMORY_SETTINGS = (
-    "train_batch_size", "resolution", "gradient_checkpointing", "use_8bit_adam", "optimizer", "optimizer_args",
-    "use_ema", "mixed_precision",
-)  # fmt: skip
-"""Settings by which trials need more memory or less."""
 
 
 @dataclass(frozen=True)
@@ -127,26 +119,6 @@ class SweepPlan:
         """
         config = checks.for_its_base(dataclasses.replace(self.train, **record.settings))
         return checks.with_default_precision(config, mixed_precision)
-
-    def heaviest(self) -> CheckedRun:
-        """Return the trial that may need most memory: the space's largest batch and images, and its least savings."""
-
-        def weight(settings: Mapping[str, Any]) -> tuple[Any, ...]:
-            tried = dataclasses.replace(self.train, **settings)
-            size = tried.train_batch_size * tried.resolution**2
-            full = tried.mixed_precision == "no"
-            beside = state_bytes_per_weight(tried) + FP32_BYTES * tried.use_ema
-            return size, not tried.gradient_checkpointing, beside, full
-
-        settings = max(combinations(self.space, MEMORY_SETTINGS), key=weight)
-        config = checks.for_its_base(dataclasses.replace(self.train, **settings))
-        begun = self.mixed_precision or ("no" if self.records else None)
-        of_one_size = {"resolution", "aspect_buckets"}.isdisjoint(self.space)  # else a square bounds what they need
-        return dataclasses.replace(
-            self.run,
-            config=checks.with_default_precision(config, begun),
-            buckets=self.run.buckets if of_one_size else None,
-        )
 
 
 def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:

@@ -34,6 +34,7 @@ from raycontrolnet.report.page import REPORT_FILE
 from raycontrolnet.signals import ended_in_order, ending_signals_raised, raise_interrupt
 from raycontrolnet.text import counted, duration, one_line
 from raycontrolnet.tune.concurrency import trial_slots
+from raycontrolnet.tune.heaviest import heaviest, say_heaviest
 from raycontrolnet.tune.leaderboard import LEADERBOARD_FILE
 from raycontrolnet.tune.lease import SweepLease
 from raycontrolnet.tune.live import LiveTable
@@ -125,19 +126,21 @@ def _sweep(config: SweepConfig, stream: TextIO) -> SweepResult:
 
 def _run(plan: SweepPlan, lease: SweepLease, facts: dict[str, Any], stream: TextIO) -> tune.ResultGrid:
     train = plan.train
-    own, heaviest = not on_a_cluster(train.address), plan.heaviest()
-    size = heaviest.buckets.largest if heaviest.buckets else None
-    counted_beside = counting(heaviest.config, heaviest.token, cached=heaviest.cached, image_size=size)
+    own, found = not on_a_cluster(train.address), heaviest(plan)
+    sizes = found.run.buckets.sizes if found.run.buckets else ()
+    counted_beside = counting(found.run.config, found.run.token, cached=found.run.cached, sizes=sizes)
     with counted_beside as needs, ray_session(train.address):
         slots = trial_slots(train, plan.config, cluster_nodes(train), plan.num_left, own=own)
         for tried in plan.device_settings():
             check_device(slots.use_gpu, tried, has_gpu=slots.use_gpu)
         stream.write(f"sweep: {counted(plan.num_left, 'trial')}, {slots.reason}\n")
         resources = worker_resources(train)
-        needs.say(
-            heaviest.schedule(None),
-            None if resources.one_machine else gpu_types(train),
+        say_heaviest(
+            plan,
+            found,
+            needs,
             stream,
+            types=None if resources.one_machine else gpu_types(train),
             use_gpu=slots.use_gpu,
             share=min(1.0, slots.gpus_per_worker),
         )
