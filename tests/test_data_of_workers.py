@@ -10,7 +10,7 @@ import ray.data
 from ray.data import ExecutionOptions
 
 from raycontrolnet import TrainConfig
-from raycontrolnet.cluster.data_of_workers import DataOfWorkers, nothing_yet
+from raycontrolnet.cluster.data_of_workers import DataOfWorkers
 from raycontrolnet.data.stream import MOST_IN_BUNDLE
 from raycontrolnet.launch.workers import stream_layout
 from raycontrolnet.training.schedule import Schedule
@@ -23,7 +23,7 @@ def test_it_is_made_for_the_workers_there_are(num_workers: int) -> None:
         return ray.data.from_items([{"of": number}] * 6)
 
     config = DataOfWorkers(make, ExecutionOptions(preserve_order=True))
-    shards = config.configure({"train": nothing_yet()}, num_workers, None, None)
+    shards = config.configure({"train": None}, num_workers, None, None)
     assert [list(shard) for shard in shards] == [["train"]] * num_workers
     if num_workers == 1:  # several wait for each other
         assert [row["of"] for row in shards[0]["train"].iter_rows()] == [1] * 6
