@@ -13,18 +13,21 @@ from raycontrolnet import TrainConfig
 from raycontrolnet.cluster.data_of_workers import DataOfWorkers
 from raycontrolnet.data.stream import MOST_IN_BUNDLE
 from raycontrolnet.launch.workers import stream_layout
-from raycontrolnet.training.schedule import Schedule
 
 
 @pytest.mark.usefixtures("_local_ray")
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_it_is_made_for_the_workers_there_are(num_workers: int) -> None:
+    made: list[int] = []
+
     def make(number: int) -> ray.data.Dataset:
+        made.append(number)
         return ray.data.from_items([{"of": number}] * 6)
 
     config = DataOfWorkers(make, ExecutionOptions(preserve_order=True))
     shards = config.configure({"train": None}, num_workers, None, None)
     assert [list(shard) for shard in shards] == [["train"]] * num_workers
+    assert made == [num_workers]
     if num_workers == 1:  # several wait for each other
         assert [row["of"] for row in shards[0]["train"].iter_rows()] == [1] * 6
 
@@ -34,9 +37,9 @@ def layout(workers: str, there: int, done: int = 0) -> Any:
         pretrained_model_name_or_path="base", train_data_dir="data", num_workers=workers, train_batch_size=4,
         max_train_steps=100,
     )  # fmt: skip
-    run: Any = SimpleNamespace(config=config, schedule=lambda _: Schedule.of(config, 1000, config.most_workers))
-    checkpoint: Any = SimpleNamespace(step=done, samples=done * 16) if done else None
-    return stream_layout(run, checkpoint, there, batch_bytes=1000)
+    job: Any = SimpleNamespace(config=config, num_samples=1000)
+    checkpoint: Any = SimpleNamespace(step=done, samples=done * 16, facts={}) if done else None
+    return stream_layout(job, checkpoint, there, batch_bytes=1000)
 
 
 @pytest.mark.parametrize("there", [1, 3, 4])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import weakref
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,15 +22,15 @@ from raycontrolnet.model import gradients, graphs
 from raycontrolnet.model.gradients import GradientAverage
 from raycontrolnet.model.step import TrainState
 from raycontrolnet.training import state as states
-from raycontrolnet.training.schedule import Schedule
+from raycontrolnet.training.schedule import Schedule, Share
 from raycontrolnet.training.state import accelerator_for, build_state
 
 Settings = dict[str, Any]
-MICRO_STEPS = 6
 CASES: dict[str, Settings] = {
     "plain": {},
     "accumulated": {"gradient_accumulation_steps": 2, "set_grads_to_none": True},
     "bf16": {"mixed_precision": "bf16", "gradient_checkpointing": True, "use_ema": True},
+    "elastic": {"num_workers": "1:3"},
     "set to none": {"set_grads_to_none": True, "optimizer": "torch.optim.RAdam"},
 }
 WAYS = ("DDP", "graphs", "given up")
@@ -58,8 +61,19 @@ def in_group(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
 
 
+def updates(state: TrainState, rank: int, plan: Schedule) -> Iterator[Any]:
+    """Do four updates as one worker of two, which deal an update's micro-batches among them."""
+    share, micro_step = Share(rank, 2, plan.micro_batches), 0
+    for update in range(4):
+        state.begin_update(share.micro_steps(update))
+        for _ in range(share.micro_steps(update)):
+            first = share.place(micro_step) * plan.batch_size
+            yield from steps(state, fake_rows(first, first + 1), weight=share.weight(update))
+            micro_step += 1
+
+
 def trained(settings: Settings, rank: int, way: str) -> dict[str, Any]:
-    """Train as one worker of two, of which the last micro-step has another weight, and return all that came of it."""
+    """Train as one worker of two, and return all that came of it."""
     captures, config = Captures(), TrainConfig(**settings)
     with pytest.MonkeyPatch.context() as patch, accelerator_for(config, use_gpu=False, world_size=2) as accelerator:
         patch.setattr(graphs, "capture", captures)
@@ -67,15 +81,15 @@ def trained(settings: Settings, rank: int, way: str) -> dict[str, Any]:
         patch.setattr(gradients, "BUCKET_BYTES", 2**16)
         if way != "DDP":
             patch.setattr(states, "_graphs", lambda weights, *_: captures.graphs(weights))
-        state = build_state(config, Schedule.of(config, 24, 2), accelerator, None, None)
+        plan = Schedule.of(config, 24, config.most_workers)
+        state = build_state(config, plan, accelerator, None, None)
         assert (state.gradient_average is None) == (way == "DDP")
         if state.gradient_average:
             assert len(state.gradient_average._buckets) > 5
-        batches = [fake_rows(*range(4 * index + 2 * rank, 4 * index + 2 * rank + 2)) for index in range(MICRO_STEPS)]
-        taken = [*steps(state, *batches[:-2]), *steps(state, *batches[-2:], weight=0.5)]
+        taken = list(updates(state, rank, plan))
         together = torch.cat([value.detach().flatten() for value in state.components.controlnet.parameters()])
         if way == "graphs":
-            assert captures.replayed == MICRO_STEPS - 2, "all but the first of each weight"
+            assert captures.replayed >= len(taken) - 3, "all but the first of each weight and number"
         return {
             "losses": [float(each.loss) for each in taken],
             "norms": [float(each.grad_norm) for each in taken if each.grad_norm is not None],
@@ -93,8 +107,13 @@ def train_all(rank: int, folder: str, settings: Settings) -> None:
 @pytest.fixture
 def settings(tiny_base: Path, tmp_path: Path, tiny_settings: Settings) -> Settings:
     controlnet = write_trained_controlnet(tiny_base, tmp_path / "controlnet")
-    more = {"controlnet_model_name_or_path": str(controlnet), "learning_rate": 1e-3, "train_batch_size": 2}
-    return tiny_settings | more
+    more = {
+        "controlnet_model_name_or_path": str(controlnet),
+        "learning_rate": 1e-3,
+        "train_batch_size": 2,
+        "num_workers": "2",
+    }
+    return tiny_settings | more | {"num_workers": "2"}
 
 
 def test_the_bits_are_those_of_ddp(settings: Settings, tmp_path: Path) -> None:
@@ -156,3 +175,13 @@ def test_the_device_is_told_while_the_backward_pass_goes_on(
     assert events.recorded[-1] == number - 1, "that of the weight without"
     assert unused.grad is None
     assert 1 <= left[1] <= 3, "most were told before the last gradient was computed"
+
+
+@pytest.mark.usefixtures("alone")
+def test_weights_do_not_keep_their_average() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    average = weakref.ref(GradientAverage([weight]))
+    gc.collect()
+    assert average() is None
+    weight.sum().backward()
+    assert weight.grad is not None

@@ -257,7 +257,8 @@ def test_each_size_of_aspect_buckets_has_a_graph(
         ({}, "cuda", 2, "there are 2 workers; --cuda_graphs on takes them there too"),
         ({"cuda_graphs": "off"}, "cuda", 2, "--cuda_graphs off leaves them out"),
         ({"mixed_precision": "no"}, "cuda", 1, "they are for bf16 and fp16, and the run is in fp32"),
-        ({"compile": True}, "cuda", 1, "--compile leaves them out"),
+        ({"mixed_precision": "no"}, "cuda", 2, "they are for bf16 and fp16, and the run is in fp32"),
+        ({"compile": True}, "cuda", 3, "--compile leaves them out"),
         (
             {"enable_xformers_memory_efficient_attention": True}, "cuda", 1,
             "--enable_xformers_memory_efficient_attention leaves them out",

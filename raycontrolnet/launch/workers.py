@@ -21,7 +21,7 @@ from raycontrolnet.training.background import repeating
 from raycontrolnet.training.failures import read_failure, read_hang
 from raycontrolnet.training.host_memory import variables_for_kept_memory
 from raycontrolnet.training.job import RUN_LOG, Job, RunCallback, RunStopped, ask_to_stop, begin, end
-from raycontrolnet.training.schedule import due_steps
+from raycontrolnet.training.schedule import Schedule, due_steps
 from raycontrolnet.training.status import RunStatus
 from raycontrolnet.training.store_sync import DRIVERS, aborted_if_lost, records_fetched
 from raycontrolnet.training.watchdog import collective_timeout_s
@@ -110,7 +110,7 @@ def train_on_ray(
         ),
         run_config=_run_config(run, on_cpu=not resources.use_gpu),
         datasets={"train": nothing_yet},
-        dataset_config=DataOfWorkers(_stream_factory(run, job, loader.batch_bytes), options),
+        dataset_config=DataOfWorkers(_stream_factory(job, loader.batch_bytes), options),
     )
     trainer.folder = run.folder
     trainer.one_machine = resources.one_machine
@@ -258,25 +258,29 @@ def _checkpoint_is_there(run: CheckedRun, step: int) -> bool:
     return last is not None and last.step >= step
 
 
-def _stream_factory(run: CheckedRun, job: Job, batch_bytes: int) -> Callable[[int], ray.data.Dataset]:
-    """Return what makes the stream from the last checkpoint on, for a number of workers, at every start of these."""
-    fewest, most = run.config.worker_range
-    max_tasks = run.config.dataloader_num_workers * most or None
+def _stream_factory(job: Job, batch_bytes: int) -> Callable[[int], ray.data.Dataset]:
+    """Return what makes the stream from the last checkpoint on, for a number of workers, at every start of these.
+
+    Ray sends it to every worker too, so it holds little: no rows, and no secrets.
+    """
+    fewest, most = job.config.worker_range
+    max_tasks = job.config.dataloader_num_workers * most or None
 
     def stream(num_workers: int) -> ray.data.Dataset:
-        layout = stream_layout(run, job.current_checkpoint(here=False), num_workers, batch_bytes)
+        layout = stream_layout(job, job.current_checkpoint(here=False), num_workers, batch_bytes)
         return ray_dataset(job.loader, layout, max_tasks, elastic=fewest != most)
 
     return stream
 
 
-def stream_layout(run: CheckedRun, checkpoint: Checkpoint | None, num_workers: int, batch_bytes: int) -> StreamLayout:
+def stream_layout(job: Job, checkpoint: Checkpoint | None, num_workers: int, batch_bytes: int) -> StreamLayout:
     """Return the batches from a checkpoint on, for as many workers as there are now.
 
     Without end for an elastic run, of which the workers may have unequal numbers of batches: they stop by themselves.
     """
     step, samples = (checkpoint.step, checkpoint.samples) if checkpoint else (0, 0)
-    fewest, most = run.config.worker_range
-    micro_steps = run.schedule(checkpoint).batches_per_worker(step) if fewest == most else ENDLESS
+    fewest, most = job.config.worker_range
+    schedule = Schedule.of(job.config, job.num_samples, most, checkpoint)
+    micro_steps = schedule.batches_per_worker(step) if fewest == most else ENDLESS
     bundle = StreamLayout.bundle_for(batch_bytes)
-    return StreamLayout(samples, micro_steps, run.config.train_batch_size, num_workers, bundle)
+    return StreamLayout(samples, micro_steps, schedule.batch_size, num_workers, bundle)

@@ -6,7 +6,8 @@ device tells what is computed, by events that the graph records, and not Python.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -37,7 +38,7 @@ class _Bucket:
             self.computed.record()
 
 
-@dataclass
+@dataclass(eq=False)
 class GradientAverage:
     """The gradients' average over the workers, of the same weights in all of them.
 
@@ -59,8 +60,9 @@ class GradientAverage:
         # From the last to the first, about as they are computed.
         self._buckets = [_Bucket(each, _event(device)) for each in _parts(trained[::-1], BUCKET_BYTES)]
         self._of = {weight: bucket for bucket in self._buckets for weight in bucket.weights}
+        computed = _weakly(self._computed)
         for weight in trained:
-            weight.register_post_accumulate_grad_hook(self._computed)
+            weight.register_post_accumulate_grad_hook(computed)
             distributed.broadcast(weight.detach(), src=0)
 
     def _computed(self, weight: Tensor) -> None:
@@ -95,6 +97,17 @@ class GradientAverage:
 
     def _beside(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._stream) if self._stream else nullcontext()
+
+
+def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """Return a function that calls a method as long as its object is there: a hook would keep it, and all weights."""
+    reference = weakref.WeakMethod(method)
+
+    def call(weight: Tensor) -> None:
+        if found := reference():
+            found(weight)
+
+    return call
 
 
 def _average(weights: Sequence[torch.nn.Parameter]) -> None:

@@ -46,14 +46,14 @@ def no_graphs_because(config: StepConfig, *, on_gpu: bool, num_workers: int) -> 
         return "the run is on CPUs"
     if config.cuda_graphs == "off":
         return "--cuda_graphs off leaves them out"
-    if config.cuda_graphs == "auto" and num_workers > 1:
-        return f"there are {num_workers} workers; --cuda_graphs on takes them there too"
     if config.mixed_precision not in ("fp16", "bf16"):
         return "they are for bf16 and fp16, and the run is in fp32"
     if config.compile:
         return "--compile leaves them out"
     if config.enable_xformers_memory_efficient_attention:
         return "--enable_xformers_memory_efficient_attention leaves them out"
+    if config.cuda_graphs == "auto" and num_workers > 1:
+        return f"there are {num_workers} workers; --cuda_graphs on takes them there too"
     return None
 
 

@@ -69,34 +69,41 @@ def cuda_graphs(base: Components, device: torch.device) -> Result:
     return {**off, "problems": problems, "ok": ok and not problems}
 
 
-def _by_turns(state: TrainState, first: int, device: torch.device) -> Iterator[StepMetrics]:
+def _by_turns(state: TrainState, first: int, device: torch.device, weight: float = 1.0) -> Iterator[StepMetrics]:
     """Do four steps with batches of two sizes by turns, and rest."""
     for index in range(first, first + 4):
         size = SIZE + index % 2
         batch = random_batch(state.components, size, TINY_RESOLUTION, device, cached=False)
-        yield train_step(state, batch, draws_of(state.components, 8 * index, size, TINY_RESOLUTION, device))
+        yield train_step(state, batch, draws_of(state.components, 8 * index, size, TINY_RESOLUTION, device), weight)
     with state.paused():
         pass
 
 
 def averaged_gradients(base: Components, device: torch.device) -> Result:
-    """Train by graphs with and without an average over the workers of a group of one, in many parts: the same bits."""
-    found, before = [], gradients_of_workers.BUCKET_BYTES
+    """Train by graphs with and without an average over the workers, in many parts: the same bits.
+
+    The group has one worker, which takes itself for the first of two that have no gradients: its doubled ones are
+    halved, which changes no bit. One that is averaged before the graph has computed it is not halved.
+    """
+    found, before = [], (gradients_of_workers.BUCKET_BYTES, distributed.get_world_size)
     config = settings("bf16", learning_rate=1e-4, gradient_accumulation_steps=2, cuda_graphs="on")
     with tempfile.TemporaryDirectory() as folder:
         distributed.init_process_group("nccl", init_method=f"file://{folder}/group", rank=0, world_size=1)
         try:
-            gradients_of_workers.BUCKET_BYTES = 2**18
             for averages in (False, True):
                 with training(copied(base, config, device), config) as state:
                     torch.backends.cudnn.benchmark = False
                     weights = list(state.components.controlnet.parameters())
-                    state.gradient_average = GradientAverage(weights) if averages else None
-                    losses = [each.loss[None] for first in (0, 4) for each in _by_turns(state, first, device)]
-                    found.append(torch.cat([*losses, *(weight.detach().flatten() for weight in weights)]))
+                    if averages:
+                        gradients_of_workers.BUCKET_BYTES = 2**18
+                        state.gradient_average = GradientAverage(weights)
+                        distributed.get_world_size = lambda *_: 2
+                    weight = 2.0 if averages else 1.0
+                    losses = [each.loss[None] for first in (0, 4) for each in _by_turns(state, first, device, weight)]
+                    found.append(torch.cat([*losses, *(each.detach().flatten() for each in weights)]))
                     replayed = state.graphs is not None and state.graphs.replayed
         finally:
-            gradients_of_workers.BUCKET_BYTES = before
+            gradients_of_workers.BUCKET_BYTES, distributed.get_world_size = before
             distributed.destroy_process_group()
     off = float((found[0] - found[1]).norm() / found[0].norm())
     return {"off by": off, "by graphs": replayed, "ok": off == 0 and replayed}
