@@ -179,7 +179,43 @@ def test_a_bucket_that_vanishes_in_mid_run(
         fit(TrainConfig(**settings))
     assert "The checkpoint of update 2 stands: go on with --resume_from_checkpoint latest" in str(e.value)
     assert json.loads(use_s3.read("vanishes/run.json"))["status"] == "failed"
+    assert b"checkpoint-4 was not written" in use_s3.read("vanishes/run.log")
     monkeypatch.undo()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("elsewhere", "ray_in_store")
+def test_a_worker_whose_checkpoint_fails_says_so_in_its_log(
+    use_s3: S3Server, run_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray ends it as soon as it hears of that, in the middle of an update."""
+
+    def loop(loop_config: Any) -> Any:
+        from raycontrolnet import train_controlnet
+
+        upload, step = ObjectStore.upload, train_controlnet.train_step
+
+        def fails(store: ObjectStore, file: Path, name: str, tries: int | None = None) -> None:
+            if name.startswith("checkpoint-2"):
+                raise OSError("AWS Error NO_SUCH_BUCKET during PutObject operation")
+            upload(store, file, name, tries)
+
+        def long_step(state: Any, *rest: Any) -> Any:
+            if state.step == 2:
+                time.sleep(60)
+            return step(state, *rest)
+
+        ObjectStore.upload, train_controlnet.train_step = fails, long_step  # type: ignore[method-assign]
+        return train_controlnet.train_controlnet(loop_config)
+
+    monkeypatch.setattr("raycontrolnet.train_controlnet.train_controlnet", loop)
+    settings = run_settings | {"output_dir": f"s3://{BUCKET}/told", "num_workers": "1", "max_failures": 0}
+    with pytest.raises(RunError, match="checkpoint-2 cannot be written there"):
+        fit(TrainConfig(**settings))
+    log = use_s3.read(f"told/run-worker-0-{socket.gethostname()}.log").decode()
+    assert "checkpoint-2 was not written" in log
+    assert "NO_SUCH_BUCKET" in log
+    assert "The run failed" in use_s3.read("told/run.log").decode()
 
 
 @pytest.mark.usefixtures("elsewhere")
