@@ -51,7 +51,7 @@ class InterruptibleTrainer(TorchTrainer):
     one_machine: bool = False
     """True if no machine can be reclaimed while others go on: no process looks out for it, which costs 3 s of a CPU."""
     finished: Callable[[float], bool] | None = None
-    """For rank 0's process, which is ended once it is True, or `worker_timeout_s` is over; see `FinishesFirst`."""
+    """Function for rank 0's process, which is ended once that returns True, or `worker_timeout_s` is over."""
     controller: Any = None
     _is_aborted = False
     _groups_name: str = ""
