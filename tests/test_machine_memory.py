@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ VERSION_1 = (
 def container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the folder in which the kernel would tell of a container, on a machine of 8,000 bytes with 5,000 left."""
     sizes = {"SC_PAGE_SIZE": 10, "SC_PHYS_PAGES": MACHINE // 10}
-    monkeypatch.setattr(machine_memory.os, "sysconf", sizes.__getitem__)
+    monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=AVAILABLE))
     monkeypatch.setattr(machine_memory, "CGROUP", tmp_path)
     return tmp_path

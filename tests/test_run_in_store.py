@@ -193,7 +193,7 @@ def test_a_worker_whose_checkpoint_fails_says_so_in_its_log(
     def loop(loop_config: Any) -> Any:
         from raycontrolnet import train_controlnet
 
-        upload, step = ObjectStore.upload, train_controlnet.train_step
+        upload, step = ObjectStore.upload, vars(train_controlnet)["train_step"]
 
         def fails(store: ObjectStore, file: Path, name: str, tries: int | None = None) -> None:
             if name.startswith("checkpoint-2"):
@@ -205,7 +205,8 @@ def test_a_worker_whose_checkpoint_fails_says_so_in_its_log(
                 time.sleep(60)
             return step(state, *rest)
 
-        ObjectStore.upload, train_controlnet.train_step = fails, long_step  # type: ignore[method-assign]
+        for owner, name, function in ((ObjectStore, "upload", fails), (train_controlnet, "train_step", long_step)):
+            setattr(owner, name, function)
         return train_controlnet.train_controlnet(loop_config)
 
     monkeypatch.setattr("raycontrolnet.train_controlnet.train_controlnet", loop)

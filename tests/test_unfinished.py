@@ -39,7 +39,7 @@ def failing_loop(failed: Path, how: str) -> Callable[[Mapping[str, Any]], Any]:
         from raycontrolnet.training import saver
 
         (rank, _), beside = place_among_workers(), {"beside": True}
-        step, write, make = train_controlnet.train_step, saver.write_parts, saver.CheckpointSaver
+        step, write, make = vars(train_controlnet)["train_step"], vars(saver)["write_parts"], saver.CheckpointSaver
 
         def failing_step(state: Any, *rest: Any) -> Any:
             if state.step == 5 and (rank == 1 or how == "all raise"):
@@ -56,8 +56,13 @@ def failing_loop(failed: Path, how: str) -> Callable[[Mapping[str, Any]], Any]:
                     time.sleep(0.05)
                 time.sleep(WRITING_S)
 
-        train_controlnet.train_step, saver.write_parts = failing_step, slow_write
-        train_controlnet.CheckpointSaver = lambda *args, **given: make(*args, **given | beside)  # type: ignore[misc, assignment]
+        changed: dict[tuple[Any, str], Any] = {
+            (train_controlnet, "train_step"): failing_step,
+            (train_controlnet, "CheckpointSaver"): lambda *args, **given: make(*args, **given | beside),
+            (saver, "write_parts"): slow_write,
+        }
+        for (module, name), function in changed.items():
+            setattr(module, name, function)
         return train_controlnet.train_controlnet(loop_config)
 
     return loop

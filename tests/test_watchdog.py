@@ -125,12 +125,12 @@ def test_whereabouts_of_a_thread() -> None:
             return value.clone()
 
         @staticmethod
-        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
             over.wait()
             return gradient
 
     def backward() -> None:
-        Backward.apply(torch.ones(1, requires_grad=True)).backward()  # type: ignore[no-untyped-call]
+        Backward.apply(torch.ones(1, requires_grad=True)).backward()
 
     def here() -> None:
         with repeating(over.wait, 0.0, "a thread that does not end"):
