@@ -325,6 +325,23 @@ def test_workers_elsewhere_are_ended(use_s3: S3Server) -> None:
 
 
 @pytest.mark.usefixtures("elsewhere")
+def test_a_checkpoint_that_is_given_up_on_its_way(use_s3: S3Server) -> None:
+    """The one before stands; what was sent is no checkpoint."""
+    folder = StoredFolder(f"s3://{BUCKET}/given-up")
+    how: dict[str, Any] = {"seed": 0, "run_id": "it", "save": lambda to: (to / "x").write_text("1"), "facts": {}}
+    folder.write_checkpoint(step=1, samples=1, **how)
+
+    def check() -> None:
+        if "given-up/checkpoint-2/x" in use_s3.names("given-up/"):
+            raise InterruptedError("given up")
+
+    with pytest.raises(OSError, match="given up"):
+        folder.write_checkpoint(step=2, samples=2, check=check, **how)
+    assert "given-up/checkpoint-2/x" in use_s3.names("given-up/"), "it was on its way"
+    assert [each.step for each in folder.checkpoints()] == [1]
+
+
+@pytest.mark.usefixtures("elsewhere")
 def test_a_damaged_checkpoint_is_passed_over(
     use_s3: S3Server, run_settings: Settings, whole: Path, elsewhere: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

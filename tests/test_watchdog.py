@@ -56,6 +56,36 @@ def test_a_process_that_hangs_is_ended(tmp_path: Path) -> None:
     assert str(read_hang(tmp_path)) == f"{problem} for another; the stacks of its threads are in the log"
 
 
+WRITING = """
+import sys, time
+from pathlib import Path
+from raycontrolnet.storage.run_folder import RunFolder
+from raycontrolnet.training import saver
+from raycontrolnet.training.background import begun
+from raycontrolnet.training.watchdog import Watchdog
+
+def write():
+    time.sleep(9)
+    (folder / "written").touch()
+
+folder, phase = Path(sys.argv[1]), sys.argv[2]
+begun(write, "checkpoint", saver._unfinished)
+watchdog = Watchdog("Worker 0", RunFolder(str(folder)), folder / "run.log", 5.0)
+with watchdog.watching():
+    watchdog.progress(phase)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("phase", "is_waited_for"), [("an update", True), ("the last checkpoint", False)])
+def test_a_checkpoint_that_is_written_is_waited_for(tmp_path: Path, phase: str, is_waited_for: bool) -> None:
+    """Not where the writing may be what hangs."""
+    done = subprocess.run([sys.executable, "-c", WRITING, str(tmp_path), phase], timeout=50, check=False)
+    assert done.returncode == 1
+    assert f"Worker 0 hung: nothing came of {phase} for 0:05" in str(read_hang(tmp_path))
+    assert (tmp_path / "written").exists() == is_waited_for
+
+
 def signs_of(number: int) -> list[SignsOfLife]:
     store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     return [SignsOfLife(rank, number, store) for rank in range(number)]
