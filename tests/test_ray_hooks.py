@@ -227,9 +227,7 @@ def test_a_run_calls_the_hooks(tmp_path: Path) -> None:
     assert [name for name in seen["places"] if name.startswith(trainer._groups_name)], (
         "a killed run would keep its CPUs"
     )
-    assert pids.read_text() == f"{seen['pid']} group", (
-        "Ray does not ask rank 0, or only once its own callbacks are done"
-    )
+    assert pids.read_text() == str(seen["pid"]), "a checkpoint that is being written is lost when a worker fails"
     assert not seen["board"], "the driver knows better than a worker, in which a sweep's trial runs"
     assert (seen["niceness"], seen["cwd"], seen["rows"]) == (os.nice(0), Path.cwd(), [{"item": 3}])
     assert result.metrics["loss"] == 0.5
