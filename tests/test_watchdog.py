@@ -307,3 +307,41 @@ def test_a_stopped_worker_is_started_again(tiny_settings: Settings, tmp_path: Pa
         ),
     ):
         run(settings, tmp_path / "ended", max_failures=0)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_local_ray")
+def test_a_hang_in_the_step_says_where_each_worker_is(
+    tiny_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One waits for the other's gradients; neither is behind."""
+
+    def loop(loop_config: Any) -> Any:
+        from raycontrolnet import train_controlnet
+        from raycontrolnet.cluster.worker import place_among_workers
+        from raycontrolnet.model import step
+
+        (rank, _), predict = place_among_workers(), vars(step)["_loss"]
+        calls: list[int] = []
+
+        def stuck(*given: Any) -> Any:
+            calls.append(1)
+            if rank == 1 and len(calls) == 4:
+                repeating_for_ever()
+            return predict(*given)
+
+        def repeating_for_ever() -> None:
+            with repeating(lambda: time.sleep(60), 0.0, "a thread that does not end"):
+                pass
+
+        vars(step)["_loss"] = stuck
+        return train_controlnet.train_controlnet(loop_config)
+
+    monkeypatch.setattr("raycontrolnet.train_controlnet.train_controlnet", loop)
+    settings = tiny_settings | {"num_workers": "2", "cpus_per_worker": 1.0, "hang_timeout_s": 10.0, "max_failures": 0}
+    with pytest.raises(RunError) as error:
+        run(settings, tmp_path / "out")
+    said = str(error.value)
+    assert "all workers are in update 4 at an update with 1 micro-step to go: " in said
+    assert "in repeating of training/background.py" in said
+    assert "in the backward pass, in which gradients are exchanged" in said
