@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from processes import START_TIMEOUT_S
 from reference import fake_rows, steps, training
 from runs import contents, flags
 
@@ -79,8 +80,8 @@ def checkpoints_of(output_dir: Path) -> dict[str, dict[str, bytes]]:
     }
 
 
-def until(happens: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
+def until(happens: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
+    deadline = time.monotonic() + patience_s
     while not happens():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.02)
@@ -237,36 +238,48 @@ def test_a_second_signal_gives_up_the_one_that_is_written(
 STUCK = textwrap.dedent("""
     import sys, time
     from concurrent.futures import ThreadPoolExecutor
-    from raycontrolnet import cli
-    from raycontrolnet.training import saver
+    from raycontrolnet import cli, train_controlnet
 
-    before = saver.write_parts
+    loop = train_controlnet.train_controlnet
 
-    def write(controlnet, parts, folder):
-        before(controlnet, parts, folder)
-        if folder.name.startswith(".checkpoint-4."):
-            (folder / "stuck").touch()
-            ThreadPoolExecutor(1).submit(time.sleep, 60).result()  # such threads Python waits for
+    def stuck_loop(loop_config):
+        from raycontrolnet.training import saver
 
-    saver.write_parts = write
+        before = saver.write_parts
+
+        def write(controlnet, parts, folder):
+            before(controlnet, parts, folder)
+            if folder.name.startswith(".checkpoint-4."):
+                (folder / "stuck").touch()
+                ThreadPoolExecutor(1).submit(time.sleep, 60).result()  # such threads Python waits for
+
+        saver.write_parts = write
+        return loop(loop_config)
+
+    train_controlnet.train_controlnet = stuck_loop
     sys.exit(cli.main())
 """)
 
 
-def test_a_second_signal_ends_the_command_at_once(settings: dict[str, Any]) -> None:
-    folder = Path(settings["output_dir"])
+@pytest.mark.parametrize("num_workers", ["0", pytest.param("1", marks=pytest.mark.slow)])
+def test_a_second_signal_ends_the_command_at_once(settings: dict[str, Any], num_workers: str) -> None:
+    """In its own process, or with a worker on a Ray of its own."""
+    settings["num_workers"], folder = num_workers, Path(settings["output_dir"])
     command = [sys.executable, "-c", STUCK, "train", *flags(settings)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
-            until((folder / ".checkpoint-4.partial" / "stuck").exists)
+            until((folder / ".checkpoint-4.partial" / "stuck").exists, START_TIMEOUT_S)
             process.send_signal(signal.SIGINT)
             time.sleep(1)
             assert process.poll() is None, "the first waits for it"
             process.send_signal(signal.SIGINT)
-            _, said = process.communicate(timeout=20)
+            start = time.monotonic()
+            _, said = process.communicate(timeout=40)
+            seconds = time.monotonic() - start
         finally:
             process.kill()
     assert process.returncode == 130, said
+    assert seconds < 25
     assert said.splitlines()[-1].startswith("Interrupted. The checkpoint of update 2 stands: go on with")
     assert [each.step for each in all_checkpoints(folder)] == [2]
 
