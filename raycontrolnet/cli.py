@@ -22,7 +22,7 @@ from raycontrolnet.config.sweep_config import SweepConfig, SweepSettings
 from raycontrolnet.config.train_config import GROUPS, TrainConfig, typed_settings
 from raycontrolnet.config.values import read_yaml, setting_types, unknown_names
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
-from raycontrolnet.signals import ending_signals_raised, exit_code
+from raycontrolnet.signals import end_if_threads_left, ending_signals_raised, exit_code
 from raycontrolnet.storage.uri import shown_name
 from raycontrolnet.text import first_of
 from raycontrolnet.version import __version__
@@ -67,12 +67,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         try:
-            return _main(argv)
+            code = _main(argv)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:  # as in `raycontrolnet train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again when it exits
-        return 128 + signal.SIGPIPE
+        code = 128 + signal.SIGPIPE
+    if argv is None:
+        end_if_threads_left(code)
+    return code
 
 
 def _main(argv: Sequence[str] | None) -> int:

@@ -17,8 +17,20 @@ ENDING = (signal.SIGTERM, signal.SIGHUP)
 REACTION_S = 8.0
 """Time for the main thread to react to a signal, and to end."""
 
+_threads_left = threading.Event()
 _last = signal.SIGINT
 """The signal that was raised last. Not carried by an exception: `ray.get` raises a KeyboardInterrupt of its own."""
+
+
+def leave_threads() -> None:
+    """Note that threads of this process work in vain: a command that is interrupted ends without waiting for them."""
+    _threads_left.set()
+
+
+def end_if_threads_left(code: int) -> None:
+    """End this process at once with `code` if `leave_threads` was called: Python would wait for the threads."""
+    if _threads_left.is_set():
+        os._exit(code)
 
 
 def exit_code() -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,10 +23,9 @@ from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.stream import local_batches, ray_batches
 from raycontrolnet.data.threads import read_ahead
 from raycontrolnet.errors import RunError, UserError
-from raycontrolnet.model.batch import Batch, Draws, draw, latent_shape, make_batch, to_device
+from raycontrolnet.model.batch import Batch, Draws, to_device
 from raycontrolnet.model.graphs import graphs_used
 from raycontrolnet.model.performance import fastest_convolutions, kernels_used, tf32, working_precision
-from raycontrolnet.model.prompts import warn_if_cut
 from raycontrolnet.model.step import TrainState, train_step
 from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.text import counted
@@ -57,6 +56,7 @@ from raycontrolnet.training.saver import CheckpointSaver
 from raycontrolnet.training.schedule import Schedule, Share
 from raycontrolnet.training.signs_of_life import SignsOfLife
 from raycontrolnet.training.state import accelerator_for, build_state, controlnet_bytes
+from raycontrolnet.training.step_inputs import step_inputs
 from raycontrolnet.training.store_sync import worker_in_step
 from raycontrolnet.training.trackers import Trackers, open_trackers
 from raycontrolnet.training.validator import Validator
@@ -116,7 +116,7 @@ class Worker:
 
     def __init__(self, job: Job, schedule: Schedule, share: Share, state: TrainState, clock: PhaseClock):
         self.job, self.schedule, self.share, self.state, self.clock = job, schedule, share, state, clock
-        self.first_sample, self.first_step = state.samples, state.step
+        self.first_step = state.step
         interval_s = 0.0 if state.accelerator.device.type == "cpu" else GPU_METRICS_INTERVAL_S
         self.pending = PendingMetrics(interval_s, schedule.samples_per_update)
         most = job.config.max_nan if job.config.on_nan == "skip" else 0
@@ -143,7 +143,8 @@ class Worker:
     def run(self, batches: Iterator[list[PreparedRow]]) -> dict[str, Any] | None:
         """Train to the end; None if the driver asked for an earlier one, for which there is a checkpoint then."""
         state, schedule, config = self.state, self.schedule, self.job.config
-        inputs, on_cpu = read_ahead(self.inputs(batches)), state.accelerator.device.type == "cpu"
+        inputs = read_ahead(step_inputs(batches, state, self.share, config, state.samples))
+        on_cpu = state.accelerator.device.type == "cpu"
         try:
             # In the caller's process there is nobody to start it again.
             with nullcontext() if self.job.local else self.watchdog.watching():
@@ -173,12 +174,16 @@ class Worker:
                         self.job.callback.validated(state.step)
                         self.pending.restart_clock()
             self.finish()
+        except KeyboardInterrupt:  # as by a second Ctrl-C: the first only begins the end
+            self.saver.drop()
+            raise
         finally:
             if state.graphs:
                 state.graphs.release()  # what else may hold the state holds no more than before
-            for part in (self.saver, self.metrics_log, self.validator, self.trackers):
-                if part:
-                    part.close()
+            with ExitStack() as closing:  # each, also when one fails or is interrupted
+                for part in (self.trackers, self.validator, self.metrics_log, self.saver):
+                    if part:
+                        closing.callback(part.close)
         return {
             "step": state.step,
             "total_updates": schedule.total_updates,
@@ -189,30 +194,13 @@ class Worker:
             **graphs_used(state.graphs, config, on_gpu=not on_cpu, num_workers=state.accelerator.num_processes),
         }
 
-    def inputs(self, batches: Iterator[list[PreparedRow]]) -> Iterator[tuple[Batch, Draws]]:
-        """Yield each micro-step's batch and draws on the device; runs in a thread, one ahead of the step."""
-        config, device, seed = self.job.config, self.state.accelerator.device, self.job.config.seed
-        assert seed is not None
-        own = self.state.components.with_own_tokenizers()  # validation uses the others in another thread
-        for micro_step, rows in enumerate(batches):
-            expected = self.first_sample + self.share.place(micro_step) * self.schedule.batch_size
-            if (found := rows[0].sample_index) != expected:
-                raise RunError(
-                    f"Worker {self.share.rank} got sample {found} instead of {expected}: the data stream is out of "
-                    "order. Please report this with the output folder's run.log"
-                )
-            for row in rows:
-                warn_if_cut(own.tokenizers, row.prompt)
-            indices, shape = [row.sample_index for row in rows], latent_shape(own, rows[0].size)
-            yield make_batch(rows, own, device), draw(seed, indices, shape, own.draw_timestep, device, objective=config)
-
     def update(self, inputs: Iterator[tuple[Batch, Draws]]) -> None:
         """Do one optimizer update."""
         state, schedule = self.state, self.schedule
         start, number = time.perf_counter(), state.step - self.first_step
         micro_steps, weight = self.share.micro_steps(number), self.share.weight(number)
         state.begin_update(micro_steps)
-        self.watchdog.update = state.step + 1
+        self.watchdog.begin_update(state.step + 1, micro_steps)
         losses: list[torch.Tensor] = []
         for _ in range(micro_steps):
             with self.clock("data_wait" if number or losses else "first_batch"), self.watchdog.waiting_for_data():
@@ -220,7 +208,7 @@ class Worker:
             with self.clock("step"):
                 metrics = train_step(state, batch, draws, weight)
                 losses.append(metrics.loss)
-                self.watchdog.progress("an update")
+                self.watchdog.micro_step_done()
         with self.clock("step"):
             # In one message: the workers end, or write a checkpoint, after the same update.
             seen = [float(stop_asked(self.job)), float(self.reclaims.ask_for_checkpoint())]

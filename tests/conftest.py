@@ -161,8 +161,8 @@ def validated_run(validated_settings: dict[str, Any], tmp_path_factory: pytest.T
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[PreparedRow]]:
     """Record the batches that the step gets, in order."""
-    from raycontrolnet import train_controlnet
     from raycontrolnet.model import batch as batch_module
+    from raycontrolnet.training import step_inputs
 
     batches: list[list[PreparedRow]] = []
     make_batch = batch_module.make_batch
@@ -171,7 +171,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[PreparedRow]]:
         batches.append(rows)
         return make_batch(rows, *rest)
 
-    monkeypatch.setattr(train_controlnet, "make_batch", recording)
+    monkeypatch.setattr(step_inputs, "make_batch", recording)
     return batches
 
 

@@ -43,7 +43,7 @@ from raycontrolnet.model import step, vae
 from raycontrolnet.report.progress import Progress, progress
 from raycontrolnet.report.run_report import write_report
 from raycontrolnet.sampling import images
-from raycontrolnet.training import diagnosis
+from raycontrolnet.training import diagnosis, step_inputs
 from raycontrolnet.training.job import STOP_FILE
 from raycontrolnet.training.status import read_status
 
@@ -763,7 +763,7 @@ def test_the_sample_that_is_not_finite_is_named(
             batch = batch._replace(conditioning_images=spoilt)
         return batch
 
-    monkeypatch.setattr(train_controlnet, "make_batch", spoiled)
+    monkeypatch.setattr(step_inputs, "make_batch", spoiled)
     monkeypatch.setattr(diagnosis, "make_batch", spoiled)
     changes = {"train_data_dir": str(data), "cache_latents": cache_latents, "proportion_empty_prompts": 0.0}
     with pytest.raises(RunError) as error:

@@ -147,7 +147,12 @@ def test_the_checkpoints_of_trials(tmp_path: Path) -> None:
     own, donor = (StoredFolder(f"s3://{BUCKET}/named/{name}") for name in ("own", "donor"))
 
     def write(folder: StoredFolder, step: int, run_id: str) -> str:
-        how = {"seed": 0, "run_id": run_id, "save": lambda to: (to / "x").write_text(run_id), "facts": {}}
+        how: dict[str, Any] = {
+            "seed": 0,
+            "run_id": run_id,
+            "save": lambda to: (to / "x").write_text(run_id),
+            "facts": {},
+        }
         return folder.place_of(folder.write_checkpoint(step=step, samples=step, **how))
 
     pruned, gone = f"{own.place}/checkpoint-2", f"{donor.place}/checkpoint-2"

@@ -35,8 +35,10 @@ from ray.experimental import internal_kv
 from ray.job_config import JobConfig
 from ray.train._internal.session import _TrainSession
 from ray.train.v2._internal import constants as train_constants
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.tune.execution import cluster_info
 from ray.tune.execution.class_cache import _ActorClassCache
@@ -58,6 +60,7 @@ from raycontrolnet.cluster.trainer import (
     has_dashboard,
 )
 from raycontrolnet.cluster.tuning import TUNE_ENVIRONMENT, OrderlyEnd, ends_orderly, trial_error, tune_environment
+from raycontrolnet.cluster.unfinished import FinishesFirst
 from raycontrolnet.cluster.worker import (
     RECORDS_OF_RAY,
     from_rank_zero,
@@ -97,6 +100,8 @@ def test_the_controller_is_made_as_we_make_it() -> None:
     assert list(CONTROLLER_ENVIRONMENT) == [constants.RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR]
     assert train_constants.get_env_vars_to_propagate().items() <= os.environ.items()
     assert train_constants.is_v2_enabled()
+    assert "before_worker_group_shutdown" in vars(WorkerGroupCallback).keys() & vars(FinishesFirst).keys()
+    assert parameters(WorkerGroup.execute_single_async)[1:3] == ["rank", "fn"]
     own_methods = {name for name in vars(ElasticPolicy) if not name.startswith("__")}
     assert own_methods <= vars(ElasticScalingPolicy).keys()
 
@@ -193,6 +198,7 @@ def test_a_run_calls_the_hooks(tmp_path: Path) -> None:
             "others": others,
             "places": names,
             "board": has_dashboard(),
+            "pid": os.getpid(),
         }
 
     trainer = InterruptibleTrainer(
@@ -203,6 +209,13 @@ def test_a_run_calls_the_hooks(tmp_path: Path) -> None:
     )
     assert [_waits_for_dashboard(each) for each in trainer._create_default_callbacks()].count(True) == 1
     trainer.one_machine = True
+    pids = tmp_path / "pids"
+
+    def finished(_: float) -> bool:
+        pids.write_text(str(os.getpid()))
+        return True
+
+    trainer.finished = finished
     handler = signal.getsignal(signal.SIGINT)
     result = trainer.fit_or_abort()
     assert trainer._groups_name, "Ray does not call our _initialize_and_run_controller"
@@ -214,6 +227,7 @@ def test_a_run_calls_the_hooks(tmp_path: Path) -> None:
     assert [name for name in seen["places"] if name.startswith(trainer._groups_name)], (
         "a killed run would keep its CPUs"
     )
+    assert pids.read_text() == str(seen["pid"]), "a checkpoint that is being written is lost when a worker fails"
     assert not seen["board"], "the driver knows better than a worker, in which a sweep's trial runs"
     assert (seen["niceness"], seen["cwd"], seen["rows"]) == (os.nice(0), Path.cwd(), [{"item": 3}])
     assert result.metrics["loss"] == 0.5

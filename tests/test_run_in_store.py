@@ -179,7 +179,44 @@ def test_a_bucket_that_vanishes_in_mid_run(
         fit(TrainConfig(**settings))
     assert "The checkpoint of update 2 stands: go on with --resume_from_checkpoint latest" in str(e.value)
     assert json.loads(use_s3.read("vanishes/run.json"))["status"] == "failed"
+    assert b"checkpoint-4 was not written" in use_s3.read("vanishes/run.log")
     monkeypatch.undo()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("elsewhere", "ray_in_store")
+def test_a_worker_whose_checkpoint_fails_says_so_in_its_log(
+    use_s3: S3Server, run_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray ends it as soon as it hears of that, in the middle of an update."""
+
+    def loop(loop_config: Any) -> Any:
+        from raycontrolnet import train_controlnet
+
+        upload, step = ObjectStore.upload, vars(train_controlnet)["train_step"]
+
+        def fails(store: ObjectStore, file: Path, name: str, tries: int | None = None) -> None:
+            if name.startswith("checkpoint-2"):
+                raise OSError("AWS Error NO_SUCH_BUCKET during PutObject operation")
+            upload(store, file, name, tries)
+
+        def long_step(state: Any, *rest: Any) -> Any:
+            if state.step == 2:
+                time.sleep(60)
+            return step(state, *rest)
+
+        for owner, name, function in ((ObjectStore, "upload", fails), (train_controlnet, "train_step", long_step)):
+            setattr(owner, name, function)
+        return train_controlnet.train_controlnet(loop_config)
+
+    monkeypatch.setattr("raycontrolnet.train_controlnet.train_controlnet", loop)
+    settings = run_settings | {"output_dir": f"s3://{BUCKET}/told", "num_workers": "1", "max_failures": 0}
+    with pytest.raises(RunError, match="checkpoint-2 cannot be written there"):
+        fit(TrainConfig(**settings))
+    log = use_s3.read(f"told/run-worker-0-{socket.gethostname()}.log").decode()
+    assert "checkpoint-2 was not written" in log
+    assert "NO_SUCH_BUCKET" in log
+    assert "The run failed" in use_s3.read("told/run.log").decode()
 
 
 @pytest.mark.usefixtures("elsewhere")
@@ -285,6 +322,23 @@ def test_workers_elsewhere_are_ended(use_s3: S3Server) -> None:
     assert not use_s3.names("workers-elsewhere")
     with aborted_if_lost(RunFolder("/a/disk"), pytest.fail):
         pass
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_checkpoint_that_is_given_up_on_its_way(use_s3: S3Server) -> None:
+    """The one before stands; what was sent is no checkpoint."""
+    folder = StoredFolder(f"s3://{BUCKET}/given-up")
+    how: dict[str, Any] = {"seed": 0, "run_id": "it", "save": lambda to: (to / "x").write_text("1"), "facts": {}}
+    folder.write_checkpoint(step=1, samples=1, **how)
+
+    def check() -> None:
+        if "given-up/checkpoint-2/x" in use_s3.names("given-up/"):
+            raise InterruptedError("given up")
+
+    with pytest.raises(OSError, match="given up"):
+        folder.write_checkpoint(step=2, samples=2, check=check, **how)
+    assert "given-up/checkpoint-2/x" in use_s3.names("given-up/"), "it was on its way"
+    assert [each.step for each in folder.checkpoints()] == [1]
 
 
 @pytest.mark.usefixtures("elsewhere")

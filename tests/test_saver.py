@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -16,11 +18,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from processes import START_TIMEOUT_S
 from reference import fake_rows, steps, training
-from runs import contents
+from runs import contents, flags
 
 from raycontrolnet import TrainConfig, train_controlnet
-from raycontrolnet.errors import RunError
+from raycontrolnet.errors import Interrupted, RunError
 from raycontrolnet.launch.fit import fit
 from raycontrolnet.model.step import TrainState, train_step
 from raycontrolnet.storage.checkpoint import all_checkpoints
@@ -77,8 +80,8 @@ def checkpoints_of(output_dir: Path) -> dict[str, dict[str, bytes]]:
     }
 
 
-def until(happens: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
+def until(happens: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
+    deadline = time.monotonic() + patience_s
     while not happens():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.02)
@@ -190,6 +193,98 @@ def test_a_run_that_fails_leaves_the_one_that_was_written(
 
 
 @pytest.mark.usefixtures("beside")
+@pytest.mark.parametrize("in_an_update", [True, False])
+def test_a_second_signal_gives_up_the_one_that_is_written(
+    settings: dict[str, Any],
+    undisturbed: Path,
+    held: Callable[[], None],
+    in_an_update: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It comes in an update, or while the run waits for the write, to begin the next."""
+    folder = Path(settings["output_dir"])
+    ended: list[float] = []
+
+    def long_step(state: TrainState, *rest: Any) -> Any:
+        if in_an_update and state.step == 4 and not ended:
+            time.sleep(PATIENCE_S)
+        return train_step(state, *rest)
+
+    def interrupt_twice() -> None:
+        until(lambda: len(metrics.read(folder / metrics.METRICS_FILE)) >= (4 if in_an_update else 6))
+        until((folder / ".checkpoint-4.partial" / "training_state.pt").exists)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(2)
+        ended.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train_controlnet, "train_step", long_step)
+    watcher = threading.Thread(target=interrupt_twice)
+    watcher.start()
+    with pytest.raises(Interrupted, match="The checkpoint of update 2 stands: go on with") as error:
+        fit(TrainConfig(**settings))
+    assert error.value.exit_code == 130
+    assert time.monotonic() - ended[0] < 15, "it waits for the write"
+    watcher.join()
+    held()
+    until(lambda: not [thread for thread in threading.enumerate() if thread.name == "checkpoint"])
+    assert [each.step for each in all_checkpoints(folder)] == [2], "nobody waits for it any more"
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+    fit(TrainConfig(**settings, resume_from_checkpoint="latest"))
+    for name in ("checkpoint-8/controlnet", "."):
+        assert (folder / name / WEIGHTS).read_bytes() == (undisturbed / name / WEIGHTS).read_bytes()
+
+
+STUCK = textwrap.dedent("""
+    import sys, time
+    from concurrent.futures import ThreadPoolExecutor
+    from raycontrolnet import cli, train_controlnet
+
+    loop = train_controlnet.train_controlnet
+
+    def stuck_loop(loop_config):
+        from raycontrolnet.training import saver
+
+        before = saver.write_parts
+
+        def write(controlnet, parts, folder):
+            before(controlnet, parts, folder)
+            if folder.name.startswith(".checkpoint-4."):
+                (folder / "stuck").touch()
+                ThreadPoolExecutor(1).submit(time.sleep, 60).result()  # such threads Python waits for
+
+        saver.write_parts = write
+        return loop(loop_config)
+
+    train_controlnet.train_controlnet = stuck_loop
+    sys.exit(cli.main())
+""")
+
+
+@pytest.mark.parametrize("num_workers", ["0", pytest.param("1", marks=pytest.mark.slow)])
+def test_a_second_signal_ends_the_command_at_once(settings: dict[str, Any], num_workers: str) -> None:
+    """In its own process, or with a worker on a Ray of its own."""
+    settings["num_workers"], folder = num_workers, Path(settings["output_dir"])
+    command = [sys.executable, "-c", STUCK, "train", *flags(settings)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            until((folder / ".checkpoint-4.partial" / "stuck").exists, START_TIMEOUT_S)
+            process.send_signal(signal.SIGINT)
+            time.sleep(1)
+            assert process.poll() is None, "the first waits for it"
+            process.send_signal(signal.SIGINT)
+            start = time.monotonic()
+            _, said = process.communicate(timeout=40)
+            seconds = time.monotonic() - start
+        finally:
+            process.kill()
+    assert process.returncode == 130, said
+    assert seconds < 25
+    assert said.splitlines()[-1].startswith("Interrupted. The checkpoint of update 2 stands: go on with")
+    assert [each.step for each in all_checkpoints(folder)] == [2]
+
+
+@pytest.mark.usefixtures("beside")
 def test_a_host_without_room_writes_between_the_updates(
     settings: dict[str, Any], undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,14 +339,3 @@ def test_a_host_that_gives_no_copy(
     done = fit(TrainConfig(**settings)).output_dir
     assert (done / "run.log").read_text().count("no copy can be made") == 1
     assert checkpoints_of(done) == checkpoints_of(undisturbed)
-
-
-def test_memory_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5000))
-    monkeypatch.setattr(saver, "CGROUP", tmp_path)
-    assert saver.available_memory() == 5000
-    for limit, expected in (("max", 5000), ("3000", 1100), ("9000", 5000)):
-        (tmp_path / "memory.max").write_text(f"{limit}\n")
-        (tmp_path / "memory.current").write_text("2000\n")
-        (tmp_path / "memory.stat").write_text("anon 1900\ninactive_file 100\n")
-        assert saver.available_memory() == expected

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,13 @@ from runs import Settings, column, equal, run, weights
 from raycontrolnet import TrainConfig, fit
 from raycontrolnet.errors import RunError
 from raycontrolnet.storage.run_folder import RunFolder
+from raycontrolnet.training.background import repeating
 from raycontrolnet.training.failures import read_hang
-from raycontrolnet.training.signs_of_life import SignsOfLife
+from raycontrolnet.training.signs_of_life import Place, SignsOfLife
 from raycontrolnet.training.watchdog import Watchdog
+from raycontrolnet.training.whereabouts import whereabouts
+
+UPDATE_5 = Place(5, "an update")
 
 HANGING = """
 import sys, time
@@ -51,6 +56,36 @@ def test_a_process_that_hangs_is_ended(tmp_path: Path) -> None:
     assert str(read_hang(tmp_path)) == f"{problem} for another; the stacks of its threads are in the log"
 
 
+WRITING = """
+import sys, time
+from pathlib import Path
+from raycontrolnet.storage.run_folder import RunFolder
+from raycontrolnet.training import saver
+from raycontrolnet.training.background import begun
+from raycontrolnet.training.watchdog import Watchdog
+
+def write():
+    time.sleep(9)
+    (folder / "written").touch()
+
+folder, phase = Path(sys.argv[1]), sys.argv[2]
+begun(write, "checkpoint", saver._unfinished)
+watchdog = Watchdog("Worker 0", RunFolder(str(folder)), folder / "run.log", 5.0)
+with watchdog.watching():
+    watchdog.progress(phase)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("phase", "is_waited_for"), [("an update", True), ("the last checkpoint", False)])
+def test_a_checkpoint_that_is_written_is_waited_for(tmp_path: Path, phase: str, is_waited_for: bool) -> None:
+    """Not where the writing may be what hangs."""
+    done = subprocess.run([sys.executable, "-c", WRITING, str(tmp_path), phase], timeout=50, check=False)
+    assert done.returncode == 1
+    assert f"Worker 0 hung: nothing came of {phase} for 0:05" in str(read_hang(tmp_path))
+    assert (tmp_path / "written").exists() == is_waited_for
+
+
 def signs_of(number: int) -> list[SignsOfLife]:
     store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     return [SignsOfLife(rank, number, store) for rank in range(number)]
@@ -58,38 +93,103 @@ def signs_of(number: int) -> list[SignsOfLife]:
 
 def test_a_worker_that_is_stopped_is_named_to_those_that_wait_for_it() -> None:
     signs = signs_of(3)
-    assert signs[0].suspect(5, "an update", 0.2) is None, "it has not asked yet"
-    signs[0].exchange(1, "the start")
-    assert signs[0].suspect(1, "the start", -1) == "worker 1 has given no sign of life for 0:00", "not one since"
+    assert signs[0].suspect(UPDATE_5, 0.2) is None, "it has not asked yet"
+    signs[0].exchange(Place(1, "the start"))
+    assert signs[0].suspect(Place(1, "the start"), -1) == "worker 1 has given no sign of life for 0:00", "not one since"
     for each in (*signs, *signs, signs[0]):
-        each.exchange(5, "an update")
-    assert signs[0].suspect(5, "an update", 0.2) is None, "all are alike"
+        each.exchange(UPDATE_5)
+    assert signs[0].suspect(UPDATE_5, 0.2) is None, "all are alike"
     time.sleep(0.3)
     for rank in (0, 1, 0):  # and not 2
-        signs[rank].exchange(5, "an update")
-    assert signs[0].suspect(5, "an update", 0.2) == "worker 2 has given no sign of life for 0:00"
-    assert signs[0].suspect(5, "an update", 60) is None
+        signs[rank].exchange(UPDATE_5)
+    assert signs[0].suspect(UPDATE_5, 0.2) == "worker 2 has given no sign of life for 0:00"
+    assert signs[0].suspect(UPDATE_5, 60) is None
 
 
 def test_a_worker_that_is_behind_is_named() -> None:
     signs = signs_of(3)
     told = [(5, "an update"), (5, "the wait for data"), (4, "a checkpoint")]
     for each, (update, doing) in [*zip(signs, told, strict=True)] * 2:
-        each.exchange(update, doing)
+        each.exchange(Place(update, doing))
     this = "this one is in update 5 at an update"
-    assert signs[0].suspect(5, "an update", 60) == f"{this}, worker 2 in update 4 at a checkpoint"
-    signs[2].exchange(5, "an update")
-    signs[0].exchange(5, "an update")
-    assert signs[0].suspect(5, "an update", 60) == f"{this}, worker 1 in update 5 at the wait for data"
-    signs[1].exchange(4, "the wait for data")
-    assert signs[1].suspect(4, "the wait for data", 60) is None, "it is behind itself"
+    assert signs[0].suspect(UPDATE_5, 60) == f"{this}, worker 2 in update 4 at a checkpoint"
+    signs[2].exchange(UPDATE_5)
+    signs[0].exchange(UPDATE_5)
+    assert signs[0].suspect(UPDATE_5, 60) == f"{this}, worker 1 in update 5 at the wait for data"
+    signs[1].exchange(Place(4, "the wait for data"))
+    assert signs[1].suspect(Place(4, "the wait for data"), 60) is None, "it is behind itself"
+
+
+def test_a_worker_with_more_micro_steps_to_go_is_named() -> None:
+    """However many each has: an elastic run deals them out unequally."""
+    signs = signs_of(2)
+    for each in (*signs, *signs):
+        each.exchange(UPDATE_5._replace(left=1 + each.rank))
+    said = (
+        "this one is in update 5 at an update with 1 micro-step to go, worker 1 in update 5 at an update with 2 micro-"
+    )
+    assert signs[0].suspect(UPDATE_5._replace(left=1), 60) == f"{said}steps to go"
+    assert signs[1].suspect(UPDATE_5._replace(left=2), 60) is None
+
+
+def test_workers_that_are_alike_are_told_apart_by_their_place_in_the_code() -> None:
+    signs = signs_of(6)
+    wheres = [UPDATE_5._replace(where=where) for where in ("in A", "in B", "in A", "in A", "in A", "in A")]
+    for each, place in [*zip(signs, wheres, strict=True)] * 2:
+        each.exchange(place)
+    all_are = "all workers are in update 5 at an update"
+    some = "this one, worker 2, worker 3 and 2 more in A"
+    assert signs[0].suspect(wheres[0], 60) == f"{all_are}: worker 1 in B; {some}"
+    assert signs[1].suspect(wheres[0], 60) == f"{all_are}, in A"
+    assert signs[0].suspect(UPDATE_5, 60) is None, "it does not know"
+    signs[0].is_over = True
+    ended = "worker 0, which keeps all signs of life, has ended"
+    assert signs[0].suspect(wheres[0], 60) == f"{ended}; before that, {all_are}: worker 1 in B; {some}"
+    assert signs[0].suspect(UPDATE_5, 60) == ended
+
+
+def test_whereabouts_of_a_thread() -> None:
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            over.wait()
+            return gradient
+
+    def backward() -> None:
+        Backward.apply(torch.ones(1, requires_grad=True)).backward()
+
+    def here() -> None:
+        with repeating(over.wait, 0.0, "a thread that does not end"):
+            pass
+
+    over = threading.Event()
+    threads = [threading.Thread(target=work) for work in (here, backward, over.wait)]
+    for thread in threads:
+        thread.start()
+    try:
+        time.sleep(1)
+        first, second, third = [whereabouts(thread.ident or 0) for thread in threads]
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert first == "in repeating of training/background.py"
+    assert second == "in the backward pass, in which gradients are exchanged"
+    assert third == "", "nothing of ours"
+    assert whereabouts(0) == "", "no such thread"
 
 
 STOPPED = """
 import os, signal, sys, time
 from pathlib import Path
+import torch
 import torch.distributed as dist
 from raycontrolnet.storage.run_folder import RunFolder
+from raycontrolnet.training.background import repeating
 from raycontrolnet.training.signs_of_life import SignsOfLife
 from raycontrolnet.training.watchdog import Watchdog
 
@@ -109,10 +209,14 @@ else:
 watchdog = Watchdog(f"Worker {rank}", RunFolder(str(folder)), folder / "run.log", 4.0, signs)
 with watchdog.watching():
     time.sleep(2)
+    watchdog.begin_update(7, 1)
     watchdog.progress("an update")
     if rank == stopped:
         os.kill(os.getpid(), signal.SIGSTOP)
-    time.sleep(60)
+    if stopped < 0 and rank == 0:
+        dist.all_reduce(torch.zeros(1))
+    with repeating(lambda: time.sleep(60), 0.0, "a thread that does not end"):
+        pass
 """
 
 
@@ -131,6 +235,20 @@ def test_a_hang_names_the_process_that_was_stopped(tmp_path: Path, stopped: int)
     assert said.startswith(f"Worker {1 - stopped} hung: nothing came of an update for 0:04 (--hang_timeout_s=4): ")
     assert f"orker {stopped}" in said.split("): ")[1]
     assert ("no sign of life" in said) if stopped else ("has not answered for" in said)
+
+
+def test_a_hang_in_the_same_update_says_who_waits_in_a_collective(tmp_path: Path) -> None:
+    workers = [subprocess.Popen([sys.executable, "-c", STOPPED, str(tmp_path), str(rank), "-1"]) for rank in (0, 1)]
+    try:
+        assert [worker.wait(100) for worker in workers] == [1, 1]
+    finally:
+        for worker in workers:
+            worker.kill()
+    said = str(read_hang(tmp_path))
+    assert "all workers are in update 7 at an update with 1 micro-step to go: " in said
+    who = ("this one", "worker 1") if said.startswith("Worker 0") else ("worker 0", "this one")
+    assert f"{who[0]} waiting in a collective (all_reduce)" in said
+    assert f"{who[1]} in repeating of training/background.py" in said
 
 
 def test_one_that_does_not_is_left_alone(tmp_path: Path) -> None:
@@ -189,3 +307,41 @@ def test_a_stopped_worker_is_started_again(tiny_settings: Settings, tmp_path: Pa
         ),
     ):
         run(settings, tmp_path / "ended", max_failures=0)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_local_ray")
+def test_a_hang_in_the_step_says_where_each_worker_is(
+    tiny_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One waits for the other's gradients; neither is behind."""
+
+    def loop(loop_config: Any) -> Any:
+        from raycontrolnet import train_controlnet
+        from raycontrolnet.cluster.worker import place_among_workers
+        from raycontrolnet.model import step
+
+        (rank, _), predict = place_among_workers(), vars(step)["_loss"]
+        calls: list[int] = []
+
+        def stuck(*given: Any) -> Any:
+            calls.append(1)
+            if rank == 1 and len(calls) == 4:
+                repeating_for_ever()
+            return predict(*given)
+
+        def repeating_for_ever() -> None:
+            with repeating(lambda: time.sleep(60), 0.0, "a thread that does not end"):
+                pass
+
+        vars(step)["_loss"] = stuck
+        return train_controlnet.train_controlnet(loop_config)
+
+    monkeypatch.setattr("raycontrolnet.train_controlnet.train_controlnet", loop)
+    settings = tiny_settings | {"num_workers": "2", "cpus_per_worker": 1.0, "hang_timeout_s": 10.0, "max_failures": 0}
+    with pytest.raises(RunError) as error:
+        run(settings, tmp_path / "out")
+    said = str(error.value)
+    assert "all workers are in update 4 at an update with 1 micro-step to go: " in said
+    assert "in repeating of training/background.py" in said
+    assert "in the backward pass, in which gradients are exchanged" in said

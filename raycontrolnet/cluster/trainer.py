@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -25,6 +26,7 @@ from ray.train.v2.api import data_parallel_trainer as private
 
 from raycontrolnet.cluster.elastic import ElasticPolicy
 from raycontrolnet.cluster.environment import passed_on
+from raycontrolnet.cluster.unfinished import FinishesFirst
 from raycontrolnet.cluster.worker import RECORDS_OF_RAY
 from raycontrolnet.errors import RunError
 from raycontrolnet.storage.run_folder import RunFolder
@@ -48,6 +50,8 @@ class InterruptibleTrainer(TorchTrainer):
     """The run's folder, from which Ray's records of a lost controller are removed."""
     one_machine: bool = False
     """True if no machine can be reclaimed while others go on: no process looks out for it, which costs 3 s of a CPU."""
+    finished: Callable[[float], bool] | None = None
+    """Function for rank 0's process, which is ended once that returns True, or `worker_timeout_s` is over."""
     controller: Any = None
     _is_aborted = False
     _groups_name: str = ""
@@ -125,6 +129,9 @@ class InterruptibleTrainer(TorchTrainer):
         """
         if not has_dashboard():
             options["callbacks"] = [each for each in options["callbacks"] if not _waits_for_dashboard(each)]
+        if self.finished:  # before Ray's own, which end the process group
+            first = FinishesFirst(self.finished, self.worker_timeout_s or 0.0)
+            options["callbacks"] = [first, *options["callbacks"]]
         # The workers have the controller's. With a Ray that the user has connected, nothing else passes ours on.
         environment = passed_on() | CONTROLLER_ENVIRONMENT | private.get_env_vars_to_propagate()
         if self.worker_timeout_s is not None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TextIO
 
 import torch
 
+from raycontrolnet.cluster.machine_memory import host_bytes
 from raycontrolnet.config.optimizer_settings import ADAMW
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.records import Size
@@ -19,7 +20,7 @@ from raycontrolnet.model.loading import BASE
 from raycontrolnet.model.optimizers import state_bytes_per_weight
 from raycontrolnet.model.performance import working_precision
 from raycontrolnet.model.single_file import base_files
-from raycontrolnet.predict.devices import bytes_of_type, host_bytes
+from raycontrolnet.predict.devices import bytes_of_type
 from raycontrolnet.predict.prediction import GIB, LEAST_RESERVED, MIB, Prediction, margin, predict
 from raycontrolnet.predict.shapes import shaped
 from raycontrolnet.text import counted, file_size

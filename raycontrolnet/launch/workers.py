@@ -21,6 +21,7 @@ from raycontrolnet.training.background import repeating
 from raycontrolnet.training.failures import read_failure, read_hang
 from raycontrolnet.training.host_memory import variables_for_kept_memory
 from raycontrolnet.training.job import RUN_LOG, Job, RunCallback, RunStopped, ask_to_stop, begin, end
+from raycontrolnet.training.saver import writes_finished
 from raycontrolnet.training.schedule import Schedule, due_steps
 from raycontrolnet.training.status import RunStatus
 from raycontrolnet.training.store_sync import DRIVERS, aborted_if_lost, records_fetched
@@ -115,6 +116,7 @@ def train_on_ray(
     trainer.folder = run.folder
     trainer.one_machine = resources.one_machine
     trainer.worker_timeout_s = run.config.hang_timeout_s
+    trainer.finished = writes_finished
     with _running(run, job, status, stream, callback):
         limit_s = run.config.wait_timeout_s
         waiting = waiting_for_workers(trainer.is_waiting, trainer.abort, resources, limit_s, stream)

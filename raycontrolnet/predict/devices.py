@@ -1,11 +1,8 @@
-"""Peak arithmetic and memory of GPUs, by their makers' data sheets, and what this machine has."""
+"""Peak arithmetic and memory of GPUs, by their makers' data sheets."""
 
 from __future__ import annotations
 
-import os
 import re
-from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -62,18 +59,9 @@ MEMORY = {
     "T4": 16, "V100": 32,
 }  # fmt: skip
 """Ray's accelerator type -> GiB of the largest GPU that is sold under this name."""
-MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def bytes_of_type(accelerator_type: str) -> float | None:
     """Return the most memory that GPUs of a type of Ray's have; None if it is not known."""
     memory = MEMORY.get(accelerator_type)
     return memory * 2**30 if memory else None
-
-
-def host_bytes() -> int:
-    """Return the memory of this machine, or of the container that this process is in."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, ValueError):  # no limit, or another system
-        return min(machine, int(MEMORY_LIMIT.read_text()))
-    return machine

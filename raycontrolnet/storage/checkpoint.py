@@ -201,6 +201,7 @@ def write(
     save: Callable[[Path], None],
     facts: Mapping[str, Any],
     former: Sequence[Checkpoint] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Checkpoint:
     """Write `checkpoint-<step>`.
 
@@ -208,6 +209,7 @@ def write(
         save: writes the files into the folder it is given.
         facts: added to the manifest: settings, data, versions; no secrets.
         former: those that were written before; by default the complete ones in `output_dir`.
+        check: called before it is completed; raises if it is not to be.
     """
     final = output_dir / name_of(step)
     former = all_checkpoints(output_dir) if former is None else former
@@ -228,6 +230,7 @@ def write(
             "sha256": sha256_of(partial, [file.relative_to(partial).as_posix() for file in files]),
             **facts,
         }
+        check()
         (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
         synced(partial / MANIFEST_FILE)
     return Checkpoint.open(final)

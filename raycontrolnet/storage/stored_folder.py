@@ -11,7 +11,7 @@ import hashlib
 import logging
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -154,19 +154,25 @@ class StoredFolder(RunFolder):
             if not checkpoints.is_name(name.partition("/")[0]) and name != FETCHING_FILE:
                 (self.path / name).unlink(missing_ok=True)
 
-    def write_checkpoint(self, **how: Any) -> Checkpoint:
+    def write_checkpoint(self, *, check: Callable[[], None] = lambda: None, **how: Any) -> Checkpoint:
         """Write a checkpoint, and send it to the store: its files first, then the manifest."""
-        written = super().write_checkpoint(**how)
+        written = super().write_checkpoint(check=check, **how)
         name = written.path.name
+
+        def send(file: str) -> None:
+            check()
+            self.store.upload(written.path / file, f"{name}/{file}")
+
         try:
+            check()
             self.store.delete([f"{name}/{MANIFEST_FILE}"])  # of an earlier run that went further
             files = written.manifest["files"]
-            side_by_side(lambda each: self.store.upload(written.path / each, f"{name}/{each}"), files)
+            side_by_side(send, files)
             sent = self._listed(name).get(name, {})
             for each, size in files.items():
                 if sent.pop(each, None) != size:
                     raise OSError(f"{each} has not arrived whole")
-            self.store.upload(written.path / MANIFEST_FILE, f"{name}/{MANIFEST_FILE}")
+            send(MANIFEST_FILE)
             self.store.delete(f"{name}/{each}" for each in sent if each != MANIFEST_FILE)
         except OSError as error:
             problem = f"--output_dir={self.shown}: {name} cannot be written there ({error_message(error, 200)})"

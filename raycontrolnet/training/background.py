@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 logger = logging.getLogger(__name__)
@@ -35,3 +36,25 @@ def repeating(
     finally:
         over.set()
         thread.join(patience_s)
+
+
+def begun(work: Callable[[], None], name: str, unfinished: set[Future[None]]) -> Future[None]:
+    """Begin `work` in a thread called `name`, which the end of the process does not wait for.
+
+    Args:
+        unfinished: has the future that is returned until the work is done.
+    """
+    done: Future[None] = Future()
+
+    def do() -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 (who waits gets it)
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    threading.Thread(target=do, name=name, daemon=True).start()
+    unfinished.add(done)
+    done.add_done_callback(unfinished.discard)  # at once if it is done by now
+    return done

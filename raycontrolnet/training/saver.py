@@ -3,26 +3,29 @@
     state -> copy in host memory (between two updates) -> files, checksums, manifest, store, pruning (in a thread)
 
 At most one is being written. It counts once its manifest is there, as every checkpoint: a kill before that loses it
-alone.
+alone. Where Ray is to end this process, as others of the run have failed, it is asked first with `writes_finished`.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from contextlib import nullcontext, suppress
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 
+from raycontrolnet.cluster.machine_memory import available_bytes
 from raycontrolnet.cluster.worker import report_checkpoint
 from raycontrolnet.model.step import TrainState
+from raycontrolnet.signals import leave_threads
 from raycontrolnet.storage.checkpoint import name_of
 from raycontrolnet.text import file_size
+from raycontrolnet.training.background import begun
 from raycontrolnet.training.failures import failures_recorded
-from raycontrolnet.training.job import Job
+from raycontrolnet.training.job import Job, log_of
 from raycontrolnet.training.metrics import PhaseClock
 from raycontrolnet.training.state import StateParts, state_parts, write_parts
 from raycontrolnet.training.store_sync import RECORDS
@@ -31,9 +34,20 @@ logger = logging.getLogger(__name__)
 
 Place = tuple[object, ...]
 """Keys and numbers that lead to a tensor."""
-CGROUP = Path("/sys/fs/cgroup")
 SPARE = 1.25
 """Host memory that must be available, as a multiple of the copy."""
+
+_unfinished: set[Future[None]] = set()
+"""Checkpoints that this process is writing."""
+
+
+class DroppedError(Exception):
+    """Nobody waits for the checkpoint any more: it is not to be completed."""
+
+
+def writes_finished(patience_s: float) -> bool:
+    """Wait until this process writes no checkpoint, for `patience_s` at most; return True if that is so."""
+    return not wait(tuple(_unfinished), patience_s).not_done
 
 
 class CheckpointSaver:
@@ -49,9 +63,9 @@ class CheckpointSaver:
             beside: whether training goes on meanwhile, which takes as much host memory as a checkpoint has bytes.
         """
         self._job, self._clock, self._rank, self._beside = job, clock, rank, beside
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._copy = HostCopy()
         self._writing: Future[None] | None = None
+        self._is_dropped = False
         if beside and rank == 0:
             clock.seconds["checkpoint_beside"] += 0.0  # here: the thread must add no phase while others are read
 
@@ -85,7 +99,8 @@ class CheckpointSaver:
                 logger.warning("checkpoints are written between updates: no copy can be made", exc_info=True)
                 self._copy, beside = HostCopy(), False
                 self._beside = False
-        written = self._writing = self._pool.submit(self._write, state, parts, state.step, state.samples, beside=beside)
+        write = partial(self._write_or_tell, state, parts, state.step, state.samples, beside=beside)
+        written = self._writing = begun(write, "checkpoint", _unfinished)
         if not beside:
             self.wait()
         return written
@@ -101,21 +116,38 @@ class CheckpointSaver:
         Raises:
             OSError: it could not be written.
         """
+        try:
+            if self._writing:
+                self._writing.result()
+        except KeyboardInterrupt:
+            self.drop()
+            raise
+        finally:
+            self._writing = None
+
+    def drop(self) -> None:
+        """Give the checkpoint up that is being written: it is not completed, and nobody waits for it."""
+        self._is_dropped = True
         writing, self._writing = self._writing, None
-        if writing:
-            try:
-                writing.result()
-            except KeyboardInterrupt:
-                self._writing = writing  # for `close`
-                raise
+        if writing and not writing.done():
+            _unfinished.discard(writing)
+            leave_threads()
 
     def close(self) -> None:
-        """Wait for the last checkpoint, also of a run that has failed."""
-        try:
+        """Wait for the last checkpoint, also of a run that has failed, unless it is dropped."""
+        with suppress(Exception):  # which is in the log
             self.wait()
+
+    def _write_or_tell(self, state: TrainState, parts: StateParts, step: int, samples: int, *, beside: bool) -> None:
+        """Write; log a failure before anybody hears of it: the run may be ended then, and this process with it."""
+        try:
+            self._write(state, parts, step, samples, beside=beside)
         except Exception:
-            logger.exception("the last checkpoint was not written")
-        self._pool.shutdown()
+            if not self._is_dropped:
+                logger.exception("%s was not written", name_of(step))
+                with suppress(OSError):
+                    self._job.folder.push(log_of(self._job, f"worker {self._rank}"), tries=2)
+            raise
 
     def _write(self, state: TrainState, parts: StateParts, step: int, samples: int, *, beside: bool) -> None:
         job, seed = self._job, self._job.config.seed
@@ -129,12 +161,18 @@ class CheckpointSaver:
                 run_id=job.run_id,
                 save=lambda folder: write_parts(state.components.controlnet, parts, folder),
                 facts=job.facts,
+                check=self._check_wanted,
             )
+            self._check_wanted()
             job.folder.prune(job.config.checkpoints_total_limit)
+
+    def _check_wanted(self) -> None:
+        if self._is_dropped:
+            raise DroppedError
 
     def _has_room(self, parts: StateParts) -> bool:
         """Check whether a copy fits into the host's memory; if not, write between the updates from now on."""
-        needed, available = SPARE * self._copy.bytes_to_come(parts), available_memory()
+        needed, available = SPARE * self._copy.bytes_to_come(parts), available_bytes()
         if needed > available:
             self._beside = False
             logger.warning(
@@ -198,15 +236,3 @@ def _bytes_in_host(value: torch.Tensor) -> int:
     """Return the bytes of a tensor's copy; PyTorch rounds pinned memory up to powers of two."""
     size = value.numel() * value.element_size()
     return 1 << (size - 1).bit_length() if value.is_cuda and size else size
-
-
-def available_memory() -> int:
-    """Return the bytes of memory that this process may still take, of the machine or of its container."""
-    import psutil
-
-    available = int(psutil.virtual_memory().available)
-    with suppress(OSError, ValueError, KeyError):  # no limit, or another system
-        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        available = min(available, limit - used + int(stat["inactive_file"]))
-    return available

@@ -7,18 +7,36 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from raycontrolnet.text import duration
+from raycontrolnet.text import counted, duration
 from raycontrolnet.training.background import repeating
 
 KEY = "raycontrolnet/worker-{}"
+MOST_NAMED = 3
+"""Workers that are named, of those at one place."""
 PATIENCE_S = 2.0
 """Time to wait at the end for a store that may answer no more."""
+
+
+class Place(NamedTuple):
+    """A worker's place in its run."""
+
+    update: int
+    """The update that it is in."""
+    doing: str
+    left: int = 0
+    """Micro-steps of the update that it has not finished."""
+    where: str = ""
+    """Place in the code, as `whereabouts` says it; empty if nobody has looked."""
+
+    def __str__(self) -> str:
+        left = f" with {counted(self.left, 'micro-step')} to go" if self.left else ""
+        return f"in update {self.update} at {self.doing}{left}"
 
 
 class Sign(NamedTuple):
@@ -26,9 +44,7 @@ class Sign(NamedTuple):
 
     looks: int
     """Grows while the worker's process runs."""
-    update: int
-    """The update that it is in."""
-    doing: str
+    place: Place
 
 
 class SignsOfLife:
@@ -61,15 +77,15 @@ class SignsOfLife:
         # A connection of its own, if torch has that: the group's waits while a communicator is made.
         return cls(dist.get_rank(), dist.get_world_size(), store.clone() if hasattr(store, "clone") else store)
 
-    def exchanging(self, own: Callable[[], tuple[int, str]], interval_s: float) -> AbstractContextManager[None]:
+    def exchanging(self, own: Callable[[], Place], interval_s: float) -> AbstractContextManager[None]:
         """Exchange signs every `interval_s` while the `with` block runs, in a thread that may wait for the store.
 
         Args:
-            own: returns the update that this worker is in, and what it is doing.
+            own: returns this worker's place.
         """
-        return repeating(lambda: self.exchange(*own()), interval_s, "signs of life", patience_s=PATIENCE_S)
+        return repeating(lambda: self.exchange(own()), interval_s, "signs of life", patience_s=PATIENCE_S)
 
-    def exchange(self, update: int, doing: str) -> None:
+    def exchange(self, place: Place) -> None:
         """Leave this worker's sign, and read the others'."""
         if self.is_over:
             return
@@ -77,10 +93,11 @@ class SignsOfLife:
         for other in self.others:
             self.seen.setdefault(other, (None, self.asked))
         try:
-            self.store.set(KEY.format(self.rank), json.dumps(Sign(self.looks, update, doing)))
+            self.store.set(KEY.format(self.rank), json.dumps(Sign(self.looks, place)))
             for other in self.others:
                 if self.store.check([KEY.format(other)]):
-                    sign = Sign(*json.loads(self.store.get(KEY.format(other))))
+                    looks, found = json.loads(self.store.get(KEY.format(other)))
+                    sign = Sign(looks, Place(*found))
                     before, _ = self.seen[other]
                     if before is None or before.looks != sign.looks:
                         self.seen[other] = sign, time.monotonic()
@@ -88,16 +105,17 @@ class SignsOfLife:
             self.is_over = True
         self.asked = None
 
-    def suspect(self, update: int, doing: str, silent_s: float) -> str | None:
-        """Say which worker this one waits for; None if no sign tells.
+    def suspect(self, place: Place, silent_s: float) -> str | None:
+        """Say which worker this one waits for, or else where all are; None if no sign tells.
 
         Args:
-            update: that this worker is in.
-            doing: what this worker does.
+            place: of this worker.
             silent_s: seconds without a sign after which a worker is not running.
         """
         if self.is_over:
-            return "worker 0, which keeps all signs of life, has ended"
+            before = self._compared(place)
+            ended = "worker 0, which keeps all signs of life, has ended"
+            return f"{ended}; before that, {before}" if before else ended
         now = time.monotonic()
         if self.asked is not None and now - self.asked > silent_s:
             return (
@@ -107,8 +125,38 @@ class SignsOfLife:
         if silent:
             other = max(silent, key=lambda each: silent[each])
             return f"worker {other} has given no sign of life for {duration(silent[other])}"
-        signs = sorted((sign.update, other, sign.doing) for other, (sign, _) in self.seen.items() if sign)
-        for number, other, at in signs:
-            if number < update or (number == update and at != doing):
-                return f"this one is in update {update} at {doing}, worker {other} in update {number} at {at}"
+        return self._compared(place)
+
+    def _compared(self, place: Place) -> str | None:
+        """Say which worker is behind this one, or else where all are; None if no sign tells."""
+        places = {other: sign.place for other, (sign, _) in self.seen.items() if sign}
+        for other, at in sorted(places.items(), key=lambda each: (each[1].update, -each[1].left, each[0])):
+            if _is_behind(at, place):
+                return f"this one is {place}, worker {other} {at}"
+        return _all_alike(place, places) if len(places) == len(self.others) else None
+
+
+def _is_behind(one: Place, other: Place) -> bool:
+    """Check whether `one` has more to do, or is in the same update and at something else."""
+    if (one.update, -one.left) != (other.update, -other.left):
+        return (one.update, -one.left) < (other.update, -other.left)
+    return one.doing != other.doing
+
+
+def _all_alike(place: Place, others: Mapping[int, Place]) -> str | None:
+    """Say where in the code the workers are, if none is behind another, the fewest at first; None if nobody knows."""
+    if not place.where or any(other[:3] != place[:3] for other in others.values()):
         return None
+    who = {place.where: ["this one"]}
+    for other, at in sorted(others.items()):
+        who.setdefault(at.where or "somewhere", []).append(f"worker {other}")
+    if len(who) == 1:
+        return f"all workers are {place}, {place.where}"
+    told = [f"{_some(names)} {where}" for where, names in sorted(who.items(), key=lambda each: len(each[1]))]
+    return f"all workers are {place}: {'; '.join(told)}"
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return the first of many names, and how many more there are."""
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

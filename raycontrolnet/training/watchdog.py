@@ -15,7 +15,9 @@ from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.text import duration
 from raycontrolnet.training.background import repeating
 from raycontrolnet.training.failures import HANG_FILE, record_hang
-from raycontrolnet.training.signs_of_life import SignsOfLife
+from raycontrolnet.training.saver import writes_finished
+from raycontrolnet.training.signs_of_life import Place, SignsOfLife
+from raycontrolnet.training.whereabouts import whereabouts
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +25,7 @@ SENDING_S = 20.0
 """Time to tell an object store of a hang."""
 LOOKS = 20
 """Looks in the time that is allowed."""
+UPDATE = "an update"
 UNKNOWN = "by itself, or in waiting for another"
 LEAST_COLLECTIVE_S = 1800
 """Ray Train's own limit to a collective."""
@@ -47,14 +50,23 @@ class Watchdog:
         self.who, self.folder, self.log, self.timeout_s, self.signs = who, folder, log, timeout_s, signs
         self.phase = ""
         self._waits_for_data = False
-        self.update = 0
-        """Number of the update that this worker is in, from 1."""
+        self._update, self._left = 0, 0
+        self._thread = threading.get_ident()
         self._since: float | None = None
         self._looked = 0.0
 
     def progress(self, phase: str, *, timed: bool = True) -> None:
         """Note that something was done, and what is being done now; if not `timed`, it may take as long as it does."""
         self.phase, self._since = phase, time.monotonic() if timed else None
+
+    def begin_update(self, update: int, micro_steps: int) -> None:
+        """Note that this worker begins the update of this number, from 1, which has so many micro-steps of it."""
+        self._update, self._left = update, micro_steps
+
+    def micro_step_done(self) -> None:
+        """Note that a micro-step of the update is done."""
+        self._left -= 1
+        self.progress(UPDATE)
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -67,15 +79,17 @@ class Watchdog:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch, in a thread, while the `with` block runs."""
+        """Watch this thread, in another, while the `with` block runs."""
+        self._thread = threading.get_ident()
         self._looked, interval_s = time.monotonic(), self.timeout_s / LOOKS
-        exchanging = self.signs.exchanging(self._own_sign, interval_s) if self.signs else nullcontext()
+        exchanging = self.signs.exchanging(self._place, interval_s) if self.signs else nullcontext()
         with exchanging, repeating(self._look, interval_s, "watchdog"):
             yield
 
-    def _own_sign(self) -> tuple[int, str]:
-        """Return the update that this worker is in, and what it is at."""
-        return self.update, "the wait for data" if self._waits_for_data else self.phase or "the start"
+    def _place(self) -> Place:
+        """Return where this worker is in the run."""
+        doing = "the wait for data" if self._waits_for_data else self.phase or "the start"
+        return Place(self._update, doing, self._left, whereabouts(self._thread))
 
     def _look(self) -> None:
         now = time.monotonic()
@@ -87,7 +101,7 @@ class Watchdog:
         self._looked = now
 
     def _end(self) -> None:
-        suspect = self.signs.suspect(*self._own_sign(), self.timeout_s / 2) if self.signs else None
+        suspect = self.signs.suspect(self._place(), self.timeout_s / 2) if self.signs else None
         message = (
             f"{self.who} hung: nothing came of {self.phase} for {duration(self.timeout_s)} (--hang_timeout_s="
             f"{self.timeout_s:g}): {suspect or UNKNOWN}; the stacks of its threads are in the log"
@@ -99,6 +113,8 @@ class Watchdog:
         sending = threading.Thread(target=self._send, daemon=True)
         sending.start()
         sending.join(SENDING_S)
+        if self.phase == UPDATE:  # else it may be the writing that hangs
+            writes_finished(self.timeout_s)
         os._exit(1)
 
     def _send(self) -> None:
