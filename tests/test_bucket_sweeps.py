@@ -10,12 +10,13 @@ import pytest
 from bucket_data import write_pictures
 from runs import Settings
 
-from raycontrolnet import TrainConfig
+from raycontrolnet import TrainConfig, prepare
 from raycontrolnet.cli import main
 from raycontrolnet.config.sweep_config import SweepConfig
 from raycontrolnet.config.sweepable import cache_settings
 from raycontrolnet.data.image_sizes import find_buckets
 from raycontrolnet.data.sources import open_source
+from raycontrolnet.errors import ConfigError
 from raycontrolnet.tune.plan import plan_sweep
 from raycontrolnet.tune.records import TrialRecord, read_records, write_record
 from raycontrolnet.tune.trial import cache_key
@@ -40,6 +41,27 @@ def test_trials_of_other_batch_sizes_have_their_own_buckets(bucketed: Settings) 
         assert (found.sizes, found.num_rows) == (expected.sizes, expected.num_rows)
         sizes.append(found.sizes)
     assert sizes[0] != sizes[1]
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_batch_sizes_with_other_buckets_cannot_share_a_named_folder(
+    bucketed: Settings, tmp_path: Path, filled: bool
+) -> None:
+    """They would write over each other's cache. Batch sizes with the same buckets can."""
+    cache = str(tmp_path / "latents")
+    settings = bucketed | {"cache_latents": "on", "latents_cache_dir": cache, "seed": 0, "validation_steps": 2}
+    if filled:
+        prepare(TrainConfig(**settings | {"train_batch_size": 1}))
+    before = sorted(Path(cache).rglob("*"))
+
+    def planned(*sizes: int) -> object:
+        train = TrainConfig(**settings | {"train_batch_size": 1})
+        return plan_sweep(SweepConfig(train=train, space={"train_batch_size": {"choice": list(sizes)}}), io.StringIO())
+
+    with pytest.raises(ConfigError, match=r"latents_cache_dir=.*latents: holds one cache, .* batch sizes need 2, as"):
+        planned(1, 8)
+    assert sorted(Path(cache).rglob("*")) == before
+    assert planned(1, 2)
 
 
 def test_batch_sizes_need_nothing_of_their_own_without_buckets() -> None:

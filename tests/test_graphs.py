@@ -301,3 +301,10 @@ def test_run_json_says_why_graphs_ended() -> None:
         found = GradientGraphs([], problem=problem, replayed=replayed)
         used = graphs.graphs_used(found, config, on_gpu=True, num_workers=1)
         assert used == {"cuda_graphs": replayed, "no_cuda_graphs_because": because}
+
+
+def test_graphs_that_are_asked_for_in_vain_are_told_of(
+    tiny_settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tiny_settings | {"max_train_steps": 1, "cuda_graphs": "on"}, tmp_path / "out")
+    assert "--cuda_graphs on: has no effect; the run is on CPUs\n" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from raycontrolnet.launch import needs_beside
 from raycontrolnet.launch.check import check
 from raycontrolnet.launch.needs import Needs, Place, count, gpu_bytes, host_share, say_needs
 from raycontrolnet.launch.needs_beside import Counted, Counting, counting, in_likely_precision
-from raycontrolnet.predict.prediction import ERROR, GIB, Prediction
+from raycontrolnet.predict.prediction import ERROR, GIB, RESERVED, Prediction
 from raycontrolnet.training.schedule import Schedule
 from raycontrolnet.tune.heaviest import heaviest, say_heaviest
 from raycontrolnet.tune.plan import SweepPlan, plan_sweep
@@ -45,7 +45,7 @@ def prediction(per_sample: float) -> Prediction:
     )  # fmt: skip
 
 
-NEEDS = Needs(TRAIN, prediction(8e9), lambda: prediction(2e9))
+NEEDS = Needs(TRAIN, prediction(8e9), lambda **_: prediction(2e9))
 NEED = 1e9 + 16e8 + 1e6 + 4 * 8e9
 """Bytes of the batch: 32.2 GiB."""
 
@@ -109,6 +109,21 @@ def _counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(needs_beside, "PATIENCE_S", 300.0)
 
 
+@pytest.mark.parametrize("asked", [1, 2, 10, 60])
+def test_the_largest_batch_is_counted_where_a_sample_takes_more_in_a_larger_one(asked: int) -> None:
+    """With gradient checkpointing: of two things the larger one counts, and the smaller one grows faster."""
+
+    def counted(train_batch_size: int) -> Prediction:
+        base, per_sample = max(((4e9, 1e8), (1e9, 2e8)), key=lambda part: part[0] + part[1] * train_batch_size)
+        return replace(prediction(per_sample), activations_base=base)
+
+    train = replace(TRAIN, gradient_checkpointing=True, train_batch_size=asked)
+    needs = Needs(train, counted(asked), lambda **changes: counted(**changes))
+    expected = max(size for size in range(1000) if counted(size).fits(size, 24 * GIB, RESERVED))
+    assert needs.largest_batch(24 * GIB) == expected
+    assert counted(1).largest_batch(24 * GIB) > expected, "one count promises too much"
+
+
 @pytest.mark.usefixtures("_counted")
 def test_a_process_counts_the_same(tiny_settings: dict[str, Any]) -> None:
     train = TrainConfig(**tiny_settings)
@@ -117,7 +132,7 @@ def test_a_process_counts_the_same(tiny_settings: dict[str, Any]) -> None:
     assert found
     assert found.needs.prediction == count(train, None, cached=True)
     checkpointed = count(TrainConfig(**tiny_settings | {"gradient_checkpointing": True}), None, cached=True)
-    assert found.needs.checkpointed() == checkpointed != found.needs.prediction
+    assert found.needs.counted(gradient_checkpointing=True) == checkpointed != found.needs.prediction
 
 
 @pytest.mark.usefixtures("_counted")
@@ -232,7 +247,7 @@ def test_a_run_that_cannot_fit_is_refused(
 
 
 def test_advice_that_fails_stops_no_run(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    def fails() -> Prediction:
+    def fails(**_: Any) -> Prediction:
         raise RuntimeError("no such file")
 
     monkeypatch.setattr(
@@ -303,7 +318,7 @@ TOO_BIG = "batch 8 needs 62.0 GiB, this GPU has 24.0 GiB: --gradient_checkpointi
 
 def said_of_the_heaviest(plan: SweepPlan, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Say the needs of a trial of batch 8 that cannot fit, of which 2 would fit."""
-    needs = Needs(BIG, prediction(8e9), lambda: prediction(2e9))
+    needs = Needs(BIG, prediction(8e9), lambda **_: prediction(2e9))
     monkeypatch.setattr(Counting, "result", lambda _: Counted(needs, 24 * GIB, for_gpus=True))
     stream, found = io.StringIO(), heaviest(plan)._replace(run=replace(plan.run, config=BIG))
     with counting(BIG, None, cached=True, wanted=False) as under_way:

@@ -14,6 +14,7 @@ from raycontrolnet.data.sides import side_warning
 from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.launch.precision import in_words
 from raycontrolnet.launch.resumed_run import changed_training
+from raycontrolnet.model.graphs import no_graphs_because
 from raycontrolnet.sampling.find_controlnet import CONFIG_FILE
 from raycontrolnet.storage.files import replacing
 from raycontrolnet.text import counted
@@ -66,6 +67,9 @@ def announce(run: CheckedRun, status: RunStatus, stream: TextIO, *, use_gpu: boo
     if warning := warmup_warning(run.config, schedule.total_updates):
         stream.write(f"{warning}\n")
     stream.writelines(f"{warning}\n" for warning in run.config.without_effect())
+    why = no_graphs_because(run.config, on_gpu=use_gpu, num_workers=fewest)
+    if run.config.cuda_graphs == "on" and why:
+        stream.write(f"--cuda_graphs on: has no effect; {why}\n")
     changed = ", ".join(f"{name}={value}" for name, value in changed_settings(run.config).items())
     logger.info("settings: %s", changed)
 

@@ -172,7 +172,8 @@ def _memory_lines(prediction: Prediction, batch_size: int) -> Iterator[str]:
         if name in prediction.trained_bytes:
             yield _row(name, memory_size(prediction.trained_bytes[name]))
     if copied := prediction.averaging(batch_size):
-        yield _row("averaging", memory_size(copied), "a copy of them" + " beside CUDA graphs" * prediction.has_graphs)
+        beside = "beside CUDA graphs" if prediction.has_graphs else "less the activations, which are gone by then"
+        yield _row("averaging", memory_size(copied), f"a copy of them, {beside}")
     if inputs := prediction.graph_inputs(batch_size):
         yield _row("graph inputs", memory_size(inputs), _per_sample(prediction.graph_inputs_per_sample))
     per_sample = _per_sample(prediction.activations_per_sample)
@@ -185,17 +186,18 @@ def _device_lines(needs: Needs, device: Device) -> Iterator[str]:
     if device.bytes is None:
         yield "\ndevice: no GPU here; --device_memory 24 says what fits one of 24 GiB"
         return
-    prediction, batch_size, has = needs.prediction, needs.train.train_batch_size, memory_size(device.bytes)
+    batch_size, where = needs.train.train_batch_size, f"{device.words} with {memory_size(device.bytes)}"
     if not needs.fits(device.bytes):
-        yield f"\ndevice: {needs.shortage(device.bytes, device.words)}"
-    elif prediction.fits(batch_size, device.bytes, RESERVED):
-        largest = prediction.largest_batch(device.bytes)
-        kept = memory_size(margin(device.bytes))
-        where = f"{device.words} with {has}"
-        yield f"\ndevice: fits; the largest batch for {where} is {largest}, as {kept} are kept for CUDA and gaps"
+        tried = "" if needs.problem(device.bytes) else " (predictions are within 10%: train warns, and tries it)"
+        yield f"\ndevice: {needs.shortage(device.bytes, device.words)}{tried}"
+        return
+    largest, kept = needs.largest_batch(device.bytes), memory_size(margin(device.bytes))
+    sure = f"the largest batch for {where} is {largest}, as {kept} are kept for CUDA and gaps"
+    if needs.prediction.fits(batch_size, device.bytes, RESERVED):
+        yield f"\ndevice: fits; {sure}"
     else:
         need = f"batch {batch_size} needs {memory_size(needs.memory)} and what CUDA needs"
-        yield f"\ndevice: {need}; {device.words} with {has} may just have it"
+        yield f"\ndevice: {need}; {where} may just have it; to be sure, {sure}"
 
 
 def _work_lines(

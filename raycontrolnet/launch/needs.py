@@ -21,7 +21,7 @@ from raycontrolnet.model.optimizers import state_bytes_per_weight
 from raycontrolnet.model.performance import working_precision
 from raycontrolnet.model.single_file import base_files
 from raycontrolnet.predict.devices import bytes_of_type
-from raycontrolnet.predict.prediction import GIB, LEAST_RESERVED, MIB, Prediction, margin, predict
+from raycontrolnet.predict.prediction import GIB, LEAST_RESERVED, MIB, RESERVED, Prediction, margin, predict
 from raycontrolnet.predict.shapes import shaped
 from raycontrolnet.text import counted, file_size
 from raycontrolnet.training.schedule import Schedule, due_steps
@@ -35,8 +35,8 @@ class Needs:
 
     train: TrainConfig
     prediction: Prediction
-    checkpointed: Callable[[], Prediction]
-    """Call it for the prediction with gradient checkpointing, which takes seconds; advice needs it."""
+    counted: Callable[..., Prediction]
+    """Call it with settings that differ, for the prediction with them; takes seconds."""
 
     @staticmethod
     def of(
@@ -44,9 +44,8 @@ class Needs:
         sizes: Sequence[Size] = (), on_gpu: bool = False,
     ) -> Needs:  # fmt: skip
         """Return the needs by a prediction that has been made; arguments as of `count`."""
-        checkpointed = replace(train, gradient_checkpointing=True)
         how: dict[str, Any] = {"cached": cached, "sizes": sizes, "on_gpu": on_gpu}
-        return Needs(train, prediction, lambda: count(checkpointed, token, **how))
+        return Needs(train, prediction, lambda **changes: count(replace(train, **changes), token, **how))
 
     @property
     def memory(self) -> float:
@@ -67,6 +66,19 @@ class Needs:
 
     def fits(self, device_bytes: float) -> bool:
         return self.prediction.fits(self.train.train_batch_size, device_bytes)
+
+    def largest_batch(self, device_bytes: float) -> int:
+        """Return the largest batch that fits a device to be sure; 0 if none does."""
+        size, there = self.prediction.largest_batch(device_bytes), self.prediction
+        if not self.train.gradient_checkpointing:
+            return size
+        # Then a sample takes more in a larger batch, and what is counted at a small one promises too much.
+        while size > self.train.train_batch_size:
+            there = self.counted(train_batch_size=size)
+            if there.fits(size, device_bytes, RESERVED):
+                break
+            size = min(size - 1, there.largest_batch(device_bytes))
+        return size
 
     def may_fit(self, batch_size: int, device_bytes: float) -> bool:
         """Check whether a batch fits a device, or may fit if the prediction is too high."""
@@ -91,16 +103,19 @@ class Needs:
         """Return what makes a run fit that does not."""
         size, steps = self.train.train_batch_size, self.train.gradient_accumulation_steps
         tried: list[tuple[str, Prediction]] = []
+        with_it: list[tuple[str, Prediction]] = []
         for flags, prediction in self._lighter():
-            tried = [(flags, prediction), (f"{flags} {NO_GRAPHS}".strip(), prediction.without_graphs())]
-            for found, lighter in tried:
+            with_it = [(flags, prediction), (f"{flags} {NO_GRAPHS}".strip(), prediction.without_graphs())]
+            tried += with_it
+            for found, lighter in with_it:
                 if lighter.fits(size, device_bytes):
                     return f"{found} brings it to {memory_size(lighter.total(size))}"
         parts = [part for part in range(size - 1, 0, -1) if size % part == 0]
         fitting = [next((part for part in parts if each.fits(part, device_bytes)), 0) for _, each in tried]
-        flags = tried[fitting.index(max(fitting))][0]
+        part = max(fitting)
+        flags, _ = tried[fitting.index(part)] if part else with_it[0]  # the fewest flags for the largest part
         flags = f" with {flags}" if flags else ""
-        if part := max(fitting):
+        if part:
             return f"--train_batch_size {part} --gradient_accumulation_steps {size // part * steps} fits{flags}"
         return f"no batch fits{flags}: take a smaller --resolution, or a device with more memory"
 
@@ -109,7 +124,7 @@ class Needs:
         train, prediction, flags = self.train, self.prediction, ""
         yield flags, prediction
         if not train.gradient_checkpointing:
-            flags, prediction = "--gradient_checkpointing", self.checkpointed()
+            flags, prediction = "--gradient_checkpointing", self.counted(gradient_checkpointing=True)
             yield flags, prediction
         if not train.use_8bit_adam and train.optimizer == ADAMW:
             yield f"--use_8bit_adam {flags}".strip(), prediction.with_8bit_adam()

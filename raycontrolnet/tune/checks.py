@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from raycontrolnet.cluster.session import on_a_cluster
@@ -21,6 +21,7 @@ from raycontrolnet.config.train_config import (
     names_with,
     no_effect_without,
 )
+from raycontrolnet.data.buckets import Buckets
 from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.model.base_family import (
     OBJECTIVE_SETTINGS,
@@ -228,13 +229,24 @@ def _problems_of_variants(
     return list(dict.fromkeys(problem for variant in variants for problem in problems_of(variant)))
 
 
+def one_cache_problem(train: TrainConfig, buckets: Sequence[Buckets | None]) -> str | None:
+    """Return why trials with these aspect buckets cannot have one folder of latents; None if they can, or need not."""
+    sizes = {each.sizes for each in buckets if each}
+    if len(sizes) < 2 or train.latents_cache_dir is None or train.cache_latents == "off":
+        return None
+    return (
+        f"--latents_cache_dir={train.latents_cache_dir}: holds one cache, and the space's batch sizes need "
+        f"{len(sizes)}, as buckets with fewer rows than a batch are merged; leave it out, so that each gets a folder"
+    )
+
+
 def objective_problem(objective: str, run: CheckedRun) -> str | None:
     """Return why the objective cannot be measured; None if it can."""
     num_rows = len(run.source)
     if objective in ("val_loss", "control_gap") and run.config.num_held_out(num_rows) < 2:
         return (
             f"--objective={objective}: is measured on held-out rows, and none of these {num_rows:,} rows are held out; "
-            "give --validation_split 16, or --objective loss"
+            f"give --validation_split {max(2, min(16, num_rows // 8))}, or --objective loss"
         )
     if objective == "control_fidelity" and run.config.control_fidelity is None:
         return (

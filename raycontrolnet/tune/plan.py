@@ -142,12 +142,7 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
     problems = problems or checks.model_problems_of(train, space) or checks.size_problems_of(train, space)
     if problems or (problems := checks.objective_problems_of(train, space)):
         raise ConfigError(problems)
-    runs = {}
-    for settings in _cache_variants(train, space):
-        variant = dataclasses.replace(train, **settings)
-        run = choose_latents(check(checks.to_check(variant, space), folder), stream, reused=True)
-        shared = dataclasses.replace(run.config, base_config=variant.base_config)
-        runs[cache_key(settings, buckets=train.aspect_buckets)] = dataclasses.replace(run, config=shared)
+    runs = _runs(train, space, folder, stream)
     for run in runs.values():
         if problem := checks.objective_problem(config.objective, run):
             raise ConfigError([problem])
@@ -167,6 +162,22 @@ def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:
         grace_period=_grace_period(config, train.validation_steps, total_updates, stream),
         mixed_precision=before.get("mixed_precision"),  # versions before this one had fp32 where nothing was said
     )
+
+
+def _runs(train: TrainConfig, space: Space, folder: RunFolder, stream: TextIO) -> dict[str, CheckedRun]:
+    """Return the checked runs of trials that need latents of their own, by `cache_key`."""
+    runs, variants = {}, {}
+    for settings in _cache_variants(train, space):
+        key, variant = cache_key(settings, buckets=train.aspect_buckets), dataclasses.replace(train, **settings)
+        runs[key], variants[key] = check(checks.to_check(variant, space), folder), variant
+    # Before any of them looks into the folder, which may hold the cache of one of them.
+    if problem := checks.one_cache_problem(train, [run.buckets for run in runs.values()]):
+        raise ConfigError([problem])
+    for key, run in runs.items():
+        chosen = choose_latents(run, stream, reused=True)
+        shared = dataclasses.replace(chosen.config, base_config=variants[key].base_config)
+        runs[key] = dataclasses.replace(chosen, config=shared)
+    return runs
 
 
 def _shared_settings(train: TrainConfig, folder: RunFolder, before: Mapping[str, Any]) -> TrainConfig:
