@@ -289,7 +289,9 @@ def test_the_heaviest_trial_that_will_run_counts(tiny_settings: dict[str, Any]) 
         plan = planned(tiny_settings, number)
         assert plan.train.seed is not None
         trials = [draw(plan.space, plan.train.seed, index) for index in range(number)]
-        expected = max(trials, key=lambda each: (each["train_batch_size"], not each["gradient_checkpointing"]))
+        expected = max(
+            trials, key=lambda each: each["train_batch_size"] * (0.35 if each["gradient_checkpointing"] else 1)
+        )
         found = heaviest(plan)
         assert found.trial is not None
         assert trials[found.trial] | dict(found.settings) == trials[found.trial]
@@ -309,7 +311,28 @@ def test_trials_of_an_earlier_part_count_until_they_have_ended(tiny_settings: di
     big = {"train_batch_size": 64, "gradient_checkpointing": False, "learning_rate": 1e-3}
     for state, expected in (("interrupted", 64), ("failed", 8), ("finished", 8)):
         left = replace(plan, records=[TrialRecord(0, big, state)], num_trials=12)
-        assert heaviest(left).run.config.train_batch_size == expected
+        found = heaviest(left)
+        assert found.run.config.train_batch_size == expected
+        assert (found.trial is None) == (state == "interrupted"), "its failure must not keep the others"
+
+
+def test_a_smaller_batch_may_be_the_heavier_trial(tiny_settings: dict[str, Any]) -> None:
+    """Without gradient checkpointing."""
+    plan = planned(tiny_settings, 1)
+    earlier = [
+        TrialRecord(index, {"train_batch_size": batch, "gradient_checkpointing": batch == 65}, "interrupted")
+        for index, batch in enumerate((65, 64))
+    ]
+    assert heaviest(replace(plan, records=earlier)).run.config.train_batch_size == 64
+
+
+def test_trials_with_another_base_are_not_refused_by_the_first_ones_memory(
+    tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(tiny_settings, 12)
+    base = plan.space["train_batch_size"]
+    (said,) = said_of_the_heaviest(replace(plan, space={**plan.space, "revision": base}), monkeypatch)
+    assert said == f"warning: {TOO_BIG}; trials with another revision may need more or less, and fail alone"
 
 
 BIG = replace(TRAIN, train_batch_size=8, seed=0)
@@ -335,7 +358,8 @@ def test_a_trial_that_will_run_and_cannot_fit_is_refused(
     with pytest.raises(ConfigError) as error:
         said_of_the_heaviest(plan, monkeypatch)
     own = "gradient_checkpointing False, train_batch_size 8"
-    assert str(error.value) == f"--space: trial {heaviest(plan).trial} has {own}, and cannot fit: {TOO_BIG}"
+    said = f"--space: trial {heaviest(plan).trial} has {own}, and cannot fit: {TOO_BIG}; a changed space needs another "
+    assert str(error.value) == f"{said}--output_dir, or {plan.folder.shown} removed"
 
 
 @pytest.mark.parametrize(
@@ -366,7 +390,7 @@ def test_a_sweep_of_optuna_in_which_no_trial_fits_is_refused(
 ) -> None:
     pytest.importorskip("optuna")
     plan = planned(tiny_settings, 2, {"train_batch_size": {"choice": [8, 4]}}, searcher="optuna")
-    with pytest.raises(ConfigError, match=f"^--space: no trial can fit: {TOO_BIG}$"):
+    with pytest.raises(ConfigError, match=f"^--space: no trial can fit: {TOO_BIG}; a changed space"):
         said_of_the_heaviest(plan, monkeypatch)
     plan = planned(tiny_settings, 2, {"learning_rate": SPACE["learning_rate"]}, searcher="optuna")
     with pytest.raises(ConfigError, match=f"^--train_batch_size=8: {TOO_BIG}$"):

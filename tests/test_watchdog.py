@@ -220,6 +220,18 @@ with watchdog.watching():
 """
 
 
+def test_an_update_that_begins_ends_what_came_before(tmp_path: Path) -> None:
+    """A checkpoint that may take as long as its store does not stop the watch over the update that follows."""
+    watchdog = Watchdog("Worker 0", RunFolder(str(tmp_path)), tmp_path / "run.log", 4.0)
+    watchdog.begin_update(1, 1)
+    assert watchdog._since is None, "the first may take long"
+    watchdog.micro_step_done()
+    watchdog.progress("a checkpoint", timed=False)
+    assert watchdog._since is None
+    watchdog.begin_update(2, 1)
+    assert (watchdog.phase, watchdog._since is None) == ("an update", False)
+
+
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_hang_names_the_process_that_was_stopped(tmp_path: Path, stopped: int) -> None:
     """Also the one whose store it is, which answers nobody then."""

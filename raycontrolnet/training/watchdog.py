@@ -62,6 +62,8 @@ class Watchdog:
     def begin_update(self, update: int, micro_steps: int) -> None:
         """Note that this worker begins the update of this number, from 1, which has so many micro-steps of it."""
         self._update, self._left = update, micro_steps
+        if self.phase:  # after the first update, which may take long
+            self.progress(UPDATE)
 
     def micro_step_done(self) -> None:
         """Note that a micro-step of the update is done."""

@@ -31,10 +31,10 @@ def _calls(thread_id: int) -> Iterator[CodeType]:
 
 def _said(code: CodeType) -> str | None:
     file = Path(code.co_filename)
+    if file.is_relative_to(PACKAGE):  # before the others: it may lie in any folder
+        return f"in {code.co_name} of {file.relative_to(PACKAGE).as_posix()}"
     if any(part in file.as_posix() for part in COLLECTIVES):
         return f"waiting in a collective ({code.co_name})"
     if code.co_name == "_engine_run_backward":  # Python sees no deeper
         return "in the backward pass, in which gradients are exchanged"
-    if file.is_relative_to(PACKAGE):
-        return f"in {code.co_name} of {file.relative_to(PACKAGE).as_posix()}"
     return None

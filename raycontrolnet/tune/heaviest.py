@@ -26,6 +26,10 @@ MEMORY_SETTINGS = (
     "use_ema", "mixed_precision",
 )  # fmt: skip
 """Settings by which trials need more memory or less."""
+CHECKPOINTED = 0.35
+"""Activations of a sample with gradient checkpointing, as a part of those without: 0.25 of 0.72 GiB in SD 1.5."""
+OTHER_MODELS = {"pretrained_model_name_or_path", "controlnet_model_name_or_path", "base_config", "revision", "variant"}
+"""Settings by which trials may have other models than the one that is counted."""
 
 
 class Heaviest(NamedTuple):
@@ -35,11 +39,11 @@ class Heaviest(NamedTuple):
     settings: Mapping[str, Any]
     """The settings in the space by which it needs more or less."""
     trial: int | None
-    """Its index; None if no trial has these settings yet."""
+    """Its index; None if nobody knows that a new trial will have these settings."""
 
 
 def heaviest(plan: SweepPlan) -> Heaviest:
-    """Return the trial that may need most memory: the largest batch and images, and the least savings."""
+    """Return the trial that seems to need most memory, by its batch, its images and what it saves."""
     trials: dict[tuple[tuple[str, Any], ...], int | None] = {}
     for index, settings in _trials(plan):
         trials.setdefault(tuple(settings.items()), index)
@@ -56,23 +60,31 @@ def heaviest(plan: SweepPlan) -> Heaviest:
 
 
 def _trials(plan: SweepPlan) -> Iterator[tuple[int | None, dict[str, Any]]]:
-    """Yield index and memory settings of the trials that will be trained; without an index, of those that may be."""
-    known = [(record.index, record.settings) for record in plan.records if not record.ended]
+    """Yield index and memory settings of the new trials that are known; without an index, of those that may be tried.
+
+    Also without, of those that an earlier part of the sweep began: one that cannot fit must not keep the others.
+    """
+    known: list[tuple[int | None, Mapping[str, Any]]] = [
+        (None, record.settings) for record in plan.records if not record.ended
+    ]
     new = set(plan.new_indices)
     if plan.config.searcher == "random" and new:
         assert plan.train.seed is not None
-        known += [each for each in enumerate(draws(plan.space, plan.train.seed, max(new) + 1)) if each[0] in new]
+        drawn = enumerate(draws(plan.space, plan.train.seed, max(new) + 1))
+        known += [(index, settings) for index, settings in drawn if index in new]
     for index, settings in known:
         yield index, {name: settings[name] for name in MEMORY_SETTINGS if name in settings}
     if plan.config.searcher != "random":
         yield from ((None, settings) for settings in combinations(plan.space, MEMORY_SETTINGS))
 
 
-def _weight(config: TrainConfig) -> tuple[Any, ...]:
+def _weight(config: TrainConfig) -> tuple[float, ...]:
     """Return what grows with a trial's memory, as far as it can be told without a count."""
-    size = config.train_batch_size * config.resolution**2
-    beside = state_bytes_per_weight(config) + FP32_BYTES * config.use_ema
-    return size, not config.gradient_checkpointing, beside, config.mixed_precision == "no"
+    activations = (
+        config.train_batch_size * config.resolution**2 * (CHECKPOINTED if config.gradient_checkpointing else 1)
+    )
+    activations *= 2 if config.mixed_precision == "no" else 1
+    return activations, state_bytes_per_weight(config) + FP32_BYTES * config.use_ema
 
 
 def say_heaviest(plan: SweepPlan, found: Heaviest, needs: Counting, stream: TextIO, **how: Any) -> None:
@@ -91,12 +103,16 @@ def say_heaviest(plan: SweepPlan, found: Heaviest, needs: Counting, stream: Text
             raise
         place, size = place_of(plan.config.space), found.run.config.train_batch_size
         why = str(error).removeprefix(f"--train_batch_size={size}: ")
+        if others := sorted(OTHER_MODELS & plan.space.keys()):
+            stream.write(f"warning: {why}; trials with another {others[0]} may need more or less, and fail alone\n")
+            return
+        instead = f"a changed space needs another --output_dir, or {plan.folder.shown} removed"
         if found.trial is not None:
             own = in_words(found.settings)
-            raise ConfigError([f"{place}: trial {found.trial} has {own}, and cannot fit: {why}"]) from None
+            raise ConfigError([f"{place}: trial {found.trial} has {own}, and cannot fit: {why}; {instead}"]) from None
         smallest = _smallest(plan.space, size, error.may_fit)
         if found.settings.keys() == {BATCH} and smallest == min(plan.space[BATCH].values):
-            raise ConfigError([f"{place}: no trial can fit: {why}"]) from None
+            raise ConfigError([f"{place}: no trial can fit: {why}; {instead}"]) from None
         own = in_words({**found.settings, BATCH: smallest} if BATCH in found.settings else found.settings)
         more = " or more" if smallest < size else ""
         stream.write(f"warning: trials with {own}{more} cannot fit, and fail alone: {why}\n")
