@@ -211,14 +211,22 @@ def test_gpus_of_a_cluster(answers: list[bool | None], expected: bool | None, mo
 @pytest.mark.usefixtures("_local_ray")
 def test_a_gpu_is_asked_where_no_node_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a task with a worker's resources, which waits for a node as the worker would; no longer than it may."""
-    stream = io.StringIO()
+    stream, cancelled, cancel = io.StringIO(), [], ray.cancel
+
+    def noted(*args: Any, **how: Any) -> None:
+        cancelled.append(args)
+        cancel(*args, **how)
+
+    monkeypatch.setattr(ray, "cancel", noted)
     assert workers_have_bf16(workers(use_gpu=False), None, stream) is torch.cuda.is_available()
+    assert not cancelled, "Ray may end the process of who cancels a task that is done"
     monkeypatch.setattr(precision, "gpus_have_bf16", lambda _: None)
     start = time.monotonic()
     problem = r"The workers have not started within --wait_timeout_s=1: 1 node up with .* the run needs 1 worker of 1 "
     with pytest.raises(RunError, match=problem):
         workers_have_bf16(workers(accelerator_type="T4"), 1.0, stream)
     assert time.monotonic() - start < 60
+    assert cancelled, "it would wait in Ray's queue for ever"
     monkeypatch.setattr(precision, "gpus_have_bf16", lambda _: True)
     monkeypatch.setattr(ray, "get", never)
     assert workers_have_bf16(workers(), None, stream)

@@ -56,10 +56,13 @@ class Question:
             raise ConnectionError(error_message(error, 500)) from error
 
     def withdraw(self) -> None:
-        """Give the GPU, or the place in the queue for one, back."""
+        """Give the GPU, or the place in the queue for one, back; if the answer is there, that is done."""
         import ray
 
-        ray.cancel(self._answer, force=True)
+        # Ray ends this process if a task is cancelled while it notes that the task is done (ray-project/ray#54738).
+        answered, _ = ray.wait([self._answer], timeout=0)
+        if not answered:
+            ray.cancel(self._answer, force=True)
 
 
 def _looker() -> Callable[[int], bool | None]:
