@@ -113,7 +113,7 @@ def settings(tiny_base: Path, tmp_path: Path, tiny_settings: Settings) -> Settin
         "train_batch_size": 2,
         "num_workers": "2",
     }
-    return tiny_settings | more | {"num_workers": "2"}
+    return tiny_settings | more
 
 
 def test_the_bits_are_those_of_ddp(settings: Settings, tmp_path: Path) -> None:

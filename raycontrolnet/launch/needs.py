@@ -69,7 +69,7 @@ class Needs:
 
     def largest_batch(self, device_bytes: float) -> int:
         """Return the largest batch that fits a device to be sure; 0 if none does."""
-        size, there = self.prediction.largest_batch(device_bytes), self.prediction
+        size = self.prediction.largest_batch(device_bytes)
         if not self.train.gradient_checkpointing:
             return size
         # Then a sample takes more in a larger batch, and what is counted at a small one promises too much.
@@ -103,17 +103,15 @@ class Needs:
         """Return what makes a run fit that does not."""
         size, steps = self.train.train_batch_size, self.train.gradient_accumulation_steps
         tried: list[tuple[str, Prediction]] = []
-        with_it: list[tuple[str, Prediction]] = []
         for flags, prediction in self._lighter():
-            with_it = [(flags, prediction), (f"{flags} {NO_GRAPHS}".strip(), prediction.without_graphs())]
-            tried += with_it
-            for found, lighter in with_it:
+            tried += [(flags, prediction), (f"{flags} {NO_GRAPHS}".strip(), prediction.without_graphs())]
+            for found, lighter in tried[-2:]:
                 if lighter.fits(size, device_bytes):
                     return f"{found} brings it to {memory_size(lighter.total(size))}"
         parts = [part for part in range(size - 1, 0, -1) if size % part == 0]
         fitting = [next((part for part in parts if each.fits(part, device_bytes)), 0) for _, each in tried]
         part = max(fitting)
-        flags, _ = tried[fitting.index(part)] if part else with_it[0]  # the fewest flags for the largest part
+        flags, _ = tried[fitting.index(part)] if part else tried[-2]  # the fewest flags for the largest part
         flags = f" with {flags}" if flags else ""
         if part:
             return f"--train_batch_size {part} --gradient_accumulation_steps {size // part * steps} fits{flags}"

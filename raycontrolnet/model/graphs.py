@@ -8,13 +8,14 @@ pytorch.org/blog/accelerating-pytorch-with-cuda-graphs).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from raycontrolnet.config.settings import StepConfig
 from raycontrolnet.errors import RunError
@@ -186,10 +187,8 @@ class GradientGraphs:
 
     def _tried(self, add: Callable[[Inputs], Tensor], inputs: Inputs) -> _Graph | str:
         """Return the graph, or why there is none."""
-        from accelerate.utils import recursively_apply
-
         try:
-            copies = recursively_apply(torch.clone, inputs)
+            copies = tree_map_only(Tensor, torch.clone, inputs)
             replay, loss = capture(lambda: add(copies), self._pool)
         except torch.OutOfMemoryError as error:
             return error_message(error, 200)
@@ -231,22 +230,11 @@ def free_bytes(device: torch.device) -> int:
     return min(free, allowed - torch.cuda.memory_reserved(device))
 
 
-def _leaves(value: Any) -> Iterator[Any]:
-    """Yield what is in a nest of tuples and dictionaries, in order."""
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    if isinstance(value, (tuple, list)):
-        for each in value:
-            yield from _leaves(each)
-    else:
-        yield value
-
-
 def _tensors(value: Any) -> list[Tensor]:
     """Return a nest's tensors, in order."""
-    return [each for each in _leaves(value) if isinstance(each, Tensor)]
+    return [each for each in tree_leaves(value) if isinstance(each, Tensor)]
 
 
 def _shapes(value: Any) -> Hashable:
     """Return what is in a nest, with shapes and dtypes in place of the tensors."""
-    return tuple((each.shape, each.dtype) if isinstance(each, Tensor) else each for each in _leaves(value))
+    return tuple((each.shape, each.dtype) if isinstance(each, Tensor) else each for each in tree_leaves(value))
