@@ -36,40 +36,40 @@ def _off(function: Callable[..., Any], factor: float) -> Callable[..., Any]:
     return off
 
 
-def _grouped(values: Tensor, groups: int) -> Tensor:
-    """Return images [B, C, H, W] as fp32 [B, G, C / G, H * W]."""
-    return values.float().reshape(values.shape[0], groups, values.shape[1] // groups, -1)
+def _means(values: Tensor, groups: int) -> Tensor:
+    """Return the means of images' groups, for each channel, [B, C, 1, 1]."""
+    channels = values.shape[1]
+    of_groups = values.mean((2, 3)).unflatten(1, (groups, -1)).mean(2)
+    return of_groups[:, torch.arange(channels) // (channels // groups), None, None]
 
 
 def _norm_forward(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, dtype: torch.dtype, *, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    grouped = _grouped(x, groups)
-    means = grouped.mean((2, 3))
-    rstds = (grouped.var((2, 3), correction=0) + eps).rsqrt()
-    normalized = ((grouped - means[..., None, None]) * rstds[..., None, None]).reshape(x.shape)
-    y = normalized * weight.float()[:, None, None] + bias.float()[:, None, None]
+) -> tuple[Tensor, Tensor]:
+    x = x.float()
+    mean = _means(x, groups)
+    rstd = (_means((x - mean).square(), groups) + eps).rsqrt()
+    scale = rstd * weight.float()[:, None, None]
+    shift = bias.float()[:, None, None] - mean * scale
+    y = x * scale + shift
     if silu:
         y = y * y.sigmoid()
-    return y.to(dtype, memory_format=torch.channels_last), means, rstds
+    return y.to(dtype, memory_format=torch.channels_last), torch.stack([scale, shift, mean, rstd], 1).flatten(2)
 
 
 def _norm_backward(
-    x: Tensor, gradient: Tensor, means: Tensor, rstds: Tensor, weight: Tensor, bias: Tensor, *, silu: bool
+    x: Tensor, gradient: Tensor, coefficients: Tensor, groups: int, *, silu: bool
 ) -> tuple[Tensor, Tensor]:
-    groups = means.shape[1]
-    normalized = (_grouped(x, groups) - means[..., None, None]) * rstds[..., None, None]
-    of_group = 1, groups, -1, 1
-    slope = _grouped(gradient, groups)
+    scale, shift, mean, rstd = coefficients[..., None, None].unbind(1)
+    slope = gradient.float()
     if silu:
-        y = normalized * weight.float().reshape(of_group) + bias.float().reshape(of_group)
+        y = x.float() * scale + shift
         with torch.enable_grad():
             (slope,) = torch.autograd.grad(torch.nn.functional.silu(y.requires_grad_()), y, slope)
-    scaled = slope * weight.float().reshape(of_group)
-    along, against = scaled.mean((2, 3), keepdim=True), (scaled * normalized).mean((2, 3), keepdim=True)
-    of_x = (scaled - along - normalized * against) * rstds[..., None, None]
-    of_channels = torch.stack([slope.sum(3), (slope * normalized).sum(3)]).flatten(2)
-    return of_x.reshape(x.shape).to(x.dtype, memory_format=torch.channels_last), of_channels
+    normalized, scaled = (x.float() - mean) * rstd, slope * scale
+    of_x = scaled - _means(scaled, groups) - normalized * _means(scaled * normalized, groups)
+    of_channels = torch.stack([slope.sum((2, 3)), (slope * normalized).sum((2, 3))], 1)
+    return of_x.to(x.dtype, memory_format=torch.channels_last), of_channels
 
 
 def _rows_forward(

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from raycontrolnet.model.fused.running import has_data, num_parts
 
-BLOCK = 1024
+ROWS, COLUMNS = 4, 256
+"""Rows and columns of the output that a program computes."""
 
 
 def forward(both: Tensor) -> Tensor:
@@ -18,7 +19,7 @@ def forward(both: Tensor) -> Tensor:
         return y
     from raycontrolnet.model.fused import geglu_kernels as kernels
 
-    kernels.forward[(num_parts(y.numel(), BLOCK),)](both, y, y.numel(), width // 2, BLOCK)
+    kernels.forward[_grid(y)](both, y, y.numel() // y.shape[-1], y.shape[-1], ROWS, COLUMNS)
     return y
 
 
@@ -29,5 +30,9 @@ def backward(both: Tensor, dy: Tensor) -> Tensor:
         return gradient
     from raycontrolnet.model.fused import geglu_kernels as kernels
 
-    kernels.backward[(num_parts(dy.numel(), BLOCK),)](both, dy, gradient, dy.numel(), dy.shape[-1], BLOCK)
+    kernels.backward[_grid(dy)](both, dy, gradient, dy.numel() // dy.shape[-1], dy.shape[-1], ROWS, COLUMNS)
     return gradient
+
+
+def _grid(y: Tensor) -> tuple[int, int]:
+    return num_parts(y.numel() // y.shape[-1], ROWS), num_parts(y.shape[-1], COLUMNS)

@@ -95,16 +95,18 @@ class _GroupNorm(torch.autograd.Function):
         ctx: Any, images: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, dtype: torch.dtype,
         with_silu: bool,
     ) -> Tensor:  # fmt: skip
-        normalized, means, rstds = group_norm.forward(images, weight, bias, groups, eps, dtype, silu=with_silu)
-        ctx.save_for_backward(images, weight, bias, means, rstds)
-        ctx.with_silu = with_silu
+        normalized, coefficients = group_norm.forward(images, weight, bias, groups, eps, dtype, silu=with_silu)
+        ctx.save_for_backward(images, coefficients)
+        ctx.groups, ctx.with_silu, ctx.weights_dtype = groups, with_silu, weight.dtype
         return normalized
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        images, weight, bias, means, rstds = ctx.saved_tensors
+        images, coefficients = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        of_images, of_channels = group_norm.backward(images, gradient, means, rstds, weight, bias, silu=ctx.with_silu)
-        of_bias, of_weight = of_channels.sum(1).to(weight.dtype) if any(ctx.needs_input_grad[1:3]) else (None, None)
+        of_images, of_channels = group_norm.backward(images, gradient, coefficients, ctx.groups, silu=ctx.with_silu)
+        of_bias, of_weight = (
+            of_channels.sum(0).to(ctx.weights_dtype) if any(ctx.needs_input_grad[1:3]) else (None, None)
+        )
         return of_images, of_weight, of_bias, None, None, None, None

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from raycontrolnet.model.fused.running import has_data, num_parts
 
-BLOCK = 1024
+ROWS, CHANNELS = 32, 64
+"""Pixels and channels of which a program computes the sum."""
 
 
 def forward(one: Tensor, other: Tensor, bias: Tensor) -> Tensor:
@@ -24,5 +25,7 @@ def forward(one: Tensor, other: Tensor, bias: Tensor) -> Tensor:
         return y
     from raycontrolnet.model.fused.residual_kernels import add
 
-    add[(num_parts(y.numel(), BLOCK),)](one, other, bias, y, y.numel(), y.shape[1], BLOCK)
+    channels = y.shape[1]
+    pixels = y.numel() // channels
+    add[num_parts(pixels, ROWS), num_parts(channels, CHANNELS)](one, other, bias, y, pixels, channels, ROWS, CHANNELS)
     return y
