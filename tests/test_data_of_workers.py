@@ -11,8 +11,9 @@ from ray.data import ExecutionOptions
 
 from raycontrolnet import TrainConfig
 from raycontrolnet.cluster.data_of_workers import DataOfWorkers
-from raycontrolnet.data.stream import MOST_IN_BUNDLE
-from raycontrolnet.launch.workers import stream_layout
+from raycontrolnet.data.stream import MOST_IN_BUNDLE, StreamLayout
+from raycontrolnet.launch.training_stream import TrainingStream
+from raycontrolnet.storage.run_folder import RunFolder
 
 
 @pytest.mark.usefixtures("_local_ray")
@@ -32,14 +33,14 @@ def test_it_is_made_for_the_workers_there_are(num_workers: int) -> None:
         assert [row["of"] for row in shards[0]["train"].iter_rows()] == [1] * 6
 
 
-def layout(workers: str, there: int, done: int = 0) -> Any:
+def layout(workers: str, there: int, done: int = 0) -> StreamLayout:
     config = TrainConfig(
         pretrained_model_name_or_path="base", train_data_dir="data", num_workers=workers, train_batch_size=4,
         max_train_steps=100,
     )  # fmt: skip
-    job: Any = SimpleNamespace(config=config, num_samples=1000)
+    stream = TrainingStream(config, RunFolder("run"), "an id", None, 1000, None, batch_bytes=1000)
     checkpoint: Any = SimpleNamespace(step=done, samples=done * 16, facts={}) if done else None
-    return stream_layout(job, checkpoint, there, batch_bytes=1000)
+    return stream.layout(there, checkpoint)
 
 
 @pytest.mark.parametrize("there", [1, 3, 4])

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 from raycontrolnet.cluster.resources import WorkerResources
-from raycontrolnet.data.stream import StreamLayout, execution_options, ray_dataset
+from raycontrolnet.data.stream import execution_options
 from raycontrolnet.errors import explained
 from raycontrolnet.launch.announce import announce
 from raycontrolnet.launch.checked_run import CheckedRun
+from raycontrolnet.launch.training_stream import TrainingStream
 from raycontrolnet.launch.waiting import waiting_for_workers
 from raycontrolnet.report.progress import Progress, progress
 from raycontrolnet.signals import ended_in_order
@@ -22,7 +23,7 @@ from raycontrolnet.training.failures import read_failure, read_hang
 from raycontrolnet.training.host_memory import variables_for_kept_memory
 from raycontrolnet.training.job import RUN_LOG, Job, RunCallback, RunStopped, ask_to_stop, begin, end
 from raycontrolnet.training.saver import writes_finished
-from raycontrolnet.training.schedule import Schedule, due_steps
+from raycontrolnet.training.schedule import due_steps
 from raycontrolnet.training.status import RunStatus
 from raycontrolnet.training.store_sync import DRIVERS, aborted_if_lost, records_fetched
 from raycontrolnet.training.watchdog import collective_timeout_s
@@ -31,11 +32,8 @@ if TYPE_CHECKING:
     import ray
     import ray.train
 
-    from raycontrolnet.storage.checkpoint import Checkpoint
-
 logger = logging.getLogger(__name__)
 
-ENDLESS = 2**40
 FOLLOW_INTERVAL_S = 1.0
 GRACE_S = 15.0
 """Time to write a checkpoint after SIGTERM: Slurm and Kubernetes kill a process after 30 s, and the end takes some."""
@@ -98,6 +96,9 @@ def train_on_ray(
     actor_options = resources.actor_options if has_spare and run.config.validation_pairs else None
     job = run.job(use_gpu=resources.use_gpu, threads=threads, loader=loader_ref, actor_options=actor_options)
     announce(run, status, stream, use_gpu=resources.use_gpu)
+    training_stream = TrainingStream(
+        job.config, job.folder, job.run_id, job.start, job.num_samples, loader_ref, loader.batch_bytes
+    )
     options = execution_options(loader.batch_bytes, most)
     trainer = InterruptibleTrainer(
         train_controlnet,
@@ -111,7 +112,7 @@ def train_on_ray(
         ),
         run_config=_run_config(run, on_cpu=not resources.use_gpu),
         datasets={"train": nothing_yet},
-        dataset_config=DataOfWorkers(_stream_factory(job, loader.batch_bytes), options),
+        dataset_config=DataOfWorkers(training_stream, options),
     )
     trainer.folder = run.folder
     trainer.one_machine = resources.one_machine
@@ -258,31 +259,3 @@ def _checkpoint_is_there(run: CheckedRun, step: int) -> bool:
         return True
     last = run.folder.latest(run.run_id)
     return last is not None and last.step >= step
-
-
-def _stream_factory(job: Job, batch_bytes: int) -> Callable[[int], ray.data.Dataset]:
-    """Return what makes the stream from the last checkpoint on, for a number of workers, at every start of these.
-
-    Ray sends it to every worker too, so it holds little: no rows, and no secrets.
-    """
-    fewest, most = job.config.worker_range
-    max_tasks = job.config.dataloader_num_workers * most or None
-
-    def stream(num_workers: int) -> ray.data.Dataset:
-        layout = stream_layout(job, job.current_checkpoint(here=False), num_workers, batch_bytes)
-        return ray_dataset(job.loader, layout, max_tasks, elastic=fewest != most)
-
-    return stream
-
-
-def stream_layout(job: Job, checkpoint: Checkpoint | None, num_workers: int, batch_bytes: int) -> StreamLayout:
-    """Return the batches from a checkpoint on, for as many workers as there are now.
-
-    Without end for an elastic run, of which the workers may have unequal numbers of batches: they stop by themselves.
-    """
-    step, samples = (checkpoint.step, checkpoint.samples) if checkpoint else (0, 0)
-    fewest, most = job.config.worker_range
-    schedule = Schedule.of(job.config, job.num_samples, most, checkpoint)
-    micro_steps = schedule.batches_per_worker(step) if fewest == most else ENDLESS
-    bundle = StreamLayout.bundle_for(batch_bytes)
-    return StreamLayout(samples, micro_steps, schedule.batch_size, num_workers, bundle)

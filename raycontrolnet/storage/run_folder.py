@@ -90,6 +90,10 @@ class RunFolder:
         """Return the newest undamaged checkpoint, on this machine; see `checkpoint.latest_sound`."""
         return checkpoints.latest_sound(self.path, run_id)
 
+    def last(self, run_id: str) -> Checkpoint | None:
+        """Return the checkpoint from which a run goes on; one in an object store is not read, and may be damaged."""
+        return self.latest(run_id) if self.is_stored else self.latest_sound(run_id)
+
     def sound(self, checkpoint: Checkpoint) -> Checkpoint:
         """Return `checkpoint` on this machine, its bytes checked.
 

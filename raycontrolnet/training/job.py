@@ -107,19 +107,14 @@ class Job:
         )
         return validation.StepImages(self.output_dir, step, self.validation_items, options)
 
-    def current_checkpoint(self, *, here: bool = True) -> Checkpoint | None:
-        """Return this run's last undamaged checkpoint, or its start.
-
-        Args:
-            here: whether its files are needed on this machine; without, one in an object store is not read.
+    def current_checkpoint(self) -> Checkpoint | None:
+        """Return this run's last undamaged checkpoint on this machine, or its start.
 
         Raises:
             UserError: if the one in an object store is damaged.
         """
-        if not self.folder.is_stored:
-            return self.folder.latest_sound(self.run_id) or self.start
-        found = self.folder.latest(self.run_id) or self.start
-        if found is None or not here:
+        found = self.folder.last(self.run_id) or self.start
+        if found is None or not self.folder.is_stored:
             return found
         try:
             return self.folder.sound(found)
