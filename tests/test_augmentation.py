@@ -424,6 +424,7 @@ def test_resume_is_exact(settings: Settings, tmp_path: Path, cache_latents: str)
     assert equal(weights(parts), weights(whole))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_local_ray")
 def test_losses_do_not_depend_on_the_number_of_workers(settings: Settings, tmp_path: Path) -> None:
     changed = {"random_flip": True, "crop": "random", "cache_latents": "off", "cpus_per_worker": 0.5}

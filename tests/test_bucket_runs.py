@@ -141,8 +141,9 @@ def test_square_pictures_learn_the_same_as_without(tiny_settings: Settings, tmp_
 # --- on Ray ---
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_local_ray")
-@pytest.mark.parametrize("cached", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cached", [False, True])
 def test_workers_that_come_and_go_keep_the_curve(cached: bool, settings: Settings, tmp_path: Path) -> None:
     """An elastic run of up to 4 workers: two updates on 2, then two on 1; those of a run in one process."""
     settings |= {"train_batch_size": 2, "max_train_steps": 4, "checkpointing_steps": 2, "validation_steps": 2}

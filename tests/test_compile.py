@@ -79,6 +79,7 @@ def test_a_run_learns_the_same(
     assert traced == {2}
 
 
+@pytest.mark.slow
 def test_each_size_of_aspect_buckets_is_compiled_once(
     tiny_settings: dict[str, Any], tmp_path: Path, graphs: Counter[str]
 ) -> None:

@@ -343,6 +343,7 @@ def test_going_on_with_other_weights_is_told(
     assert "was made with other --data_weights: the order of samples changes" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_local_ray")
 def test_losses_do_not_depend_on_the_number_of_workers(settings: Settings, tmp_path: Path) -> None:
     changed = {"data_weights": (1, 2), "cache_latents": "off", "cpus_per_worker": 0.5, "max_train_steps": 4}

@@ -73,6 +73,7 @@ def plain(train: TrainConfig, tmp_path: Path, **changes: Any) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_trials_some_of_which_are_stopped(s3: S3Server, nodes: Path, train: TrainConfig, tmp_path: Path) -> None:
     """They learn as on a disk, bit for bit; Tune's results lead to the weights; nodes keep nothing of them."""
     scheduler = ASHAScheduler(time_attr="step", grace_period=2, max_t=4, reduction_factor=2, stop_last_trials=False)
