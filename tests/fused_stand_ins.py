@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def kernels(*, wrong: str = "", factor: float = 1.0) -> dict[str, ModuleType]:
@@ -24,6 +27,25 @@ def kernels(*, wrong: str = "", factor: float = 1.0) -> dict[str, ModuleType]:
         functions[wrong][name] = _off(functions[wrong][name], factor)
     modules = {name: SimpleNamespace(**of_name) for name, of_name in functions.items()}
     return {f"raycontrolnet.model.fused.{name}": cast("ModuleType", module) for name, module in modules.items()}
+
+
+def use_stand_ins(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """Let the fused layers run these in place of the kernels; options as of `kernels`."""
+    for name, module in kernels(**options).items():
+        for function, stand_in in vars(module).items():
+            monkeypatch.setattr(f"{name}.{function}", stand_in)
+
+
+class Calls(TorchDispatchMode):
+    """The names of the operators that run, with the number of their calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def _off(function: Callable[..., Any], factor: float) -> Callable[..., Any]:
@@ -58,7 +80,7 @@ def _norm_forward(
 
 
 def _norm_backward(
-    x: Tensor, gradient: Tensor, coefficients: Tensor, groups: int, *, silu: bool
+    x: Tensor, gradient: Tensor, rest: Tensor | None, coefficients: Tensor, groups: int, *, silu: bool
 ) -> tuple[Tensor, Tensor]:
     scale, shift, mean, rstd = coefficients[..., None, None].unbind(1)
     slope = gradient.float()
@@ -69,6 +91,7 @@ def _norm_backward(
     normalized, scaled = (x.float() - mean) * rstd, slope * scale
     of_x = scaled - _means(scaled, groups) - normalized * _means(scaled * normalized, groups)
     of_channels = torch.stack([slope.sum((2, 3)), (slope * normalized).sum((2, 3))], 1)
+    of_x = of_x if rest is None else of_x + rest.float()
     return of_x.to(x.dtype, memory_format=torch.channels_last), of_channels
 
 

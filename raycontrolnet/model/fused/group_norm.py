@@ -55,12 +55,15 @@ def forward(
     return y, coefficients
 
 
-def backward(x: Tensor, dy: Tensor, coefficients: Tensor, groups: int, *, silu: bool) -> tuple[Tensor, Tensor]:
+def backward(
+    x: Tensor, dy: Tensor, rest: Tensor | None, coefficients: Tensor, groups: int, *, silu: bool
+) -> tuple[Tensor, Tensor]:
     """Return the gradient of x, and those of bias and weight for each image, fp32 [B, 2, C].
 
     Args:
         x: the input, [B, C, H, W], channels-last, as is `dy`, the gradient of the output.
         dy: of any dtype.
+        rest: gradient of x by what else takes it, to be added, channels-last; None if nothing does.
         coefficients: by `forward`.
         groups: G.
         silu: the output went through SiLU, which is computed again.
@@ -83,6 +86,7 @@ def backward(x: Tensor, dy: Tensor, coefficients: Tensor, groups: int, *, silu: 
         sums, coefficients, of_channels, corrections, pixels, parts, channels, size, steps, PARTS_AT_ONCE, padded
     )
     kernels.input_gradient[images, num_parts(pixels, ROWS), tiles](
-        x, dy, dx, coefficients, corrections, pixels, channels, ROWS, CHANNELS, silu
-    )
+        x, dy, dx if rest is None else rest, dx, coefficients, corrections, pixels, channels, ROWS, CHANNELS, silu,
+        rest is not None,
+    )  # fmt: skip
     return dx, of_channels

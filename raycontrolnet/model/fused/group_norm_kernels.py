@@ -156,17 +156,19 @@ def group_gradients(sums, coefficients, of_channels, corrections, pixels, parts,
 
 
 @triton.jit
-def input_gradient(x, dy, dx, coefficients, corrections, pixels, channels, rows: tl.constexpr, tile: tl.constexpr,
-                   silu: tl.constexpr):  # fmt: skip
+def input_gradient(x, dy, rest, dx, coefficients, corrections, pixels, channels, rows: tl.constexpr,
+                   tile: tl.constexpr, silu: tl.constexpr, with_rest: tl.constexpr):  # fmt: skip
     image, channel, inside, place, there = _tile(pixels, channels, rows, tile)
     coefficients += image * 4 * channels + channel
     corrections += image * 2 * channels + channel
     scale = tl.load(coefficients, mask=inside, other=0.0)[None, :]
     factor = tl.load(corrections, mask=inside, other=0.0)[None, :]
-    rest = tl.load(corrections + channels, mask=inside, other=0.0)[None, :]
+    constant = tl.load(corrections + channels, mask=inside, other=0.0)[None, :]
     value = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
     slope = tl.load(dy + place, mask=there, other=0.0).to(tl.float32)
     if silu:
         slope = _before_silu(slope, value * scale + tl.load(coefficients + channels, mask=inside, other=0.0)[None, :])
-    gradient = slope * scale + (value * factor + rest)
+    gradient = slope * scale + (value * factor + constant)
+    if with_rest:
+        gradient += tl.load(rest + place, mask=there, other=0.0).to(tl.float32)
     tl.store(dx + place, gradient.to(dx.dtype.element_ty), mask=there)

@@ -20,7 +20,7 @@ class ChannelsLastGroupNorm(torch.nn.GroupNorm):
             return super().forward(input)
         # CUDA's autocast computes norms in fp32, and leaves them so.
         dtype = torch.float32 if torch.is_autocast_enabled(input.device.type) else input.dtype
-        return _normalized(self, input, dtype, with_silu=False)
+        return _normalized(self, input, dtype, with_silu=False)[0]
 
 
 class FusedLayerNorm(torch.nn.LayerNorm):
@@ -36,7 +36,7 @@ class FusedLayerNorm(torch.nn.LayerNorm):
         return found
 
 
-def norm_before_product(norm: torch.nn.GroupNorm, images: Tensor, *, with_silu: bool) -> Tensor:
+def norm_before_product(norm: torch.nn.GroupNorm, images: Tensor, *, with_silu: bool) -> tuple[Tensor, Tensor]:
     """Normalize images for a convolution or a linear layer, which is all that takes the result.
 
     Under autocast these layers would round to its dtype what CUDA's norm and SiLU leave in fp32; here the result is
@@ -46,10 +46,13 @@ def norm_before_product(norm: torch.nn.GroupNorm, images: Tensor, *, with_silu: 
         norm: a group norm with weights.
         images: [B, C, H, W] of any dtype; PyTorch normalizes those that are not channels-last.
         with_silu: let the output go through SiLU.
+
+    Returns:
+        The normalized images, and the images for what else takes them: then both gradients become one in the norm's.
     """
     if not is_channels_last(images):
         normalized = norm(images)
-        return silu(normalized) if with_silu else normalized
+        return silu(normalized) if with_silu else normalized, images
     return _normalized(norm, images, product_dtype(images), with_silu=with_silu)
 
 
@@ -64,8 +67,12 @@ def is_channels_last(images: Tensor) -> bool:
     return images.ndim == 4 and images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
 
 
-def _normalized(norm: torch.nn.GroupNorm, images: Tensor, dtype: torch.dtype, *, with_silu: bool) -> Tensor:
-    found: Tensor = _GroupNorm.apply(images, norm.weight, norm.bias, norm.num_groups, norm.eps, dtype, with_silu)
+def _normalized(
+    norm: torch.nn.GroupNorm, images: Tensor, dtype: torch.dtype, *, with_silu: bool
+) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = _GroupNorm.apply(
+        images, norm.weight, norm.bias, norm.num_groups, norm.eps, dtype, with_silu
+    )
     return found
 
 
@@ -94,18 +101,24 @@ class _GroupNorm(torch.autograd.Function):
     def forward(
         ctx: Any, images: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, dtype: torch.dtype,
         with_silu: bool,
-    ) -> Tensor:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         normalized, coefficients = group_norm.forward(images, weight, bias, groups, eps, dtype, silu=with_silu)
         ctx.save_for_backward(images, coefficients)
         ctx.groups, ctx.with_silu, ctx.weights_dtype = groups, with_silu, weight.dtype
-        return normalized
+        ctx.set_materialize_grads(False)
+        return normalized, images
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor | None, rest: Tensor | None) -> tuple[Tensor | None, ...]:
+        if gradient is None:  # nothing took the normalized images
+            return rest, None, None, None, None, None, None
         images, coefficients = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        of_images, of_channels = group_norm.backward(images, gradient, coefficients, ctx.groups, silu=ctx.with_silu)
+        rest = None if rest is None else rest.contiguous(memory_format=torch.channels_last)
+        of_images, of_channels = group_norm.backward(
+            images, gradient, rest, coefficients, ctx.groups, silu=ctx.with_silu
+        )
         of_bias, of_weight = (
             of_channels.sum(0).to(ctx.weights_dtype) if any(ctx.needs_input_grad[1:3]) else (None, None)
         )

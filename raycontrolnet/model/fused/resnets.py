@@ -26,11 +26,12 @@ class FusedResnetBlock2D(ResnetBlock2D):
         if args or kwargs or not is_channels_last(input_tensor):
             block: Tensor = super().forward(input_tensor, temb, *args, **kwargs)
             return block
-        images = without_bias(self.conv1, norm_before_product(self.norm1, input_tensor, with_silu=True))
+        normalized, input_tensor = norm_before_product(self.norm1, input_tensor, with_silu=True)
+        images = without_bias(self.conv1, normalized)
         shift = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb)) + self.conv1.bias
         # Not in fp32, to which a bias brings it under autocast: the sum would be, too.
         images = images + shift.to(images.dtype)[:, :, None, None]
-        images = without_bias(self.conv2, norm_before_product(self.norm2, images, with_silu=True))
+        images = without_bias(self.conv2, norm_before_product(self.norm2, images, with_silu=True)[0])
         bias = self.conv2.bias
         if self.conv_shortcut is not None:
             input_tensor = without_bias(self.conv_shortcut, input_tensor)

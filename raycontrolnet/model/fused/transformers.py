@@ -34,7 +34,8 @@ class ChannelsLastTransformer2DModel(Transformer2DModel):
     """
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
-        tokens = norm_before_product(self.norm, hidden_states, with_silu=False).permute(0, 2, 3, 1).flatten(1, 2)
+        normalized, _ = norm_before_product(self.norm, hidden_states, with_silu=False)
+        tokens = normalized.permute(0, 2, 3, 1).flatten(1, 2)
         if self.use_linear_projection:
             return self.proj_in(tokens), tokens.shape[-1]
         height, width = hidden_states.shape[2:]
