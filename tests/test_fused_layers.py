@@ -13,17 +13,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from fused_stand_ins import use_stand_ins
-from reference import fake_rows, steps, training
+from numpy.typing import NDArray
+from PIL import Image
+from reference import fake_rows, steps, training, write_trained_controlnet
 
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.fused.layers import FUSED, fuse_layers, problem_of_kernels
 from raycontrolnet.model.fused.norms import ChannelsLastGroupNorm, FusedLayerNorm
 from raycontrolnet.model.fused.transformers import norms_before_products
-from raycontrolnet.model.performance import fused_layers
+from raycontrolnet.model.performance import fused_layers, working_precision
+from raycontrolnet.sampling.pipeline import DrawOptions, build_pipeline, draw
 
 INTERPRETED = """
 import json, torch
@@ -70,6 +74,28 @@ def test_a_step_is_that_of_the_layers_they_replace(
         assert not {type(module) for module in model.modules()} & FUSED.keys(), "none is left out"
     assert found == pytest.approx(plain, rel=tolerance)
     assert found != plain, "other arithmetic ran"
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_images_are_those_of_the_layers_they_replace(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    """Without gradients, of other sizes, with guidance, by a ControlNet that has an effect; in bf16 by rounding."""
+    controlnet = write_trained_controlnet(Path(tiny_settings["pretrained_model_name_or_path"]), tmp_path / "controlnet")
+    control = Image.effect_noise((64, 32), 100).convert("RGB")
+
+    def drawn(precision: str, *, fused: bool) -> NDArray[np.float64]:
+        options = DrawOptions(resolution=64, num_inference_steps=3, precision=working_precision(precision))
+        changes = {"mixed_precision": precision, "controlnet_model_name_or_path": str(controlnet)}
+        with training(tiny_settings | changes) as state:
+            if fused:
+                fuse_layers(state.components)
+            pipeline = build_pipeline(state.components)
+            images = draw(pipeline, state.components, ["a red circle"] * 3, [control] * 3, [0, 1, 2], options)
+        return np.stack([np.asarray(image, np.float64) for image in images])
+
+    plain, found, half = drawn("no", fused=False), drawn("no", fused=True), drawn("bf16", fused=True)
+    assert np.abs(plain - found).max() <= 1
+    assert np.abs(plain - half).mean() < 0.1 * np.abs(plain[0] - plain[1]).mean(), "of other seeds"
+    assert (plain != half).any()
 
 
 @pytest.mark.usefixtures("stand_ins")
