@@ -18,6 +18,7 @@ def kernels(*, wrong: str = "", factor: float = 1.0) -> dict[str, ModuleType]:
     """Return the modules by name; of one of them, `wrong`, the last function's result is off by a `factor`."""
     functions: dict[str, dict[str, Callable[..., Any]]] = {
         "group_norm": {"forward": _norm_forward, "backward": _norm_backward},
+        "biased_silu": {"forward": _biased_silu, "backward": _biased_silu_backward},
         "geglu": {"forward": _gated, "backward": _gated_backward},
         "layer_norm": {"forward": _rows_forward, "backward": _rows_backward},
         "residual": {"forward": _sum},
@@ -116,6 +117,18 @@ def _rows_backward(
 def _sum(one: Tensor, other: Tensor, bias: Tensor) -> Tensor:
     y = one.float() + other.float() + bias.float()[:, None, None]
     return y.to(torch.promote_types(one.dtype, other.dtype), memory_format=torch.channels_last)
+
+
+def _biased_silu(x: Tensor, bias: Tensor) -> Tensor:
+    value = x.float() + bias.float()[:, None, None]
+    return (value * value.sigmoid()).to(x.dtype, memory_format=torch.channels_last)
+
+
+def _biased_silu_backward(x: Tensor, gradient: Tensor, bias: Tensor, *, of_bias: bool) -> tuple[Tensor, Tensor | None]:
+    value = x.float() + bias.float()[:, None, None]
+    sigmoid = value.sigmoid()
+    of_x = gradient.float() * sigmoid * (1 + value * (1 - sigmoid))
+    return of_x.to(x.dtype, memory_format=torch.channels_last), of_x.sum((0, 2, 3)) if of_bias else None
 
 
 def _gated(both: Tensor) -> Tensor:

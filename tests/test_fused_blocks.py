@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from fused_stand_ins import Calls, use_stand_ins
 from torch import Tensor
 
+from raycontrolnet.model.fused.embeddings import FusedConditioningEmbedding
 from raycontrolnet.model.fused.layers import fused_class
 from raycontrolnet.model.fused.resnets import FusedResnetBlock2D
 from raycontrolnet.model.fused.transformers import ChannelsLastTransformer2DModel
@@ -90,10 +92,29 @@ def test_a_residual_block_makes_few_passes(shortcut: bool, frozen: bool) -> None
     assert calls.found["sum"] == 4 + (0 if frozen else 2 + 3 + 1)
 
 
-def test_other_residual_blocks_stay() -> None:
-    class Wrapped(torch.nn.Conv2d):
-        pass
+class Wrapped(torch.nn.Conv2d):
+    """A convolution as a library wraps it."""
 
+
+@pytest.mark.usefixtures("stand_ins")
+def test_control_images_are_embedded_in_few_passes() -> None:
+    embedding = ControlNetConditioningEmbedding(32, block_out_channels=(8, 16))
+    torch.nn.init.normal_(embedding.conv_out.weight)
+    for images in (torch.rand(2, 3, 16, 24), torch.rand(2, 3, 16, 24).to(memory_format=torch.channels_last)):
+        embedding.__class__ = ControlNetConditioningEmbedding
+        expected = with_gradients(embedding, images)
+        embedding.__class__ = FusedConditioningEmbedding
+        with Calls() as calls:
+            found = with_gradients(embedding, images)
+        assert calls.found["silu"] == 0
+        assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(expected, found, strict=True))
+    embedding = ControlNetConditioningEmbedding(32, block_out_channels=(8, 16))
+    assert fused_class(embedding) is FusedConditioningEmbedding
+    embedding.blocks[0] = Wrapped(8, 8, 3)
+    assert fused_class(embedding) is None
+
+
+def test_other_residual_blocks_stay() -> None:
     def block(**changes: Any) -> ResnetBlock2D:
         options: dict[str, Any] = {"in_channels": 8, "temb_channels": 4, "groups": 4} | changes
         return ResnetBlock2D(**options)

@@ -67,8 +67,8 @@ def test_a_step_is_that_of_the_layers_they_replace(
     assert fused_layers(components) == ()
     found, components = results(settings, fused=True)
     assert fused_layers(components) == (
-        "ChannelsLastGroupNorm", "ChannelsLastTransformer2DModel", "FusedGEGLU", "FusedLayerNorm", "FusedResnetBlock2D",
-        "PlainAttention",
+        "ChannelsLastGroupNorm", "ChannelsLastTransformer2DModel", "FusedConditioningEmbedding", "FusedGEGLU",
+        "FusedLayerNorm", "FusedResnetBlock2D", "PlainAttention",
     )  # fmt: skip
     for model in (components.denoiser, components.controlnet):
         assert not {type(module) for module in model.modules()} & FUSED.keys(), "none is left out"
@@ -156,7 +156,7 @@ def test_without_kernels_the_layers_stay_and_the_log_says_why(
 @pytest.mark.parametrize(
     ("kernels", "layer"),
     [("group_norm", "ChannelsLastGroupNorm"), ("residual", "FusedResnetBlock2D"), ("geglu", "FusedGEGLU"),
-     ("layer_norm", "FusedLayerNorm"), ("", "")],
+     ("layer_norm", "FusedLayerNorm"), ("biased_silu", "FusedConditioningEmbedding"), ("", "")],
 )  # fmt: skip
 def test_kernels_that_compute_something_else_are_not_used(
     kernels: str, layer: str, monkeypatch: pytest.MonkeyPatch

@@ -191,8 +191,8 @@ def attention_kernels(components: Components) -> tuple[str, ...]:
 
 
 def fused_layers(components: Components) -> tuple[str, ...]:
-    """Return the names of the classes of `model.fused` that the denoiser's layers have."""
-    classes = {type(module) for module in components.denoiser.modules()}
+    """Return the names of the classes of `model.fused` that the denoiser's and the ControlNet's layers have."""
+    classes = {type(module) for model in (components.denoiser, components.controlnet) for module in model.modules()}
     return tuple(sorted(each.__name__ for each in classes if each.__module__.startswith(_FUSED)))
 
 

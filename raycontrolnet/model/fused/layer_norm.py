@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from raycontrolnet.model.fused.running import has_data, next_power_of_2, num_parts
+from raycontrolnet.model.fused.running import has_data, next_power_of_2, num_parts, parts_of_rows
 
-HELD = 2048
-"""Numbers that a program holds at once, if a row is not longer."""
-ROWS_SUMMED, PROGRAMS = 64, 1024
-"""Rows over which a program sums, at most; fewer where there would be fewer programs than these."""
+ROWS_SUMMED = 64
+"""Rows over which a program sums, at most."""
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,7 +29,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dt
         return y, means, rstds
     from raycontrolnet.model.fused import layer_norm_kernels as kernels
 
-    rows = max(1, HELD // padded)
+    rows, _ = parts_of_rows(total, padded, ROWS_SUMMED)
     kernels.forward[(num_parts(total, rows),)](x, y, means, rstds, weight, bias, total, eps, width, rows, padded)
     return y, means, rstds
 
@@ -51,8 +49,7 @@ def backward(
     """
     width = x.shape[-1]
     total, padded = x.numel() // width, next_power_of_2(width)
-    rows = max(1, HELD // padded)
-    summed = max(rows, min(ROWS_SUMMED, next_power_of_2(max(1, total // PROGRAMS))))
+    rows, summed = parts_of_rows(total, padded, ROWS_SUMMED)
     parts = num_parts(total, summed)
     sums = torch.empty(parts if of_weights else 0, 2, width, dtype=torch.float32, device=x.device)
     dx = torch.empty_like(x)

@@ -9,16 +9,20 @@ gradient; every bias of a convolution, SiLU and cast took one more. Names, weigh
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
+from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.fused.attention import PlainAttention, is_plain_attention
+from raycontrolnet.model.fused.embeddings import FusedConditioningEmbedding, is_plain_embedding
 from raycontrolnet.model.fused.norms import ChannelsLastGroupNorm, FusedLayerNorm
 from raycontrolnet.model.fused.resnets import FusedResnetBlock2D, is_plain_block
 from raycontrolnet.model.fused.transformers import (
@@ -44,8 +48,16 @@ FUSED = {
     Transformer2DModel: ChannelsLastTransformer2DModel,
     torch.nn.LayerNorm: FusedLayerNorm,
     Attention: PlainAttention,
+    ControlNetConditioningEmbedding: FusedConditioningEmbedding,
 }
 """Layer's class -> that of the fused one, for those with plain settings; layer norms in transformers' blocks alone."""
+
+PLAIN: dict[type[torch.nn.Module], Callable[[Any], bool]] = {
+    ResnetBlock2D: is_plain_block,
+    Attention: is_plain_attention,
+    ControlNetConditioningEmbedding: is_plain_embedding,
+}
+"""Layer's class -> check for the settings that its fused one has."""
 
 
 def fuse_layers(components: Components) -> None:
@@ -73,11 +85,8 @@ def use_fused_layers(components: Components) -> None:
 
 def fused_class(module: torch.nn.Module) -> type[torch.nn.Module] | None:
     """Return the class to give to a layer; None if there is none for it."""
-    if type(module) is ResnetBlock2D and not is_plain_block(module):
-        return None
-    if type(module) is Attention and not is_plain_attention(module):
-        return None
-    return FUSED.get(type(module))
+    check = PLAIN.get(type(module))
+    return FUSED.get(type(module)) if check is None or check(module) else None
 
 
 def problem_of_kernels(device: torch.device, dtype: torch.dtype) -> str | None:

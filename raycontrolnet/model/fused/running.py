@@ -16,6 +16,24 @@ def next_power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+HELD = 2048
+"""Numbers that a program holds at once, if a row is not longer."""
+PROGRAMS = 1024
+"""Programs among which rows are shared, at least, before one gets as many as it may."""
+
+
+def parts_of_rows(total: int, padded: int, most: int) -> tuple[int, int]:
+    """Return the rows that a program holds at once, and those over which it sums: powers of 2.
+
+    Args:
+        total: number of rows.
+        padded: length of a row, a power of 2.
+        most: rows over which a program sums, a power of 2.
+    """
+    rows = max(1, HELD // padded)
+    return rows, max(rows, min(most, next_power_of_2(max(1, total // PROGRAMS))))
+
+
 def has_data(tensor: Tensor) -> bool:
     """Check for a tensor in memory, of which a kernel can be given the address.
 

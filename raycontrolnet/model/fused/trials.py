@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from diffusers.models.activations import GEGLU
+from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
@@ -52,12 +53,13 @@ def trials(shape: Sequence[int]) -> tuple[Trial, ...]:
         )  # fmt: skip
         gate = GEGLU(channels, 48)
         of_tokens = torch.nn.LayerNorm(channels)
-        for module in (norm, block.norm1, block.norm2, of_tokens):
+        embedder = ControlNetConditioningEmbedding(32, block_out_channels=(16, 48))
+        for module in (norm, block.norm1, block.norm2, of_tokens, embedder.conv_out):
             for weight in module.parameters():
                 torch.nn.init.normal_(weight)
     return (
         Trial(norm, (3 + images,)), Trial(block, (images, embedding)), Trial(gate, (tokens,)),
-        Trial(of_tokens, (3 + tokens,), under_autocast=True),
+        Trial(of_tokens, (3 + tokens,), under_autocast=True), Trial(embedder, (images[:, :3],)),
     )  # fmt: skip
 
 
