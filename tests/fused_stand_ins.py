@@ -67,11 +67,21 @@ def _means(values: Tensor, groups: int) -> Tensor:
 
 
 def _norm_forward(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, dtype: torch.dtype, *, silu: bool
+    x: Tensor,
+    moves: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    dtype: torch.dtype,
+    *,
+    silu: bool,
 ) -> tuple[Tensor, Tensor]:
     x = x.float()
-    mean = _means(x, groups)
-    rstd = (_means((x - mean).square(), groups) + eps).rsqrt()
+    move = torch.zeros(()) if moves is None else moves.float()[:, :, None, None]
+    mean = _means(x + move, groups)
+    rstd = (_means((x + move - mean).square(), groups) + eps).rsqrt()
+    mean = mean - move
     scale = rstd * weight.float()[:, None, None]
     shift = bias.float()[:, None, None] - mean * scale
     y = x * scale + shift

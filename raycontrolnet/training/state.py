@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -165,6 +166,8 @@ def state_of(
     averages_itself = graphs is not None and accelerator.num_processes > 1
     # For an evaluation: without DDP, which averages from Python.
     controlnet = accelerator.prepare_model(components.controlnet, evaluation_mode=averages_itself)
+    if accelerator.native_amp:
+        _leave_outputs_in_half_precision(controlnet, accelerator)
     prepared_optimizer = accelerator.prepare_optimizer(optimizer)
     if checkpoint:  # after accelerate, which loads the optimizer's state once more, and not in its dtypes
         load_optimizer(optimizer, accelerator, checkpoint, saved)
@@ -185,6 +188,16 @@ def state_of(
         step=checkpoint.step if checkpoint else 0,
         samples=checkpoint.samples if checkpoint else 0,
     )
+
+
+def _leave_outputs_in_half_precision(controlnet: torch.nn.Module, accelerator: Accelerator) -> None:
+    """Replace accelerate's wrapping by autocast alone: it makes outputs fp32, which the denoiser would cast back.
+
+    The numbers are the same; each residual would be read and written twice more, and so would its gradient.
+    """
+    model = accelerator.unwrap_model(controlnet, keep_fp32_wrapper=False)
+    autocast = torch.autocast(accelerator.device.type, working_precision(accelerator.mixed_precision))
+    model.forward = MethodType(autocast(model.forward.__func__), model)
 
 
 def _graphs(
@@ -273,5 +286,4 @@ def controlnet_bytes(state: TrainState) -> int:
 
 def unwrap_controlnet(state: TrainState) -> ModelMixin:
     """Return the ControlNet itself, without accelerate's wrapping."""
-    # Without keep_fp32_wrapper, accelerate would take the autocast off the model that goes on training.
-    return cast("ModelMixin", state.accelerator.unwrap_model(state.controlnet, keep_fp32_wrapper=True))
+    return cast("ModelMixin", state.accelerator.unwrap_model(state.controlnet))

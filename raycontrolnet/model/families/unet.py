@@ -39,6 +39,13 @@ COPIED_OF_FILES = tuple(
 """Beginnings of the names of the weights that a ControlNet has as well, in the original layout."""
 
 
+class Unscaled:
+    """A scale of 1 for a ControlNet's residuals, which leaves them as they are: a float 1 would copy each of them."""
+
+    def __rmul__(self, residual: Tensor) -> Tensor:
+        return residual
+
+
 @dataclass(frozen=True, kw_only=True)
 class UNetFamily(Family):
     """A family whose UNet predicts DDPM's noise or velocity."""
@@ -129,8 +136,9 @@ class UNetFamily(Family):
         dtype = components.denoiser.dtype
         noisy_latents = noisy_latents.to(dtype)
         down_residuals, mid_residual = controlnet(
-            noisy_latents, timesteps, controlnet_cond=control.to(dtype), return_dict=False, **conditioning
-        )
+            noisy_latents, timesteps, controlnet_cond=control.to(dtype), conditioning_scale=Unscaled(),
+            return_dict=False, **conditioning,
+        )  # fmt: skip
         prediction: Tensor = components.denoiser(
             noisy_latents,
             timesteps,

@@ -18,15 +18,24 @@ LEAST_PADDED = 64
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, dtype: torch.dtype, *, silu: bool
+    x: Tensor,
+    moves: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    dtype: torch.dtype,
+    *,
+    silu: bool,
 ) -> tuple[Tensor, Tensor]:
     """Normalize, and return the output in `dtype`, and the coefficients of each image and channel, fp32 [B, 4, C].
 
-    These are scale and shift, by which x becomes the output before SiLU, and the group's mean and reciprocal standard
-    deviation.
+    These are scale and shift, by which x becomes the output before SiLU, the group's mean less the move, and the
+    group's reciprocal standard deviation.
 
     Args:
         x: [B, C, H, W], channels-last.
+        moves: [B, C], to be added to x before; None for nothing.
         weight: [C].
         bias: [C].
         groups: G.
@@ -47,8 +56,9 @@ def forward(
 
     kernels.channel_moments[images, parts, tiles](x, sums, pixels, channels, ROWS_SUMMED, ROWS, CHANNELS)
     kernels.group_moments[images, groups](
-        x, sums, weight, bias, coefficients, pixels, eps, parts, channels, size, steps, PARTS_AT_ONCE, padded
-    )
+        x, sums, weight, bias, bias if moves is None else moves, coefficients, pixels, eps, parts, channels, size,
+        steps, PARTS_AT_ONCE, padded, moves is not None,
+    )  # fmt: skip
     kernels.normalized[images, num_parts(pixels, ROWS), tiles](
         x, y, coefficients, pixels, channels, ROWS, CHANNELS, silu
     )

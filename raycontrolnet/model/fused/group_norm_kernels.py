@@ -53,24 +53,31 @@ def _sums_over_parts(sums, image, channel, inside, parts, channels, steps: tl.co
 
 
 @triton.jit(do_not_specialize=["parts", "size"])
-def group_moments(x, sums, weight, bias, coefficients, pixels, eps, parts, channels, size, steps: tl.constexpr,
-                  at_once: tl.constexpr, padded: tl.constexpr):  # fmt: skip
-    """Combine a group's sums into its mean and reciprocal standard deviation (Chan et al. 1979), for its channels."""
+def group_moments(x, sums, weight, bias, moves, coefficients, pixels, eps, parts, channels, size, steps: tl.constexpr,
+                  at_once: tl.constexpr, padded: tl.constexpr, moved: tl.constexpr):  # fmt: skip
+    """Combine a group's sums into its mean and reciprocal standard deviation (Chan et al. 1979), for its channels.
+
+    What is to be added to a channel, `moves`, changes means alone: no pass over the image adds it.
+    """
     image, within = tl.program_id(0).to(tl.int64), tl.arange(0, padded)
     channel, inside = tl.program_id(1) * size + within, within < size
     total, squares = _sums_over_parts(sums, image, channel, inside, parts, channels, steps, at_once, padded)
     pivot = tl.load(x + image * pixels * channels + channel, mask=inside, other=0.0).to(tl.float32)
     of_channel = pivot + total / pixels
+    move = tl.zeros([padded], tl.float32)
+    if moved:
+        move = tl.load(moves + image * channels + channel, mask=inside, other=0.0).to(tl.float32)
+        of_channel += move
     mean = tl.sum(tl.where(inside, of_channel, 0.0), 0) / size
     off = tl.where(inside, of_channel - mean, 0.0)
     variance = (tl.sum(squares - total * total / pixels, 0) + tl.sum(off * off, 0) * pixels) / (size * pixels)
     rstd = 1.0 / tl.sqrt(tl.maximum(variance, 0.0) + eps)
     scale = rstd * tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
-    shift = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32) - mean * scale
+    shift = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32) - (mean - move) * scale
     place = coefficients + image * 4 * channels + channel
     tl.store(place, scale, mask=inside)
     tl.store(place + channels, shift, mask=inside)
-    tl.store(place + 2 * channels, tl.zeros_like(scale) + mean, mask=inside)
+    tl.store(place + 2 * channels, mean - move, mask=inside)
     tl.store(place + 3 * channels, tl.zeros_like(scale) + rstd, mask=inside)
 
 

@@ -36,7 +36,9 @@ class FusedLayerNorm(torch.nn.LayerNorm):
         return found
 
 
-def norm_before_product(norm: torch.nn.GroupNorm, images: Tensor, *, with_silu: bool) -> tuple[Tensor, Tensor]:
+def norm_before_product(
+    norm: torch.nn.GroupNorm, images: Tensor, *, with_silu: bool, moves: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Normalize images for a convolution or a linear layer, which is all that takes the result.
 
     Under autocast these layers would round to its dtype what CUDA's norm and SiLU leave in fp32; here the result is
@@ -46,14 +48,15 @@ def norm_before_product(norm: torch.nn.GroupNorm, images: Tensor, *, with_silu: 
         norm: a group norm with weights.
         images: [B, C, H, W] of any dtype; PyTorch normalizes those that are not channels-last.
         with_silu: let the output go through SiLU.
+        moves: [B, C], to be added to the images before.
 
     Returns:
         The normalized images, and the images for what else takes them: then both gradients become one in the norm's.
     """
     if not is_channels_last(images):
-        normalized = norm(images)
+        normalized = norm(images if moves is None else images + moves.to(images.dtype)[:, :, None, None])
         return silu(normalized) if with_silu else normalized, images
-    return _normalized(norm, images, product_dtype(images), with_silu=with_silu)
+    return _normalized(norm, images, product_dtype(images), with_silu=with_silu, moves=moves)
 
 
 def product_dtype(values: Tensor) -> torch.dtype:
@@ -68,10 +71,10 @@ def is_channels_last(images: Tensor) -> bool:
 
 
 def _normalized(
-    norm: torch.nn.GroupNorm, images: Tensor, dtype: torch.dtype, *, with_silu: bool
+    norm: torch.nn.GroupNorm, images: Tensor, dtype: torch.dtype, *, with_silu: bool, moves: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     found: tuple[Tensor, Tensor] = _GroupNorm.apply(
-        images, norm.weight, norm.bias, norm.num_groups, norm.eps, dtype, with_silu
+        images, moves, norm.weight, norm.bias, norm.num_groups, norm.eps, dtype, with_silu
     )
     return found
 
@@ -99,12 +102,13 @@ class _LayerNorm(torch.autograd.Function):
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, images: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, dtype: torch.dtype,
-        with_silu: bool,
+        ctx: Any, images: Tensor, moves: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float,
+        dtype: torch.dtype, with_silu: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        normalized, coefficients = group_norm.forward(images, weight, bias, groups, eps, dtype, silu=with_silu)
+        normalized, coefficients = group_norm.forward(images, moves, weight, bias, groups, eps, dtype, silu=with_silu)
         ctx.save_for_backward(images, coefficients)
         ctx.groups, ctx.with_silu, ctx.weights_dtype = groups, with_silu, weight.dtype
+        ctx.moves_dtype = None if moves is None else moves.dtype
         ctx.set_materialize_grads(False)
         return normalized, images
 
@@ -112,7 +116,7 @@ class _GroupNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor | None, rest: Tensor | None) -> tuple[Tensor | None, ...]:
         if gradient is None:  # nothing took the normalized images
-            return rest, None, None, None, None, None, None
+            return rest, *[None] * 7
         images, coefficients = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         rest = None if rest is None else rest.contiguous(memory_format=torch.channels_last)
@@ -120,6 +124,10 @@ class _GroupNorm(torch.autograd.Function):
             images, gradient, rest, coefficients, ctx.groups, silu=ctx.with_silu
         )
         of_bias, of_weight = (
-            of_channels.sum(0).to(ctx.weights_dtype) if any(ctx.needs_input_grad[1:3]) else (None, None)
+            of_channels.sum(0).to(ctx.weights_dtype) if any(ctx.needs_input_grad[2:4]) else (None, None)
         )
-        return of_images, of_weight, of_bias, None, None, None, None
+        of_moves = None
+        if ctx.needs_input_grad[1]:
+            alone = of_images if rest is None else of_images - rest
+            of_moves = alone.sum((2, 3), dtype=torch.float32).to(ctx.moves_dtype)
+        return of_images, of_moves, of_weight, of_bias, None, None, None, None

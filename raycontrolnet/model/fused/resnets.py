@@ -17,7 +17,8 @@ from raycontrolnet.model.fused.norms import is_channels_last, norm_before_produc
 class FusedResnetBlock2D(ResnetBlock2D):
     """diffusers' `ResnetBlock2D` of the settings that `is_plain_block` checks, whose output is channels-last.
 
-    The first convolution's bias is added with the time embedding, the second's and the shortcut's with the residual.
+    The first convolution's bias is added with the time embedding, in the norm's means; the second's and the shortcut's
+    with the residual.
     """
 
     def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -28,10 +29,8 @@ class FusedResnetBlock2D(ResnetBlock2D):
             return block
         normalized, input_tensor = norm_before_product(self.norm1, input_tensor, with_silu=True)
         images = without_bias(self.conv1, normalized)
-        shift = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb)) + self.conv1.bias
-        # Not in fp32, to which a bias brings it under autocast: the sum would be, too.
-        images = images + shift.to(images.dtype)[:, :, None, None]
-        images = without_bias(self.conv2, norm_before_product(self.norm2, images, with_silu=True)[0])
+        moves = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb)) + self.conv1.bias
+        images = without_bias(self.conv2, norm_before_product(self.norm2, images, with_silu=True, moves=moves)[0])
         bias = self.conv2.bias
         if self.conv_shortcut is not None:
             input_tensor = without_bias(self.conv_shortcut, input_tensor)
