@@ -107,20 +107,22 @@ def _norm_backward(
 
 
 def _rows_forward(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, other: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = x if other is None else x + other
     variances, means = torch.var_mean(x.float(), -1, correction=0)
     rstds = (variances + eps).rsqrt()
-    return ((x - means[..., None]) * rstds[..., None] * weight + bias).to(dtype), means, rstds
+    return x, ((x - means[..., None]) * rstds[..., None] * weight + bias).to(dtype), means, rstds
 
 
 def _rows_backward(
-    x: Tensor, gradient: Tensor, means: Tensor, rstds: Tensor, weight: Tensor, *, of_weights: bool
+    x: Tensor, gradient: Tensor, rest: Tensor | None, means: Tensor, rstds: Tensor, weight: Tensor, *, of_weights: bool
 ) -> tuple[Tensor, Tensor | None]:
     normalized, slope = (x - means[..., None]) * rstds[..., None], gradient.float()
     scaled = slope * weight
     along, against = scaled.mean(-1, keepdim=True), (scaled * normalized).mean(-1, keepdim=True)
-    of_x = ((scaled - along - normalized * against) * rstds[..., None]).to(x.dtype)
+    of_x = (scaled - along - normalized * against) * rstds[..., None]
+    of_x = (of_x if rest is None else of_x + rest).to(x.dtype)
     return of_x, torch.stack([slope, slope * normalized]).flatten(1, -2).sum(1) if of_weights else None
 
 

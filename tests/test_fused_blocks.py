@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from diffusers.models.resnet import ResnetBlock2D
@@ -15,11 +16,14 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from fused_stand_ins import Calls, use_stand_ins
 from torch import Tensor
 
+from raycontrolnet.model.fused.attention import PlainAttention
 from raycontrolnet.model.fused.embeddings import FusedConditioningEmbedding
 from raycontrolnet.model.fused.layers import fused_class
+from raycontrolnet.model.fused.norms import layer_norm_before_product
 from raycontrolnet.model.fused.resnets import FusedResnetBlock2D
-from raycontrolnet.model.fused.transformers import ChannelsLastTransformer2DModel
+from raycontrolnet.model.fused.transformers import ChannelsLastTransformer2DModel, FusedTransformerBlock
 from raycontrolnet.model.fused.trials import with_gradients
+from raycontrolnet.predict.shape_tensors import ShapeMode
 
 
 @pytest.fixture
@@ -160,3 +164,61 @@ def test_a_residual_block_turns_its_images() -> None:
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(found, expected, atol=1e-5)
     assert torch.equal(block(pixel, embedding), of_pixel), "which has no layout"
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_layer_norm_has_the_dtype_of_autocast() -> None:
+    norm, tokens = torch.nn.LayerNorm(8), torch.randn(2, 5, 8, dtype=torch.bfloat16)
+
+    def dtypes(*values: Tensor) -> list[torch.dtype]:
+        return [each.dtype for each in layer_norm_before_product(norm, *values)]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dtypes(tokens.float()) == [torch.bfloat16, torch.float32]
+        assert dtypes(tokens, tokens) == [torch.bfloat16] * 2
+        assert dtypes(tokens, tokens.float()) == [torch.bfloat16, torch.float32]
+    assert dtypes(tokens.float()) == [torch.float32] * 2
+    norm.bfloat16()
+    assert dtypes(tokens, tokens) == [torch.bfloat16] * 2
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_transformer_block_is_diffusers() -> None:
+    """Its results; with a mask or in chunks its own code."""
+    block = BasicTransformerBlock(8, 2, 4, cross_attention_dim=6)
+    tokens, text, mask = torch.randn(2, 5, 8), torch.randn(2, 3, 6), torch.zeros(2, 1, 3)
+    masked = block(tokens, encoder_hidden_states=text, encoder_attention_mask=mask)
+    expected = with_gradients(block, tokens, None, text)
+    block.__class__ = FusedTransformerBlock
+    found = with_gradients(block, tokens, None, text)
+    for one, other in zip(expected, found, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+    assert torch.equal(masked, block(tokens, encoder_hidden_states=text, encoder_attention_mask=mask))
+    block.set_chunk_feed_forward(1, 1)
+    assert torch.allclose(block(tokens, None, text), expected[0], atol=1e-5)
+
+
+def test_a_transformer_block_adds_in_its_norms() -> None:
+    def sums(cls: type[BasicTransformerBlock]) -> int:
+        with ShapeMode():
+            block, tokens = cls(8, 2, 4, cross_attention_dim=6), torch.randn(2, 5, 8, requires_grad=True)
+            for attention in (block.attn1, block.attn2):
+                attention.__class__ = PlainAttention
+            with Calls() as calls:
+                block(tokens, None, torch.randn(2, 3, 6)).tanh().sum().backward()
+        return calls.found["add"]
+
+    assert sums(BasicTransformerBlock) == 3 + 3, "before norms and at the end, and of their gradients"
+    assert sums(FusedTransformerBlock) == 1, "at the end"
+
+
+def test_other_transformer_blocks_stay() -> None:
+    def block(**options: Any) -> BasicTransformerBlock:
+        return BasicTransformerBlock(8, 2, 4, cross_attention_dim=6, **options)
+
+    assert fused_class(block()) is FusedTransformerBlock
+    others: tuple[dict[str, Any], ...] = (
+        {"norm_type": "ada_norm", "num_embeds_ada_norm": 3}, {"norm_elementwise_affine": False},
+        {"positional_embeddings": "sinusoidal", "num_positional_embeddings": 3}, {"only_cross_attention": True},
+    )  # fmt: skip
+    assert [fused_class(block(**options)) for options in others] == [None] * 4

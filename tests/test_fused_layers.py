@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers.models.attention import BasicTransformerBlock
 from fused_stand_ins import use_stand_ins
 from numpy.typing import NDArray
 from PIL import Image
@@ -24,8 +23,7 @@ from reference import fake_rows, steps, training, write_trained_controlnet
 
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.fused.layers import FUSED, fuse_layers, problem_of_kernels
-from raycontrolnet.model.fused.norms import ChannelsLastGroupNorm, FusedLayerNorm
-from raycontrolnet.model.fused.transformers import norms_before_products
+from raycontrolnet.model.fused.norms import ChannelsLastGroupNorm
 from raycontrolnet.model.performance import fused_layers, working_precision
 from raycontrolnet.sampling.pipeline import DrawOptions, build_pipeline, draw
 
@@ -68,7 +66,7 @@ def test_a_step_is_that_of_the_layers_they_replace(
     found, components = results(settings, fused=True)
     assert fused_layers(components) == (
         "ChannelsLastGroupNorm", "ChannelsLastTransformer2DModel", "FusedConditioningEmbedding", "FusedGEGLU",
-        "FusedLayerNorm", "FusedResnetBlock2D", "PlainAttention",
+        "FusedResnetBlock2D", "FusedTransformerBlock", "PlainAttention",
     )  # fmt: skip
     for model in (components.denoiser, components.controlnet):
         assert not {type(module) for module in model.modules()} & FUSED.keys(), "none is left out"
@@ -113,28 +111,6 @@ def test_a_norm_keeps_the_layout_and_is_fp32_under_autocast(autocast: bool) -> N
     assert gradient.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.usefixtures("stand_ins")
-def test_a_layer_norm_has_the_dtype_of_autocast() -> None:
-    norm, tokens = FusedLayerNorm(8), torch.randn(2, 5, 8, dtype=torch.bfloat16)
-    for values in (tokens.float(), tokens):
-        with torch.autocast("cpu", torch.bfloat16):
-            assert norm(values).dtype == torch.bfloat16
-    assert norm(tokens.float()).dtype == torch.float32
-    assert norm.bfloat16()(tokens).dtype == torch.bfloat16
-
-
-def test_layer_norms_elsewhere_stay() -> None:
-    def block(**options: Any) -> BasicTransformerBlock:
-        return BasicTransformerBlock(8, 2, 4, cross_attention_dim=6, **options)
-
-    assert len(list(norms_before_products(block()))) == 3
-    others: tuple[dict[str, Any], ...] = (
-        {"norm_type": "ada_norm", "num_embeds_ada_norm": 3}, {"norm_elementwise_affine": False},
-        {"positional_embeddings": "sinusoidal", "num_positional_embeddings": 3},
-    )  # fmt: skip
-    assert [list(norms_before_products(block(**options))) for options in others] == [[]] * 3
-
-
 def test_other_images_are_normalized_by_pytorch() -> None:
     norm, plain = ChannelsLastGroupNorm(4, 8), torch.nn.GroupNorm(4, 8)
     for shape in ((2, 8, 6, 5), (2, 8, 1, 1), (2, 8, 7), (2, 8)):
@@ -156,7 +132,7 @@ def test_without_kernels_the_layers_stay_and_the_log_says_why(
 @pytest.mark.parametrize(
     ("kernels", "layer"),
     [("group_norm", "ChannelsLastGroupNorm"), ("residual", "FusedResnetBlock2D"), ("geglu", "FusedGEGLU"),
-     ("layer_norm", "FusedLayerNorm"), ("biased_silu", "FusedConditioningEmbedding"), ("", "")],
+     ("layer_norm", "FusedTransformerBlock"), ("biased_silu", "FusedConditioningEmbedding"), ("", "")],
 )  # fmt: skip
 def test_kernels_that_compute_something_else_are_not_used(
     kernels: str, layer: str, monkeypatch: pytest.MonkeyPatch
@@ -164,7 +140,7 @@ def test_kernels_that_compute_something_else_are_not_used(
     for factor, dtype in ((1.001, torch.float32), (1.1, torch.bfloat16)):
         use_stand_ins(monkeypatch, wrong=kernels, factor=factor)
         problem = problem_of_kernels(torch.device("cpu"), dtype)
-        if not layer or (layer == "FusedLayerNorm" and dtype == torch.float32):  # which is PyTorch's without autocast
+        if not layer:
             assert problem is None
         else:
             assert f"{layer} differs" in str(problem)

@@ -16,10 +16,10 @@ from predictions import predicted
 
 from raycontrolnet.predict import count
 
-WITH_KERNELS = ("group_norm", "geglu", "layer_norm", "residual")
+WITH_KERNELS = ("biased_silu", "group_norm", "geglu", "layer_norm", "residual")
 FUSED = "raycontrolnet.model.fused"
-MOST = 30
-"""Kernels of SD 1.5 at 512 px in bf16: 26. There were 102 when each size was a constant, 36 s of work on an H200."""
+MOST = 40
+"""Kernels of SD 1.5 at 512 px in bf16: 38. With each size a constant there were over a hundred: 36 s on an H200."""
 
 
 @pytest.fixture
@@ -78,5 +78,5 @@ def _kind(value: Any, unspecialized: bool) -> Any:
 
 def test_a_kernel_is_compiled_for_dtypes_and_not_for_sizes(compiled: set[Any]) -> None:
     predicted(SD15, torch.bfloat16, on_gpu=True, mixed_precision="bf16")
-    assert len({name for name, *_ in compiled}) == 11, "all kernels were needed"
+    assert len({name for name, *_ in compiled}) == 13, "all kernels were needed"
     assert len(compiled) <= MOST

@@ -16,7 +16,8 @@ from raycontrolnet.model.fused.norms import product_dtype
 class PlainAttention(Attention):
     """diffusers' `Attention` of the settings that `is_plain_attention` checks, with PyTorch's attention.
 
-    Nothing divides the output by 1, and products add up the gradients of what queries, keys and values come from. Calls with a mask or options, and those after another processor has been set, are diffusers'.
+    Nothing divides the output by 1, and products add up the gradients of what queries, keys and values come from. Calls
+    with a mask or options, and those after another processor has been set, are diffusers'.
     """
 
     def forward(

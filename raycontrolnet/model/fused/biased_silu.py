@@ -7,7 +7,8 @@ from torch import Tensor
 
 from raycontrolnet.model.fused.running import has_data, next_power_of_2, num_parts, parts_of_rows
 
-BLOCK = 1024
+ROWS, CHANNELS = 128, 16
+"""Pixels and channels that a program computes: the embedding's largest images have 16 channels."""
 PIXELS_SUMMED = 2048
 """Pixels over which a program sums, at most."""
 
@@ -23,7 +24,10 @@ def forward(x: Tensor, bias: Tensor) -> Tensor:
     if has_data(x):
         from raycontrolnet.model.fused import biased_silu_kernels as kernels
 
-        kernels.forward[(num_parts(y.numel(), BLOCK),)](x, bias, y, y.numel(), y.shape[1], BLOCK)
+        channels = x.shape[1]
+        pixels = x.numel() // channels
+        grid = num_parts(pixels, ROWS), num_parts(channels, CHANNELS)
+        kernels.forward[grid](x, bias, y, pixels, channels, ROWS, CHANNELS)
     return y
 
 

@@ -11,12 +11,14 @@ import triton.language as tl
 
 
 @triton.jit
-def forward(x, bias, y, total, channels: tl.constexpr, block: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    inside = place < total
-    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    value += tl.load(bias + place % channels, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + place, (value * tl.sigmoid(value)).to(y.dtype.element_ty), mask=inside)
+def forward(x, bias, y, pixels, channels, rows: tl.constexpr, tile: tl.constexpr):
+    pixel = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
+    channel = tl.program_id(1) * tile + tl.arange(0, tile)
+    inside = channel < channels
+    place, there = pixel[:, None] * channels + channel[None, :], (pixel < pixels)[:, None] & inside[None, :]
+    value = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+    value += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + place, (value * tl.sigmoid(value)).to(y.dtype.element_ty), mask=there)
 
 
 @triton.jit

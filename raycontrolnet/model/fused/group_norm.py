@@ -57,7 +57,7 @@ def forward(
     kernels.channel_moments[images, parts, tiles](x, sums, pixels, channels, ROWS_SUMMED, ROWS, CHANNELS)
     kernels.group_moments[images, groups](
         x, sums, weight, bias, bias if moves is None else moves, coefficients, pixels, eps, parts, channels, size,
-        steps, PARTS_AT_ONCE, padded, moves is not None,
+        int(moves is not None), steps, PARTS_AT_ONCE, padded,
     )  # fmt: skip
     kernels.normalized[images, num_parts(pixels, ROWS), tiles](
         x, y, coefficients, pixels, channels, ROWS, CHANNELS, silu

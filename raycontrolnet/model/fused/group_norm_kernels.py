@@ -52,22 +52,19 @@ def _sums_over_parts(sums, image, channel, inside, parts, channels, steps: tl.co
     return first, second
 
 
-@triton.jit(do_not_specialize=["parts", "size"])
-def group_moments(x, sums, weight, bias, moves, coefficients, pixels, eps, parts, channels, size, steps: tl.constexpr,
-                  at_once: tl.constexpr, padded: tl.constexpr, moved: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["parts", "size", "moved"])
+def group_moments(x, sums, weight, bias, moves, coefficients, pixels, eps, parts, channels, size, moved,
+                  steps: tl.constexpr, at_once: tl.constexpr, padded: tl.constexpr):  # fmt: skip
     """Combine a group's sums into its mean and reciprocal standard deviation (Chan et al. 1979), for its channels.
 
-    What is to be added to a channel, `moves`, changes means alone: no pass over the image adds it.
+    What is to be added to a channel, `moves` if `moved` is not 0, changes means alone: no pass over the image adds it.
     """
     image, within = tl.program_id(0).to(tl.int64), tl.arange(0, padded)
     channel, inside = tl.program_id(1) * size + within, within < size
     total, squares = _sums_over_parts(sums, image, channel, inside, parts, channels, steps, at_once, padded)
     pivot = tl.load(x + image * pixels * channels + channel, mask=inside, other=0.0).to(tl.float32)
-    of_channel = pivot + total / pixels
-    move = tl.zeros([padded], tl.float32)
-    if moved:
-        move = tl.load(moves + image * channels + channel, mask=inside, other=0.0).to(tl.float32)
-        of_channel += move
+    move = tl.load(moves + image * channels + channel, mask=inside & (moved != 0), other=0.0).to(tl.float32)
+    of_channel = pivot + total / pixels + move
     mean = tl.sum(tl.where(inside, of_channel, 0.0), 0) / size
     off = tl.where(inside, of_channel - mean, 0.0)
     variance = (tl.sum(squares - total * total / pixels, 0) + tl.sum(off * off, 0) * pixels) / (size * pixels)

@@ -10,15 +10,21 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
-def forward(x, y, means, rstds, weight, bias, total, eps, width: tl.constexpr, rows: tl.constexpr,
-            padded: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["with_other"])
+def forward(x, other, both, y, means, rstds, weight, bias, total, with_other, eps, width: tl.constexpr,
+            rows: tl.constexpr, padded: tl.constexpr):  # fmt: skip
+    """Normalize rows of x, or if `with_other` is not 0 of its sum with another, which is rounded first and stored."""
     row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
     column = tl.arange(0, padded)
     inside = column < width
     there = (row < total)[:, None] & inside[None, :]
     place = row[:, None] * width + column[None, :]
     value = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+    summed = there & (with_other != 0)
+    value += tl.load(other + place, mask=summed, other=0.0).to(tl.float32)
+    rounded = value.to(both.dtype.element_ty)
+    tl.store(both + place, rounded, mask=summed)
+    value = rounded.to(tl.float32)
     mean = tl.sum(value, 1) / width
     off = tl.where(there, value - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(off * off, 1) / width + eps)
@@ -31,9 +37,9 @@ def forward(x, y, means, rstds, weight, bias, total, eps, width: tl.constexpr, r
 
 
 @triton.jit
-def backward(x, dy, dx, sums, means, rstds, weight, total, width: tl.constexpr, summed: tl.constexpr,
-             rows: tl.constexpr, padded: tl.constexpr, of_weights: tl.constexpr):  # fmt: skip
-    """Compute dx of some rows, and sum over them dy and dy times the normalized x."""
+def backward(x, dy, rest, dx, sums, means, rstds, weight, total, width: tl.constexpr, summed: tl.constexpr,
+             rows: tl.constexpr, padded: tl.constexpr, with_rest: tl.constexpr, of_weights: tl.constexpr):  # fmt: skip
+    """Compute dx of some rows, to which `rest` is added, and sum over them dy and dy times the normalized x."""
     part = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, padded)
     inside = column < width
@@ -52,7 +58,10 @@ def backward(x, dy, dx, sums, means, rstds, weight, total, width: tl.constexpr, 
         scaled = slope * scale
         along = (tl.sum(scaled, 1) / width)[:, None]
         against = (tl.sum(scaled * value, 1) / width)[:, None]
-        tl.store(dx + place, (rstd * (scaled - along - value * against)).to(dx.dtype.element_ty), mask=there)
+        gradient = rstd * (scaled - along - value * against)
+        if with_rest:
+            gradient += tl.load(rest + place, mask=there, other=0.0).to(tl.float32)
+        tl.store(dx + place, gradient.to(dx.dtype.element_ty), mask=there)
         if of_weights:
             of_bias += slope
             of_weight += slope * value

@@ -1,4 +1,4 @@
-"""Normalizations by Triton's kernels: group norm that keeps images channels-last, and layer norm under autocast."""
+"""Normalizations by Triton's kernels, with what is added before them and to their gradients."""
 
 from __future__ import annotations
 
@@ -21,19 +21,6 @@ class ChannelsLastGroupNorm(torch.nn.GroupNorm):
         # CUDA's autocast computes norms in fp32, and leaves them so.
         dtype = torch.float32 if torch.is_autocast_enabled(input.device.type) else input.dtype
         return _normalized(self, input, dtype, with_silu=False)[0]
-
-
-class FusedLayerNorm(torch.nn.LayerNorm):
-    """`torch.nn.LayerNorm` before linear layers: under autocast the output has the dtype to which these would cast it.
-
-    PyTorch's is fp32 then, and each of the layers casts it for itself.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (as torch names it)
-        if not torch.is_autocast_enabled(input.device.type):
-            return super().forward(input)
-        found: Tensor = _LayerNorm.apply(input, self.weight, self.bias, self.eps, product_dtype(input))
-        return found
 
 
 def norm_before_product(
@@ -59,6 +46,27 @@ def norm_before_product(
     return _normalized(norm, images, product_dtype(images), with_silu=with_silu, moves=moves)
 
 
+def layer_norm_before_product(
+    norm: torch.nn.LayerNorm, tokens: Tensor, other: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Normalize tokens, or their sum with others, for linear layers, which are all that takes the result.
+
+    It has the dtype to which these would cast it under autocast, where PyTorch's is fp32 and each casts it for itself.
+
+    Args:
+        norm: a layer norm of the last dimension, with weights.
+        tokens: [..., C].
+        other: of the same shape, to be added before.
+
+    Returns:
+        The normalized tokens, and the tokens or their sum for what else takes them: then both gradients become one in
+        the norm's kernel.
+    """
+    dtype = product_dtype(tokens)
+    found: tuple[Tensor, Tensor] = _LayerNorm.apply(tokens, other, norm.weight, norm.bias, norm.eps, dtype)
+    return found
+
+
 def product_dtype(values: Tensor) -> torch.dtype:
     """Return the dtype in which a linear layer or a convolution takes some values: autocast's, or their own."""
     kind = values.device.type
@@ -81,22 +89,30 @@ def _normalized(
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        tokens = tokens.contiguous()
-        normalized, means, rstds = layer_norm.forward(tokens, weight, bias, eps, dtype)
-        ctx.save_for_backward(tokens, weight, means, rstds)
-        return normalized
+    def forward(
+        ctx: Any, tokens: Tensor, other: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        ctx.dtypes = tokens.dtype, None if other is None else other.dtype
+        tokens, other = tokens.contiguous(), None if other is None else other.contiguous()
+        both, normalized, means, rstds = layer_norm.forward(tokens, other, weight, bias, eps, dtype)
+        ctx.save_for_backward(both, weight, means, rstds)
+        ctx.set_materialize_grads(False)
+        return normalized, both
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, weight, means, rstds = ctx.saved_tensors
-        wanted = any(ctx.needs_input_grad[1:3])
-        of_tokens, of_weights = layer_norm.backward(
-            tokens, gradient.contiguous(), means, rstds, weight, of_weights=wanted
-        )
-        of_bias, of_weight = (None, None) if of_weights is None else of_weights.to(weight.dtype)
-        return of_tokens, of_weight, of_bias, None, None
+    def backward(ctx: Any, gradient: Tensor | None, rest: Tensor | None) -> tuple[Tensor | None, ...]:
+        both, weight, means, rstds = ctx.saved_tensors
+        of_bias = of_weight = None
+        of_both = rest
+        if gradient is not None:  # else nothing took the normalized tokens
+            of_both, of_weights = layer_norm.backward(
+                both, gradient.contiguous(), None if rest is None else rest.contiguous(), means, rstds, weight,
+                of_weights=any(ctx.needs_input_grad[2:4]),
+            )  # fmt: skip
+            of_bias, of_weight = (None, None) if of_weights is None else of_weights.to(weight.dtype)
+        of_tokens, of_other = (None if dtype is None or of_both is None else of_both.to(dtype) for dtype in ctx.dtypes)
+        return of_tokens, of_other, of_weight, of_bias, None, None
 
 
 class _GroupNorm(torch.autograd.Function):

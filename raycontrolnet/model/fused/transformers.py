@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from raycontrolnet.model.fused import geglu
-from raycontrolnet.model.fused.norms import norm_before_product
+from raycontrolnet.model.fused.norms import layer_norm_before_product, norm_before_product
 from raycontrolnet.model.fused.resnets import is_plain_convolution
 
 
@@ -24,6 +23,33 @@ class FusedGEGLU(GEGLU):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         gated: Tensor = _Gated.apply(self.proj(hidden_states))
         return gated
+
+
+class FusedTransformerBlock(BasicTransformerBlock):
+    """diffusers' `BasicTransformerBlock` of the settings that `is_plain_transformer` checks.
+
+    Each sum is one pass with the norm behind it, and so are both their gradients. Calls with masks or other options are
+    diffusers'.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        others = attention_mask, self._chunk_size, *args, *kwargs.values()
+        if any(other is not None for other in others):
+            found: Tensor = super().forward(hidden_states, attention_mask, encoder_hidden_states, *args, **kwargs)
+            return found
+        normalized, hidden = layer_norm_before_product(self.norm1, hidden_states)
+        normalized, hidden = layer_norm_before_product(self.norm2, self.attn1(normalized), hidden)
+        attended = self.attn2(normalized, encoder_hidden_states=encoder_hidden_states)
+        normalized, hidden = layer_norm_before_product(self.norm3, attended, hidden)
+        summed: Tensor = self.ff(normalized) + hidden
+        return summed
 
 
 class ChannelsLastTransformer2DModel(Transformer2DModel):
@@ -66,12 +92,16 @@ def _convolved(convolution: torch.nn.Module, tokens: Tensor, height: int, width:
     return images.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def norms_before_products(block: BasicTransformerBlock) -> Iterator[torch.nn.LayerNorm]:
-    """Yield a block's layer norms whose output goes to linear layers alone."""
-    if block.norm_type == "layer_norm" and block.pos_embed is None:
-        for norm in (block.norm1, block.norm2, block.norm3):
-            if type(norm) is torch.nn.LayerNorm and norm.bias is not None:
-                yield norm
+def is_plain_transformer(block: BasicTransformerBlock) -> bool:
+    """Check for the settings of Stable Diffusion's blocks, whose layer norms are PyTorch's own, with biases."""
+    norms = block.norm1, block.norm2, block.norm3
+    return (
+        block.norm_type == "layer_norm"
+        and block.pos_embed is None
+        and block.attn2 is not None
+        and not block.only_cross_attention
+        and all(type(norm) is torch.nn.LayerNorm and norm.bias is not None for norm in norms)
+    )
 
 
 class _Gated(torch.autograd.Function):

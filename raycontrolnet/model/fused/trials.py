@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
@@ -23,8 +24,6 @@ class Trial(NamedTuple):
 
     layer: torch.nn.Module
     inputs: tuple[Tensor, ...]
-    under_autocast: bool = False
-    """Its kernels run under autocast alone, with fp32 weights."""
 
     def to(self, device: torch.device, weights: torch.dtype, values: torch.dtype) -> Trial:
         """Return the trial on a device, images channels-last, with weights and inputs in some dtypes."""
@@ -32,7 +31,7 @@ class Trial(NamedTuple):
             each.to(device, values, memory_format=torch.channels_last if each.ndim == 4 else torch.preserve_format)
             for each in self.inputs
         )
-        return Trial(self.layer.to(device, weights), inputs, self.under_autocast)
+        return Trial(self.layer.to(device, weights), inputs)
 
 
 def trials(shape: Sequence[int]) -> tuple[Trial, ...]:
@@ -52,19 +51,21 @@ def trials(shape: Sequence[int]) -> tuple[Trial, ...]:
             use_in_shortcut=True,
         )  # fmt: skip
         gate = GEGLU(channels, 48)
-        of_tokens = torch.nn.LayerNorm(channels)
+        transformer = BasicTransformerBlock(channels, 2, 40, cross_attention_dim=channels)
+        of_tokens = transformer.norm1, transformer.norm2, transformer.norm3
         embedder = ControlNetConditioningEmbedding(32, block_out_channels=(16, 48))
-        for module in (norm, block.norm1, block.norm2, of_tokens, embedder.conv_out):
+        for module in (norm, block.norm1, block.norm2, *of_tokens, embedder.conv_out):
             for weight in module.parameters():
                 torch.nn.init.normal_(weight)
     return (
         Trial(norm, (3 + images,)), Trial(block, (images, embedding)), Trial(gate, (tokens,)),
-        Trial(of_tokens, (3 + tokens,), under_autocast=True), Trial(embedder, (images[:, :3],)),
+        Trial(transformer, (tokens,)), Trial(embedder, (images[:, :3],)),
     )  # fmt: skip
 
 
-def with_gradients(module: torch.nn.Module, *inputs: Tensor) -> list[Tensor]:
+def with_gradients(module: torch.nn.Module, *inputs: Tensor | None) -> list[Tensor]:
     """Return a module's output, and where its gradient is its tanh, those of its inputs and weights."""
-    leaves = [each.detach().requires_grad_() for each in inputs]
-    output = module(*leaves)
-    return [output.detach(), *torch.autograd.grad(output, [*leaves, *module.parameters()], output.detach().tanh())]
+    given = [each if each is None else each.detach().requires_grad_() for each in inputs]
+    output = module(*given)
+    leaves = [*(each for each in given if each is not None), *module.parameters()]
+    return [output.detach(), *torch.autograd.grad(output, leaves, output.detach().tanh())]
