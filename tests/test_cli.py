@@ -150,8 +150,8 @@ def test_an_unknown_flag(ask: Ask) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--learning_rate", "fast"], "Error parsing --learning_rate: could not convert string to float: 'fast'"),
-        (["--resolution", "64.5"], "Error parsing --resolution: invalid literal for int() with base 10: '64.5'"),
+        (["--learning_rate", "fast"], "Error parsing --learning_rate: fast is not a number"),
+        (["--resolution", "64.5"], "Error parsing --resolution: 64.5 is not a whole number"),
         (["--resolution"], "Missing value for argument '--resolution"),
         (["--config"], "argument --config: expected one argument"),
         *(

@@ -417,7 +417,7 @@ def test_folders_that_lie_beside_other_settings(own_run: Path) -> None:
         ({"resolution": 100}, "--resolution=100: must be divisible by 8; use 96 or 104"),
         ({"seed": -1}, "--seed=-1: must be in [0, 2**63)"),
         ({"mixed_precision": "fp8"}, "--mixed_precision=fp8: must be one of no, fp16, bf16"),
-        ({"out": ""}, "--out: must name a folder"),
+        ({"out": ""}, "--out: has no value; name a folder"),
         ({"out": "s3://bucket/images"}, "--out=s3://bucket/images: must be a local or mounted folder; URIs are not "),
         ({"out": __file__}, f"--out={__file__}: is a file; name a folder"),
         ({"num_images": "many"}, "--num_images='many': must be a whole number"),

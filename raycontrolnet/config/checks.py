@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raycontrolnet.config.declare import facts_of
-from raycontrolnet.config.rules import path_problem
+from raycontrolnet.config.rules import is_about, path_problem
 from raycontrolnet.config.settings import OptimConfig, StepConfig
 from raycontrolnet.config.train_config import FACTS, TrainConfig, names_with
 from raycontrolnet.errors import ConfigError, UserError
@@ -48,7 +48,7 @@ def missing_extras(config: OptimConfig | StepConfig, problems: Iterable[str] = (
     found = tuple(problems)
     for name in facts_of(type(config)):
         problem = package_problem(name, getattr(config, name))
-        if problem and not any(other.startswith((f"--{name}:", f"--{name}=")) for other in found):
+        if problem and not any(is_about(name, other) for other in found):
             yield problem
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,29 @@ from raycontrolnet.text import error_message, perhaps
 Problems = Iterator[str]
 
 
+NO_VALUE = "has no value"
+
+
 def problem_of(config: Any, name: str, problem: str) -> str:
-    return f"--{name}={getattr(config, name)}: {problem}"
+    value = getattr(config, name)
+    return f"--{name}: {NO_VALUE}; {problem}" if value == "" else f"--{name}={value}: {problem}"
+
+
+def empty_problems(config: Any, problems: Iterable[str]) -> Problems:
+    """Check that no setting is an empty text, or a list with one, unless `problems` have it already."""
+    found = tuple(problems)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        texts = [text for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)]
+        may_be = field.default == "" or "may_be_empty" in field.metadata
+        if may_be or all(text.strip() for text in texts) or any(is_about(field.name, problem) for problem in found):
+            continue
+        yield f"--{field.name}: {NO_VALUE}; give one, or leave it out"
+
+
+def is_about(name: str, problem: str) -> bool:
+    """Check whether a problem is one of the setting `name`."""
+    return problem.startswith(tuple(f"--{name}{end}" for end in ":=, "))
 
 
 def at_least(config: Any, minimum: float, *names: str) -> Problems:
@@ -73,7 +95,7 @@ def folder_problems(config: Any, name: str, *, or_uri: bool = False) -> Problems
     """
     folder = getattr(config, name)
     if not folder:
-        yield f"--{name}: must name a folder"
+        yield f"--{name}: {NO_VALUE}; name a folder"
     elif or_uri and is_uri(folder):
         yield from secret_problems(config, name)
         if not shown_uri(folder).partition("://")[2].rpartition("/")[0]:
@@ -101,7 +123,9 @@ def pair_problems(config: Any, prompt: str, image: str) -> Problems:
             "give equal counts, or a single one of either"
         )
     for path in images:
-        if problem := path_problem(image, path):
+        if not path.strip():
+            yield f"--{image}: {NO_VALUE}; name a file"
+        elif problem := path_problem(image, path):
             yield problem
         elif is_uri(path):
             yield f"--{image}={shown_uri(path)}: must be a file on a disk; copy it to this machine"
