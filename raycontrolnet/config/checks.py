@@ -54,10 +54,16 @@ def missing_extras(config: OptimConfig | StepConfig, problems: Iterable[str] = (
 
 def package_problem(name: str, value: Any) -> str | None:
     """Return a problem if the setting `name` needs an optional package for `value`, and it is not installed."""
+    missing = missing_package(name) if value else None
+    return f"--{name}: {missing}" if missing else None
+
+
+def missing_package(name: str) -> str | None:
+    """Return in words that the optional package of the setting `name` is not installed here, and what installs it."""
     package, extra = FACTS[name].get("package", (None, ""))
-    if not value or package is None or importlib.util.find_spec(package) is not None:
+    if package is None or importlib.util.find_spec(package) is not None:
         return None
-    return f"--{name}: {package} is not installed; run pip install 'raycontrolnet[{extra}]'"
+    return f"{package} is not installed; run pip install 'raycontrolnet[{extra}]'"
 
 
 def unwritable(folder: Path, flag: str) -> str | None:
