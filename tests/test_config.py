@@ -17,6 +17,7 @@ import yaml
 from runs import flags
 
 from raycontrolnet.cli import main, parse
+from raycontrolnet.config.checks import with_absolute_paths
 from raycontrolnet.config.declare import title
 from raycontrolnet.config.settings import LR_SCHEDULERS
 from raycontrolnet.config.train_config import GROUPS, TrainConfig, changed_settings, public_settings
@@ -428,6 +429,7 @@ OTHER_RULES: list[tuple[Settings, str]] = [
             "add --validation_prompt and --validation_image"
         ),
     ),
+    ({"train_batch_size": 2**63}, f"--train_batch_size={2**63}: must be below 2**63"),
     ({"output_dir": ""}, "--output_dir: has no value; name a folder"),
     (
         {"logging_dir": "s3://id:key@bucket/l"},
@@ -468,9 +470,27 @@ def test_rules_about_files(image: str, tmp_path: Path) -> None:
     )
     assert problems(output_dir=image) == (f"--output_dir={image}: is a file; name a folder",)
     missing = [str(tmp_path), str(tmp_path / "gone.png")]
-    assert problems(validation_prompt="a", validation_image=missing) == tuple(
-        f"--validation_image={path}: no such file" for path in missing
+    assert problems(validation_prompt="a", validation_image=missing) == (
+        f"--validation_image={missing[0]}: is a folder; name a file in it",
+        f"--validation_image={missing[1]}: no such file",
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "uri"),
+    [("s3:/bucket/x", "s3://bucket/x"), ("gs//b/x", "gs://b/x"), ("S3:/b/x", "s3://b/x"), ("hdfs:x/y", "hdfs://x/y")],
+)
+def test_a_uri_with_a_slip(path: str, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of that name would be written to; one that is there may be meant."""
+    said = f"{path}: is no URI; perhaps you meant {uri}, or ./{path}"
+    assert problems(output_dir=path) == (f"--output_dir={said}",)
+    with pytest.raises(ConfigError, match=f"^--train_data_dir={re.escape(said)}$"):
+        with_absolute_paths(config(train_data_dir=path))
+    monkeypatch.chdir(tmp_path)
+    Path(path).mkdir(parents=True)
+    assert config(output_dir=path).output_dir == path
+    for other in ("s3/x", "a//b", "run:1", f"./{path}", "c:/x", str(tmp_path / "s3:" / "x")):
+        config(output_dir=other)
 
 
 @pytest.mark.parametrize(("prompts", "images", "pairs"), [(2, 2, 2), (1, 3, 3), (3, 1, 3), (1, 1, 1), (0, 0, 0)])
@@ -658,6 +678,12 @@ def test_words_that_yaml_takes_for_booleans(file: Callable[[str], str]) -> None:
             parsed("--config", file(start + text))
 
 
+TABS = (
+    "is not valid YAML (while scanning for the next token found character '\\t' that cannot start any token in "
+    '"<unicode string>", line 2, column 1: seed: 3 ^); indent with spaces, not tabs'
+)
+
+
 def test_config_yaml_can_be_read_again(file: Callable[[str], str], image: str) -> None:
     """--config reads what a run writes."""
     given = config(learning_rate=3e-7, validation_prompt=["a", "b"], validation_image=image, seed=2**62)
@@ -669,6 +695,9 @@ def test_config_yaml_can_be_read_again(file: Callable[[str], str], image: str) -
     ("text", "messages"),
     [
         ("a: [1\n", ["is not valid YAML"]),
+        ("resolution: 64\n\tseed: 3\n", [TABS]),
+        ("seed: 1\nresolution: 64\nseed: 2\n", ["is not valid YAML (seed is there twice, in lines 1 and 3; keep one)"]),
+        ("optimizer_args: {eps: 1, eps: 2}\n", ["is not valid YAML (eps is there twice, in line 1; keep one)"]),
         ("- learning_rate\n", ["must be a list of `setting: value` lines"]),
         ("learning_rate\n", ["must be a list of `setting: value` lines"]),
         ("learning_rate: fast\n", ["learning_rate: 'fast' must be a number"]),

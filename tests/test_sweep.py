@@ -171,7 +171,7 @@ def test_refused_before_any_trial(
     with pytest.raises(ConfigError) as error:
         run_sweep(SweepConfig(train=TrainConfig(**sweep_settings | changes), **{"num_samples": 1, **options}))
     assert words in str(error.value)
-    assert not list(Path(sweep_settings["output_dir"]).glob("trials/*"))
+    assert not Path(sweep_settings["output_dir"]).exists()
 
 
 def test_another_sweep_is_not_overwritten(eight: SweepResult, sweep_settings: Settings) -> None:

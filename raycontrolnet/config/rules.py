@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from raycontrolnet.storage.uri import as_path, is_uri, shown_uri
+from raycontrolnet.storage.uri import as_path, is_uri, meant_uri, shown_uri
 from raycontrolnet.text import error_message, perhaps
 
 Problems = Iterator[str]
@@ -44,6 +44,8 @@ def at_least(config: Any, minimum: float, *names: str) -> Problems:
         value = getattr(config, name)
         if value is not None and value < minimum:
             yield problem_of(config, name, f"must be at least {minimum}")
+        elif isinstance(value, int) and value >= 2**63:
+            yield problem_of(config, name, "must be below 2**63")
 
 
 def in_unit_interval(config: Any, name: str) -> Problems:
@@ -78,12 +80,14 @@ def seed_problems(config: Any) -> Problems:
 
 
 def path_problem(name: str, path: str) -> str | None:
-    """Return why the path in the setting `name` is none: a loop of links, too long, of a user that does not exist."""
+    """Return why the path in the setting `name` is none: a loop of links, too long, a mistyped URI."""
     try:
-        Path(path).expanduser().resolve().exists()
+        there = Path(path).expanduser().resolve().exists()
     except (OSError, RuntimeError, ValueError) as error:
         shown = f"{path[:60]}..." if len(path) > 60 else path
         return f"--{name}={shown}: cannot be used as a path ({error_message(error, 60)})"
+    if not there and (uri := meant_uri(path)):
+        return f"--{name}={shown_uri(path)}: is no URI; perhaps you meant {shown_uri(uri)}, or ./{shown_uri(path)}"
     return None
 
 
@@ -130,7 +134,7 @@ def pair_problems(config: Any, prompt: str, image: str) -> Problems:
         elif is_uri(path):
             yield f"--{image}={shown_uri(path)}: must be a file on a disk; copy it to this machine"
         elif not Path(path).is_file():
-            yield f"--{image}={path}: no such file"
+            yield f"--{image}={path}: {'is a folder; name a file in it' if Path(path).is_dir() else 'no such file'}"
 
 
 def pairs_of(prompts: tuple[str, ...] | None, images: tuple[str, ...] | None) -> tuple[tuple[str, str], ...]:

@@ -187,7 +187,8 @@ def read_yaml(path: str | Path, place: str) -> dict[Any, Any]:
     except UNUSABLE as error:
         raise ConfigError([f"{place}: cannot be read ({reason(error, 160)})"]) from None
     except yaml.YAMLError as error:
-        raise ConfigError([f"{place}: is not valid YAML ({error_message(error)})"]) from None
+        advice = "; indent with spaces, not tabs" if "'\\t'" in str(error) else ""
+        raise ConfigError([f"{place}: is not valid YAML ({error_message(error)}){advice}"]) from None
     if not isinstance(settings, dict):
         raise ConfigError([f"{place}: must be a list of `setting: value` lines"])
     return settings

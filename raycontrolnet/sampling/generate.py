@@ -35,6 +35,7 @@ from raycontrolnet.quiet import MODEL_LIBRARIES, no_progress_bars
 from raycontrolnet.sampling import find_controlnet, images, scores
 from raycontrolnet.sampling.images import METADATA, ImageItem, PairImages
 from raycontrolnet.sampling.pipeline import DrawOptions
+from raycontrolnet.storage.files import removed_if_empty
 from raycontrolnet.storage.uri import shown_name
 from raycontrolnet.text import counted, duration
 from raycontrolnet.version import __version__
@@ -85,7 +86,8 @@ def generate(config: GenerateConfig, *, stream: TextIO | None = None) -> list[Pa
 
 def _generate(config: GenerateConfig, stream: TextIO) -> list[PairImages]:
     started = time.monotonic()
-    task = _check(config)
+    with removed_if_empty(Path(config.out).expanduser()):
+        task = _check(config)
     drawn: list[ImageItem] = []
     with (
         logging_to(task.out / LOG, of_ray=False),

@@ -32,6 +32,7 @@ from raycontrolnet.launch.needs_beside import counting
 from raycontrolnet.report.live_report import live_report
 from raycontrolnet.report.page import REPORT_FILE
 from raycontrolnet.signals import ended_in_order, ending_signals_raised, raise_interrupt
+from raycontrolnet.storage.files import removed_if_empty
 from raycontrolnet.text import counted, duration, one_line
 from raycontrolnet.tune.concurrency import trial_slots
 from raycontrolnet.tune.heaviest import heaviest, say_heaviest
@@ -106,7 +107,8 @@ def sweep(config: SweepConfig, *, stream: TextIO | None = None) -> SweepResult:
 
 def _sweep(config: SweepConfig, stream: TextIO) -> SweepResult:
     started = time.time()
-    plan = plan_sweep(config, stream)
+    with removed_if_empty(Path(config.train.output_dir).expanduser()):
+        plan = plan_sweep(config, stream)
     lease = SweepLease(plan.folder, uuid.uuid4().hex)
     with (
         logging_to(plan.sweep_dir / SWEEP_LOG),
