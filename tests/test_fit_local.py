@@ -991,7 +991,7 @@ def test_an_error_that_nobody_foresaw(tiny_settings: Settings, out: Path, before
 
 
 def test_the_workers_of_an_elastic_run_that_failed(out: Path) -> None:
-    """Those of the last start, which nobody knows before."""
+    """Its run.json has those of the last start, which nobody knows before."""
     out.mkdir()
 
     def fail() -> None:

@@ -301,6 +301,11 @@ def test_it_says_which_device_it_counts_for(
     assert ("CUDA" in together) == (dtype == "bf16")
 
 
+def test_what_needs_a_gpu_is_refused_for_the_cpu(tiny_settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"^--mixed_precision=fp16: needs a GPU; "):
+        checked(tiny_settings | {"mixed_precision": "fp16", "use_gpu": False})
+
+
 def test_what_brings_a_run_that_does_not_fit_there(tiny_settings: dict[str, Any]) -> None:
     train = TrainConfig(**tiny_settings | {"train_batch_size": 512, "cache_latents": "on"})
     base = Path(train.pretrained_model_name_or_path)

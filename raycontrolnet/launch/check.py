@@ -10,7 +10,14 @@ from typing import Any, TextIO
 import torch
 
 from raycontrolnet.config.check_config import CheckConfig
-from raycontrolnet.config.checks import collected, find_token, missing_extras, unwritable, with_absolute_paths
+from raycontrolnet.config.checks import (
+    check_device,
+    collected,
+    find_token,
+    missing_extras,
+    unwritable,
+    with_absolute_paths,
+)
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.image_sizes import find_buckets
 from raycontrolnet.data.mixture import in_words as sources_in_words
@@ -113,6 +120,9 @@ def check(config: CheckConfig, *, stream: TextIO | None = None) -> Prediction:
     train = in_precision_of_device(config)
     config, token = replace(config, train=train), find_token(train.hub_token)
     problems, source = list(missing_extras(train)), None
+    if train.use_gpu is False:
+        with collected(problems):
+            check_device(False, train, has_gpu=False)
     with collected(problems):
         try_optimizer(train)
     problems += model_problems(train, token)

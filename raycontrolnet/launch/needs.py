@@ -156,7 +156,7 @@ class _Way(NamedTuple):
     at: _CountAt
     """Call it with a batch, for the prediction that is exact for it; may take seconds."""
     lacks: str | None = None
-    """What is not installed of what it needs, in words."""
+    """Package that it needs and that is not installed, in words."""
 
     @property
     def note(self) -> str:

@@ -80,14 +80,13 @@ def generate(config: GenerateConfig, *, stream: TextIO | None = None) -> list[Pa
         RunError: it failed, as on a full disk; finished images stay (exit code 1).
         Interrupted: Ctrl-C or SIGTERM; finished images stay (exit code 130 or 143).
     """
-    with shown_on(stream) as shown:
+    with shown_on(stream) as shown, removed_if_empty(Path(config.out).expanduser()):
         return _generate(config, shown)
 
 
 def _generate(config: GenerateConfig, stream: TextIO) -> list[PairImages]:
     started = time.monotonic()
-    with removed_if_empty(Path(config.out).expanduser()):
-        task = _check(config)
+    task = _check(config)
     drawn: list[ImageItem] = []
     with (
         logging_to(task.out / LOG, of_ray=False),

@@ -101,14 +101,14 @@ def sweep(config: SweepConfig, *, stream: TextIO | None = None) -> SweepResult:
         RunError: no trial came to a validation (exit code 1).
         Interrupted: Ctrl-C or SIGTERM (exit code 130, 143); trials continue from their last checkpoints with `resume`.
     """
-    with shown_on(stream) as shown, ending_signals_raised():
+    folder = Path(config.train.output_dir).expanduser()
+    with shown_on(stream) as shown, ending_signals_raised(), removed_if_empty(folder):
         return _sweep(config, shown)
 
 
 def _sweep(config: SweepConfig, stream: TextIO) -> SweepResult:
     started = time.time()
-    with removed_if_empty(Path(config.train.output_dir).expanduser()):
-        plan = plan_sweep(config, stream)
+    plan = plan_sweep(config, stream)
     lease = SweepLease(plan.folder, uuid.uuid4().hex)
     with (
         logging_to(plan.sweep_dir / SWEEP_LOG),
