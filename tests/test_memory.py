@@ -259,6 +259,7 @@ def test_a_run_that_is_out_of_memory(tiny_settings: Settings, tmp_path: Path, mo
         return real(*given)
 
     monkeypatch.setattr("raycontrolnet.train_controlnet.train_step", train_step)
+    monkeypatch.setattr(memory, "missing_package", lambda _: None)
     out = tmp_path / "out"
     with pytest.raises(RunError) as error:
         run(tiny_settings, out, gradient_checkpointing=True, mixed_precision="bf16")
