@@ -17,14 +17,14 @@ from raycontrolnet.config.condition_config import CONDITION_GROUPS, ConditionCon
 from raycontrolnet.config.declare import title
 from raycontrolnet.config.flag_types import as_default, own_types
 from raycontrolnet.config.generate_config import GENERATE_GROUPS, GenerateConfig
-from raycontrolnet.config.spellings import SPELLINGS, in_our_spelling
+from raycontrolnet.config.spellings import SPELLINGS, in_our_spelling, misspelt
 from raycontrolnet.config.sweep_config import SweepConfig, SweepSettings
 from raycontrolnet.config.train_config import GROUPS, TrainConfig, typed_settings
 from raycontrolnet.config.values import read_yaml, setting_types, unknown_names
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
 from raycontrolnet.signals import end_if_threads_left, ending_signals_raised, exit_code
 from raycontrolnet.storage.uri import shown_name
-from raycontrolnet.text import first_of
+from raycontrolnet.text import first_of, perhaps
 from raycontrolnet.version import __version__
 
 USAGE = f"""\
@@ -89,7 +89,7 @@ def _main(argv: Sequence[str] | None) -> int:
         print(__version__)
         return 0
     if command not in COMMANDS:
-        print(f"{command}: no such command\n\n{USAGE}", end="", file=sys.stderr)
+        print(f"{command}: no such command{perhaps(command, COMMANDS)}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     try:
         with ending_signals_raised():
@@ -152,7 +152,7 @@ def parse(command: str, argv: Sequence[str]) -> Any:
     crops = "crop" in known
     flags = _whole_flags(flags, {*known, *WITHOUT_USE, *(SPELLINGS if crops else ())})
     flags = in_our_spelling(flags) if crops else flags
-    if problems := _without_use(_names(flags), "--"):
+    if problems := _without_use(_names(flags), "--") + misspelt(flags, known):
         raise ConfigError(problems)
     settings = _parsed(flags, found.groups, defaults, f"raycontrolnet {command}", found.description)
     if space is not None and settings["space"] is None:

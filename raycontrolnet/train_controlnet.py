@@ -85,7 +85,7 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
         logging_to_run_log(job, who),
         failures_recorded(job.output_dir, partial(advice_for, job, world_size)),
     ):
-        clock = PhaseClock(read_timings(job.output_dir))  # continued after a restart
+        clock = PhaseClock(read_timings(job.output_dir).get("timings"))  # continued after a restart
         if not clock.seconds:
             clock.seconds["start"] = time.time() - job.submitted
         if not job.local:
@@ -145,6 +145,7 @@ class Worker:
         state, schedule, config = self.state, self.schedule, self.job.config
         inputs = read_ahead(step_inputs(batches, state, self.share, config, state.samples))
         on_cpu = state.accelerator.device.type == "cpu"
+        self.rest_from_training()
         try:
             # In the caller's process there is nobody to start it again.
             with nullcontext() if self.job.local else self.watchdog.watching():
@@ -189,6 +190,7 @@ class Worker:
             "total_updates": schedule.total_updates,
             "samples": state.samples,
             "loss": self.last.loss if self.last else None,
+            "num_workers": self.share.world_size,
             "timings": self.clock.rounded(),
             **kernels_used(state.components),
             **graphs_used(state.graphs, config, on_gpu=not on_cpu, num_workers=state.accelerator.num_processes),
@@ -278,7 +280,7 @@ class Worker:
         """Leave out of the next update's time what came since the last; write the seconds by phase."""
         self.pending.restart_clock()
         if self.share.rank == 0:
-            write_timings(self.job.output_dir, self.clock.rounded())
+            write_timings(self.job.output_dir, self.clock.rounded(), self.share.world_size)
 
     def finish(self) -> None:
         """Write the final weights to the root of output_dir, and validate them."""

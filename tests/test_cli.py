@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -17,8 +18,9 @@ import yaml
 from runs import flags
 
 from raycontrolnet import cli, train_controlnet
-from raycontrolnet.cli import main
+from raycontrolnet.cli import main, parse
 from raycontrolnet.config.values import setting_types
+from raycontrolnet.errors import ConfigError
 from raycontrolnet.version import __version__
 
 Settings = dict[str, Any]
@@ -131,7 +133,7 @@ def test_help_answers_at_once(arguments: tuple[str, ...]) -> None:
 def test_an_unknown_command(ask: Ask) -> None:
     answer = ask("trian")
     assert (answer.code, answer.out) == (2, "")
-    assert answer.err.startswith("trian: no such command\n")
+    assert answer.err.startswith("trian: no such command; perhaps you meant train\n")
     assert "raycontrolnet train" in answer.err
     assert ask("--learning_rate", "1").code == 2
 
@@ -150,8 +152,8 @@ def test_an_unknown_flag(ask: Ask) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--learning_rate", "fast"], "Error parsing --learning_rate: could not convert string to float: 'fast'"),
-        (["--resolution", "64.5"], "Error parsing --resolution: invalid literal for int() with base 10: '64.5'"),
+        (["--learning_rate", "fast"], "Error parsing --learning_rate: fast is not a number"),
+        (["--resolution", "64.5"], "Error parsing --resolution: 64.5 is not a whole number"),
         (["--resolution"], "Missing value for argument '--resolution"),
         (["--config"], "argument --config: expected one argument"),
         *(
@@ -400,3 +402,24 @@ def test_a_run_in_a_shell(tiny_settings: Settings, tmp_path: Path) -> None:
     assert lines[-1].startswith("done in ")
     assert all(line.startswith("step ") for line in lines[1:-1]), answer.err
     assert (tmp_path / "out" / "run.log").is_file()
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        (["--scale_lr", "true"], "--scale_lr true: is a switch without a value; write --scale_lr, or --no_scale_lr"),
+        (["--push_to_hub=yes"], "--push_to_hub yes: is a switch without a value; write --push_to_hub, or --no_push_to"),
+        (["--no-scale-lr", "1"], "--no_scale_lr 1: is a switch without a value; write --scale_lr, or --no_scale_lr"),
+        (["-seed", "3"], "-seed: flags begin with two hyphens; write --seed"),
+        (["\u2013seed=3"], "\u2013seed: flags begin with two hyphens; write --seed"),
+        (["\u2014learning-rate", "3"], "\u2014learning-rate: flags begin with two hyphens; write --learning_rate"),
+    ],
+)
+def test_flags_as_they_are_mistyped(argv: list[str], problem: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        parse("train", argv)
+
+
+def test_values_that_look_like_flags() -> None:
+    given = ["--pretrained_model_name_or_path", "b", "--train_data_dir", "d", "--lr_power", "-1", "--scale_lr"]
+    assert parse("train", [*given, "--learning_rate", "1"]).lr_power == -1

@@ -17,9 +17,11 @@ import yaml
 from runs import flags
 
 from raycontrolnet.cli import main, parse
+from raycontrolnet.config.checks import with_absolute_paths
 from raycontrolnet.config.declare import title
 from raycontrolnet.config.settings import LR_SCHEDULERS
 from raycontrolnet.config.train_config import GROUPS, TrainConfig, changed_settings, public_settings
+from raycontrolnet.config.values import setting_types
 from raycontrolnet.errors import ConfigError, UserError
 
 # Copied by hand from the existing scripts: names, types and defaults are a contract.
@@ -347,7 +349,7 @@ RULES: dict[str, list[tuple[str, Any]]] = {
     "must be in [0, 2**63)": [("seed", -1), ("seed", 2**63)],
     "names a whole bucket; name a folder in it": [("output_dir", "s3://bucket"), ("output_dir", "gs://bucket/")],
     f"must be one of the Hub's short names, such as apache-2.0 ({LICENCES})": [
-        ("license", ""), ("license", "MIT Licence"), ("license", "LICENSE.md"),
+        ("license", "MIT Licence"), ("license", "LICENSE.md"),
     ],
     "must be a number, or MIN:MAX": [("num_workers", "two"), ("num_workers", "1:x")],
     "must be 0 or more, or MIN:MAX with 1 <= MIN <= MAX": [
@@ -395,7 +397,10 @@ OTHER_RULES: list[tuple[Settings, str]] = [
         {"pretrained_model_name_or_path": ""},
         "--pretrained_model_name_or_path: required; a local folder or a Hub id of a Stable Diffusion model",
     ),
-    ({"latents_cache_dir": ""}, "--latents_cache_dir: must name a folder; leave it out for the default one"),
+    (
+        {"latents_cache_dir": ""},
+        "--latents_cache_dir: has no value; name a folder, or leave it out for the default one",
+    ),
     (
         {"latents_cache_dir": "s3://id:key@bucket/x"},
         "--latents_cache_dir: leave keys and tokens out of the URI; put them into the machines' environment",
@@ -424,7 +429,8 @@ OTHER_RULES: list[tuple[Settings, str]] = [
             "add --validation_prompt and --validation_image"
         ),
     ),
-    ({"output_dir": ""}, "--output_dir: must name a folder"),
+    ({"train_batch_size": 2**63}, f"--train_batch_size={2**63}: must be below 2**63"),
+    ({"output_dir": ""}, "--output_dir: has no value; name a folder"),
     (
         {"logging_dir": "s3://id:key@bucket/l"},
         "--logging_dir=s3://bucket/l: must be a folder in --output_dir, not a URI; name a folder in it, such as logs",
@@ -464,9 +470,27 @@ def test_rules_about_files(image: str, tmp_path: Path) -> None:
     )
     assert problems(output_dir=image) == (f"--output_dir={image}: is a file; name a folder",)
     missing = [str(tmp_path), str(tmp_path / "gone.png")]
-    assert problems(validation_prompt="a", validation_image=missing) == tuple(
-        f"--validation_image={path}: no such file" for path in missing
+    assert problems(validation_prompt="a", validation_image=missing) == (
+        f"--validation_image={missing[0]}: is a folder; name a file in it",
+        f"--validation_image={missing[1]}: no such file",
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "uri"),
+    [("s3:/bucket/x", "s3://bucket/x"), ("gs//b/x", "gs://b/x"), ("S3:/b/x", "s3://b/x"), ("hdfs:x/y", "hdfs://x/y")],
+)
+def test_a_uri_with_a_slip(path: str, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of that name would be written to; one that is there may be meant."""
+    said = f"{path}: is no URI; perhaps you meant {uri}, or ./{path}"
+    assert problems(output_dir=path) == (f"--output_dir={said}",)
+    with pytest.raises(ConfigError, match=f"^--train_data_dir={re.escape(said)}$"):
+        with_absolute_paths(config(train_data_dir=path))
+    monkeypatch.chdir(tmp_path)
+    Path(path).mkdir(parents=True)
+    assert config(output_dir=path).output_dir == path
+    for other in ("s3/x", "a//b", "run:1", f"./{path}", "c:/x", str(tmp_path / "s3:" / "x")):
+        config(output_dir=other)
 
 
 @pytest.mark.parametrize(("prompts", "images", "pairs"), [(2, 2, 2), (1, 3, 3), (3, 1, 3), (1, 1, 1), (0, 0, 0)])
@@ -497,13 +521,68 @@ def test_validation_pairs(prompts: int, images: int, pairs: int, tmp_path: Path)
         ({"scale_lr": "yes"}, "--scale_lr='yes': must be true or false"),
         ({"scale_lr": 1}, "--scale_lr=1: must be true or false"),
         ({"output_dir": ["a"]}, "--output_dir=['a']: must be a text"),
-        ({"resolution": None}, "--resolution=None: must be a whole number"),
         ({"validation_prompt": [1]}, "--validation_prompt=[1]: must be a text or a list of texts"),
         ({"hub_token": ["hf_ShownNowhere"]}, "--hub_token: must be a text"),
     ],
 )
 def test_a_wrong_type(settings: Settings, message: str) -> None:
     assert problems(**settings) == (message,)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("resolution", "a whole number"), ("seed", "a whole number"), ("learning_rate", "a number"),
+        ("snr_gamma", "a number"), ("scale_lr", "true or false"), ("use_gpu", "true or false"),
+        ("data_weights", "a number"), ("output_dir", "a text"), ("crop", "a text"), ("image_column", "a text"),
+    ],
+)  # fmt: skip
+def test_no_value(name: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Null, or an empty text where there is no such value; what is optional may be null."""
+    file, optional = tmp_path / "run.yaml", getattr(TrainConfig, name) is None
+    for given in ("", '""', '" "'):
+        if (given and words == "a text") or (not given and optional):
+            continue
+        file.write_text(f"{name}: {given}\n")
+        with pytest.raises(ConfigError) as error:
+            parse("train", [*flags(MINIMAL), "--config", str(file)])
+        assert str(error.value) == f"--config={file}: {name}: has no value; give {words}, or leave it out"
+    for value in (None, "", " "):
+        if (value is None and optional) or (value is not None and words == "a text"):
+            continue
+        assert problems(**{name: value}) == (f"--{name}: has no value; give {words}, or leave it out",)
+    if words.endswith("number") and name != "data_weights":
+        with pytest.raises(SystemExit, match="2"):
+            parse("train", [*flags(MINIMAL), f"--{name}", ""])
+        said = " ".join(capsys.readouterr().err.replace("│", "").split())
+        assert f"Error parsing --{name}: has no value; give {words}, or leave it out" in said
+
+
+def test_an_optional_setting_may_be_null(tmp_path: Path) -> None:
+    optional = [
+        name for name in setting_types(TrainConfig) if getattr(TrainConfig, name) is None and name not in MINIMAL
+    ]
+    assert len(optional) > 20
+    (tmp_path / "run.yaml").write_text("".join(f"{name}:\n" for name in optional))
+    found = parse("train", [*flags(MINIMAL), "--config", str(tmp_path / "run.yaml")])
+    assert all(getattr(found, name) is None for name in optional)
+
+
+def test_empty_texts() -> None:
+    """Only a prompt, a token and arguments may be; what no rule of its own names is named."""
+    may_be = {"hub_token", "optimizer_args"}
+    for name in [
+        name
+        for name, kind in setting_types(TrainConfig).items()
+        if kind in (str, str | None, str | tuple[str, ...] | None)
+    ]:
+        if name not in {*may_be, "pretrained_model_name_or_path"}:
+            found = problems(**{name: ""})
+            assert any(line.startswith((f"--{name}: has no value; ", f"--{name}=: needs ")) for line in found), name
+    assert config(**dict.fromkeys(may_be, "")).hub_token == ""
+    two = {"train_data_dir": ("a", "b"), "image_column": ("image", " ")}
+    assert problems(**two) == ("--image_column: has no value; give one, or leave it out",)
+    assert problems(crop="") == ("--crop: has no value; must be one of center, top, random",)
 
 
 def test_all_problems_at_once() -> None:
@@ -599,6 +678,12 @@ def test_words_that_yaml_takes_for_booleans(file: Callable[[str], str]) -> None:
             parsed("--config", file(start + text))
 
 
+TABS = (
+    "is not valid YAML (while scanning for the next token found character '\\t' that cannot start any token in "
+    '"<unicode string>", line 2, column 1: seed: 3 ^); indent with spaces, not tabs'
+)
+
+
 def test_config_yaml_can_be_read_again(file: Callable[[str], str], image: str) -> None:
     """--config reads what a run writes."""
     given = config(learning_rate=3e-7, validation_prompt=["a", "b"], validation_image=image, seed=2**62)
@@ -610,6 +695,9 @@ def test_config_yaml_can_be_read_again(file: Callable[[str], str], image: str) -
     ("text", "messages"),
     [
         ("a: [1\n", ["is not valid YAML"]),
+        ("resolution: 64\n\tseed: 3\n", [TABS]),
+        ("seed: 1\nresolution: 64\nseed: 2\n", ["is not valid YAML (seed is there twice, in lines 1 and 3; keep one)"]),
+        ("optimizer_args: {eps: 1, eps: 2}\n", ["is not valid YAML (eps is there twice, in line 1; keep one)"]),
         ("- learning_rate\n", ["must be a list of `setting: value` lines"]),
         ("learning_rate\n", ["must be a list of `setting: value` lines"]),
         ("learning_rate: fast\n", ["learning_rate: 'fast' must be a number"]),

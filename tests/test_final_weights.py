@@ -204,7 +204,6 @@ def test_the_push_has_it(half: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("", "must be a name; leave it out for no such file"),
         ("folder/edges", "must be a name of letters, digits, and . _ + -; the file is written to --output_dir"),
         ("folder\\edges", "must be a name of letters"),
         ("..", "must be a name of letters"),

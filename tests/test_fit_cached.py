@@ -21,6 +21,7 @@ from raycontrolnet.model.components import load_components
 from raycontrolnet.model.performance import vae_on
 from raycontrolnet.storage.folder import cache_folder
 from raycontrolnet.storage.run_folder import RunFolder
+from raycontrolnet.training.status import read_status
 
 
 @pytest.fixture
@@ -37,6 +38,7 @@ def test_the_losses_are_those_from_pixels(settings: Settings, tmp_path: Path) ->
         assert len(set(cached)) == 20
         assert cached == pytest.approx(pixels, rel=tolerance)
         assert cached != pixels, "from the cache?"
+        assert read_status(tmp_path / f"from {dtype}")["latents_cache"] == str(tmp_path / dtype)
 
 
 def test_a_named_vae_that_is_the_base_models_own(settings: Settings, tmp_path: Path) -> None:

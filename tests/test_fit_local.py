@@ -44,8 +44,8 @@ from raycontrolnet.report.progress import Progress, progress
 from raycontrolnet.report.run_report import write_report
 from raycontrolnet.sampling import images
 from raycontrolnet.training import diagnosis, step_inputs
-from raycontrolnet.training.job import STOP_FILE
-from raycontrolnet.training.status import read_status
+from raycontrolnet.training.job import STOP_FILE, write_timings
+from raycontrolnet.training.status import live_status, read_status
 
 COMPARED = ("step", "loss", "lr", "grad_norm", "samples")
 
@@ -110,6 +110,7 @@ def test_what_a_run_leaves(
     assert (status["status"], status["step"], status["samples"]) == ("finished", 4, 16)
     assert status["loss"] == result.loss
     assert status["checkpoint"] == "checkpoint-4"
+    assert (status["num_workers"], status["latents_cache"]) == (1, None)
     assert status["timings"] == result.timings
     assert status["timings"].keys() >= {"model_s", "step_s", "checkpoint_s"}
     for package in ("raycontrolnet", "ray", "torch", "diffusers"):
@@ -986,3 +987,19 @@ def test_an_error_that_nobody_foresaw(tiny_settings: Settings, out: Path, before
         f"There was no checkpoint yet. Details: {out / 'run.log'}",
     ]
     assert "Traceback" in (out / "run.log").read_text()
+    assert read_status(out)["timings"].keys() >= {"start_s", "model_s"}, "of a run that ended before any checkpoint"
+
+
+def test_the_workers_of_an_elastic_run_that_failed(out: Path) -> None:
+    """Its run.json has those of the last start, which nobody knows before."""
+    out.mkdir()
+
+    def fail() -> None:
+        with live_status(out, 0.0, {}) as status:
+            status["num_workers"] = None
+            write_timings(out, {"step_s": 1.5}, 2)
+            raise RunError("lost")
+
+    with pytest.raises(RunError, match="lost"):
+        fail()
+    assert (read_status(out)["num_workers"], read_status(out)["timings"]) == (2, {"step_s": 1.5})

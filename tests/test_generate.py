@@ -408,7 +408,7 @@ def test_folders_that_lie_beside_other_settings(own_run: Path) -> None:
         ({"prompt": None}, "--prompt: required; one for every control image, or one for all"),
         ({"image": None}, "--image: required; a control image for every prompt, or one for all"),
         ({"image": "gone.png"}, "--image=gone.png: no such file"),
-        ({"image": "."}, "--image=.: no such file"),
+        ({"image": "."}, "--image=.: is a folder; name a file in it"),
         ({"num_images": 0}, "--num_images=0: must be at least 1"),
         ({"num_inference_steps": 0}, "--num_inference_steps=0: must be at least 1"),
         ({"num_inference_steps": 1000}, "--num_inference_steps=1000: must be at most 999"),
@@ -417,7 +417,7 @@ def test_folders_that_lie_beside_other_settings(own_run: Path) -> None:
         ({"resolution": 100}, "--resolution=100: must be divisible by 8; use 96 or 104"),
         ({"seed": -1}, "--seed=-1: must be in [0, 2**63)"),
         ({"mixed_precision": "fp8"}, "--mixed_precision=fp8: must be one of no, fp16, bf16"),
-        ({"out": ""}, "--out: must name a folder"),
+        ({"out": ""}, "--out: has no value; name a folder"),
         ({"out": "s3://bucket/images"}, "--out=s3://bucket/images: must be a local or mounted folder; URIs are not "),
         ({"out": __file__}, f"--out={__file__}: is a file; name a folder"),
         ({"num_images": "many"}, "--num_images='many': must be a whole number"),
@@ -513,7 +513,10 @@ def test_folders_without_a_usable_controlnet(tiny_base: Path, own_run: Path, con
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(config: Make) -> None:
     message = "--use_gpu=True: there is no GPU here; leave the flag out to draw on the CPU"
-    assert refusal(lambda: draw(config(use_gpu=True))) == message
+    out = Path(config().out)
+    assert not out.exists()
+    assert refusal(lambda: draw(config(use_gpu=True, out=str(out / "below")))) == message
+    assert not out.exists(), "nothing is left behind"
 
 
 @pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # diffusers' own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -21,7 +22,7 @@ from raycontrolnet.cluster.worker import gpu_share
 from raycontrolnet.errors import RunError, out_of_memory
 from raycontrolnet.model import performance, step
 from raycontrolnet.model.performance import is_out_of_memory, memory_fraction, memory_share
-from raycontrolnet.training import state
+from raycontrolnet.training import memory, state
 from raycontrolnet.training.failures import failures_recorded, read_failure
 from raycontrolnet.training.memory import memory_advice
 from raycontrolnet.training.state import accelerator_for
@@ -195,7 +196,17 @@ def advice(settings: Settings, **changed: Any) -> str:
 END = "; `raycontrolnet check` with the run's flags predicts how much"
 
 
-def test_the_flags_that_are_not_in_use(tiny_settings: Settings) -> None:
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_package_that_is_needed_is_named(
+    tiny_settings: Settings, installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object() if installed else None)
+    note = "" if installed else " (bitsandbytes is not installed; run pip install 'raycontrolnet[8bit]')"
+    assert f"--use_8bit_adam{note}, --cache_latents on" in advice(tiny_settings)
+
+
+def test_the_flags_that_are_not_in_use(tiny_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "missing_package", lambda _: None)
     assert advice(tiny_settings) == (
         "Less is needed with --gradient_checkpointing, --train_batch_size 2 --gradient_accumulation_steps 2 (as many "
         "samples an update), --mixed_precision bf16, --use_8bit_adam, --cache_latents on or --set_grads_to_none" + END
@@ -248,6 +259,7 @@ def test_a_run_that_is_out_of_memory(tiny_settings: Settings, tmp_path: Path, mo
         return real(*given)
 
     monkeypatch.setattr("raycontrolnet.train_controlnet.train_step", train_step)
+    monkeypatch.setattr(memory, "missing_package", lambda _: None)
     out = tmp_path / "out"
     with pytest.raises(RunError) as error:
         run(tiny_settings, out, gradient_checkpointing=True, mixed_precision="bf16")

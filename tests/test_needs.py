@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import subprocess
 from dataclasses import replace
@@ -109,19 +110,80 @@ def _counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(needs_beside, "PATIENCE_S", 300.0)
 
 
+NEEDED = "bitsandbytes is not installed; run pip install 'raycontrolnet[8bit]'"
+
+
+@pytest.mark.parametrize(
+    ("device_gib", "installed", "expected"),
+    [
+        (11.0, True, "--use_8bit_adam brings it to 9.3 GiB"),
+        (11.0, False, "--train_batch_size 2 --gradient_accumulation_steps 2 fits"),
+        (7.0, True, "--train_batch_size 2 --gradient_accumulation_steps 2 fits with --use_8bit_adam"),
+        (7.0, False, "--train_batch_size 1 --gradient_accumulation_steps 4 fits"),
+        (5.1, True, "--train_batch_size 1 --gradient_accumulation_steps 4 fits with --use_8bit_adam"),
+        (5.1, False, f"--train_batch_size 1 --gradient_accumulation_steps 4 fits with --use_8bit_adam ({NEEDED})"),
+        (3.0, False, "no batch fits with --use_8bit_adam: take a smaller --resolution, or a device with more memory"),
+    ],
+)
+def test_advice_that_needs_no_installation_is_preferred(
+    device_gib: float, installed: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object() if installed else None)
+    train = replace(TRAIN, gradient_checkpointing=True)
+    assert Needs(train, prediction(2e9), lambda **_: prediction(2e9)).advice(device_gib * GIB) == expected
+
+
+@pytest.mark.parametrize("asked", [8, 64])
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("device_gib", [4.3, 4.6, 4.82, 6.4])
+def test_smaller_batches_are_counted_where_a_sample_takes_more_in_a_larger_one(
+    asked: int, checkpointing: bool, device_gib: float
+) -> None:
+    """With gradient checkpointing, asked for or advised."""
+    counts: list[int] = []
+
+    def counted(train_batch_size: int = asked, *, gradient_checkpointing: bool = checkpointing) -> Prediction:
+        counts.append(train_batch_size)
+        if not gradient_checkpointing:
+            return prediction(9e9)
+        base, per_sample = max(((1.2e9, 1e8), (0.0, 5e8)), key=lambda part: part[0] + part[1] * train_batch_size)
+        return replace(prediction(per_sample), activations_base=base)
+
+    train = replace(TRAIN, gradient_checkpointing=checkpointing, train_batch_size=asked, use_8bit_adam=True)
+    needs = Needs(train, counted(), counted)
+    device = device_gib * GIB
+    parts = [part for part in range(asked, 0, -1) if asked % part == 0]
+    on = {"gradient_checkpointing": True}
+    expected = next((part for part in parts if counted(part, **on).fits(part, device)), 0)
+    promised = next((part for part in parts if counted(asked, **on).fits(part, device)), 0)
+    assert expected <= promised
+    counts.clear()
+    advice = needs.advice(device)
+    flags = "" if checkpointing else " with --gradient_checkpointing"
+    if expected:
+        assert advice == f"--train_batch_size {expected} --gradient_accumulation_steps {asked // expected} fits{flags}"
+    else:
+        assert advice.startswith(f"no batch fits{flags}: ")
+    assert len(counts) == len(set(counts)), "each takes seconds"
+    assert len(counts) <= 4
+
+
 @pytest.mark.parametrize("asked", [1, 2, 10, 60])
-def test_the_largest_batch_is_counted_where_a_sample_takes_more_in_a_larger_one(asked: int) -> None:
+@pytest.mark.parametrize("device_gib", [11, 24])
+def test_the_largest_batch_is_counted_where_a_sample_takes_more_in_a_larger_one(asked: int, device_gib: int) -> None:
     """With gradient checkpointing: of two things the larger one counts, and the smaller one grows faster."""
 
-    def counted(train_batch_size: int) -> Prediction:
+    def counted(train_batch_size: int = asked) -> Prediction:
         base, per_sample = max(((4e9, 1e8), (1e9, 2e8)), key=lambda part: part[0] + part[1] * train_batch_size)
         return replace(prediction(per_sample), activations_base=base)
 
     train = replace(TRAIN, gradient_checkpointing=True, train_batch_size=asked)
     needs = Needs(train, counted(asked), lambda **changes: counted(**changes))
-    expected = max(size for size in range(1000) if counted(size).fits(size, 24 * GIB, RESERVED))
-    assert needs.largest_batch(24 * GIB) == expected
-    assert counted(1).largest_batch(24 * GIB) > expected, "one count promises too much"
+    expected = max(size for size in range(1000) if counted(size).fits(size, device_gib * GIB, RESERVED))
+    assert needs.largest_batch(device_gib * GIB) == expected
+    assert counted(1 if device_gib > 20 else 60).largest_batch(device_gib * GIB) > expected, (
+        "one count promises too much"
+    )
 
 
 @pytest.mark.usefixtures("_counted")

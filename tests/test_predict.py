@@ -8,6 +8,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ import raycontrolnet
 from raycontrolnet import TrainConfig, cli, fit
 from raycontrolnet.config.check_config import CheckConfig
 from raycontrolnet.errors import ConfigError
+from raycontrolnet.launch import check as launch_check
 from raycontrolnet.launch.check import Device, _device_lines, _memory_lines, check
 from raycontrolnet.launch.needs import Needs, memory_size
 from raycontrolnet.model.components import Components, load_components
@@ -73,7 +75,7 @@ def test_the_layers_of_a_gpu(sd15: Path) -> None:
     assert found.dispatches <= BUDGET_ON_GPUS
     guide = (Path(__file__).parents[1] / "examples" / "guides" / "needs.md").read_text()
     needs = Needs(TrainConfig(pretrained_model_name_or_path="none", train_data_dir="."), found, lambda **_: found)
-    shown = [*_memory_lines(found, 4), *_device_lines(needs, Device(None, 24 * GIB, None))]
+    shown = [*_memory_lines(found, 4, "a GPU", on_gpu=True), *_device_lines(needs, Device(None, 24 * GIB, None))]
     assert [line for line in shown if line.strip() not in guide] == []
 
 
@@ -91,7 +93,7 @@ def figures(lines: list[str]) -> dict[str, float]:
 @pytest.mark.parametrize("averages", [False, True])
 def test_the_lines_add_up_for_any_batch(averages: bool, sd15: Path) -> None:
     found = predicted(sd15, torch.bfloat16, on_gpu=True, mixed_precision="bf16", use_ema=averages)
-    four, ten = (figures(list(_memory_lines(found, batch))) for batch in (4, 10))
+    four, ten = (figures(list(_memory_lines(found, batch, "a GPU", on_gpu=True))) for batch in (4, 10))
     assert "averaging" in four if averages else "averaging" not in four
     parts = [
         name for name in four if name not in ("together", "together base") and not name.endswith((" base", " each"))
@@ -269,6 +271,39 @@ def test_what_it_says(tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyP
     assert "cache: 256 B of latents a row, " in text
     both = "\n".join(checked(tiny_settings | run | {"cache_latents": "on", "random_flip": True}))
     assert "cache: 512 B of latents a row (both ways, for --random_flip), " in both
+
+
+@pytest.mark.parametrize(
+    ("settings", "own", "here", "expected", "dtype"),
+    [
+        ({}, {}, False, "the CPU, as there is no GPU here; --device_memory 24 counts for a GPU of 24 GiB", "fp32"),
+        ({}, {"device_memory": 24}, False, "a GPU of 24.0 GiB (--device_memory)", "bf16"),
+        ({}, {"device_tflops": 312}, False, "a GPU of 312 TFLOP/s (--device_tflops)", "bf16"),
+        ({"use_gpu": True}, {}, False, "a GPU (--use_gpu True); there is none here", "bf16"),
+        ({"use_gpu": False}, {"device_memory": 24}, False, "the CPU (--use_gpu False)", "fp32"),
+        ({}, {}, True, "the GPU here, NVIDIA A100", "bf16"),
+        ({}, {"device_memory": 24}, True, "a GPU of 24.0 GiB (--device_memory)", "bf16"),
+    ],
+)
+def test_it_says_which_device_it_counts_for(
+    tiny_settings: dict[str, Any], settings: dict[str, Any], own: dict[str, Any], here: bool, expected: str,
+    dtype: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    gpu = SimpleNamespace(name="NVIDIA A100", total_memory=80 * GIB)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: here)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(launch_check, "has_bf16", lambda: True)
+    said = checked({**tiny_settings, "use_gpu": None, **settings}, **own)
+    assert f", {dtype}, from pixels: " in said[0]
+    (line,) = (line for line in said if line.startswith("memory of a worker, "))
+    assert line == f"memory of a worker, counted for {expected}"
+    (together,) = (line for line in said if line.startswith("  together "))
+    assert ("CUDA" in together) == (dtype == "bf16")
+
+
+def test_what_needs_a_gpu_is_refused_for_the_cpu(tiny_settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"^--mixed_precision=fp16: needs a GPU; "):
+        checked(tiny_settings | {"mixed_precision": "fp16", "use_gpu": False})
 
 
 def test_what_brings_a_run_that_does_not_fit_there(tiny_settings: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from PIL import Image
 from runs import flags, metadata
 
 from raycontrolnet import TrainConfig, prepare
-from raycontrolnet.cli import main
+from raycontrolnet.cli import main, parse
 from raycontrolnet.data.order import SampleOrder
 from raycontrolnet.data.sources import open_source
 from raycontrolnet.data.transforms import decode_conditioning, prepare_images
@@ -393,11 +394,35 @@ def test_a_subset_is_encoded_alone_and_served_by_a_whole_cache(
     subset = settings | {"max_train_samples": 5, "seed": 3}
     order = SampleOrder(NUM_ROWS, 3, 5)
     assert {order.row(k) for k in range(5)} == set(cache_of(subset).rows.tolist())
-    with pytest.raises(ConfigError, match=r"does not fit this run \(subset: \(3, 5\), not None\)"):
+    with pytest.raises(ConfigError, match=r"run \(of 5 rows drawn by --seed 3, not of all rows\)\. Make one"):
         run()
+    with pytest.raises(
+        ConfigError, match=r"--seed 3, not of 5 rows drawn by --seed 4\)\. Use it with --seed 3, or make"
+    ):
+        run(max_train_samples=5, seed=4)
     run(latents_cache_dir=str(tmp_path / "whole"))
     monkeypatch.setattr(LatentEncoder, "__init__", no_encoding)
     assert run(latents_cache_dir=str(tmp_path / "whole"), max_train_samples=5, seed=9).num_encoded == 0
+
+
+def test_the_command_that_uses_the_cache_is_said(
+    run: Prepare, shown: io.StringIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the seed, if the rows depend on it."""
+    assert "--seed" not in _command_that_uses(run, shown, latents_cache_dir=str(tmp_path / "whole"))
+    subset = {"max_train_samples": 5, "seed": 3, "latents_cache_dir": str(tmp_path / "part")}
+    command = _command_that_uses(run, shown, **subset)
+    assert " --seed 3" in command
+    monkeypatch.setattr(LatentEncoder, "__init__", no_encoding)
+    assert prepare(parse("train", shlex.split(command)[2:]), stream=io.StringIO()).num_samples == 5
+
+
+def _command_that_uses(run: Prepare, shown: io.StringIO, **changed: Any) -> str:
+    run(**changed)
+    *_, said, command = shown.getvalue().splitlines()
+    assert said == "latents: train, or tune, uses them with these flags and the run's others:"
+    assert command.startswith("  raycontrolnet train --pretrained_model_name_or_path ")
+    return command
 
 
 def test_the_default_folder_is_one_for_each_kind(run: Prepare, data: Path) -> None:

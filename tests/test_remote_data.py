@@ -436,6 +436,8 @@ REFUSED: dict[str, str] = {
     "s3://": "--{}=s3://: cannot be read (it names no bucket)" + CHECK,
     "s3://bucket/a/x.txt": "--{}=s3://bucket/a/x.txt: is a file; name the folder that it is in",
     "ftp://x/y": "--{}=ftp://x/y: cannot be read (Unrecognized filesystem type in URI: ftp://x/y)" + CHECK,
+    "s33://x/y": "--{}=s33://x/y: cannot be read (Unrecognized filesystem type in URI: s33://x/y; perhaps you meant s3)"
+    + CHECK,
     "s3://bucket/x?endpoint=h": "--{}=s3://bucket/x: cannot be read (Unexpected query parameter in S3 URI: "
     "'endpoint')" + CHECK,
     "s3://id:pass@bucket/x": "--{}: leave keys and tokens out of the URI; put them into the machines' environment",

@@ -231,7 +231,7 @@ def test_running(finished: Path) -> None:
     write_status(finished, "running", seconds=0.1)
     timings = {"step_s": 30.0, "validation_beside_s": 70.0, "data_wait_s": 10.0, "some_new_phase_s": 60.0}
     timings["checkpoint_beside_s"] = 5.0
-    (finished / ".timings.json").write_text(json.dumps(timings))
+    (finished / ".timings.json").write_text(json.dumps({"num_workers": 1, "timings": timings}))
     page = Page(write_report(finished))
     assert "circles-run running" in page.text
     assert "200 of 5,000 updates (4%) in 2:43, about 53:20 left. Written" in page.text

@@ -659,3 +659,8 @@ def test_importing_and_reading_loads_nothing_heavy() -> None:
     )
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert loaded.split() == []
+
+
+def test_no_file_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^--space: has no value; name a YAML file, or leave it out for the default"):
+        read_space("")

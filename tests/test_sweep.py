@@ -14,7 +14,7 @@ import yaml
 from processes import wait_for
 from sweeps import check_leaderboard, run_sweep, trial_processes
 
-from raycontrolnet import SweepConfig, SweepResult, TrainConfig, fit
+from raycontrolnet import SweepConfig, SweepResult, TrainConfig, fit, sweep
 from raycontrolnet.cluster.nodes import HEAD, cluster_nodes
 from raycontrolnet.config.cluster_settings import ClusterConfig
 from raycontrolnet.errors import ConfigError
@@ -172,6 +172,13 @@ def test_refused_before_any_trial(
         run_sweep(SweepConfig(train=TrainConfig(**sweep_settings | changes), **{"num_samples": 1, **options}))
     assert words in str(error.value)
     assert not list(Path(sweep_settings["output_dir"]).glob("trials/*"))
+
+
+def test_a_sweep_that_is_refused_leaves_no_folder(sweep_settings: Settings, tmp_path: Path) -> None:
+    train = TrainConfig(**sweep_settings | {"validation_split": 0, "output_dir": str(tmp_path / "a" / "b")})
+    with pytest.raises(ConfigError, match="none of these 24 rows are held out"):
+        sweep(SweepConfig(train=train, num_samples=2), stream=io.StringIO())
+    assert not (tmp_path / "a").exists()
 
 
 def test_another_sweep_is_not_overwritten(eight: SweepResult, sweep_settings: Settings) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raycontrolnet.config.declare import facts_of
-from raycontrolnet.config.rules import path_problem
+from raycontrolnet.config.rules import is_about, path_problem
 from raycontrolnet.config.settings import OptimConfig, StepConfig
 from raycontrolnet.config.train_config import FACTS, TrainConfig, names_with
 from raycontrolnet.errors import ConfigError, UserError
@@ -48,16 +48,22 @@ def missing_extras(config: OptimConfig | StepConfig, problems: Iterable[str] = (
     found = tuple(problems)
     for name in facts_of(type(config)):
         problem = package_problem(name, getattr(config, name))
-        if problem and not any(other.startswith((f"--{name}:", f"--{name}=")) for other in found):
+        if problem and not any(is_about(name, other) for other in found):
             yield problem
 
 
 def package_problem(name: str, value: Any) -> str | None:
     """Return a problem if the setting `name` needs an optional package for `value`, and it is not installed."""
+    missing = missing_package(name) if value else None
+    return f"--{name}: {missing}" if missing else None
+
+
+def missing_package(name: str) -> str | None:
+    """Return in words that the optional package of the setting `name` is not installed here, and what installs it."""
     package, extra = FACTS[name].get("package", (None, ""))
-    if not value or package is None or importlib.util.find_spec(package) is not None:
+    if package is None or importlib.util.find_spec(package) is not None:
         return None
-    return f"--{name}: {package} is not installed; run pip install 'raycontrolnet[{extra}]'"
+    return f"{package} is not installed; run pip install 'raycontrolnet[{extra}]'"
 
 
 def unwritable(folder: Path, flag: str) -> str | None:

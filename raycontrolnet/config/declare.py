@@ -44,6 +44,8 @@ class Facts(TypedDict, total=False):
     gpu_only: tuple[Any, str]
     """Value that needs a GPU, and what to do on the CPU."""
 
+    may_be_empty: Literal[True]
+    """An empty text is a value, as of a prompt."""
     left_out_of_card: Literal[True]
     """The value is about this machine or this run's place, and means nothing to the readers of a model card."""
     secret: Literal[True]

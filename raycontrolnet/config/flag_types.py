@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from raycontrolnet.config.named_values import NamedValues
+from raycontrolnet.config.values import NoValue, coerce
 
 if TYPE_CHECKING:
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+_NUMBERS: dict[Any, str] = {int: "INT", float: "FLOAT", int | None: "{None}|INT", float | None: "{None}|FLOAT"}
+"""Types of settings that are numbers -> what --help shows."""
 _METAVARS: dict[Any, str] = {
     str | None: "STR",
     tuple[str, ...] | None: "STR [STR ...]",
@@ -26,6 +29,7 @@ def own_types() -> ConstructorRegistry:
     registry = ConstructorRegistry()
     registry.primitive_rule(_optional_text)
     registry.primitive_rule(_named_values)
+    registry.primitive_rule(_number)
     return registry
 
 
@@ -62,6 +66,33 @@ def _named_values(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | No
         is_instance=lambda value: value is None or isinstance(value, str),
         str_from_instance=lambda value: [str(value)],
     )
+
+
+def _number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Return the rule for numbers, whose messages are those of a file's values."""
+    from tyro.constructors import PrimitiveConstructorSpec
+
+    if info.type not in _NUMBERS:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=_NUMBERS[info.type],
+        instance_from_str=lambda args: _as_number(args[0], info.type),
+        is_instance=lambda value: value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _as_number(text: str, kind: Any) -> Any:
+    whole, optional = "INT" in _NUMBERS[kind], "None" in _NUMBERS[kind]
+    if optional and text == "None":
+        return None
+    try:
+        return coerce(int(text) if whole and text.strip() else text, kind)
+    except NoValue as error:
+        raise ValueError(error.in_words) from None
+    except ValueError:
+        raise ValueError(f"{text} is not {'a whole number' if whole else 'a number'}") from None
 
 
 def _at_least_one(args: list[str]) -> list[str]:

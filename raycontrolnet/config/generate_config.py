@@ -34,7 +34,7 @@ class PicturesConfig:
 
     controlnet: str = ""
     """ControlNet: a run's output_dir, a checkpoint-N of it, a ControlNet's folder, or a Hub id. Required."""
-    prompt: tuple[str, ...] | None = None
+    prompt: tuple[str, ...] | None = setting(None, may_be_empty=True)
     """Prompts; as many as control images, or one. Required."""
     image: tuple[str, ...] | None = None
     """Control images of any size and mode, read as in training; as many as prompts, or one. Required."""
@@ -111,7 +111,7 @@ class BaseModelConfig:
     """File variant of the base model, such as fp16; by default the run's."""
     cache_dir: str | None = None
     """Folder for downloaded models."""
-    hub_token: str | None = setting(None, secret=True)
+    hub_token: str | None = setting(None, secret=True, may_be_empty=True)
     """Token for private models; HF_TOKEN and `hf auth login` work as well. It is never shown or stored."""
 
 

@@ -27,7 +27,9 @@ class OptimizerConfig:
 
     optimizer: str = setting(ADAMW, sweepable=True)
     """Optimizer as MODULE.CLASS, of PyTorch, bitsandbytes or any installed package, such as torch.optim.RAdam."""
-    optimizer_args: NamedValues | None = setting(None, sweepable=True)  # noqa: RUF009 (a text)
+    optimizer_args: NamedValues | None = setting(  # noqa: RUF009 (a text)
+        None, sweepable=True, may_be_empty=True
+    )
     """Its arguments besides lr, as weight_decay=0.1 betas=[0.9,0.99]; in a file also a mapping."""
 
     def problems(self) -> Problems:

@@ -83,7 +83,7 @@ class OutputConfig:
         if problem := self._logging_dir_problem():
             yield f"--logging_dir={shown_uri(self.logging_dir)}: {problem}; name a folder in it, such as logs"
         yield from one_of(self, "save_precision", SAVE_PRECISIONS)
-        if self.save_name is not None and (problem := save_name_problem(self.save_name)):
+        if self.save_name and (problem := save_name_problem(self.save_name)):
             yield f"--save_name={self.save_name[:LONGEST_SAVE_NAME]}: {problem}"
         unknown = [name for name in self.trackers if name not in TRACKERS]
         if unknown:
@@ -123,8 +123,6 @@ class OutputConfig:
 
 def save_name_problem(name: str) -> str | None:
     """Return why NAME.safetensors cannot be written; None if it can."""
-    if not name:
-        return "must be a name; leave it out for no such file"
     if name.lower().endswith(SAFETENSORS):
         return f"leave out {SAFETENSORS}, which is added"
     if not re.fullmatch(r"\w[\w.+-]*", name):
@@ -140,7 +138,9 @@ def save_name_problem(name: str) -> str | None:
 class ValidationConfig:
     """Validation: held-out rows, and images."""
 
-    validation_prompt: tuple[str, ...] | None = setting(None, decides_measurement="which images are scored")
+    validation_prompt: tuple[str, ...] | None = setting(
+        None, decides_measurement="which images are scored", may_be_empty=True
+    )
     """Prompts to make validation images for; as many as validation images, or one."""
     validation_image: tuple[str, ...] | None = setting(
         None, decides_measurement="which images are scored", path="local"
@@ -199,7 +199,11 @@ class HubConfig:
     push_to_hub: bool = setting(False, fixed=PUBLISHING, changes_on_resume=True, left_out_of_card=True)
     """Upload the final weights, model card and example images to the Hub."""
     hub_token: str | None = setting(
-        None, secret=True, fixed="is a secret and does not change what is learned", instead="set HF_TOKEN"
+        None,
+        secret=True,
+        may_be_empty=True,
+        fixed="is a secret and does not change what is learned",
+        instead="set HF_TOKEN",
     )
     """Token for the Hub; HF_TOKEN and `hf auth login` work as well. It is never shown or stored."""
     hub_model_id: str | None = setting(None, fixed=PUBLISHING, changes_on_resume=True, left_out_of_card=True)

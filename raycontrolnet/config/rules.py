@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from raycontrolnet.storage.uri import as_path, is_uri, shown_uri
+from raycontrolnet.storage.uri import as_path, is_uri, meant_uri, shown_uri
 from raycontrolnet.text import error_message, perhaps
 
 Problems = Iterator[str]
 
 
+NO_VALUE = "has no value"
+
+
 def problem_of(config: Any, name: str, problem: str) -> str:
-    return f"--{name}={getattr(config, name)}: {problem}"
+    value = getattr(config, name)
+    return f"--{name}: {NO_VALUE}; {problem}" if value == "" else f"--{name}={value}: {problem}"
+
+
+def empty_problems(config: Any, problems: Iterable[str]) -> Problems:
+    """Check that no setting is an empty text, or a list with one, unless `problems` have it already."""
+    found = tuple(problems)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        texts = [text for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)]
+        may_be = field.default == "" or "may_be_empty" in field.metadata
+        if may_be or all(text.strip() for text in texts) or any(is_about(field.name, problem) for problem in found):
+            continue
+        yield f"--{field.name}: {NO_VALUE}; give one, or leave it out"
+
+
+def is_about(name: str, problem: str) -> bool:
+    """Check whether a problem is one of the setting `name`."""
+    return problem.startswith(tuple(f"--{name}{end}" for end in ":=, "))
 
 
 def at_least(config: Any, minimum: float, *names: str) -> Problems:
@@ -22,6 +44,8 @@ def at_least(config: Any, minimum: float, *names: str) -> Problems:
         value = getattr(config, name)
         if value is not None and value < minimum:
             yield problem_of(config, name, f"must be at least {minimum}")
+        elif isinstance(value, int) and value >= 2**63:
+            yield problem_of(config, name, "must be below 2**63")
 
 
 def in_unit_interval(config: Any, name: str) -> Problems:
@@ -56,12 +80,14 @@ def seed_problems(config: Any) -> Problems:
 
 
 def path_problem(name: str, path: str) -> str | None:
-    """Return why the path in the setting `name` is none: a loop of links, too long, of a user that does not exist."""
+    """Return why the path in the setting `name` is none: a loop of links, too long, a mistyped URI."""
     try:
-        Path(path).expanduser().resolve().exists()
+        there = Path(path).expanduser().resolve().exists()
     except (OSError, RuntimeError, ValueError) as error:
         shown = f"{path[:60]}..." if len(path) > 60 else path
         return f"--{name}={shown}: cannot be used as a path ({error_message(error, 60)})"
+    if not there and (uri := meant_uri(path)):
+        return f"--{name}={shown_uri(path)}: is no URI; perhaps you meant {shown_uri(uri)}, or ./{shown_uri(path)}"
     return None
 
 
@@ -73,7 +99,7 @@ def folder_problems(config: Any, name: str, *, or_uri: bool = False) -> Problems
     """
     folder = getattr(config, name)
     if not folder:
-        yield f"--{name}: must name a folder"
+        yield f"--{name}: {NO_VALUE}; name a folder"
     elif or_uri and is_uri(folder):
         yield from secret_problems(config, name)
         if not shown_uri(folder).partition("://")[2].rpartition("/")[0]:
@@ -101,12 +127,14 @@ def pair_problems(config: Any, prompt: str, image: str) -> Problems:
             "give equal counts, or a single one of either"
         )
     for path in images:
-        if problem := path_problem(image, path):
+        if not path.strip():
+            yield f"--{image}: {NO_VALUE}; name a file"
+        elif problem := path_problem(image, path):
             yield problem
         elif is_uri(path):
             yield f"--{image}={shown_uri(path)}: must be a file on a disk; copy it to this machine"
         elif not Path(path).is_file():
-            yield f"--{image}={path}: no such file"
+            yield f"--{image}={path}: {'is a folder; name a file in it' if Path(path).is_dir() else 'no such file'}"
 
 
 def pairs_of(prompts: tuple[str, ...] | None, images: tuple[str, ...] | None) -> tuple[tuple[str, str], ...]:

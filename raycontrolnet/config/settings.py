@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from raycontrolnet.config.data_sources import source_problems
 from raycontrolnet.config.declare import setting
 from raycontrolnet.config.rules import (
+    NO_VALUE,
     Problems,
     at_least,
     in_unit_interval,
@@ -151,7 +152,7 @@ class CacheConfig:
         yield from at_least(self, 1, "latents_batch_size")
         yield from in_unit_interval(self, "max_bad_fraction")
         if self.latents_cache_dir == "":
-            yield "--latents_cache_dir: must name a folder; leave it out for the default one"
+            yield f"--latents_cache_dir: {NO_VALUE}; name a folder, or leave it out for the default one"
         yield from secret_problems(self, "latents_cache_dir")
         if self.cache_latents == "off" and self.on_bad_sample == "skip":
             yield "--on_bad_sample=skip: bad samples are found when latents are cached; leave out --cache_latents=off"

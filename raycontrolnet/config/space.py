@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from raycontrolnet.config.rules import NO_VALUE
 from raycontrolnet.config.sweepable import refusal, takes_values
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.config.values import coerce, read_yaml, setting_types, unknown_names
@@ -85,6 +86,8 @@ def read_space(space: str | Path | Mapping[str, Any] | None) -> dict[str, Dimens
     Raises:
         ConfigError: with every problem at once, each starting with its place.
     """
+    if space == "":
+        raise ConfigError([f"--space: {NO_VALUE}; name a YAML file, or leave it out for the default space"])
     place = place_of(space)
     entries = read_yaml(space, place) if isinstance(space, (str, Path)) else DEFAULT_SPACE if space is None else space
     if not isinstance(entries, Mapping):

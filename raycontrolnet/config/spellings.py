@@ -1,14 +1,16 @@
-"""Switches of other training scripts that are values of `crop` here: `--random_crop` and `--center_crop`."""
+"""Flags as users write them: the switches of other training scripts, other dashes, values of switches."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 from raycontrolnet.errors import ConfigError
 
 SPELLINGS = {"center_crop": "center", "random_crop": "random"}
-"""Switch -> value of `crop`."""
+"""Switch of other training scripts -> value of `crop`."""
 
 
 def in_our_spelling(flags: Sequence[str]) -> list[str]:
@@ -26,3 +28,25 @@ def in_our_spelling(flags: Sequence[str]) -> list[str]:
     if len(written) > 1:
         raise ConfigError([f"{', '.join(written.values())}: contradict each other; keep one of them"])
     return [flag if value is None else f"--crop={value}" for flag, value in zip(flags, values, strict=True)]
+
+
+def misspelt(flags: Sequence[str], kinds: Mapping[str, Any]) -> list[str]:
+    """Return a problem for each flag with other dashes than two, and for each switch that has a value.
+
+    Args:
+        flags: the arguments of a command.
+        kinds: setting name -> type.
+    """
+    problems = []
+    for flag, following in pairwise([*flags, "--"]):
+        written, has_value, value = flag.partition("=")
+        name = re.sub(r"^[-\u2010-\u2015\u2212]{1,2}", "", written).replace("-", "_")
+        setting = name if name in kinds else name.removeprefix("no_")
+        if name == written or setting not in kinds:
+            continue
+        if not written.startswith("--"):
+            problems.append(f"{written}: flags begin with two hyphens; write --{name}")
+        elif kinds[setting] is bool and (has_value or not following.startswith("-")):
+            given = value if has_value else following
+            problems.append(f"--{name} {given}: is a switch without a value; write --{setting}, or --no_{setting}")
+    return problems

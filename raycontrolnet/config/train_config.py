@@ -14,7 +14,7 @@ from raycontrolnet.config.optimizer_settings import AveragesConfig, OptimizerCon
 from raycontrolnet.config.output_settings import HubConfig, OutputConfig, ValidationConfig
 from raycontrolnet.config.rules import Problems, problem_of
 from raycontrolnet.config.settings import CacheConfig, DataConfig, ModelConfig, OptimConfig, StepConfig
-from raycontrolnet.config.values import check_settings, coerce
+from raycontrolnet.config.values import check_settings, coerce, misfit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def typed_settings(given: Mapping[Any, Any], kinds: Mapping[str, Any], place: st
             settings[name] = coerce(given[name], kinds[name])
         except ValueError as error:
             shown = "" if "secret" in FACTS.get(name, {}) else f"{given[name]!r} "
-            problems.append(f"{place}: {name}: {shown}{error}")
+            problems.append(f"{place}: {name}{misfit(error, f': {shown}')}")
     return settings, problems
 
 

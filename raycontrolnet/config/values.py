@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Union
 
 from raycontrolnet.config.named_values import NamedValues, as_text
+from raycontrolnet.config.rules import NO_VALUE, empty_problems
 from raycontrolnet.config.spellings import SPELLINGS
 from raycontrolnet.config.yaml_words import load_yaml, value_meant
 from raycontrolnet.errors import ConfigError
@@ -22,6 +23,20 @@ from raycontrolnet.storage.uri import UNUSABLE, is_uri, shown_value, split_uri
 from raycontrolnet.text import error_message, perhaps
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+class NoValue(ValueError):
+    """A value of the type `kind` is needed, and there is none."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__(f"must be {_TYPE_NAMES[kind]}")
+        self.in_words = f"{NO_VALUE}; give {_TYPE_NAMES[kind]}, or leave it out"
+        """The problem of a setting."""
+
+
+def misfit(error: ValueError, shown: str) -> str:
+    """Return the problem of a setting whose value `coerce` refuses, after the value as `shown`, if there is one."""
+    return f": {error.in_words}" if isinstance(error, NoValue) else f"{shown}{error}"
 
 
 @cache
@@ -43,6 +58,7 @@ def check_settings(config: Any) -> None:
     if not problems:  # the checks of the groups rely on the types
         checks = [vars(group)["problems"] for group in reversed(config.__class__.__mro__) if "problems" in vars(group)]
         problems = [problem for check in checks for problem in check(config)]
+        problems += empty_problems(config, problems)
     if problems:
         raise ConfigError(problems)
 
@@ -58,7 +74,7 @@ def coerce_settings(config: Any, kinds: Mapping[str, Any]) -> list[str]:
             object.__setattr__(config, setting.name, coerce(given, kinds[setting.name]))
         except ValueError as error:
             shown = "" if setting.metadata.get("secret") else _shown(given)
-            problems.append(f"--{setting.name}{shown}: {error}")
+            problems.append(f"--{setting.name}{misfit(error, f'{shown}: ')}")
     return problems
 
 
@@ -77,6 +93,7 @@ def coerce(value: Any, kind: Any) -> Any:
     to a text; one text or a list of them to a tuple; a mapping to named values; a `Word` to a text or a boolean.
 
     Raises:
+        NoValue: the value is null or an empty text.
         ValueError: names the expected type.
     """
     if typing.get_origin(kind) in (Union, types.UnionType):
@@ -92,17 +109,13 @@ def coerce(value: Any, kind: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         return _coerce_items(value, typing.get_args(kind)[0])
     value = value_meant(value, kind)
+    if value is None or (kind not in (str, NamedValues) and isinstance(value, str) and not value.strip()):
+        raise NoValue(kind)
     if kind is NamedValues:
         return as_text(value)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is float and (is_number or isinstance(value, str)):
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if math.isnan(number):  # NaN would pass every range check
-            raise ValueError("must be a number")
-        return number
+        return _as_float(value)
     if kind is str and (is_number or isinstance(value, Path)):
         return str(value)
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
@@ -110,8 +123,20 @@ def coerce(value: Any, kind: Any) -> Any:
     raise ValueError(f"must be {_TYPE_NAMES[kind]}")
 
 
+def _as_float(value: float | str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if math.isnan(number):  # NaN would pass every range check
+        raise ValueError("must be a number")
+    return number
+
+
 def _coerce_items(value: Any, kind: Any) -> tuple[Any, ...] | None:
     """Return one value or a list of them as a tuple of texts or numbers; None if it is empty."""
+    if kind is float and isinstance(value, str) and not value.strip():
+        raise NoValue(kind)
     items = list(value) if isinstance(value, (list, tuple)) else [value]
     if kind is str and not all(isinstance(item, (str, Path)) for item in items):
         raise ValueError("must be a text or a list of texts")
@@ -162,7 +187,8 @@ def read_yaml(path: str | Path, place: str) -> dict[Any, Any]:
     except UNUSABLE as error:
         raise ConfigError([f"{place}: cannot be read ({reason(error, 160)})"]) from None
     except yaml.YAMLError as error:
-        raise ConfigError([f"{place}: is not valid YAML ({error_message(error)})"]) from None
+        advice = "; indent with spaces, not tabs" if "'\\t'" in str(error) else ""
+        raise ConfigError([f"{place}: is not valid YAML ({error_message(error)}){advice}"]) from None
     if not isinstance(settings, dict):
         raise ConfigError([f"{place}: must be a list of `setting: value` lines"])
     return settings

@@ -26,12 +26,20 @@ def load_yaml(text: str) -> Any:
     """Return the content of a YAML file as `yaml.safe_load` does, but with each boolean as a `Word`.
 
     Raises:
-        yaml.YAMLError: if the text is not YAML.
+        yaml.YAMLError: if the text is not YAML, or has a key twice in a mapping.
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            lines: dict[str, int] = {}
+            for key, _ in node.value:
+                line = key.start_mark.line + 1
+                if isinstance(key, yaml.ScalarNode) and key.value in lines:
+                    where = f"in lines {lines[key.value]} and {line}" if line > lines[key.value] else f"in line {line}"
+                    raise yaml.YAMLError(f"{key.value} is there twice, {where}; keep one")
+                lines[str(key.value)] = line
+            return super().construct_mapping(node, deep)
 
     def read_bool(loader: Any, node: Any) -> str:
         word = str(loader.construct_scalar(node))

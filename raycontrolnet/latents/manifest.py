@@ -76,12 +76,36 @@ class Encoding:
         }
         return self == dataclasses.replace(other, **wanted)  # type: ignore[arg-type]
 
+    def seed_for(self, other: Encoding) -> int | None:
+        """Return the seed with which a cache in this encoding would serve `other`; None if there is none."""
+        for drawn in (self.subset, self.held_out):
+            if drawn is not None:
+                seed = drawn[0]
+                changed = dataclasses.replace(
+                    other,
+                    subset=other.subset and (seed, other.subset[1]),
+                    held_out=other.held_out and (seed, other.held_out[1]),
+                )
+                if self.serves(changed):
+                    return seed
+        return None
+
     def differences(self, other: Encoding) -> list[str]:
         """Return in words what `other` has instead."""
         names = {field.name: getattr(other, field.name) for field in dataclasses.fields(self)}
-        in_words = {"vae": "encoded by another VAE", "buckets": "other aspect buckets"}
+        in_words = {
+            "vae": "encoded by another VAE",
+            "buckets": "other aspect buckets",
+            "subset": f"of {_drawn(self.subset, 'all rows')}, not of {_drawn(other.subset, 'all rows')}",
+            "held_out": f"{_drawn(self.held_out, 'none')} held out, not {_drawn(other.held_out, 'none')}",
+        }
         return [in_words.get(name, f"{name}: {getattr(self, name)}, not {theirs}")
                 for name, theirs in names.items() if getattr(self, name) != theirs]  # fmt: skip
+
+
+def _drawn(rows: tuple[int, int] | None, none: str) -> str:
+    """Return (seed, number) of rows in words."""
+    return none if rows is None else f"{rows[1]:,} rows drawn by --seed {rows[0]}"
 
 
 @dataclass(frozen=True)

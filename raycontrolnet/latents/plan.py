@@ -109,8 +109,11 @@ class LatentPlan:
             return
         differences = "; ".join(self.manifest.encoding.differences(self.encoding))
         other = f"{self.folder.name}-{self.encoding.resolution}px"
+        seed = self.manifest.encoding.seed_for(self.encoding)
+        instead = f"Use it with --seed {seed}, or make" if seed is not None else "Make"
+        fits_not = f"the cache there does not fit this run ({differences})"
         problem = (
-            f"--latents_cache_dir={self.folder.uri}: the cache there does not fit this run ({differences}). Make one "
+            f"--latents_cache_dir={self.folder.uri}: {fits_not}. {instead} one "
             f"that does in another folder:\n  {prepare_command(self.config, latents_cache_dir=other)}"
         )
         raise ConfigError([problem])
@@ -214,8 +217,12 @@ def _default_folder(data: DataConfig, encoding: Encoding) -> Path:
     return user_cache() / "raycontrolnet" / "latents" / f"{own}-{encoding.resolution}px-{key}"
 
 
-def prepare_command(config: TrainConfig, **others: Any) -> str:
-    """Return the command that makes the cache for `config`, with some settings changed to `others`."""
+def prepare_command(config: TrainConfig, command: str = "prepare", **others: Any) -> str:
+    """Return the command that makes the cache for `config`, with some settings changed to `others`.
+
+    Args:
+        command: of those that take the same flags.
+    """
     names = {*names_that_decide("latents"), *names_with("in_prepare")}
     settings = {name: value for name, value in changed_settings(config).items() if name in names} | others
     if config.aspect_buckets:  # of which those with fewer rows than a batch are left out
@@ -226,7 +233,7 @@ def prepare_command(config: TrainConfig, **others: Any) -> str:
         settings["seed"] = config.seed
         if config.validation_split is not None:
             settings["validation_split"] = config.validation_split
-    return " ".join(["raycontrolnet prepare", *(_flag(name, value) for name, value in settings.items())])
+    return " ".join([f"raycontrolnet {command}", *(_flag(name, value) for name, value in settings.items())])
 
 
 def _flag(name: str, value: Any) -> str:

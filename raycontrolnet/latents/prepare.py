@@ -17,7 +17,7 @@ from raycontrolnet.data.sources import open_source
 from raycontrolnet.errors import ConfigError, Interrupted
 from raycontrolnet.latents.ensure import SEVERAL_MACHINES, complete, report_path
 from raycontrolnet.latents.manifest import BadSample
-from raycontrolnet.latents.plan import LatentPlan
+from raycontrolnet.latents.plan import LatentPlan, prepare_command
 from raycontrolnet.model.base_family import base_family
 from raycontrolnet.model.families.registry import families
 from raycontrolnet.model.problems import model_problems
@@ -90,6 +90,8 @@ def _prepare(config: TrainConfig, stream: TextIO) -> PrepareResult:
                     raise ConfigError([f"--latents_cache_dir: {SEVERAL_MACHINES}"])
                 resources.say_what_is_awaited(stream)
                 manifest = complete(plan, there, missing, resources, stream)
+    use = prepare_command(config, "train")
+    stream.write(f"latents: train, or tune, uses them with these flags and the run's others:\n  {use}\n")
     return PrepareResult(
         folder=plan.folder.uri,
         num_samples=manifest.num_rows,

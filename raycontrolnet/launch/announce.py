@@ -37,11 +37,13 @@ def announce(run: CheckedRun, status: RunStatus, stream: TextIO, *, use_gpu: boo
     status |= {"total_updates": schedule.total_updates, "held_out": len(run.order.held_out)}
     parts = zip(sources_of(run.config), named_sources(run.source), strict=True)
     status["data"] = [{"source": config.shown, "rows": len(part)} for config, part in parts]
+    status["latents_cache"] = run.cache.folder.name if run.cache else None
     status["mixed_precision"] = run.config.mixed_precision or "no"
+    fewest, most = run.config.worker_range
+    status["num_workers"] = run.config.most_workers if fewest == most else None  # of an elastic run workers say it
     status.write()
     step = run.start.step if run.start else 0
     source = "" if run.cache is None else " from cached latents"
-    fewest, most = run.config.worker_range
     workers = f"{fewest} to {most} workers" if fewest < most else counted(run.config.most_workers, "worker")
     workers += f" on {'GPUs' if use_gpu else 'CPUs'}"
     precision = run.config.mixed_precision  # on a CPU without one there is nothing to say

@@ -10,7 +10,14 @@ from typing import Any, TextIO
 import torch
 
 from raycontrolnet.config.check_config import CheckConfig
-from raycontrolnet.config.checks import collected, find_token, missing_extras, unwritable, with_absolute_paths
+from raycontrolnet.config.checks import (
+    check_device,
+    collected,
+    find_token,
+    missing_extras,
+    unwritable,
+    with_absolute_paths,
+)
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.image_sizes import find_buckets
 from raycontrolnet.data.mixture import in_words as sources_in_words
@@ -73,7 +80,23 @@ def in_precision_of_device(config: CheckConfig) -> TrainConfig:
 def is_for_gpu(config: CheckConfig) -> bool:
     """Check whether the device that is described, or else the one here, is a GPU."""
     described = config.device_memory is not None or config.device_tflops is not None
-    return config.train.use_gpu is not False and (described or torch.cuda.is_available())
+    here = described or torch.cuda.is_available()
+    return here if config.train.use_gpu is None else config.train.use_gpu
+
+
+def device_in_words(config: CheckConfig, device: Device) -> str:
+    """Return the device whose layers and default precision are counted, and why it is that one."""
+    if not is_for_gpu(config):
+        if config.train.use_gpu is False:
+            return "the CPU (--use_gpu False)"
+        return "the CPU, as there is no GPU here; --device_memory 24 counts for a GPU of 24 GiB"
+    if config.device_memory is not None:
+        return f"a GPU of {memory_size(config.device_memory * GIB)} (--device_memory)"
+    if torch.cuda.is_available():
+        return f"the GPU here, {device.words}"
+    if config.device_tflops is not None:
+        return f"a GPU of {config.device_tflops:g} TFLOP/s (--device_tflops)"
+    return "a GPU (--use_gpu True); there is none here"
 
 
 def check_on_stdout(config: CheckConfig) -> Prediction:
@@ -97,6 +120,9 @@ def check(config: CheckConfig, *, stream: TextIO | None = None) -> Prediction:
     train = in_precision_of_device(config)
     config, token = replace(config, train=train), find_token(train.hub_token)
     problems, source = list(missing_extras(train)), None
+    if train.use_gpu is False:
+        with collected(problems):
+            check_device(False, train, has_gpu=False)
     with collected(problems):
         try_optimizer(train)
     problems += model_problems(train, token)
@@ -126,7 +152,7 @@ def check(config: CheckConfig, *, stream: TextIO | None = None) -> Prediction:
         *([f"data: {sources}"] if (sources := sources_in_words(source, train)) else []),
         *(buckets.table() if buckets else ()),
         *train.without_effect(),
-        *_memory_lines(prediction, train.train_batch_size),
+        *_memory_lines(prediction, train.train_batch_size, device_in_words(config, device), on_gpu=how["on_gpu"]),
         *_device_lines(needs, device),
         *_work_lines(prediction, schedule, device, config.price_per_hour),
         *_disk_lines(needs, schedule, len(source), cached=cached),
@@ -163,8 +189,8 @@ def _run_lines(family: Family, train: TrainConfig, schedule: Schedule, *, cached
     yield f"{what}: {workers} x batch {schedule.batch_size} x accumulation {schedule.accumulation_steps}"
 
 
-def _memory_lines(prediction: Prediction, batch_size: int) -> Iterator[str]:
-    yield "\nmemory of a worker's device"
+def _memory_lines(prediction: Prediction, batch_size: int, device: str, *, on_gpu: bool) -> Iterator[str]:
+    yield f"\nmemory of a worker, counted for {device}"
     for name, number in prediction.weights.items():
         size = prediction.frozen_bytes.get(name, prediction.trained_bytes.get(name))
         yield _row(name, memory_size(size) if size else "on the CPU", f"{short_number(number, 3)} weights")
@@ -179,12 +205,13 @@ def _memory_lines(prediction: Prediction, batch_size: int) -> Iterator[str]:
     per_sample = _per_sample(prediction.activations_per_sample)
     base = f"{memory_size(prediction.activations(0))} and {per_sample}"
     yield _row("activations", memory_size(prediction.activations(batch_size)), base)
-    yield _row("together", memory_size(prediction.total(batch_size)), "CUDA and its kernels need 1 to 3 GiB more")
+    beside = "CUDA and its kernels need 1 to 3 GiB more" if on_gpu else "Python and its libraries come on top"
+    yield _row("together", memory_size(prediction.total(batch_size)), beside)
 
 
 def _device_lines(needs: Needs, device: Device) -> Iterator[str]:
     if device.bytes is None:
-        yield "\ndevice: no GPU here; --device_memory 24 says what fits one of 24 GiB"
+        yield "\ndevice: its memory is not known; --device_memory 24 says what fits a GPU of 24 GiB"
         return
     batch_size, where = needs.train.train_batch_size, f"{device.words} with {memory_size(device.bytes)}"
     if not needs.fits(device.bytes):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any, NamedTuple, TextIO
 
 import torch
 
 from raycontrolnet.cluster.machine_memory import host_bytes
+from raycontrolnet.config.checks import missing_package
 from raycontrolnet.config.optimizer_settings import ADAMW
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.records import Size
@@ -45,7 +47,7 @@ class Needs:
     ) -> Needs:  # fmt: skip
         """Return the needs by a prediction that has been made; arguments as of `count`."""
         how: dict[str, Any] = {"cached": cached, "sizes": sizes, "on_gpu": on_gpu}
-        return Needs(train, prediction, lambda **changes: count(replace(train, **changes), token, **how))
+        return Needs(train, prediction, cache(lambda **changes: count(replace(train, **changes), token, **how)))
 
     @property
     def memory(self) -> float:
@@ -72,13 +74,19 @@ class Needs:
         size = self.prediction.largest_batch(device_bytes)
         if not self.train.gradient_checkpointing:
             return size
-        # Then a sample takes more in a larger batch, and what is counted at a small one promises too much.
-        while size > self.train.train_batch_size:
-            there = self.counted(train_batch_size=size)
+        # Then a sample takes more in a larger batch: what is counted at one batch promises too much at any other.
+        while size > 0:
+            there = self._counted_at(size)
             if there.fits(size, device_bytes, RESERVED):
                 break
             size = min(size - 1, there.largest_batch(device_bytes))
         return size
+
+    def _counted_at(self, batch_size: int, **changes: Any) -> Prediction:
+        """Return the prediction that is exact for `batch_size`, with settings changed to `changes`."""
+        if batch_size != self.train.train_batch_size:
+            changes["train_batch_size"] = batch_size
+        return self.counted(**changes) if changes else self.prediction
 
     def may_fit(self, batch_size: int, device_bytes: float) -> bool:
         """Check whether a batch fits a device, or may fit if the prediction is too high."""
@@ -100,32 +108,64 @@ class Needs:
         return f"batch {self.train.train_batch_size} needs {need}, {device} has {has}: {self.advice(device_bytes)}"
 
     def advice(self, device_bytes: float) -> str:
-        """Return what makes a run fit that does not."""
-        size, steps = self.train.train_batch_size, self.train.gradient_accumulation_steps
-        tried: list[tuple[str, Prediction]] = []
-        for flags, prediction in self._lighter():
-            tried += [(flags, prediction), (f"{flags} {NO_GRAPHS}".strip(), prediction.without_graphs())]
-            for found, lighter in tried[-2:]:
-                if lighter.fits(size, device_bytes):
-                    return f"{found} brings it to {memory_size(lighter.total(size))}"
-        parts = [part for part in range(size - 1, 0, -1) if size % part == 0]
-        fitting = [next((part for part in parts if each.fits(part, device_bytes)), 0) for _, each in tried]
-        part = max(fitting)
-        flags, _ = tried[fitting.index(part)] if part else tried[-2]  # the fewest flags for the largest part
-        flags = f" with {flags}" if flags else ""
-        if part:
-            return f"--train_batch_size {part} --gradient_accumulation_steps {size // part * steps} fits{flags}"
+        """Return what makes a run fit that does not; what needs no installation if there is such."""
+        ways = list(self._ways())
+        for lacks in (False, True):
+            if found := self._what_fits([way for way in ways if bool(way.lacks) == lacks], device_bytes):
+                return found
+        flags = f" with {ways[-2].flags}" if ways[-2].flags else ""  # not --cuda_graphs off, which helps least
         return f"no batch fits{flags}: take a smaller --resolution, or a device with more memory"
 
-    def _lighter(self) -> Iterator[tuple[str, Prediction]]:
-        """Yield the run's prediction, and those with more and more of the flags that need less memory."""
-        train, prediction, flags = self.train, self.prediction, ""
-        yield flags, prediction
+    def _what_fits(self, ways: Sequence[_Way], device_bytes: float) -> str | None:
+        """Return the first way that brings the whole batch in, or else the largest part of it with the fewest flags."""
+        size, steps = self.train.train_batch_size, self.train.gradient_accumulation_steps
+        for way in ways:
+            if (lighter := way.at(size)).fits(size, device_bytes):
+                return f"{way.flags} brings it to {memory_size(lighter.total(size))}{way.note}"
+        for part in [part for part in range(size - 1, 0, -1) if size % part == 0]:
+            for way in ways:
+                # Counted at the whole batch, a smaller one seems to need too little, never too much.
+                if way.at(size).fits(part, device_bytes) and way.at(part).fits(part, device_bytes):
+                    accumulation = f"--gradient_accumulation_steps {size // part * steps}"
+                    flags = f" with {way.flags}" if way.flags else ""
+                    return f"--train_batch_size {part} {accumulation} fits{flags}{way.note}"
+        return None
+
+    def _ways(self) -> Iterator[_Way]:
+        """Yield the run as it is, and with more and more of the flags that need less memory."""
+        train, flags = self.train, ""
+        at: _CountAt = cache(self._counted_at) if train.gradient_checkpointing else lambda _: self.prediction
+        yield from _Way("", at).and_without_graphs()
         if not train.gradient_checkpointing:
-            flags, prediction = "--gradient_checkpointing", self.counted(gradient_checkpointing=True)
-            yield flags, prediction
+            flags, at = "--gradient_checkpointing", cache(partial(self._counted_at, gradient_checkpointing=True))
+            yield from _Way(flags, at).and_without_graphs()
         if not train.use_8bit_adam and train.optimizer == ADAMW:
-            yield f"--use_8bit_adam {flags}".strip(), prediction.with_8bit_adam()
+            flags = f"--use_8bit_adam {flags}".strip()
+            yield from _Way(
+                flags, lambda size: at(size).with_8bit_adam(), missing_package("use_8bit_adam")
+            ).and_without_graphs()
+
+
+_CountAt = Callable[[int], Prediction]
+
+
+class _Way(NamedTuple):
+    """A way to make a run need less memory."""
+
+    flags: str
+    at: _CountAt
+    """Call it with a batch, for the prediction that is exact for it; may take seconds."""
+    lacks: str | None = None
+    """Package that it needs and that is not installed, in words."""
+
+    @property
+    def note(self) -> str:
+        return f" ({self.lacks})" if self.lacks else ""
+
+    def and_without_graphs(self) -> Iterator[_Way]:
+        yield self
+        flags = f"{self.flags} {NO_GRAPHS}".strip()
+        yield self._replace(flags=flags, at=lambda size: self.at(size).without_graphs())
 
 
 def count(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from raycontrolnet.config.checks import package_problem
 from raycontrolnet.config.named_values import read_named_values
 from raycontrolnet.config.optimizer_settings import ADAMW, ADAMW_8BIT
 from raycontrolnet.config.train_config import TrainConfig
@@ -91,10 +92,8 @@ def class_of(config: TrainConfig) -> type[Optimizer]:
         return optimizer_class(config.optimizer)
     try:
         import bitsandbytes
-    except ImportError:
-        raise UserError(
-            "--use_8bit_adam: bitsandbytes is not installed; run pip install 'raycontrolnet[8bit]'"
-        ) from None
+    except ImportError as error:
+        raise UserError(package_problem("use_8bit_adam", True) or str(error)) from None
     found: type[Optimizer] = bitsandbytes.optim.AdamW8bit
     return found
 

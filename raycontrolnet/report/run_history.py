@@ -106,7 +106,7 @@ def read(output_dir: Path) -> RunHistory:
     status, settings = read_status(output_dir), _parsed(_text(output_dir / CONFIG_FILE), yaml.safe_load)
     timings = status.get("timings")
     if not isinstance(timings, dict):
-        timings = read_json(output_dir / TIMINGS_FILE)
+        timings = read_json(output_dir / TIMINGS_FILE).get("timings", {})
     seconds = {str(name).removesuffix("_s"): number(value) for name, value in timings.items()}
     updates = _by_step(_lines(output_dir / metrics.METRICS_FILE))
     run = RunHistory(

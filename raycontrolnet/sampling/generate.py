@@ -35,6 +35,7 @@ from raycontrolnet.quiet import MODEL_LIBRARIES, no_progress_bars
 from raycontrolnet.sampling import find_controlnet, images, scores
 from raycontrolnet.sampling.images import METADATA, ImageItem, PairImages
 from raycontrolnet.sampling.pipeline import DrawOptions
+from raycontrolnet.storage.files import removed_if_empty
 from raycontrolnet.storage.uri import shown_name
 from raycontrolnet.text import counted, duration
 from raycontrolnet.version import __version__
@@ -79,7 +80,7 @@ def generate(config: GenerateConfig, *, stream: TextIO | None = None) -> list[Pa
         RunError: it failed, as on a full disk; finished images stay (exit code 1).
         Interrupted: Ctrl-C or SIGTERM; finished images stay (exit code 130 or 143).
     """
-    with shown_on(stream) as shown:
+    with shown_on(stream) as shown, removed_if_empty(Path(config.out).expanduser()):
         return _generate(config, shown)
 
 

@@ -177,3 +177,15 @@ def synced(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def removed_if_empty(folder: Path) -> Iterator[None]:
+    """Remove `folder`, and those above it, at the end if they were created inside and are empty."""
+    new = [each for each in (folder, *folder.parents) if not os.path.exists(each)]  # noqa: PTH110 (does not raise)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # it has files
+            for each in new:
+                each.rmdir()

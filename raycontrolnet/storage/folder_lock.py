@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from raycontrolnet.storage.files import close_folder, reopen_folder
+from raycontrolnet.storage.files import close_folder, removed_if_empty, reopen_folder
 from raycontrolnet.storage.lock import DEAD_AFTER_S, LOCK_FILE, HeldLock, Owner, content_of, in_use, is_gone, owner_in
 
 SETTLED_AFTER_S = 0.2
@@ -78,19 +78,16 @@ def locked(folder: Path, shown: str | None = None, close: Callable[[str], None] 
     """
     owner, shown = Owner(), shown or str(folder)
     lock = FolderLock(folder, owner, shown, close or partial(close_folder, folder))
-    is_new = not os.path.exists(folder)  # noqa: PTH110 (does not raise)
-    try:
-        with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            _take(folder / LOCK_FILE, owner, shown)
-            lock.is_held = True
-        reopen_folder(folder)  # an earlier run of this process may have lost it
-        yield lock
-    finally:
-        lock.release()
-        if is_new:
-            with suppress(OSError):  # it has files now
-                folder.rmdir()
+    with removed_if_empty(folder):
+        try:
+            with suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                _take(folder / LOCK_FILE, owner, shown)
+                lock.is_held = True
+            reopen_folder(folder)  # an earlier run of this process may have lost it
+            yield lock
+        finally:
+            lock.release()
 
 
 def _take(file: Path, owner: Owner, shown: str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from raycontrolnet.storage.store_requests import reason
+from raycontrolnet.text import perhaps
 
 if TYPE_CHECKING:
     from pyarrow import fs
@@ -20,9 +21,22 @@ STORES_WITH_BUCKETS = ("s3", "gcs")
 """pyarrow's names of file systems in which nothing can be written where there is no bucket."""
 
 
+SCHEMES = ("s3", "gs", "gcs", "hdfs", "abfs", "abfss")
+"""Beginnings of URIs that pyarrow reads."""
+
+
 def is_uri(name: str) -> bool:
     """Check whether `name` is a URI, not a path; `file://` URIs are paths, see `as_path`."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name) is not None and not name.startswith("file://")
+
+
+def meant_uri(name: str) -> str | None:
+    """Return the URI that a path is probably meant for, as s3:/bucket or gs//bucket; None for other names."""
+    mistyped = rf"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)|({'|'.join(SCHEMES)})(:(?!//)|/+(?<=//)|[;,]/)"
+    found = re.match(mistyped, name, re.IGNORECASE)
+    if found is None or name.lower().startswith("file:"):
+        return None
+    return f"{(found[1] or found[2]).lower()}://{name[found.end() :].lstrip(':/;,')}"
 
 
 def as_path(name: str) -> str:
@@ -77,7 +91,11 @@ def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
     """
     from pyarrow import fs
 
-    system, path = fs.FileSystem.from_uri(uri)
+    try:
+        system, path = fs.FileSystem.from_uri(uri)
+    except ValueError as error:
+        near = perhaps(uri.partition("://")[0], SCHEMES) if "Unrecognized filesystem" in str(error) else ""
+        raise ValueError(f"{error}{near}") from None
     if system.type_name == "s3":
         # from_uri takes Arrow's patience of thirty tries, up to minutes; a copy has that of pyarrow's own constructor.
         system = pickle.loads(pickle.dumps(system))

@@ -218,14 +218,14 @@ def wait_for_driver(output_dir: Path, marked: Callable[[], bool], driver: str) -
         time.sleep(MARK_INTERVAL_S)
 
 
-def write_timings(output_dir: Path, timings: Mapping[str, float]) -> None:
-    """Write the seconds by phase so far, for the report, and for run.json if the run fails."""
+def write_timings(output_dir: Path, timings: Mapping[str, float], num_workers: int) -> None:
+    """Write the seconds by phase so far and the number of workers, for the report, or run.json if the run fails."""
     with replacing(output_dir / TIMINGS_FILE) as partial:
-        partial.write_text(json.dumps(timings))
+        partial.write_text(json.dumps({"num_workers": num_workers, "timings": timings}))
 
 
-def read_timings(output_dir: Path) -> dict[str, float]:
-    """Return what `write_timings` wrote last; empty if there is nothing."""
+def read_timings(output_dir: Path) -> dict[str, Any]:
+    """Return what `write_timings` wrote last, under run.json's names; empty if there is nothing."""
     with suppress(FileNotFoundError):
         return dict(json.loads((output_dir / TIMINGS_FILE).read_text()))
     return {}

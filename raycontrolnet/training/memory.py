@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from raycontrolnet.cluster.worker import gpu_share
+from raycontrolnet.config.checks import missing_package
 from raycontrolnet.config.optimizer_settings import ADAMW
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.model.graphs import has_graphs
@@ -48,7 +49,8 @@ def _flags(config: TrainConfig, *, cached: bool, num_workers: int, share: float,
     if config.mixed_precision in (None, "no"):
         yield f"--mixed_precision {'bf16' if bf16 else 'fp16'}"
     if not config.use_8bit_adam and config.optimizer == ADAMW:
-        yield "--use_8bit_adam"
+        missing = missing_package("use_8bit_adam")
+        yield f"--use_8bit_adam ({missing})" if missing else "--use_8bit_adam"
     if not cached:
         yield "--cache_latents on"
     # Gradients stay during an accumulation, and DDP's buckets hold them always.

@@ -68,6 +68,6 @@ def live_status(output_dir: Path, started: float, versions: dict[str, str]) -> I
         raise
     finally:
         if "timings" not in status:  # the run ended early
-            status["timings"] = read_timings(output_dir)
+            status |= {"timings": {}, **read_timings(output_dir)}
         status.write()
         (output_dir / TIMINGS_FILE).unlink(missing_ok=True)

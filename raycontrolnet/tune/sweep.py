@@ -32,6 +32,7 @@ from raycontrolnet.launch.needs_beside import counting
 from raycontrolnet.report.live_report import live_report
 from raycontrolnet.report.page import REPORT_FILE
 from raycontrolnet.signals import ended_in_order, ending_signals_raised, raise_interrupt
+from raycontrolnet.storage.files import removed_if_empty
 from raycontrolnet.text import counted, duration, one_line
 from raycontrolnet.tune.concurrency import trial_slots
 from raycontrolnet.tune.heaviest import heaviest, say_heaviest
@@ -100,7 +101,8 @@ def sweep(config: SweepConfig, *, stream: TextIO | None = None) -> SweepResult:
         RunError: no trial came to a validation (exit code 1).
         Interrupted: Ctrl-C or SIGTERM (exit code 130, 143); trials continue from their last checkpoints with `resume`.
     """
-    with shown_on(stream) as shown, ending_signals_raised():
+    folder = Path(config.train.output_dir).expanduser()
+    with shown_on(stream) as shown, ending_signals_raised(), removed_if_empty(folder):
         return _sweep(config, shown)
 
 
