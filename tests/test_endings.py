@@ -79,6 +79,7 @@ def test_a_second_ctrl_c_waits_for_no_store(
             assert process.poll() is None, "the first waits for it"
             process.send_signal(signal.SIGINT)
             _, said = process.communicate(timeout=PATIENCE_S)
+            wait_for(lambda: not processes_of_session(process.pid), PATIENCE_S)
         finally:
             kill_all(processes_of_session(process.pid))
     assert process.returncode == 130, said
@@ -88,4 +89,5 @@ def test_a_second_ctrl_c_waits_for_no_store(
     fit(TrainConfig(**settings | {"resume_from_checkpoint": "latest", "num_workers": "0"}))
     whole = run(run_settings | LONGER, tmp_path / "whole")
     records = use_s3.read(f"{name}/metrics.jsonl").splitlines()
-    assert [json.loads(record)["loss"] for record in records] == column(whole, "loss")
+    tolerance = 0.0 if num_workers == "0" else 1e-5  # for another number of threads
+    assert [json.loads(record)["loss"] for record in records] == pytest.approx(column(whole, "loss"), tolerance, 0.0)

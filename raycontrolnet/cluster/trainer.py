@@ -109,9 +109,9 @@ class InterruptibleTrainer(TorchTrainer):
                 self._remove_placement_groups()
 
     def answers(self, within_s: float) -> bool:
-        """Check whether Ray still has the controller, as unless its processes were ended with others."""
+        """Check whether Ray still has the controller while there is one: its processes may have been ended as well."""
         if (controller := self.controller) is None:
-            return False
+            return True
         asked: Future[bool] = Future()
 
         def ask() -> None:  # in a thread: a Ray that is gone may hold the call itself up
