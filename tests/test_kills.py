@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import multiprocessing
 import os
 import signal
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from processes import kill_9
-from runs import Settings, column, contents, equal, flags, run, weights
+from runs import Settings, column, contents, equal, run, weights
 
 from raycontrolnet import TrainConfig, fit
 from raycontrolnet.latents import manifest
@@ -127,7 +129,10 @@ def test_driver_and_ray_killed_once(moment: str, settings: Settings, whole: Path
     """With workers on a Ray of its own, all of which is killed; figures are those of another number of threads."""
     settings = settings | {"output_dir": str(tmp_path / "run"), "latents_cache_dir": str(tmp_path / "cache")}
     settings |= {"num_workers": "1"}
-    kill_9([sys.executable, "-m", "raycontrolnet", "train", *flags(settings)], lambda: [*tmp_path.glob(ON_RAY[moment])])
+    file = tmp_path / "train.yaml"
+    file.write_text(yaml.safe_dump(json.loads(json.dumps(settings))))
+    command = [sys.executable, "-m", "raycontrolnet", "train", "--config", str(file)]
+    kill_9(command, lambda: [*tmp_path.glob(ON_RAY[moment])])
     out = run(settings, tmp_path / "run", num_workers="0", resume_from_checkpoint="latest")
     check_is_whole(out, whole, tolerance=1e-4)
 
