@@ -22,7 +22,7 @@ from raycontrolnet.config.sweep_config import SweepConfig, SweepSettings
 from raycontrolnet.config.train_config import GROUPS, TrainConfig, typed_settings
 from raycontrolnet.config.values import read_yaml, setting_types, unknown_names
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
-from raycontrolnet.signals import end_if_threads_left, ending_signals_raised, exit_code
+from raycontrolnet.signals import end_if_threads_left, end_process_in_haste, ending_signals_raised, exit_code
 from raycontrolnet.storage.uri import shown_name
 from raycontrolnet.text import first_of, perhaps
 from raycontrolnet.version import __version__
@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     It is 0, 1 for a failed run, 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM, 141 if nobody reads the output.
     """
+    if argv is None:
+        end_process_in_haste()
     try:
         try:
             code = _main(argv)

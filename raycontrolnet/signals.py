@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import NoReturn
 
@@ -17,9 +21,91 @@ ENDING = (signal.SIGTERM, signal.SIGHUP)
 REACTION_S = 8.0
 """Time for the main thread to react to a signal, and to end."""
 
+HASTE_S = 1.0
+"""Time for an end in order after a second signal: for what would be waited for without it."""
+END_S = 1.8
+"""Time after a second signal at which a command ends in any case."""
+LOOK_S = 0.1
+
 _threads_left = threading.Event()
 _last = signal.SIGINT
 """The signal that was raised last. Not carried by an exception: `ray.get` raises a KeyboardInterrupt of its own."""
+
+
+class Haste:
+    """The wish of a second signal: to wait for nothing any more."""
+
+    def __init__(self) -> None:
+        self._until = math.inf
+
+    def begin(self) -> None:
+        """Give what is waited for `HASTE_S` from now on."""
+        if not self.has_begun:
+            self._until = time.monotonic() + HASTE_S
+
+    @property
+    def has_begun(self) -> bool:
+        return self._until < math.inf
+
+    @property
+    def is_over(self) -> bool:
+        """True if nothing is waited for any more."""
+        return time.monotonic() >= self._until
+
+    def wait(self, look: Callable[[float], bool], most_s: float | None = None) -> bool:
+        """Wait until `look`, which is given seconds to wait, returns True; return its last answer.
+
+        Args:
+            most_s: to wait; None for as long as it takes. In haste it is less.
+        """
+        until = math.inf if most_s is None else time.monotonic() + most_s
+        while not look(max(0.0, min(LOOK_S, until - time.monotonic()))):
+            if self.is_over or time.monotonic() >= until:
+                return look(0.0)
+        return True
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep, in haste for less."""
+
+        def look(most_s: float) -> bool:
+            time.sleep(most_s)
+            return False
+
+        self.wait(look, seconds)
+
+    def left_s(self, most_s: float) -> float:
+        """Return `most_s`, or what haste leaves of it."""
+        return max(0.0, min(most_s, self._until - time.monotonic()))
+
+
+@dataclass
+class _Work:
+    """The outermost piece of work in this process that signals end."""
+
+    haste: Haste = field(default_factory=Haste)
+    num_signals: int = 0
+    last_words: Callable[[], None] = lambda: None
+    depth: int = 0
+
+
+_work = _Work()
+_ends_process = False
+
+
+def haste() -> Haste:
+    """Return the haste of the work at hand."""
+    return _work.haste
+
+
+def is_watched() -> bool:
+    """Check whether signals to this process end work in it, as in a driver, not in a worker on Ray."""
+    return _work.depth > 0
+
+
+def end_process_in_haste() -> None:
+    """Let a second signal end this process after `END_S`, whatever it is at: it is a command's, not a user's Python."""
+    global _ends_process
+    _ends_process = True
 
 
 def leave_threads() -> None:
@@ -28,8 +114,10 @@ def leave_threads() -> None:
 
 
 def end_if_threads_left(code: int) -> None:
-    """End this process at once with `code` if `leave_threads` was called: Python would wait for the threads."""
-    if _threads_left.is_set():
+    """End this process at once with `code` after `leave_threads`, or in haste: Python would wait for the threads."""
+    if _threads_left.is_set() or _work.haste.has_begun:
+        with suppress(OSError, ValueError):
+            sys.stderr.flush()
         os._exit(code)
 
 
@@ -40,52 +128,99 @@ def exit_code() -> int:
 
 @contextmanager
 def ending_signals_raised() -> Iterator[None]:
-    """Let the signals of `ENDING` raise KeyboardInterrupt as Ctrl-C does, in the main thread; elsewhere do nothing.
+    """Let Ctrl-C and the signals of `ENDING` raise KeyboardInterrupt, in the main thread; elsewhere do nothing.
 
-    Ignored ones, as SIGHUP under nohup, stay ignored.
+    Ignored ones, as SIGHUP under nohup, stay ignored. From the second on, nothing is waited for: see `haste`.
     """
-    global _last
-    _last = signal.SIGINT
-    with _handled(ENDING, lambda number, _: raise_interrupt(number)):
+    global _last, _work
+    if threading.current_thread() is not threading.main_thread():
         yield
+        return
+    if not _work.depth:
+        _last, _work = signal.SIGINT, _Work()
+    _work.depth += 1
+    try:
+        with _handled((signal.SIGINT, *ENDING), lambda number, _: _note_and_raise(number)):
+            yield
+    finally:
+        _work.depth -= 1
+
+
+def _note_and_raise(number: int) -> NoReturn:
+    _note(number)
+    raise_interrupt(number)
+
+
+def _note(number: int) -> bool:
+    """Count a signal; return True for the first. At the second, haste begins."""
+    _work.num_signals += 1
+    if _work.num_signals == 2:
+        _work.haste.begin()
+        if _ends_process:
+            _later(END_S, _end, number)
+    return _work.num_signals == 1
+
+
+def _end(number: int) -> None:
+    """End the process."""
+    last_words, _work.last_words = _work.last_words, lambda: None
+    last_words()
+    os._exit(128 + number)
+
+
+def _later(seconds: float, do: Callable[..., object], *arguments: object) -> threading.Timer:
+    timer = threading.Timer(seconds, do, arguments)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 @contextmanager
 def ended_in_order(
-    begin_end: Callable[[], bool], grace_s: float | None = None, last_words: Callable[[], None] = lambda: None
+    begin_end: Callable[[], bool],
+    last_words: Callable[[], None] = lambda: None,
+    *,
+    look_s: float | None = None,
+    still_ends: Callable[[], bool] = lambda: True,
 ) -> Iterator[None]:
     """Let the first signal only begin an orderly end of the work in the `with` block, in the main thread.
 
-    When the block is over, or at a second signal, it is raised as KeyboardInterrupt; if it is not Ctrl-C, also after
-    `grace_s`: who sends others waits only so long. If the main thread does not even react to that, as in a call to a
-    Ray whose processes got the signal as well, the process ends.
+    When the block is over, or at a second signal, it is raised as KeyboardInterrupt. If the main thread does not even
+    react to that, as in a call to a Ray whose processes got the signal as well, the process ends.
 
     Args:
         begin_end: asks the work to end, and returns whether it will; if not, the signal is raised at once.
         last_words: called, in another thread, before the process ends.
+        look_s: after a signal that is not Ctrl-C, time between two looks at the end; None to take none.
+        still_ends: looks at it, in another thread; the signal is raised once it returns False.
     """
     noted: list[int] = []
+    timers: list[threading.Timer] = []
+    is_over: list[bool] = []
 
-    def end(number: int) -> None:
-        last_words()
-        os._exit(128 + number)
+    def look(number: int) -> None:
+        goes_on = still_ends()
+        if is_over:
+            return
+        if goes_on:
+            timers[:] = [_later(look_s or 0.0, look, number)]
+            return
+        timers[:] = [_later(REACTION_S, _end, number)]
+        os.kill(os.getpid(), number)
 
     def handle(number: int, _: FrameType | None) -> None:
-        if noted or not begin_end():
+        if not _note(number) or noted or not begin_end():
             raise_interrupt(number)
         noted.append(number)
-        if grace_s is not None and number != signal.SIGINT:
-            timers.append(threading.Timer(grace_s, os.kill, (os.getpid(), number)))
-            timers.append(threading.Timer(grace_s + REACTION_S, end, (number,)))
-            for timer in timers:
-                timer.daemon = True
-                timer.start()
+        if look_s is not None and number != signal.SIGINT:
+            timers.append(_later(look_s, look, number))
 
-    timers: list[threading.Timer] = []
+    _work.last_words = last_words
     try:
         with _handled((signal.SIGINT, *ENDING), handle):
             yield
     finally:
+        is_over.append(True)
         for timer in timers:
             timer.cancel()
     if noted:

@@ -107,7 +107,7 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
                 how: dict[str, Any] = {"encodes": not job.cached, "interpolation": job.interpolation}
                 state = build_state(job.config, schedule, accelerator, checkpoint, job.token, **how)
             share = Share(rank, world_size, schedule.micro_batches)
-            summary = Worker(job, schedule, share, state, clock).run(batches)
+            summary = Worker(job, schedule, share, state, clock).run(batches, checkpoint)
             return summary and {**summary, "freed_memory_kept": keeps_memory}
 
 
@@ -140,7 +140,7 @@ class Worker:
         self.watchdog = Watchdog(who, job.folder, log, job.config.hang_timeout_s, signs)
         self.validator = Validator(job, share, state, clock, self.trackers, self.watchdog)
 
-    def run(self, batches: Iterator[list[PreparedRow]]) -> dict[str, Any] | None:
+    def run(self, batches: Iterator[list[PreparedRow]], start: Checkpoint | None) -> dict[str, Any] | None:
         """Train to the end; None if the driver asked for an earlier one, for which there is a checkpoint then."""
         state, schedule, config = self.state, self.schedule, self.job.config
         inputs = read_ahead(step_inputs(batches, state, self.share, config, state.samples))
@@ -149,6 +149,7 @@ class Worker:
         try:
             # In the caller's process there is nobody to start it again.
             with nullcontext() if self.job.local else self.watchdog.watching():
+                self.validator.make_up(start, schedule.total_updates)
                 while state.step < schedule.total_updates:
                     before = self.notices
                     self.update(inputs)
@@ -289,6 +290,7 @@ class Worker:
         with self.clock("checkpoint"):
             if self.share.rank == 0:
                 save_final_weights(self.state, self.job.config, self.job.folder)
+                self.job.folder.prune(self.job.config.checkpoints_total_limit)  # if the run was killed before that
         self.validator.finish()
 
 

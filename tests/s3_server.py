@@ -6,10 +6,11 @@ import itertools
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, ClassVar
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -87,6 +88,10 @@ class _FlakyProxy(BaseHTTPRequestHandler):
     counted = itertools.count(1)
     away = threading.Event()
     """Every connection is cut while it is set."""
+    silent = threading.Event()
+    """No answer comes to its end while it is set: it trickles, which no time limit of pyarrow's ends."""
+    asked: ClassVar[list[str]] = []
+    """Methods and paths of the requests that were not answered."""
 
     def log_message(self, *_: object) -> None:
         pass
@@ -94,6 +99,9 @@ class _FlakyProxy(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         if self.away.is_set():
             self._cut()
+            return
+        if self.silent.is_set():
+            self._never_answer()
             return
         number, body = next(self.counted), self._body()
         if self.every and number % self.every == 0:
@@ -110,6 +118,17 @@ class _FlakyProxy(BaseHTTPRequestHandler):
                 self._send(answer.status, dict(answer.headers), answer.read())
         except HTTPError as error:
             self._send(error.code, dict(error.headers), error.read())
+
+    def _never_answer(self) -> None:
+        self.asked.append(f"{self.command} {self.path}")
+        if self.command != "HEAD":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/xml\r\nContent-Length: 1000000\r\n\r\n")
+        with suppress(OSError):  # nobody waits any more
+            while self.silent.is_set():
+                if self.command != "HEAD":
+                    self.wfile.write(b" ")
+                time.sleep(0.3)
+            self._cut()
 
     def _cut(self) -> None:
         self.connection.shutdown(socket.SHUT_RDWR)
@@ -166,6 +185,18 @@ def proxy_that_goes_away(endpoint: str) -> Iterator[tuple[str, threading.Event]]
     handler = type("ProxyThatGoesAway", (_FlakyProxy,), {"endpoint": endpoint, "every": 0, "away": away})
     with serving(handler) as address:
         yield address, away
+
+
+@contextmanager
+def proxy_that_falls_silent(endpoint: str) -> Iterator[tuple[str, threading.Event, list[str]]]:
+    """Serve a proxy to `endpoint` that takes requests and ends no answer while the event is set; it lists those."""
+    silent, asked = threading.Event(), list[str]()
+    handler = {"endpoint": endpoint, "every": 0, "silent": silent, "asked": asked}
+    with serving(type("ProxyThatFallsSilent", (_FlakyProxy,), handler)) as address:
+        try:
+            yield address, silent, asked
+        finally:
+            silent.clear()
 
 
 @contextmanager

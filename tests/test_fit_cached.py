@@ -102,6 +102,30 @@ def test_a_longer_run_that_is_resumed_may_begin_to_cache(settings: Settings, tmp
     assert losses(out) == pytest.approx(losses(pixels), rel=1e-3)
 
 
+def test_a_run_goes_on_from_the_cache_that_it_has(settings: Settings, tmp_path: Path) -> None:
+    """Also where it alone would use no image twice: losses are those of the run that was not stopped, bit for bit."""
+    settings |= {"cache_latents": "auto"}
+    whole = run(settings, tmp_path / "whole")
+    start = str(whole / "checkpoint-2")
+    shorter = run(settings, tmp_path / "shorter", max_train_steps=3, resume_from_checkpoint=start)
+    assert losses(shorter) == losses(whole)[2:3]
+    pixels = run(settings, tmp_path / "pixels", max_train_steps=3, resume_from_checkpoint=start, cache_latents="off")
+    assert losses(pixels) != losses(shorter)
+
+
+@pytest.mark.parametrize(("changed", "cached"), [({}, False), ({"latents_cache_dir": "another"}, True)])
+def test_a_run_goes_on_without_the_cache_that_it_could_not_have(
+    settings: Settings, tmp_path: Path, changed: Settings, cached: bool
+) -> None:
+    """It had no seed for one, as the run that goes on has; if it is given another place for one it uses that."""
+    settings |= {"cache_latents": "auto", "max_train_samples": 5, "seed": None}
+    whole = run(settings, tmp_path / "whole")
+    changed = {name: str(tmp_path / value) for name, value in changed.items()}
+    rest = run(settings, tmp_path / "rest", **changed, resume_from_checkpoint=str(whole / "checkpoint-2"))
+    assert (losses(rest) == losses(whole)[2:]) != cached
+    assert losses(rest) == pytest.approx(losses(whole)[2:], rel=1e-3)
+
+
 def test_changed_data_is_refused_with_what_changed_and_the_command(settings: Settings, tmp_path: Path) -> None:
     data = Path(shutil.copytree(settings["train_data_dir"], tmp_path / "data"))
     settings["train_data_dir"] = str(data)

@@ -37,7 +37,7 @@ from raycontrolnet.data.transforms import resize_and_crop
 from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
 from raycontrolnet.latents import encoder
-from raycontrolnet.launch import workers
+from raycontrolnet.launch import running
 from raycontrolnet.model import batch as batch_module
 from raycontrolnet.model import step, vae
 from raycontrolnet.report.progress import Progress, progress
@@ -909,18 +909,11 @@ def test_a_closed_terminal(tiny_settings: Settings, out: Path, before_step: Any)
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-3"]
 
 
-@pytest.mark.parametrize("second", [True, False])
-def test_a_second_signal_ends_the_run_at_once(
-    tiny_settings: Settings, out: Path, before_step: Any, second: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """So does the end of the time that Slurm and others leave."""
-    monkeypatch.setattr(workers, "GRACE_S", 60 if second else 0.2)
-
+def test_a_second_signal_ends_the_run_at_once(tiny_settings: Settings, out: Path, before_step: Any) -> None:
     def interrupt(state: Any) -> None:
         if state.step == 3:
             signal.raise_signal(signal.SIGTERM)
-            if second:
-                signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             time.sleep(30)
 
     before_step(interrupt)
@@ -929,6 +922,29 @@ def test_a_second_signal_ends_the_run_at_once(
         run(tiny_settings, out)
     assert time.monotonic() - start < 25
     assert error.value.exit_code == 143
+
+
+def test_sigterm_leaves_the_end_as_long_as_its_sender_does(
+    tiny_settings: Settings, out: Path, before_step: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says that it is not done yet, for whoever sends SIGKILL next, and writes the checkpoint if nobody does."""
+    monkeypatch.setattr(running, "LOOK_S", 0.1)
+    seen: list[str] = []
+    stream = io.StringIO()
+
+    def slow(state: Any) -> None:
+        if state.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(2)
+            seen.append(json.loads((out / "run.json").read_text())["status"])
+
+    before_step(slow)
+    with pytest.raises(Interrupted, match="The checkpoint of update 3 stands") as error:
+        fit(TrainConfig(**tiny_settings | {"output_dir": str(out)}), stream=stream)
+    assert error.value.exit_code == 143
+    assert seen == ["interrupted"]
+    late = "still ending; if it is killed now, --resume_from_checkpoint latest goes on"
+    assert stream.getvalue().count(late) == 1
 
 
 def test_a_disk_without_room_for_the_checkpoints(

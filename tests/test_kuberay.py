@@ -20,7 +20,7 @@ from ray.runtime_env import RuntimeEnv
 
 import raycontrolnet
 from raycontrolnet import cli
-from raycontrolnet.launch.workers import GRACE_S
+from raycontrolnet.launch.running import LOOK_S
 
 FOLDER = Path(__file__).parents[1] / "examples" / "kuberay"
 FILES = {"RayCluster": "raycluster.yaml", "RayJob": "rayjob.yaml"}
@@ -152,10 +152,10 @@ def test_a_checkpoint_has_the_time_that_it_needs(kind: str) -> None:
         container = pod["containers"][0]
         *_, command = container["lifecycle"]["preStop"]["exec"]["command"]
         seconds = float(command.rpartition(" ")[2])
-        assert GRACE_S < seconds < pod["terminationGracePeriodSeconds"], name
+        assert LOOK_S < seconds < pod["terminationGracePeriodSeconds"], name
         if name == "head":
             values = {each["name"]: each["value"] for each in container["env"]}
-            assert GRACE_S < float(values["RAY_JOB_STOP_WAIT_TIME_S"]) <= seconds
+            assert LOOK_S < float(values["RAY_JOB_STOP_WAIT_TIME_S"]) <= seconds
         else:
             assert "ray drain-node" in command
 

@@ -217,7 +217,17 @@ def test_a_run_calls_the_hooks(tmp_path: Path) -> None:
 
     trainer.finished = finished
     handler = signal.getsignal(signal.SIGINT)
+    answers: list[bool] = []
+
+    def ask() -> None:
+        wait_for(lambda: trainer.controller is not None, 60)
+        answers.append(trainer.answers(60))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
     result = trainer.fit_or_abort()
+    asking.join()
+    assert answers == [True], "SIGTERM would end a run before its checkpoint is written"
     assert trainer._groups_name, "Ray does not call our _initialize_and_run_controller"
     assert signal.getsignal(signal.SIGINT) is handler, "Ray takes Ctrl-C"
     seen = result.return_value
@@ -235,6 +245,18 @@ def test_a_run_calls_the_hooks(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint-1", *RECORDS_OF_RAY}
     remove_ray_records(tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-1"]
+
+
+@pytest.mark.usefixtures("_local_ray")
+def test_a_controller_that_is_gone_does_not_answer() -> None:
+    """As where Ray's processes got SIGTERM with the driver: the run is not waited for then."""
+    trainer = InterruptibleTrainer(lambda: None)
+    assert trainer.answers(0.0), "it is not there yet, or no more"
+    trainer.controller = ray.remote(num_cpus=0)(SimpleNamespace).remote()
+    assert trainer.answers(60)
+    ray.kill(trainer.controller)
+    assert not trainer.answers(3)
+    trainer.controller = None
 
 
 def places(trainer: InterruptibleTrainer) -> list[str]:

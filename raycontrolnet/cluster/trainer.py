@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from typing import Any
 
@@ -29,6 +31,7 @@ from raycontrolnet.cluster.environment import passed_on
 from raycontrolnet.cluster.unfinished import FinishesFirst
 from raycontrolnet.cluster.worker import RECORDS_OF_RAY
 from raycontrolnet.errors import RunError
+from raycontrolnet.signals import haste
 from raycontrolnet.storage.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -96,12 +99,28 @@ class InterruptibleTrainer(TorchTrainer):
         """Stop the workers; `fit`, in another thread, then raises. Does nothing before the training has begun."""
         if (controller := self.controller) is not None:
             self._is_aborted = True
+            try:
+                with suppress(ray.exceptions.RayError):
+                    ray.get(controller.abort.remote(), timeout=haste().left_s(ABORT_TIMEOUT_S))
+            finally:  # also at a second Ctrl-C
+                ray.kill(controller)
+                with suppress(ray.exceptions.RayError):  # raised once it is dead, and makes no more groups
+                    ray.get(controller.get_result.remote(), timeout=haste().left_s(ABORT_TIMEOUT_S))
+                self._remove_placement_groups()
+
+    def answers(self, within_s: float) -> bool:
+        """Check whether Ray still has the controller while there is one: its processes may have been ended as well."""
+        if (controller := self.controller) is None:
+            return True
+        asked: Future[bool] = Future()
+
+        def ask() -> None:  # in a thread: a Ray that is gone may hold the call itself up
             with suppress(ray.exceptions.RayError):
-                ray.get(controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
-            ray.kill(controller)
-            with suppress(ray.exceptions.RayError):  # raised once it is dead, and makes no more groups
-                ray.get(controller.get_result.remote(), timeout=ABORT_TIMEOUT_S)
-            self._remove_placement_groups()
+                ray.get(controller.__ray_ready__.remote(), timeout=within_s)
+                asked.set_result(True)
+
+        threading.Thread(target=ask, name="ray answers", daemon=True).start()
+        return not wait((asked,), within_s).not_done
 
     def _remove_placement_groups(self) -> None:
         """Remove the placement groups that the controller left, as when it was ended while workers were starting.

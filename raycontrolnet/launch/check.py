@@ -139,7 +139,7 @@ def check(config: CheckConfig, *, stream: TextIO | None = None) -> Prediction:
     start = _start(train, folder, refused)
     rows = len(source) - train.num_held_out(len(source))
     schedule = Schedule.of(train, min(rows, train.max_train_samples or rows), train.most_workers, start)
-    cached = wants_latents(train, schedule)
+    cached = wants_latents(train, schedule, start)
     with collected(refused):
         cached = cached and (start is not None or no_cache_because(train, len(source)) is None)
     buckets = find_buckets(train, source, family.resolution_multiple)

@@ -160,6 +160,8 @@ class CheckedRun:
                 "settings": public_settings(config),
                 "data": self.source.fingerprint(),
                 "left_out": list(self.bad_rows),
+                "cached": self.cache is not None,
+                "uses_of_a_sample": self.schedule(None).uses_of_a_sample,
                 "held_out": config.num_held_out(len(self.source)),
                 "buckets": [list(size) for size in self.buckets.sizes] if self.buckets else None,
                 "versions": versions(),

@@ -29,6 +29,7 @@ from raycontrolnet.latents.ensure import SEVERAL_MACHINES, ensure
 from raycontrolnet.latents.plan import LatentPlan, lacks_seed, prepare_command
 from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.launch.resumed_run import (
+    cached_as_before,
     check_buckets,
     checkpoint_problems,
     warn_of_changes,
@@ -156,10 +157,12 @@ def choose_latents(run: CheckedRun, stream: TextIO, *, reused: bool = False) -> 
         stream.write("".join(f"{line}\n" for line in run.buckets.table()))
         if config.compile and len(run.buckets.sizes) > 1:
             stream.write("--compile: each size is compiled when its first batch comes, which takes some minutes each\n")
-    if not wants_latents(config, run.schedule(None), reused=reused):
+    if not wants_latents(config, run.schedule(None), run.start, reused=reused):
         if config.cache_latents == "auto" and config.latents_cache_dir:
             uses = run.schedule(None).uses_of_a_sample
             why = "no image is used twice" if uses <= 1 else f"an image is used {uses:.2f} times"
+            if run.start and uses > ENOUGH_USES:
+                why = f"the run of {run.start.path.name} did not"
             stream.write(f"latents: not cached, as {why}; --cache_latents on caches them\n")
         return run
     if run.not_cached_because:
@@ -170,12 +173,19 @@ def choose_latents(run: CheckedRun, stream: TextIO, *, reused: bool = False) -> 
     return dataclasses.replace(run, cached=True, latents=_fitting_cache(run, stream))
 
 
-def wants_latents(config: TrainConfig, schedule: Schedule, *, reused: bool = False) -> bool:
+def wants_latents(
+    config: TrainConfig, schedule: Schedule, start: checkpoints.Checkpoint | None = None, *, reused: bool = False
+) -> bool:
     """Check whether a run trains from cached latents, if there is a place for them.
 
     Args:
+        schedule: of the whole run.
+        start: where it goes on from.
         reused: whether other runs will use the cache as well.
     """
+    before = cached_as_before(config, start, ENOUGH_USES) if start else None
+    if config.cache_latents == "auto" and before is not None:
+        return before
     reuses_rows = reused or schedule.uses_of_a_sample > ENOUGH_USES
     # Bad samples must be known before the first update.
     wanted = {"on": True, "off": False, "auto": reuses_rows or config.on_bad_sample == "skip"}

@@ -42,6 +42,25 @@ def with_held_out_rows(config: TrainConfig, num_rows: int, start: checkpoints.Ch
     return config
 
 
+def cached_as_before(config: TrainConfig, start: checkpoints.Checkpoint, enough_uses: float) -> bool | None:
+    """Return whether a run that decides by itself trains from a latent cache, as the run that it continues did.
+
+    None where that is to be decided anew: the run before had no use for a cache, or this one must have one or names
+    another place for it.
+
+    Args:
+        enough_uses: of an image, above which latents are cached.
+    """
+    if start.manifest.get("cached"):
+        return True
+    before = start.manifest.get("settings", {})
+    wanted = before.get("cache_latents") == "auto" and start.manifest.get("uses_of_a_sample", 0.0) > enough_uses
+    place = public_settings(config)["latents_cache_dir"]
+    if wanted and config.on_bad_sample != "skip" and before.get("latents_cache_dir") == place:
+        return False  # as where there was no place that all machines saw, or no seed
+    return None
+
+
 def checkpoint_problems(config: TrainConfig, start: checkpoints.Checkpoint, token: str | None) -> Iterator[str]:
     """Yield a problem if the checkpoint's ControlNet does not fit the base model, or its state another optimizer."""
     controlnet = local_files(start.path / checkpoints.CONTROLNET_FOLDER).read_json("config.json")

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
 from raycontrolnet.cluster.resources import WorkerResources
 from raycontrolnet.data.stream import execution_options
-from raycontrolnet.errors import explained
 from raycontrolnet.launch.announce import announce
 from raycontrolnet.launch.checked_run import CheckedRun
+from raycontrolnet.launch.running import running
 from raycontrolnet.launch.training_stream import TrainingStream
 from raycontrolnet.launch.waiting import waiting_for_workers
-from raycontrolnet.report.progress import Progress, progress
-from raycontrolnet.signals import ended_in_order
 from raycontrolnet.training import held_out, metrics, validation
 from raycontrolnet.training.background import repeating
-from raycontrolnet.training.failures import read_failure, read_hang
+from raycontrolnet.training.failures import read_failure
 from raycontrolnet.training.host_memory import variables_for_kept_memory
-from raycontrolnet.training.job import RUN_LOG, Job, RunCallback, RunStopped, ask_to_stop, begin, end
+from raycontrolnet.training.job import RunCallback, RunStopped
 from raycontrolnet.training.saver import writes_finished
 from raycontrolnet.training.schedule import due_steps
 from raycontrolnet.training.status import RunStatus
-from raycontrolnet.training.store_sync import DRIVERS, aborted_if_lost, records_fetched
+from raycontrolnet.training.store_sync import aborted_if_lost, records_fetched
 from raycontrolnet.training.watchdog import collective_timeout_s
 
 if TYPE_CHECKING:
@@ -35,8 +33,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FOLLOW_INTERVAL_S = 1.0
-GRACE_S = 15.0
-"""Time to write a checkpoint after SIGTERM: Slurm and Kubernetes kill a process after 30 s, and the end takes some."""
+ANSWER_S = 5.0
+"""Time for Ray to answer some time after SIGTERM; it does not if its processes got the signal as well."""
 
 
 def train_here(
@@ -60,7 +58,7 @@ def train_here(
 
     job = run.job(use_gpu=use_gpu, threads=threads, loader=run.loader, callback=callback)
     announce(run, status, stream, use_gpu=use_gpu)
-    with _running(run, job, status, stream, callback):
+    with running(run, job, status, stream, callback, lambda: True):
         summary = train_controlnet({"job": job})
     assert summary is not None
     return summary
@@ -118,7 +116,7 @@ def train_on_ray(
     trainer.one_machine = resources.one_machine
     trainer.worker_timeout_s = run.config.hang_timeout_s
     trainer.finished = writes_finished
-    with _running(run, job, status, stream, callback):
+    with running(run, job, status, stream, callback, partial(trainer.answers, ANSWER_S)):
         limit_s = run.config.wait_timeout_s
         waiting = waiting_for_workers(trainer.is_waiting, trainer.abort, resources, limit_s, stream)
         lost = aborted_if_lost(run.folder, trainer.abort)
@@ -141,67 +139,6 @@ def _run_config(run: CheckedRun, *, on_cpu: bool) -> ray.train.RunConfig:
         failure_config=failures,
         worker_runtime_env={"env_vars": variables_for_kept_memory()} if on_cpu else None,
     )
-
-
-@contextmanager
-def _running(
-    run: CheckedRun, job: Job, status: RunStatus, stream: TextIO, callback: RunCallback | None
-) -> Iterator[None]:
-    """Begin the run, and show its progress unless there is a callback.
-
-    An early end is explained by the failure that a worker recorded, or else by Ray's error.
-    """
-    total_updates, step = run.schedule(run.start).total_updates, run.start.step if run.start else 0
-    config = run.config
-    validates = config.num_held_out(len(run.source)) or config.validation_pairs
-    shown = (
-        nullcontext()
-        if callback
-        else progress(
-            Progress(
-                run.output_dir,
-                total_updates,
-                step,
-                stream,
-                scored=config.control_fidelity is not None,
-                validation_steps=config.validation_steps if validates else None,
-                num_images=len(job.validation_items),
-            )
-        )
-    )
-    begin(run.folder, job)
-    run.folder.push(*DRIVERS)
-    begun = time.time()
-
-    def begin_end() -> bool:
-        try:
-            if (run.output_dir / metrics.METRICS_FILE).stat().st_mtime < begun:  # no worker trains yet
-                return False
-            ask_to_stop(run.folder)
-        except OSError:
-            return False
-        with suppress(OSError, ValueError, RuntimeError):  # a closed terminal, or one that is being written to
-            stream.write("\nending with a checkpoint of the current update; Ctrl-C again to end at once\n")
-        return True
-
-    def last_words() -> None:
-        with suppress(OSError, ValueError, RuntimeError):
-            status.interrupted()
-            # Without asking an object store, which may not answer.
-            last = "Go on with --resume_from_checkpoint latest." if run.folder.is_stored else run.how_to_go_on()
-            stream.write(f"\nInterrupted. {last}\n")
-            stream.flush()
-
-    with explained("The run", run.how_to_go_on, run.output_dir / RUN_LOG, unchanged=()):
-        try:
-            with ended_in_order(begin_end, GRACE_S, last_words), shown:
-                yield
-        except Exception as error:
-            if failure := read_failure(run.output_dir) or read_hang(run.output_dir):
-                raise failure from error
-            raise
-        finally:
-            end(run.folder)
 
 
 @contextmanager

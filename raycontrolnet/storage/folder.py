@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from raycontrolnet.errors import RunError, UserError
+from raycontrolnet.signals import haste
 from raycontrolnet.storage.files import PARTIAL_SUFFIX, replacing
+from raycontrolnet.storage.left_requests import LeftError, unless_left
 from raycontrolnet.storage.store_requests import RUN_WAITS_S, is_lasting, reason
 from raycontrolnet.storage.uri import UNUSABLE, as_path, check_bucket, open_uri, shown_uri, unusable
 
@@ -60,9 +62,11 @@ class CacheFolder:
         waits = list(DISK_WAITS_S if self.is_local else RUN_WAITS_S)
         while True:
             try:
-                found = attempt()
+                found = attempt() if self.is_local else unless_left(attempt)
             except FileNotFoundError:
                 self._answered.add(True)
+                raise
+            except LeftError:
                 raise
             except OSError as error:
                 if not self.is_unreachable(error):
@@ -73,7 +77,7 @@ class CacheFolder:
             else:
                 self._answered.add(True)
                 return found
-            time.sleep(waits.pop(0))
+            haste().sleep(waits.pop(0))
 
     def failure(self, error: Exception) -> UserError | RunError:
         """Return the error for a folder that cannot be reached: bad input, or a failed run if it answered before."""

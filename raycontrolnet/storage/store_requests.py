@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import re
-import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from raycontrolnet.signals import haste
 from raycontrolnet.storage.files import FolderClosedError
+from raycontrolnet.storage.left_requests import LeftError, unless_left
 from raycontrolnet.text import error_message
 
 logger = logging.getLogger(__name__)
@@ -44,19 +45,20 @@ def reached(attempt: Callable[[], T], waits_s: Sequence[float] | None = None) ->
     Raises:
         FileNotFoundError, NotADirectoryError: if there is no such thing.
         FolderClosedError: if `attempt` does.
+        LeftError: a second signal has come.
         OSError: with the reason in one bounded line, without keys.
     """
     waits = list(READ_WAITS_S if waits_s is None else waits_s)
     while True:
         try:
-            return attempt()
-        except (FileNotFoundError, NotADirectoryError, FolderClosedError):
+            return unless_left(attempt)
+        except (FileNotFoundError, NotADirectoryError, FolderClosedError, LeftError):
             raise
         except Exception as error:  # noqa: BLE001 - pyarrow and fsspec raise ValueError, ImportError and more
             if not waits or not isinstance(error, OSError) or is_lasting(error):
                 raise OSError(reason(error)) from None
             logger.warning("an object store failed, and is tried again: %s", reason(error))
-        time.sleep(waits.pop(0))
+        haste().sleep(waits.pop(0))
 
 
 def is_lasting(error: OSError) -> bool:

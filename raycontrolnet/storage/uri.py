@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
+from raycontrolnet.storage.left_requests import unless_left
 from raycontrolnet.storage.store_requests import reason
 from raycontrolnet.text import perhaps
 
@@ -124,5 +125,5 @@ def check_bucket(uri: str) -> None:
         return
     if not bucket:
         raise FileNotFoundError("it names no bucket")
-    if system.get_file_info(bucket).type == FileType.NotFound:
+    if unless_left(lambda: system.get_file_info(bucket)).type == FileType.NotFound:
         raise FileNotFoundError(f"there is no bucket {bucket}, or it is not yours")

@@ -7,6 +7,9 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
+
+from raycontrolnet.signals import haste
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +21,7 @@ def repeating(
     """Call `work` every `interval_s` in a thread called `name`, which logs errors; at the end wait until it returns.
 
     Args:
-        patience_s: to wait at the end; None for as long as it takes.
+        patience_s: to wait at the end, in haste less; None for as long as it takes.
     """
     over = threading.Event()
 
@@ -35,7 +38,12 @@ def repeating(
         yield
     finally:
         over.set()
-        thread.join(patience_s)
+        haste().wait(partial(_joined, thread), patience_s)
+
+
+def _joined(thread: threading.Thread, seconds: float) -> bool:
+    thread.join(seconds)
+    return not thread.is_alive()
 
 
 def begun(work: Callable[[], None], name: str, unfinished: set[Future[None]]) -> Future[None]:

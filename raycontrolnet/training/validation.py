@@ -93,9 +93,14 @@ def files_of(step: int) -> str:
     return f"{VALIDATION_FOLDER}/step-{step:06d}/*"
 
 
+def metadata_of(step: int) -> str:
+    """Return the name of the file that makes the validation of `step` finished, in a run's folder."""
+    return files_of(step).replace("*", METADATA)
+
+
 def send(folder: RunFolder, step: int) -> None:
     """Send the validation of `step` to an object store: what counts as finished is there whole."""
-    images, metadata = files_of(step).replace("*", "*.png"), files_of(step).replace("*", METADATA)
+    images, metadata = files_of(step).replace("*", "*.png"), metadata_of(step)
     folder.push(images)
     folder.push(metadata)
 

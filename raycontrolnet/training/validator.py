@@ -20,6 +20,7 @@ from raycontrolnet.model.performance import vae_on
 from raycontrolnet.model.step import TrainState
 from raycontrolnet.sampling import images, scores
 from raycontrolnet.sampling.images import PairImages, fidelity_of
+from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.training import held_out, validation
 from raycontrolnet.training.final_weights import saved_controlnet
 from raycontrolnet.training.job import Job, stop_asked
@@ -96,6 +97,16 @@ class Validator:
             with self.clock("validation_images"), self._averaged():
                 if not self._sent_to_actor():
                     self._draw_together(lambda: unwrap_controlnet(self.state))
+
+    def make_up(self, start: Checkpoint | None, total_updates: int) -> None:
+        """Draw the images of the checkpoint `start` if the run was killed between it and them."""
+        if start is None or start.step == total_updates or not _had_images(start, self.job):
+            return
+        missing = self.rank == 0 and self.job.folder.state_of(validation.metadata_of(start.step)) is None
+        if self.world_size > 1:
+            missing = from_rank_zero(missing)
+        if missing:
+            self.draw()
 
     def finish(self) -> None:
         """Draw images of the final weights as they were saved, in the precision that others will read."""
@@ -189,6 +200,14 @@ class Validator:
         if fidelity := fidelity_of(pairs):
             self.trackers.scalars(drawn.step, {"control_fidelity": fidelity.mean})
             logger.info("step %d: %s", drawn.step, scores.in_words(fidelity))
+
+
+def _had_images(start: Checkpoint, job: Job) -> bool:
+    """Check that images were due after a checkpoint of this run's folder, and still are."""
+    settings, steps = start.manifest.get("settings", {}), job.config.validation_steps
+    if start.uri or start.path.parent != job.output_dir or start.step % steps:
+        return False
+    return settings.get("validation_steps") == steps and bool(settings.get("validation_image"))
 
 
 def _barrier(world_size: int) -> None:
