@@ -106,6 +106,15 @@ def perhaps(word: str, known: Iterable[str]) -> str:
     return f"; perhaps you meant {names[near[0]]}" if near else ""
 
 
+def is_unicode(text: str) -> bool:
+    """Check that `text` can be written as UTF-8: half of a surrogate pair, which JSON can hold, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def printable(text: str) -> str:
     """Return `text` as one line, without anything that a terminal would obey."""
     return "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
