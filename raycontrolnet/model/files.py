@@ -13,6 +13,8 @@ from raycontrolnet.version import __version__
 
 LFS_POINTER = b"version https://git-lfs"
 """Beginning of what `git clone` leaves in place of weights without git-lfs."""
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
+
 SMALL_FILES = ("*.json", "*.txt")
 """Configurations and tokenizers."""
 ANSWER_TIMEOUT_S = 5.0

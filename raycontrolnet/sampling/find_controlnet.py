@@ -119,7 +119,7 @@ def _class_name(file: Path) -> str | None:
 def _config_file(folder: Path) -> Path | None:
     """Find the config.yaml of the run that wrote `folder`: its output_dir, a checkpoint-N, or its controlnet/."""
     run = folder.parent if folder.name == checkpoints.CONTROLNET_FOLDER else folder
-    places = [folder, run.parent] if re.fullmatch(r"checkpoint-\d+", run.name) else [folder]
+    places = [folder, run.parent] if checkpoints.is_name(run.name) else [folder]
     return next((place / CONFIG_FILE for place in places if (place / CONFIG_FILE).is_file()), None)
 
 
