@@ -150,9 +150,9 @@ def mirrored(image: UInt8Image) -> UInt8Image:
     return np.ascontiguousarray(image[:, ::-1])
 
 
-def resize_short_side(image: Image.Image, resolution: int, interpolation: str = "bilinear") -> Image.Image:
-    """Resize an RGB image so that its short side is `resolution`, the first half of `resize_and_crop`."""
-    return _resize_to_cover(image, (resolution, resolution), interpolation)
+def resize_short_side(image: Image.Image, resolution: int) -> Image.Image:
+    """Resize an RGB image so that its short side is `resolution`, the first half of `resize_and_crop`; bilinear."""
+    return _resize_to_cover(image, (resolution, resolution), "bilinear")
 
 
 def _resize_to_cover(image: Image.Image, size: Size, interpolation: str) -> Image.Image:

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 METADATA = "metadata.jsonl"
 FILES = "pair-*-image-*.png"
 CONTROL_ENDING, GRID_ENDING = "-control.png", "-grid.png"
+MOST_COLUMNS = 5
+"""Columns of a grid."""
 
 
 @dataclass(frozen=True)
@@ -247,10 +249,10 @@ def fidelity_of(pairs: Sequence[PairImages]) -> Fidelity | None:
     return scores.average(score for pair in pairs for score in pair.control_fidelity or ())
 
 
-def _grid(images: Sequence[Image.Image], most_columns: int = 5) -> Image.Image:
+def _grid(images: Sequence[Image.Image]) -> Image.Image:
     """Lay out images of one size row by row."""
     width, height = images[0].size
-    columns = min(len(images), most_columns)
+    columns = min(len(images), MOST_COLUMNS)
     grid = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
     for index, image in enumerate(images):
         grid.paste(image, (index % columns * width, index // columns * height))

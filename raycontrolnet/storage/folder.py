@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -174,8 +175,6 @@ class CacheFolder:
 
     def free_bytes(self) -> int | None:
         """Return how many bytes can still be written; None if that cannot be known."""
-        import shutil
-
         if not self.is_local:
             return None
         there = next(path for path in (Path(self.uri), *Path(self.uri).parents) if path.exists())
