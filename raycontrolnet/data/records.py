@@ -121,17 +121,3 @@ class PreparedRow:
         """Height and width of its images."""
         height, width, _ = self.conditioning_image.shape
         return height, width
-
-    @staticmethod
-    def fake(sample_index: int = 0, resolution: int = 16) -> PreparedRow:
-        """Return a valid record with made-up content, for tests."""
-        rng = np.random.default_rng(sample_index)
-        image, conditioning_image = rng.integers(0, 256, (2, resolution, resolution, 3), dtype=np.uint8)
-        sizes = (*rng.integers(resolution, 9 * resolution, 2).tolist(), *rng.integers(0, 99, 2).tolist())
-        return PreparedRow(
-            sample_index,
-            image,
-            conditioning_image,
-            f"prompt {sample_index}",
-            size_conditions=(*sizes, resolution, resolution),
-        )

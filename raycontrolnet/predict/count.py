@@ -123,23 +123,6 @@ class StepCounter(TorchDispatchMode):
         return Counted(flop, max(alive, default=0), self._dispatches)
 
 
-def count_step(
-    components: Components,
-    batch_size: int,
-    resolution: Size | int,
-    *,
-    cached: bool,
-    objective: ObjectiveConfig = PLAIN,
-) -> Counted:
-    """Count a step of `batch_size` samples at `resolution`, squared or (height, width), from the cache or from pixels.
-
-    Args:
-        components: real ones, or of `shapes`; the ControlNet runs under autocast if the frozen models are in half
-            precision.
-    """
-    return _counter(components, batch_size, resolution, objective, cached=cached).of(batch_size)
-
-
 def count_steps(
     components: Components,
     batch_sizes: Iterable[int],
@@ -148,7 +131,13 @@ def count_steps(
     cached: bool,
     objective: ObjectiveConfig = PLAIN,
 ) -> tuple[Counted, ...]:
-    """Count steps of several batches as `count_step`, by a single one; `components` are of `shapes`."""
+    """Count steps of several batches at `resolution`, squared or (height, width), from the cache or from pixels.
+
+    It is done once, for all of them.
+
+    Args:
+        components: of `shapes`; the ControlNet runs under autocast if the frozen models are in half precision.
+    """
     counter = _counter(components, MARK, resolution, objective, cached=cached)
     return tuple(counter.of(batch_size) for batch_size in batch_sizes)
 
