@@ -25,7 +25,7 @@ from raycontrolnet.latents.manifest import Manifest, Shard
 from raycontrolnet.latents.plan import LatentPlan, prepare_command
 from raycontrolnet.latents.shards import EncodeJob, ShardResult, load_shard
 from raycontrolnet.model.problems import model_files
-from raycontrolnet.storage.files import replacing
+from raycontrolnet.storage.files import replace_text
 from raycontrolnet.storage.quota import quota_forbids
 from raycontrolnet.text import Counter, file_size, shorten
 
@@ -117,8 +117,7 @@ def _manifest(plan: LatentPlan, results: list[ShardResult]) -> Manifest:
     allowed = int(plan.config.max_bad_fraction * plan.num_rows) if plan.config.on_bad_sample == "skip" else 0
     if len(bad) > allowed or len(bad) == plan.num_rows:
         file = report_path(plan, BAD_SAMPLES_FILE)
-        with replacing(file) as partial_file:
-            partial_file.write_text("".join(f"{sample.reason}\n" for sample in bad), encoding="utf-8")
+        replace_text(file, "".join(f"{sample.reason}\n" for sample in bad))
         lines = shorten([sample.reason for sample in bad], f"bad samples (the whole list: {file})")
         limit = (
             f"more than --max_bad_fraction={plan.config.max_bad_fraction:g} allows; fix the data, or raise it"

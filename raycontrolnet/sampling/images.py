@@ -31,7 +31,7 @@ from raycontrolnet.errors import DataError
 from raycontrolnet.sampling import scores
 from raycontrolnet.sampling.pipeline import DrawOptions, build_pipeline, draw
 from raycontrolnet.sampling.scores import Fidelity
-from raycontrolnet.storage.files import check_open, replacing
+from raycontrolnet.storage.files import check_open, replace_text, replacing
 
 if TYPE_CHECKING:
     from raycontrolnet.model.components import Components
@@ -201,8 +201,7 @@ def finish(
         _save(_grid([control, *pictures]), folder / of_pair[0].grid_file_name)
         for item, score in zip(of_pair, scores.score(control, pictures, options.measure), strict=True):
             lines.append(json.dumps(_metadata(item, step, options, score), ensure_ascii=False) + "\n")
-    with replacing(folder / METADATA) as partial:
-        partial.write_text("".join(lines), encoding="utf-8")
+    replace_text(folder / METADATA, "".join(lines))
     return results(folder)
 
 
