@@ -64,9 +64,11 @@ class EncodedRow:
         Raises:
             ValueError: if the cache has none of mirror images.
         """
-        if flipped and self.flipped_posterior is None:
+        if not flipped:
+            return self.posterior
+        if self.flipped_posterior is None:
             raise ValueError(f"{self.place}: has no latents of mirrored images")
-        return self.posterior if self.flipped_posterior is None or not flipped else self.flipped_posterior
+        return self.flipped_posterior
 
 
 @dataclass(frozen=True)

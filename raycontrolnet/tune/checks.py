@@ -209,9 +209,14 @@ def for_its_base(variant: TrainConfig) -> TrainConfig:
     return dataclasses.replace(variant, base_config=None)
 
 
-def with_default_precision(variant: TrainConfig, mixed_precision: str | None) -> TrainConfig:
-    """Return the settings of a trial with the sweep's precision, unless they name one."""
-    return dataclasses.replace(variant, mixed_precision=variant.mixed_precision or mixed_precision)
+def settings_of_trial(train: TrainConfig, own: Mapping[str, Any], mixed_precision: str | None) -> TrainConfig:
+    """Return the settings of a trial: those that trials share, with its `own`.
+
+    Args:
+        mixed_precision: precision of trials that name none.
+    """
+    config = for_its_base(dataclasses.replace(train, **own))
+    return dataclasses.replace(config, mixed_precision=config.mixed_precision or mixed_precision)
 
 
 def to_check(variant: TrainConfig, space: Space) -> TrainConfig:
