@@ -10,7 +10,7 @@ from typing import Any
 from raycontrolnet.cluster.session import on_a_cluster
 from raycontrolnet.config.checks import collected, find_token, package_problem
 from raycontrolnet.config.objective_settings import ZERO_SNR
-from raycontrolnet.config.optimizer_settings import ADAM_FLAGS
+from raycontrolnet.config.optimizer_settings import OPTIMIZER_SETTINGS
 from raycontrolnet.config.rules import problem_of
 from raycontrolnet.config.space import Space, combinations, num_combinations, num_trials, place_of, to_grammar
 from raycontrolnet.config.sweep_config import SweepConfig
@@ -170,9 +170,8 @@ def model_problems_of(train: TrainConfig, space: Space) -> list[str]:
 
 def optimizer_problems_of(train: TrainConfig, space: Space) -> list[str]:
     """Return what is wrong with the optimizers of trials: with each class all arguments, as trials may draw them."""
-    names = ("optimizer", "optimizer_args", "use_8bit_adam", *ADAM_FLAGS)
     found: list[str] = []
-    for settings in combinations(space, names):
+    for settings in combinations(space, OPTIMIZER_SETTINGS):
         together = [f"{name} {value}" for name, value in settings.items()]
         problems: list[str] = []
         with collected(problems):

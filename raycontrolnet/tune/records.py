@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class Trial:
 
     record: TrialRecord
     folder: Path
-    reports: Sequence[Report] = field(default=())
+    reports: Sequence[Report] = ()
     """Steps ascending."""
 
     @property
