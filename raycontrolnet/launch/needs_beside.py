@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple, TextIO
 
-from raycontrolnet.cluster.session import on_a_cluster
+from raycontrolnet.cluster.session import runs_on_a_cluster
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.records import Size
 from raycontrolnet.errors import ConfigError
@@ -142,7 +142,7 @@ def counting(
         cached: the run trains from cached latents.
         sizes: of the buckets; empty for the resolution squared.
     """
-    if train.use_gpu is None and not train.in_this_process and on_a_cluster(train.address):
+    if train.use_gpu is None and runs_on_a_cluster(train):
         train = dataclasses.replace(train, use_gpu=True)  # if these are CPUs, they are not told
     process, given = None, (train, token, cached, sizes)
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as log:
