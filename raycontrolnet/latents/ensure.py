@@ -85,8 +85,6 @@ def _encode(
         files=shared_files(plan.source, plan.config),
         folder=plan.folder,
         encoding=plan.encoding,
-        # Shuffled: a second process at work on the same cache then seldom makes the same shard.
-        shards=tuple(random.sample(missing, len(missing))),
         model=dataclasses.replace(plan.config, hub_token=None),
         replaced=frozenset(shard.name for shard in missing if shard.name in stored),
         batch_size=plan.config.latents_batch_size,
@@ -96,11 +94,13 @@ def _encode(
         check_versions()
         check_nodes_see([job.files])
         check_nodes_see(model_files(plan.config), of=workers.fit_on)
+    # A second process at work on the same cache then seldom makes the same shard.
+    shuffled = random.sample(missing, len(missing))
     results = {}
     done = plan.num_rows - sum(len(shard.rows) for shard in missing)
     counter = Counter("latents", "images", plan.num_rows, done, stream)
     with explained("Encoding", partial(_how_to_go_on, plan)), closing(counter):
-        encoded = encode_on_ray(job, workers) if workers else encode_here(job, plan.config)
+        encoded = encode_on_ray(job, shuffled, workers) if workers else encode_here(job, shuffled, plan.config)
         for result in encoded:
             results[result.stored.name] = result
             counter.advance(result.stored.num_rows + len(result.bad_samples))

@@ -102,15 +102,13 @@ def load_shard(source: Source, shard: Shard, encoding: Encoding) -> LoadedShard:
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """The shards to encode, and how. Plain data for tasks and actors."""
+    """How shards are encoded. Plain data for tasks and actors; every one unpickles it."""
 
     source: Source
     files: SharedFiles
     """Files of the source that a machine must see to load a shard."""
     folder: CacheFolder
     encoding: Encoding
-    shards: tuple[Shard, ...]
-    """Shards that are missing."""
     replaced: frozenset[str]
     """Names of shards that are there and are made anew."""
     model: ModelConfig
