@@ -6,7 +6,6 @@ some of it as long as the process lives.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import pickle
@@ -15,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, NamedTuple, TextIO
 
@@ -62,14 +62,15 @@ class CannotFit(ConfigError):
         self.may_fit = may_fit
 
 
+@dataclass
 class Counting:
     """A count under way."""
 
-    def __init__(
-        self, process: subprocess.Popen[bytes] | None, given: Given, output: IO[bytes],
-        log: IO[bytes],
-    ) -> None:  # fmt: skip
-        self._process, self._given, self._output, self._log = process, given, output, log
+    _process: subprocess.Popen[bytes] | None
+    """None if nothing is counted."""
+    _given: Given
+    _output: IO[bytes]
+    _log: IO[bytes]
 
     def say(
         self,
@@ -143,7 +144,7 @@ def counting(
         sizes: of the buckets; empty for the resolution squared.
     """
     if train.use_gpu is None and runs_on_a_cluster(train):
-        train = dataclasses.replace(train, use_gpu=True)  # if these are CPUs, they are not told
+        train = replace(train, use_gpu=True)  # if these are CPUs, they are not told
     process, given = None, (train, token, cached, sizes)
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as log:
         if wanted and not is_small(train):
@@ -172,7 +173,7 @@ def in_likely_precision(train: TrainConfig, *, has_gpu: bool) -> tuple[TrainConf
     for_gpus = has_gpu or half if train.use_gpu is None else train.use_gpu
     if train.mixed_precision is not None:
         return train, for_gpus
-    return dataclasses.replace(train, mixed_precision=BF16 if for_gpus else None), for_gpus
+    return replace(train, mixed_precision=BF16 if for_gpus else None), for_gpus
 
 
 def is_small(train: TrainConfig) -> bool:
