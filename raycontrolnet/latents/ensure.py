@@ -26,6 +26,7 @@ from raycontrolnet.latents.plan import LatentPlan, prepare_command
 from raycontrolnet.latents.shards import EncodeJob, ShardResult, load_shard
 from raycontrolnet.model.problems import model_files
 from raycontrolnet.storage.files import replace_text
+from raycontrolnet.storage.folder import writing_to
 from raycontrolnet.storage.quota import quota_forbids
 from raycontrolnet.text import Counter, file_size, shorten
 
@@ -61,10 +62,8 @@ def complete(
     manifest = _manifest(plan, [results[shard.name] for shard in plan.shards])
     if manifest != plan.manifest:
         _check_all_is_there(plan, manifest)
-        try:
+        with writing_to(plan.folder.name):
             manifest.write(plan.folder)
-        except OSError as error:
-            raise RunError(f"{plan.folder.name} cannot be written to: {error.strerror or error}") from error
     _report(plan, manifest, stream)
     return manifest
 
