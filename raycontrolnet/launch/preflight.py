@@ -102,13 +102,14 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
         config = dataclasses.replace(config, seed=start.seed if start else secrets.randbelow(2**31))
     if start is not None:
         warn_of_changes(config, start, source)
-    buckets = find_buckets(config, source, (family or families()[0]).resolution_multiple)
+    family = family or families()[0]
+    buckets = find_buckets(config, source, family.resolution_multiple)
     if warning := bucket_warning(buckets, family):
         logger.warning("%s", warning)
     if start is not None:
         check_buckets(config, buckets, start)
     files = shared_files(source, config)
-    interpolation = config.image_interpolation_mode or (family or families()[0]).interpolation
+    interpolation = config.image_interpolation_mode or family.interpolation
     run = CheckedRun(
         config, folder, source, start, token, interpolation, not_cached_because, buckets=buckets, files=files
     )
