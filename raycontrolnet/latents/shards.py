@@ -102,7 +102,7 @@ def load_shard(source: Source, shard: Shard, encoding: Encoding) -> LoadedShard:
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """How shards are encoded. Plain data for tasks and actors; every one unpickles it."""
+    """The way in which shards are encoded. Plain data for tasks and actors; every one unpickles it."""
 
     source: Source
     files: SharedFiles

@@ -22,7 +22,7 @@ from raycontrolnet.cluster.session import runs_on_a_cluster
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.records import Size
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.launch.needs import Needs, Place, count, gpu_bytes, gpu_here, host_share, say_needs
+from raycontrolnet.launch.needs import Needs, WorkerMemory, count, gpu_bytes, gpu_here, host_share, say_needs
 from raycontrolnet.launch.precision import BF16
 from raycontrolnet.model.size import controlnet_bytes_at_least
 from raycontrolnet.training.schedule import Schedule
@@ -98,16 +98,16 @@ class Counting:
             return
         try:
             if not use_gpu:
-                place = host_share(schedule.num_workers) if types is None else Place(None, is_gpu=False)
+                memory = host_share(schedule.num_workers) if types is None else WorkerMemory(None, is_gpu=False)
             else:
                 whole = here if types is None else gpu_bytes(types)
-                place = Place(whole * share if whole else None, is_gpu=True, share=share)
-            problem = say_needs(needs, schedule, place, stream)
+                memory = WorkerMemory(whole * share if whole else None, is_gpu=True, share=share)
+            problem = say_needs(needs, schedule, memory, stream)
         except Exception:  # as of the advice
             logger.warning("needs could not be said", exc_info=True)
             return
-        if problem and (memory := place.bytes):
-            raise CannotFit(problem, lambda size: needs.may_fit(size, memory))
+        if problem and (most := memory.bytes):
+            raise CannotFit(problem, lambda size: needs.may_fit(size, most))
 
     def result(self) -> Counted | None:
         """Wait for the count; None if there is none, or if it fails or takes too long, which stops no run."""
