@@ -69,7 +69,8 @@ def _local_ray() -> Iterator[None]:
     import ray
 
     ray.shutdown()  # that of other tests, which has more CPUs
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # tests are not installed where tasks run
+    for name in (__name__, fake_row.__module__):  # tests are not installed where tasks run
+        ray.cloudpickle.register_pickle_by_value(sys.modules[name])
     start_ray(num_cpus=1)
     yield
     ray.shutdown()
