@@ -64,7 +64,12 @@ def short_number(number: float, digits: int = 4) -> str:
     for unit, sign in ((1e6, "M"), (1e3, "k")):
         if abs(number) >= unit:
             return f"{number / unit:.{digits}g}{sign}"
-    return re.sub(r"e([+-])0*", r"e\1", f"{number:.{digits}g}").replace("e+", "e")
+    return short_exponent(f"{number:.{digits}g}")
+
+
+def short_exponent(number: str) -> str:
+    """Return 1e-05 as 1e-5, and 1e+06 as 1e6."""
+    return re.sub(r"e([+-])0*", r"e\1", number).replace("e+", "e")
 
 
 def error_message(error: BaseException, most: int | None = None) -> str:
@@ -104,6 +109,15 @@ def perhaps(word: str, known: Iterable[str]) -> str:
     names = {name.lower(): name for name in known}
     near = difflib.get_close_matches(word.lower(), names, n=1)
     return f"; perhaps you meant {names[near[0]]}" if near else ""
+
+
+def is_unicode(text: str) -> bool:
+    """Check that `text` can be written as UTF-8: half of a surrogate pair, which JSON can hold, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def printable(text: str) -> str:

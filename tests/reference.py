@@ -17,7 +17,7 @@ from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.model.batch import Draws, draw, make_batch
 from raycontrolnet.model.step import TrainState, train_step
 from raycontrolnet.training.schedule import Schedule
-from raycontrolnet.training.state import accelerator_for, build_state
+from raycontrolnet.training.state import accelerator_for, build_state, state_parts, write_parts
 
 CPU = torch.device("cpu")
 LATENT_SHAPE = (4, 4, 4)
@@ -126,8 +126,27 @@ def training(settings: dict[str, Any], num_samples: int = 13) -> Iterator[TrainS
         yield build_state(config, Schedule.of(config, num_samples, 1), accelerator, None, None)
 
 
+def fake_row(sample_index: int, resolution: int) -> PreparedRow:
+    """Return a valid sample with made-up content."""
+    rng = np.random.default_rng(sample_index)
+    image, conditioning_image = rng.integers(0, 256, (2, resolution, resolution, 3), dtype=np.uint8)
+    sizes = (*rng.integers(resolution, 9 * resolution, 2).tolist(), *rng.integers(0, 99, 2).tolist())
+    return PreparedRow(
+        sample_index,
+        image,
+        conditioning_image,
+        f"prompt {sample_index}",
+        size_conditions=(*sizes, resolution, resolution),
+    )
+
+
 def fake_rows(*sample_indices: int) -> list[PreparedRow]:
-    return [PreparedRow.fake(index, resolution=32) for index in sample_indices]
+    return [fake_row(index, 32) for index in sample_indices]
+
+
+def save_state(state: TrainState, folder: Path) -> None:
+    """Write a state into a checkpoint's folder at once."""
+    write_parts(state.components.controlnet, state_parts(state), folder)
 
 
 def steps(state: TrainState, *batches: list[PreparedRow], seed: int = 0, weight: float = 1.0) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import fake_rows, steps, training
+from reference import fake_rows, save_state, steps, training
 from runs import WEIGHTS, Settings, contents, equal, lines, losses, run, train, weights
 from safetensors.torch import load_file
 from torch import Tensor
@@ -20,7 +20,7 @@ from raycontrolnet.model.averages import averaged, trained_weights
 from raycontrolnet.sampling.find_controlnet import find
 from raycontrolnet.training.saver import HostCopy
 from raycontrolnet.training.schedule import Schedule
-from raycontrolnet.training.state import accelerator_for, build_state, save_state, state_parts, write_parts
+from raycontrolnet.training.state import accelerator_for, build_state, state_parts, write_parts
 
 Weights = dict[str, Tensor]
 

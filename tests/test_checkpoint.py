@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from diffusers import ControlNetModel
-from reference import training
+from reference import save_state, training
 from runs import contents
 
 from raycontrolnet.config.train_config import TrainConfig
@@ -31,7 +31,7 @@ from raycontrolnet.storage import resume
 from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training import saver
-from raycontrolnet.training.state import StateParts, save_controlnet_config, save_state, write_parts
+from raycontrolnet.training.state import StateParts, save_controlnet_config, write_parts
 
 RUN = "the run's id"
 

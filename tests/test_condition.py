@@ -208,9 +208,9 @@ def test_the_command_makes_a_data_set_that_trains(
         row = source.read(index)
         assert isinstance(row.image, str)
         assert Path(row.image).samefile(photos / name)
-        image, conditioning_image, _ = prepare_images(row, RESOLUTION)
-        assert np.array_equal(conditioning_image, conditions.grey(image)), name  # the same pixels of both
-        assert np.ptp(image) > 30
+        images = prepare_images(row, RESOLUTION)
+        assert np.array_equal(images.conditioning_image, conditions.grey(images.image)), name  # the same pixels of both
+        assert np.ptp(images.image) > 30
     settings = tiny_settings | {"train_data_dir": str(out), "resolution": RESOLUTION, "max_train_steps": 1}
     assert fit(TrainConfig(**settings), stream=io.StringIO()).step == 1
 
@@ -659,8 +659,8 @@ def test_a_conditioning_image_of_another_shape_than_square_fits_its_picture(tmp_
         assert min(made.shape[:2]) == RESOLUTION
         Image.fromarray(made).save(tmp_path / "made.png")
         row = ImageRow(str(path), str(tmp_path / "made.png"), ("",), "here")
-        image, conditioning_image, _ = prepare_images(row, RESOLUTION)
-        assert np.array_equal(conditioning_image, conditions.grey(image))
+        images = prepare_images(row, RESOLUTION)
+        assert np.array_equal(images.conditioning_image, conditions.grey(images.image))
 
 
 def test_a_node_that_does_not_see_the_pictures(run: Make, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ class Events:
     def of(self, state: TrainState) -> None:
         assert state.gradient_average
         for number, bucket in enumerate(state.gradient_average._buckets):
-            bucket.computed = _Numbered(self, number)
+            bucket.computed = _Numbered(self, number)  # type: ignore[assignment]  # on a CPU nobody waits for it
 
 
 class _Numbered:

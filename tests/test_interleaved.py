@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from raycontrolnet.data.interleaved import Interleaved, RowSequence, Shuffled, grouped
-from raycontrolnet.data.order import SampleOrder
+from raycontrolnet.data.interleaved import Interleaved, grouped
+from raycontrolnet.data.order import RowSequence, SampleOrder, Shuffled
 from raycontrolnet.training.schedule import Share
 
 SIZES = (5, 12, 29)

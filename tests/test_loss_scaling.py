@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from reference import fake_rows, steps, training, write_trained_controlnet
+from reference import fake_rows, save_state, steps, training, write_trained_controlnet
 from torch import Tensor
 
 from raycontrolnet import TrainConfig
 from raycontrolnet.model.step import TrainState
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.training.schedule import Schedule
-from raycontrolnet.training.state import accelerator_for, build_state, save_state
+from raycontrolnet.training.state import accelerator_for, build_state
 
 FIRST_SCALE = 2.0**10
 """The scaler begins with 2**16, which overflows once or twice in any run."""

@@ -22,7 +22,7 @@ from raycontrolnet.errors import ConfigError
 from raycontrolnet.launch import fit as launch_fit
 from raycontrolnet.launch import needs_beside
 from raycontrolnet.launch.check import check
-from raycontrolnet.launch.needs import Needs, Place, count, gpu_bytes, host_share, say_needs
+from raycontrolnet.launch.needs import Needs, WorkerMemory, count, gpu_bytes, host_share, say_needs
 from raycontrolnet.launch.needs_beside import Counted, Counting, counting, in_likely_precision
 from raycontrolnet.predict.prediction import ERROR, GIB, RESERVED, Prediction
 from raycontrolnet.training.schedule import Schedule
@@ -51,41 +51,41 @@ NEED = 1e9 + 16e8 + 1e6 + 4 * 8e9
 """Bytes of the batch: 32.2 GiB."""
 
 
-def said(place: Place, needs: Needs = NEEDS) -> tuple[str | None, list[str]]:
+def said(memory: WorkerMemory, needs: Needs = NEEDS) -> tuple[str | None, list[str]]:
     stream = io.StringIO()
-    return say_needs(needs, SCHEDULE, place, stream), stream.getvalue().splitlines()
+    return say_needs(needs, SCHEDULE, memory, stream), stream.getvalue().splitlines()
 
 
 def test_the_line() -> None:
     line = "needs: 32.2 GiB of each GPU at batch 4, 2.27 TFLOP a sample, 3 checkpoints of 1.2 GB"
     for memory in (None, 80 * GIB):
-        assert said(Place(memory, is_gpu=True)) == (None, [line])
+        assert said(WorkerMemory(memory, is_gpu=True)) == (None, [line])
 
 
 def test_what_cannot_fit_is_refused_and_what_may_not_fit_warned_of() -> None:
     advice = "--gradient_checkpointing brings it to 9.9 GiB"
-    problem, lines = said(Place(24 * GIB, is_gpu=True))
+    problem, lines = said(WorkerMemory(24 * GIB, is_gpu=True))
     assert problem == f"--train_batch_size=4: batch 4 needs 32.2 GiB, this GPU has 24.0 GiB: {advice}"
     assert len(lines) == 1
-    assert said(Place((NEED * (1 - ERROR)) - 1, is_gpu=True))[0]
-    problem, lines = said(Place(NEED * (1 - ERROR) + 1, is_gpu=True))
+    assert said(WorkerMemory((NEED * (1 - ERROR)) - 1, is_gpu=True))[0]
+    problem, lines = said(WorkerMemory(NEED * (1 - ERROR) + 1, is_gpu=True))
     assert problem is None, "the prediction may be 10% too high"
     assert lines[1].startswith("warning: it may not fit: batch 4 needs 32.2 GiB, this GPU has 29.0 GiB: --gradient")
 
 
 def test_a_part_of_a_gpu() -> None:
-    problem, _ = said(Place(40 * GIB / 2, is_gpu=True, share=0.5))
+    problem, _ = said(WorkerMemory(40 * GIB / 2, is_gpu=True, share=0.5))
     assert problem
     assert "needs 32.2 GiB, 0.5 of a GPU has 20.0 GiB: " in problem
 
 
 def test_cpus_are_warned_of_alone() -> None:
-    problem, lines = said(Place(24 * GIB, is_gpu=False))
+    problem, lines = said(WorkerMemory(24 * GIB, is_gpu=False))
     assert problem is None
     assert lines[0].startswith("needs: 32.2 GiB of memory for each worker at batch 4, ")
     assert lines[1:] == ["warning: this machine has 24.0 GiB, and a worker needs 32.2 GiB: it may be killed, or swap"]
     assert host_share(2).bytes == host_share(1).bytes / 2  # type: ignore[operator]
-    assert len(said(Place(40 * GIB, is_gpu=False))[1]) == 1
+    assert len(said(WorkerMemory(40 * GIB, is_gpu=False))[1]) == 1
 
 
 def test_which_gpus_workers_may_get(monkeypatch: pytest.MonkeyPatch) -> None:

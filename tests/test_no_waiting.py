@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from full_size import TINY, write_configurations
+from random_models import built
 from reference import CPU
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +23,6 @@ from raycontrolnet.model.components import Components
 from raycontrolnet.model.families.registry import family_of
 from raycontrolnet.model.files import local_files
 from raycontrolnet.model.step import controlnet_loss, train_step
-from raycontrolnet.predict.shapes import built
 from raycontrolnet.training.schedule import Schedule
 from raycontrolnet.training.state import accelerator_for, state_of
 

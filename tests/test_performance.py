@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import fake_rows, steps, training
+from reference import fake_rows, save_state, steps, training
 
 from raycontrolnet import TrainConfig
 from raycontrolnet.launch.fit import fit
@@ -20,7 +20,7 @@ from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.training import state as states
 from raycontrolnet.training.schedule import Schedule
-from raycontrolnet.training.state import accelerator_for, build_state, save_state
+from raycontrolnet.training.state import accelerator_for, build_state
 
 CHANNELS_LAST = {"memory_format": torch.channels_last}
 DEFAULT = {"memory_format": torch.contiguous_format}

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 import raycontrolnet
 from raycontrolnet import TrainConfig, cli, fit
 from raycontrolnet.config.check_config import CheckConfig
+from raycontrolnet.config.objective_settings import PLAIN
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.launch import check as launch_check
 from raycontrolnet.launch.check import Device, _device_lines, _memory_lines, check
@@ -29,7 +30,7 @@ from raycontrolnet.launch.needs import Needs, memory_size
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.families.registry import family_of
 from raycontrolnet.model.files import local_files
-from raycontrolnet.predict.count import count_step, count_steps
+from raycontrolnet.predict.count import Counted, _counter, count_steps
 from raycontrolnet.predict.devices import peak_of
 from raycontrolnet.predict.prediction import GAPS, GIB, LEAST_RESERVED, RESERVED, Prediction, _use_layers_of_gpus
 from raycontrolnet.predict.shape_tensors import ShapeMode
@@ -46,6 +47,11 @@ ATTENTION = {
     ),
 }
 """Fused attention on CPUs, for torch's counter."""
+
+
+def count_step(components: Components, batch_size: int, resolution: int, *, cached: bool) -> Counted:
+    """Count a step of one batch alone, on real models too."""
+    return _counter(components, batch_size, resolution, PLAIN, cached=cached).of(batch_size)
 
 
 @pytest.fixture

@@ -105,14 +105,14 @@ def test_the_cache_holds_what_the_pixels_give(settings: Settings, run: Prepare, 
     rows = range(SHARD_ROWS, SHARD_ROWS + 4)  # one batch of the encoder: what else is in it changes the last digits
     prepared = [prepare_images(source.read(row), 16) for row in rows]
     with torch.no_grad():
-        images = torch.from_numpy(np.stack([image for image, *_ in prepared]))
+        images = torch.from_numpy(np.stack([row.image for row in prepared]))
         posterior = vae.encode(images.permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
     expected = torch.stack([posterior.mean, posterior.logvar], dim=1).numpy()
     for index, row in enumerate(rows):
         encoded = cache.read(row)
         assert encoded.posterior.dtype == dtype
         np.testing.assert_allclose(encoded.posterior, expected[index], rtol=tolerance, atol=tolerance)
-        assert np.array_equal(decode_conditioning(encoded.conditioning_png), prepared[index][1])
+        assert np.array_equal(decode_conditioning(encoded.conditioning_png), prepared[index].conditioning_image)
         assert encoded.captions == source.read(row).captions
 
 

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 from processes import START_TIMEOUT_S
-from reference import fake_rows, steps, training
+from reference import fake_rows, save_state, steps, training
 from runs import contents, flags
 
 from raycontrolnet import TrainConfig, train_controlnet
@@ -29,7 +29,7 @@ from raycontrolnet.model.step import TrainState, train_step
 from raycontrolnet.storage.checkpoint import all_checkpoints
 from raycontrolnet.training import metrics, saver
 from raycontrolnet.training.saver import CheckpointSaver, HostCopy
-from raycontrolnet.training.state import StateParts, save_state, state_parts, write_parts
+from raycontrolnet.training.state import StateParts, state_parts, write_parts
 
 PATIENCE_S = 60.0
 LONGER = {"max_train_steps": 8, "checkpointing_steps": 2, "train_batch_size": 1, "seed": 5}

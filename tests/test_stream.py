@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 from processes import start_ray
+from reference import fake_row
 
 from raycontrolnet.cluster.blocks import to_block
 from raycontrolnet.data import stream
@@ -54,13 +55,13 @@ class FakeLoader:
         if sample_index == self.bad_sample:
             raise DataError("photo.png is broken")
         (self.marks / str(sample_index)).touch()
-        return PreparedRow.fake(sample_index, RESOLUTION)
+        return fake_row(sample_index, RESOLUTION)
 
     def batch(self, first_sample: int) -> list[PreparedRow]:
         if first_sample <= self.bad_sample < first_sample + BATCH:
             raise DataError("photo.png is broken")
         (self.marks / str(first_sample)).touch()
-        return [PreparedRow.fake(index, RESOLUTION) for index in range(first_sample, first_sample + BATCH)]
+        return [fake_row(index, RESOLUTION) for index in range(first_sample, first_sample + BATCH)]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,8 @@ def _local_ray() -> Iterator[None]:
     import ray
 
     ray.shutdown()  # that of other tests, which has more CPUs
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # tests are not installed where tasks run
+    for name in (__name__, fake_row.__module__):  # tests are not installed where tasks run
+        ray.cloudpickle.register_pickle_by_value(sys.modules[name])
     start_ray(num_cpus=1)
     yield
     ray.shutdown()
@@ -85,7 +87,7 @@ def shares(loader: FakeLoader, num_workers: int, first_sample: int, micro_steps:
 
 
 def test_a_bundle_is_lossless_and_a_bad_batch_is_raised_in_its_turn() -> None:
-    bundle = [[PreparedRow.fake(index, 24) for index in range(first, first + 3)] for first in (8, 20)]
+    bundle = [[fake_row(index, 24) for index in range(first, first + 3)] for first in (8, 20)]
     table = to_block([*bundle, DataError("photo.png is broken"), bundle[0]])
     assert table.num_rows == 1  # Ray Data cannot split it
     batches = ray_batches(SimpleNamespace(iter_batches=lambda **_: (each for each in [table])))
@@ -201,7 +203,7 @@ def test_every_worker_gets_its_samples_in_order(
             if rank == 0:
                 time.sleep(0.02)  # workers of different speed
             received.append([row.sample_index for row in rows])
-            np.testing.assert_array_equal(rows[-1].image, PreparedRow.fake(rows[-1].sample_index, RESOLUTION).image)
+            np.testing.assert_array_equal(rows[-1].image, fake_row(rows[-1].sample_index, RESOLUTION).image)
         return received
 
     split = shares(FakeLoader(tmp_path), num_workers, first_sample, 12 // num_workers, bundle)

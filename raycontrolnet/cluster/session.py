@@ -14,6 +14,7 @@ from pathlib import Path
 
 from raycontrolnet.cluster.cpus import LOADING_CPUS, machine_cpus
 from raycontrolnet.cluster.environment import passed_on_to_job
+from raycontrolnet.config.cluster_settings import ClusterConfig
 from raycontrolnet.errors import ConfigError, RunError
 from raycontrolnet.text import error_message
 
@@ -61,6 +62,11 @@ def on_a_cluster(address: str | None) -> bool:
     import ray
 
     return ray.is_initialized() or _target(address) != LOCAL
+
+
+def runs_on_a_cluster(run: ClusterConfig) -> bool:
+    """Check whether a run is neither in this process nor on a Ray of its own."""
+    return not run.in_this_process and on_a_cluster(run.address)
 
 
 @contextmanager

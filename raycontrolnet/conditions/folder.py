@@ -14,13 +14,11 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from raycontrolnet.data.metadata_file import CONDITION_JOURNAL
-from raycontrolnet.errors import RunError
-from raycontrolnet.storage.folder import CacheFolder
+from raycontrolnet.storage.folder import CacheFolder, writing_to
 
 CONDITIONING = "conditioning"
 METADATA = "metadata.jsonl"
@@ -86,7 +84,7 @@ class ConditionFolder:
         self.made |= dict.fromkeys(names, Made("", 0))
         lines = [_line(metadata=digest) for digest in sorted(self._metadata_hashes)]
         lines += [_line(name=name, key=made.key, num_bytes=made.num_bytes) for name, made in self.made.items()]
-        with self._writing():
+        with writing_to(str(self.path)):
             CacheFolder(str(self.path)).write(CONDITION_JOURNAL, "".join(lines).encode())
             if any((self.conditioning / name).exists() for name in names):
                 self.metadata.unlink(missing_ok=True)
@@ -98,7 +96,7 @@ class ConditionFolder:
             RunError: if the folder cannot be written to.
         """
         self.made |= made
-        with self._writing():
+        with writing_to(str(self.path)):
             self._append("".join(_line(name=name, **done._asdict()) for name, done in made.items()))
 
     def write_metadata(self, rows: Iterable[Mapping[str, object]]) -> None:
@@ -111,7 +109,7 @@ class ConditionFolder:
         if self.metadata.is_file() and self.metadata.read_bytes() == content:
             return
         digest = _digest(content)
-        with self._writing():
+        with writing_to(str(self.path)):
             self._append(_line(metadata=digest))  # first: a file that the journal does not know could not be replaced
             self._metadata_hashes.add(digest)
             CacheFolder(str(self.path)).write(METADATA, content)
@@ -123,7 +121,7 @@ class ConditionFolder:
             RunError: if the folder cannot be written to.
         """
         file = self.path / BAD_PICTURES_FILE
-        with self._writing():
+        with writing_to(str(self.path)):
             file.unlink(missing_ok=True)
             if reasons:
                 text = "".join(f"{reason}\n" for reason in reasons)
@@ -134,13 +132,6 @@ class ConditionFolder:
         """Remove the partial files of killed processes."""
         for folder in {self.path, *((self.conditioning / name).parent for name in self.made)}:
             CacheFolder(str(folder)).remove_leftovers()
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise RunError(f"{self.path} cannot be written to: {error.strerror or error}") from error
 
     def _append(self, lines: str) -> None:
         with (self.path / CONDITION_JOURNAL).open("a", encoding="utf-8") as file:

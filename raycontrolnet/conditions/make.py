@@ -17,8 +17,8 @@ from raycontrolnet.cluster.shared_files import SharedFiles, check_nodes_see
 from raycontrolnet.cluster.versions import check_versions
 from raycontrolnet.conditions.recipes import Recipe
 from raycontrolnet.data.transforms import encode_conditioning
-from raycontrolnet.errors import DataError, RunError
-from raycontrolnet.storage.folder import CacheFolder
+from raycontrolnet.errors import DataError
+from raycontrolnet.storage.folder import CacheFolder, writing_to
 
 if TYPE_CHECKING:
     import ray
@@ -104,10 +104,11 @@ def make(item: ToMake, recipe: Recipe, folder: str) -> Outcome:
     except DataError as error:
         return Outcome(item.name, 0, str(error))
     place, _, name = f"{folder}/{item.name}".rpartition("/")
-    try:
-        CacheFolder(place).write(name, png)
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
+    with writing_to(place):
+        try:
+            CacheFolder(place).write(name, png)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
             return Outcome(item.name, 0, f"{item.picture}: its name is too long for {name} to be written; shorten it")
-        raise RunError(f"{place} cannot be written to: {error.strerror or error}") from error
     return Outcome(item.name, len(png))

@@ -13,7 +13,7 @@ from raycontrolnet.config.condition_config import PicturesConfig
 from raycontrolnet.data.columns import find_column, read_captions
 from raycontrolnet.data.metadata_file import CONDITION_JOURNAL, METADATA_FILES, metadata_rows, read_path
 from raycontrolnet.errors import DataError
-from raycontrolnet.text import shorten
+from raycontrolnet.text import is_unicode, shorten
 
 SUFFIXES = frozenset(
     {
@@ -206,7 +206,5 @@ def _text_beside(path: str) -> Text | None:
 
 
 def _check_unicode(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, as in "\ud83d"
-        raise ValueError("the caption is not valid Unicode") from None
+    if not is_unicode(text):
+        raise ValueError("the caption is not valid Unicode")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from raycontrolnet.config.rules import Problems, problem_of
+from raycontrolnet.config.rules import Problems, above_zero
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.config.values import coerce_settings, setting_types
 from raycontrolnet.errors import ConfigError
@@ -23,10 +22,7 @@ class CheckSettings:
     """Price of one GPU for an hour, in any currency."""
 
     def problems(self) -> Problems:
-        for name in setting_types(CheckSettings):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                yield problem_of(self, name, "must be a number above 0")
+        yield from above_zero(self, *setting_types(CheckSettings))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from raycontrolnet.config.declare import setting
-from raycontrolnet.config.rules import Problems, one_of, problem_of
+from raycontrolnet.config.rules import Problems, above_zero, one_of, problem_of
 
 LOSSES = ("mse", "huber")
 TIMESTEP_SAMPLINGS = ("uniform", "logit_normal", "high_noise")
@@ -51,10 +51,7 @@ class ObjectiveConfig:
         low, high = HUBER_DELTAS
         if not low <= self.huber_delta <= high:
             yield problem_of(self, "huber_delta", f"must be in [{low:g}, {high:g}]")
-        for name in ("snr_gamma", "logit_std"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                yield problem_of(self, name, "must be a number above 0")
+        yield from above_zero(self, "snr_gamma", "logit_std")
         for name in ("noise_offset", "input_perturbation"):
             if not 0 <= getattr(self, name) < math.inf:
                 yield problem_of(self, name, "must be a number of at least 0")

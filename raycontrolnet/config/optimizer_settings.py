@@ -15,6 +15,8 @@ ADAMW = "torch.optim.AdamW"
 ADAMW_8BIT = "bitsandbytes.optim.AdamW8bit"
 """The class of --use_8bit_adam."""
 ADAM_FLAGS = ("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
+OPTIMIZER_SETTINGS = ("optimizer", "optimizer_args", "use_8bit_adam", *ADAM_FLAGS)
+"""Settings of which one decides what another may be."""
 FLAGS_OF_ADAMW = {
     "betas": "--adam_beta1 and --adam_beta2", "weight_decay": "--adam_weight_decay", "eps": "--adam_epsilon",
 }  # fmt: skip

@@ -157,18 +157,6 @@ class ValidationConfig:
     control_fidelity: str | None = setting(None, decides_measurement="how images are scored")
     """Score validation images by the condition found in them: shape (of a filled outline) or canny (edges)."""
 
-    def held_out_of(self, num_rows: int, num_used: int) -> int:
-        """Return the number of rows to hold out: 0, or at least 2, because control images are shuffled.
-
-        Args:
-            num_rows: rows of the data set.
-            num_used: rows that max_train_samples leaves.
-        """
-        split = self.validation_split
-        if split is None:
-            return HELD_OUT_ROWS if num_rows >= ROWS_TO_SPARE else 0
-        return max(2, round(split * num_used)) if 0 < split < 1 else int(split)
-
     def problems(self) -> Problems:
         split = self.validation_split
         if split is not None and (split < 0 or split == 1 or (split > 1 and split % 1 != 0)):

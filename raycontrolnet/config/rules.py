@@ -48,6 +48,13 @@ def at_least(config: Any, minimum: float, *names: str) -> Problems:
             yield problem_of(config, name, "must be below 2**63")
 
 
+def above_zero(config: Any, *names: str) -> Problems:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            yield problem_of(config, name, "must be a number above 0")
+
+
 def in_unit_interval(config: Any, name: str) -> Problems:
     if not 0 <= getattr(config, name) <= 1:
         yield problem_of(config, name, "must be in [0, 1]")

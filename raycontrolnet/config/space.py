@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import shlex
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from typing import Any, TypeAlias
 from raycontrolnet.config.rules import NO_VALUE
 from raycontrolnet.config.sweepable import refusal, takes_values
 from raycontrolnet.config.train_config import TrainConfig
-from raycontrolnet.config.values import coerce, read_yaml, setting_types, unknown_names
+from raycontrolnet.config.values import as_flag, coerce, read_yaml, setting_types, unknown_names
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.storage.uri import shown_name
 from raycontrolnet.text import perhaps
@@ -118,7 +117,7 @@ def _dimension(name: str, entry: Any) -> Dimension:
     if entry is None:
         raise ConfigError(["no values are given; list them with {choice: [...]}"])
     if not isinstance(entry, Mapping):
-        raise ConfigError([f"{entry}: is a single value; give it as a flag: {_flag(name, entry)}"])
+        raise ConfigError([f"{entry}: is a single value; give it as a flag: {as_flag(name, entry)}"])
     if len(entry) != 1:
         given = f"{', '.join(map(str, entry))}: are several kinds; keep one" if entry else "{}: names no kind"
         raise ConfigError([f"{given} of {', '.join(KINDS)}"])
@@ -148,7 +147,7 @@ def _uniform(name: str, kind: str, values: Any) -> Dimension:
         raise ConfigError(problems)
     low, high = ends
     if low == high:
-        raise ConfigError([f"{given}: is a single value; give it as a flag: {_flag(name, low)}"])
+        raise ConfigError([f"{given}: is a single value; give it as a flag: {as_flag(name, low)}"])
     if kind == "loguniform" and min(low, high) <= 0:
         raise ConfigError([f"{given}: low must be above 0, as its logarithm is taken; raise it, or use uniform"])
     if low > high:
@@ -185,12 +184,6 @@ def _type_without_none(name: str) -> Any:
     """Return the setting's type; for an optional one, that of its values."""
     kind = TYPES[name]
     return next(part for part in typing.get_args(kind) or (kind,) if part is not type(None))
-
-
-def _flag(name: str, value: Any) -> str:
-    if isinstance(value, bool):
-        return f"--{name}" if value else f"--no_{name}"
-    return f"--{name} {shlex.quote(str(value))}"
 
 
 def shown(value: Any) -> str:

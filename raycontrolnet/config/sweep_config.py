@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raycontrolnet.config.data_sources import COLUMNS, SourceConfig
-from raycontrolnet.config.optimizer_settings import ADAM_FLAGS
+from raycontrolnet.config.optimizer_settings import OPTIMIZER_SETTINGS
 from raycontrolnet.config.rules import Problems, at_least, one_of, problem_of
 from raycontrolnet.config.space import Dimension, Space, combinations, place_of, read_space, shown
 from raycontrolnet.config.sweepable import cache_problems, refusal, run_problems, without_keys
@@ -30,7 +30,7 @@ OBJECTIVES = {
 }
 """Metrics that trials can be ranked by -> the best value, smallest or largest."""
 TOGETHER = (
-    ("optimizer", "optimizer_args", "use_8bit_adam", *ADAM_FLAGS),
+    OPTIMIZER_SETTINGS,
     (*SourceConfig.FLAGS, "dataset_config_name", *COLUMNS),
     ("compile", "enable_xformers_memory_efficient_attention"),
 )

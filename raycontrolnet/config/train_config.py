@@ -11,7 +11,13 @@ from raycontrolnet.config.cluster_settings import ClusterConfig
 from raycontrolnet.config.declare import Facts, facts_of
 from raycontrolnet.config.objective_settings import ObjectiveConfig
 from raycontrolnet.config.optimizer_settings import AveragesConfig, OptimizerConfig
-from raycontrolnet.config.output_settings import HubConfig, OutputConfig, ValidationConfig
+from raycontrolnet.config.output_settings import (
+    HELD_OUT_ROWS,
+    ROWS_TO_SPARE,
+    HubConfig,
+    OutputConfig,
+    ValidationConfig,
+)
 from raycontrolnet.config.rules import Problems, problem_of
 from raycontrolnet.config.settings import CacheConfig, DataConfig, ModelConfig, OptimConfig, StepConfig
 from raycontrolnet.config.values import check_settings, coerce, misfit
@@ -48,8 +54,12 @@ class TrainConfig(
                 yield problem_of(self, name, no_effect_without(needed, value))
 
     def num_held_out(self, num_rows: int) -> int:
-        """Return the number of rows to hold out of a data set with `num_rows`."""
-        return self.held_out_of(num_rows, min(num_rows, self.max_train_samples or num_rows))
+        """Return the number of rows to hold out: 0, or at least 2, because control images are shuffled."""
+        split = self.validation_split
+        if split is None:
+            return HELD_OUT_ROWS if num_rows >= ROWS_TO_SPARE else 0
+        num_used = min(num_rows, self.max_train_samples or num_rows)
+        return max(2, round(split * num_used)) if 0 < split < 1 else int(split)
 
 
 def no_effect_without(needed: str, value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import shlex
 import types
 import typing
 from collections.abc import Mapping
@@ -146,6 +147,14 @@ def _coerce_items(value: Any, kind: Any) -> tuple[Any, ...] | None:
         return tuple(coerce(item, kind) for item in items) or None
     except ValueError as error:
         raise (ValueError("must be finite numbers") if kind is float else error) from None
+
+
+def as_flag(name: str, value: Any) -> str:
+    """Return a setting as on a command line."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no_{name}"
+    values = value if isinstance(value, list) else [value]
+    return " ".join([f"--{name}", *(shlex.quote(str(each)) for each in values)])
 
 
 def unknown_names(settings: Mapping[Any, Any], known: Mapping[str, Any], place: str) -> list[str]:

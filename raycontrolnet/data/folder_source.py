@@ -26,7 +26,7 @@ from raycontrolnet.data.paths import (
 from raycontrolnet.data.records import EncodedImage, ImageRow
 from raycontrolnet.data.remote_path import AnyPath, RemotePath, joined
 from raycontrolnet.errors import DataError
-from raycontrolnet.text import error_message, shorten
+from raycontrolnet.text import error_message, is_unicode, shorten
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -225,10 +225,8 @@ def _read_row(row: dict[str, Any], columns: Columns) -> tuple[str, str, tuple[st
     except ValueError as error:
         raise ValueError(f"{columns.caption} {error}") from None
     image, conditioning_image = read_path(row, columns.image), read_path(row, columns.conditioning_image)
-    try:
-        "".join((image, conditioning_image, *captions)).encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, as in "\ud83d"
-        raise ValueError("holds a text that is not valid Unicode") from None
+    if not is_unicode("".join((image, conditioning_image, *captions))):
+        raise ValueError("holds a text that is not valid Unicode")
     return image, conditioning_image, captions
 
 

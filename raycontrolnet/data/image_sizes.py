@@ -73,7 +73,7 @@ def image_sizes(source: Source, rows: Iterable[int], *, skip_bad: bool = False) 
                 problems.append(str(size))
             sizes[row] = UNKNOWN if isinstance(size, DataError) else size
     if problems and not skip_bad:
-        lines = list(shorten(problems, "images cannot be read"))
+        lines = shorten(problems, "images cannot be read")
         raise DataError("\n".join([*lines, "fix the data, or skip such rows with --on_bad_sample skip"]))
     if not problems:
         with suppress(OSError):  # a full disk, or a home that cannot be written to

@@ -1,6 +1,6 @@
 """Endless sequences of rows, and several of them interleaved in shares: the order of buckets and of mixed sources.
 
-    Shuffled      index -> row: a permutation of its rows for every epoch
+    Shuffled      index -> row: a permutation of its rows for every epoch (order.py)
     Interleaved   index -> row: turns of several sequences, drawn per epoch, each as often as its share says
 
 Both are functions of (seed, index): they hold no state, can be read anywhere, and nest.
@@ -12,75 +12,11 @@ import hashlib
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raycontrolnet.data.order import Purpose, keyed_rng
-
-Rows = NDArray[np.int64]
-
-
-class RowSequence(Protocol):
-    """An endless sequence of rows. Pickles small, or without a copy."""
-
-    @property
-    def share(self) -> Fraction:
-        """Rows per epoch of what it is a part of; for `Shuffled` its rows x `repeats`."""
-        ...
-
-    @property
-    def digest(self) -> bytes:
-        """Hash of everything that decides the sequence."""
-        ...
-
-    def row(self, index: int) -> int:
-        """Return the row at `index` >= 0, in constant time on average over an epoch."""
-        ...
-
-    def between(self, start: int, stop: int) -> Rows:
-        """Return the rows at [start, stop), int64."""
-        ...
-
-
-class Shuffled:
-    """A permutation of `rows` for every epoch, from (seed, key, epoch).
-
-    Args:
-        rows: int64, in the order that permutations count; or their number n, for 0 to n - 1. At least one.
-        seed: the run's seed.
-        key: numbers above 0 that tell it from the other sequences of the run; none for the only one.
-        repeats: uses of each row per epoch of what it is a part of, on average.
-    """
-
-    def __init__(self, rows: Rows | int, seed: int, key: tuple[int, ...] = (), repeats: Fraction = Fraction(1)):
-        self.rows, self.seed, self.key, self.repeats = rows, seed, key, repeats
-        self.size = rows if isinstance(rows, int) else len(rows)
-        named = hashlib.blake2b(repr((self.size, seed, key, repeats)).encode(), digest_size=16)
-        if not isinstance(rows, int):
-            named.update(np.ascontiguousarray(rows).data)
-        self.digest = named.digest()
-
-    @property
-    def share(self) -> Fraction:
-        return self.size * self.repeats
-
-    def row(self, index: int) -> int:
-        """See `RowSequence`."""
-        epoch, position = divmod(index, self.size)
-        place = int(_cached_permutation(self.seed, self.key, epoch, self.size)[position])
-        return place if isinstance(self.rows, int) else int(self.rows[place])
-
-    def between(self, start: int, stop: int) -> Rows:
-        """See `RowSequence`."""
-        first, parts = start // self.size, [np.empty(0, np.int64)]
-        for epoch in range(first, -(-stop // self.size)):
-            places = _permutation(self.seed, self.key, epoch, self.size)
-            begin = epoch * self.size
-            parts.append(places[max(0, start - begin) : stop - begin])
-        places = np.concatenate(parts)
-        return places if isinstance(self.rows, int) else self.rows[places]
+from raycontrolnet.data.order import Purpose, Rows, RowSequence, Shuffled, keyed_rng
 
 
 class Interleaved:
@@ -191,13 +127,6 @@ def grouped(
     indices = np.arange(rows) if isinstance(rows, int) else rows
     parts = [make(indices[own == label], (*key, int(label) + 1)) for label in present]
     return Interleaved(parts, seed, turn, key)
-
-
-def _permutation(seed: int, key: tuple[int, ...], epoch: int, size: int) -> Rows:
-    return keyed_rng(seed, Purpose.ORDER, epoch, *key).permutation(size)
-
-
-_cached_permutation = lru_cache(maxsize=4)(_permutation)  # a batch may straddle two epochs
 
 
 @lru_cache(maxsize=4)

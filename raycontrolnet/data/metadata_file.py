@@ -18,7 +18,7 @@ from raycontrolnet.data.columns import kind_name
 from raycontrolnet.data.remote_path import AnyPath
 from raycontrolnet.errors import DataError
 from raycontrolnet.storage.files import sha256_of
-from raycontrolnet.text import error_message
+from raycontrolnet.text import error_message, is_unicode
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "prompt.json", "train.jsonl")
 """Names in the order of the search: image folders; the original ControlNet layout; the fill50k repository."""
@@ -198,7 +198,7 @@ def _csv_row(header: Sequence[str], values: Sequence[str], lines: int) -> Row:
         more = len(values) > len(header)
         hint = "; a text with a comma stands in double quotes" if more else ""
         return ValueError(f"has {len(values)} values for the {len(header)} columns of the first line{hint}")
-    if not all(value.isascii() or _is_unicode(value) for value in values):
+    if not all(value.isascii() or is_unicode(value) for value in values):
         return ValueError("is not UTF-8 text")
     if lines > 1 and (swallowed := _swallowed_row(header, values)):
         return ValueError(
@@ -206,14 +206,6 @@ def _csv_row(header: Sequence[str], values: Sequence[str], lines: int) -> Row:
             "quote too many? A text of several lines that is right can be written in one"
         )
     return dict(zip(header, values, strict=True))
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _swallowed_row(header: Sequence[str], values: Sequence[str]) -> str | None:

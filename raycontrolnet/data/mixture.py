@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from raycontrolnet.config.data_sources import sources_of
 from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.data.buckets import Buckets
-from raycontrolnet.data.interleaved import Rows, RowSequence, Shuffled, grouped
+from raycontrolnet.data.interleaved import grouped
 from raycontrolnet.data.joined_source import named_sources
+from raycontrolnet.data.order import Rows, RowSequence, Shuffled
 from raycontrolnet.data.source import Source
 from raycontrolnet.text import counted
 

@@ -6,16 +6,15 @@ workers, restarts or loading tasks cannot change what is learned.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from fractions import Fraction
+from functools import cached_property, lru_cache
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from raycontrolnet.data.interleaved import RowSequence
 
 
 class Purpose(IntEnum):
@@ -45,6 +44,74 @@ def keyed_seed(seed: int, purpose: Purpose, key: int) -> int:
     return int(np.random.SeedSequence((seed, purpose, key)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+Rows = NDArray[np.int64]
+
+
+class RowSequence(Protocol):
+    """An endless sequence of rows. Pickles small, or without a copy."""
+
+    @property
+    def share(self) -> Fraction:
+        """Rows per epoch of what it is a part of; for `Shuffled` its rows x `repeats`."""
+        ...
+
+    @property
+    def digest(self) -> bytes:
+        """Hash of everything that decides the sequence."""
+        ...
+
+    def row(self, index: int) -> int:
+        """Return the row at `index` >= 0, in constant time on average over an epoch."""
+        ...
+
+    def between(self, start: int, stop: int) -> Rows:
+        """Return the rows at [start, stop), int64."""
+        ...
+
+
+class Shuffled:
+    """A permutation of `rows` for every epoch, from (seed, key, epoch).
+
+    Args:
+        rows: int64, in the order that permutations count; or their number n, for 0 to n - 1. At least one.
+        seed: the run's seed.
+        key: numbers above 0 that tell it from the other sequences of the run; none for the only one.
+        repeats: uses of each row per epoch of what it is a part of, on average.
+    """
+
+    def __init__(self, rows: Rows | int, seed: int, key: tuple[int, ...] = (), repeats: Fraction = Fraction(1)):
+        self.rows, self.seed, self.key, self.repeats = rows, seed, key, repeats
+        self.size = rows if isinstance(rows, int) else len(rows)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """See `RowSequence`."""
+        named = hashlib.blake2b(repr((self.size, self.seed, self.key, self.repeats)).encode(), digest_size=16)
+        if not isinstance(self.rows, int):
+            named.update(np.ascontiguousarray(self.rows).data)
+        return named.digest()
+
+    @property
+    def share(self) -> Fraction:
+        return self.size * self.repeats
+
+    def row(self, index: int) -> int:
+        """See `RowSequence`."""
+        epoch, position = divmod(index, self.size)
+        place = int(_cached_permutation(self.seed, self.key, epoch, self.size)[position])
+        return place if isinstance(self.rows, int) else int(self.rows[place])
+
+    def between(self, start: int, stop: int) -> Rows:
+        """See `RowSequence`."""
+        first, parts = start // self.size, [np.empty(0, np.int64)]
+        for epoch in range(first, -(-stop // self.size)):
+            places = _permutation(self.seed, self.key, epoch, self.size)
+            begin = epoch * self.size
+            parts.append(places[max(0, start - begin) : stop - begin])
+        places = np.concatenate(parts)
+        return places if isinstance(self.rows, int) else self.rows[places]
+
+
 class SampleOrder:
     """k -> row: a permutation of the rows for every epoch, from (seed, epoch) alone.
 
@@ -65,34 +132,33 @@ class SampleOrder:
         max_samples: int | None = None,
         without: Sequence[int] = (),
         num_held_out: int = 0,
-        arrange: Callable[[NDArray[np.int64] | int], RowSequence] | None = None,
+        arrange: Callable[[Rows | int], RowSequence] | None = None,
     ):
         self.seed = seed
         end = num_rows if max_samples is None else min(num_rows, num_held_out + max_samples)
-        self.held_out: NDArray[np.int64] = np.empty(0, np.int64)
+        self.held_out: Rows = np.empty(0, np.int64)
         """Rows that are held out."""
-        self.rows: NDArray[np.int64] | None = None
+        self.rows: Rows | None = None
         """Rows that are trained on, in the order that permutations count; None for all of them."""
         if num_held_out or end < num_rows:
-            drawn = _permutation(seed, Purpose.SUBSET, 0, num_rows)
+            drawn = keyed_rng(seed, Purpose.SUBSET, 0).permutation(num_rows)
             self.held_out, self.rows = drawn[:num_held_out], drawn[num_held_out:end]
         if without:
             rows = np.arange(num_rows) if self.rows is None else self.rows
             self.rows = rows[~np.isin(rows, list(without))]
             self.held_out = self.held_out[~np.isin(self.held_out, list(without))]
-        self.num_samples = num_rows if self.rows is None else len(self.rows)
+        trained = num_rows if self.rows is None else self.rows
+        self.num_samples = trained if isinstance(trained, int) else len(trained)
         """N, samples per epoch."""
-        self.sequence = arrange(num_rows if self.rows is None else self.rows) if arrange else None
+        self._sequence = arrange(trained) if arrange else Shuffled(trained, seed)
 
     def row(self, sample_index: int) -> int:
         """Return the source's row for sample k = `sample_index`."""
-        if self.sequence is not None:
-            return self.sequence.row(sample_index)
-        epoch, position = divmod(sample_index, self.num_samples)
-        place = int(_permutation(self.seed, Purpose.ORDER, epoch, self.num_samples)[position])
-        return place if self.rows is None else int(self.rows[place])
+        return self._sequence.row(sample_index)
 
 
-@lru_cache(maxsize=4)  # a batch may straddle two epochs
-def _permutation(seed: int, purpose: Purpose, key: int, size: int) -> NDArray[np.int64]:
-    return keyed_rng(seed, purpose, key).permutation(size)
+def _permutation(seed: int, key: tuple[int, ...], epoch: int, size: int) -> Rows:
+    return keyed_rng(seed, Purpose.ORDER, epoch, *key).permutation(size)
+
+
+_cached_permutation = lru_cache(maxsize=4)(_permutation)  # a batch may straddle two epochs

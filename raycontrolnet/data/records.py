@@ -64,9 +64,11 @@ class EncodedRow:
         Raises:
             ValueError: if the cache has none of mirror images.
         """
-        if flipped and self.flipped_posterior is None:
+        if not flipped:
+            return self.posterior
+        if self.flipped_posterior is None:
             raise ValueError(f"{self.place}: has no latents of mirrored images")
-        return self.posterior if self.flipped_posterior is None or not flipped else self.flipped_posterior
+        return self.flipped_posterior
 
 
 @dataclass(frozen=True)
@@ -121,17 +123,3 @@ class PreparedRow:
         """Height and width of its images."""
         height, width, _ = self.conditioning_image.shape
         return height, width
-
-    @staticmethod
-    def fake(sample_index: int = 0, resolution: int = 16) -> PreparedRow:
-        """Return a valid record with made-up content, for tests."""
-        rng = np.random.default_rng(sample_index)
-        image, conditioning_image = rng.integers(0, 256, (2, resolution, resolution, 3), dtype=np.uint8)
-        sizes = (*rng.integers(resolution, 9 * resolution, 2).tolist(), *rng.integers(0, 99, 2).tolist())
-        return PreparedRow(
-            sample_index,
-            image,
-            conditioning_image,
-            f"prompt {sample_index}",
-            size_conditions=(*sizes, resolution, resolution),
-        )

@@ -52,7 +52,5 @@ class PixelRows:
         return 2 * 3 * (self.buckets.most_pixels if self.buckets else self.resolution**2)
 
     def read(self, row: int, view: View = CENTRED) -> DecodedRow:
-        source_row = self.source.read(row)
-        size = self.buckets and self.buckets.size_of(row)
-        images = prepare_images(source_row, size or self.resolution, self.interpolation, view)
-        return DecodedRow(source_row.captions, images.conditioning_image, images.image, images.original_size)
+        size = self.buckets.size_of(row) if self.buckets else self.resolution
+        return prepare_images(self.source.read(row), size, self.interpolation, view)

@@ -24,7 +24,7 @@ from raycontrolnet.data.tar_index import ShardIndex, extensions_of, read_index
 from raycontrolnet.data.tar_table import FILES, tar_rows
 from raycontrolnet.errors import DataError
 from raycontrolnet.storage.store_requests import REQUESTS
-from raycontrolnet.text import counted, error_message, printable, shorten
+from raycontrolnet.text import counted, error_message, is_unicode, printable, shorten
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -187,10 +187,8 @@ class TarSource:
             captions = read_captions(values[column])
         except ValueError as error:
             raise ValueError(f"its {extension}: {column} {error}") from None
-        try:
-            "".join(captions).encode()
-        except UnicodeEncodeError:  # half of a surrogate pair, as in "\ud83d"
-            raise ValueError(f"its {extension} holds a text that is not valid Unicode") from None
+        if not is_unicode("".join(captions)):
+            raise ValueError(f"its {extension} holds a text that is not valid Unicode")
         return captions
 
     def _json(self, row: int, content: bytes) -> dict[str, Any]:
@@ -257,7 +255,7 @@ def _check_extensions(files: SampleFiles, indices: Mapping[AnyPath, ShardIndex],
     if not (extensions and (missing := files.missing(extensions, shown))):
         return
     faulty = [f"{path}: {index.fault}" for path, index in indices.items() if index.fault]
-    faults = list(shorten(faulty, "tars cannot be read"))
+    faults = shorten(faulty, "tars cannot be read")
     if archive := next((path for path, index in indices.items() if index.metadata_file), None):
         name = indices[archive].metadata_file
         raise DataError(

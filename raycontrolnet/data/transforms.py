@@ -12,7 +12,6 @@ import stat
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +19,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from raycontrolnet.data.augmentation import CENTRED, View
 from raycontrolnet.data.paths import kind_of_file
-from raycontrolnet.data.records import EncodedImage, ImageRow, Size, UInt8Image
+from raycontrolnet.data.records import DecodedRow, EncodedImage, ImageRow, Size, UInt8Image
 from raycontrolnet.data.remote_path import RemotePath
 from raycontrolnet.data.size_conditioning import crop_corner, resized_size
 from raycontrolnet.errors import DataError
@@ -151,9 +150,9 @@ def mirrored(image: UInt8Image) -> UInt8Image:
     return np.ascontiguousarray(image[:, ::-1])
 
 
-def resize_short_side(image: Image.Image, resolution: int, interpolation: str = "bilinear") -> Image.Image:
-    """Resize an RGB image so that its short side is `resolution`, the first half of `resize_and_crop`."""
-    return _resize_to_cover(image, (resolution, resolution), interpolation)
+def resize_short_side(image: Image.Image, resolution: int) -> Image.Image:
+    """Resize an RGB image so that its short side is `resolution`, the first half of `resize_and_crop`; bilinear."""
+    return _resize_to_cover(image, (resolution, resolution), "bilinear")
 
 
 def _resize_to_cover(image: Image.Image, size: Size, interpolation: str) -> Image.Image:
@@ -173,21 +172,10 @@ def choose_prompt(captions: tuple[str, ...], rng: np.random.Generator, proportio
     return "" if empty else caption
 
 
-class PreparedImages(NamedTuple):
-    """The images of a row."""
-
-    image: UInt8Image
-    """[height, width, 3] RGB."""
-    conditioning_image: UInt8Image
-    """[height, width, 3] RGB."""
-    original_size: Size
-    """Size of the image in its file, upright."""
-
-
 def prepare_images(
     row: ImageRow, size: Size | int, interpolation: str = "bilinear", view: View = CENTRED
-) -> PreparedImages:
-    """Return image and conditioning image of a row, resized, cropped and mirrored alike; see `resize_and_crop`.
+) -> DecodedRow:
+    """Return a row with its images resized, cropped and mirrored alike; see `resize_and_crop`.
 
     Raises:
         DataError: naming the row's place, if one of its images cannot be decoded.
@@ -196,10 +184,11 @@ def prepare_images(
     conditioning_image = decode_rgb(
         row.conditioning_image, background=CONDITIONING_BACKGROUND, place=f"{row.place}, conditioning image"
     )
-    return PreparedImages(
-        resize_and_crop(image, size, interpolation, view),
-        resize_and_crop(conditioning_image, size, interpolation, view),
-        (image.height, image.width),
+    return DecodedRow(
+        captions=row.captions,
+        conditioning_image=resize_and_crop(conditioning_image, size, interpolation, view),
+        image=resize_and_crop(image, size, interpolation, view),
+        original_size=(image.height, image.width),
     )
 
 

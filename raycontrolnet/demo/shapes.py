@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from raycontrolnet.storage.files import replacing
+from raycontrolnet.storage.files import replace_text
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 30, 30),
@@ -87,8 +87,7 @@ def write_shapes(folder: Path, num_rows: int = 64, *, resolution: int = 64, seed
         image.save(folder / row["image"])
         conditioning_image.save(folder / row["conditioning_image"])
         lines.append(json.dumps(row) + "\n")
-    with replacing(folder / "metadata.jsonl") as partial:
-        partial.write_text("".join(lines), encoding="utf-8")
+    replace_text(folder / "metadata.jsonl", "".join(lines))
     return folder
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raycontrolnet.config.settings import ModelConfig
-from raycontrolnet.version import __version__
+from raycontrolnet.model.files import hub_api
 
 logger = logging.getLogger(__name__)
 
@@ -110,14 +110,12 @@ def _cached_metadata(model: ModelConfig) -> Mapping[str, Any]:
 
 def _hub_metadata(model: ModelConfig, token: str | None) -> Mapping[str, Any]:
     """Ask the Hub for the card's metadata; empty if it does not answer in time."""
-    from huggingface_hub import HfApi
-
     base = model.pretrained_model_name_or_path
     found: dict[str, Any] = {}
 
     def ask() -> None:
         try:
-            info = HfApi(token=token, library_name="raycontrolnet", library_version=__version__).model_info(
+            info = hub_api(token).model_info(
                 base, revision=model.revision, timeout=ANSWER_TIMEOUT_S, expand=["cardData"]
             )
             found.update(info.card_data.to_dict() if info.card_data else {})

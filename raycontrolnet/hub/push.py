@@ -13,9 +13,9 @@ from typing import Any
 from raycontrolnet.config.checks import find_token
 from raycontrolnet.config.output_settings import HubConfig
 from raycontrolnet.errors import RunError
+from raycontrolnet.model.files import hub_api
 from raycontrolnet.quiet import no_progress_bars, only_errors
 from raycontrolnet.text import error_message, printable
-from raycontrolnet.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -142,11 +142,9 @@ def _files(output_dir: Path, single_file: str | None) -> list[Path]:
 
 
 def _api(token: str | None) -> Any:
-    from huggingface_hub import HfApi
-
     if not token:
         raise PermissionError("there is no token: give --hub_token, set HF_TOKEN, or run `hf auth login`")
-    return HfApi(token=token, library_name="raycontrolnet", library_version=__version__)
+    return hub_api(token)
 
 
 def _attempt(

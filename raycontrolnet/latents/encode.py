@@ -5,8 +5,7 @@ load (tasks on CPUs)  ->  encode (a pool of actors, on GPUs or CPUs)  ->  store 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -30,23 +29,22 @@ SHARDS_AHEAD = 3
 MIN_STORE_BYTES = 64 * 2**20
 
 
-def encode_here(job: EncodeJob, cluster: ClusterConfig) -> Iterator[ShardResult]:
+def encode_here(job: EncodeJob, shards: Sequence[Shard], cluster: ClusterConfig) -> Iterator[ShardResult]:
     """Encode the shards one by one in this process."""
     import torch
 
     use_gpu = check_device(cluster.use_gpu, has_gpu=torch.cuda.is_available(), work="encode")
     encoder = job.encoder(use_gpu=use_gpu)
-    for shard in job.shards:
+    for shard in shards:
         yield job.store(job.encode(job.load(shard), encoder))
 
 
-def encode_on_ray(job: EncodeJob, resources: WorkerResources) -> Iterator[ShardResult]:
+def encode_on_ray(job: EncodeJob, shards: Sequence[Shard], resources: WorkerResources) -> Iterator[ShardResult]:
     """Encode the shards on the connected Ray; yield each when it is done."""
     import ray
 
-    shards_ref = ray.put(job.shards)
-    job_ref = ray.put(replace(job, shards=()))  # every task unpickles it
-    fewest, most = (min(workers, len(job.shards)) for workers in resources.num_workers)
+    shards_ref, job_ref = ray.put(shards), ray.put(job)
+    fewest, most = (min(workers, len(shards)) for workers in resources.num_workers)
     with_job = {"fn_kwargs": {"job_ref": job_ref}} | WHOLE_BLOCKS
     dataset = (
         generate(_shards, shards_ref)
@@ -66,7 +64,7 @@ def encode_on_ray(job: EncodeJob, resources: WorkerResources) -> Iterator[ShardR
     yield from results(dataset)
 
 
-def _shards(shards_ref: ray.ObjectRef[tuple[Shard, ...]]) -> Iterator[Shard]:
+def _shards(shards_ref: ray.ObjectRef[Sequence[Shard]]) -> Iterator[Shard]:
     import ray
 
     return iter(ray.get(shards_ref))

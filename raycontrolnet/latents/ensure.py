@@ -25,7 +25,8 @@ from raycontrolnet.latents.manifest import Manifest, Shard
 from raycontrolnet.latents.plan import LatentPlan, prepare_command
 from raycontrolnet.latents.shards import EncodeJob, ShardResult, load_shard
 from raycontrolnet.model.problems import model_files
-from raycontrolnet.storage.files import replacing
+from raycontrolnet.storage.files import replace_text
+from raycontrolnet.storage.folder import writing_to
 from raycontrolnet.storage.quota import quota_forbids
 from raycontrolnet.text import Counter, file_size, shorten
 
@@ -61,10 +62,8 @@ def complete(
     manifest = _manifest(plan, [results[shard.name] for shard in plan.shards])
     if manifest != plan.manifest:
         _check_all_is_there(plan, manifest)
-        try:
+        with writing_to(plan.folder.name):
             manifest.write(plan.folder)
-        except OSError as error:
-            raise RunError(f"{plan.folder.name} cannot be written to: {error.strerror or error}") from error
     _report(plan, manifest, stream)
     return manifest
 
@@ -85,8 +84,6 @@ def _encode(
         files=shared_files(plan.source, plan.config),
         folder=plan.folder,
         encoding=plan.encoding,
-        # Shuffled: a second process at work on the same cache then seldom makes the same shard.
-        shards=tuple(random.sample(missing, len(missing))),
         model=dataclasses.replace(plan.config, hub_token=None),
         replaced=frozenset(shard.name for shard in missing if shard.name in stored),
         batch_size=plan.config.latents_batch_size,
@@ -96,11 +93,13 @@ def _encode(
         check_versions()
         check_nodes_see([job.files])
         check_nodes_see(model_files(plan.config), of=workers.fit_on)
+    # A second process at work on the same cache then seldom makes the same shard.
+    shuffled = random.sample(missing, len(missing))
     results = {}
     done = plan.num_rows - sum(len(shard.rows) for shard in missing)
     counter = Counter("latents", "images", plan.num_rows, done, stream)
     with explained("Encoding", partial(_how_to_go_on, plan)), closing(counter):
-        encoded = encode_on_ray(job, workers) if workers else encode_here(job, plan.config)
+        encoded = encode_on_ray(job, shuffled, workers) if workers else encode_here(job, shuffled, plan.config)
         for result in encoded:
             results[result.stored.name] = result
             counter.advance(result.stored.num_rows + len(result.bad_samples))
@@ -117,8 +116,7 @@ def _manifest(plan: LatentPlan, results: list[ShardResult]) -> Manifest:
     allowed = int(plan.config.max_bad_fraction * plan.num_rows) if plan.config.on_bad_sample == "skip" else 0
     if len(bad) > allowed or len(bad) == plan.num_rows:
         file = report_path(plan, BAD_SAMPLES_FILE)
-        with replacing(file) as partial_file:
-            partial_file.write_text("".join(f"{sample.reason}\n" for sample in bad), encoding="utf-8")
+        replace_text(file, "".join(f"{sample.reason}\n" for sample in bad))
         lines = shorten([sample.reason for sample in bad], f"bad samples (the whole list: {file})")
         limit = (
             f"more than --max_bad_fraction={plan.config.max_bad_fraction:g} allows; fix the data, or raise it"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 from raycontrolnet.config.data_sources import sources_of
 from raycontrolnet.config.settings import DataConfig
 from raycontrolnet.config.train_config import TrainConfig, changed_settings, names_that_decide, names_with
+from raycontrolnet.config.values import as_flag
 from raycontrolnet.data.augmentation import RANDOM
 from raycontrolnet.data.buckets import Buckets
 from raycontrolnet.data.order import SampleOrder
@@ -233,15 +233,7 @@ def prepare_command(config: TrainConfig, command: str = "prepare", **others: Any
         settings["seed"] = config.seed
         if config.validation_split is not None:
             settings["validation_split"] = config.validation_split
-    return " ".join([f"raycontrolnet {command}", *(_flag(name, value) for name, value in settings.items())])
-
-
-def _flag(name: str, value: Any) -> str:
-    """Return a setting as on a command line."""
-    if isinstance(value, bool):
-        return f"--{name}" if value else f"--no_{name}"
-    values = value if isinstance(value, list) else [value]
-    return " ".join([f"--{name}", *(shlex.quote(str(each)) for each in values)])
+    return " ".join([f"raycontrolnet {command}", *(as_flag(name, value) for name, value in settings.items())])
 
 
 def data_changes(manifest: Manifest, shards: Sequence[Shard], stored: Iterator[str], now: Iterator[str]) -> str | None:

@@ -8,7 +8,7 @@ from typing import TextIO
 
 from raycontrolnet.cluster.logs import logging_to, shown_on
 from raycontrolnet.cluster.resources import worker_resources
-from raycontrolnet.cluster.session import on_a_cluster, ray_session
+from raycontrolnet.cluster.session import ray_session, runs_on_a_cluster
 from raycontrolnet.config.checks import collected, find_token, with_absolute_paths
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.image_sizes import find_buckets
@@ -63,8 +63,7 @@ def _prepare(config: TrainConfig, stream: TextIO) -> PrepareResult:
     started = time.monotonic()
     config = with_absolute_paths(config)
     token, source = find_token(config.hub_token), None
-    elsewhere = not config.in_this_process and on_a_cluster(config.address)
-    problems = list(model_problems(config, token, elsewhere=elsewhere))
+    problems = list(model_problems(config, token, elsewhere=runs_on_a_cluster(config)))
     with collected(problems):
         source = open_source(config, cache_dir=config.cache_dir, token=token, skip_bad=True)
     if problems or source is None:

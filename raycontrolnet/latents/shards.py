@@ -18,10 +18,10 @@ from raycontrolnet.data.records import EncodedRow, Size, UInt8Image
 from raycontrolnet.data.source import Source
 from raycontrolnet.data.stream import REMOTE_READS
 from raycontrolnet.data.transforms import encode_conditioning, mirrored, prepare_images
-from raycontrolnet.errors import DataError, RunError
+from raycontrolnet.errors import DataError
 from raycontrolnet.latents.cache import read_contents, shard_bytes
 from raycontrolnet.latents.manifest import BadSample, Encoding, Shard, StoredShard
-from raycontrolnet.storage.folder import CacheFolder
+from raycontrolnet.storage.folder import CacheFolder, writing_to
 
 if TYPE_CHECKING:
     from raycontrolnet.latents.encoder import LatentEncoder
@@ -102,15 +102,13 @@ def load_shard(source: Source, shard: Shard, encoding: Encoding) -> LoadedShard:
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """The shards to encode, and how. Plain data for tasks and actors."""
+    """The way in which shards are encoded. Plain data for tasks and actors; every one unpickles it."""
 
     source: Source
     files: SharedFiles
     """Files of the source that a machine must see to load a shard."""
     folder: CacheFolder
     encoding: Encoding
-    shards: tuple[Shard, ...]
-    """Shards that are missing."""
     replaced: frozenset[str]
     """Names of shards that are there and are made anew."""
     model: ModelConfig
@@ -188,8 +186,6 @@ class EncodeJob:
         """
         if isinstance(encoded, ShardResult):
             return encoded
-        try:
+        with writing_to(self.folder.name):
             self.folder.write(encoded.result.stored.name, encoded.content)
-        except OSError as error:
-            raise RunError(f"{self.folder.name} cannot be written to: {error.strerror or error}") from error
         return encoded.result

@@ -16,7 +16,7 @@ from raycontrolnet.launch.precision import in_words
 from raycontrolnet.launch.resumed_run import changed_training
 from raycontrolnet.model.graphs import no_graphs_because
 from raycontrolnet.sampling.find_controlnet import CONFIG_FILE
-from raycontrolnet.storage.files import replacing
+from raycontrolnet.storage.files import replace_text
 from raycontrolnet.text import counted
 from raycontrolnet.training.schedule import warmup_warning
 from raycontrolnet.training.status import RunStatus
@@ -31,8 +31,7 @@ def announce(run: CheckedRun, status: RunStatus, stream: TextIO, *, use_gpu: boo
 
     settings = public_settings(run.config)
     del settings["resume_from_checkpoint"]  # the file is for another run with the same settings
-    with replacing(run.output_dir / CONFIG_FILE) as partial:
-        partial.write_text(yaml.safe_dump(settings, sort_keys=False))
+    replace_text(run.output_dir / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False))
     schedule = run.schedule(run.start)
     status |= {"total_updates": schedule.total_updates, "held_out": len(run.order.held_out)}
     parts = zip(sources_of(run.config), named_sources(run.source), strict=True)

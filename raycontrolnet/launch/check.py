@@ -250,12 +250,8 @@ def _work_lines(
 
 
 def _disk_lines(needs: Needs, schedule: Schedule, rows: int, *, cached: bool) -> Iterator[str]:
-    train, prediction, one, number = (
-        needs.train,
-        needs.prediction,
-        needs.checkpoint_bytes,
-        needs.num_checkpoints(schedule),
-    )
+    train, prediction = needs.train, needs.prediction
+    one, number = needs.checkpoint_bytes, needs.num_checkpoints(schedule)
     kept = f"{counted(number, 'checkpoint')} of {file_size(one)}: {file_size(number * one)}"
     yield f"disk: {kept}; final weights {file_size(final_bytes(prediction.trained_bytes['ControlNet'], train))}"
     if cached:

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raycontrolnet.cluster.shared_files import SharedFiles
-from raycontrolnet.config.checks import (
-    versions,
-)
+from raycontrolnet.config.checks import versions
 from raycontrolnet.config.train_config import TrainConfig, public_settings
 from raycontrolnet.data.augmentation import Augmentation
 from raycontrolnet.data.buckets import Buckets

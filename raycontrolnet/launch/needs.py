@@ -212,7 +212,7 @@ def _vae_files(train: TrainConfig, token: str | None) -> ModelFiles | None:
     return base_files(model, token, ("config.json",), from_cache=True)
 
 
-class Place(NamedTuple):
+class WorkerMemory(NamedTuple):
     """The memory that a worker has."""
 
     bytes: float | None
@@ -240,35 +240,35 @@ def gpu_here() -> float | None:
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
-def host_share(num_workers: int) -> Place:
+def host_share(num_workers: int) -> WorkerMemory:
     """Return the memory of each of the workers on this machine's CPUs."""
-    return Place(host_bytes() / num_workers, is_gpu=False, share=1 / num_workers)
+    return WorkerMemory(host_bytes() / num_workers, is_gpu=False, share=1 / num_workers)
 
 
-def say_needs(needs: Needs, schedule: Schedule, place: Place, stream: TextIO) -> str | None:
+def say_needs(needs: Needs, schedule: Schedule, memory: WorkerMemory, stream: TextIO) -> str | None:
     """Say in a line what a run needs, and whether it may not fit.
 
     Returns:
         Why the run is refused, if it cannot fit the GPU. CPUs may swap: there a warning is all.
     """
     size = needs.train.train_batch_size
-    where = "each GPU" if place.is_gpu else "memory for each worker"
+    where = "each GPU" if memory.is_gpu else "memory for each worker"
     checkpoints = counted(needs.num_checkpoints(schedule), "checkpoint")
     stream.write(
         f"needs: {memory_size(needs.memory)} of {where} at batch {size}, {work(needs.prediction.flop_per_sample)} a "
         f"sample, {checkpoints} of {file_size(needs.checkpoint_bytes)}\n"
     )
-    if place.bytes is None:
+    if memory.bytes is None:
         return None
-    if not place.is_gpu:
-        if needs.memory > place.bytes:
-            need, has = memory_size(needs.memory), memory_size(place.bytes)
-            stream.write(f"warning: {place.words} has {has}, and a worker needs {need}: it may be killed, or swap\n")
+    if not memory.is_gpu:
+        if needs.memory > memory.bytes:
+            need, has = memory_size(needs.memory), memory_size(memory.bytes)
+            stream.write(f"warning: {memory.words} has {has}, and a worker needs {need}: it may be killed, or swap\n")
         return None
-    if problem := needs.problem(place.bytes, place.words):
+    if problem := needs.problem(memory.bytes, memory.words):
         return problem
-    if not needs.fits(place.bytes):
-        stream.write(f"warning: it may not fit: {needs.shortage(place.bytes, place.words)}\n")
+    if not needs.fits(memory.bytes):
+        stream.write(f"warning: it may not fit: {needs.shortage(memory.bytes, memory.words)}\n")
     return None
 
 

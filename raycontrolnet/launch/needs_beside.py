@@ -6,7 +6,6 @@ some of it as long as the process lives.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import pickle
@@ -15,14 +14,15 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, NamedTuple, TextIO
 
-from raycontrolnet.cluster.session import on_a_cluster
+from raycontrolnet.cluster.session import runs_on_a_cluster
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.records import Size
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.launch.needs import Needs, Place, count, gpu_bytes, gpu_here, host_share, say_needs
+from raycontrolnet.launch.needs import Needs, WorkerMemory, count, gpu_bytes, gpu_here, host_share, say_needs
 from raycontrolnet.launch.precision import BF16
 from raycontrolnet.model.size import controlnet_bytes_at_least
 from raycontrolnet.training.schedule import Schedule
@@ -62,14 +62,15 @@ class CannotFit(ConfigError):
         self.may_fit = may_fit
 
 
+@dataclass
 class Counting:
     """A count under way."""
 
-    def __init__(
-        self, process: subprocess.Popen[bytes] | None, given: Given, output: IO[bytes],
-        log: IO[bytes],
-    ) -> None:  # fmt: skip
-        self._process, self._given, self._output, self._log = process, given, output, log
+    _process: subprocess.Popen[bytes] | None
+    """None if nothing is counted."""
+    _given: Given
+    _output: IO[bytes]
+    _log: IO[bytes]
 
     def say(
         self,
@@ -97,16 +98,16 @@ class Counting:
             return
         try:
             if not use_gpu:
-                place = host_share(schedule.num_workers) if types is None else Place(None, is_gpu=False)
+                memory = host_share(schedule.num_workers) if types is None else WorkerMemory(None, is_gpu=False)
             else:
                 whole = here if types is None else gpu_bytes(types)
-                place = Place(whole * share if whole else None, is_gpu=True, share=share)
-            problem = say_needs(needs, schedule, place, stream)
+                memory = WorkerMemory(whole * share if whole else None, is_gpu=True, share=share)
+            problem = say_needs(needs, schedule, memory, stream)
         except Exception:  # as of the advice
             logger.warning("needs could not be said", exc_info=True)
             return
-        if problem and (memory := place.bytes):
-            raise CannotFit(problem, lambda size: needs.may_fit(size, memory))
+        if problem and (most := memory.bytes):
+            raise CannotFit(problem, lambda size: needs.may_fit(size, most))
 
     def result(self) -> Counted | None:
         """Wait for the count; None if there is none, or if it fails or takes too long, which stops no run."""
@@ -142,8 +143,8 @@ def counting(
         cached: the run trains from cached latents.
         sizes: of the buckets; empty for the resolution squared.
     """
-    if train.use_gpu is None and not train.in_this_process and on_a_cluster(train.address):
-        train = dataclasses.replace(train, use_gpu=True)  # if these are CPUs, they are not told
+    if train.use_gpu is None and runs_on_a_cluster(train):
+        train = replace(train, use_gpu=True)  # if these are CPUs, they are not told
     process, given = None, (train, token, cached, sizes)
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as log:
         if wanted and not is_small(train):
@@ -172,7 +173,7 @@ def in_likely_precision(train: TrainConfig, *, has_gpu: bool) -> tuple[TrainConf
     for_gpus = has_gpu or half if train.use_gpu is None else train.use_gpu
     if train.mixed_precision is not None:
         return train, for_gpus
-    return dataclasses.replace(train, mixed_precision=BF16 if for_gpus else None), for_gpus
+    return replace(train, mixed_precision=BF16 if for_gpus else None), for_gpus
 
 
 def is_small(train: TrainConfig) -> bool:

@@ -10,7 +10,7 @@ from typing import TextIO
 import torch
 
 from raycontrolnet.cluster.resources import WorkerResources
-from raycontrolnet.cluster.session import on_a_cluster
+from raycontrolnet.cluster.session import runs_on_a_cluster
 from raycontrolnet.cluster.shared_files import check_nodes_see
 from raycontrolnet.cluster.versions import check_versions
 from raycontrolnet.config.checks import (
@@ -70,7 +70,7 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
         ConfigError: with the problems of settings, model folders, output folder, validation images and data together.
     """
     problems = check_trackers(config)
-    token, elsewhere = find_token(config.hub_token), not config.in_this_process and on_a_cluster(config.address)
+    token, elsewhere = find_token(config.hub_token), runs_on_a_cluster(config)
     problems += model_problems(config, token, elsewhere=elsewhere)
     if not elsewhere:
         with collected(problems):
@@ -103,13 +103,14 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
         config = dataclasses.replace(config, seed=start.seed if start else secrets.randbelow(2**31))
     if start is not None:
         warn_of_changes(config, start, source)
-    buckets = find_buckets(config, source, (family or families()[0]).resolution_multiple)
+    family = family or families()[0]
+    buckets = find_buckets(config, source, family.resolution_multiple)
     if warning := bucket_warning(buckets, family):
         logger.warning("%s", warning)
     if start is not None:
         check_buckets(config, buckets, start)
     files = shared_files(source, config)
-    interpolation = config.image_interpolation_mode or (family or families()[0]).interpolation
+    interpolation = config.image_interpolation_mode or family.interpolation
     run = CheckedRun(
         config, folder, source, start, token, interpolation, not_cached_because, buckets=buckets, files=files
     )
@@ -168,7 +169,7 @@ def choose_latents(run: CheckedRun, stream: TextIO, *, reused: bool = False) -> 
     if run.not_cached_because:
         stream.write(f"latents: not cached, because {run.not_cached_because}\n")
         return run
-    if config.latents_cache_dir is None and not config.in_this_process and on_a_cluster(config.address):
+    if config.latents_cache_dir is None and runs_on_a_cluster(config):
         return dataclasses.replace(run, cached=True)  # only the cluster shows whether it is a single machine
     return dataclasses.replace(run, cached=True, latents=_fitting_cache(run, stream))
 

@@ -18,11 +18,10 @@ from raycontrolnet.model.families.registry import (
     families,
     family_of,
 )
-from raycontrolnet.model.files import ModelFiles, NotKnown, NotThere, local_files
+from raycontrolnet.model.files import SCHEDULER_CONFIG, ModelFiles, NotKnown, NotThere, local_files
 from raycontrolnet.model.single_file import NotABase, base_files
 from raycontrolnet.text import first_of
 
-SCHEDULER = "scheduler/scheduler_config.json"
 OBJECTIVE_SETTINGS = ("snr_gamma", "rescale_betas_zero_snr")
 """Settings of the objective that not every base model can have."""
 LEAST_SIDE = 256
@@ -44,7 +43,7 @@ def objective_problems(model: ModelConfig, objective: ObjectiveConfig, token: st
         return
     if family := base_family(model, token):
         with suppress(NotABase, NotKnown, NotThere, OSError):
-            if scheduler := base_files(model, token, (SCHEDULER,), from_cache=True).read_json(SCHEDULER):
+            if scheduler := base_files(model, token, (SCHEDULER_CONFIG,), from_cache=True).read_json(SCHEDULER_CONFIG):
                 yield from family.objective_problems(objective, scheduler)
 
 

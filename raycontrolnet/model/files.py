@@ -6,13 +6,18 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raycontrolnet.quiet import no_progress_bars
 from raycontrolnet.version import __version__
 
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
 LFS_POINTER = b"version https://git-lfs"
 """Beginning of what `git clone` leaves in place of weights without git-lfs."""
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
+
 SMALL_FILES = ("*.json", "*.txt")
 """Configurations and tokenizers."""
 ANSWER_TIMEOUT_S = 5.0
@@ -54,6 +59,13 @@ class ModelFiles:
         except (OSError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
+
+
+def hub_api(token: str | None) -> HfApi:
+    """Return the Hub's client, which tells the Hub the name and version of this package."""
+    from huggingface_hub import HfApi
+
+    return HfApi(token=token, library_name="raycontrolnet", library_version=__version__)
 
 
 def local_files(folder: Path) -> ModelFiles:
@@ -107,7 +119,6 @@ def hub_files(
 
 def _names_on_hub(name: str, revision: str | None, token: str | None) -> frozenset[str] | None:
     """Ask the Hub for the names of a model's files, once; raises as `hub_files`."""
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -115,9 +126,7 @@ def _names_on_hub(name: str, revision: str | None, token: str | None) -> frozens
     )
 
     try:
-        info = HfApi(token=token, library_name="raycontrolnet", library_version=__version__).model_info(
-            name, revision=revision, timeout=ANSWER_TIMEOUT_S, expand=["siblings"]
-        )
+        info = hub_api(token).model_info(name, revision=revision, timeout=ANSWER_TIMEOUT_S, expand=["siblings"])
     except RevisionNotFoundError:
         raise NotThere(f"has no revision {revision} on the Hub; look at https://huggingface.co/{name}/tree") from None
     except RepositoryNotFoundError:
@@ -148,10 +157,9 @@ def _download(name: str, file: str, revision: str | None, cache_dir: str | None,
         NotThere: if the Hub asks for consent first.
         NotKnown: if it cannot be had now.
     """
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError
 
-    api = HfApi(token=token, library_name="raycontrolnet", library_version=__version__)
+    api = hub_api(token)
     try:
         with no_progress_bars("huggingface_hub"):
             return Path(api.hf_hub_download(name, file, revision=revision, cache_dir=cache_dir))

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor, distributed
@@ -19,21 +18,17 @@ BUCKET_BYTES = 64 * 2**20
 """Bytes of gradients that are sent at a time; few, so that a network's delays do not add up."""
 
 
-class _Event(Protocol):
-    def record(self) -> None: ...
-
-
 @dataclass
 class _Bucket:
     """Weights whose gradients are sent together."""
 
     weights: list[torch.nn.Parameter]
-    computed: _Event | None
+    computed: torch.cuda.Event | None
     """Recorded on the device once the gradients are there; None on a CPU, where nothing is asynchronous."""
     missing: int = 0
     """Gradients that the backward pass still has to compute."""
 
-    def is_complete(self) -> None:
+    def note_computed(self) -> None:
         if self.computed:
             self.computed.record()
 
@@ -69,7 +64,7 @@ class GradientAverage:
         bucket = self._of[weight]  # type: ignore[index]  # a hook is given its own weight
         bucket.missing -= 1
         if bucket.missing == 0:
-            bucket.is_complete()
+            bucket.note_computed()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -79,7 +74,7 @@ class GradientAverage:
         yield
         for bucket in self._buckets:
             if bucket.missing:  # of weights without gradients
-                bucket.is_complete()
+                bucket.note_computed()
 
     def average(self) -> None:
         """Put the workers' average in the place of this one's gradients, after an update's last backward pass.
@@ -87,16 +82,13 @@ class GradientAverage:
         All workers call it. On a GPU it returns at once, and what comes next there waits for it.
         """
         here = torch.cuda.current_stream() if self._stream else None
-        with self._beside():
+        with torch.cuda.stream(self._stream):  # which does nothing without one
             for bucket in self._buckets:
-                if self._stream and isinstance(bucket.computed, torch.cuda.Event):
+                if self._stream and bucket.computed:
                     self._stream.wait_event(bucket.computed)
                 _average([weight for weight in bucket.weights if weight.grad is not None])
         if here and self._stream:
             here.wait_stream(self._stream)
-
-    def _beside(self) -> AbstractContextManager[object]:
-        return torch.cuda.stream(self._stream) if self._stream else nullcontext()
 
 
 def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
@@ -138,6 +130,6 @@ def _parts(weights: Sequence[torch.nn.Parameter], most_bytes: int) -> Iterator[l
         yield part
 
 
-def _event(device: torch.device) -> _Event | None:
+def _event(device: torch.device) -> torch.cuda.Event | None:
     """Return an event that streams outside of a graph may wait for when the graph records it."""
     return torch.cuda.Event(external=True) if device.type == "cuda" else None

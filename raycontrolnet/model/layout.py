@@ -13,5 +13,3 @@ class Layout:
     """Name of a weight of each text encoder, by which diffusers knows it."""
     configured_as: str
     """Hub id of the model whose configuration such files have."""
-    copied: tuple[str, ...]
-    """Beginnings of the names of the denoiser's weights that a ControlNet has as well."""

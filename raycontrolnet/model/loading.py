@@ -14,7 +14,7 @@ from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.errors import UserError
 from raycontrolnet.model.single_file import BASE_CONFIG, NotABase, config_folder, is_single_file
 from raycontrolnet.quiet import only_errors
-from raycontrolnet.text import error_message
+from raycontrolnet.text import error_message, first_of
 
 Loaded = TypeVar("Loaded")
 
@@ -79,8 +79,7 @@ def from_pretrained(cls: Any, name_or_path: str, **options: Any) -> Any:
 
 def _check_whole(missing: Iterable[str]) -> None:
     if names := sorted(missing):
-        more = f" and {len(names) - 1:,} more" if names[1:] else ""
-        raise ValueError(f"it lacks the weight {names[0]}{more}; download it anew")
+        raise ValueError(f"it lacks the weight {first_of(names, 1)}; download it anew")
 
 
 def _config_folder(model: ModelConfig, token: str | None) -> str:

@@ -15,6 +15,7 @@ from raycontrolnet.model.base_family import family_in
 from raycontrolnet.model.families.registry import controlnet_classes, denoiser_configs, families, family_of
 from raycontrolnet.model.files import (
     LFS_POINTER,
+    SCHEDULER_CONFIG,
     ModelFiles,
     NotKnown,
     NotThere,
@@ -192,7 +193,7 @@ def _base_problem(files: ModelFiles, model: ModelConfig) -> str | None:
     names, family, problem = files.names, family_in(files), kind_problem(files)
     if names is not None and names.isdisjoint(denoiser_configs()):
         return problem or f"has no {' or '.join(denoiser_configs())}; a base model must be in diffusers' layout"
-    if problem := problem or family.scheduler_problem(files.read_json("scheduler/scheduler_config.json")):
+    if problem := problem or family.scheduler_problem(files.read_json(SCHEDULER_CONFIG)):
         return problem
     convert = _convert_command("DiffusionPipeline", model.pretrained_model_name_or_path, model.variant)
     for part in family.part_classes if names is not None else ():

@@ -16,7 +16,7 @@ from raycontrolnet.model.families.registry import (
     family_of,
     pipeline_problem,
 )
-from raycontrolnet.model.files import ModelFiles, NotThere, Unreachable
+from raycontrolnet.model.files import SCHEDULER_CONFIG, ModelFiles, NotThere, Unreachable
 from raycontrolnet.model.single_file import (
     BASE_CONFIG,
     NotABase,
@@ -30,8 +30,6 @@ from raycontrolnet.model.single_file import (
 from raycontrolnet.text import error_message
 
 logger = logging.getLogger(__name__)
-
-SCHEDULER = "scheduler/scheduler_config.json"
 
 
 def single_file_problem(path: Path) -> str | None:
@@ -79,7 +77,7 @@ def single_file_config(model: ModelConfig, token: str | None, *, elsewhere: bool
         raise NotABase(_download_advice(place))
     if missing:
         raise NotABase(f"has its configuration from {place}, which has no {missing}; --{BASE_CONFIG} names another")
-    config, scheduler = denoiser_config(files), files.read_json(SCHEDULER)
+    config, scheduler = denoiser_config(files), files.read_json(SCHEDULER_CONFIG)
     problem = (
         denoiser_problem(config)
         or pipeline_problem(files.read_json("model_index.json"), _family(config))
@@ -92,7 +90,7 @@ def single_file_config(model: ModelConfig, token: str | None, *, elsewhere: bool
     if predicts_velocity(header) and predicted != "v_prediction":
         raise NotABase(
             f"predicts the velocity (it has v_pred), and its configuration, {place}, has {predicted}; give "
-            f"--{BASE_CONFIG} with a folder whose {SCHEDULER} has v_prediction"
+            f"--{BASE_CONFIG} with a folder whose {SCHEDULER_CONFIG} has v_prediction"
         )
     if model.base_config is None and predicted != "epsilon":  # weights do not tell
         logger.warning("%s is taken to predict %s, as %s; --%s names another", path.name, predicted, place, BASE_CONFIG)
@@ -112,7 +110,7 @@ def _missing(files: ModelFiles, model: ModelConfig) -> Iterator[str]:
         yield denoiser_configs()[0]
         return
     needed: list[tuple[str, ...]] = [(f"{part}/config.json",) for part in family.part_classes]
-    needed += [(SCHEDULER,)]
+    needed += [(SCHEDULER_CONFIG,)]
     own = family.tokenizers[1:] if model.tokenizer_name else family.tokenizers
     needed += [(f"{folder}/vocab.json", f"{folder}/tokenizer.json") for folder in own]
     for names in needed:

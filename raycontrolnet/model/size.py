@@ -23,7 +23,7 @@ def controlnet_bytes_at_least(model: ModelConfig) -> int:
     named = model.controlnet_model_name_or_path
     base = model.pretrained_model_name_or_path
     if not named and is_single_file(base):
-        copied = {name for family in families() for layout in family.layouts for name in layout.copied}
+        copied = {name for family in families() for name in family.copied_of_files}
         return _weights(Path(base).expanduser(), tuple(copied)) * FP32_BYTES
     family = family_in(local_files(Path(base)))
     folder = Path(named) if named else Path(base, family.denoiser)

@@ -63,7 +63,7 @@ class Counted:
     """Calls of operators."""
 
 
-class Share(NamedTuple):
+class Amount(NamedTuple):
     """A number of a step, as it depends on the batch."""
 
     base: int
@@ -83,8 +83,8 @@ class StepCounter(TorchDispatchMode):
     def __init__(self, batch_size: int) -> None:
         super().__init__()
         self._batch_size, self._dispatches = batch_size, 0
-        self._flop: list[Share] = []
-        self._memory: list[tuple[int, Share]] = []
+        self._flop: list[Amount] = []
+        self._memory: list[tuple[int, Amount]] = []
         """(1, bytes) for memory that is taken, and (-1, bytes) where it is given back."""
         self._seen = weakref.WeakSet[Any]()
 
@@ -102,43 +102,26 @@ class StepCounter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self._dispatches += 1
         if formula := FORMULAS.get(func.overloadpacket):
-            self._flop.append(self._share(formula(*args, **(kwargs or {}), out_val=result)))
+            self._flop.append(self._amount(formula(*args, **(kwargs or {}), out_val=result)))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 memory, num_bytes = memory_of(tensor)
                 if memory not in self._seen:
                     self._seen.add(memory)
-                    share = self._share(num_bytes)
-                    self._memory.append((1, share))
-                    weakref.finalize(memory, self._memory.append, (-1, share))
+                    amount = self._amount(num_bytes)
+                    self._memory.append((1, amount))
+                    weakref.finalize(memory, self._memory.append, (-1, amount))
         return result
 
-    def _share(self, number: int) -> Share:
+    def _amount(self, number: int) -> Amount:
         per_sample, base = divmod(number, self._batch_size)
-        return Share(base, per_sample)
+        return Amount(base, per_sample)
 
     def of(self, batch_size: int) -> Counted:
         """Return the counts of a batch: of any if the step's was `MARK`, else of that."""
-        alive = accumulate(sign * share.of(batch_size) for sign, share in self._memory)
-        flop = sum(share.of(batch_size) for share in self._flop)
+        alive = accumulate(sign * amount.of(batch_size) for sign, amount in self._memory)
+        flop = sum(amount.of(batch_size) for amount in self._flop)
         return Counted(flop, max(alive, default=0), self._dispatches)
-
-
-def count_step(
-    components: Components,
-    batch_size: int,
-    resolution: Size | int,
-    *,
-    cached: bool,
-    objective: ObjectiveConfig = PLAIN,
-) -> Counted:
-    """Count a step of `batch_size` samples at `resolution`, squared or (height, width), from the cache or from pixels.
-
-    Args:
-        components: real ones, or of `shapes`; the ControlNet runs under autocast if the frozen models are in half
-            precision.
-    """
-    return _counter(components, batch_size, resolution, objective, cached=cached).of(batch_size)
 
 
 def count_steps(
@@ -149,7 +132,13 @@ def count_steps(
     cached: bool,
     objective: ObjectiveConfig = PLAIN,
 ) -> tuple[Counted, ...]:
-    """Count steps of several batches as `count_step`, by a single one; `components` are of `shapes`."""
+    """Count steps of several batches at `resolution`, squared or (height, width), from the cache or from pixels.
+
+    It is done once, for all of them.
+
+    Args:
+        components: of `shapes`; the ControlNet runs under autocast if the frozen models are in half precision.
+    """
     counter = _counter(components, MARK, resolution, objective, cached=cached)
     return tuple(counter.of(batch_size) for batch_size in batch_sizes)
 

@@ -16,6 +16,7 @@ from raycontrolnet.model.components import Components
 from raycontrolnet.model.graphs import has_graphs
 from raycontrolnet.model.optimizers import MOMENTS
 from raycontrolnet.model.performance import enable_memory_savers
+from raycontrolnet.model.size import FP32_BYTES
 from raycontrolnet.predict.count import count_steps, input_bytes
 
 GIB = 2**30
@@ -26,7 +27,6 @@ GAPS = 0.03
 """Share of the device's memory that is lost between blocks."""
 ERROR = 0.1
 """Share by which a prediction may be too high."""
-FP32_BYTES = 4
 
 
 @dataclass(frozen=True)

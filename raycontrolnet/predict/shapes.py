@@ -1,4 +1,4 @@
-"""A base model and its ControlNet by their configurations alone: with random weights, or with shapes and no data."""
+"""A base model and its ControlNet by their configurations alone: shapes without data."""
 
 from __future__ import annotations
 
@@ -22,16 +22,7 @@ from raycontrolnet.quiet import only_errors
 def shaped(
     family: Family, base: ModelFiles, model: ModelConfig, *, vae: ModelFiles | None, dtype: torch.dtype
 ) -> Iterator[Components]:
-    """Give the models of a base without data; inside, their steps compute shapes alone. Arguments as of `built`."""
-    noise_scheduler = _noise_scheduler(family, base, model)  # real: some compute their tables' bounds
-    with ShapeMode():
-        yield _models(family, base, model, noise_scheduler, vae=vae, dtype=dtype)
-
-
-def built(
-    family: Family, base: ModelFiles, model: ModelConfig, *, vae: ModelFiles | None = None, dtype: torch.dtype
-) -> Components:
-    """Build the models of a base by their configurations, with random weights, and without tokenizers.
+    """Give the models of a base without tokenizers and data; inside, their steps compute shapes alone.
 
     Args:
         family: of the base.
@@ -43,7 +34,9 @@ def built(
     Raises:
         UserError: if a configuration is missing.
     """
-    return _models(family, base, model, _noise_scheduler(family, base, model), vae=vae, dtype=dtype)
+    noise_scheduler = _noise_scheduler(family, base, model)  # real: some compute their tables' bounds
+    with ShapeMode():
+        yield _models(family, base, model, noise_scheduler, vae=vae, dtype=dtype)
 
 
 def _noise_scheduler(family: Family, base: ModelFiles, model: ModelConfig) -> Any:

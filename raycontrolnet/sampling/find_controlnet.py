@@ -9,10 +9,8 @@ A Hub id has no config.yaml.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from raycontrolnet.errors import ConfigError
 from raycontrolnet.model.families.registry import controlnet_classes
 from raycontrolnet.model.paths import CONTROLNET, file_advice
 from raycontrolnet.storage import checkpoint as checkpoints
+from raycontrolnet.storage.files import read_json
 from raycontrolnet.storage.stored_folder import folder_containing
 from raycontrolnet.storage.uri import UNUSABLE, as_path, check_bucket, is_uri, shown_name, shown_uri, unusable
 
@@ -97,7 +96,7 @@ def _fetched(uri: str) -> Path:
 def _weights_folder(path: Path, name: str) -> Path:
     for folder in (path, path / checkpoints.CONTROLNET_FOLDER):
         if (folder / "config.json").is_file():
-            kind, classes = _class_name(folder / "config.json"), controlnet_classes()
+            kind, classes = read_json(folder / "config.json").get("_class_name"), controlnet_classes()
             if kind not in (None, *classes):
                 problem = f"holds a {kind}, not a {' or '.join(classes)}"
                 raise ConfigError([f"--controlnet={shown_name(name)}: {problem}"])
@@ -109,17 +108,10 @@ def _weights_folder(path: Path, name: str) -> Path:
     raise ConfigError([f"--controlnet={shown_name(name)}: {problem}"])
 
 
-def _class_name(file: Path) -> str | None:
-    """Read the class in a config.json; None if it cannot be read, which loading the model then reports."""
-    with suppress(OSError, ValueError, AttributeError):
-        return json.loads(file.read_text(encoding="utf-8")).get("_class_name")
-    return None
-
-
 def _config_file(folder: Path) -> Path | None:
     """Find the config.yaml of the run that wrote `folder`: its output_dir, a checkpoint-N, or its controlnet/."""
     run = folder.parent if folder.name == checkpoints.CONTROLNET_FOLDER else folder
-    places = [folder, run.parent] if re.fullmatch(r"checkpoint-\d+", run.name) else [folder]
+    places = [folder, run.parent] if checkpoints.is_name(run.name) else [folder]
     return next((place / CONFIG_FILE for place in places if (place / CONFIG_FILE).is_file()), None)
 
 

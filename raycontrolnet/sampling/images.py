@@ -31,7 +31,7 @@ from raycontrolnet.errors import DataError
 from raycontrolnet.sampling import scores
 from raycontrolnet.sampling.pipeline import DrawOptions, build_pipeline, draw
 from raycontrolnet.sampling.scores import Fidelity
-from raycontrolnet.storage.files import check_open, replacing
+from raycontrolnet.storage.files import check_open, replace_text, replacing
 
 if TYPE_CHECKING:
     from raycontrolnet.model.components import Components
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 METADATA = "metadata.jsonl"
 FILES = "pair-*-image-*.png"
 CONTROL_ENDING, GRID_ENDING = "-control.png", "-grid.png"
+MOST_COLUMNS = 5
+"""Columns of a grid."""
 
 
 @dataclass(frozen=True)
@@ -199,8 +201,7 @@ def finish(
         _save(_grid([control, *pictures]), folder / of_pair[0].grid_file_name)
         for item, score in zip(of_pair, scores.score(control, pictures, options.measure), strict=True):
             lines.append(json.dumps(_metadata(item, step, options, score), ensure_ascii=False) + "\n")
-    with replacing(folder / METADATA) as partial:
-        partial.write_text("".join(lines), encoding="utf-8")
+    replace_text(folder / METADATA, "".join(lines))
     return results(folder)
 
 
@@ -247,10 +248,10 @@ def fidelity_of(pairs: Sequence[PairImages]) -> Fidelity | None:
     return scores.average(score for pair in pairs for score in pair.control_fidelity or ())
 
 
-def _grid(images: Sequence[Image.Image], most_columns: int = 5) -> Image.Image:
+def _grid(images: Sequence[Image.Image]) -> Image.Image:
     """Lay out images of one size row by row."""
     width, height = images[0].size
-    columns = min(len(images), most_columns)
+    columns = min(len(images), MOST_COLUMNS)
     grid = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
     for index, image in enumerate(images):
         grid.paste(image, (index % columns * width, index // columns * height))

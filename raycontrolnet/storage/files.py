@@ -86,6 +86,12 @@ def replacing(path: Path, *, sync: bool = False, many_writers: bool = False) -> 
         raise
 
 
+def replace_text(path: Path, text: str, *, sync: bool = False) -> None:
+    """Write `text` to the file `path`, in UTF-8, whole or not at all; see `replacing`."""
+    with replacing(path, sync=sync) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder to write to, beside `path`; at the end it replaces `path`. Fails as `replacing`."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -178,12 +179,23 @@ class CacheFolder:
 
     def free_bytes(self) -> int | None:
         """Return how many bytes can still be written; None if that cannot be known."""
-        import shutil
-
         if not self.is_local:
             return None
         there = next(path for path in (Path(self.uri), *Path(self.uri).parents) if path.exists())
         return shutil.disk_usage(there).free
+
+
+@contextmanager
+def writing_to(name: str) -> Iterator[None]:
+    """Name the folder that cannot be written to, if what is done inside fails so.
+
+    Raises:
+        RunError: for an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{name} cannot be written to: {error.strerror or error}") from error
 
 
 def cache_folder(name: str) -> CacheFolder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +12,6 @@ from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.storage.stored_folder import DRIVER, folder_containing
 from raycontrolnet.storage.uri import is_uri, shown_uri, unusable
 from raycontrolnet.text import error_message
-
-logger = logging.getLogger(__name__)
 
 _OF_OTHERS = ("optimizer.bin", "scheduler.bin", "random_states_*.pkl", "optimizer.pt")
 """Files of checkpoints that accelerate writes, as diffusers' scripts do, and transformers' Trainer."""

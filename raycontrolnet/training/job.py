@@ -24,7 +24,7 @@ from raycontrolnet.quiet import MODEL_LIBRARIES, no_progress_bars
 from raycontrolnet.sampling.images import ImageItem
 from raycontrolnet.sampling.pipeline import DrawOptions
 from raycontrolnet.storage.checkpoint import Checkpoint
-from raycontrolnet.storage.files import is_closed, replacing
+from raycontrolnet.storage.files import is_closed, replace_text
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.storage.stored_folder import StoredFolder
 from raycontrolnet.storage.uri import UNUSABLE
@@ -137,8 +137,7 @@ def begin(folder: RunFolder, job: Job) -> None:
         folder.delete(held_out.HELD_OUT_FILE)
     # Ray must not find its records of an earlier run: only the checkpoints count.
     folder.delete(*FOR_WORKERS, *RECORDS_OF_RAY, TIMINGS_FILE)
-    with replacing(folder.path / RUN_ID_FILE) as partial:
-        partial.write_text(job.run_id)
+    replace_text(folder.path / RUN_ID_FILE, job.run_id)
     folder.push(RUN_ID_FILE)
 
 
@@ -220,8 +219,7 @@ def wait_for_driver(output_dir: Path, marked: Callable[[], bool], driver: str) -
 
 def write_timings(output_dir: Path, timings: Mapping[str, float], num_workers: int) -> None:
     """Write the seconds by phase so far and the number of workers, for the report, or run.json if the run fails."""
-    with replacing(output_dir / TIMINGS_FILE) as partial:
-        partial.write_text(json.dumps({"num_workers": num_workers, "timings": timings}))
+    replace_text(output_dir / TIMINGS_FILE, json.dumps({"num_workers": num_workers, "timings": timings}))
 
 
 def read_timings(output_dir: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import numpy as np
 
-from raycontrolnet.storage.files import check_open, replacing
+from raycontrolnet.storage.files import check_open, replace_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,8 +89,7 @@ class MetricsLog:
     def __init__(self, output_dir: Path, step: int, name: str = METRICS_FILE):
         path = output_dir / name
         kept = [json.dumps(record) + "\n" for record in read(path) if record["step"] <= step]
-        with replacing(path) as partial:
-            partial.write_text("".join(kept), encoding="utf-8")
+        replace_text(path, "".join(kept))
         self._path = path
         self._file: TextIO = path.open("a", encoding="utf-8")
 

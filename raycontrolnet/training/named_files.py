@@ -14,7 +14,7 @@ from typing import Any
 
 from raycontrolnet.config.output_settings import SAFETENSORS, OutputConfig, save_name_problem
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.storage.files import read_json, replacing
+from raycontrolnet.storage.files import read_json, replace_text
 from raycontrolnet.storage.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -114,6 +114,5 @@ def _write(folder: RunFolder, states: Mapping[str, list[State]]) -> None:
     if not states:
         folder.delete(NAMED_FILES)
         return
-    with replacing(folder.path / NAMED_FILES) as partial:
-        partial.write_text(json.dumps(states) + "\n")
+    replace_text(folder.path / NAMED_FILES, json.dumps(states) + "\n")
     folder.push(NAMED_FILES)

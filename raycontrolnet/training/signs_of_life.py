@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from raycontrolnet.text import counted, duration
+from raycontrolnet.text import counted, duration, first_of
 from raycontrolnet.training.background import repeating
 
 KEY = "raycontrolnet/worker-{}"
@@ -152,11 +152,7 @@ def _all_alike(place: Place, others: Mapping[int, Place]) -> str | None:
         who.setdefault(at.where or "somewhere", []).append(f"worker {other}")
     if len(who) == 1:
         return f"all workers are {place}, {place.where}"
-    told = [f"{_some(names)} {where}" for where, names in sorted(who.items(), key=lambda each: len(each[1]))]
+    told = [
+        f"{first_of(names, MOST_NAMED)} {where}" for where, names in sorted(who.items(), key=lambda each: len(each[1]))
+    ]
     return f"all workers are {place}: {'; '.join(told)}"
-
-
-def _some(names: Sequence[str]) -> str:
-    """Return the first of many names, and how many more there are."""
-    more = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -260,11 +260,6 @@ def write_parts(controlnet: ModelMixin, parts: StateParts, folder: Path) -> None
     torch.save(dict(parts.rest), folder / TRAINING_STATE_FILE)
 
 
-def save_state(state: TrainState, folder: Path) -> None:
-    """Write a state into a checkpoint's folder at once; see `write_parts`."""
-    write_parts(state.components.controlnet, state_parts(state), folder)
-
-
 def save_controlnet_config(controlnet: ModelMixin, folder: Path) -> None:
     """Write the ControlNet's configuration, without the path that diffusers notes where it was read from."""
     controlnet.save_config(folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raycontrolnet.errors import Interrupted
-from raycontrolnet.storage.files import read_json, replacing
+from raycontrolnet.storage.files import read_json, replace_text
 from raycontrolnet.storage.lock import Owner, has_ended
 from raycontrolnet.training.job import TIMINGS_FILE, RunStopped, read_timings
 
@@ -27,8 +27,7 @@ class RunStatus(dict[str, Any]):
     def write(self) -> None:
         """Replace run.json."""
         content = {**self, "seconds": round(time.time() - self._started, 3)}
-        with replacing(self._path) as partial:
-            partial.write_text(json.dumps(content, indent=1) + "\n")
+        replace_text(self._path, json.dumps(content, indent=1) + "\n")
 
     def interrupted(self) -> None:
         """Write that the run was interrupted, if it is running still."""

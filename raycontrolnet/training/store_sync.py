@@ -110,19 +110,35 @@ def driver_in_step(folder: RunFolder) -> Iterator[None]:
         yield
         return
     folder.pull(*RECORDS, VALIDATION, *DRIVERS)
+
+    def send_last(tries: int | None) -> None:
+        folder.push(*DRIVERS, tries=tries)
+        folder.delete(TIMINGS_FILE)  # run.json has them
+
+    with (
+        last_records_sent(folder, send_last, "run"),
+        repeating_by_cost(lambda: folder.push(*DRIVERS), DRIVERS_INTERVAL_S, "store"),
+    ):
+        yield
+
+
+@contextmanager
+def last_records_sent(folder: RunFolder, send: Callable[[int | None], None], what: str) -> Iterator[None]:
+    """Send the last records of `what` to an object store after the `with` block, with 2 tries where that fails.
+
+    Raises:
+        RunError: the work is finished, and they cannot be written.
+    """
     try:
-        with repeating_by_cost(lambda: folder.push(*DRIVERS), DRIVERS_INTERVAL_S, "store"):
-            yield
+        yield
     except BaseException:
         with suppress(OSError):
-            folder.push(*DRIVERS, tries=2)
-            folder.delete(TIMINGS_FILE)  # run.json has them
+            send(2)
         raise
     try:
-        folder.push(*DRIVERS)
-        folder.delete(TIMINGS_FILE)
+        send(None)
     except OSError as error:
-        problem = f"the run is finished, but its last records cannot be written ({error_message(error, 200)})"
+        problem = f"the {what} is finished, but its last records cannot be written ({error_message(error, 200)})"
         raise RunError(f"--output_dir={folder.shown}: {problem}; they are in {folder.path}") from error
 
 

@@ -112,10 +112,15 @@ class Validator:
         """Draw images of the final weights as they were saved, in the precision that others will read."""
         if self.job.validation_items:
             with self.clock("validation_images"):
-                _barrier(self.world_size)  # until they are saved
+                self._wait_for_all()  # until they are saved
                 self._draw_together(self._saved_controlnet)
                 if self.actor:
                     self._publish(self.actor.collect(wait=True))
+
+    def _wait_for_all(self) -> None:
+        """Wait for the other workers by Ray's barrier: one of the process group has a timeout."""
+        if self.world_size > 1:
+            wait_for_all()
 
     def _averaged(self) -> AbstractContextManager[None]:
         return averaged(self.state.components.controlnet, self.state.averages)
@@ -155,7 +160,7 @@ class Validator:
             drawing.draw(components, self.rank, self.world_size, self._ends_early)
             if self.world_size > 1:  # who may have no disk in common
                 folder.push(files)
-        _barrier(self.world_size)  # Ray's, not the process group's: a slow worker cannot time a collective out
+        self._wait_for_all()
         if self.rank == 0:
             pairs: list[PairImages] = []
             with validation.failures_logged(state.step):
@@ -175,7 +180,7 @@ class Validator:
         if self.rank == 0:
             with validation.failures_logged(self.state.step):
                 self.job.folder.delete(files)
-        _barrier(self.world_size)
+        self._wait_for_all()
 
     def _ends_early(self) -> bool:
         """Check, after every image, for the driver's wish to end, which does not wait for all of them."""
@@ -208,8 +213,3 @@ def _had_images(start: Checkpoint, job: Job) -> bool:
     if start.uri or start.path.parent != job.output_dir or start.step % steps:
         return False
     return settings.get("validation_steps") == steps and bool(settings.get("validation_image"))
-
-
-def _barrier(world_size: int) -> None:
-    if world_size > 1:
-        wait_for_all()

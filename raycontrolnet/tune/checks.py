@@ -10,7 +10,7 @@ from typing import Any
 from raycontrolnet.cluster.session import on_a_cluster
 from raycontrolnet.config.checks import collected, find_token, package_problem
 from raycontrolnet.config.objective_settings import ZERO_SNR
-from raycontrolnet.config.optimizer_settings import ADAM_FLAGS
+from raycontrolnet.config.optimizer_settings import OPTIMIZER_SETTINGS
 from raycontrolnet.config.rules import problem_of
 from raycontrolnet.config.space import Space, combinations, num_combinations, num_trials, place_of, to_grammar
 from raycontrolnet.config.sweep_config import SweepConfig
@@ -170,9 +170,8 @@ def model_problems_of(train: TrainConfig, space: Space) -> list[str]:
 
 def optimizer_problems_of(train: TrainConfig, space: Space) -> list[str]:
     """Return what is wrong with the optimizers of trials: with each class all arguments, as trials may draw them."""
-    names = ("optimizer", "optimizer_args", "use_8bit_adam", *ADAM_FLAGS)
     found: list[str] = []
-    for settings in combinations(space, names):
+    for settings in combinations(space, OPTIMIZER_SETTINGS):
         together = [f"{name} {value}" for name, value in settings.items()]
         problems: list[str] = []
         with collected(problems):
@@ -209,9 +208,14 @@ def for_its_base(variant: TrainConfig) -> TrainConfig:
     return dataclasses.replace(variant, base_config=None)
 
 
-def with_default_precision(variant: TrainConfig, mixed_precision: str | None) -> TrainConfig:
-    """Return the settings of a trial with the sweep's precision, unless they name one."""
-    return dataclasses.replace(variant, mixed_precision=variant.mixed_precision or mixed_precision)
+def settings_of_trial(train: TrainConfig, own: Mapping[str, Any], mixed_precision: str | None) -> TrainConfig:
+    """Return the settings of a trial: those that trials share, with its `own`.
+
+    Args:
+        mixed_precision: precision of trials that name none.
+    """
+    config = for_its_base(dataclasses.replace(train, **own))
+    return dataclasses.replace(config, mixed_precision=config.mixed_precision or mixed_precision)
 
 
 def to_check(variant: TrainConfig, space: Space) -> TrainConfig:

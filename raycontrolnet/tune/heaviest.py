@@ -48,12 +48,11 @@ def heaviest(plan: SweepPlan) -> Heaviest:
     for index, settings in _trials(plan):
         trials.setdefault(tuple(settings.items()), index)
     largest = max(trials, key=lambda settings: _weight(dataclasses.replace(plan.train, **dict(settings))))
-    config = checks.for_its_base(dataclasses.replace(plan.train, **dict(largest)))
     begun = plan.mixed_precision or ("no" if plan.records else None)
     of_one_size = {"resolution", "aspect_buckets"}.isdisjoint(plan.space)  # else a square bounds what they need
     run = dataclasses.replace(
         plan.run,
-        config=checks.with_default_precision(config, begun),
+        config=checks.settings_of_trial(plan.train, dict(largest), begun),
         buckets=plan.run.buckets if of_one_size else None,
     )
     return Heaviest(run, dict(largest), trials[largest])

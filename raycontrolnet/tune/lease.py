@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from raycontrolnet.storage.files import replacing
+from raycontrolnet.storage.files import replace_text
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training.background import repeating
 from raycontrolnet.training.job import check_store_is_seen, wait_for_driver
@@ -37,8 +37,7 @@ class SweepLease:
 
     def set(self) -> None:
         """Take the sweep over."""
-        with replacing(self.sweep_dir / LEASE_FILE) as partial:  # trials read it all the time
-            partial.write_text(self.sweep_id)
+        replace_text(self.sweep_dir / LEASE_FILE, self.sweep_id)  # trials read it all the time
         self.folder.push(LEASE_FILE)
 
     def remove(self) -> None:

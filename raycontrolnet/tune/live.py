@@ -145,7 +145,8 @@ class LiveTable:
                 if state == "waiting" or (self._screen.live and state != "failed"):
                     continue
                 # At the first look, trials that have ended are no news.
-                if state != known.get(index, "waiting") if known is not None else state == "running":
+                is_news = state == "running" if known is None else state != known.get(index, "waiting")
+                if is_news:
                     progress = self._progress.get(index)
                     self._screen.say(event_of(trial, self.objective, progress.step if progress else None))
 

@@ -117,8 +117,7 @@ class SweepPlan:
         Args:
             mixed_precision: that of trials that name none.
         """
-        config = checks.for_its_base(dataclasses.replace(self.train, **record.settings))
-        return checks.with_default_precision(config, mixed_precision)
+        return checks.settings_of_trial(self.train, record.settings, mixed_precision)
 
 
 def plan_sweep(config: SweepConfig, stream: TextIO) -> SweepPlan:

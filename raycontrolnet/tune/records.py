@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from raycontrolnet.config.values import setting_types
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.report import run_history
 from raycontrolnet.report.run_history import RunHistory, number
-from raycontrolnet.storage.files import replacing
+from raycontrolnet.storage.files import replace_text
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.storage.stored_folder import DRIVER
 from raycontrolnet.training import held_out
@@ -79,7 +79,7 @@ class Trial:
 
     record: TrialRecord
     folder: Path
-    reports: Sequence[Report] = field(default=())
+    reports: Sequence[Report] = ()
     """Steps ascending."""
 
     @property
@@ -273,5 +273,4 @@ def read_sweep(sweep_dir: Path) -> dict[str, Any]:
 
 
 def _replace(path: Path, content: Mapping[str, Any]) -> None:
-    with replacing(path, sync=True) as partial:
-        partial.write_text(json.dumps(dict(content), indent=1) + "\n", encoding="utf-8")
+    replace_text(path, json.dumps(dict(content), indent=1) + "\n", sync=True)

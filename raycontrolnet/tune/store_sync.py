@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
-from raycontrolnet.errors import ConfigError, RunError
+from raycontrolnet.errors import ConfigError
 from raycontrolnet.report.page import REPORT_FILE
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.storage.stored_folder import run_folder
 from raycontrolnet.storage.uri import check_bucket, unusable
-from raycontrolnet.text import error_message
 from raycontrolnet.training import store_sync
-from raycontrolnet.training.store_sync import FETCH_INTERVAL_S, SEND_INTERVAL_S, repeating_by_cost
+from raycontrolnet.training.store_sync import FETCH_INTERVAL_S, SEND_INTERVAL_S, last_records_sent, repeating_by_cost
 from raycontrolnet.tune.leaderboard import LEADERBOARD_FILE
 from raycontrolnet.tune.lease import LEASE_FILE, SweepLease
 from raycontrolnet.tune.records import SWEEP_FILE, TRIAL_FILE, TRIALS_FOLDER
@@ -85,24 +84,15 @@ def sweep_in_step(folder: RunFolder, lease: SweepLease) -> Iterator[None]:
         if lease.stands():
             folder.push(*DRIVERS)
 
-    def send_last(tries: int | None = None) -> None:
+    def send_last(tries: int | None) -> None:
         folder.pull(LEASE_FILE)
         if not lease.taken_over():
             folder.push(*DRIVERS, tries=tries)
 
-    try:
-        with (
-            lease.followed(),
-            repeating_by_cost(lambda: fetch_records(folder), FETCH_INTERVAL_S, "records"),
-            repeating_by_cost(send, SEND_INTERVAL_S, "store"),
-        ):
-            yield
-    except BaseException:
-        with suppress(OSError):
-            send_last(tries=2)
-        raise
-    try:
-        send_last()
-    except OSError as error:
-        problem = f"the sweep is finished, but its last records cannot be written ({error_message(error, 200)})"
-        raise RunError(f"--output_dir={folder.shown}: {problem}; they are in {folder.path}") from error
+    with (
+        last_records_sent(folder, send_last, "sweep"),
+        lease.followed(),
+        repeating_by_cost(lambda: fetch_records(folder), FETCH_INTERVAL_S, "records"),
+        repeating_by_cost(send, SEND_INTERVAL_S, "store"),
+    ):
+        yield

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.cells import cell_len
 from rich.text import Text
 
-from raycontrolnet.text import duration, first_of, printable
+from raycontrolnet.text import duration, first_of, printable, short_exponent
 from raycontrolnet.tune.records import Trial, as_text, settings_of
 
 GAP = "  "
@@ -46,7 +45,7 @@ def figure(name: str, value: float | None) -> str:
 def setting(value: Any) -> str:
     """Return a setting's value in short: 1e-5, cosine, true, null, [1, 2]."""
     if isinstance(value, float):
-        return re.sub(r"e([+-])0*", r"e\1", f"{value:.3g}").replace("e+", "e")
+        return short_exponent(f"{value:.3g}")
     return printable(as_text(value))
 
 

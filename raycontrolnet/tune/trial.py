@@ -30,7 +30,7 @@ from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training import store_sync
 from raycontrolnet.training.job import RunStopped
 from raycontrolnet.training.status import RunStatus
-from raycontrolnet.tune.checks import for_its_base, with_default_precision
+from raycontrolnet.tune.checks import settings_of_trial
 from raycontrolnet.tune.concurrency import TrialSlots
 from raycontrolnet.tune.lease import SweepLease
 from raycontrolnet.tune.records import Report, TrialRecord, read_reports, run_folder_of
@@ -67,8 +67,8 @@ class Shared:
         folder = run_folder_of(self.lease.folder, record, f"trial-{self.lease.sweep_id}")
         folder.path.mkdir(parents=True, exist_ok=True)
         checkpoints.remove_leftovers(folder.path)
-        config = for_its_base(dataclasses.replace(base.config, **record.settings, output_dir=folder.place))
-        config = with_default_precision(config, self.mixed_precision)
+        own = {**record.settings, "output_dir": folder.place}
+        config = settings_of_trial(base.config, own, self.mixed_precision)
         start = None if record.ended else folder.latest_sound()
         return dataclasses.replace(base, config=config, folder=folder, start=start, run_id=uuid.uuid4().hex)
 

@@ -25,12 +25,12 @@ from raycontrolnet import TrainConfig
 from raycontrolnet.model.components import load_components
 from raycontrolnet.model.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
 from raycontrolnet.model.files import local_files
-from raycontrolnet.predict.shapes import built
 
 sys.path.append(str(Path(__file__).parents[1]))
 
 from base_model import write_random_xl_base
 from full_size import SDXL, write_configurations
+from random_models import built
 
 GB = 1e9
 

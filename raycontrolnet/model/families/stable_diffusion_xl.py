@@ -11,7 +11,7 @@ import torch
 from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.model.families.clip import load_text_encoder, load_tokenizers
 from raycontrolnet.model.families.family import Conditioning
-from raycontrolnet.model.families.unet import COPIED_OF_FILES, UNET, VAE, UNetFamily
+from raycontrolnet.model.families.unet import UNET, VAE, UNetFamily
 from raycontrolnet.model.kinds import kind_of_unet
 from raycontrolnet.model.layout import Layout
 
@@ -101,7 +101,6 @@ STABLE_DIFFUSION_XL = StableDiffusionXL(
                 "conditioner.embedders.1.model.positional_embedding",
             ),
             "stabilityai/stable-diffusion-xl-base-1.0",
-            COPIED_OF_FILES,
         ),
     ),
 )

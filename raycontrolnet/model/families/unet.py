@@ -33,10 +33,6 @@ ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 Lin et al. 2023, arXiv:2305.08891."""
 UNET, VAE = ("UNet2DConditionModel",), ("AutoencoderKL",)
-COPIED_OF_FILES = tuple(
-    f"{UNET_OF_FILES}{name}" for name in ("input_blocks.", "middle_block.", "time_embed.", "label_emb.")
-)
-"""Beginnings of the names of the weights that a ControlNet has as well, in the original layout."""
 
 
 class Unscaled:
@@ -55,6 +51,9 @@ class UNetFamily(Family):
     noise_scheduler: str = "DDPMScheduler"
     shared_config: tuple[str, ...] = ("cross_attention_dim", "block_out_channels", "layers_per_block")
     copied: tuple[str, ...] = ("conv_in.", "time_embedding.", "add_embedding.", "down_blocks.", "mid_block.")
+    copied_of_files: tuple[str, ...] = tuple(
+        f"{UNET_OF_FILES}{name}" for name in ("input_blocks.", "middle_block.", "time_embed.", "label_emb.")
+    )
 
     def kind_of_other(self, config: Mapping[str, Any]) -> str | None:
         return kind_of_unet(config)
