@@ -43,14 +43,7 @@ from raycontrolnet.training.job import (
     write_timings,
 )
 from raycontrolnet.training.memory import advice_for
-from raycontrolnet.training.metrics import (
-    LEFT_OUT_FILE,
-    MetricsLog,
-    OnItsWay,
-    PendingMetrics,
-    PhaseClock,
-    UpdateMetrics,
-)
+from raycontrolnet.training.metrics import MetricsLog, OnItsWay, PendingMetrics, PhaseClock, UpdateMetrics
 from raycontrolnet.training.room import check_room
 from raycontrolnet.training.saver import CheckpointSaver
 from raycontrolnet.training.schedule import Schedule, Share
@@ -120,8 +113,7 @@ class Worker:
         interval_s = 0.0 if state.accelerator.device.type == "cpu" else GPU_METRICS_INTERVAL_S
         self.pending = PendingMetrics(interval_s, schedule.samples_per_update)
         most = job.config.max_nan if job.config.on_nan == "skip" else 0
-        log = job.output_dir / LEFT_OUT_FILE if share.rank == 0 else None
-        self.not_finite = NotFiniteUpdates(state, most, log)
+        self.not_finite = NotFiniteUpdates(state, most, job.output_dir if share.rank == 0 else None)
         self.last: UpdateMetrics | None = None
         self.notices = OnItsWay(torch.zeros(2))
         """Means over the workers, in the last update: driver asks for the end, a lost machine for a checkpoint."""

@@ -158,15 +158,24 @@ def check(config: CheckConfig, *, stream: TextIO | None = None) -> Prediction:
         *_disk_lines(needs, schedule, len(source), cached=cached),
     ]
     stream.write("\n".join(lines) + "\n")
-    if folder.path.is_dir() and not folder.is_stored:
-        with collected(refused):
-            weights = prediction.trained_bytes["ControlNet"]
-            check_room(folder, weights, schedule, start.step if start else 0, train)
-    if device.bytes and (problem := needs.problem(device.bytes, device.words)):
-        refused.append(problem)
+    refused += _problems_of_machine(needs, device, folder, schedule, start)
     if refused:
         raise ConfigError(refused)
     return prediction
+
+
+def _problems_of_machine(
+    needs: Needs, device: Device, folder: RunFolder, schedule: Schedule, start: Checkpoint | None
+) -> list[str]:
+    """Return what `train` would refuse of the disk and the device."""
+    problems: list[str] = []
+    if folder.path.is_dir() and not folder.is_stored:
+        with collected(problems):
+            weights = needs.prediction.trained_bytes["ControlNet"]
+            check_room(folder, weights, schedule, start.step if start else 0, needs.train)
+    if device.bytes and (problem := needs.problem(device.bytes, device.words)):
+        problems.append(problem)
+    return problems
 
 
 def _start(train: TrainConfig, folder: RunFolder, problems: list[str]) -> Checkpoint | None:

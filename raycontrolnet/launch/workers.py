@@ -97,7 +97,6 @@ def train_on_ray(
     training_stream = TrainingStream(
         job.config, job.folder, job.run_id, job.start, job.num_samples, loader_ref, loader.batch_bytes
     )
-    options = execution_options(loader.batch_bytes, most)
     trainer = InterruptibleTrainer(
         train_controlnet,
         train_loop_config={"job": job},
@@ -110,7 +109,7 @@ def train_on_ray(
         ),
         run_config=_run_config(run, on_cpu=not resources.use_gpu),
         datasets={"train": nothing_yet},
-        dataset_config=DataOfWorkers(training_stream, options),
+        dataset_config=DataOfWorkers(training_stream, execution_options(loader.batch_bytes, most)),
     )
     trainer.folder = run.folder
     trainer.one_machine = resources.one_machine

@@ -23,7 +23,7 @@ from raycontrolnet.model.loading import VAE
 from raycontrolnet.model.step import TrainState, controlnet_loss, with_posterior
 from raycontrolnet.storage.files import check_open
 from raycontrolnet.text import first_of
-from raycontrolnet.training.metrics import UpdateMetrics
+from raycontrolnet.training.metrics import LEFT_OUT_FILE, UpdateMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +36,12 @@ class NotFiniteUpdates:
 
     Args:
         most: number that may be left out; 0 for none.
-        log: the file that gets them; None on other workers than that of rank 0.
+        folder: gets the file that names them; None on other workers than that of rank 0.
     """
 
-    def __init__(self, state: TrainState, most: int, log: Path | None):
-        self.state, self.most, self.log = state, most, log
+    def __init__(self, state: TrainState, most: int, folder: Path | None):
+        self.state, self.most = state, most
+        self.log = folder / LEFT_OUT_FILE if folder else None
         self.count = 0
 
     def add(self, update: UpdateMetrics, problem: str, loader: BatchLoader) -> None:
