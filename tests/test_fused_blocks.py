@@ -53,6 +53,23 @@ def test_attention_is_diffusers_but_for_the_division() -> None:
         assert fused_class(Attention(8, cross_attention_dim=6, heads=2, dim_head=4, **options)) is None
 
 
+def test_self_attention_adds_up_gradients_in_its_products() -> None:
+    """The results of diffusers, with no sum of them; of weights that a library has wrapped, diffusers' products."""
+    attention, tokens = Attention(8, heads=2, dim_head=4), torch.randn(2, 5, 8)
+
+    def run() -> tuple[list[Tensor], int]:
+        with Calls() as calls:
+            return with_gradients(attention, tokens), calls.found["add"]
+
+    expected, plain = run()
+    attention.__class__ = PlainAttention
+    found, sums = run()
+    assert (plain, sums) == (2, 0)
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(expected, found, strict=True))
+    attention.to_k = torch.nn.Sequential(attention.to_k)
+    assert run()[1] == 2
+
+
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("linear", [False, True])
 def test_a_transformer_leaves_its_images_channels_last_and_copies_nothing(linear: bool) -> None:

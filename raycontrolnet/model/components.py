@@ -45,6 +45,8 @@ class Components:
     noise_scheduler: SchedulerMixin
     controlnet: ModelMixin
     """fp32, trained."""
+    compiled: bool = False
+    """True if the denoiser and the ControlNet are compiled, for batches of the step's shape."""
 
     def frozen(self) -> tuple[torch.nn.Module, ...]:
         """Return the modules that training does not change."""

@@ -216,6 +216,7 @@ def compile_models(components: Components) -> None:
     for module in (components.denoiser, components.controlnet):
         # Not `Module.compile`: accelerate's wrapping would be in the graph, and differ from trial to trial.
         module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False, backend=COMPILER)
+    components.compiled = True
 
 
 def uncompiled(*, compiled: bool) -> AbstractContextManager[None]:

@@ -44,8 +44,6 @@ class TrainState:
     objective: ObjectiveConfig = PLAIN
     averages: EMAModel | None = None
     """Averages of the ControlNet's trained weights over the updates."""
-    compiled: bool = False
-    """True if the denoiser and the ControlNet are compiled, for batches of the step's shape."""
     graphs: GradientGraphs | None = None
     """The graphs of the forward and backward pass; None to run these without."""
     gradient_average: GradientAverage | None = None
@@ -65,7 +63,7 @@ class TrainState:
         """Let the models and the GPU's memory serve something else for a while: images, or measurements."""
         if self.graphs:
             self.graphs.release()
-        with uncompiled(compiled=self.compiled):
+        with uncompiled(compiled=self.components.compiled):
             yield
 
 

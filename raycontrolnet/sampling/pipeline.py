@@ -84,7 +84,7 @@ def draw(
     autocast = torch.autocast(components.denoiser.device.type, dtype=options.precision) if is_mixed else nullcontext()
     decodes_apart = is_mixed and (components.vae.dtype == torch.float32 or _overflows(components))
     with only_errors(), evaluating(modules), torch.no_grad():
-        with autocast, _residuals_in(components.controlnet, options.precision):
+        with autocast:
             images: Any = pipeline(
                 list(prompts),
                 **{components.family.control_argument: list(controls)},
@@ -96,20 +96,6 @@ def draw(
                 output_type="latent" if decodes_apart else "pil",
             ).images
         return _decoded(pipeline, components, images) if decodes_apart else list(images)
-
-
-@contextmanager
-def _residuals_in(controlnet: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Let a ControlNet's residuals have the denoiser's dtype, as in training; accelerate's wrapping returns fp32."""
-    from accelerate.utils import recursively_apply
-
-    hook = controlnet.register_forward_hook(
-        lambda _, __, residuals: recursively_apply(lambda each: each.to(dtype), residuals)
-    )
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _decoded(pipeline: Any, components: Components, latents: torch.Tensor) -> list[Image.Image]:

@@ -164,10 +164,11 @@ def state_of(
         compile_models(components)
     graphs = _graphs(weights, config, accelerator)
     averages_itself = graphs is not None and accelerator.num_processes > 1
+    forward = components.controlnet.forward
     # For an evaluation: without DDP, which averages from Python.
     controlnet = accelerator.prepare_model(components.controlnet, evaluation_mode=averages_itself)
     if accelerator.native_amp:
-        _leave_outputs_in_half_precision(controlnet, accelerator)
+        components.controlnet.forward = _in_half_precision(forward, accelerator)
     prepared_optimizer = accelerator.prepare_optimizer(optimizer)
     if checkpoint:  # after accelerate, which loads the optimizer's state once more, and not in its dtypes
         load_optimizer(optimizer, accelerator, checkpoint, saved)
@@ -182,7 +183,6 @@ def state_of(
         samples_per_update=schedule.samples_per_update,
         objective=config,
         averages=build_averages(components.controlnet, config, checkpoint, saved),
-        compiled=config.compile,
         graphs=graphs,
         gradient_average=GradientAverage(weights) if averages_itself else None,
         step=checkpoint.step if checkpoint else 0,
@@ -190,14 +190,19 @@ def state_of(
     )
 
 
-def _leave_outputs_in_half_precision(controlnet: torch.nn.Module, accelerator: Accelerator) -> None:
-    """Replace accelerate's wrapping by autocast alone: it makes outputs fp32, which the denoiser would cast back.
+def _in_half_precision(forward: Any, accelerator: Accelerator) -> Any:
+    """Return a ControlNet's forward pass under autocast, in place of accelerate's wrapping.
 
-    The numbers are the same; each residual would be read and written twice more, and so would its gradient.
+    That makes outputs fp32, which the denoiser would cast back. The numbers are the same; each residual would be read
+    and written twice more, and so would its gradient.
+
+    Args:
+        forward: the model's own, or compiled.
     """
-    model = accelerator.unwrap_model(controlnet, keep_fp32_wrapper=False)
     autocast = torch.autocast(accelerator.device.type, working_precision(accelerator.mixed_precision))
-    model.forward = MethodType(autocast(model.forward.__func__), model)
+    if isinstance(forward, MethodType):  # of a copy of the model it is to be the copy's
+        return MethodType(autocast(forward.__func__), forward.__self__)
+    return autocast(forward)
 
 
 def _graphs(

@@ -134,8 +134,9 @@ class UNetFamily(Family):
     ) -> Tensor:
         dtype = components.denoiser.dtype
         noisy_latents = noisy_latents.to(dtype)
+        scale = 1.0 if components.compiled else Unscaled()  # of which a compiler would have to know
         down_residuals, mid_residual = controlnet(
-            noisy_latents, timesteps, controlnet_cond=control.to(dtype), conditioning_scale=Unscaled(),
+            noisy_latents, timesteps, controlnet_cond=control.to(dtype), conditioning_scale=scale,
             return_dict=False, **conditioning,
         )  # fmt: skip
         prediction: Tensor = components.denoiser(

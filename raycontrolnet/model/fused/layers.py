@@ -37,8 +37,9 @@ from raycontrolnet.text import error_message
 
 logger = logging.getLogger(__name__)
 
-TRIED = (2, 80, 12, 13)
-"""Shape of the images on which the kernels are tried; no multiple of what a program holds."""
+TRIED = (2, 320, 12, 12)
+"""Shape of the images on which the kernels are tried: no multiple of what a program holds, but of 16 as the numbers of
+models are, for which Triton compiles the same kernels."""
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Largest difference from PyTorch's results in fp32, by the norm."""
 
@@ -55,6 +56,7 @@ FUSED = {
 """Layer's class -> that of the fused one, for those with plain settings."""
 
 PLAIN: dict[type[torch.nn.Module], Callable[[Any], bool]] = {
+    torch.nn.GroupNorm: lambda norm: norm.affine,
     ResnetBlock2D: is_plain_block,
     Attention: is_plain_attention,
     BasicTransformerBlock: is_plain_transformer,

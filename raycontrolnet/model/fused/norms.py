@@ -144,6 +144,6 @@ class _GroupNorm(torch.autograd.Function):
         )
         of_moves = None
         if ctx.needs_input_grad[1]:
-            alone = of_images if rest is None else of_images - rest
-            of_moves = alone.sum((2, 3), dtype=torch.float32).to(ctx.moves_dtype)
+            assert rest is None, "images that are moved are the norm's alone"
+            of_moves = of_images.sum((2, 3), dtype=torch.float32).to(ctx.moves_dtype)
         return of_images, of_moves, of_weight, of_bias, None, None, None, None
