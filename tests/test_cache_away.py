@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import pickle
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from raycontrolnet.errors import RunError, UserError
 from raycontrolnet.latents import cache as cache_module
 from raycontrolnet.latents.cache import read_contents, read_identities, read_row
 from raycontrolnet.latents.manifest import StoredShard
+from raycontrolnet.signals import Haste
 from raycontrolnet.storage import folder as folder_module
 from raycontrolnet.storage import store_requests
 from raycontrolnet.storage.folder import CacheFolder, cache_folder
@@ -36,7 +36,7 @@ def going_away(folder: CacheFolder, monkeypatch: pytest.MonkeyPatch) -> tuple[li
     """Return a list of errors that the storage gives before it answers again, and one of the seconds waited."""
     cache_of(folder, [0, 1])
     waited: list[float] = []
-    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setattr(Haste, "sleep", lambda _, seconds: waited.append(seconds))
     own, faults = folder_module._open, list[OSError]()
 
     def away(uri: str) -> Any:

@@ -421,5 +421,14 @@ def test_flags_as_they_are_mistyped(argv: list[str], problem: str) -> None:
 
 
 def test_values_that_look_like_flags() -> None:
-    given = ["--pretrained_model_name_or_path", "b", "--train_data_dir", "d", "--lr_power", "-1", "--scale_lr"]
-    assert parse("train", [*given, "--learning_rate", "1"]).lr_power == -1
+    given = [
+        "--pretrained_model_name_or_path",
+        "b",
+        "--train_data_dir",
+        "train-data-dir",
+        "--lr_power",
+        "-1",
+        "--scale_lr",
+    ]
+    config = parse("train", [*given, "--learning_rate", "1", "--output_dir", "output-dir"])
+    assert (config.lr_power, config.output_dir, config.train_data_dir) == (-1, "output-dir", "train-data-dir")

@@ -22,6 +22,7 @@ from raycontrolnet.config.declare import title
 from raycontrolnet.config.settings import LR_SCHEDULERS
 from raycontrolnet.config.train_config import GROUPS, TrainConfig, changed_settings, public_settings
 from raycontrolnet.config.values import setting_types
+from raycontrolnet.config.yaml_words import load_yaml
 from raycontrolnet.errors import ConfigError, UserError
 
 # Copied by hand from the existing scripts: names, types and defaults are a contract.
@@ -676,6 +677,12 @@ def test_words_that_yaml_takes_for_booleans(file: Callable[[str], str]) -> None:
     }.items():
         with pytest.raises(ConfigError, match=message):
             parsed("--config", file(start + text))
+
+
+def test_merges_of_yaml_are_no_keys_there_twice() -> None:
+    """Each key of a merge may be given again, and there may be several merges."""
+    merged = "a: &a {eps: 1}\nb: &b {<<: *a, eps: 2}\nc: {<<: *a, <<: *b}\nd: {<<: *b, eps: 3}\n"
+    assert load_yaml(merged) == {"a": {"eps": 1}, "b": {"eps": 2}, "c": {"eps": 2}, "d": {"eps": 3}}
 
 
 TABS = (

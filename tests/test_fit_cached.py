@@ -111,6 +111,11 @@ def test_a_run_goes_on_from_the_cache_that_it_has(settings: Settings, tmp_path: 
     assert losses(shorter) == losses(whole)[2:3]
     pixels = run(settings, tmp_path / "pixels", max_train_steps=3, resume_from_checkpoint=start, cache_latents="off")
     assert losses(pixels) != losses(shorter)
+    others = Path(shutil.copytree(settings["train_data_dir"], tmp_path / "others"))
+    del settings["latents_cache_dir"]
+    changed = {"resume_from_checkpoint": start, "train_data_dir": str(others), "max_train_steps": 3}
+    record = read_status(run(settings, tmp_path / "of others", **changed))
+    assert record["latents_cache"] is None, "one pass over other data needs none"
 
 
 @pytest.mark.parametrize(("changed", "cached"), [({}, False), ({"latents_cache_dir": "another"}, True)])

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,9 @@ def test_refusals_on_the_command_line(tiny_settings: Settings, capsys: pytest.Ca
             (["--loss", "l1"], "--loss=l1: must be one of mse, huber"),
             (["--noise_offset=-0.5"], "--noise_offset=-0.5: must be a number of at least 0"),
         ):
-            assert cli.main([command, *flags(tiny_settings), *given]) == 2, given
+            with pytest.raises(SystemExit) as end:  # of the parser, where a value is no number
+                sys.exit(cli.main([command, *flags(tiny_settings), *given]))
+            assert end.value.code == 2, given
             shown = capsys.readouterr().err
             assert message in shown
             assert "Traceback" not in shown

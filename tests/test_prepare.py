@@ -414,7 +414,9 @@ def test_the_command_that_uses_the_cache_is_said(
     command = _command_that_uses(run, shown, **subset)
     assert " --seed 3" in command
     monkeypatch.setattr(LatentEncoder, "__init__", no_encoding)
-    assert prepare(parse("train", shlex.split(command)[2:]), stream=io.StringIO()).num_samples == 5
+    train = parse("train", shlex.split(command)[2:])
+    assert train.cache_latents == "on", "also for a single pass"
+    assert prepare(train, stream=io.StringIO()).num_samples == 5
 
 
 def _command_that_uses(run: Prepare, shown: io.StringIO, **changed: Any) -> str:

@@ -177,7 +177,7 @@ def test_whereabouts_of_a_thread() -> None:
         over.set()
         for thread in threads:
             thread.join()
-    assert first == "in repeating of training/background.py"
+    assert first == "in _joined of training/background.py"
     assert second == "in the backward pass, in which gradients are exchanged"
     assert third == "", "nothing of ours"
     assert whereabouts(0) == "", "no such thread"
@@ -260,7 +260,7 @@ def test_a_hang_in_the_same_update_says_who_waits_in_a_collective(tmp_path: Path
     assert "all workers are in update 7 at an update with 1 micro-step to go: " in said
     who = ("this one", "worker 1") if said.startswith("Worker 0") else ("worker 0", "this one")
     assert f"{who[0]} waiting in a collective (all_reduce)" in said
-    assert f"{who[1]} in repeating of training/background.py" in said
+    assert f"{who[1]} in _joined of training/background.py" in said
 
 
 def test_one_that_does_not_is_left_alone(tmp_path: Path) -> None:
@@ -355,5 +355,5 @@ def test_a_hang_in_the_step_says_where_each_worker_is(
         run(settings, tmp_path / "out")
     said = str(error.value)
     assert "all workers are in update 4 at an update with 1 micro-step to go: " in said
-    assert "in repeating of training/background.py" in said
+    assert "in _joined of training/background.py" in said
     assert "in the backward pass, in which gradients are exchanged" in said

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raycontrolnet.config.declare import setting
 from raycontrolnet.config.rules import (
     Problems,
     at_least,
@@ -29,7 +30,7 @@ class PicturesConfig:
 
     images: str = ""
     """A folder of pictures, and of folders with more of them. Required."""
-    caption: str | None = None
+    caption: str | None = setting(None, may_be_empty=True)
     """Caption of all pictures without one in metadata.jsonl (or .csv, ...) or in a .txt file of their name."""
     image_column: str = "image"
     """Column of the pictures in metadata.jsonl."""

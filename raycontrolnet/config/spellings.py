@@ -40,9 +40,10 @@ def misspelt(flags: Sequence[str], kinds: Mapping[str, Any]) -> list[str]:
     problems = []
     for flag, following in pairwise([*flags, "--"]):
         written, has_value, value = flag.partition("=")
-        name = re.sub(r"^[-\u2010-\u2015\u2212]{1,2}", "", written).replace("-", "_")
+        bare = re.sub(r"^[-\u2010-\u2015\u2212]{1,2}", "", written)
+        name = bare.replace("-", "_")
         setting = name if name in kinds else name.removeprefix("no_")
-        if name == written or setting not in kinds:
+        if bare == written or setting not in kinds:
             continue
         if not written.startswith("--"):
             problems.append(f"{written}: flags begin with two hyphens; write --{name}")

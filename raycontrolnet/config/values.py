@@ -23,7 +23,9 @@ from raycontrolnet.storage.store_requests import reason
 from raycontrolnet.storage.uri import UNUSABLE, is_uri, shown_value, split_uri
 from raycontrolnet.text import error_message, perhaps
 
-_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_TYPE_NAMES = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "a text", NamedValues: "arguments by name",
+}  # fmt: skip
 
 
 class NoValue(ValueError):

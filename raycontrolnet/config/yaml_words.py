@@ -31,15 +31,17 @@ def load_yaml(text: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            lines: dict[str, int] = {}
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            lines: dict[tuple[str, str], int] = {}
             for key, _ in node.value:
-                line = key.start_mark.line + 1
-                if isinstance(key, yaml.ScalarNode) and key.value in lines:
-                    where = f"in lines {lines[key.value]} and {line}" if line > lines[key.value] else f"in line {line}"
-                    raise yaml.YAMLError(f"{key.value} is there twice, {where}; keep one")
-                lines[str(key.value)] = line
-            return super().construct_mapping(node, deep)
+                if isinstance(key, yaml.ScalarNode) and key.value != "<<":  # which merges, also several times
+                    line, name = key.start_mark.line + 1, (key.tag, key.value)
+                    if before := lines.get(name):
+                        where = f"in lines {before} and {line}" if line > before else f"in line {line}"
+                        raise yaml.YAMLError(f"{key.value} is there twice, {where}; keep one")
+                    lines[name] = line
+            return node
 
     def read_bool(loader: Any, node: Any) -> str:
         word = str(loader.construct_scalar(node))

@@ -89,7 +89,7 @@ def _prepare(config: TrainConfig, stream: TextIO) -> PrepareResult:
                     raise ConfigError([f"--latents_cache_dir: {SEVERAL_MACHINES}"])
                 resources.say_what_is_awaited(stream)
                 manifest = complete(plan, there, missing, resources, stream)
-    use = prepare_command(config, "train")
+    use = prepare_command(config, "train", cache_latents="on")
     stream.write(f"latents: train, or tune, uses them with these flags and the run's others:\n  {use}\n")
     return PrepareResult(
         folder=plan.folder.uri,

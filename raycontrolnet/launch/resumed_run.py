@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from raycontrolnet.config.objective_settings import ZERO_SNR, ObjectiveConfig
 from raycontrolnet.config.optimizer_settings import AveragesConfig, OptimizerConfig
 from raycontrolnet.config.settings import OptimConfig
-from raycontrolnet.config.train_config import TrainConfig, public_settings
+from raycontrolnet.config.train_config import TrainConfig, names_that_decide, public_settings
 from raycontrolnet.data.buckets import Buckets
 from raycontrolnet.data.source import Source
 from raycontrolnet.errors import ConfigError
@@ -45,17 +45,19 @@ def with_held_out_rows(config: TrainConfig, num_rows: int, start: checkpoints.Ch
 def cached_as_before(config: TrainConfig, start: checkpoints.Checkpoint, enough_uses: float) -> bool | None:
     """Return whether a run that decides by itself trains from a latent cache, as the run that it continues did.
 
-    None where that is to be decided anew: the run before had no use for a cache, or this one must have one or names
-    another place for it.
+    None where that is to be decided anew: the run before had no use for a cache or another one, as of other data, or
+    this one must have one or names another place for it.
 
     Args:
         enough_uses: of an image, above which latents are cached.
     """
+    before, now = start.manifest.get("settings", {}), public_settings(config)
+    if any(before.get(name, now[name]) != now[name] for name in names_that_decide("latents")):
+        return None
     if start.manifest.get("cached"):
         return True
-    before = start.manifest.get("settings", {})
     wanted = before.get("cache_latents") == "auto" and start.manifest.get("uses_of_a_sample", 0.0) > enough_uses
-    place = public_settings(config)["latents_cache_dir"]
+    place = now["latents_cache_dir"]
     if wanted and config.on_bad_sample != "skip" and before.get("latents_cache_dir") == place:
         return False  # as where there was no place that all machines saw, or no seed
     return None

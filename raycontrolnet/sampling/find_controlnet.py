@@ -119,7 +119,8 @@ def _read(file: Path, name: str) -> dict[str, Any]:
     """Read the settings that images depend on. The file may be of a version with settings unknown to this one."""
     place = f"--controlnet={shown_name(name)}: {file}"
     kinds = {name: kind for name, kind in setting_types(TrainConfig).items() if name in OF_THE_BASE + OF_THE_RUN}
-    settings, problems = typed_settings(read_yaml(file, place), kinds, place)
+    written = {key: value for key, value in read_yaml(file, place).items() if value != ""}  # as of an earlier version
+    settings, problems = typed_settings(written, kinds, place)
     if problems:
         raise ConfigError(problems)
     if (cache_dir := settings.get("cache_dir")) and not Path(cache_dir).is_dir():

@@ -33,11 +33,8 @@ def is_uri(name: str) -> bool:
 
 def meant_uri(name: str) -> str | None:
     """Return the URI that a path is probably meant for, as s3:/bucket or gs//bucket; None for other names."""
-    mistyped = rf"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)|({'|'.join(SCHEMES)})(:(?!//)|/+(?<=//)|[;,]/)"
-    found = re.match(mistyped, name, re.IGNORECASE)
-    if found is None or name.lower().startswith("file:"):
-        return None
-    return f"{(found[1] or found[2]).lower()}://{name[found.end() :].lstrip(':/;,')}"
+    found = re.match(rf"({'|'.join(SCHEMES)})(:(?!//)|/+(?<=//)|[;,]/)", name, re.IGNORECASE)
+    return f"{found[1].lower()}://{name[found.end() :].lstrip(':/;,')}" if found else None
 
 
 def as_path(name: str) -> str:
