@@ -50,6 +50,11 @@ MOMENTS = {
     "the last report is written": ("report.live_report:_write", 1),
 }
 """Moment -> the function that has just returned, and its how many-eth call that was."""
+ALWAYS = {
+    "the cache's manifest is written", "a checkpoint's files are written", "the first checkpoint is whole",
+    "an image is drawn", "the old checkpoint is set aside", "final weights are in place",
+}  # fmt: skip
+"""Moments that are not slow: one of each kind."""
 SHARD_ROWS = 6
 """So that the tiny cache has several shards."""
 
@@ -98,14 +103,16 @@ def whole(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return run(settings, folder / "run", latents_cache_dir=str(folder / "cache"))
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment", [each if each in ALWAYS else pytest.param(each, marks=pytest.mark.slow) for each in MOMENTS]
+)
 def test_killed_once(moment: str, settings: Settings, whole: Path, tmp_path: Path) -> None:
     settings = settings | {"output_dir": str(tmp_path / "run"), "latents_cache_dir": str(tmp_path / "cache")}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["raycontrolnet.launch.fit", "raycontrolnet.train_controlnet", "test_kills"])
     process = context.Process(target=killed_run, args=(settings, *MOMENTS[moment]))
     process.start()
-    process.join()
+    process.join(200)
     assert process.exitcode == -signal.SIGKILL, "the moment has not come"
     with pytest.MonkeyPatch.context() as patch:
         small_shards(patch)
