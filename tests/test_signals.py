@@ -104,7 +104,7 @@ def test_a_request_is_left_in_haste_and_no_other_is_begun(monkeypatch: pytest.Mo
 
 
 def test_a_signal_of_our_own_is_no_second_one() -> None:
-    """Where Ray does not answer after SIGTERM, the main thread has `REACTION_S` for an end in order."""
+    """If Ray does not answer after SIGTERM, the main thread has `REACTION_S` for an end in order."""
     counted: list[int] = []
     with suppress(KeyboardInterrupt), signals.ending_signals_raised():
         try:
