@@ -169,10 +169,7 @@ def _objects(found: Iterable[fs.FileInfo], root: str) -> dict[str, Stored]:
 
 
 def side_by_side(work: Callable[[str], object], names: Iterable[str]) -> None:
-    """Call `work` with each of `names`, a few at a time, or here if it is one; at the first error, begin no more."""
-    if len(names := list(names)) == 1:
-        work(names[0])
-        return
+    """Call `work` with each of `names`, a few at a time; at the first error, begin no more."""
     with ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="store") as pool:
         try:
             for done in [pool.submit(work, name) for name in names]:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 
 from raycontrolnet.config.output_settings import WEIGHTS_NAME, OutputConfig
 from raycontrolnet.errors import ConfigError, RunError
+from raycontrolnet.signals import haste
 from raycontrolnet.storage.folder_lock import locked
 from raycontrolnet.storage.left_requests import made_in_any_case
 from raycontrolnet.storage.lock import HeldLock
@@ -135,7 +136,12 @@ def last_records_sent(
     Raises:
         RunError: the work is finished, and they cannot be written.
     """
-    with made_in_any_case(lambda: folder.push(state, tries=1)):
+
+    def send_state() -> None:
+        if haste().has_begun and isinstance(folder, StoredFolder):  # else `send` has done it
+            folder.store.upload(folder.path / state, state, 1)  # not `push`, which others of this process wait for
+
+    with made_in_any_case(send_state):
         try:
             yield
         except BaseException:
