@@ -21,7 +21,7 @@ from raycontrolnet.config.spellings import SPELLINGS, in_our_spelling, misspelt
 from raycontrolnet.config.sweep_config import SweepConfig, SweepSettings
 from raycontrolnet.config.train_config import GROUPS, TrainConfig, typed_settings
 from raycontrolnet.config.values import read_yaml, setting_types, unknown_names
-from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError
+from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError, end_told
 from raycontrolnet.signals import end_if_threads_left, end_process_in_haste, ending_signals_raised, exit_code
 from raycontrolnet.storage.uri import shown_name
 from raycontrolnet.text import first_of, perhaps
@@ -94,7 +94,7 @@ def _main(argv: Sequence[str] | None) -> int:
         print(f"{command}: no such command{perhaps(command, COMMANDS)}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     try:
-        with ending_signals_raised():
+        with ending_signals_raised(), end_told(sys.stderr, lambda: f"raycontrolnet {command} was ended."):
             config = parse(command, rest)
             _load(COMMANDS[command].run)(config)
     except (UserError, RunError) as error:

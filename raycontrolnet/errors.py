@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
-from raycontrolnet.signals import exit_code
+from raycontrolnet.signals import exit_code, last_words
 from raycontrolnet.text import one_line
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,26 @@ def root_cause(error: BaseException) -> BaseException:
             break
         error = cause
     return error
+
+
+@contextmanager
+def end_told(stream: TextIO, message: Callable[[], str], put_down: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Tell of the interruption on `stream` if a second signal ends the process before the `with` block is over.
+
+    Args:
+        message: returns what stands, and how to go on.
+        put_down: called first, to write the same into files.
+    """
+
+    def say() -> None:
+        with suppress(OSError):
+            put_down()
+        with suppress(OSError, ValueError, RuntimeError):  # a closed terminal, or one that is being written to
+            stream.write(f"\nInterrupted. {message()}\n")
+            stream.flush()
+
+    with last_words(say):
+        yield
 
 
 @contextmanager

@@ -25,6 +25,8 @@ HASTE_S = 1.0
 """Time for an end in order after a second signal: for what would be waited for without it."""
 END_S = 1.8
 """Time after a second signal at which a command ends in any case."""
+LAST_S = 2.0
+"""Time beyond haste for what is tried in any case, as the release of a lock; a command has `END_S` in all."""
 LOOK_S = 0.1
 
 _threads_left = threading.Event()
@@ -37,11 +39,30 @@ class Haste:
 
     def __init__(self) -> None:
         self._until = math.inf
+        self._last: list[Callable[[], None]] = []
 
     def begin(self) -> None:
         """Give what is waited for `HASTE_S` from now on."""
         if not self.has_begun:
             self._until = time.monotonic() + HASTE_S
+            _later(HASTE_S, self._do_last)
+
+    @contextmanager
+    def at_its_end(self, do: Callable[[], None]) -> Iterator[None]:
+        """Call `do`, which takes no time, in another thread if haste is over while the `with` block still goes on.
+
+        The main thread may hang in it. Of nested blocks the inner one comes first.
+        """
+        self._last.append(do)
+        try:
+            yield
+        finally:
+            self._last.remove(do)
+
+    def _do_last(self) -> None:
+        for do in reversed(tuple(self._last)):
+            with suppress(OSError):
+                do()
 
     @property
     def has_begun(self) -> bool:
@@ -84,6 +105,8 @@ class _Work:
 
     haste: Haste = field(default_factory=Haste)
     num_signals: int = 0
+    sends_own: bool = False
+    """True while a signal that this process has sent to itself is on its way; it is not counted."""
     last_words: Callable[[], None] = lambda: None
     depth: int = 0
 
@@ -114,8 +137,8 @@ def leave_threads() -> None:
 
 
 def end_if_threads_left(code: int) -> None:
-    """End this process at once with `code` after `leave_threads`, or in haste: Python would wait for the threads."""
-    if _threads_left.is_set() or _work.haste.has_begun:
+    """End this process at once with `code` after `leave_threads`, as after haste: Python would wait for them."""
+    if _threads_left.is_set():
         with suppress(OSError, ValueError):
             sys.stderr.flush()
         os._exit(code)
@@ -130,7 +153,8 @@ def exit_code() -> int:
 def ending_signals_raised() -> Iterator[None]:
     """Let Ctrl-C and the signals of `ENDING` raise KeyboardInterrupt, in the main thread; elsewhere do nothing.
 
-    Ignored ones, as SIGHUP under nohup, stay ignored. From the second on, nothing is waited for: see `haste`.
+    Ignored ones, as SIGHUP under nohup, stay ignored. From the second on, nothing is waited for: see `haste`, which
+    ends with the outermost block.
     """
     global _last, _work
     if threading.current_thread() is not threading.main_thread():
@@ -144,6 +168,10 @@ def ending_signals_raised() -> Iterator[None]:
             yield
     finally:
         _work.depth -= 1
+        if not _work.depth:
+            if _work.haste.has_begun:
+                leave_threads()
+            _work = _Work()  # other work of this process, in any thread, has the time it needs
 
 
 def _note_and_raise(number: int) -> NoReturn:
@@ -152,7 +180,10 @@ def _note_and_raise(number: int) -> NoReturn:
 
 
 def _note(number: int) -> bool:
-    """Count a signal; return True for the first. At the second, haste begins."""
+    """Count a signal of others; return True for the first. At the second, haste begins."""
+    if _work.sends_own:
+        _work.sends_own = False
+        return False
     _work.num_signals += 1
     if _work.num_signals == 2:
         _work.haste.begin()
@@ -163,8 +194,8 @@ def _note(number: int) -> bool:
 
 def _end(number: int) -> None:
     """End the process."""
-    last_words, _work.last_words = _work.last_words, lambda: None
-    last_words()
+    say, _work.last_words = _work.last_words, lambda: None
+    say()
     os._exit(128 + number)
 
 
@@ -176,9 +207,19 @@ def _later(seconds: float, do: Callable[..., object], *arguments: object) -> thr
 
 
 @contextmanager
+def last_words(say: Callable[[], None]) -> Iterator[None]:
+    """Let `say` be called, in another thread, before a second signal ends this process within the `with` block."""
+    before, _work.last_words = _work.last_words, say
+    try:
+        yield
+    finally:
+        _work.last_words = before
+
+
+@contextmanager
 def ended_in_order(
     begin_end: Callable[[], bool],
-    last_words: Callable[[], None] = lambda: None,
+    say_last: Callable[[], None] | None = None,
     *,
     look_s: float | None = None,
     still_ends: Callable[[], bool] = lambda: True,
@@ -190,7 +231,7 @@ def ended_in_order(
 
     Args:
         begin_end: asks the work to end, and returns whether it will; if not, the signal is raised at once.
-        last_words: called, in another thread, before the process ends.
+        say_last: called, in another thread, before the process ends, also some time after the `with` block.
         look_s: after a signal that is not Ctrl-C, time between two looks at the end; None to take none.
         still_ends: looks at it, in another thread; the signal is raised once it returns False.
     """
@@ -206,6 +247,7 @@ def ended_in_order(
             timers[:] = [_later(look_s or 0.0, look, number)]
             return
         timers[:] = [_later(REACTION_S, _end, number)]
+        _work.sends_own = True
         os.kill(os.getpid(), number)
 
     def handle(number: int, _: FrameType | None) -> None:
@@ -215,7 +257,7 @@ def ended_in_order(
         if look_s is not None and number != signal.SIGINT:
             timers.append(_later(look_s, look, number))
 
-    _work.last_words = last_words
+    _work.last_words = say_last or _work.last_words
     try:
         with _handled((signal.SIGINT, *ENDING), handle):
             yield

@@ -108,17 +108,37 @@ def whole(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_killed_once(moment: str, settings: Settings, whole: Path, tmp_path: Path) -> None:
     settings = settings | {"output_dir": str(tmp_path / "run"), "latents_cache_dir": str(tmp_path / "cache")}
+    kill_at(moment, settings)
+    with pytest.MonkeyPatch.context() as patch:
+        small_shards(patch)
+        out = run(settings, tmp_path / "run", resume_from_checkpoint="latest")
+    check_is_whole(out, whole)
+    assert contents(tmp_path / "cache").keys() == contents(whole.parent / "cache").keys()
+
+
+def kill_at(moment: str, settings: Settings) -> None:
+    """Train in a process that is killed at the moment."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["raycontrolnet.launch.fit", "raycontrolnet.train_controlnet", "test_kills"])
     process = context.Process(target=killed_run, args=(settings, *MOMENTS[moment]))
     process.start()
     process.join(200)
     assert process.exitcode == -signal.SIGKILL, "the moment has not come"
-    with pytest.MonkeyPatch.context() as patch:
-        small_shards(patch)
-        out = run(settings, tmp_path / "run", resume_from_checkpoint="latest")
-    check_is_whole(out, whole)
-    assert contents(tmp_path / "cache").keys() == contents(whole.parent / "cache").keys()
+
+
+def test_images_that_kill_are_made_up_once(
+    settings: Settings, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a run whose images fill the memory would make no update any more."""
+    settings = settings | {"output_dir": str(tmp_path / "run"), "latents_cache_dir": str(tmp_path / "cache")}
+    kill_at("the first checkpoint is whole", settings)
+    settings |= {"resume_from_checkpoint": "latest"}
+    small_shards(monkeypatch)
+    kill_at("an image is drawn", settings)
+    out = run(settings, tmp_path / "run")
+    assert column(out, "loss") == column(whole, "loss")
+    assert [path.parent.name for path in out.glob("validation/*/metadata.jsonl")] == ["step-000004"]
+    assert "step 2: no validation images; an earlier attempt" in (out / "run.log").read_text()
 
 
 ON_RAY = {

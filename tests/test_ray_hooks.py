@@ -250,12 +250,20 @@ def test_a_run_calls_the_hooks(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_local_ray")
 def test_a_controller_that_is_gone_does_not_answer() -> None:
     """As where Ray's processes got SIGTERM with the driver: the run is not waited for then."""
+
+    class Busy:  # here: Ray's processes know no module of tests
+        async def wait(self) -> None:
+            time.sleep(60)
+
     trainer = InterruptibleTrainer(lambda: None)
     assert trainer.answers(0.0), "it is not there yet, or no more"
-    trainer.controller = ray.remote(num_cpus=0)(SimpleNamespace).remote()
-    assert trainer.answers(60)
+    trainer.controller = ray.remote(num_cpus=0)(Busy).remote()
+    ray.get(trainer.controller.__ray_ready__.remote())
+    trainer.controller.wait.remote()
+    time.sleep(1)
+    assert trainer.answers(5), "it waits for rank 0's checkpoint, which would be lost"
     ray.kill(trainer.controller)
-    assert not trainer.answers(3)
+    wait_for(lambda: not trainer.answers(60), 60)
     trainer.controller = None
 
 

@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 import ray
+from ray._private import state as ray_state
 from ray._private.services import get_webui_url_from_internal_kv
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import (
@@ -109,18 +110,22 @@ class InterruptibleTrainer(TorchTrainer):
                 self._remove_placement_groups()
 
     def answers(self, within_s: float) -> bool:
-        """Check whether Ray still has the controller while there is one: its processes may have been ended as well."""
+        """Check whether Ray still has the controller while there is one: its processes may have been ended as well.
+
+        Ray is asked, not the controller: that one may be waiting for rank 0, see `FinishesFirst`.
+        """
         if (controller := self.controller) is None:
             return True
         asked: Future[bool] = Future()
 
         def ask() -> None:  # in a thread: a Ray that is gone may hold the call itself up
-            with suppress(ray.exceptions.RayError):
-                ray.get(controller.__ray_ready__.remote(), timeout=within_s)
-                asked.set_result(True)
+            try:
+                asked.set_result(ray_state.actors(controller._actor_id.hex()).get("State") not in (None, "DEAD"))
+            except Exception:
+                logger.info("Ray does not say whether its controller lives", exc_info=True)
 
         threading.Thread(target=ask, name="ray answers", daemon=True).start()
-        return not wait((asked,), within_s).not_done
+        return not wait((asked,), within_s).not_done and asked.result()
 
     def _remove_placement_groups(self) -> None:
         """Remove the placement groups that the controller left, as when it was ended while workers were starting.

@@ -24,7 +24,7 @@ from raycontrolnet.conditions.pictures import PictureRow, find_rows
 from raycontrolnet.conditions.recipes import Recipe
 from raycontrolnet.config.checks import unwritable
 from raycontrolnet.config.condition_config import ConditionConfig
-from raycontrolnet.errors import ConfigError, DataError, Interrupted, UserError, explained
+from raycontrolnet.errors import ConfigError, DataError, Interrupted, UserError, end_told, explained
 from raycontrolnet.text import Counter, duration, shorten
 from raycontrolnet.version import __version__
 
@@ -55,6 +55,9 @@ class ConditionResult:
     bad_pictures: tuple[BadPicture, ...]
     """Pictures that were skipped."""
     seconds: float
+
+
+STANDS = "Finished images stay; the same command continues from there."
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,11 @@ def condition(config: ConditionConfig, *, stream: TextIO | None = None) -> Condi
         RunError: it failed, as on a full disk; finished images stay (exit code 1).
         Interrupted: Ctrl-C or SIGTERM; finished images stay (exit code 130 or 143).
     """
-    with shown_on(stream) as shown:
+    with shown_on(stream) as shown, end_told(shown, lambda: STANDS):
         try:
             return _condition(config, shown)
         except KeyboardInterrupt:
-            raise Interrupted("Interrupted. Finished images stay; the same command continues from there.") from None
+            raise Interrupted(f"Interrupted. {STANDS}") from None
 
 
 def _condition(config: ConditionConfig, stream: TextIO) -> ConditionResult:

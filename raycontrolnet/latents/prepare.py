@@ -14,13 +14,15 @@ from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.image_sizes import find_buckets
 from raycontrolnet.data.mixture import in_words as sources_in_words
 from raycontrolnet.data.sources import open_source
-from raycontrolnet.errors import ConfigError, Interrupted
+from raycontrolnet.errors import ConfigError, Interrupted, end_told
 from raycontrolnet.latents.ensure import SEVERAL_MACHINES, complete, report_path
 from raycontrolnet.latents.manifest import BadSample
 from raycontrolnet.latents.plan import LatentPlan, prepare_command
 from raycontrolnet.model.base_family import base_family
 from raycontrolnet.model.families.registry import families
 from raycontrolnet.model.problems import model_problems
+
+STANDS = "What is cached stands; the same command goes on from there."
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,11 @@ def prepare(config: TrainConfig, *, stream: TextIO | None = None) -> PrepareResu
         RunError: the encoding failed, for instance on a full disk; what was written stands (exit code 1).
         Interrupted: Ctrl-C or SIGTERM (exit code 130 or 143).
     """
-    with shown_on(stream) as shown:
+    with shown_on(stream) as shown, end_told(shown, lambda: STANDS):
         try:
             return _prepare(config, shown)
         except KeyboardInterrupt:
-            raise Interrupted("Interrupted. What is cached stands; the same command goes on from there.") from None
+            raise Interrupted(f"Interrupted. {STANDS}") from None
 
 
 def _prepare(config: TrainConfig, stream: TextIO) -> PrepareResult:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from raycontrolnet.storage.files import close_folder, removed_if_empty, reopen_folder
-from raycontrolnet.storage.lock import DEAD_AFTER_S, LOCK_FILE, HeldLock, Owner, content_of, in_use, is_gone, owner_in
+from raycontrolnet.storage.lock import DEAD_AFTER_S, LOCK_FILE, HeldLock, Owner, content_of, in_use, is_dead, owner_in
 
 SETTLED_AFTER_S = 0.2
 """Time in which others that found the same dead lock may still remove this one for it."""
@@ -87,6 +87,7 @@ def locked(folder: Path, shown: str | None = None, close: Callable[[str], None] 
             reopen_folder(folder)  # an earlier run of this process may have lost it
             yield lock
         finally:
+            lock.give_up()
             lock.release()
 
 
@@ -110,7 +111,7 @@ def _take(file: Path, owner: Owner, shown: str) -> None:
 
 
 def _is_alive(owner: Owner, file: Path) -> bool:
-    gone = is_gone(owner.process())
+    gone = is_dead(owner)
     if gone is not None:
         return not gone
     until = time.monotonic() + DEAD_AFTER_S

@@ -7,13 +7,13 @@ import ctypes
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYetError
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
-from raycontrolnet.signals import haste, is_watched, leave_threads
+from raycontrolnet.signals import LAST_S, haste, is_watched, leave_threads
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +23,7 @@ END_S = 2.0
 """Time that the end of the process gives to requests that nobody waits for any more."""
 
 _left: set[threading.Thread] = set()
+_this_thread = threading.local()
 
 
 class LeftError(OSError):
@@ -38,7 +39,7 @@ def unless_left(request: Callable[[], T]) -> T:
     Raises:
         LeftError: it was left.
     """
-    if not is_watched():
+    if not is_watched() or getattr(_this_thread, "makes_last", False):
         return request()
     hurry, done = haste(), Future[T]()
     if hurry.is_over:
@@ -67,6 +68,63 @@ def unless_left(request: Callable[[], T]) -> T:
     if not done.done():
         raise LeftError("it was not waited for any longer")
     return done.result()
+
+
+@contextmanager
+def made_in_any_case(make: Callable[[], None]) -> Iterator[None]:
+    """Call `make`, which makes requests that may be made twice, after the `with` block, also after a second signal.
+
+    In haste it is called in a thread, which is waited for `LAST_S`; once haste is over, also if the block still goes
+    on. Errors of the store are logged.
+    """
+    last, hurry = _LastRequests(make), haste()
+    try:
+        with hurry.at_its_end(last.begin):
+            yield
+    finally:
+        done = False
+        try:
+            if not hurry.has_begun:
+                with suppress(LeftError):
+                    _logged(make)
+                    done = True
+        finally:  # also where a signal is raised meanwhile
+            if not done:
+                last.begin()
+                last.wait()
+
+
+class _LastRequests:
+    """Requests that are made in a thread, once."""
+
+    def __init__(self, make: Callable[[], None]):
+        self._make, self._begun, self._until = make, threading.Lock(), 0.0
+        self._thread = threading.Thread(target=self._run, name="last requests", daemon=True)
+
+    def begin(self) -> None:
+        """Begin to make them, unless that was done before."""
+        if self._begun.acquire(blocking=False):
+            self._until = time.monotonic() + LAST_S
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Return once they are made, or `LAST_S` after they were begun."""
+        self._thread.join(max(0.0, self._until - time.monotonic()))
+        if self._thread.is_alive():
+            _leave(self._thread)
+
+    def _run(self) -> None:
+        _this_thread.makes_last = True
+        _logged(self._make)
+
+
+def _logged(make: Callable[[], None]) -> None:
+    try:
+        make()
+    except LeftError:
+        raise
+    except OSError as error:
+        logger.warning("the last requests: %s", error)
 
 
 def _leave(thread: threading.Thread) -> None:

@@ -28,6 +28,10 @@ UNHEARD_AFTER_S = 120.0
 """A run on another machine without a sign of life for this long has ended: machines' clocks differ."""
 
 
+_given_up: set[str] = set()
+"""Tokens of the locks that this process has had: one that could not be removed is nobody's."""
+
+
 @dataclass(frozen=True)
 class Owner:
     """The process that holds a lock."""
@@ -98,6 +102,10 @@ class HeldLock:
         self._close(reason)
         logger.error("%s: %s", self._shown, reason)
 
+    def give_up(self) -> None:
+        """Let other runs of this process have the folder, even if the lock cannot be removed."""
+        _given_up.add(self._owner.token)
+
     def found(self) -> Owner | None:
         """Return the owner that the lock names; None if there is no lock."""
         raise NotImplementedError
@@ -113,6 +121,11 @@ def is_gone(process: Mapping[str, Any]) -> bool | None:
     if process.get("machine") != _machine() or not isinstance(pid, int):
         return None
     return _process_started(pid) != started
+
+
+def is_dead(owner: Owner) -> bool | None:
+    """Check whether the run that had the lock has ended; None if that cannot be seen from this machine."""
+    return owner.token in _given_up or is_gone(owner.process())
 
 
 def has_ended(folder: Path, process: Mapping[str, Any]) -> bool:

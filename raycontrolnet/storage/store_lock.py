@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from raycontrolnet.storage.lock import LOCK_FILE, HeldLock, Owner, content_of, in_use, is_gone, owner_in
+from raycontrolnet.storage.left_requests import LeftError, made_in_any_case
+from raycontrolnet.storage.lock import LOCK_FILE, HeldLock, Owner, content_of, in_use, is_dead, owner_in
 from raycontrolnet.storage.object_store import ObjectStore
 from raycontrolnet.storage.store_requests import RUN_WAITS_S, reached
 
@@ -40,12 +41,18 @@ class StoreLock(HeldLock):
         self._seen_at = began
 
     def release(self) -> None:
-        """Remove the object, if it is still this process's."""
+        """Remove the object, if it is still this process's; log why that fails.
+
+        Raises:
+            LeftError: a second signal has come.
+        """
         try:
             found = _read(self._store)
             if found and found.token == self._owner.token:
                 self._store.delete([LOCK_FILE])
                 self._store.delete_if_empty()
+        except LeftError:
+            raise
         except OSError as error:
             logger.warning("%s/%s stays there (%s)", self._store.shown, LOCK_FILE, error)
 
@@ -60,15 +67,16 @@ def store_locked(store: ObjectStore) -> Iterator[StoreLock]:
     """
     owner = Owner()
     lock = StoreLock(store, owner)
-    if other := _take(store, owner, lock):
-        raise in_use(store.shown, other)
     try:
-        time.sleep(SETTLED_AFTER_S)
-        if (settled := _read(store)) and settled.token != owner.token:
-            raise in_use(store.shown, settled)
-        yield lock
+        if other := _take(store, owner, lock):
+            raise in_use(store.shown, other)
+        with made_in_any_case(lock.release):
+            time.sleep(SETTLED_AFTER_S)
+            if (settled := _read(store)) and settled.token != owner.token:
+                raise in_use(store.shown, settled)
+            yield lock
     finally:
-        lock.release()
+        lock.give_up()
 
 
 def _take(store: ObjectStore, owner: Owner, lock: StoreLock) -> Owner | None:
@@ -90,7 +98,7 @@ def _take(store: ObjectStore, owner: Owner, lock: StoreLock) -> Owner | None:
 
 
 def _is_alive(owner: Owner, store: ObjectStore) -> bool:
-    gone = is_gone(owner.process())
+    gone = is_dead(owner)
     if gone is not None:
         return not gone
     until = time.monotonic() + DEAD_AFTER_S

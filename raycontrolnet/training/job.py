@@ -132,7 +132,7 @@ def begin(folder: RunFolder, job: Job) -> None:
     # Of an earlier run that left no checkpoint.
     if job.start is None:
         shutil.rmtree(folder.path / validation.VALIDATION_FOLDER, ignore_errors=True)
-        folder.delete(f"{validation.VALIDATION_FOLDER}/*", metrics.LEFT_OUT_FILE)
+        folder.delete(f"{validation.VALIDATION_FOLDER}/*", validation.MADE_UP_FILE, metrics.LEFT_OUT_FILE)
     if job.start is None or job.start.manifest.get("held_out", 0) != job.num_held_out:
         folder.delete(held_out.HELD_OUT_FILE)
     # Ray must not find its records of an earlier run: only the checkpoints count.

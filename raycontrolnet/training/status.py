@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raycontrolnet.errors import Interrupted
+from raycontrolnet.signals import haste
 from raycontrolnet.storage.files import read_json, replace_text
 from raycontrolnet.storage.lock import Owner, has_ended
 from raycontrolnet.training.job import TIMINGS_FILE, RunStopped, read_timings
@@ -23,11 +25,13 @@ class RunStatus(dict[str, Any]):
     def __init__(self, output_dir: Path, started: float, versions: dict[str, str]):
         super().__init__(status="running", started=started, versions=versions, process=Owner().process())
         self._path, self._started = output_dir / STATUS_FILE, started
+        self._writing = threading.Lock()
 
     def write(self) -> None:
         """Replace run.json."""
         content = {**self, "seconds": round(time.time() - self._started, 3)}
-        replace_text(self._path, json.dumps(content, indent=1) + "\n")
+        with self._writing:  # a thread writes it as well, see `Haste.at_its_end`
+            replace_text(self._path, json.dumps(content, indent=1) + "\n")
 
     def interrupted(self) -> None:
         """Write that the run was interrupted, if it is running still."""
@@ -55,7 +59,8 @@ def live_status(output_dir: Path, started: float, versions: dict[str, str]) -> I
     (output_dir / TIMINGS_FILE).unlink(missing_ok=True)  # of a driver that was killed
     status.write()
     try:
-        yield status
+        with haste().at_its_end(status.interrupted):
+            yield status
     except BaseException as error:
         if status["status"] == "running":
             interrupted = isinstance(error, (Interrupted, KeyboardInterrupt))

@@ -9,7 +9,9 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 
 from raycontrolnet.config.output_settings import WEIGHTS_NAME, OutputConfig
 from raycontrolnet.errors import ConfigError, RunError
+from raycontrolnet.signals import haste
 from raycontrolnet.storage.folder_lock import locked
+from raycontrolnet.storage.left_requests import made_in_any_case
 from raycontrolnet.storage.lock import HeldLock
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.storage.store_lock import store_locked
@@ -116,30 +118,41 @@ def driver_in_step(folder: RunFolder) -> Iterator[None]:
         folder.delete(TIMINGS_FILE)  # run.json has them
 
     with (
-        last_records_sent(folder, send_last, "run"),
+        last_records_sent(folder, send_last, "run", state=DRIVERS[0]),
         repeating_by_cost(lambda: folder.push(*DRIVERS), DRIVERS_INTERVAL_S, "store"),
     ):
         yield
 
 
 @contextmanager
-def last_records_sent(folder: RunFolder, send: Callable[[int | None], None], what: str) -> Iterator[None]:
+def last_records_sent(
+    folder: RunFolder, send: Callable[[int | None], None], what: str, *, state: str
+) -> Iterator[None]:
     """Send the last records of `what` to an object store after the `with` block, with 2 tries where that fails.
+
+    Args:
+        state: the file that says how it ended, which is sent even after a second signal.
 
     Raises:
         RunError: the work is finished, and they cannot be written.
     """
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):
-            send(2)
-        raise
-    try:
-        send(None)
-    except OSError as error:
-        problem = f"the {what} is finished, but its last records cannot be written ({error_message(error, 200)})"
-        raise RunError(f"--output_dir={folder.shown}: {problem}; they are in {folder.path}") from error
+
+    def send_state() -> None:
+        if haste().has_begun and isinstance(folder, StoredFolder):  # else `send` has done it
+            folder.store.upload(folder.path / state, state, 1)  # not `push`, which others of this process wait for
+
+    with made_in_any_case(send_state):
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                send(2)
+            raise
+        try:
+            send(None)
+        except OSError as error:
+            problem = f"the {what} is finished, but its last records cannot be written ({error_message(error, 200)})"
+            raise RunError(f"--output_dir={folder.shown}: {problem}; they are in {folder.path}") from error
 
 
 @contextmanager

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 VALIDATION_FOLDER = "validation"
 FLAG = "--validation_image"
+MADE_UP_FILE = ".made_up"
+"""The step whose images a run that goes on has begun to draw: if that ends it, the next part does not try again."""
 
 
 @dataclass(frozen=True)

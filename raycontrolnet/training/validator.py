@@ -21,6 +21,7 @@ from raycontrolnet.model.step import TrainState
 from raycontrolnet.sampling import images, scores
 from raycontrolnet.sampling.images import PairImages, fidelity_of
 from raycontrolnet.storage.checkpoint import Checkpoint
+from raycontrolnet.storage.files import replace_text
 from raycontrolnet.training import held_out, validation
 from raycontrolnet.training.final_weights import saved_controlnet
 from raycontrolnet.training.job import Job, stop_asked
@@ -99,14 +100,33 @@ class Validator:
                     self._draw_together(lambda: unwrap_controlnet(self.state))
 
     def make_up(self, start: Checkpoint | None, total_updates: int) -> None:
-        """Draw the images of the checkpoint `start` if the run was killed between it and them."""
+        """Draw the images of the checkpoint `start`, once, if the run was killed between it and them."""
         if start is None or start.step == total_updates or not _had_images(start, self.job):
             return
-        missing = self.rank == 0 and self.job.folder.state_of(validation.metadata_of(start.step)) is None
+        wanted = self.rank == 0 and self._begins_to_make_up(start.step)
         if self.world_size > 1:
-            missing = from_rank_zero(missing)
-        if missing:
+            wanted = from_rank_zero(wanted)
+        if wanted:
             self.draw()
+            if self.rank == 0 and not self._lacks_images(start.step):  # else the actor draws them, or they failed
+                self.job.folder.delete(validation.MADE_UP_FILE)
+
+    def _begins_to_make_up(self, step: int) -> bool:
+        """Check whether images of `step` are missing, and note the attempt; False if there has been one."""
+        if not self._lacks_images(step):
+            return False
+        folder, mark = self.job.folder, validation.MADE_UP_FILE
+        folder.pull(mark)
+        file = folder.path / mark
+        if file.exists() and file.read_text() == str(step):
+            logger.warning("step %d: no validation images; an earlier attempt to draw them was cut short", step)
+            return False
+        replace_text(file, str(step), sync=True)
+        folder.push(mark)
+        return True
+
+    def _lacks_images(self, step: int) -> bool:
+        return self.job.folder.state_of(validation.metadata_of(step)) is None
 
     def finish(self) -> None:
         """Draw images of the final weights as they were saved, in the precision that others will read."""

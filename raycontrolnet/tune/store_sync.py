@@ -90,7 +90,7 @@ def sweep_in_step(folder: RunFolder, lease: SweepLease) -> Iterator[None]:
             folder.push(*DRIVERS, tries=tries)
 
     with (
-        last_records_sent(folder, send_last, "sweep"),
+        last_records_sent(folder, send_last, "sweep", state=SWEEP_FILE),
         lease.followed(),
         repeating_by_cost(lambda: fetch_records(folder), FETCH_INTERVAL_S, "records"),
         repeating_by_cost(send, SEND_INTERVAL_S, "store"),

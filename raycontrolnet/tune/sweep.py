@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import logging
 import shutil
+import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,11 +28,11 @@ from raycontrolnet.cluster.resources import worker_resources
 from raycontrolnet.cluster.session import on_a_cluster, ray_session
 from raycontrolnet.config.checks import check_device
 from raycontrolnet.config.sweep_config import SweepConfig
-from raycontrolnet.errors import Interrupted, RunError, UserError, explained, root_cause
+from raycontrolnet.errors import Interrupted, RunError, UserError, end_told, explained, root_cause
 from raycontrolnet.launch.needs_beside import counting
 from raycontrolnet.report.live_report import live_report
 from raycontrolnet.report.page import REPORT_FILE
-from raycontrolnet.signals import ended_in_order, ending_signals_raised, raise_interrupt
+from raycontrolnet.signals import ended_in_order, ending_signals_raised, haste, raise_interrupt
 from raycontrolnet.storage.files import removed_if_empty
 from raycontrolnet.text import counted, duration, one_line
 from raycontrolnet.tune.concurrency import trial_slots
@@ -113,7 +114,7 @@ def _sweep(config: SweepConfig, stream: TextIO) -> SweepResult:
     with (
         logging_to(plan.sweep_dir / SWEEP_LOG),
         sweep_in_step(plan.folder, lease),
-        _recorded(plan, lease, started) as facts,
+        _recorded(plan, lease, started, stream) as facts,
     ):
         _settle(plan)  # trials of a part that was killed
         grid = _run(plan, lease, facts, stream) if plan.num_left else None
@@ -172,31 +173,42 @@ def _end(lease: SweepLease) -> bool:
 
 
 @contextmanager
-def _recorded(plan: SweepPlan, lease: SweepLease, started: float) -> Iterator[dict[str, Any]]:
+def _recorded(plan: SweepPlan, lease: SweepLease, started: float, stream: TextIO) -> Iterator[dict[str, Any]]:
     """Write sweep.json and the report at the start, now and then, and at the end, whatever that is."""
-    ours = True
+    ours, writing = True, threading.Lock()
     before = read_sweep(plan.sweep_dir)
     facts = {**plan.facts(), "status": "running", "started": before.get("started", started), "cause": None}
+
+    def put_down() -> None:
+        with writing:
+            write_sweep(plan.sweep_dir, facts)
+
+    def interrupted() -> None:
+        if ours and facts["status"] == "running":
+            facts["status"] = "interrupted"
+            put_down()
 
     def write(_: Path) -> None:
         if not ours:
             return
         facts["seconds"] = round(before.get("seconds", 0.0) + time.time() - started, 3)
         facts["machine_seconds"] = round(sum(record.seconds for record in read_records(plan.sweep_dir)), 3)
-        write_sweep(plan.sweep_dir, facts)
+        put_down()
         write_report(plan.sweep_dir)
 
-    write_sweep(plan.sweep_dir, facts)  # later with the report
-    with live_report(plan.sweep_dir, write):
+    put_down()  # later with the report
+    how_to_go_on = partial(_how_to_go_on, plan)
+    told = end_told(stream, how_to_go_on, interrupted)
+    with told, haste().at_its_end(interrupted), live_report(plan.sweep_dir, write):
         try:
             with (
                 explained(
                     "The sweep",
-                    partial(_how_to_go_on, plan),
+                    how_to_go_on,
                     plan.sweep_dir / SWEEP_LOG,
                     unchanged=(UserError, RunError),
                 ),
-                _results_so_far(plan, facts),
+                _results_so_far(plan, facts, put_down),
             ):
                 yield facts
         except Replaced:
@@ -207,7 +219,7 @@ def _recorded(plan: SweepPlan, lease: SweepLease, started: float) -> Iterator[di
 
 
 @contextmanager
-def _results_so_far(plan: SweepPlan, facts: dict[str, Any]) -> Iterator[None]:
+def _results_so_far(plan: SweepPlan, facts: dict[str, Any], put_down: Callable[[], None]) -> Iterator[None]:
     """Put down how the sweep ended; if it ends early, write the results so far as well."""
     try:
         yield
@@ -215,15 +227,16 @@ def _results_so_far(plan: SweepPlan, facts: dict[str, Any]) -> Iterator[None]:
     except Replaced:
         raise
     except BaseException as error:
+        interrupted = isinstance(error, (KeyboardInterrupt, Interrupted))
+        cause = str(error) if isinstance(error, (UserError, RunError)) else one_line(root_cause(error))
+        facts |= {"status": "interrupted" if interrupted else "failed", "cause": None if interrupted else cause}
         try:
+            put_down()  # before what may take long
             fetch_records(plan.folder)
             _settle(plan)
             write_results(plan, ranked_trials(plan), facts)
         except Exception:
             logger.exception("the results so far could not be written")  # the error itself matters more
-        interrupted = isinstance(error, (KeyboardInterrupt, Interrupted))
-        cause = str(error) if isinstance(error, (UserError, RunError)) else one_line(root_cause(error))
-        facts |= {"status": "interrupted" if interrupted else "failed", "cause": None if interrupted else cause}
         if isinstance(error, Interrupted):  # of the latents, whose command would begin the sweep anew
             raise_interrupt(error.exit_code - 128)
         raise
