@@ -88,7 +88,7 @@ def test_a_transformer_leaves_its_images_channels_last_and_copies_nothing(linear
     model.__class__ = ChannelsLastTransformer2DModel
     found, calls = run()
     assert calls["clone"] == calls["convolution"] == 0
-    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(expected, found, strict=True))
+    assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(expected, found, strict=True))
     assert all(each.is_contiguous(memory_format=torch.channels_last) for each in found[:2])
 
 
@@ -128,7 +128,7 @@ def test_control_images_are_embedded_in_few_passes() -> None:
         with Calls() as calls:
             found = with_gradients(embedding, images)
         assert calls.found["silu"] == 0
-        assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(expected, found, strict=True))
+        assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(expected, found, strict=True))
     embedding = ControlNetConditioningEmbedding(32, block_out_channels=(8, 16))
     assert fused_class(embedding) is FusedConditioningEmbedding
     embedding.blocks[0] = Wrapped(8, 8, 3)
@@ -168,7 +168,7 @@ def test_a_residual_blocks_gradients_become_one_in_the_norms(shortcut: bool, mon
     block.__class__ = FusedResnetBlock2D
     found = with_gradients(block, images, embedding)
     assert added == [False, True], "the second norm's, then the first's with that of the residual"
-    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(expected, found, strict=True))
+    assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(expected, found, strict=True))
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -179,7 +179,7 @@ def test_a_residual_block_turns_its_images() -> None:
     block.__class__ = FusedResnetBlock2D
     found = block(images, embedding)
     assert found.is_contiguous(memory_format=torch.channels_last)
-    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(found, expected, atol=1e-4)
     assert torch.equal(block(pixel, embedding), of_pixel), "which has no layout"
 
 
@@ -209,10 +209,10 @@ def test_a_transformer_block_is_diffusers() -> None:
     block.__class__ = FusedTransformerBlock
     found = with_gradients(block, tokens, None, text)
     for one, other in zip(expected, found, strict=True):
-        assert torch.allclose(one, other, atol=1e-5)
+        assert torch.allclose(one, other, atol=1e-4)
     assert torch.equal(masked, block(tokens, encoder_hidden_states=text, encoder_attention_mask=mask))
     block.set_chunk_feed_forward(1, 1)
-    assert torch.allclose(block(tokens, None, text), expected[0], atol=1e-5)
+    assert torch.allclose(block(tokens, None, text), expected[0], atol=1e-4)
 
 
 def test_a_transformer_block_adds_in_its_norms() -> None:
