@@ -34,6 +34,7 @@ from raycontrolnet.latents.encoder import LatentEncoder
 from raycontrolnet.latents.manifest import SHARD_ROWS, Manifest
 from raycontrolnet.latents.plan import LatentPlan
 from raycontrolnet.latents.prepare import PrepareResult
+from raycontrolnet.launch.preflight import no_cache_because
 from raycontrolnet.storage.folder import CacheFolder
 
 NUM_ROWS = 2 * SHARD_ROWS + 6
@@ -413,6 +414,13 @@ def test_the_command_that_uses_the_cache_is_said(
     subset = {"max_train_samples": 5, "seed": 3, "latents_cache_dir": str(tmp_path / "part")}
     command = _command_that_uses(run, shown, **subset)
     assert " --seed 3" in command
+    together = {
+        "max_train_samples": NUM_ROWS - 2,
+        "validation_split": 2,
+        "latents_cache_dir": str(tmp_path / "together"),
+    }
+    unseeded = parse("train", shlex.split(_command_that_uses(run, shown, **together))[2:])
+    assert no_cache_because(unseeded, NUM_ROWS) is None, "all rows are used, whatever the seed"
     monkeypatch.setattr(LatentEncoder, "__init__", no_encoding)
     train = parse("train", shlex.split(command)[2:])
     assert train.cache_latents == "on", "also for a single pass"

@@ -61,6 +61,10 @@ class TrainConfig(
         num_used = min(num_rows, self.max_train_samples or num_rows)
         return max(2, round(split * num_used)) if 0 < split < 1 else int(split)
 
+    def num_used(self, num_rows: int) -> int:
+        """Return the number of rows to train on and to hold out, which is larger than `num_rows` if all are used."""
+        return (self.max_train_samples or num_rows) + self.num_held_out(num_rows)
+
 
 def no_effect_without(needed: str, value: Any) -> str:
     """Return the warning about a parameter that needs the setting `needed` to have `value`."""

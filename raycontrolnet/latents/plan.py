@@ -64,7 +64,7 @@ class LatentPlan:
         vae = VaeFiles.find(config, token)
         subset = None
         num_held_out = config.num_held_out(len(source))
-        num_used = (config.max_train_samples or len(source)) + num_held_out
+        num_used = config.num_used(len(source))
         if num_used < len(source):
             if config.seed is None:
                 problem = f"--max_train_samples={config.max_train_samples}: needs --seed, which decides the rows"
@@ -229,10 +229,10 @@ def prepare_command(config: TrainConfig, command: str = "prepare", **others: Any
         settings["train_batch_size"] = config.train_batch_size
     # The rows are drawn together with the held-out ones, which are not cropped at random.
     drawn = "max_train_samples" in settings or config.crop == RANDOM or config.aspect_buckets
-    if config.seed is not None and drawn:
+    if drawn and config.seed is not None:
         settings["seed"] = config.seed
-        if config.validation_split is not None:
-            settings["validation_split"] = config.validation_split
+    if drawn and config.validation_split is not None:
+        settings["validation_split"] = config.validation_split
     return " ".join([f"raycontrolnet {command}", *(as_flag(name, value) for name, value in settings.items())])
 
 

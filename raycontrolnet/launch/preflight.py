@@ -128,7 +128,7 @@ def no_cache_because(config: TrainConfig, num_rows: int) -> str | None:
     """
     if config.seed is not None:
         return None
-    if (config.max_train_samples or num_rows) < num_rows:
+    if config.num_used(num_rows) < num_rows:
         if config.cache_latents == "on":
             raise ConfigError([f"--max_train_samples={config.max_train_samples}: needs --seed, to cache these rows"])
         return "--max_train_samples draws other rows without --seed"
