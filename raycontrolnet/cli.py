@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib import import_module
 from typing import Annotated, Any, NamedTuple
 
@@ -22,7 +22,7 @@ from raycontrolnet.config.sweep_config import SweepConfig, SweepSettings
 from raycontrolnet.config.train_config import GROUPS, TrainConfig, typed_settings
 from raycontrolnet.config.values import read_yaml, setting_types, unknown_names
 from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError, end_told
-from raycontrolnet.signals import end_if_threads_left, end_process_in_haste, ending_signals_raised, exit_code
+from raycontrolnet.signals import end_if_threads_left, ending_signals_raised, exit_code, process_ended_in_haste
 from raycontrolnet.storage.uri import shown_name
 from raycontrolnet.text import first_of, perhaps
 from raycontrolnet.version import __version__
@@ -65,11 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     It is 0, 1 for a failed run, 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM, 141 if nobody reads the output.
     """
-    if argv is None:
-        end_process_in_haste()
     try:
         try:
-            code = _main(argv)
+            with process_ended_in_haste() if argv is None else nullcontext():
+                code = _main(argv)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:  # as in `raycontrolnet train --help | head`

@@ -125,10 +125,18 @@ def is_watched() -> bool:
     return _work.depth > 0
 
 
-def end_process_in_haste() -> None:
-    """Let a second signal end this process after `END_S`, whatever it is at: it is a command's, not a user's Python."""
+@contextmanager
+def process_ended_in_haste() -> Iterator[None]:
+    """Let a second signal within the `with` block end this process after `END_S`, whatever it is at then.
+
+    It is a command's, not a user's Python.
+    """
     global _ends_process
     _ends_process = True
+    try:
+        yield
+    finally:
+        _ends_process = False
 
 
 def leave_threads() -> None:

@@ -36,12 +36,6 @@ TINY_RESOLUTION = 32
 
 
 @pytest.fixture(autouse=True)
-def _a_second_signal_leaves_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let no command that a test ran here have this process ended by a second signal of a later test."""
-    monkeypatch.setattr("raycontrolnet.signals._ends_process", False)
-
-
-@pytest.fixture(autouse=True)
 def _network_only_if_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let tests marked `network` reach the Hub; the others, and their subprocesses, stay offline."""
     if request.node.get_closest_marker("network"):

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from runs import flags
 
-from raycontrolnet import cli, train_controlnet
+from raycontrolnet import cli, signals, train_controlnet
 from raycontrolnet.cli import main, parse
 from raycontrolnet.config.values import setting_types
 from raycontrolnet.errors import ConfigError
@@ -178,6 +178,7 @@ def test_a_token_that_is_missing(
         main()
     assert stop.value.code == 2
     assert "Missing value for argument '--hub_token" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert not signals._ends_process, "the command is over; this process goes on"
 
 
 def test_several_problems_at_once(ask: Ask) -> None:

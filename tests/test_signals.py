@@ -49,10 +49,10 @@ with signals.ended_in_order(lambda: True, last_words, look_s=0.2, still_ends=lam
     stuck()
 """
 AFTER_A_SECOND = """
-signals.end_process_in_haste()
 signals.raise_interrupt = stuck
 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-with signals.ending_signals_raised(), signals.ended_in_order(lambda: True, last_words):
+in_order = signals.ended_in_order(lambda: True, last_words)
+with signals.process_ended_in_haste(), signals.ending_signals_raised(), in_order:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
 """
