@@ -63,6 +63,13 @@ def root_cause(error: BaseException) -> BaseException:
     return error
 
 
+def tell_meanwhile(stream: TextIO, message: str) -> None:
+    """Write a line of its own to a terminal that may be closed, or that another thread may be writing to."""
+    with suppress(OSError, ValueError, RuntimeError):
+        stream.write(f"\n{message}\n")
+        stream.flush()
+
+
 @contextmanager
 def end_told(stream: TextIO, message: Callable[[], str], put_down: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Tell of the interruption on `stream` if a second signal ends the process before the `with` block is over.
@@ -75,9 +82,7 @@ def end_told(stream: TextIO, message: Callable[[], str], put_down: Callable[[], 
     def say() -> None:
         with suppress(OSError):
             put_down()
-        with suppress(OSError, ValueError, RuntimeError):  # a closed terminal, or one that is being written to
-            stream.write(f"\nInterrupted. {message()}\n")
-            stream.flush()
+        tell_meanwhile(stream, f"Interrupted. {message()}")
 
     with last_words(say):
         yield

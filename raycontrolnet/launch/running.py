@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TextIO
 
-from raycontrolnet.errors import explained
+from raycontrolnet.errors import explained, tell_meanwhile
 from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.report.progress import Progress, progress
 from raycontrolnet.signals import ended_in_order
@@ -36,7 +36,7 @@ class _OrderlyEnd:
             ask_to_stop(self._run.folder)
         except OSError:
             return False
-        self._say("ending with a checkpoint of the current update; Ctrl-C again to end at once")
+        tell_meanwhile(self._stream, "ending with a checkpoint of the current update; Ctrl-C again to end at once")
         return True
 
     def goes_on(self) -> bool:
@@ -47,7 +47,7 @@ class _OrderlyEnd:
             self._is_late = True
             with suppress(OSError):
                 self._status.interrupted()
-            self._say("still ending; if it is killed now, --resume_from_checkpoint latest goes on")
+            tell_meanwhile(self._stream, "still ending; if it is killed now, --resume_from_checkpoint latest goes on")
         return True
 
     def last_words(self) -> None:
@@ -55,14 +55,8 @@ class _OrderlyEnd:
         with suppress(OSError):
             self._status.interrupted()
         stored = self._run.folder.is_stored  # which may not answer: nothing is asked of it
-        self._say(
-            f"Interrupted. {'Go on with --resume_from_checkpoint latest.' if stored else self._run.how_to_go_on()}"
-        )
-
-    def _say(self, message: str) -> None:
-        with suppress(OSError, ValueError, RuntimeError):  # a closed terminal, or one that is being written to
-            self._stream.write(f"\n{message}\n")
-            self._stream.flush()
+        how_to_go_on = "Go on with --resume_from_checkpoint latest." if stored else self._run.how_to_go_on()
+        tell_meanwhile(self._stream, f"Interrupted. {how_to_go_on}")
 
 
 @contextmanager
