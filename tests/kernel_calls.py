@@ -43,7 +43,7 @@ def launches_noted(note: Callable[[Kernel, tuple[Any, ...]], None], batch_size: 
 
     triton, language = ModuleType("triton"), ModuleType("triton.language")
     vars(triton).update(jit=jit, language=language)
-    package, names = importlib.import_module(FUSED), [f"{each}_kernels" for each in WITH_KERNELS]
+    package, names = importlib.import_module(FUSED), [f"{each}_kernels" for each in ("shared", *WITH_KERNELS)]
     with ExitStack() as stack:
         for name in names:
             stack.enter_context(patch.object(package, name, None, create=True))  # which the import sets

@@ -9,13 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from raycontrolnet.model.fused.shared_kernels import before_silu, tile_of
+
 
 @triton.jit
 def forward(x, bias, y, pixels, channels, rows: tl.constexpr, tile: tl.constexpr):
-    pixel = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
-    channel = tl.program_id(1) * tile + tl.arange(0, tile)
-    inside = channel < channels
-    place, there = pixel[:, None] * channels + channel[None, :], (pixel < pixels)[:, None] & inside[None, :]
+    _, channel, inside, place, there = tile_of(pixels, channels, rows, tile)
     value = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
     value += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
     tl.store(y + place, (value * tl.sigmoid(value)).to(y.dtype.element_ty), mask=there)
@@ -36,8 +35,7 @@ def backward(x, dy, bias, dx, sums, total, channels: tl.constexpr, summed: tl.co
         place = pixel[:, None] * channels + channel[None, :]
         value = tl.load(x + place, mask=there, other=0.0).to(tl.float32) + shift
         slope = tl.load(dy + place, mask=there, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(value)
-        gradient = slope * sigmoid * (1.0 + value * (1.0 - sigmoid))
+        gradient = before_silu(slope, value)
         tl.store(dx + place, gradient.to(dx.dtype.element_ty), mask=there)
         if of_bias:
             added += gradient

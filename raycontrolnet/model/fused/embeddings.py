@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
+from raycontrolnet.model.fused import biased_silu
 from raycontrolnet.model.fused.norms import is_channels_last
 from raycontrolnet.model.fused.resnets import is_plain_convolution, without_bias
 
@@ -41,16 +42,12 @@ def _biased_silu(images: Tensor, bias: Tensor) -> Tensor:
 class _BiasedSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, images: Tensor, bias: Tensor) -> Tensor:
-        from raycontrolnet.model.fused import biased_silu
-
         ctx.save_for_backward(images, bias)
         return biased_silu.forward(images, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
-        from raycontrolnet.model.fused import biased_silu
-
         images, bias = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         of_images, of_bias = biased_silu.backward(images, gradient, bias, of_bias=ctx.needs_input_grad[1])

@@ -46,7 +46,7 @@ def forward(
     images, channels, height, width = x.shape
     pixels, size = height * width, channels // groups
     parts, tiles = num_parts(pixels, ROWS_SUMMED), num_parts(channels, CHANNELS)
-    steps, padded = num_parts(parts, PARTS_AT_ONCE), max(LEAST_PADDED, next_power_of_2(size))
+    steps, padded = _of_groups(parts, size)
     sums = torch.empty(images, parts, 2, channels, dtype=torch.float32, device=x.device)
     coefficients = torch.empty(images, 4, channels, dtype=torch.float32, device=x.device)
     y = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
@@ -81,7 +81,7 @@ def backward(
     images, channels, height, width = x.shape
     pixels, size = height * width, channels // groups
     parts, tiles = num_parts(pixels, ROWS_SUMMED), num_parts(channels, CHANNELS)
-    steps, padded = num_parts(parts, PARTS_AT_ONCE), max(LEAST_PADDED, next_power_of_2(size))
+    steps, padded = _of_groups(parts, size)
     sums = torch.empty(images, parts, 2, channels, dtype=torch.float32, device=x.device)
     of_channels, corrections = torch.empty(2, images, 2, channels, dtype=torch.float32, device=x.device)
     dx = torch.empty_like(x)
@@ -100,3 +100,8 @@ def backward(
         rest is not None,
     )  # fmt: skip
     return dx, of_channels
+
+
+def _of_groups(parts: int, size: int) -> tuple[int, int]:
+    """Return the steps in which a group's program adds up its sums, and the channels that it holds, a power of 2."""
+    return num_parts(parts, PARTS_AT_ONCE), max(LEAST_PADDED, next_power_of_2(size))

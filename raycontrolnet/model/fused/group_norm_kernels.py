@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from raycontrolnet.model.fused.shared_kernels import before_silu
+
 
 @triton.jit
 def channel_moments(x, sums, pixels, channels, summed: tl.constexpr, rows: tl.constexpr, tile: tl.constexpr):
@@ -90,13 +92,6 @@ def _tile(pixels, channels, rows: tl.constexpr, tile: tl.constexpr):
 
 
 @triton.jit
-def _before_silu(slope, output):
-    """Return the gradient of SiLU's input, `output` of the norm, by that of its output."""
-    sigmoid = tl.sigmoid(output)
-    return slope * sigmoid * (1.0 + output * (1.0 - sigmoid))
-
-
-@triton.jit
 def normalized(x, y, coefficients, pixels, channels, rows: tl.constexpr, tile: tl.constexpr, silu: tl.constexpr):
     image, channel, inside, place, there = _tile(pixels, channels, rows, tile)
     coefficients += image * 4 * channels + channel
@@ -130,7 +125,7 @@ def channel_gradients(x, dy, coefficients, sums, pixels, channels, summed: tl.co
         value = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
         slope = tl.load(dy + place, mask=there, other=0.0).to(tl.float32)
         if silu:
-            slope = _before_silu(slope, value * scale[None, :] + shift[None, :])
+            slope = before_silu(slope, value * scale[None, :] + shift[None, :])
         total += slope
         products += slope * (value - mean[None, :])
     place = sums + (image * tl.num_programs(1) + part) * 2 * channels + channel
@@ -171,7 +166,7 @@ def input_gradient(x, dy, rest, dx, coefficients, corrections, pixels, channels,
     value = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
     slope = tl.load(dy + place, mask=there, other=0.0).to(tl.float32)
     if silu:
-        slope = _before_silu(slope, value * scale + tl.load(coefficients + channels, mask=inside, other=0.0)[None, :])
+        slope = before_silu(slope, value * scale + tl.load(coefficients + channels, mask=inside, other=0.0)[None, :])
     gradient = slope * scale + (value * factor + constant)
     if with_rest:
         gradient += tl.load(rest + place, mask=there, other=0.0).to(tl.float32)

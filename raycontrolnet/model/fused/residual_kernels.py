@@ -5,13 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from raycontrolnet.model.fused.shared_kernels import tile_of
+
 
 @triton.jit
 def add(one, other, bias, y, pixels, channels, rows: tl.constexpr, tile: tl.constexpr):
-    pixel = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
-    channel = tl.program_id(1) * tile + tl.arange(0, tile)
-    inside = channel < channels
-    place, there = pixel[:, None] * channels + channel[None, :], (pixel < pixels)[:, None] & inside[None, :]
+    _, channel, inside, place, there = tile_of(pixels, channels, rows, tile)
     value = tl.load(one + place, mask=there, other=0.0).to(tl.float32)
     value += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
     value += tl.load(other + place, mask=there, other=0.0).to(tl.float32)
