@@ -1,4 +1,4 @@
-"""Launches of the fused layers' kernels on shapes, noted without Triton and without a GPU."""
+"""Launches of the fused layers' kernels on shapes, noted without Triton and without a GPU; what it would compile."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
+
+import torch
 
 from raycontrolnet.predict import count
 
@@ -28,6 +31,39 @@ class Kernel:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *arguments: self.note(self, arguments)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """All that Triton compiles a kernel for; another launch that agrees in it compiles nothing."""
+
+    name: str
+    """Its module and function, `module.function`."""
+    types: tuple[tuple[str, str], ...]
+    """Of each parameter, as Triton writes them."""
+    constants: tuple[tuple[str, Any], ...]
+    """Values of the constants, among them sizes of 1."""
+    divisible: tuple[str, ...]
+    """Addresses and sizes that are multiples of 16."""
+
+    @classmethod
+    def of(cls, kernel: Kernel, arguments: Sequence[Any]) -> Variant:
+        types: dict[str, str] = {}
+        constants: dict[str, Any] = {}
+        divisible: list[str] = []
+        for parameter, value in zip(kernel.parameters, arguments, strict=True):
+            name, specialized = parameter.name, parameter.name not in kernel.unspecialized
+            if parameter.annotation == "tl.constexpr" or (type(value) is int and value == 1 and specialized):
+                types[name], constants[name] = "constexpr", value
+                continue
+            types[name] = _POINTERS[value.dtype] if isinstance(value, torch.Tensor) else _NUMBERS[type(value)]
+            if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0 and specialized):
+                divisible.append(name)
+        return cls(kernel.name, tuple(types.items()), tuple(constants.items()), tuple(divisible))
+
+
+_POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+_NUMBERS = {int: "i32", float: "fp32"}
 
 
 @contextmanager

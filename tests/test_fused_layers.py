@@ -1,14 +1,11 @@
 """Fused layers: their results, their layout, and what happens where their kernels cannot run.
 
-The kernels run on a GPU (tests/gpu), or where Triton is installed in its interpreter; here are stand-ins.
+Here stand-ins take the place of the kernels, which test_kernels.py tests, and tests/gpu on a GPU.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,13 +23,6 @@ from raycontrolnet.model.fused.layers import FUSED, fuse_layers, problem_of_kern
 from raycontrolnet.model.fused.norms import ChannelsLastGroupNorm
 from raycontrolnet.model.performance import fused_layers, working_precision
 from raycontrolnet.sampling.pipeline import DrawOptions, build_pipeline, draw
-
-INTERPRETED = """
-import json, torch
-from raycontrolnet.model.fused.layers import problem_of_kernels
-dtypes = torch.float32, torch.bfloat16, torch.float16
-print(json.dumps([problem_of_kernels(torch.device("cpu"), dtype) for dtype in dtypes]))
-"""
 
 
 @pytest.fixture
@@ -121,7 +111,8 @@ def test_other_images_are_normalized_by_pytorch() -> None:
 def test_without_kernels_the_layers_stay_and_the_log_says_why(
     tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(sys.modules, "raycontrolnet.model.fused.group_norm", None)
+    monkeypatch.setitem(sys.modules, "raycontrolnet.model.fused.group_norm_kernels", None)
+    monkeypatch.delattr("raycontrolnet.model.fused.group_norm_kernels", raising=False)
     with training(tiny_settings) as state, caplog.at_level(logging.WARNING):
         fuse_layers(state.components)
         assert fused_layers(state.components) == ()
@@ -151,13 +142,3 @@ def test_the_trial_draws_nothing_from_the_process() -> None:
     before = torch.get_rng_state()
     assert problem_of_kernels(torch.device("cpu"), torch.float32) is None
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_the_kernels_in_tritons_interpreter() -> None:
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, check=True, env=environment,
-        cwd=Path(__file__).parents[1],
-    )  # fmt: skip
-    assert json.loads(done.stdout) == [None] * 3
