@@ -1,10 +1,17 @@
-"""The GPU kit: what only a GPU can show of the training step, in nine minutes.
+r"""The GPU kit: what only a GPU can show of the training step, in nine minutes.
 
     PYTHONPATH=.:tests python tests/gpu/kit.py OUT [--minutes 9]
 
 It needs torch, diffusers, transformers and accelerate, and neither Ray nor datasets. Sections: checks of the step,
 memory beside the prediction, speed beside the common training script's loop, one profile. OUT/kit.json is written
 after each part, so that a machine that goes away costs one part. On a CPU it does the checks alone.
+
+For a machine with torch, transformers and accelerate that reaches no package index, fetch the rest before:
+
+    pip download --no-deps --dest .whl diffusers importlib_metadata zipp pytest pytest-xdist execnet pytest-timeout \
+        iniconfig pluggy pygments
+
+and there, with /tmp/site in PYTHONPATH, `python -m pip install --no-index --no-deps --target /tmp/site .whl/*.whl`.
 """
 
 from __future__ import annotations
