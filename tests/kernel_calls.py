@@ -40,7 +40,7 @@ class Variant:
     name: str
     """Its module and function, `module.function`."""
     types: tuple[tuple[str, str], ...]
-    """Of each parameter, as Triton writes them."""
+    """Types of the parameters, as Triton writes them."""
     constants: tuple[tuple[str, Any], ...]
     """Values of the constants, among them sizes of 1."""
     divisible: tuple[str, ...]

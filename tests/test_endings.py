@@ -60,7 +60,7 @@ STARTS = {"command": ["-m", "raycontrolnet"], "python": ["-c", FROM_PYTHON]}
 @pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize(
     ("start", "num_workers"),
-    [("command", "0"), ("python", "0"), pytest.param("command", "1", marks=pytest.mark.slow)],
+    [("command", "0"), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("python", "0"), ("command", "1")))],
 )
 def test_a_second_ctrl_c_waits_for_no_store(
     start: str, num_workers: str, silence: Silence, use_s3: S3Server, run_settings: Settings, tmp_path: Path

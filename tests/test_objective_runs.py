@@ -62,6 +62,7 @@ def test_accumulation_changes_nothing(settings: Settings, tmp_path: Path) -> Non
     assert parts == pytest.approx(whole, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_local_ray")
 def test_two_workers_learn_what_one_does(settings: Settings, tmp_path: Path) -> None:
     one = losses(run(settings, tmp_path / "one"))

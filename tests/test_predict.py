@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +41,8 @@ BUDGET = 6_300
 """Calls of operators in a step of SD 1.5: 6,223 when they were first counted so, without asking for devices."""
 BUDGET_ON_GPUS = 6_600
 """The same of its layers on a GPU, most of whose kernels are none of PyTorch's operators: 6,516."""
+DEFAULT_SHAPES = [(False, True, torch.float32), (True, False, torch.bfloat16), (True, True, torch.bfloat16)]
+"""Whether on a GPU, whether with gradient checkpointing, and dtype, of those that the default tests compare."""
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
@@ -151,11 +154,15 @@ def test_a_real_step_has_the_same_counts(cached: bool, checkpointing: bool, real
         assert flop.get_total_flops() == counted.flop
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize(
+    ("on_gpu", "checkpointing", "dtype"),
+    [
+        pytest.param(*case, marks=() if case in DEFAULT_SHAPES else pytest.mark.slow)
+        for case in product((False, True), (False, True), (torch.bfloat16, torch.float32))
+    ],
+)
 def test_shapes_are_those_of_torchs_own_mode(
-    dtype: torch.dtype, checkpointing: bool, on_gpu: bool, tmp_path: Path
+    on_gpu: bool, checkpointing: bool, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     """Counted once for all batches, and under torch's FakeTensorMode for each: the same bytes and operations."""
     files = local_files(write_configurations(TINY, tmp_path / "base"))
