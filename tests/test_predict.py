@@ -42,7 +42,7 @@ BUDGET = 6_300
 BUDGET_ON_GPUS = 6_600
 """The same of its layers on a GPU, most of whose kernels are none of PyTorch's operators: 6,516."""
 DEFAULT_SHAPES = [(False, True, torch.float32), (True, False, torch.bfloat16), (True, True, torch.bfloat16)]
-"""Whether on a GPU, whether with gradient checkpointing, and dtype, of those that the default tests compare."""
+"""Layers of a GPU, gradient checkpointing and dtype, of the cases that the default tests compare."""
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
