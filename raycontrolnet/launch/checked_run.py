@@ -27,7 +27,8 @@ from raycontrolnet.sampling import images
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training import validation
-from raycontrolnet.training.job import Job, RunCallback
+from raycontrolnet.training.job import Job
+from raycontrolnet.training.run_callback import RunCallback
 from raycontrolnet.training.schedule import Schedule
 
 

@@ -38,8 +38,9 @@ from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.storage.stored_folder import run_folder
 from raycontrolnet.text import duration
 from raycontrolnet.training import held_out, validation
-from raycontrolnet.training.job import RUN_LOG, RunCallback
 from raycontrolnet.training.named_files import check_named_file
+from raycontrolnet.training.run_callback import RunCallback
+from raycontrolnet.training.run_log import RUN_LOG
 from raycontrolnet.training.status import RunStatus, live_status
 from raycontrolnet.training.store_sync import MODEL_CONFIG, final_files, run_folder_open
 

@@ -13,7 +13,10 @@ from raycontrolnet.report.progress import Progress, progress
 from raycontrolnet.signals import ended_in_order
 from raycontrolnet.training import metrics
 from raycontrolnet.training.failures import read_failure, read_hang
-from raycontrolnet.training.job import RUN_LOG, Job, RunCallback, ask_to_stop, begin, end
+from raycontrolnet.training.job import Job
+from raycontrolnet.training.run_callback import RunCallback
+from raycontrolnet.training.run_log import RUN_LOG
+from raycontrolnet.training.run_marks import ask_to_stop, mark_folder, remove_marks
 from raycontrolnet.training.status import RunStatus
 from raycontrolnet.training.store_sync import DRIVERS
 
@@ -93,7 +96,7 @@ def running(
             )
         )
     )
-    begin(run.folder, job)
+    mark_folder(run.folder, job)
     run.folder.push(*DRIVERS)
     orderly = _OrderlyEnd(run, status, stream, answers)
     with explained("The run", run.how_to_go_on, run.output_dir / RUN_LOG, unchanged=()):
@@ -106,4 +109,4 @@ def running(
                 raise failure from error
             raise
         finally:
-            end(run.folder)
+            remove_marks(run.folder)

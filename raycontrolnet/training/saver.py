@@ -25,8 +25,9 @@ from raycontrolnet.storage.checkpoint import name_of
 from raycontrolnet.text import file_size
 from raycontrolnet.training.background import begun
 from raycontrolnet.training.failures import failures_recorded
-from raycontrolnet.training.job import Job, log_of
+from raycontrolnet.training.job import Job
 from raycontrolnet.training.metrics import PhaseClock
+from raycontrolnet.training.run_log import log_of
 from raycontrolnet.training.state import StateParts, state_parts, write_parts
 from raycontrolnet.training.store_sync import RECORDS
 
