@@ -22,7 +22,7 @@ from raycontrolnet.cluster.resources import worker_resources
 from raycontrolnet.cluster.session import ray_session
 from raycontrolnet.config.checks import check_device, versions, with_absolute_paths
 from raycontrolnet.config.train_config import TrainConfig, changed_settings
-from raycontrolnet.errors import RunError, UserError, explained
+from raycontrolnet.errors import RunError, explained_once
 from raycontrolnet.hub import push
 from raycontrolnet.hub.licence import Licence, find_licence
 from raycontrolnet.hub.model_card import write_model_card
@@ -158,7 +158,7 @@ def run_and_record(run: CheckedRun, train: Callable[[RunStatus], Trained], strea
         logging_to(output_dir / RUN_LOG),
         live_report(output_dir),
         live_status(output_dir, started, versions()) as status,
-        explained("The run", run.how_to_go_on, output_dir / RUN_LOG, unchanged=(UserError, RunError)),
+        explained_once("The run", run.how_to_go_on, output_dir / RUN_LOG),
     ):
         run, summary = train(status)
         last = run.last_checkpoint()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TextIO
 
-from raycontrolnet.errors import explained, tell_meanwhile
+from raycontrolnet.errors import always_explained, tell_meanwhile
 from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.report.progress import Progress, progress
 from raycontrolnet.signals import ended_in_order
@@ -99,7 +99,7 @@ def running(
     mark_folder(run.folder, job)
     run.folder.push(*DRIVERS)
     orderly = _OrderlyEnd(run, status, stream, answers)
-    with explained("The run", run.how_to_go_on, run.output_dir / RUN_LOG, unchanged=()):
+    with always_explained("The run", run.how_to_go_on, run.output_dir / RUN_LOG):
         try:
             ends = ended_in_order(orderly.begin, orderly.last_words, look_s=LOOK_S, still_ends=orderly.goes_on)
             with ends, shown:

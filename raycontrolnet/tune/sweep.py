@@ -28,7 +28,7 @@ from raycontrolnet.cluster.resources import worker_resources
 from raycontrolnet.cluster.session import on_a_cluster, ray_session
 from raycontrolnet.config.checks import check_device
 from raycontrolnet.config.sweep_config import SweepConfig
-from raycontrolnet.errors import Interrupted, RunError, UserError, end_told, explained, root_cause
+from raycontrolnet.errors import Interrupted, RunError, UserError, end_told, explained_once, root_cause
 from raycontrolnet.launch.needs_beside import counting
 from raycontrolnet.report.live_report import live_report
 from raycontrolnet.report.page import REPORT_FILE
@@ -202,12 +202,7 @@ def _recorded(plan: SweepPlan, lease: SweepLease, started: float, stream: TextIO
     with told, haste().at_its_end(interrupted), live_report(plan.sweep_dir, write):
         try:
             with (
-                explained(
-                    "The sweep",
-                    how_to_go_on,
-                    plan.sweep_dir / SWEEP_LOG,
-                    unchanged=(UserError, RunError),
-                ),
+                explained_once("The sweep", how_to_go_on, plan.sweep_dir / SWEEP_LOG),
                 _results_so_far(plan, facts, put_down),
             ):
                 yield facts
