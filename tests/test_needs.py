@@ -23,7 +23,7 @@ from raycontrolnet.launch import fit as launch_fit
 from raycontrolnet.launch import needs_beside
 from raycontrolnet.launch.check import check
 from raycontrolnet.launch.needs import Needs, WorkerMemory, count, gpu_bytes, host_share, say_needs
-from raycontrolnet.launch.needs_beside import Counted, Counting, counting, in_likely_precision
+from raycontrolnet.launch.needs_beside import CountedNeeds, PendingNeeds, counting, in_likely_precision
 from raycontrolnet.predict.prediction import ERROR, GIB, RESERVED, Prediction
 from raycontrolnet.training.schedule import Schedule
 from raycontrolnet.tune.heaviest import heaviest, say_heaviest
@@ -240,7 +240,7 @@ def test_needs_of_another_device_are_not_said(for_gpus: bool, monkeypatch: pytes
     """Its default precision is another one."""
     monkeypatch.setattr(needs_beside, "say_needs", lambda *_: "refused")
     with counting(TRAIN, None, cached=True, wanted=False) as under_way:
-        monkeypatch.setattr(under_way, "result", lambda: Counted(NEEDS, 80 * GIB, for_gpus))
+        monkeypatch.setattr(under_way, "result", lambda: CountedNeeds(NEEDS, 80 * GIB, for_gpus))
         under_way.say(SCHEDULE, None, io.StringIO(), use_gpu=not for_gpus)
         with pytest.raises(ConfigError, match="refused"):
             under_way.say(SCHEDULE, None, io.StringIO(), use_gpu=for_gpus)
@@ -292,7 +292,7 @@ def test_a_run_says_its_needs_first(tiny_settings: dict[str, Any], monkeypatch: 
 
 def _with_gpu(monkeypatch: pytest.MonkeyPatch, needs: Needs, gpu: float) -> None:
     monkeypatch.setattr(launch_fit, "check_device", lambda *_, **__: True)
-    monkeypatch.setattr(Counting, "result", lambda _: Counted(needs, gpu, for_gpus=True))
+    monkeypatch.setattr(PendingNeeds, "result", lambda _: CountedNeeds(needs, gpu, for_gpus=True))
 
 
 def test_a_run_that_cannot_fit_is_refused(
@@ -313,7 +313,7 @@ def test_advice_that_fails_stops_no_run(monkeypatch: pytest.MonkeyPatch, caplog:
         raise RuntimeError("no such file")
 
     monkeypatch.setattr(
-        Counting, "result", lambda _: Counted(Needs(TRAIN, prediction(8e9), fails), 30 * GIB, for_gpus=True)
+        PendingNeeds, "result", lambda _: CountedNeeds(Needs(TRAIN, prediction(8e9), fails), 30 * GIB, for_gpus=True)
     )
     with counting(TRAIN, None, cached=True, wanted=False) as under_way:
         under_way.say(SCHEDULE, None, io.StringIO(), use_gpu=True)
@@ -321,7 +321,7 @@ def test_advice_that_fails_stops_no_run(monkeypatch: pytest.MonkeyPatch, caplog:
 
 
 def test_parts_of_gpus_and_types_reach_the_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Counting, "result", lambda _: Counted(NEEDS, 80 * GIB, for_gpus=True))
+    monkeypatch.setattr(PendingNeeds, "result", lambda _: CountedNeeds(NEEDS, 80 * GIB, for_gpus=True))
     with counting(TRAIN, None, cached=True, wanted=False) as under_way:
         under_way.say(SCHEDULE, None, io.StringIO(), use_gpu=True, share=0.5)
         with pytest.raises(ConfigError, match=r"0.25 of a GPU has 20.0 GiB"):
@@ -404,7 +404,7 @@ TOO_BIG = "batch 8 needs 62.0 GiB, this GPU has 24.0 GiB: --gradient_checkpointi
 def said_of_the_heaviest(plan: SweepPlan, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Say the needs of a trial of batch 8 that cannot fit, of which 2 would fit."""
     needs = Needs(BIG, prediction(8e9), lambda **_: prediction(2e9))
-    monkeypatch.setattr(Counting, "result", lambda _: Counted(needs, 24 * GIB, for_gpus=True))
+    monkeypatch.setattr(PendingNeeds, "result", lambda _: CountedNeeds(needs, 24 * GIB, for_gpus=True))
     stream, found = io.StringIO(), heaviest(plan)._replace(run=replace(plan.run, config=BIG))
     with counting(BIG, None, cached=True, wanted=False) as under_way:
         say_heaviest(plan, found, under_way, stream, types=None, use_gpu=True)

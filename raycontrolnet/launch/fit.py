@@ -27,7 +27,7 @@ from raycontrolnet.hub import push
 from raycontrolnet.hub.licence import Licence, find_licence
 from raycontrolnet.hub.model_card import write_model_card
 from raycontrolnet.launch.checked_run import CheckedRun
-from raycontrolnet.launch.needs_beside import Counting, counting
+from raycontrolnet.launch.needs_beside import PendingNeeds, counting
 from raycontrolnet.launch.precision import trained_in, with_precision, workers_have_bf16
 from raycontrolnet.launch.preflight import check, choose_latents, ensure_latents
 from raycontrolnet.launch.workers import train_here, train_on_ray
@@ -121,7 +121,7 @@ def _run_fit(config: TrainConfig, folder: RunFolder, stream: TextIO, callback: R
 
 
 def _train(
-    run: CheckedRun, needs: Counting, stream: TextIO, callback: RunCallback | None, status: RunStatus
+    run: CheckedRun, needs: PendingNeeds, stream: TextIO, callback: RunCallback | None, status: RunStatus
 ) -> Trained:
     """Train in this process or on Ray; see `run_and_record`."""
     config, schedule = run.config, run.schedule(run.start)

@@ -39,7 +39,7 @@ Given = tuple[TrainConfig, str | None, bool, Sequence[Size]]
 """Arguments of `count`."""
 
 
-class Counted(NamedTuple):
+class CountedNeeds(NamedTuple):
     """The result of the process."""
 
     needs: Needs
@@ -63,7 +63,7 @@ class CannotFit(ConfigError):
 
 
 @dataclass
-class Counting:
+class PendingNeeds:
     """A count under way."""
 
     _process: subprocess.Popen[bytes] | None
@@ -109,7 +109,7 @@ class Counting:
         if problem and (most := memory.bytes):
             raise CannotFit(problem, lambda size: needs.may_fit(size, most))
 
-    def result(self) -> Counted | None:
+    def result(self) -> CountedNeeds | None:
         """Wait for the count; None if there is none, or if it fails or takes too long, which stops no run."""
         if self._process is None:
             return None
@@ -122,7 +122,7 @@ class Counting:
             train, for_gpus, prediction, here = pickle.load(self._output)
             _, token, cached, sizes = self._given
             needs = Needs.of(train, token, prediction, cached=cached, sizes=sizes, on_gpu=for_gpus)
-            return Counted(needs, here, for_gpus)
+            return CountedNeeds(needs, here, for_gpus)
         except subprocess.TimeoutExpired:
             self._process.kill()  # it would take a CPU from the training
             self._process.wait()
@@ -135,7 +135,7 @@ class Counting:
 @contextmanager
 def counting(
     train: TrainConfig, token: str | None, *, cached: bool, sizes: Sequence[Size] = (), wanted: bool = True
-) -> Iterator[Counting]:
+) -> Iterator[PendingNeeds]:
     """Count the needs of a run beside what is done inside, unless it is small or not `wanted`.
 
     Args:
@@ -153,7 +153,7 @@ def counting(
             except OSError:
                 logger.warning("needs could not be counted", exc_info=True)
         try:
-            yield Counting(process, given, output, log)
+            yield PendingNeeds(process, given, output, log)
         finally:
             if process is not None:
                 process.kill()
