@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 
@@ -25,7 +25,7 @@ from raycontrolnet.errors import ConfigError
 from raycontrolnet.latents.inputs import check_inputs
 from raycontrolnet.latents.plan import posterior_bytes
 from raycontrolnet.launch import precision
-from raycontrolnet.launch.needs import Needs, count, known_family, memory_size, work
+from raycontrolnet.launch.needs import Needs, StepSpec, count, known_family, memory_size, work
 from raycontrolnet.launch.preflight import no_cache_because, wants_latents
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.optimizers import try_optimizer
@@ -134,16 +134,15 @@ def check(config: CheckConfig, *, stream: TextIO | None = None) -> Prediction:
     with collected(refused):
         cached = cached and (start is not None or no_cache_because(train, len(source)) is None)
     buckets = find_buckets(train, source, family.resolution_multiple)
-    how: dict[str, Any] = {"cached": cached, "sizes": buckets.sizes if buckets else ()}
-    how["on_gpu"] = is_for_gpu(config)
-    device, needs = Device.of(config), Needs.of(train, token, count(train, token, **how), **how)
-    prediction = needs.prediction
+    step = StepSpec(train, token, cached, buckets.sizes if buckets else (), on_gpu=is_for_gpu(config))
+    device, prediction = Device.of(config), count(step)
+    needs = Needs.of(step, prediction)
     lines = [
         *_run_lines(family, train, schedule, cached=cached),
         *([f"data: {sources}"] if (sources := sources_in_words(source, train)) else []),
         *(buckets.table() if buckets else ()),
         *train.without_effect(),
-        *_memory_lines(prediction, train.train_batch_size, device_in_words(config, device), on_gpu=how["on_gpu"]),
+        *_memory_lines(prediction, train.train_batch_size, device_in_words(config, device), on_gpu=step.on_gpu),
         *_device_lines(needs, device),
         *_work_lines(prediction, schedule, device, config.price_per_hour),
         *_disk_lines(needs, schedule, len(source), cached=cached),

@@ -27,6 +27,7 @@ from raycontrolnet.hub import push
 from raycontrolnet.hub.licence import Licence, find_licence
 from raycontrolnet.hub.model_card import write_model_card
 from raycontrolnet.launch.checked_run import CheckedRun
+from raycontrolnet.launch.needs import StepSpec
 from raycontrolnet.launch.needs_beside import PendingNeeds, counting
 from raycontrolnet.launch.precision import trained_in, with_precision, workers_have_bf16
 from raycontrolnet.launch.preflight import check, choose_latents, ensure_latents
@@ -115,8 +116,8 @@ def _run_fit(config: TrainConfig, folder: RunFolder, stream: TextIO, callback: R
     run = choose_latents(check(config, folder), stream)
     check_named_file(config, folder)  # last: it warns of what the run will do
     likely = dataclasses.replace(run.config, mixed_precision=run.config.mixed_precision or trained_in(run.start))
-    sizes = run.buckets.sizes if run.buckets else ()
-    with counting(likely, run.token, cached=run.cached, sizes=sizes, wanted=callback is None) as needs:
+    step = StepSpec(likely, run.token, run.cached, run.buckets.sizes if run.buckets else ())
+    with counting(step, wanted=callback is None) as needs:
         return run_and_record(run, partial(_train, run, needs, stream, callback), stream, started)
 
 

@@ -29,6 +29,7 @@ from raycontrolnet.cluster.session import on_a_cluster, ray_session
 from raycontrolnet.config.checks import check_device
 from raycontrolnet.config.sweep_config import SweepConfig
 from raycontrolnet.errors import Interrupted, RunError, UserError, end_told, explained_once, root_cause
+from raycontrolnet.launch.needs import StepSpec
 from raycontrolnet.launch.needs_beside import counting
 from raycontrolnet.report.live_report import live_report
 from raycontrolnet.report.page import REPORT_FILE
@@ -131,8 +132,8 @@ def _run(plan: SweepPlan, lease: SweepLease, facts: dict[str, Any], stream: Text
     train = plan.train
     own, found = not on_a_cluster(train.address), heaviest(plan)
     sizes = found.run.buckets.sizes if found.run.buckets else ()
-    counted_beside = counting(found.run.config, found.run.token, cached=found.run.cached, sizes=sizes)
-    with counted_beside as needs, ray_session(train.address):
+    step = StepSpec(found.run.config, found.run.token, found.run.cached, sizes)
+    with counting(step) as needs, ray_session(train.address):
         slots = trial_slots(train, plan.config, cluster_nodes(train), plan.num_left, own=own)
         for tried in plan.device_settings():
             check_device(slots.use_gpu, tried, has_gpu=slots.use_gpu)
