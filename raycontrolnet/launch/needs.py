@@ -37,11 +37,11 @@ class StepSpec:
 
     train: TrainConfig
     token: str | None = field(default=None, repr=False)
-    """For private models on the Hub."""
+    """Token for private models on the Hub."""
     cached: bool = False
     """True if the run trains from cached latents."""
     sizes: Sequence[Size] = ()
-    """Of the buckets; empty for the resolution squared."""
+    """Sizes of the buckets; empty for the resolution squared."""
     on_gpu: bool = False
     """True if the run's layers are those of a GPU."""
 
