@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -88,49 +88,74 @@ def end_told(stream: TextIO, message: Callable[[], str], put_down: Callable[[], 
         yield
 
 
-@contextmanager
-def explained(
-    what: str,
-    stands: Callable[[], str],
-    log: Path | None = None,
-    *,
-    unchanged: tuple[type[Exception], ...] = (UserError,),
-) -> Iterator[None]:
+def explained(what: str, stands: Callable[[], str], log: Path | None = None) -> AbstractContextManager[None]:
     """Turn what ends a piece of work early into one paragraph: the cause, what stands, and where the details are.
+
+    Bad input is told as it is: its message is complete.
 
     Args:
         what: names the work, for "... failed".
         stands: returns what stands, and how to go on.
         log: the file that gets the traceback.
-        unchanged: errors whose message is complete.
 
     Raises:
         Interrupted: on Ctrl-C, SIGTERM and SIGHUP.
         UserError: if one is the cause.
         RunError: on any other failure.
     """
+    return _explained(what, stands, log, complete=(UserError,))
+
+
+def always_explained(what: str, stands: Callable[[], str], log: Path | None = None) -> AbstractContextManager[None]:
+    """Explain as `explained` does, bad input too: where it shows only later, something stands."""
+    return _explained(what, stands, log)
+
+
+def explained_once(what: str, stands: Callable[[], str], log: Path | None = None) -> AbstractContextManager[None]:
+    """Explain as `explained` does, but pass on UserError and RunError, which were explained and logged inside."""
+    return _explained(what, stands, log, passed=(UserError, RunError), complete=(UserError, RunError))
+
+
+@contextmanager
+def _explained(
+    what: str,
+    stands: Callable[[], str],
+    log: Path | None,
+    *,
+    passed: tuple[type[Exception], ...] = (),
+    complete: tuple[type[Exception], ...] = (),
+) -> Iterator[None]:
+    """Explain what is raised inside.
+
+    Args:
+        passed: errors to raise as they are, without a log.
+        complete: causes whose message is complete.
+    """
     try:
         yield
     except KeyboardInterrupt:
         raise Interrupted(f"Interrupted. {stands()}") from None
-    except Interrupted:
-        raise
     except Exception as error:
-        if isinstance(error, unchanged) and RunError in unchanged:
-            raise  # an inner one has logged it
+        if isinstance(error, (Interrupted, *passed)):
+            raise
         logger.exception("%s failed", what)
         cause = root_cause(error)
-        if isinstance(cause, unchanged):
-            if cause is error:
-                raise
-            raise cause from error
-        own = isinstance(cause, (UserError, RunError))
-        reason = str(cause) if own else f"{what} failed: {one_line(cause)}"
-        if not (isinstance(cause, UserError) or "\n" in reason):  # which may end with a command
-            reason = f"{reason.rstrip('.')}."
-        details = f" Details: {log}" if log else ""
-        kind = UserError if isinstance(cause, UserError) else RunError
-        raise kind(f"{reason}\n{stands()}{details}") from error
+        if not isinstance(cause, complete):
+            raise _explanation(what, cause, stands(), log) from error
+        if cause is error:
+            raise
+        raise cause from error
+
+
+def _explanation(what: str, cause: BaseException, stands: str, log: Path | None) -> UserError | RunError:
+    """Return the error that tells of `cause`; of a UserError, a UserError."""
+    own = isinstance(cause, (UserError, RunError))
+    reason = str(cause) if own else f"{what} failed: {one_line(cause)}"
+    if not (isinstance(cause, UserError) or "\n" in reason):  # which may end with a command
+        reason = f"{reason.rstrip('.')}."
+    details = f" Details: {log}" if log else ""
+    kind = UserError if isinstance(cause, UserError) else RunError
+    return kind(f"{reason}\n{stands}{details}")
 
 
 def out_of_memory(error: Exception, advice: str) -> RunError:

@@ -16,8 +16,6 @@ from typing import NoReturn
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 """Signals that end a process without a word, unless they are handled."""
-
-
 REACTION_S = 8.0
 """Time for the main thread to react to a signal, and to end."""
 

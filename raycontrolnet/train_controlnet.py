@@ -33,24 +33,20 @@ from raycontrolnet.training.diagnosis import NotFiniteUpdates
 from raycontrolnet.training.failures import failures_recorded, read_failure, retried_if_continued
 from raycontrolnet.training.final_weights import save_final_weights
 from raycontrolnet.training.host_memory import freed_memory_kept
-from raycontrolnet.training.job import (
-    Job,
-    check_folder_is_shared,
-    log_of,
-    logging_to_run_log,
-    read_timings,
-    stop_asked,
-    write_timings,
-)
+from raycontrolnet.training.job import Job
 from raycontrolnet.training.memory import advice_for
 from raycontrolnet.training.metrics import MetricsLog, OnItsWay, PendingMetrics, PhaseClock, UpdateMetrics
 from raycontrolnet.training.room import check_room
+from raycontrolnet.training.run_log import log_of, logging_to_run_log
+from raycontrolnet.training.run_marks import stop_asked
 from raycontrolnet.training.saver import CheckpointSaver
 from raycontrolnet.training.schedule import Schedule, Share
+from raycontrolnet.training.shared_folder import check_folder_is_shared
 from raycontrolnet.training.signs_of_life import SignsOfLife
 from raycontrolnet.training.state import accelerator_for, build_state, controlnet_bytes
 from raycontrolnet.training.step_inputs import step_inputs
 from raycontrolnet.training.store_sync import worker_in_step
+from raycontrolnet.training.timings import read_timings, write_timings
 from raycontrolnet.training.trackers import Trackers, open_trackers
 from raycontrolnet.training.validator import Validator
 from raycontrolnet.training.watchdog import Watchdog

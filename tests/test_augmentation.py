@@ -34,6 +34,7 @@ from raycontrolnet.latents.cache import LatentCache
 from raycontrolnet.latents.encoder import LatentEncoder
 from raycontrolnet.latents.manifest import Encoding, Manifest
 from raycontrolnet.latents.plan import LatentPlan, prepare_command
+from raycontrolnet.model.families.stable_diffusion import STABLE_DIFFUSION
 
 RESOLUTION = 32
 SIZES = ((56, 32), (32, 72), (49, 32))
@@ -199,7 +200,7 @@ def prepared_cache(settings: Settings) -> LatentCache:
     """Make the cache of a run, and return it."""
     config = TrainConfig(**settings)
     prepare(config, stream=io.StringIO())
-    plan = LatentPlan.of(config, open_source(config), None)
+    plan = LatentPlan.of(config, open_source(config), STABLE_DIFFUSION, None)
     assert plan.manifest is not None
     plan.check_encoding()
     return LatentCache.of(plan.folder, plan.manifest, plan.shards)
@@ -283,7 +284,7 @@ def test_held_out_rows_are_stored_plain(settings: Settings, source: Source) -> N
         assert held_out.size_conditions == expected.size_conditions
     trained = {row: loader.rows.read(row, CENTRED).crop for row in range(NUM_ROWS)}  # type: ignore[union-attr]
     assert {row for row, crop in trained.items() if crop == (0.5, 0.5)} == set(loader.order.held_out.tolist())
-    plan = LatentPlan.of(TrainConfig(**random | {"seed": 9}), source, None)
+    plan = LatentPlan.of(TrainConfig(**random | {"seed": 9}), source, STABLE_DIFFUSION, None)
     with pytest.raises(ConfigError, match="4 rows drawn by --seed 0 held out, not 4 rows drawn by --seed 9") as error:
         plan.check_encoding()
     assert "--crop random" in str(error.value)
@@ -292,7 +293,7 @@ def test_held_out_rows_are_stored_plain(settings: Settings, source: Source) -> N
 
 def test_a_cache_with_mirror_images_serves_runs_without(settings: Settings, source: Source) -> None:
     prepare(TrainConfig(**settings), stream=io.StringIO())
-    plan = LatentPlan.of(TrainConfig(**settings | {"random_flip": True}), source, None)
+    plan = LatentPlan.of(TrainConfig(**settings | {"random_flip": True}), source, STABLE_DIFFUSION, None)
     with pytest.raises(ConfigError, match=r"random_flip: False, not True\)") as error:
         plan.check_encoding()
     command = str(error.value).splitlines()[-1]
@@ -300,11 +301,11 @@ def test_a_cache_with_mirror_images_serves_runs_without(settings: Settings, sour
     config = parse("prepare", command.split()[2:])
     assert config.random_flip
     prepare(config, stream=io.StringIO())
-    plan = LatentPlan.of(dataclasses.replace(config, random_flip=False), source, None)
+    plan = LatentPlan.of(dataclasses.replace(config, random_flip=False), source, STABLE_DIFFUSION, None)
     plan.check_encoding()
     assert not plan.survey()[1], "nothing is encoded anew"
     with pytest.raises(ConfigError, match="crop: center, not top"):
-        LatentPlan.of(dataclasses.replace(config, crop="top"), source, None).check_encoding()
+        LatentPlan.of(dataclasses.replace(config, crop="top"), source, STABLE_DIFFUSION, None).check_encoding()
 
 
 def test_names_of_earlier_caches_stay() -> None:

@@ -44,8 +44,9 @@ from raycontrolnet.report.progress import Progress, progress
 from raycontrolnet.report.run_report import write_report
 from raycontrolnet.sampling import images
 from raycontrolnet.training import diagnosis, step_inputs
-from raycontrolnet.training.job import STOP_FILE, write_timings
+from raycontrolnet.training.run_marks import STOP_FILE
 from raycontrolnet.training.status import live_status, read_status
+from raycontrolnet.training.timings import write_timings
 
 COMPARED = ("step", "loss", "lr", "grad_norm", "samples")
 

@@ -22,8 +22,8 @@ from raycontrolnet.storage.folder_lock import FolderLock, locked
 from raycontrolnet.storage.lock import DEAD_AFTER_S, LOCK_FILE, Owner, content_of
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training.failures import record_failure, record_hang
-from raycontrolnet.training.job import STOP_FILE, ask_to_stop, end
 from raycontrolnet.training.metrics import MetricsLog
+from raycontrolnet.training.run_marks import STOP_FILE, ask_to_stop, remove_marks
 from raycontrolnet.training.store_sync import aborted_if_lost, run_folder_open
 
 Settings = dict[str, Any]
@@ -163,7 +163,7 @@ def test_nothing_changes_in_a_closed_folder(name: str, tmp_path: Path) -> None:
     assert not (folder.path / STOP_FILE).exists(), "it is the other run that would stop"
     record_failure(folder.path, RunError("mine"))
     record_hang(folder.path, "mine")
-    end(folder)
+    remove_marks(folder)
     assert content(folder.path) == before
 
 

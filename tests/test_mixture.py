@@ -30,6 +30,7 @@ from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.errors import ConfigError, DataError
 from raycontrolnet.latents.manifest import SHARD_ROWS
 from raycontrolnet.latents.plan import LatentPlan, prepare_command
+from raycontrolnet.model.families.stable_diffusion import STABLE_DIFFUSION
 
 
 def config_of(*folders: Path, **others: Any) -> TrainConfig:
@@ -306,7 +307,7 @@ def _rows_of_shards(config: TrainConfig) -> list[tuple[int, ...]]:
 
 def test_folders_by_default_are_named_after_all(settings: Settings, source: Source) -> None:
     config = TrainConfig(**settings | {"latents_cache_dir": None})
-    assert Path(LatentPlan.of(config, source, None).folder.uri).name.startswith("many+few-32px-")
+    assert Path(LatentPlan.of(config, source, STABLE_DIFFUSION, None).folder.uri).name.startswith("many+few-32px-")
 
 
 # --- whole runs ---

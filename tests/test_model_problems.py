@@ -306,6 +306,8 @@ def test_sizes_for_a_base_that_knows_none(tiny_settings: dict[str, Any], tiny_xl
     given["pretrained_model_name_or_path"] = str(tiny_xl_base)
     with pytest.raises(ConfigError) as error:
         check(TrainConfig(**tiny_settings | given), RunFolder(tiny_settings["output_dir"]))
+    with pytest.raises(ConfigError, match="with --size_conditioning real, each image has its own"):
+        prepare(TrainConfig(**tiny_settings | given))  # a cache that training would refuse
     assert error.value.problems == (
         "--crops_coords_top_left_w=8: with --size_conditioning real, each image has its own; leave out one of the two",
     )

@@ -22,8 +22,8 @@ from raycontrolnet.errors import ConfigError
 from raycontrolnet.launch import fit as launch_fit
 from raycontrolnet.launch import needs_beside
 from raycontrolnet.launch.check import check
-from raycontrolnet.launch.needs import Needs, WorkerMemory, count, gpu_bytes, host_share, say_needs
-from raycontrolnet.launch.needs_beside import Counted, Counting, counting, in_likely_precision
+from raycontrolnet.launch.needs import Needs, StepSpec, WorkerMemory, count, gpu_bytes, host_share, say_needs
+from raycontrolnet.launch.needs_beside import CountedNeeds, PendingNeeds, counting, in_likely_precision
 from raycontrolnet.predict.prediction import ERROR, GIB, RESERVED, Prediction
 from raycontrolnet.training.schedule import Schedule
 from raycontrolnet.tune.heaviest import heaviest, say_heaviest
@@ -189,11 +189,11 @@ def test_the_largest_batch_is_counted_where_a_sample_takes_more_in_a_larger_one(
 @pytest.mark.usefixtures("_counted")
 def test_a_process_counts_the_same(tiny_settings: dict[str, Any]) -> None:
     train = TrainConfig(**tiny_settings)
-    with counting(train, None, cached=True) as under_way:
+    with counting(StepSpec(train, cached=True)) as under_way:
         found = under_way.result()
     assert found
-    assert found.needs.prediction == count(train, None, cached=True)
-    checkpointed = count(TrainConfig(**tiny_settings | {"gradient_checkpointing": True}), None, cached=True)
+    assert found.needs.prediction == count(StepSpec(train, cached=True))
+    checkpointed = count(StepSpec(TrainConfig(**tiny_settings | {"gradient_checkpointing": True}), cached=True))
     assert found.needs.counted(gradient_checkpointing=True) == checkpointed != found.needs.prediction
 
 
@@ -203,17 +203,17 @@ def test_the_largest_bucket_counts(tiny_settings: dict[str, Any], tmp_path: Path
     data = write_pictures(tmp_path / "data", 8, ((16, 64), (40, 24)))
     train = TrainConfig(**tiny_settings | {"train_data_dir": str(data), "aspect_buckets": True})
     sizes = [(16, 64), (40, 24), (32, 32)]
-    wide, high, square = (count(train, None, cached=True, sizes=[size]) for size in sizes)
+    wide, high, square = (count(StepSpec(train, cached=True, sizes=[size])) for size in sizes)
     assert wide.latents == square.latents > high.latents
-    assert square == count(train, None, cached=True)
+    assert square == count(StepSpec(train, cached=True))
     assert high.activations_per_sample < square.activations_per_sample
     assert high.flop_per_sample < square.flop_per_sample
-    with counting(train, None, cached=True, sizes=[(40, 24)]) as under_way:
+    with counting(StepSpec(train, cached=True, sizes=[(40, 24)])) as under_way:
         found = under_way.result()
     assert found
     assert found.needs.prediction == high
     assert check(CheckConfig(train=train, device_memory=1), stream=io.StringIO()) == count(
-        train, None, cached=False, sizes=[(40, 24), (16, 64)]
+        StepSpec(train, cached=False, sizes=[(40, 24), (16, 64)])
     )
 
 
@@ -239,8 +239,8 @@ def test_the_likely_precision(changed: dict[str, Any], has_gpu: bool, expected: 
 def test_needs_of_another_device_are_not_said(for_gpus: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its default precision is another one."""
     monkeypatch.setattr(needs_beside, "say_needs", lambda *_: "refused")
-    with counting(TRAIN, None, cached=True, wanted=False) as under_way:
-        monkeypatch.setattr(under_way, "result", lambda: Counted(NEEDS, 80 * GIB, for_gpus))
+    with counting(StepSpec(TRAIN, cached=True), wanted=False) as under_way:
+        monkeypatch.setattr(under_way, "result", lambda: CountedNeeds(NEEDS, 80 * GIB, for_gpus))
         under_way.say(SCHEDULE, None, io.StringIO(), use_gpu=not for_gpus)
         with pytest.raises(ConfigError, match="refused"):
             under_way.say(SCHEDULE, None, io.StringIO(), use_gpu=for_gpus)
@@ -250,7 +250,7 @@ def test_needs_of_another_device_are_not_said(for_gpus: bool, monkeypatch: pytes
 def test_a_count_that_fails_stops_nothing(tiny_settings: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     train = TrainConfig(**tiny_settings | {"pretrained_model_name_or_path": "nowhere/here"})
     stream = io.StringIO()
-    with counting(train, None, cached=True) as under_way:
+    with counting(StepSpec(train, cached=True)) as under_way:
         under_way.say(SCHEDULE, None, stream, use_gpu=True)
     assert "needs could not be counted:" in caplog.text
     assert "nowhere/here: its configuration cannot be looked at" in caplog.text
@@ -262,7 +262,7 @@ def test_nobody_waits_long_for_a_count(
     tiny_settings: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(needs_beside, "PATIENCE_S", 0.01)
-    with counting(TrainConfig(**tiny_settings), None, cached=True) as under_way:
+    with counting(StepSpec(TrainConfig(**tiny_settings), cached=True)) as under_way:
         assert under_way.result() is None
         process = under_way._process
     assert "needs were not counted within 0.01 s" in caplog.text
@@ -273,7 +273,7 @@ def test_nobody_waits_long_for_a_count(
 def test_small_models_are_not_counted(tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """As the demo's: counting them takes longer than starting them."""
     monkeypatch.setattr(subprocess, "Popen", None)
-    with counting(TrainConfig(**tiny_settings), None, cached=True) as under_way:
+    with counting(StepSpec(TrainConfig(**tiny_settings), cached=True)) as under_way:
         assert under_way.result() is None
 
 
@@ -292,7 +292,7 @@ def test_a_run_says_its_needs_first(tiny_settings: dict[str, Any], monkeypatch: 
 
 def _with_gpu(monkeypatch: pytest.MonkeyPatch, needs: Needs, gpu: float) -> None:
     monkeypatch.setattr(launch_fit, "check_device", lambda *_, **__: True)
-    monkeypatch.setattr(Counting, "result", lambda _: Counted(needs, gpu, for_gpus=True))
+    monkeypatch.setattr(PendingNeeds, "result", lambda _: CountedNeeds(needs, gpu, for_gpus=True))
 
 
 def test_a_run_that_cannot_fit_is_refused(
@@ -313,16 +313,16 @@ def test_advice_that_fails_stops_no_run(monkeypatch: pytest.MonkeyPatch, caplog:
         raise RuntimeError("no such file")
 
     monkeypatch.setattr(
-        Counting, "result", lambda _: Counted(Needs(TRAIN, prediction(8e9), fails), 30 * GIB, for_gpus=True)
+        PendingNeeds, "result", lambda _: CountedNeeds(Needs(TRAIN, prediction(8e9), fails), 30 * GIB, for_gpus=True)
     )
-    with counting(TRAIN, None, cached=True, wanted=False) as under_way:
+    with counting(StepSpec(TRAIN, cached=True), wanted=False) as under_way:
         under_way.say(SCHEDULE, None, io.StringIO(), use_gpu=True)
     assert "needs could not be said" in caplog.text
 
 
 def test_parts_of_gpus_and_types_reach_the_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Counting, "result", lambda _: Counted(NEEDS, 80 * GIB, for_gpus=True))
-    with counting(TRAIN, None, cached=True, wanted=False) as under_way:
+    monkeypatch.setattr(PendingNeeds, "result", lambda _: CountedNeeds(NEEDS, 80 * GIB, for_gpus=True))
+    with counting(StepSpec(TRAIN, cached=True), wanted=False) as under_way:
         under_way.say(SCHEDULE, None, io.StringIO(), use_gpu=True, share=0.5)
         with pytest.raises(ConfigError, match=r"0.25 of a GPU has 20.0 GiB"):
             under_way.say(SCHEDULE, None, io.StringIO(), use_gpu=True, share=0.25)
@@ -404,9 +404,9 @@ TOO_BIG = "batch 8 needs 62.0 GiB, this GPU has 24.0 GiB: --gradient_checkpointi
 def said_of_the_heaviest(plan: SweepPlan, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Say the needs of a trial of batch 8 that cannot fit, of which 2 would fit."""
     needs = Needs(BIG, prediction(8e9), lambda **_: prediction(2e9))
-    monkeypatch.setattr(Counting, "result", lambda _: Counted(needs, 24 * GIB, for_gpus=True))
+    monkeypatch.setattr(PendingNeeds, "result", lambda _: CountedNeeds(needs, 24 * GIB, for_gpus=True))
     stream, found = io.StringIO(), heaviest(plan)._replace(run=replace(plan.run, config=BIG))
-    with counting(BIG, None, cached=True, wanted=False) as under_way:
+    with counting(StepSpec(BIG, cached=True), wanted=False) as under_way:
         say_heaviest(plan, found, under_way, stream, types=None, use_gpu=True)
     first, *rest = stream.getvalue().splitlines()
     assert first.startswith("needs: 62.0 GiB of each GPU at batch 8")

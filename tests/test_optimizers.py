@@ -20,7 +20,7 @@ from raycontrolnet.config.check_config import CheckConfig
 from raycontrolnet.config.named_values import as_text, read_named_values
 from raycontrolnet.errors import ConfigError, UserError
 from raycontrolnet.launch.check import check
-from raycontrolnet.launch.needs import Needs, count
+from raycontrolnet.launch.needs import Needs, StepSpec, count
 from raycontrolnet.model.optim import build_optimizer
 from raycontrolnet.model.optimizers import state_bytes_per_weight, try_optimizer
 from raycontrolnet.tune.checks import optimizer_problems_of
@@ -312,7 +312,7 @@ def test_an_update_that_is_not_finite_is_left_out(tiny_settings: Settings) -> No
 def test_the_state_that_is_counted_is_there(name: str, arguments: str | None, tiny_settings: Settings) -> None:
     """By shapes alone, and in a step: single numbers are left out."""
     settings = tiny_settings | {"optimizer": name, "optimizer_args": arguments}
-    prediction = count(TrainConfig(**settings), None, cached=False)
+    prediction = count(StepSpec(TrainConfig(**settings), cached=False))
     with training(settings) as state:
         steps(state, fake_rows(0))
         tensors = [each for moments in state.optimizer.state.values() for each in moments.values()]
@@ -322,7 +322,7 @@ def test_the_state_that_is_counted_is_there(name: str, arguments: str | None, ti
 
 def test_averages_are_counted(tiny_settings: Settings) -> None:
     without, averaged = (
-        count(TrainConfig(**tiny_settings | {"use_ema": on}), None, cached=False) for on in (False, True)
+        count(StepSpec(TrainConfig(**tiny_settings | {"use_ema": on}), cached=False)) for on in (False, True)
     )
     assert "averages" not in without.trained_bytes
     assert averaged.trained_bytes["averages"] == 4 * averaged.trained
@@ -343,7 +343,7 @@ def test_check_and_the_disk_count_them(tiny_settings: Settings) -> None:
     rows = [line.split()[:3] for line in stream.getvalue().splitlines() if line.startswith("  ")]
     sizes = {name: size for name, *size in rows}
     assert sizes["averages"] == sizes["optimizer"] == sizes["gradients"]
-    one = Needs.of(train, None, prediction, cached=False).checkpoint_bytes
+    one = Needs.of(StepSpec(train), prediction).checkpoint_bytes
     assert one == 3 * prediction.trained_bytes["ControlNet"]
 
 

@@ -31,7 +31,7 @@ from raycontrolnet.launch.needs import Needs, memory_size
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.families.registry import family_of
 from raycontrolnet.model.files import local_files
-from raycontrolnet.predict.count import Counted, _counter, count_steps
+from raycontrolnet.predict.count import StepCost, _counter, count_steps
 from raycontrolnet.predict.devices import peak_of
 from raycontrolnet.predict.prediction import GAPS, GIB, LEAST_RESERVED, RESERVED, Prediction, _use_layers_of_gpus
 from raycontrolnet.predict.shape_tensors import ShapeMode
@@ -52,7 +52,7 @@ ATTENTION = {
 """Fused attention on CPUs, for torch's counter."""
 
 
-def count_step(components: Components, batch_size: int, resolution: int, *, cached: bool) -> Counted:
+def count_step(components: Components, batch_size: int, resolution: int, *, cached: bool) -> StepCost:
     """Count a step of one batch alone, on real models too."""
     return _counter(components, batch_size, resolution, PLAIN, cached=cached).of(batch_size)
 

@@ -35,6 +35,7 @@ from raycontrolnet.latents.manifest import SHARD_ROWS, Manifest
 from raycontrolnet.latents.plan import LatentPlan
 from raycontrolnet.latents.prepare import PrepareResult
 from raycontrolnet.launch.preflight import no_cache_because
+from raycontrolnet.model.families.stable_diffusion import STABLE_DIFFUSION
 from raycontrolnet.storage.folder import CacheFolder
 
 NUM_ROWS = 2 * SHARD_ROWS + 6
@@ -76,7 +77,7 @@ def run(settings: Settings, shown: io.StringIO) -> Prepare:
 
 def cache_of(settings: Settings) -> LatentCache:
     config = TrainConfig(**settings)
-    plan = LatentPlan.of(config, open_source(config), None)
+    plan = LatentPlan.of(config, open_source(config), STABLE_DIFFUSION, None)
     assert plan.manifest is not None
     return LatentCache.of(plan.folder, plan.manifest, plan.shards)
 

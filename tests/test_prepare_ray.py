@@ -100,9 +100,10 @@ def test_a_cache_that_cannot_be_written_fails_with_the_reason(settings: Settings
     # A file name of the cache's is taken by a folder: root may write everywhere else.
     from raycontrolnet.data.sources import open_source
     from raycontrolnet.latents.plan import LatentPlan
+    from raycontrolnet.model.families.stable_diffusion import STABLE_DIFFUSION
 
     config = TrainConfig(**settings)
-    (shard,) = LatentPlan.of(config, open_source(config), None).shards
+    (shard,) = LatentPlan.of(config, open_source(config), STABLE_DIFFUSION, None).shards
     (folder / shard.name).mkdir()
     with pytest.raises(RunError, match=r"^.*cache cannot be written to: Is a directory\.\n0 of 13 images"):
         prepare(config, stream=io.StringIO())

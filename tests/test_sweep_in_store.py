@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import yaml
 from processes import kill_9, start_ray, when
@@ -21,10 +22,12 @@ from sweeps import leaderboard, run_sweep
 
 from raycontrolnet import SweepConfig, SweepResult, TrainConfig, cli, sweep
 from raycontrolnet.config.train_config import public_settings
-from raycontrolnet.errors import RunError
+from raycontrolnet.errors import ConfigError, RunError
+from raycontrolnet.storage import uri as uri_module
 from raycontrolnet.storage.stored_folder import StoredFolder
 from raycontrolnet.tune import checkpoint_folder
 from raycontrolnet.tune.lease import LEASE_FILE, SweepLease
+from raycontrolnet.tune.store_sync import open_sweep
 
 __all__ = ["elsewhere", "s3"]  # fixtures
 
@@ -111,6 +114,15 @@ def test_a_bucket_that_is_not_there(tiny_sweep: SweepConfig, capsys: pytest.Capt
     assert cli.main(["tune", *(word for name, value in flags.items() for word in (f"--{name}", value))]) == 2
     said = capsys.readouterr().err
     assert "--output_dir=s3://gone/sweep: cannot be used (there is no bucket gone, or it is not yours)" in said
+
+
+def test_a_kind_of_store_that_pyarrow_was_built_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_built(uri: str) -> None:
+        raise pa.ArrowNotImplementedError("Got GCS URI but Arrow compiled without GCS support")
+
+    monkeypatch.setattr(uri_module, "open_uri", not_built)
+    with pytest.raises(ConfigError, match=r"^--output_dir=gs://bucket/sweep: cannot be used \(Got GCS URI but Arrow"):
+        open_sweep("gs://bucket/sweep", "logs/*")
 
 
 @pytest.mark.slow

@@ -21,11 +21,11 @@ from raycontrolnet.errors import RunError
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training.background import repeating
 from raycontrolnet.training.failures import read_hang
-from raycontrolnet.training.signs_of_life import Place, SignsOfLife
+from raycontrolnet.training.signs_of_life import Position, SignsOfLife
 from raycontrolnet.training.watchdog import Watchdog
 from raycontrolnet.training.whereabouts import whereabouts
 
-UPDATE_5 = Place(5, "an update")
+UPDATE_5 = Position(5, "an update")
 
 HANGING = """
 import sys, time
@@ -94,8 +94,9 @@ def signs_of(number: int) -> list[SignsOfLife]:
 def test_a_worker_that_is_stopped_is_named_to_those_that_wait_for_it() -> None:
     signs = signs_of(3)
     assert signs[0].suspect(UPDATE_5, 0.2) is None, "it has not asked yet"
-    signs[0].exchange(Place(1, "the start"))
-    assert signs[0].suspect(Place(1, "the start"), -1) == "worker 1 has given no sign of life for 0:00", "not one since"
+    signs[0].exchange(Position(1, "the start"))
+    said = signs[0].suspect(Position(1, "the start"), -1)
+    assert said == "worker 1 has given no sign of life for 0:00", "not one since"
     for each in (*signs, *signs, signs[0]):
         each.exchange(UPDATE_5)
     assert signs[0].suspect(UPDATE_5, 0.2) is None, "all are alike"
@@ -110,14 +111,14 @@ def test_a_worker_that_is_behind_is_named() -> None:
     signs = signs_of(3)
     told = [(5, "an update"), (5, "the wait for data"), (4, "a checkpoint")]
     for each, (update, doing) in [*zip(signs, told, strict=True)] * 2:
-        each.exchange(Place(update, doing))
+        each.exchange(Position(update, doing))
     this = "this one is in update 5 at an update"
     assert signs[0].suspect(UPDATE_5, 60) == f"{this}, worker 2 in update 4 at a checkpoint"
     signs[2].exchange(UPDATE_5)
     signs[0].exchange(UPDATE_5)
     assert signs[0].suspect(UPDATE_5, 60) == f"{this}, worker 1 in update 5 at the wait for data"
-    signs[1].exchange(Place(4, "the wait for data"))
-    assert signs[1].suspect(Place(4, "the wait for data"), 60) is None, "it is behind itself"
+    signs[1].exchange(Position(4, "the wait for data"))
+    assert signs[1].suspect(Position(4, "the wait for data"), 60) is None, "it is behind itself"
 
 
 def test_a_worker_with_more_micro_steps_to_go_is_named() -> None:
@@ -135,8 +136,8 @@ def test_a_worker_with_more_micro_steps_to_go_is_named() -> None:
 def test_workers_that_are_alike_are_told_apart_by_their_place_in_the_code() -> None:
     signs = signs_of(6)
     wheres = [UPDATE_5._replace(where=where) for where in ("in A", "in B", "in A", "in A", "in A", "in A")]
-    for each, place in [*zip(signs, wheres, strict=True)] * 2:
-        each.exchange(place)
+    for each, position in [*zip(signs, wheres, strict=True)] * 2:
+        each.exchange(position)
     all_are = "all workers are in update 5 at an update"
     some = "this one, worker 2, worker 3 and 2 more in A"
     assert signs[0].suspect(wheres[0], 60) == f"{all_are}: worker 1 in B; {some}"

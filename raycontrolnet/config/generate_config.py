@@ -29,7 +29,7 @@ MOST_INFERENCE_STEPS = 999
 
 
 @dataclass(frozen=True, kw_only=True)
-class PicturesConfig:
+class DrawingConfig:
     """Pictures: the ControlNet, and what it draws."""
 
     controlnet: str = ""
@@ -116,7 +116,7 @@ class BaseModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(BaseModelConfig, SamplingConfig, PicturesConfig):
+class GenerateConfig(BaseModelConfig, SamplingConfig, DrawingConfig):
     """Settings for drawing images with a ControlNet.
 
     Raises:

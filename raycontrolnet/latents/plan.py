@@ -25,7 +25,7 @@ from raycontrolnet.latents.cache import read_contents, read_identities
 from raycontrolnet.latents.manifest import SHARD_ROWS, BadSample, Encoding, Manifest, Shard, plan_shards
 from raycontrolnet.latents.shards import ShardResult
 from raycontrolnet.latents.vae_files import VaeFiles
-from raycontrolnet.model.base_family import interpolation_of
+from raycontrolnet.model.families.family import Family
 from raycontrolnet.storage.files import user_cache
 from raycontrolnet.storage.folder import CacheFolder, cache_folder
 from raycontrolnet.storage.uri import is_uri, shown_uri
@@ -52,10 +52,13 @@ class LatentPlan:
     """Size of each row; None for the resolution squared."""
 
     @staticmethod
-    def of(config: TrainConfig, source: Source, token: str | None, buckets: Buckets | None = None) -> LatentPlan:
+    def of(
+        config: TrainConfig, source: Source, family: Family, token: str | None, buckets: Buckets | None = None
+    ) -> LatentPlan:
         """Plan the cache of a run, from the folder, the VAE's files and the size of every image; reads no image.
 
         Args:
+            family: of the base model; it resizes images if the settings do not say how.
             buckets: of the run, for the rows that it uses.
 
         Raises:
@@ -77,7 +80,7 @@ class LatentPlan:
             config.resolution,
             config.latents_dtype,
             subset,
-            interpolation=interpolation_of(config, config.image_interpolation_mode, token),
+            interpolation=config.image_interpolation_mode or family.interpolation,
             buckets=buckets.sizes if buckets else None,
             random_flip=config.random_flip,
             crop=config.crop,

@@ -9,18 +9,16 @@ from typing import TextIO
 from raycontrolnet.cluster.logs import logging_to, shown_on
 from raycontrolnet.cluster.resources import worker_resources
 from raycontrolnet.cluster.session import ray_session, runs_on_a_cluster
-from raycontrolnet.config.checks import collected, find_token, with_absolute_paths
+from raycontrolnet.config.checks import find_token, with_absolute_paths
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.image_sizes import find_buckets
 from raycontrolnet.data.mixture import in_words as sources_in_words
-from raycontrolnet.data.sources import open_source
 from raycontrolnet.errors import ConfigError, Interrupted, end_told
 from raycontrolnet.latents.ensure import SEVERAL_MACHINES, complete, report_path
+from raycontrolnet.latents.inputs import check_inputs
 from raycontrolnet.latents.manifest import BadSample
 from raycontrolnet.latents.plan import LatentPlan, prepare_command
-from raycontrolnet.model.base_family import base_family
 from raycontrolnet.model.families.registry import families
-from raycontrolnet.model.problems import model_problems
 
 STANDS = "What is cached stands; the same command goes on from there."
 
@@ -64,19 +62,15 @@ def prepare(config: TrainConfig, *, stream: TextIO | None = None) -> PrepareResu
 def _prepare(config: TrainConfig, stream: TextIO) -> PrepareResult:
     started = time.monotonic()
     config = with_absolute_paths(config)
-    token, source = find_token(config.hub_token), None
-    problems = list(model_problems(config, token, elsewhere=runs_on_a_cluster(config)))
-    with collected(problems):
-        source = open_source(config, cache_dir=config.cache_dir, token=token, skip_bad=True)
-    if problems or source is None:
-        raise ConfigError(problems)
+    token = find_token(config.hub_token)
+    inputs = check_inputs(config, token, elsewhere=runs_on_a_cluster(config), skip_bad=True)
+    source, family = inputs.source, inputs.family or families()[0]
     if sources := sources_in_words(source, config):
         stream.write(f"data: {sources}\n")
-    family = base_family(config, token)
-    buckets = find_buckets(config, source, (family or families()[0]).resolution_multiple)
+    buckets = find_buckets(config, source, family.resolution_multiple)
     if buckets:
         stream.write("".join(f"{line}\n" for line in buckets.table()))
-    plan = LatentPlan.of(config, source, token, buckets)
+    plan = LatentPlan.of(config, source, family, token, buckets)
     plan.check_encoding()
     if changes := plan.changes():
         stream.write(f"latents: the data changed since ({changes}); what is new will be encoded\n")

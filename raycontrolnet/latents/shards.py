@@ -1,4 +1,10 @@
-"""A shard on its way into the latent cache: load its rows, encode them (`encoder`), store them."""
+"""A shard on its way into the latent cache.
+
+    Shard -> load -> LoadedShard of LoadedRow -> encode -> EncodedShard of EncodedRow -> store -> ShardResult
+
+A row that cannot be used becomes a BadSample, at any step. A shard that another process has stored meanwhile is a
+ShardResult from the first step on, and passes through the others.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +32,8 @@ from raycontrolnet.storage.folder import CacheFolder, writing_to
 if TYPE_CHECKING:
     from raycontrolnet.latents.encoder import LatentEncoder
 
-
-Exact = NDArray[np.float32]
+Posterior = NDArray[np.float32]
+"""Latents of an image as the encoder makes them; they are stored in the cache's type."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +153,8 @@ class EncodeJob:
             posteriors = encoder.encode([row.image for row in loaded.rows])
             flipped = encoder.encode([mirrored(row.image) for row in loaded.rows]) if both else [None] * len(posteriors)
         rows, bad_samples = [], list(loaded.bad_samples)
-        for row, exact, flipped_exact in zip(loaded.rows, posteriors, flipped, strict=True):
-            found = self._encoded(row, exact, flipped_exact)
+        for row, posterior, posterior_flipped in zip(loaded.rows, posteriors, flipped, strict=True):
+            found = self._encoded(row, posterior, posterior_flipped)
             if isinstance(found, EncodedRow):
                 rows.append(found)
             else:
@@ -156,9 +162,9 @@ class EncodeJob:
         content = shard_bytes(rows, bad_samples)
         return EncodedShard(ShardResult(StoredShard(loaded.name, len(rows), content.size), bad_samples), content)
 
-    def _encoded(self, row: LoadedRow, exact: Exact, flipped: Exact | None) -> EncodedRow | BadSample:
+    def _encoded(self, row: LoadedRow, posterior: Posterior, flipped: Posterior | None) -> EncodedRow | BadSample:
         """Return the row with its posterior, and with that of its mirror image if there is one."""
-        dtype, found = self.encoding.dtype, [each for each in (exact, flipped) if each is not None]
+        dtype, found = self.encoding.dtype, [each for each in (posterior, flipped) if each is not None]
         with np.errstate(over="ignore"):
             stored = [each.astype(dtype) for each in found]
         if all(np.isfinite(each).all() for each in stored):

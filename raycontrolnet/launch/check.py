@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 
@@ -21,17 +21,15 @@ from raycontrolnet.config.checks import (
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.image_sizes import find_buckets
 from raycontrolnet.data.mixture import in_words as sources_in_words
-from raycontrolnet.data.sources import open_source
 from raycontrolnet.errors import ConfigError
+from raycontrolnet.latents.inputs import check_inputs
 from raycontrolnet.latents.plan import posterior_bytes
 from raycontrolnet.launch import precision
-from raycontrolnet.launch.needs import Needs, count, known_family, memory_size, work
+from raycontrolnet.launch.needs import Needs, StepSpec, count, known_family, memory_size, work
 from raycontrolnet.launch.preflight import no_cache_because, wants_latents
-from raycontrolnet.model.base_family import base_family, objective_problems, size_problems
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.optimizers import try_optimizer
 from raycontrolnet.model.performance import has_bf16, working_precision
-from raycontrolnet.model.problems import model_problems
 from raycontrolnet.predict.devices import REACHED, peak_of
 from raycontrolnet.predict.prediction import GIB, MIB, RESERVED, Prediction, margin
 from raycontrolnet.storage.checkpoint import Checkpoint
@@ -119,21 +117,14 @@ def check(config: CheckConfig, *, stream: TextIO | None = None) -> Prediction:
     stream = stream or sys.stderr
     train = in_precision_of_device(config)
     config, token = replace(config, train=train), find_token(train.hub_token)
-    problems, source = list(missing_extras(train)), None
+    problems = list(missing_extras(train))
     if train.use_gpu is False:
         with collected(problems):
             check_device(False, train, has_gpu=False)
     with collected(problems):
         try_optimizer(train)
-    problems += model_problems(train, token)
-    with collected(problems):
-        source = open_source(train, cache_dir=train.cache_dir, token=token, skip_bad=train.on_bad_sample == "skip")
-    family = base_family(train, token) if not problems else None
-    problems += size_problems(train, family)
-    problems += objective_problems(train, train, token) if not problems else ()
-    if problems or source is None:
-        raise ConfigError(problems)
-    family = known_family(family, train)
+    inputs = check_inputs(train, token, problems, skip_bad=train.on_bad_sample == "skip")
+    source, family = inputs.source, known_family(inputs.family, train)
     refused: list[str] = []  # after the needs are said
     folder = run_folder(with_absolute_paths(train).output_dir)
     start = _start(train, folder, refused)
@@ -143,16 +134,15 @@ def check(config: CheckConfig, *, stream: TextIO | None = None) -> Prediction:
     with collected(refused):
         cached = cached and (start is not None or no_cache_because(train, len(source)) is None)
     buckets = find_buckets(train, source, family.resolution_multiple)
-    how: dict[str, Any] = {"cached": cached, "sizes": buckets.sizes if buckets else ()}
-    how["on_gpu"] = is_for_gpu(config)
-    device, needs = Device.of(config), Needs.of(train, token, count(train, token, **how), **how)
-    prediction = needs.prediction
+    step = StepSpec(train, token, cached, buckets.sizes if buckets else (), on_gpu=is_for_gpu(config))
+    device, prediction = Device.of(config), count(step)
+    needs = Needs.of(step, prediction)
     lines = [
         *_run_lines(family, train, schedule, cached=cached),
         *([f"data: {sources}"] if (sources := sources_in_words(source, train)) else []),
         *(buckets.table() if buckets else ()),
         *train.without_effect(),
-        *_memory_lines(prediction, train.train_batch_size, device_in_words(config, device), on_gpu=how["on_gpu"]),
+        *_memory_lines(prediction, train.train_batch_size, device_in_words(config, device), on_gpu=step.on_gpu),
         *_device_lines(needs, device),
         *_work_lines(prediction, schedule, device, config.price_per_hour),
         *_disk_lines(needs, schedule, len(source), cached=cached),

@@ -23,11 +23,13 @@ from raycontrolnet.data.source import Source
 from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.latents.cache import LatentCache
 from raycontrolnet.latents.plan import LatentPlan
+from raycontrolnet.model.families.family import Family
 from raycontrolnet.sampling import images
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training import validation
-from raycontrolnet.training.job import Job, RunCallback
+from raycontrolnet.training.job import Job
+from raycontrolnet.training.run_callback import RunCallback
 from raycontrolnet.training.schedule import Schedule
 
 
@@ -39,10 +41,10 @@ class CheckedRun:
     """With absolute paths and a seed."""
     folder: RunFolder
     source: Source
+    family: Family
+    """The base model's; the first one if this machine cannot look at it."""
     start: checkpoints.Checkpoint | None
     token: str | None = dataclasses.field(repr=False)
-    interpolation: str = "bilinear"
-    """Resizing of images, as asked for or as the base model's family has it."""
     not_cached_because: str | None = None
     """Reason why its latents would serve no other run, because no seed was given, in words."""
     cached: bool = False
@@ -63,6 +65,11 @@ class CheckedRun:
     def output_dir(self) -> Path:
         """The folder to write to on this machine."""
         return self.folder.path
+
+    @property
+    def interpolation(self) -> str:
+        """Resizing of images, as asked for or as the base model's family has it."""
+        return self.config.image_interpolation_mode or self.family.interpolation
 
     @property
     def bad_rows(self) -> tuple[int, ...]:

@@ -22,12 +22,13 @@ from raycontrolnet.cluster.resources import worker_resources
 from raycontrolnet.cluster.session import ray_session
 from raycontrolnet.config.checks import check_device, versions, with_absolute_paths
 from raycontrolnet.config.train_config import TrainConfig, changed_settings
-from raycontrolnet.errors import RunError, UserError, explained
+from raycontrolnet.errors import RunError, explained_once
 from raycontrolnet.hub import push
 from raycontrolnet.hub.licence import Licence, find_licence
 from raycontrolnet.hub.model_card import write_model_card
 from raycontrolnet.launch.checked_run import CheckedRun
-from raycontrolnet.launch.needs_beside import Counting, counting
+from raycontrolnet.launch.needs import StepSpec
+from raycontrolnet.launch.needs_beside import PendingNeeds, counting
 from raycontrolnet.launch.precision import trained_in, with_precision, workers_have_bf16
 from raycontrolnet.launch.preflight import check, choose_latents, ensure_latents
 from raycontrolnet.launch.workers import train_here, train_on_ray
@@ -38,8 +39,9 @@ from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.storage.stored_folder import run_folder
 from raycontrolnet.text import duration
 from raycontrolnet.training import held_out, validation
-from raycontrolnet.training.job import RUN_LOG, RunCallback
 from raycontrolnet.training.named_files import check_named_file
+from raycontrolnet.training.run_callback import RunCallback
+from raycontrolnet.training.run_log import RUN_LOG
 from raycontrolnet.training.status import RunStatus, live_status
 from raycontrolnet.training.store_sync import MODEL_CONFIG, final_files, run_folder_open
 
@@ -114,13 +116,13 @@ def _run_fit(config: TrainConfig, folder: RunFolder, stream: TextIO, callback: R
     run = choose_latents(check(config, folder), stream)
     check_named_file(config, folder)  # last: it warns of what the run will do
     likely = dataclasses.replace(run.config, mixed_precision=run.config.mixed_precision or trained_in(run.start))
-    sizes = run.buckets.sizes if run.buckets else ()
-    with counting(likely, run.token, cached=run.cached, sizes=sizes, wanted=callback is None) as needs:
+    step = StepSpec(likely, run.token, run.cached, run.buckets.sizes if run.buckets else ())
+    with counting(step, wanted=callback is None) as needs:
         return run_and_record(run, partial(_train, run, needs, stream, callback), stream, started)
 
 
 def _train(
-    run: CheckedRun, needs: Counting, stream: TextIO, callback: RunCallback | None, status: RunStatus
+    run: CheckedRun, needs: PendingNeeds, stream: TextIO, callback: RunCallback | None, status: RunStatus
 ) -> Trained:
     """Train in this process or on Ray; see `run_and_record`."""
     config, schedule = run.config, run.schedule(run.start)
@@ -157,7 +159,7 @@ def run_and_record(run: CheckedRun, train: Callable[[RunStatus], Trained], strea
         logging_to(output_dir / RUN_LOG),
         live_report(output_dir),
         live_status(output_dir, started, versions()) as status,
-        explained("The run", run.how_to_go_on, output_dir / RUN_LOG, unchanged=(UserError, RunError)),
+        explained_once("The run", run.how_to_go_on, output_dir / RUN_LOG),
     ):
         run, summary = train(status)
         last = run.last_checkpoint()

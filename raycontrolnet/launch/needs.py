@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, NamedTuple, TextIO
 
@@ -32,6 +32,25 @@ NO_GRAPHS = "--cuda_graphs off"
 
 
 @dataclass(frozen=True)
+class StepSpec:
+    """A step whose needs are counted: the settings of its run, and what else decides them. Pickles small."""
+
+    train: TrainConfig
+    token: str | None = field(default=None, repr=False)
+    """Token for private models on the Hub."""
+    cached: bool = False
+    """True if the run trains from cached latents."""
+    sizes: Sequence[Size] = ()
+    """Sizes of the buckets; empty for the resolution squared."""
+    on_gpu: bool = False
+    """True if the run's layers are those of a GPU."""
+
+    def with_settings(self, **changes: Any) -> StepSpec:
+        """Return the step with some of its run's settings changed."""
+        return replace(self, train=replace(self.train, **changes))
+
+
+@dataclass(frozen=True)
 class Needs:
     """The needs of a run's step."""
 
@@ -41,13 +60,9 @@ class Needs:
     """Call it with settings that differ, for the prediction with them; takes seconds."""
 
     @staticmethod
-    def of(
-        train: TrainConfig, token: str | None, prediction: Prediction, *, cached: bool,
-        sizes: Sequence[Size] = (), on_gpu: bool = False,
-    ) -> Needs:  # fmt: skip
-        """Return the needs by a prediction that has been made; arguments as of `count`."""
-        how: dict[str, Any] = {"cached": cached, "sizes": sizes, "on_gpu": on_gpu}
-        return Needs(train, prediction, cache(lambda **changes: count(replace(train, **changes), token, **how)))
+    def of(step: StepSpec, prediction: Prediction) -> Needs:
+        """Return the needs of a step by its prediction, which has been made."""
+        return Needs(step.train, prediction, cache(lambda **changes: count(step.with_settings(**changes))))
 
     @property
     def memory(self) -> float:
@@ -168,25 +183,18 @@ class _Way(NamedTuple):
         yield self._replace(flags=flags, at=lambda size: self.at(size).without_graphs())
 
 
-def count(
-    train: TrainConfig, token: str | None, *, cached: bool, sizes: Sequence[Size] = (), on_gpu: bool = False
-) -> Prediction:
+def count(step: StepSpec) -> Prediction:
     """Predict a run's step by configurations alone; takes seconds.
-
-    Args:
-        token: for private models on the Hub.
-        cached: the run trains from cached latents.
-        sizes: of the buckets; empty for the resolution squared.
-        on_gpu: the run's layers are those of a GPU.
 
     Raises:
         UserError: if a configuration cannot be read.
     """
-    family = known_family(base_family(train, token), train)
-    base = base_files(train, token, (f"{family.denoiser}/config.json",), from_cache=True)
+    train = step.train
+    family = known_family(base_family(train, step.token), train)
+    base = base_files(train, step.token, (f"{family.denoiser}/config.json",), from_cache=True)
     dtype = working_precision(train.mixed_precision)
-    with shaped(family, base, train, vae=_vae_files(train, token), dtype=dtype) as components:
-        prediction = predict(components, train, cached=cached, sizes=sizes, on_gpu=on_gpu)
+    with shaped(family, base, train, vae=_vae_files(train, step.token), dtype=dtype) as components:
+        prediction = predict(components, train, cached=step.cached, sizes=step.sizes, on_gpu=step.on_gpu)
         shapes = [tuple(each.shape) for each in components.controlnet.parameters() if each.requires_grad]
     # Outside, where tensors have data.
     return replace(prediction, moment_bytes=state_bytes_per_weight(train, shapes))

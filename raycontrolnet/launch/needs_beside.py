@@ -12,7 +12,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,9 +20,8 @@ from typing import IO, NamedTuple, TextIO
 
 from raycontrolnet.cluster.session import runs_on_a_cluster
 from raycontrolnet.config.train_config import TrainConfig
-from raycontrolnet.data.records import Size
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.launch.needs import Needs, WorkerMemory, count, gpu_bytes, gpu_here, host_share, say_needs
+from raycontrolnet.launch.needs import Needs, StepSpec, WorkerMemory, count, gpu_bytes, gpu_here, host_share, say_needs
 from raycontrolnet.launch.precision import BF16
 from raycontrolnet.model.size import controlnet_bytes_at_least
 from raycontrolnet.training.schedule import Schedule
@@ -35,11 +34,7 @@ PATIENCE_S = 30.0
 """Time that a run waits for the count once Ray has started."""
 
 
-Given = tuple[TrainConfig, str | None, bool, Sequence[Size]]
-"""Arguments of `count`."""
-
-
-class Counted(NamedTuple):
+class CountedNeeds(NamedTuple):
     """The result of the process."""
 
     needs: Needs
@@ -63,12 +58,13 @@ class CannotFit(ConfigError):
 
 
 @dataclass
-class Counting:
+class PendingNeeds:
     """A count under way."""
 
     _process: subprocess.Popen[bytes] | None
     """None if nothing is counted."""
-    _given: Given
+    _asked: StepSpec
+    """The step, of which the process finds precision and device."""
     _output: IO[bytes]
     _log: IO[bytes]
 
@@ -109,7 +105,7 @@ class Counting:
         if problem and (most := memory.bytes):
             raise CannotFit(problem, lambda size: needs.may_fit(size, most))
 
-    def result(self) -> Counted | None:
+    def result(self) -> CountedNeeds | None:
         """Wait for the count; None if there is none, or if it fails or takes too long, which stops no run."""
         if self._process is None:
             return None
@@ -120,9 +116,8 @@ class Counting:
                 return None
             self._output.seek(0)
             train, for_gpus, prediction, here = pickle.load(self._output)
-            _, token, cached, sizes = self._given
-            needs = Needs.of(train, token, prediction, cached=cached, sizes=sizes, on_gpu=for_gpus)
-            return Counted(needs, here, for_gpus)
+            step = replace(self._asked, train=train, on_gpu=for_gpus)
+            return CountedNeeds(Needs.of(step, prediction), here, for_gpus)
         except subprocess.TimeoutExpired:
             self._process.kill()  # it would take a CPU from the training
             self._process.wait()
@@ -133,27 +128,23 @@ class Counting:
 
 
 @contextmanager
-def counting(
-    train: TrainConfig, token: str | None, *, cached: bool, sizes: Sequence[Size] = (), wanted: bool = True
-) -> Iterator[Counting]:
+def counting(step: StepSpec, *, wanted: bool = True) -> Iterator[PendingNeeds]:
     """Count the needs of a run beside what is done inside, unless it is small or not `wanted`.
 
     Args:
-        token: for private models on the Hub.
-        cached: the run trains from cached latents.
-        sizes: of the buckets; empty for the resolution squared.
+        step: of the run; its precision, if it has none, and its device are those that are likely.
     """
-    if train.use_gpu is None and runs_on_a_cluster(train):
-        train = replace(train, use_gpu=True)  # if these are CPUs, they are not told
-    process, given = None, (train, token, cached, sizes)
+    if step.train.use_gpu is None and runs_on_a_cluster(step.train):
+        step = step.with_settings(use_gpu=True)  # if these are CPUs, they are not told
+    process = None
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as log:
-        if wanted and not is_small(train):
+        if wanted and not is_small(step.train):
             try:
-                process = _start(pickle.dumps(given), output, log)
+                process = _start(pickle.dumps(step), output, log)
             except OSError:
                 logger.warning("needs could not be counted", exc_info=True)
         try:
-            yield Counting(process, given, output, log)
+            yield PendingNeeds(process, step, output, log)
         finally:
             if process is not None:
                 process.kill()
@@ -181,7 +172,7 @@ def is_small(train: TrainConfig) -> bool:
     return 0 < controlnet_bytes_at_least(train) < SMALL
 
 
-def _start(given: bytes, output: IO[bytes], log: IO[bytes]) -> subprocess.Popen[bytes]:
+def _start(pickled_step: bytes, output: IO[bytes], log: IO[bytes]) -> subprocess.Popen[bytes]:
     package = str(Path(__file__).parents[2])
     paths = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
@@ -193,7 +184,7 @@ def _start(given: bytes, output: IO[bytes], log: IO[bytes]) -> subprocess.Popen[
     )
     assert process.stdin
     with suppress(OSError), process.stdin as pipe:  # it may have failed already
-        pipe.write(given)
+        pipe.write(pickled_step)
     return process
 
 
@@ -201,11 +192,11 @@ def main() -> None:
     """Count the run on the standard input, and write the result to the standard output."""
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # for what libraries print
-    train, token, cached, sizes = pickle.load(sys.stdin.buffer)
+    step: StepSpec = pickle.load(sys.stdin.buffer)
     here = gpu_here()
-    train, for_gpus = in_likely_precision(train, has_gpu=here is not None)
+    train, for_gpus = in_likely_precision(step.train, has_gpu=here is not None)
     with output:
-        prediction = count(train, token, cached=cached, sizes=sizes, on_gpu=for_gpus)
+        prediction = count(replace(step, train=train, on_gpu=for_gpus))
         pickle.dump((train, for_gpus, prediction, here), output)
 
 

@@ -22,10 +22,11 @@ from raycontrolnet.config.checks import (
 )
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.image_sizes import find_buckets
-from raycontrolnet.data.sources import open_source, shared_files
+from raycontrolnet.data.sources import shared_files
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.hub import push
 from raycontrolnet.latents.ensure import SEVERAL_MACHINES, ensure
+from raycontrolnet.latents.inputs import check_inputs
 from raycontrolnet.latents.plan import LatentPlan, lacks_seed, prepare_command
 from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.launch.resumed_run import (
@@ -35,15 +36,10 @@ from raycontrolnet.launch.resumed_run import (
     warn_of_changes,
     with_held_out_rows,
 )
-from raycontrolnet.model.base_family import (
-    base_family,
-    bucket_warning,
-    objective_problems,
-    size_problems,
-)
+from raycontrolnet.model.base_family import bucket_warning
 from raycontrolnet.model.families.registry import families
 from raycontrolnet.model.optimizers import try_optimizer
-from raycontrolnet.model.problems import model_files, model_problems
+from raycontrolnet.model.problems import model_files
 from raycontrolnet.model.size import controlnet_bytes_at_least
 from raycontrolnet.sampling import images
 from raycontrolnet.storage import checkpoint as checkpoints
@@ -71,7 +67,6 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
     """
     problems = check_trackers(config)
     token, elsewhere = find_token(config.hub_token), runs_on_a_cluster(config)
-    problems += model_problems(config, token, elsewhere=elsewhere)
     if not elsewhere:
         with collected(problems):
             check_device(config.use_gpu, config, has_gpu=torch.cuda.is_available())
@@ -83,37 +78,33 @@ def check(config: TrainConfig, folder: RunFolder) -> CheckedRun:
         problems.append(problem)
     else:
         checkpoints.remove_leftovers(folder.path)
-    start, source = None, None
+    start = None
     with collected(problems):
         start = resolve(config.resume_from_checkpoint, folder)
     with collected(problems):
         images.check(config.validation_pairs, validation.FLAG)
-    with collected(problems):
-        source = open_source(config, cache_dir=config.cache_dir, token=token, skip_bad=config.on_bad_sample == "skip")
-    if start is not None and not problems:
-        problems += checkpoint_problems(config, start, token)
-    family = base_family(config, token) if not problems else None
-    problems += size_problems(config, family)
-    problems += objective_problems(config, config, token) if not problems else ()
-    if problems or source is None:
-        raise ConfigError(problems)
+    inputs = check_inputs(
+        config,
+        token,
+        problems,
+        elsewhere=elsewhere,
+        skip_bad=config.on_bad_sample == "skip",
+        of_start=checkpoint_problems(config, start, token) if start else (),
+    )
+    source, family = inputs.source, inputs.family or families()[0]
     config = with_held_out_rows(config, len(source), start)
     not_cached_because = None if start else no_cache_because(config, len(source))
     if config.seed is None:
         config = dataclasses.replace(config, seed=start.seed if start else secrets.randbelow(2**31))
     if start is not None:
         warn_of_changes(config, start, source)
-    family = family or families()[0]
     buckets = find_buckets(config, source, family.resolution_multiple)
     if warning := bucket_warning(buckets, family):
         logger.warning("%s", warning)
     if start is not None:
         check_buckets(config, buckets, start)
     files = shared_files(source, config)
-    interpolation = config.image_interpolation_mode or family.interpolation
-    run = CheckedRun(
-        config, folder, source, start, token, interpolation, not_cached_because, buckets=buckets, files=files
-    )
+    run = CheckedRun(config, folder, source, family, start, token, not_cached_because, buckets=buckets, files=files)
     if not folder.is_stored:
         weights = controlnet_bytes_at_least(config)
         check_room(folder, weights, run.schedule(start), start.step if start else 0, config, least=True)
@@ -208,7 +199,7 @@ def _fitting_cache(run: CheckedRun, stream: TextIO, *, one_machine: bool = True)
             raise ConfigError([f"--latents_cache_dir: {SEVERAL_MACHINES}"])
         stream.write(f"latents: not cached; to train faster, give --latents_cache_dir ({SEVERAL_MACHINES})\n")
         return None
-    plan = LatentPlan.of(config, run.source, run.token, run.buckets)
+    plan = LatentPlan.of(config, run.source, run.family, run.token, run.buckets)
     plan.check_encoding()
     if changes := plan.changes():
         problem = f"the data changed since its latents were cached in {plan.folder.uri}: {changes}"

@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TextIO
 
-from raycontrolnet.errors import explained, tell_meanwhile
+from raycontrolnet.errors import always_explained, tell_meanwhile
 from raycontrolnet.launch.checked_run import CheckedRun
 from raycontrolnet.report.progress import Progress, progress
 from raycontrolnet.signals import ended_in_order
 from raycontrolnet.training import metrics
 from raycontrolnet.training.failures import read_failure, read_hang
-from raycontrolnet.training.job import RUN_LOG, Job, RunCallback, ask_to_stop, begin, end
+from raycontrolnet.training.job import Job
+from raycontrolnet.training.run_callback import RunCallback
+from raycontrolnet.training.run_log import RUN_LOG
+from raycontrolnet.training.run_marks import ask_to_stop, mark_folder, remove_marks
 from raycontrolnet.training.status import RunStatus
 from raycontrolnet.training.store_sync import DRIVERS
 
@@ -93,10 +96,10 @@ def running(
             )
         )
     )
-    begin(run.folder, job)
+    mark_folder(run.folder, job)
     run.folder.push(*DRIVERS)
     orderly = _OrderlyEnd(run, status, stream, answers)
-    with explained("The run", run.how_to_go_on, run.output_dir / RUN_LOG, unchanged=()):
+    with always_explained("The run", run.how_to_go_on, run.output_dir / RUN_LOG):
         try:
             ends = ended_in_order(orderly.begin, orderly.last_words, look_s=LOOK_S, still_ends=orderly.goes_on)
             with ends, shown:
@@ -106,4 +109,4 @@ def running(
                 raise failure from error
             raise
         finally:
-            end(run.folder)
+            remove_marks(run.folder)

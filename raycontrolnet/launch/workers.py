@@ -19,7 +19,7 @@ from raycontrolnet.training import held_out, metrics, validation
 from raycontrolnet.training.background import repeating
 from raycontrolnet.training.failures import read_failure
 from raycontrolnet.training.host_memory import variables_for_kept_memory
-from raycontrolnet.training.job import RunCallback, RunStopped
+from raycontrolnet.training.run_callback import RunCallback, RunStopped
 from raycontrolnet.training.saver import writes_finished
 from raycontrolnet.training.schedule import due_steps
 from raycontrolnet.training.status import RunStatus

@@ -17,6 +17,7 @@ from raycontrolnet.model.families.registry import (
     denoiser_configs,
     families,
     family_of,
+    family_or_first,
 )
 from raycontrolnet.model.files import SCHEDULER_CONFIG, ModelFiles, NotKnown, NotThere, local_files
 from raycontrolnet.model.single_file import NotABase, base_files
@@ -37,20 +38,25 @@ def config_of_denoiser(model: ModelConfig, token: str | None) -> dict[str, Any]:
         return {}
 
 
-def objective_problems(model: ModelConfig, objective: ObjectiveConfig, token: str | None) -> Iterator[str]:
-    """Yield a problem for each setting of the objective that the base model cannot have, if this machine sees it."""
-    if not any(getattr(objective, name) for name in OBJECTIVE_SETTINGS):
+def objective_problems(
+    model: ModelConfig, objective: ObjectiveConfig, family: Family | None, token: str | None
+) -> Iterator[str]:
+    """Yield a problem for each setting of the objective that the base model cannot have, if this machine sees it.
+
+    Args:
+        family: of the base model, as `base_family` finds it.
+    """
+    if family is None or not any(getattr(objective, name) for name in OBJECTIVE_SETTINGS):
         return
-    if family := base_family(model, token):
-        with suppress(NotABase, NotKnown, NotThere, OSError):
-            if scheduler := base_files(model, token, (SCHEDULER_CONFIG,), from_cache=True).read_json(SCHEDULER_CONFIG):
-                yield from family.objective_problems(objective, scheduler)
+    with suppress(NotABase, NotKnown, NotThere, OSError):
+        if scheduler := base_files(model, token, (SCHEDULER_CONFIG,), from_cache=True).read_json(SCHEDULER_CONFIG):
+            yield from family.objective_problems(objective, scheduler)
 
 
 def family_in(files: ModelFiles) -> Family:
     """Return the family of a base model by its denoiser, or else its model_index.json; the first if they do not say."""
     if config := denoiser_config(files):
-        return family_of(config) or families()[0]
+        return family_or_first(config)
     index = files.read_json("model_index.json")
     of_index = (each for each in families() if class_in(index, each.denoiser) in each.part_classes[each.denoiser])
     return next(of_index, families()[0])
@@ -64,12 +70,7 @@ def base_family(model: ModelConfig, token: str | None) -> Family | None:
 
 def family_of_saved(controlnet: Path) -> Family:
     """Return the family of bases that the ControlNet in this folder is for; the first one if its files do not say."""
-    return family_of(local_files(controlnet).read_json("config.json")) or families()[0]
-
-
-def interpolation_of(model: ModelConfig, asked: str | None, token: str | None) -> str:
-    """Return how images are resized: as asked, or else as the family of the base model has it."""
-    return asked or (base_family(model, token) or families()[0]).interpolation
+    return family_or_first(local_files(controlnet).read_json("config.json"))
 
 
 def resolution_problem(resolution: int, family: Family) -> str | None:

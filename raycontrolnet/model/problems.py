@@ -12,7 +12,13 @@ from raycontrolnet.config.settings import ModelConfig
 from raycontrolnet.config.train_config import names_with
 from raycontrolnet.model import kinds
 from raycontrolnet.model.base_family import family_in
-from raycontrolnet.model.families.registry import controlnet_classes, denoiser_configs, families, family_of
+from raycontrolnet.model.families.registry import (
+    controlnet_classes,
+    denoiser_configs,
+    families,
+    family_of,
+    family_or_first,
+)
 from raycontrolnet.model.files import (
     LFS_POINTER,
     SCHEDULER_CONFIG,
@@ -70,7 +76,7 @@ def model_problems(
     if problem := mismatch(configs.get(CONTROLNET, {}), configs.get(BASE, {})):
         yield f"--{controlnet_flag}={model.controlnet_model_name_or_path}: {problem}"
     channels, base = configs.get(VAE, {}).get("latent_channels"), configs.get(BASE, {})
-    family = family_of(base) or families()[0]
+    family = family_or_first(base)
     if None not in (channels, taken := family.latent_channels(base)) and channels != taken:
         problem = f"its latents have {channels} channels, the base model's {family.denoiser_title} takes {taken}"
         yield _other_vae(model, problem)

@@ -52,7 +52,7 @@ FORMULAS: dict[Any, Callable[..., int]] = {
 
 
 @dataclass(frozen=True)
-class Counted:
+class StepCost:
     """One step, forward and backward, of a batch."""
 
     flop: int
@@ -117,11 +117,11 @@ class StepCounter(TorchDispatchMode):
         per_sample, base = divmod(number, self._batch_size)
         return Amount(base, per_sample)
 
-    def of(self, batch_size: int) -> Counted:
+    def of(self, batch_size: int) -> StepCost:
         """Return the counts of a batch: of any if the step's was `MARK`, else of that."""
         alive = accumulate(sign * amount.of(batch_size) for sign, amount in self._memory)
         flop = sum(amount.of(batch_size) for amount in self._flop)
-        return Counted(flop, max(alive, default=0), self._dispatches)
+        return StepCost(flop, max(alive, default=0), self._dispatches)
 
 
 def count_steps(
@@ -131,7 +131,7 @@ def count_steps(
     *,
     cached: bool,
     objective: ObjectiveConfig = PLAIN,
-) -> tuple[Counted, ...]:
+) -> tuple[StepCost, ...]:
     """Count steps of several batches at `resolution`, squared or (height, width), from the cache or from pixels.
 
     It is done once, for all of them.

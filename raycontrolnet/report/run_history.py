@@ -17,8 +17,8 @@ from raycontrolnet.sampling.find_controlnet import CONFIG_FILE
 from raycontrolnet.sampling.scores import Fidelity
 from raycontrolnet.storage.files import read_json
 from raycontrolnet.training import held_out, metrics, validation
-from raycontrolnet.training.job import TIMINGS_FILE
 from raycontrolnet.training.status import read_status
+from raycontrolnet.training.timings import TIMINGS_FILE
 
 UPDATE_COLUMNS = ("step", "loss", "lr", "samples", "images_per_second", "time")
 MEASUREMENT = ("step", "val_loss", "val_loss_shuffled", "control_gap", "control_gap_error")

@@ -154,24 +154,25 @@ def _check(config: GenerateConfig) -> _Task:
         raise ConfigError(problems)
     device = torch.device("cuda" if use_gpu else "cpu")
     allow_tf32, token = settings.get("allow_tf32", False), find_token(config.hub_token)
-    family = base_family(model, token) or families()[0]
+    seen = base_family(model, token)
+    family = seen or families()[0]
     options = _options(config, settings.get("image_interpolation_mode"), family)
     if settings.get("aspect_buckets") and given.resolution is None:
         sizes = bucket_sizes(options.resolution, family.resolution_multiple)
         options = dataclasses.replace(options, bucket_sizes=sizes)
     if problem := resolution_problem(options.resolution, family):
         raise ConfigError([problem])
-    if problems := _schedule_problems(config, given, model, token):
+    if problems := _schedule_problems(config, given, model, seen, token):
         raise ConfigError(problems)
     return _Task(config, model, items, options, out, device, allow_tf32, token)
 
 
 def _schedule_problems(
-    config: GenerateConfig, given: GenerateConfig, model: ModelConfig, token: str | None
+    config: GenerateConfig, given: GenerateConfig, model: ModelConfig, family: Family | None, token: str | None
 ) -> list[str]:
     """Return why the base model cannot draw with the noise that the settings or the run have."""
     advice = "" if given.rescale_betas_zero_snr else "; the run has it, --rescale_betas_zero_snr False draws without"
-    return [f"{problem}{advice}" for problem in objective_problems(model, _objective(config), token)]
+    return [f"{problem}{advice}" for problem in objective_problems(model, _objective(config), family, token)]
 
 
 def _objective(config: GenerateConfig) -> ObjectiveConfig:

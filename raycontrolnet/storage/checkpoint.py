@@ -18,11 +18,11 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from raycontrolnet.storage.files import (
     OLD_SUFFIX,
@@ -36,6 +36,8 @@ from raycontrolnet.storage.files import (
 )
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
@@ -172,19 +174,35 @@ def latest_sound(output_dir: Path, run_id: str | None = None) -> Checkpoint | No
     Raises:
         OSError: if the files cannot be read now; another try may find them.
     """
+
+    def opened(path: Path) -> Checkpoint | None:
+        checkpoint = Checkpoint.open(path)
+        if run_id not in (None, checkpoint.run_id):
+            return None
+        checkpoint.check_bytes()
+        return checkpoint
+
+    ours = (path for path in reversed(_folders(output_dir)) if (path / MANIFEST_FILE).exists())
+    return first_sound(ours, opened, shown=str)
+
+
+def first_sound(
+    candidates: Iterable[T], opened: Callable[[T], Checkpoint | None], shown: Callable[[T], str]
+) -> Checkpoint | None:
+    """Return the first checkpoint that is undamaged, and warn of those before it.
+
+    Args:
+        opened: returns the checkpoint of a candidate, its bytes checked; None to pass it over. Raises ValueError for
+            damage.
+        shown: returns the place of a candidate, for the warnings.
+    """
     damaged, found = [], None
-    for path in reversed(_folders(output_dir)):
-        if not (path / MANIFEST_FILE).exists():  # another program's
-            continue
+    for candidate in candidates:
         try:
-            checkpoint = Checkpoint.open(path)
-            if run_id is not None and checkpoint.run_id != run_id:
-                continue
-            checkpoint.check_bytes()
+            found = opened(candidate)
         except ValueError as error:
-            damaged.append(f"{path}: {error}")
-        else:
-            found = checkpoint
+            damaged.append(f"{shown(candidate)}: {error}")
+        if found:
             break
     for problem in damaged:
         logger.warning("%s%s", problem, f"; {found.path.name} is used instead" if found else "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -13,17 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from raycontrolnet.errors import RunError, UserError
-from raycontrolnet.signals import haste
 from raycontrolnet.storage.files import PARTIAL_SUFFIX, replacing
 from raycontrolnet.storage.left_requests import LeftError, unless_left
-from raycontrolnet.storage.store_requests import RUN_WAITS_S, is_lasting, reason
+from raycontrolnet.storage.store_requests import RUN_WAITS_S, is_lasting, reason, tried_again
 from raycontrolnet.storage.uri import UNUSABLE, as_path, check_bucket, open_uri, shown_uri, unusable
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from pyarrow import fs
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -60,25 +56,24 @@ class CacheFolder:
         Raises:
             OSError: the storage still fails; for a store with the reason in one bounded line, without keys.
         """
-        waits = list(DISK_WAITS_S if self.is_local else RUN_WAITS_S)
-        while True:
-            try:
-                found = attempt() if self.is_local else unless_left(attempt)
-            except FileNotFoundError:
-                self._answered.add(True)
+        request = attempt if self.is_local else partial(unless_left, attempt)
+        waits_s = DISK_WAITS_S if self.is_local else RUN_WAITS_S
+        try:
+            found = tried_again(request, waits_s, self._is_final, f"{self.name} cannot be reached")
+        except FileNotFoundError:
+            self._answered.add(True)
+            raise
+        except LeftError:
+            raise
+        except OSError as error:
+            if self.is_local or not self.is_unreachable(error):
                 raise
-            except LeftError:
-                raise
-            except OSError as error:
-                if not self.is_unreachable(error):
-                    raise
-                if not waits or is_lasting(error):
-                    raise (error if self.is_local else OSError(reason(error))) from None
-                logger.warning("%s cannot be reached, and is tried again: %s", self.name, reason(error))
-            else:
-                self._answered.add(True)
-                return found
-            haste().sleep(waits.pop(0))
+            raise OSError(reason(error)) from None
+        self._answered.add(True)
+        return found
+
+    def _is_final(self, error: OSError) -> bool:
+        return is_lasting(error) or not self.is_unreachable(error)
 
     def failure(self, error: Exception) -> UserError | RunError:
         """Return the error for a folder that cannot be reached: bad input, or a failed run if it answered before."""

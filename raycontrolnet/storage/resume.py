@@ -37,29 +37,44 @@ def resolve(resume_from_checkpoint: str | None, folder: RunFolder) -> Checkpoint
     flag = f"--resume_from_checkpoint={shown_uri(resume_from_checkpoint)}"
     if resume_from_checkpoint == "latest":
         return _latest(folder, present, flag)
-    names = _names(present)
-    path, found = Path(resume_from_checkpoint), None
-    if not path.is_absolute() and path.name == str(path):
-        found = next((each for each in present if each.path.name == path.name), None)
-        if found or (not folder.is_stored and (folder.path / path.name).is_dir()):
-            path = folder.path / path.name
+    path = Path(resume_from_checkpoint)
+    found = next((each for each in present if each.path.name == str(path)), None)
     if is_uri(resume_from_checkpoint):
-        if not folder.is_stored:
-            problem = "must be a name in --output_dir, such as checkpoint-500, or a folder on a disk"
-            raise ConfigError([f"{flag}: {problem}; complete in {folder.shown}: {names}"])
-        try:
-            found = checkpoint_at(resume_from_checkpoint, folder)
-        except OSError as error:
-            raise ConfigError([f"{flag}: {unusable(error)}"]) from None
-    if not found and not path.is_dir():
-        raise ConfigError([f"{flag}: no such folder; complete in {folder.shown}: {names}"])
-    if not found and _is_of_others(path):
-        raise ConfigError([f"{flag}: {_of_others(path)}"])
+        found = _at_uri(resume_from_checkpoint, folder, present, flag)
+    elif found:
+        path = found.path
+    else:
+        path = _other_folder(path, folder, present, flag)
     try:
         return folder.sound(found or Checkpoint.open(path.resolve()))
     except (ValueError, OSError) as error:
         others = _names([each for each in present if each.path.resolve() != path.resolve()])
         raise ConfigError([f"{flag}: {error}; complete in {folder.shown}: {others}"]) from None
+
+
+def _at_uri(uri: str, folder: RunFolder, present: Sequence[Checkpoint], flag: str) -> Checkpoint:
+    """Return the complete checkpoint that a URI names."""
+    problem = "must be a name in --output_dir, such as checkpoint-500, or a folder on a disk"
+    if folder.is_stored:
+        problem = "no such folder"
+        try:
+            if found := checkpoint_at(uri, folder):
+                return found
+        except OSError as error:
+            raise ConfigError([f"{flag}: {unusable(error)}"]) from None
+    raise ConfigError([f"{flag}: {problem}; complete in {folder.shown}: {_names(present)}"])
+
+
+def _other_folder(path: Path, folder: RunFolder, present: Sequence[Checkpoint], flag: str) -> Path:
+    """Return the folder on this machine that is no complete checkpoint of `folder`: a damaged one, or another run's."""
+    is_name = path.name == str(path)
+    if is_name and not folder.is_stored and (folder.path / path).is_dir():
+        path = folder.path / path
+    if not path.is_dir():
+        raise ConfigError([f"{flag}: no such folder; complete in {folder.shown}: {_names(present)}"])
+    if _is_of_others(path):
+        raise ConfigError([f"{flag}: {_of_others(path)}"])
+    return path
 
 
 def checkpoint_at(place: str, folder: RunFolder) -> Checkpoint | None:

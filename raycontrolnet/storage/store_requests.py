@@ -36,11 +36,10 @@ _SECRET_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_
 
 
 def reached(attempt: Callable[[], T], waits_s: Sequence[float] | None = None) -> T:
-    """Return what `attempt` gets from a store.
+    """Return what `attempt` gets from a store, tried again while the network fails.
 
     Args:
-        waits_s: seconds to wait before it is tried again, once for each, if the network is to blame; by default
-            `READ_WAITS_S`.
+        waits_s: see `tried_again`; by default `READ_WAITS_S`.
 
     Raises:
         FileNotFoundError, NotADirectoryError: if there is no such thing.
@@ -48,22 +47,40 @@ def reached(attempt: Callable[[], T], waits_s: Sequence[float] | None = None) ->
         LeftError: a second signal has come.
         OSError: with the reason in one bounded line, without keys.
     """
-    waits = list(READ_WAITS_S if waits_s is None else waits_s)
-    while True:
+    waits_s = READ_WAITS_S if waits_s is None else waits_s
+    try:
+        return tried_again(lambda: unless_left(attempt), waits_s, is_lasting, "an object store failed")
+    except (FileNotFoundError, NotADirectoryError, FolderClosedError, LeftError):
+        raise
+    except Exception as error:  # noqa: BLE001 - pyarrow and fsspec raise ValueError, ImportError and more
+        raise OSError(reason(error)) from None
+
+
+def tried_again(
+    attempt: Callable[[], T], waits_s: Sequence[float], is_final: Callable[[OSError], bool], problem: str
+) -> T:
+    """Return what `attempt` returns; while it raises an OSError that is not final, wait and try again.
+
+    Args:
+        waits_s: seconds to wait before each further try; after the last, the error is raised.
+        is_final: says of an error that another try cannot change it.
+        problem: for the log, as "s3://bucket cannot be reached".
+    """
+    for wait_s in waits_s:
         try:
-            return unless_left(attempt)
-        except (FileNotFoundError, NotADirectoryError, FolderClosedError, LeftError):
-            raise
-        except Exception as error:  # noqa: BLE001 - pyarrow and fsspec raise ValueError, ImportError and more
-            if not waits or not isinstance(error, OSError) or is_lasting(error):
-                raise OSError(reason(error)) from None
-            logger.warning("an object store failed, and is tried again: %s", reason(error))
-        haste().sleep(waits.pop(0))
+            return attempt()
+        except OSError as error:
+            if is_final(error):
+                raise
+            logger.warning("%s, and is tried again: %s", problem, reason(error))
+        haste().sleep(wait_s)
+    return attempt()
 
 
 def is_lasting(error: OSError) -> bool:
     """Check whether another try cannot change `error`, of a store or a disk."""
-    return isinstance(error, (PermissionError, NotADirectoryError)) or _LASTING.search(str(error)) is not None
+    lasting = (FileNotFoundError, NotADirectoryError, PermissionError, FolderClosedError, LeftError)
+    return isinstance(error, lasting) or _LASTING.search(str(error)) is not None
 
 
 def reason(error: Exception, longest: int = _LONGEST_REASON) -> str:

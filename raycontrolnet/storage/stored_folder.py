@@ -8,7 +8,6 @@ of each other by the store alone.
 from __future__ import annotations
 
 import hashlib
-import logging
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -25,8 +24,6 @@ from raycontrolnet.storage.object_store import ObjectStore, Stored, side_by_side
 from raycontrolnet.storage.run_folder import RunFolder, files_in, folder_of, matching
 from raycontrolnet.storage.uri import child_uri, is_uri, shown_uri, split_uri
 from raycontrolnet.text import error_message
-
-logger = logging.getLogger(__name__)
 
 DRIVER, WORKER = "driver", "worker"
 FETCHING_FILE = ".fetching"
@@ -95,16 +92,8 @@ class StoredFolder(RunFolder):
         return sorted((each for each in found if run_id in (None, each.run_id)), key=lambda each: each.step)
 
     def latest_sound(self, run_id: str | None = None) -> Checkpoint | None:
-        damaged, found = [], None
-        for each in reversed(self.checkpoints(run_id)):
-            try:
-                found = self.sound(each)
-                break
-            except ValueError as error:
-                damaged.append(f"{self.shown}/{each.path.name}: {error}")
-        for problem in damaged:
-            logger.warning("%s%s", problem, f"; {found.path.name} is used instead" if found else "")
-        return found
+        newest_first = reversed(self.checkpoints(run_id))
+        return checkpoints.first_sound(newest_first, self.sound, lambda each: f"{self.shown}/{each.path.name}")
 
     def sound(self, checkpoint: Checkpoint) -> Checkpoint:
         if checkpoint.uri:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pyarrow import fs
 
 UNUSABLE = (OSError, ValueError, ImportError, NotImplementedError)
-"""Errors of pyarrow for a URI that it does not know, or cannot reach."""
+"""Errors of pyarrow for a URI that it does not know, was built without, or cannot reach."""
 STORES_WITH_BUCKETS = ("s3", "gcs")
 """pyarrow's names of file systems in which nothing can be written where there is no bucket."""
 
@@ -85,7 +85,8 @@ def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
     """Return the file system of `uri`, and the path in it; for S3 AWS_* variables tell keys and address.
 
     Raises:
-        OSError, ValueError, ImportError: if pyarrow does not know it, or it cannot be reached.
+        OSError, ValueError, ImportError, NotImplementedError: if pyarrow does not know it, was built without it, or it
+            cannot be reached; see `UNUSABLE`.
     """
     from pyarrow import fs
 
@@ -112,7 +113,7 @@ def check_bucket(uri: str) -> None:
     """Check that the bucket of `uri` is there and may be read.
 
     Raises:
-        OSError, ValueError, ImportError: if not.
+        OSError, ValueError, ImportError, NotImplementedError: if not; see `UNUSABLE`.
     """
     from pyarrow.fs import FileType
 

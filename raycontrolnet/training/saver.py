@@ -9,7 +9,7 @@ alone. Where Ray is to end this process, as others of the run have failed, it is
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -25,15 +25,16 @@ from raycontrolnet.storage.checkpoint import name_of
 from raycontrolnet.text import file_size
 from raycontrolnet.training.background import begun
 from raycontrolnet.training.failures import failures_recorded
-from raycontrolnet.training.job import Job, log_of
+from raycontrolnet.training.job import Job
 from raycontrolnet.training.metrics import PhaseClock
+from raycontrolnet.training.run_log import log_of
 from raycontrolnet.training.state import StateParts, state_parts, write_parts
 from raycontrolnet.training.store_sync import RECORDS
 
 logger = logging.getLogger(__name__)
 
-Place = tuple[object, ...]
-"""Keys and numbers that lead to a tensor."""
+TensorPath = tuple[object, ...]
+"""Keys and numbers that lead to a tensor in nested ones."""
 SPARE = 1.25
 """Host memory that must be available, as a multiple of the copy."""
 
@@ -188,48 +189,49 @@ class HostCopy:
     """A copy of nested tensors in host memory, which the next copy uses again."""
 
     def __init__(self) -> None:
-        self._buffers: dict[Place, torch.Tensor] = {}
+        self._buffers: dict[TensorPath, torch.Tensor] = {}
 
     def of(self, parts: StateParts) -> StateParts:
         """Return `parts` with their tensors copied, as they are now."""
-        copied = StateParts(*(self._copied(part, (place,)) for place, part in enumerate(parts)))
+        copied = StateParts(*_map_tensors(tuple(parts), self._copied))
         if any(buffer.is_pinned() for buffer in self._buffers.values()):
             torch.cuda.current_stream().synchronize()
         return copied
 
     def bytes_to_come(self, parts: StateParts) -> int:
         """Return the bytes that a copy would take besides what it has."""
-        values = (found for place, part in enumerate(parts) for found in _tensors(part, (place,)))
-        return sum(_bytes_in_host(value) for place, value in values if not self._fits(place, value))
+        sizes: list[int] = []
 
-    def _fits(self, place: Place, value: torch.Tensor) -> bool:
-        buffer = self._buffers.get(place)
+        def add(path: TensorPath, value: torch.Tensor) -> None:
+            if not self._fits(path, value):
+                sizes.append(_bytes_in_host(value))
+
+        _map_tensors(tuple(parts), add)
+        return sum(sizes)
+
+    def _copied(self, path: TensorPath, value: torch.Tensor) -> torch.Tensor:
+        """Copy a tensor to its buffer; pinned for one on a GPU, from which it is then copied at full speed."""
+        if not self._fits(path, value):
+            self._buffers[path] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+        return self._buffers[path].copy_(value.detach(), non_blocking=True)
+
+    def _fits(self, path: TensorPath, value: torch.Tensor) -> bool:
+        buffer = self._buffers.get(path)
         return buffer is not None and buffer.shape == value.shape and buffer.dtype == value.dtype
 
-    def _copied(self, value: Any, place: Place) -> Any:
-        if isinstance(value, torch.Tensor):
-            return self._buffer(value, place).copy_(value.detach(), non_blocking=True)
-        if isinstance(value, Mapping):
-            return {key: self._copied(each, (*place, key)) for key, each in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(self._copied(each, (*place, number)) for number, each in enumerate(value))
-        return value
 
-    def _buffer(self, like: torch.Tensor, place: Place) -> torch.Tensor:
-        """Return the buffer of a tensor; pinned for one on a GPU, from which it is then copied at full speed."""
-        if not self._fits(place, like):
-            self._buffers[place] = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
-        return self._buffers[place]
+def _map_tensors(value: Any, replace: Callable[[TensorPath, torch.Tensor], Any], path: TensorPath = ()) -> Any:
+    """Return nested mappings, lists and tuples with each tensor replaced by what `replace` returns for it.
 
-
-def _tensors(value: Any, place: Place) -> Iterator[tuple[Place, torch.Tensor]]:
-    """Yield all tensors in `value`, with their places."""
+    Not torch's pytree, which takes a mapping of a class that it does not know, as of an optimizer, for a leaf.
+    """
     if isinstance(value, torch.Tensor):
-        yield place, value
-    elif isinstance(value, (Mapping, list, tuple)):
-        items = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for key, each in items:
-            yield from _tensors(each, (*place, key))
+        return replace(path, value)
+    if isinstance(value, Mapping):
+        return {key: _map_tensors(each, replace, (*path, key)) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map_tensors(each, replace, (*path, n)) for n, each in enumerate(value))
+    return value
 
 
 def _bytes_in_host(value: torch.Tensor) -> int:

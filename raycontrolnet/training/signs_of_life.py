@@ -23,8 +23,8 @@ PATIENCE_S = 2.0
 """Time to wait at the end for a store that may answer no more."""
 
 
-class Place(NamedTuple):
-    """A worker's place in its run."""
+class Position(NamedTuple):
+    """A worker's position in its run."""
 
     update: int
     """The update that it is in."""
@@ -44,7 +44,7 @@ class Sign(NamedTuple):
 
     looks: int
     """Grows while the worker's process runs."""
-    place: Place
+    position: Position
 
 
 class SignsOfLife:
@@ -77,15 +77,15 @@ class SignsOfLife:
         # A connection of its own, if torch has that: the group's waits while a communicator is made.
         return cls(dist.get_rank(), dist.get_world_size(), store.clone() if hasattr(store, "clone") else store)
 
-    def exchanging(self, own: Callable[[], Place], interval_s: float) -> AbstractContextManager[None]:
+    def exchanging(self, own: Callable[[], Position], interval_s: float) -> AbstractContextManager[None]:
         """Exchange signs every `interval_s` while the `with` block runs, in a thread that may wait for the store.
 
         Args:
-            own: returns this worker's place.
+            own: returns this worker's position.
         """
         return repeating(lambda: self.exchange(own()), interval_s, "signs of life", patience_s=PATIENCE_S)
 
-    def exchange(self, place: Place) -> None:
+    def exchange(self, position: Position) -> None:
         """Leave this worker's sign, and read the others'."""
         if self.is_over:
             return
@@ -93,11 +93,11 @@ class SignsOfLife:
         for other in self.others:
             self.seen.setdefault(other, (None, self.asked))
         try:
-            self.store.set(KEY.format(self.rank), json.dumps(Sign(self.looks, place)))
+            self.store.set(KEY.format(self.rank), json.dumps(Sign(self.looks, position)))
             for other in self.others:
                 if self.store.check([KEY.format(other)]):
                     looks, found = json.loads(self.store.get(KEY.format(other)))
-                    sign = Sign(looks, Place(*found))
+                    sign = Sign(looks, Position(*found))
                     before, _ = self.seen[other]
                     if before is None or before.looks != sign.looks:
                         self.seen[other] = sign, time.monotonic()
@@ -105,15 +105,15 @@ class SignsOfLife:
             self.is_over = True
         self.asked = None
 
-    def suspect(self, place: Place, silent_s: float) -> str | None:
+    def suspect(self, position: Position, silent_s: float) -> str | None:
         """Say which worker this one waits for, or else where all are; None if no sign tells.
 
         Args:
-            place: of this worker.
+            position: of this worker.
             silent_s: seconds without a sign after which a worker is not running.
         """
         if self.is_over:
-            before = self._compared(place)
+            before = self._compared(position)
             ended = "worker 0, which keeps all signs of life, has ended"
             return f"{ended}; before that, {before}" if before else ended
         now = time.monotonic()
@@ -125,34 +125,34 @@ class SignsOfLife:
         if silent:
             other = max(silent, key=lambda each: silent[each])
             return f"worker {other} has given no sign of life for {duration(silent[other])}"
-        return self._compared(place)
+        return self._compared(position)
 
-    def _compared(self, place: Place) -> str | None:
+    def _compared(self, position: Position) -> str | None:
         """Say which worker is behind this one, or else where all are; None if no sign tells."""
-        places = {other: sign.place for other, (sign, _) in self.seen.items() if sign}
-        for other, at in sorted(places.items(), key=lambda each: (each[1].update, -each[1].left, each[0])):
-            if _is_behind(at, place):
-                return f"this one is {place}, worker {other} {at}"
-        return _all_alike(place, places) if len(places) == len(self.others) else None
+        positions = {other: sign.position for other, (sign, _) in self.seen.items() if sign}
+        for other, at in sorted(positions.items(), key=lambda each: (each[1].update, -each[1].left, each[0])):
+            if _is_behind(at, position):
+                return f"this one is {position}, worker {other} {at}"
+        return _all_alike(position, positions) if len(positions) == len(self.others) else None
 
 
-def _is_behind(one: Place, other: Place) -> bool:
+def _is_behind(one: Position, other: Position) -> bool:
     """Check whether `one` has more to do, or is in the same update and at something else."""
     if (one.update, -one.left) != (other.update, -other.left):
         return (one.update, -one.left) < (other.update, -other.left)
     return one.doing != other.doing
 
 
-def _all_alike(place: Place, others: Mapping[int, Place]) -> str | None:
+def _all_alike(position: Position, others: Mapping[int, Position]) -> str | None:
     """Say where in the code the workers are, if none is behind another, the fewest at first; None if nobody knows."""
-    if not place.where or any(other[:3] != place[:3] for other in others.values()):
+    if not position.where or any(other[:3] != position[:3] for other in others.values()):
         return None
-    who = {place.where: ["this one"]}
+    who = {position.where: ["this one"]}
     for other, at in sorted(others.items()):
         who.setdefault(at.where or "somewhere", []).append(f"worker {other}")
     if len(who) == 1:
-        return f"all workers are {place}, {place.where}"
+        return f"all workers are {position}, {position.where}"
     told = [
         f"{first_of(names, MOST_NAMED)} {where}" for where, names in sorted(who.items(), key=lambda each: len(each[1]))
     ]
-    return f"all workers are {place}: {'; '.join(told)}"
+    return f"all workers are {position}: {'; '.join(told)}"

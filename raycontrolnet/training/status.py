@@ -14,7 +14,8 @@ from raycontrolnet.errors import Interrupted
 from raycontrolnet.signals import haste
 from raycontrolnet.storage.files import read_json, replace_text
 from raycontrolnet.storage.lock import Owner, has_ended
-from raycontrolnet.training.job import TIMINGS_FILE, RunStopped, read_timings
+from raycontrolnet.training.run_callback import RunStopped
+from raycontrolnet.training.timings import TIMINGS_FILE, read_timings
 
 STATUS_FILE = "run.json"
 

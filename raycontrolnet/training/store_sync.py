@@ -21,7 +21,10 @@ from raycontrolnet.text import error_message
 from raycontrolnet.training import held_out, metrics, validation
 from raycontrolnet.training.background import repeating
 from raycontrolnet.training.failures import FAILURE_FILE, HANG_FILE
-from raycontrolnet.training.job import RUN_LOG, STOP_FILE, TIMINGS_FILE, Job
+from raycontrolnet.training.job import Job
+from raycontrolnet.training.run_log import RUN_LOG
+from raycontrolnet.training.run_marks import STOP_FILE
+from raycontrolnet.training.timings import TIMINGS_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,9 @@ from raycontrolnet.model.performance import allow_tf32, enable_memory_savers, wo
 from raycontrolnet.sampling.images import PairImages
 from raycontrolnet.text import one_line
 from raycontrolnet.training import validation
-from raycontrolnet.training.job import Job, check_folder_is_shared, log_of, logging_to_run_log
+from raycontrolnet.training.job import Job
+from raycontrolnet.training.run_log import log_of, logging_to_run_log
+from raycontrolnet.training.shared_folder import check_folder_is_shared
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -24,8 +24,9 @@ from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.storage.files import replace_text
 from raycontrolnet.training import held_out, validation
 from raycontrolnet.training.final_weights import saved_controlnet
-from raycontrolnet.training.job import Job, stop_asked
+from raycontrolnet.training.job import Job
 from raycontrolnet.training.metrics import MetricsLog, PhaseClock
+from raycontrolnet.training.run_marks import stop_asked
 from raycontrolnet.training.schedule import Share
 from raycontrolnet.training.state import unwrap_controlnet
 from raycontrolnet.training.store_sync import MODEL_CONFIG, WEIGHTS

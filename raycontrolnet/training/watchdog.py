@@ -16,7 +16,7 @@ from raycontrolnet.text import duration
 from raycontrolnet.training.background import repeating
 from raycontrolnet.training.failures import HANG_FILE, record_hang
 from raycontrolnet.training.saver import writes_finished
-from raycontrolnet.training.signs_of_life import Place, SignsOfLife
+from raycontrolnet.training.signs_of_life import Position, SignsOfLife
 from raycontrolnet.training.whereabouts import whereabouts
 
 logger = logging.getLogger(__name__)
@@ -84,14 +84,14 @@ class Watchdog:
         """Watch this thread, in another, while the `with` block runs."""
         self._thread = threading.get_ident()
         self._looked, interval_s = time.monotonic(), self.timeout_s / LOOKS
-        exchanging = self.signs.exchanging(self._place, interval_s) if self.signs else nullcontext()
+        exchanging = self.signs.exchanging(self._position, interval_s) if self.signs else nullcontext()
         with exchanging, repeating(self._look, interval_s, "watchdog"):
             yield
 
-    def _place(self) -> Place:
+    def _position(self) -> Position:
         """Return where this worker is in the run."""
         doing = "the wait for data" if self._waits_for_data else self.phase or "the start"
-        return Place(self._update, doing, self._left, whereabouts(self._thread))
+        return Position(self._update, doing, self._left, whereabouts(self._thread))
 
     def _look(self) -> None:
         now = time.monotonic()
@@ -103,7 +103,7 @@ class Watchdog:
         self._looked = now
 
     def _end(self) -> None:
-        suspect = self.signs.suspect(self._place(), self.timeout_s / 2) if self.signs else None
+        suspect = self.signs.suspect(self._position(), self.timeout_s / 2) if self.signs else None
         message = (
             f"{self.who} hung: nothing came of {self.phase} for {duration(self.timeout_s)} (--hang_timeout_s="
             f"{self.timeout_s:g}): {suspect or UNKNOWN}; the stacks of its threads are in the log"

@@ -197,7 +197,10 @@ def objective_problems_of(train: TrainConfig, space: Space) -> list[str]:
     """Return what is wrong with the training loss of trials, with each of their base models."""
     token = find_token(train.hub_token)
     return _problems_of_variants(
-        train, space, (BASE, *OBJECTIVE_SETTINGS), lambda variant: objective_problems(variant, variant, token)
+        train,
+        space,
+        (BASE, *OBJECTIVE_SETTINGS),
+        lambda variant: objective_problems(variant, variant, base_family(variant, token), token),
     )
 
 

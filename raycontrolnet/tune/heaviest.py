@@ -14,7 +14,7 @@ from raycontrolnet.config.space import Space, combinations, draws, place_of, sho
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.launch.checked_run import CheckedRun
-from raycontrolnet.launch.needs_beside import CannotFit, Counting
+from raycontrolnet.launch.needs_beside import CannotFit, PendingNeeds
 from raycontrolnet.model.optimizers import state_bytes_per_weight
 from raycontrolnet.model.size import FP32_BYTES
 from raycontrolnet.tune import checks
@@ -86,11 +86,11 @@ def _weight(config: TrainConfig) -> tuple[float, ...]:
     return activations, state_bytes_per_weight(config) + FP32_BYTES * config.use_ema
 
 
-def say_heaviest(plan: SweepPlan, found: Heaviest, needs: Counting, stream: TextIO, **how: Any) -> None:
+def say_heaviest(plan: SweepPlan, found: Heaviest, needs: PendingNeeds, stream: TextIO, **how: Any) -> None:
     """Say what the heaviest trial needs; if it cannot fit and may never be tried, say which trials cannot.
 
     Args:
-        how: as of `Counting.say`.
+        how: as of `PendingNeeds.say`.
 
     Raises:
         ConfigError: it cannot fit, and it will be tried, or no other trial can fit either.

@@ -10,7 +10,7 @@ from pathlib import Path
 from raycontrolnet.storage.files import replace_text
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training.background import repeating
-from raycontrolnet.training.job import check_store_is_seen, wait_for_driver
+from raycontrolnet.training.shared_folder import check_store_is_seen, wait_for_driver
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from raycontrolnet.errors import ConfigError
 from raycontrolnet.report.page import REPORT_FILE
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.storage.stored_folder import run_folder
-from raycontrolnet.storage.uri import check_bucket, unusable
+from raycontrolnet.storage.uri import UNUSABLE, check_bucket, unusable
 from raycontrolnet.training import store_sync
 from raycontrolnet.training.store_sync import FETCH_INTERVAL_S, SEND_INTERVAL_S, last_records_sent, repeating_by_cost
 from raycontrolnet.tune.leaderboard import LEADERBOARD_FILE
@@ -45,7 +45,7 @@ def open_sweep(place: str, logs: str) -> RunFolder:
         try:
             check_bucket(folder.place)
             folder.pull(*DRIVERS, logs, *_of_trials("*"))
-        except (OSError, ValueError, ImportError) as error:
+        except UNUSABLE as error:
             raise ConfigError([f"--output_dir={folder.shown}: {unusable(error)}"]) from None
     return folder
 

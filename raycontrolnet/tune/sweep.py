@@ -28,7 +28,8 @@ from raycontrolnet.cluster.resources import worker_resources
 from raycontrolnet.cluster.session import on_a_cluster, ray_session
 from raycontrolnet.config.checks import check_device
 from raycontrolnet.config.sweep_config import SweepConfig
-from raycontrolnet.errors import Interrupted, RunError, UserError, end_told, explained, root_cause
+from raycontrolnet.errors import Interrupted, RunError, UserError, end_told, explained_once, root_cause
+from raycontrolnet.launch.needs import StepSpec
 from raycontrolnet.launch.needs_beside import counting
 from raycontrolnet.report.live_report import live_report
 from raycontrolnet.report.page import REPORT_FILE
@@ -131,8 +132,8 @@ def _run(plan: SweepPlan, lease: SweepLease, facts: dict[str, Any], stream: Text
     train = plan.train
     own, found = not on_a_cluster(train.address), heaviest(plan)
     sizes = found.run.buckets.sizes if found.run.buckets else ()
-    counted_beside = counting(found.run.config, found.run.token, cached=found.run.cached, sizes=sizes)
-    with counted_beside as needs, ray_session(train.address):
+    step = StepSpec(found.run.config, found.run.token, found.run.cached, sizes)
+    with counting(step) as needs, ray_session(train.address):
         slots = trial_slots(train, plan.config, cluster_nodes(train), plan.num_left, own=own)
         for tried in plan.device_settings():
             check_device(slots.use_gpu, tried, has_gpu=slots.use_gpu)
@@ -202,12 +203,7 @@ def _recorded(plan: SweepPlan, lease: SweepLease, started: float, stream: TextIO
     with told, haste().at_its_end(interrupted), live_report(plan.sweep_dir, write):
         try:
             with (
-                explained(
-                    "The sweep",
-                    how_to_go_on,
-                    plan.sweep_dir / SWEEP_LOG,
-                    unchanged=(UserError, RunError),
-                ),
+                explained_once("The sweep", how_to_go_on, plan.sweep_dir / SWEEP_LOG),
                 _results_so_far(plan, facts, put_down),
             ):
                 yield facts

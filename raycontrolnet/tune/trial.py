@@ -28,7 +28,7 @@ from raycontrolnet.launch.workers import train_here, train_on_ray
 from raycontrolnet.storage import checkpoint as checkpoints
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training import store_sync
-from raycontrolnet.training.job import RunStopped
+from raycontrolnet.training.run_callback import RunStopped
 from raycontrolnet.training.status import RunStatus
 from raycontrolnet.tune.checks import settings_of_trial
 from raycontrolnet.tune.concurrency import TrialSlots

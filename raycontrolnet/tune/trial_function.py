@@ -41,7 +41,7 @@ from raycontrolnet.storage.resume import checkpoint_at
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.storage.stored_folder import DRIVER, folder_containing, run_folder
 from raycontrolnet.storage.uri import is_uri, shown_uri
-from raycontrolnet.training.job import RunStopped
+from raycontrolnet.training.run_callback import RunStopped
 from raycontrolnet.tune.concurrency import TrialSlots
 from raycontrolnet.tune.records import Report, read_reports
 

@@ -92,6 +92,7 @@ def load(folder: Path, images: int, repeats: int) -> None:
     from raycontrolnet.data.stream import BatchLoader
     from raycontrolnet.latents.cache import LatentCache
     from raycontrolnet.latents.plan import LatentPlan
+    from raycontrolnet.model.families.stable_diffusion import STABLE_DIFFUSION
 
     torch.set_num_threads(THREADS)
     config = TrainConfig(
@@ -103,7 +104,7 @@ def load(folder: Path, images: int, repeats: int) -> None:
     )
     prepare(config)
     source = open_source(config)
-    plan = LatentPlan.of(config, source, None)
+    plan = LatentPlan.of(config, source, STABLE_DIFFUSION, None)
     assert plan.manifest is not None
     order = SampleOrder(len(source), 0)
     cached = BatchLoader(LatentCache.of(plan.folder, plan.manifest, plan.shards), order, BATCH_SIZE, 0.0)

@@ -51,9 +51,14 @@ def family_of(config: Mapping[str, Any]) -> Family | None:
     return next((family for family in of_class or families() if family.recognizes(config)), None)
 
 
+def family_or_first(config: Mapping[str, Any]) -> Family:
+    """Return the family of this config.json, as `family_of`; the first one if it is of none."""
+    return family_of(config) or families()[0]
+
+
 def denoiser_problem(config: Mapping[str, Any]) -> str | None:
     """Return what is wrong with a base whose denoiser has this config.json: its kind; None if nothing is."""
-    kind = (family_of(config) or families()[0]).kind_of_other(config)
+    kind = family_or_first(config).kind_of_other(config)
     return f"is {kind}; {trained()}" if kind else None
 
 
