@@ -549,6 +549,25 @@ def test_missing_files_are_listed_and_counted(tmp_path: Path, monkeypatch: pytes
     assert len(listed) == 4  # a listing per folder, not a call per file, and one to look for an archive
 
 
+def test_links_that_lead_nowhere_are_missing_files(tmp_path: Path) -> None:
+    """As those of git-annex, before a file is fetched; links that lead to files are followed."""
+    write_images(tmp_path)
+    for name, target in (("good", "0.png"), ("dead", "../.git/annex/0.png"), ("folder", "../edges")):
+        (tmp_path / "images" / f"{name}.png").symlink_to(target)
+    path = tmp_path / "metadata.jsonl"
+    good = {"conditioning_image": "edges/0.png", "text": "x"}
+    write_lines(path, [good | {"image": f"images/{name}.png"} for name in ("good", "dead", "folder")])
+    reason = "is a link to ../.git/annex/0.png, where there is no file; fetch that, or name another file"
+    assert problems_of(train_data_dir=str(tmp_path)) == [
+        f"{path}:2: image images/dead.png: {reason}",
+        f"{path}:3: image images/folder.png: is a folder, not an image file",
+        "fix the data, or skip such rows with --on_bad_sample skip",
+    ]
+    dead = tmp_path / "images" / "dead.png"
+    with pytest.raises(DataError, match=f"^{dead}: {reason}$"):
+        decode_rgb(str(dead), background=(0, 0, 0))
+
+
 def test_paths_of_another_kind_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "data"
     write_images(folder)
