@@ -111,6 +111,9 @@ def perhaps(word: str, known: Iterable[str]) -> str:
     return f"; perhaps you meant {names[near[0]]}" if near else ""
 
 
+NOT_UTF8 = "is not UTF-8 text; save it as UTF-8"
+
+
 def is_unicode(text: str) -> bool:
     """Check that `text` can be written as UTF-8: half of a surrogate pair, which JSON can hold, cannot."""
     try:

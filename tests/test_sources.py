@@ -341,7 +341,7 @@ BAD_FILES: dict[str, tuple[str, str | bytes, dict[str, str], list[str]]] = {
         "metadata.csv",
         b"image,conditioning_image,text\na.png,b.png,\xff\n",
         {},
-        ["{file}:2: is not UTF-8 text"],
+        ["{file}:2: is not UTF-8 text; save it as UTF-8"],
     ),
     "CSV without rows": ("metadata.csv", "image,text\n", {}, ["{file}: has no rows"]),
 }
@@ -369,7 +369,7 @@ def test_parquet_that_is_none(tmp_path: Path) -> None:
 BAD_LINES = [
     (b'{"image" "a.png"}\n', "is not valid JSON (Expecting ':' delimiter, column 10)"),
     (b"[1, 2]\n", "must be a JSON object, is a list; the file holds one object per line"),
-    (b'{"image": "\xff"}\n', "is not UTF-8 text"),
+    (b'{"image": "\xff"}\n', "is not UTF-8 text; save it as UTF-8"),
     (b'{"image": "a.png", "text": "x"}\n', "has no conditioning_image, only: image, text"),
     (b'{"image": "a.png", "conditioning_image": "a.png"}\n', "has no text, only: image, conditioning_image"),
     (b'{"image": 5, "conditioning_image": "a.png", "text": "x"}\n', "image must be the path of an image, is a number"),
@@ -930,7 +930,7 @@ def test_rows_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         source.read(2)
 
 
-def test_data_sets_that_cannot_be_opened(tmp_path: Path) -> None:
+def test_data_sets_that_cannot_be_opened(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     import datasets
 
     def problem(name: str, **settings: Any) -> str:
@@ -953,7 +953,13 @@ def test_data_sets_that_cannot_be_opened(tmp_path: Path) -> None:
         "choose a configuration with --dataset_config_name (BuilderConfig 'big' not found. Available: ['default'])"
     )
     (tmp_path / "empty").mkdir()
-    assert problem(str(tmp_path / "empty")).startswith("cannot be read (The directory at")
+    assert problem(str(tmp_path / "empty")).endswith(
+        "data files); name a file, or a folder whose files have one format, such as parquet"
+    )
+    (tmp_path / "broken.parquet").write_text("PAR1")
+    caplog.clear()
+    assert problem(f"{tmp_path}/broken.parquet").startswith("cannot be read (Parquet ")
+    assert not caplog.records, "datasets' own words come on top"
     (tmp_path / "script").mkdir()
     (tmp_path / "script" / "script.py").write_text("")
     assert problem(str(tmp_path / "script")).startswith("needs code to be read, which datasets no longer runs")

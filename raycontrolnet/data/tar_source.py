@@ -24,7 +24,7 @@ from raycontrolnet.data.tar_index import ShardIndex, extensions_of, read_index
 from raycontrolnet.data.tar_table import FILES, tar_rows
 from raycontrolnet.errors import DataError
 from raycontrolnet.storage.store_requests import REQUESTS
-from raycontrolnet.text import counted, error_message, is_unicode, printable, shorten
+from raycontrolnet.text import NOT_UTF8, counted, error_message, is_unicode, printable, shorten
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -180,7 +180,7 @@ class TarSource:
             try:
                 return (content.decode("utf-8-sig").strip(),)
             except UnicodeDecodeError:
-                raise ValueError(f"its {extension} is not UTF-8 text") from None
+                raise ValueError(f"its {extension} {NOT_UTF8}") from None
         values = self._json(row, content)
         column = find_column("caption_column", self.caption_column, list(values), f"its {extension}")
         try:
