@@ -16,6 +16,7 @@ from raycontrolnet.config.check_config import CheckConfig, CheckSettings
 from raycontrolnet.config.condition_config import CONDITION_GROUPS, ConditionConfig
 from raycontrolnet.config.declare import title
 from raycontrolnet.config.flag_types import as_default, own_types
+from raycontrolnet.config.foreign_flags import ADVICE, SCRIPT_FLAGS, foreign_names, stray_words
 from raycontrolnet.config.generate_config import GENERATE_GROUPS, GenerateConfig
 from raycontrolnet.config.spellings import SPELLINGS, in_our_spelling, misspelt
 from raycontrolnet.config.sweep_config import SweepConfig, SweepSettings
@@ -39,8 +40,6 @@ raycontrolnet {__version__}: the ControlNet trainer for Ray
   raycontrolnet demo [FLAGS]                         train a small one on data made here, to see that it works
   raycontrolnet --version
 """
-WITHOUT_USE = {"enable_npu_flash_attention": "is for Ascend NPUs, on which raycontrolnet does not run"}
-"""Flags of diffusers' scripts that make no sense here -> the reason."""
 WITH_FILE = "--config FILE.yaml reads the same settings from a file; flags override it."
 
 
@@ -146,14 +145,16 @@ def parse(command: str, argv: Sequence[str]) -> Any:
     # In a file, a sweep's space may be the mapping itself, which a flag cannot be.
     space = given.pop("space") if "space" in known and isinstance(given.get("space"), dict) else None
     from_file, problems = typed_settings(given, known, place)
-    problems += _without_use(given, f"{place}: ")
-    if problems := unknown_names(given, {**known, **WITHOUT_USE}, place) + problems:
+    problems += foreign_names(given, f"{place}: ", known)
+    if problems := unknown_names(given, {**ADVICE, **known}, place) + problems:
         raise ConfigError(problems)
     defaults = {**(_load(found.defaults) if found.defaults else {}), **from_file}
-    crops = "crop" in known
-    flags = _whole_flags(flags, {*known, *WITHOUT_USE, *(SPELLINGS if crops else ())})
-    flags = in_our_spelling(flags) if crops else flags
-    if problems := _without_use(_names(flags), "--") + misspelt(flags, known):
+    trains, spare = "max_train_steps" in known, {*SPELLINGS, *SCRIPT_FLAGS}
+    flags = _whole_flags(flags, {*known, *(spare if trains else ())})
+    flags = in_our_spelling(flags) if trains else flags
+    problems = stray_words(command, flags) + misspelt(flags, known)
+    problems += foreign_names(_names(flags), "--", known) if trains else []
+    if problems and "--help" not in flags:
         raise ConfigError(problems)
     settings = _parsed(flags, found.groups, defaults, f"raycontrolnet {command}", found.description)
     if space is not None and settings["space"] is None:
@@ -179,10 +180,11 @@ def _whole_flags(argv: Sequence[str], known: Iterable[str]) -> list[str]:
     for argument in argv:
         flag, has_value, value = argument.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
-        meant = [other for other in names if other.startswith(name)] if flag != name and name not in names else []
+        whole_name = flag == name or name in names or name in ADVICE
+        meant = [] if whole_name else [other for other in names if other.startswith(name)]
         whole.append(f"--{meant[0]}{has_value}{value}" if len(meant) == 1 and name else argument)
         if len(meant) > 1 and name:
-            useful = sorted(other for other in meant if other not in WITHOUT_USE) or sorted(meant)
+            useful = sorted(other for other in meant if other not in SCRIPT_FLAGS) or sorted(meant)
             several = first_of([f"--{other}" for other in useful])
             problems.append(f"{flag}: can mean {several}; write more of it")
     if problems and "--help" not in argv:
@@ -192,11 +194,6 @@ def _whole_flags(argv: Sequence[str], known: Iterable[str]) -> list[str]:
 
 def _names(flags: Iterable[str]) -> list[str]:
     return [flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")]
-
-
-def _without_use(names: Iterable[str], start: str) -> list[str]:
-    """Return a problem, beginning with `start`, for each setting of diffusers' scripts that makes no sense here."""
-    return [f"{start}{name}: {WITHOUT_USE[name]}; leave it out" for name in names if name in WITHOUT_USE]
 
 
 def _parsed(

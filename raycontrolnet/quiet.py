@@ -46,6 +46,18 @@ def _turn_off_uploads(undo: ExitStack) -> None:
 
 
 @contextmanager
+def no_messages(library: str) -> Iterator[None]:
+    """Let `library` log nothing, where its errors are raised and explained as well."""
+    logger = logging.getLogger(library)
+    level = logger.level
+    try:
+        logger.setLevel(logging.CRITICAL + 1)
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
 def only_errors() -> Iterator[None]:
     """Let diffusers and transformers log errors only, and ignore the warnings in `KNOWN_WARNINGS`."""
     loggers = [logging.getLogger(name) for name in MODEL_LIBRARIES]

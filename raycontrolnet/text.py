@@ -60,11 +60,12 @@ def counted(number: float, noun: str) -> str:
 
 
 def short_number(number: float, digits: int = 4) -> str:
-    """Return 2500 as 2.5k and 0.00001 as 1e-5."""
-    for unit, sign in ((1e6, "M"), (1e3, "k")):
-        if abs(number) >= unit:
-            return f"{number / unit:.{digits}g}{sign}"
-    return short_exponent(f"{number:.{digits}g}")
+    """Return 2500 as 2.5k, 2567000000 as 2.567B and 0.00001 as 1e-5."""
+    rounded = f"{number:.{digits}g}"
+    for unit, sign in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if unit <= abs(float(rounded)) < 1000 * unit:
+            return f"{float(rounded) / unit:.{digits}g}{sign}"
+    return short_exponent(rounded)
 
 
 def short_exponent(number: str) -> str:
@@ -109,6 +110,9 @@ def perhaps(word: str, known: Iterable[str]) -> str:
     names = {name.lower(): name for name in known}
     near = difflib.get_close_matches(word.lower(), names, n=1)
     return f"; perhaps you meant {names[near[0]]}" if near else ""
+
+
+NOT_UTF8 = "is not UTF-8 text; save it as UTF-8"
 
 
 def is_unicode(text: str) -> bool:

@@ -30,7 +30,7 @@ from raycontrolnet.model.step import TrainState, train_step
 from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.text import counted
 from raycontrolnet.training.diagnosis import NotFiniteUpdates
-from raycontrolnet.training.failures import failures_recorded, read_failure, retried_if_continued
+from raycontrolnet.training.failures import bad_samples_advised, failures_recorded, read_failure, retried_if_continued
 from raycontrolnet.training.final_weights import save_final_weights
 from raycontrolnet.training.host_memory import freed_memory_kept
 from raycontrolnet.training.job import Job
@@ -73,6 +73,7 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
         worker_in_step(job, rank, log_of(job, who)),
         logging_to_run_log(job, who),
         failures_recorded(job.output_dir, partial(advice_for, job, world_size)),
+        bad_samples_advised(cached=job.cached),
     ):
         clock = PhaseClock(read_timings(job.output_dir).get("timings"))  # continued after a restart
         if not clock.seconds:

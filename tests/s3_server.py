@@ -178,6 +178,23 @@ def flaky_proxy(endpoint: str, every: int) -> Iterator[str]:
         yield address
 
 
+class _ReadingProxy(_FlakyProxy):
+    every = 0
+
+    def _deny(self) -> None:
+        self._body()
+        self._send(403, {}, b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
+
+    do_PUT = do_POST = do_DELETE = _deny  # noqa: N815
+
+
+@contextmanager
+def proxy_that_is_read_alone(endpoint: str) -> Iterator[str]:
+    """Serve a proxy to `endpoint` for keys that may read there, and not write."""
+    with serving(type("ReadingProxy", (_ReadingProxy,), {"endpoint": endpoint})) as address:
+        yield address
+
+
 @contextmanager
 def proxy_that_goes_away(endpoint: str) -> Iterator[tuple[str, threading.Event]]:
     """Serve a proxy to `endpoint` that answers nothing while the event is set."""

@@ -19,6 +19,7 @@ from runs import flags
 
 from raycontrolnet import cli, signals, train_controlnet
 from raycontrolnet.cli import main, parse
+from raycontrolnet.config.foreign_flags import ADVICE
 from raycontrolnet.config.values import setting_types
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.version import __version__
@@ -269,6 +270,38 @@ def test_beginnings_that_mean_none_or_several(tiny_settings: Settings, ask: Ask,
     assert answer.code == 2
     if flag == "--train":
         assert answer.err == "error: --train: can mean --train_batch_size, --train_data_dir; write more of it\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            ["--multi_gpu", "--num-processes=4", "train_controlnet.py"],
+            "train_controlnet.py: leave it out; flags alone follow raycontrolnet train\n--multi_gpu: write ",
+        ),
+        (["--lr", "1e-5", "--upcast_vae"], "--lr: write --learning_rate\n--upcast_vae: leave it out: "),
+        (["--seed", "1", " "], '" ": is the last argument; delete the blank behind the backslash of its line\n'),
+    ],
+)
+def test_flags_of_other_programs(tiny_settings: Settings, ask: Ask, given: list[str], message: str) -> None:
+    """Their refusal names what takes their place."""
+    answer = ask("train", *flags(tiny_settings), *given)
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.startswith(f"error: {message}"), answer.err
+
+
+def test_a_whole_command_of_accelerate(tiny_settings: Settings, ask: Ask) -> None:
+    answer = ask("train", "accelerate", "launch", "train_controlnet_sdxl.py", *flags(tiny_settings))
+    message = "accelerate launch train_controlnet_sdxl.py: leave it out; flags alone follow raycontrolnet train"
+    assert (answer.code, answer.err) == (2, f"error: {message}\n")
+
+
+def test_settings_are_not_refused_as_those_of_other_programs() -> None:
+    for command in cli.COMMANDS.values():
+        names = {name for group in command.groups for name in setting_types(group)}
+        assert "max_train_steps" not in names or not names & set(ADVICE)
+    config = parse("generate", ["--controlnet", "c", "--prompt", "p", "--image", "i", "--batch_size", "2"])
+    assert config.batch_size == 2
 
 
 @pytest.mark.parametrize("name", ["output_dir", "train_data_dir", "pretrained_model_name_or_path"])

@@ -14,6 +14,7 @@ from documents import BLOCKS, GUIDES, INSTALLATION, ROOT, TEXTS, block, section
 
 from raycontrolnet import ConditionConfig, GenerateConfig, TrainConfig, cli
 from raycontrolnet.config.check_config import CheckSettings
+from raycontrolnet.config.foreign_flags import SCRIPT_FLAGS
 from raycontrolnet.config.space import read_space
 from raycontrolnet.config.spellings import SPELLINGS
 from raycontrolnet.config.sweep_config import SweepSettings
@@ -69,7 +70,7 @@ def test_flags_exist() -> None:
     """Ours have underscores or are one word; what has hyphens belongs to others."""
     of_others = {"logdir", "head", "region", "query", "output", "name", "port", "ulimit"}
     of_others |= {"include", "signal", "submit", "install", "reason"}  # Slurm, train_on_cluster.py, ray drain-node
-    ours = {"config", "help", *cli.WITHOUT_USE, *SPELLINGS, *setting_types(SweepSettings)}
+    ours = {"config", "help", *SCRIPT_FLAGS, *SPELLINGS, *setting_types(SweepSettings)}
     ours |= {
         name
         for config in (TrainConfig, CheckSettings, GenerateConfig, ConditionConfig)

@@ -612,6 +612,7 @@ def test_a_corrupt_image(tiny_settings: Settings, out: Path, tmp_path: Path) -> 
     message = str(error.value)
     assert f"metadata.jsonl:{row + 1}, image: " in message
     assert f"{image.name} is broken or truncated" in message
+    assert "\nfix the data; --cache_latents on names all such images before training, and --on_bad_sample" in message
     assert "The checkpoint of update 2 stands: go on with --resume_from_checkpoint latest" in message
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
     assert losses(out) == losses(straight)[:2]

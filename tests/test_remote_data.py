@@ -486,6 +486,19 @@ def test_wrong_keys(said: Any, monkeypatch: pytest.MonkeyPatch, code: bytes) -> 
     assert len(error) <= 250
 
 
+def test_a_metadata_file_that_may_not_be_read(
+    s3: S3Server, local: dict[str, Path], said: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = upload(s3, local["metadata"], "locked")
+
+    def denied(*_: Any) -> Any:
+        raise OSError("AWS Error ACCESS_DENIED during HeadObject operation")
+
+    monkeypatch.setattr(RemotePath, "open", denied)
+    path, reason = f"{uri}/metadata.jsonl", "AWS Error ACCESS_DENIED during HeadObject operation"
+    assert said("train_data_dir", uri) == f"{path}: cannot be read ({reason}){CHECK}"
+
+
 def test_an_address_where_nobody_answers(said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     open_uri.cache_clear()

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from raycontrolnet.cluster import cpus, nodes, session
-from raycontrolnet.cluster.resources import share_out
+from raycontrolnet.cluster.resources import no_cpu_for_loading, share_out
 from raycontrolnet.config.cluster_settings import ClusterConfig
 from raycontrolnet.errors import ConfigError
+from raycontrolnet.launch import waiting
 
 Node = dict[str, float]
 CPU_HEAD: Node = {"CPU": 8}
@@ -271,3 +273,38 @@ def test_the_autoscaler_is_found_by_its_configuration(bootstrap_config: Path) ->
         "available_node_types: {head: {resources: {CPU: 8}, max_workers: 0}, gpu: {resources: {CPU: 8, GPU: 1}}}"
     )
     assert nodes.nodes_that_may_come(ClusterConfig(), []) == [{"CPU": 8, "GPU": 1}] * 2
+
+
+def test_workers_of_several_runs_that_leave_loading_no_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each leaves one CPU, which the next takes: both would wait for data without end, and say so."""
+
+    def group(*cpus: float, state: str = "CREATED") -> dict[str, Any]:
+        return {"state": state, "bundles": {place: {"CPU": each} for place, each in enumerate(cpus)}}
+
+    groups: dict[str, dict[str, Any]] = {"a": group(1)}
+    monkeypatch.setattr(ray.util, "placement_group_table", lambda: groups)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    said, clock = io.StringIO(), [0.0]
+    monkeypatch.setattr("raycontrolnet.launch.waiting.time.monotonic", lambda: clock[0])
+    news = waiting._LoadingNews(said)
+
+    def look(seconds: float) -> str:
+        said.truncate(said.seek(0))
+        for _ in range(round(seconds / waiting.LOADING_LOOK_S)):
+            clock[0] += waiting.LOADING_LOOK_S
+            news.look()
+        return said.getvalue()
+
+    assert no_cpu_for_loading() is None
+    assert look(100) == ""
+    groups |= {"gone": group(9, state="REMOVED"), "later": group(9, state="PENDING"), "b": group(1)}
+    problem = (
+        "workers, of this run and others, hold 2 of the cluster's 2 CPUs, and loading data needs 1; end another run, "
+        "or start all with --cpus_per_worker 0.5"
+    )
+    assert look(40) == f"waiting for data, 0:30: {problem}\n"
+    assert look(60) == f"waiting for data, 1:00: {problem}\n"
+    del groups["b"]
+    assert look(100) == ""
+    groups["b"] = group(*(0.25,) * 8)
+    assert str(no_cpu_for_loading()).endswith("loading data needs 1; end another run")

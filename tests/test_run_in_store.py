@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -17,10 +18,10 @@ from typing import Any
 import pytest
 from processes import ctrl_c, kill_9, start_ray, when, workers_called
 from runs import Settings, column, flags, run
-from s3_server import BUCKET, KEYS, S3Server, elsewhere, flaky_proxy, s3, use_s3
+from s3_server import BUCKET, KEYS, S3Server, elsewhere, flaky_proxy, proxy_that_is_read_alone, s3, use_s3
 
-from raycontrolnet import GenerateConfig, TrainConfig, cli, fit, generate
-from raycontrolnet.errors import ConfigError, RunError
+from raycontrolnet import CheckConfig, GenerateConfig, TrainConfig, check, cli, fit, generate
+from raycontrolnet.errors import ConfigError, RunError, UserError
 from raycontrolnet.sampling import find_controlnet
 from raycontrolnet.storage import store_lock
 from raycontrolnet.storage.lock import Owner, content_of
@@ -28,6 +29,7 @@ from raycontrolnet.storage.object_store import ObjectStore
 from raycontrolnet.storage.run_folder import RunFolder, folder_of
 from raycontrolnet.storage.store_lock import StoreLock, store_locked
 from raycontrolnet.storage.stored_folder import StoredFolder
+from raycontrolnet.storage.uri import open_uri
 from raycontrolnet.training.store_sync import aborted_if_lost
 
 __all__ = ["elsewhere", "s3", "use_s3"]  # fixtures
@@ -234,6 +236,32 @@ def test_places_that_cannot_be_used(use_s3: S3Server, run_settings: Settings, pl
         fit(TrainConfig(**run_settings | {"output_dir": place}))
     assert "word" not in str(error.value)
     assert not use_s3.names("run"), "what is refused leaves nothing"
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_bucket_that_may_be_read_alone(
+    use_s3: S3Server, run_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`check` refuses it as `train`, and a cache there is refused before anything is encoded."""
+    use_s3.write("kept/1", b"1")
+    place, denied = f"s3://{BUCKET}/locked", r"AWS Error ACCESS_DENIED during \w+ operation"
+    config = TrainConfig(**run_settings | {"output_dir": place})
+    cached = dataclasses.replace(config, output_dir=str(tmp_path / "out"), latents_cache_dir=place, cache_latents="on")
+    told = io.StringIO()
+    with proxy_that_is_read_alone(use_s3.endpoint) as endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        open_uri.cache_clear()
+        for refusing in (lambda: check(CheckConfig(train=config), stream=told), lambda: fit(config)):
+            with pytest.raises(ConfigError, match=rf"--output_dir={place}: cannot be used \({denied}.*\); name a "):
+                refusing()
+        message = rf"--latents_cache_dir={place}: cannot be written to \({denied}.*\); name a folder in a bucket to "
+        with pytest.raises(UserError, match=message):
+            fit(cached, stream=told)
+    assert "latents: 0/" not in told.getvalue()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", use_s3.endpoint)
+    open_uri.cache_clear()
+    check(CheckConfig(train=config), stream=told)
+    assert not use_s3.names("locked"), "a check leaves nothing"
 
 
 @pytest.mark.usefixtures("elsewhere")

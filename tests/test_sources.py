@@ -341,7 +341,7 @@ BAD_FILES: dict[str, tuple[str, str | bytes, dict[str, str], list[str]]] = {
         "metadata.csv",
         b"image,conditioning_image,text\na.png,b.png,\xff\n",
         {},
-        ["{file}:2: is not UTF-8 text"],
+        ["{file}:2: is not UTF-8 text; save it as UTF-8"],
     ),
     "CSV without rows": ("metadata.csv", "image,text\n", {}, ["{file}: has no rows"]),
 }
@@ -369,7 +369,7 @@ def test_parquet_that_is_none(tmp_path: Path) -> None:
 BAD_LINES = [
     (b'{"image" "a.png"}\n', "is not valid JSON (Expecting ':' delimiter, column 10)"),
     (b"[1, 2]\n", "must be a JSON object, is a list; the file holds one object per line"),
-    (b'{"image": "\xff"}\n', "is not UTF-8 text"),
+    (b'{"image": "\xff"}\n', "is not UTF-8 text; save it as UTF-8"),
     (b'{"image": "a.png", "text": "x"}\n', "has no conditioning_image, only: image, text"),
     (b'{"image": "a.png", "conditioning_image": "a.png"}\n', "has no text, only: image, conditioning_image"),
     (b'{"image": 5, "conditioning_image": "a.png", "text": "x"}\n', "image must be the path of an image, is a number"),
@@ -547,6 +547,25 @@ def test_missing_files_are_listed_and_counted(tmp_path: Path, monkeypatch: pytes
     assert len(problems) == 12
     assert problems[10] == "... 5,000 files are missing in all"
     assert len(listed) == 4  # a listing per folder, not a call per file, and one to look for an archive
+
+
+def test_links_that_lead_nowhere_are_missing_files(tmp_path: Path) -> None:
+    """As those of git-annex, before a file is fetched; links that lead to files are followed."""
+    write_images(tmp_path)
+    for name, target in (("good", "0.png"), ("dead", "../.git/annex/0.png"), ("folder", "../edges")):
+        (tmp_path / "images" / f"{name}.png").symlink_to(target)
+    path = tmp_path / "metadata.jsonl"
+    good = {"conditioning_image": "edges/0.png", "text": "x"}
+    write_lines(path, [good | {"image": f"images/{name}.png"} for name in ("good", "dead", "folder")])
+    reason = "is a link to ../.git/annex/0.png, where there is no file; fetch that, or name another file"
+    assert problems_of(train_data_dir=str(tmp_path)) == [
+        f"{path}:2: image images/dead.png: {reason}",
+        f"{path}:3: image images/folder.png: is a folder, not an image file",
+        "fix the data, or skip such rows with --on_bad_sample skip",
+    ]
+    dead = tmp_path / "images" / "dead.png"
+    with pytest.raises(DataError, match=f"^{dead}: {reason}$"):
+        decode_rgb(str(dead), background=(0, 0, 0))
 
 
 def test_paths_of_another_kind_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -911,7 +930,7 @@ def test_rows_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         source.read(2)
 
 
-def test_data_sets_that_cannot_be_opened(tmp_path: Path) -> None:
+def test_data_sets_that_cannot_be_opened(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     import datasets
 
     def problem(name: str, **settings: Any) -> str:
@@ -934,7 +953,13 @@ def test_data_sets_that_cannot_be_opened(tmp_path: Path) -> None:
         "choose a configuration with --dataset_config_name (BuilderConfig 'big' not found. Available: ['default'])"
     )
     (tmp_path / "empty").mkdir()
-    assert problem(str(tmp_path / "empty")).startswith("cannot be read (The directory at")
+    assert problem(str(tmp_path / "empty")).endswith(
+        "data files); name a file, or a folder whose files have one format, such as parquet"
+    )
+    (tmp_path / "broken.parquet").write_text("PAR1")
+    caplog.clear()
+    assert problem(f"{tmp_path}/broken.parquet").startswith("cannot be read (Parquet ")
+    assert not caplog.records, "datasets' own words come on top"
     (tmp_path / "script").mkdir()
     (tmp_path / "script" / "script.py").write_text("")
     assert problem(str(tmp_path / "script")).startswith("needs code to be read, which datasets no longer runs")

@@ -471,7 +471,7 @@ BAD_SAMPLES: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
             "--conditioning_image_column"
         ),
     ),
-    "bytes that are no text": ({"7.txt": b"caf\xe9"}, {}, "its txt is not UTF-8 text"),
+    "bytes that are no text": ({"7.txt": b"caf\xe9"}, {}, "its txt is not UTF-8 text; save it as UTF-8"),
     "broken JSON": (
         {"7.json": b'{"text" 1}'},
         {"caption_column": "json"},

@@ -92,6 +92,27 @@ def wanted_and_there(resources: WorkerResources) -> str:
     return f"{counted(len(up), 'node')} up with {there} free; the run needs {workers} of {each}{kind}{starting}"
 
 
+def no_cpu_for_loading() -> str | None:
+    """Return in words that workers, of several runs, leave loading no CPU of the connected cluster; None if they do.
+
+    Each run leaves one, which the workers of the next may take: both then wait for data, and neither ends.
+    """
+    import ray
+    from ray.util import placement_group_table
+
+    groups = [group for group in placement_group_table().values() if group["state"] == "CREATED"]
+    held = [bundle["CPU"] for group in groups for bundle in group["bundles"].values() if bundle.get("CPU")]
+    there = ray.cluster_resources().get("CPU", 0.0)
+    if not held or there - sum(held) >= LOADING_CPUS:
+        return None
+    share = math.floor((there - LOADING_CPUS) / len(held) / MIN_CPU_SHARE) * MIN_CPU_SHARE
+    both = f", or start all with --cpus_per_worker {share:g}" if share else ""
+    return (
+        f"workers, of this run and others, hold {sum(held):g} of the cluster's {there:g} CPUs, and loading data needs "
+        f"{LOADING_CPUS:g}; end another run{both}"
+    )
+
+
 def share_out(cluster: ClusterConfig, nodes: Sequence[Node], may_come: Sequence[Node] | None) -> WorkerResources:
     """Return the workers' shares of `nodes`, or of those that an autoscaler may add.
 

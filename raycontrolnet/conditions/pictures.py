@@ -13,7 +13,7 @@ from raycontrolnet.config.condition_config import PicturesConfig
 from raycontrolnet.data.columns import find_column, read_captions
 from raycontrolnet.data.metadata_file import CONDITION_JOURNAL, METADATA_FILES, metadata_rows, read_path
 from raycontrolnet.errors import DataError
-from raycontrolnet.text import is_unicode, shorten
+from raycontrolnet.text import NOT_UTF8, is_unicode, shorten
 
 SUFFIXES = frozenset(
     {
@@ -198,7 +198,7 @@ def _text_beside(path: str) -> Text | None:
     except FileNotFoundError:
         return None
     except UnicodeDecodeError:
-        raise ValueError(f"{file}: is not UTF-8 text") from None
+        raise ValueError(f"{file}: {NOT_UTF8}") from None
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror or error})") from None
     captions = [line for line in lines if line]

@@ -20,7 +20,7 @@ from raycontrolnet.config.yaml_words import load_yaml, value_meant
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.storage.object_store import ObjectStore
 from raycontrolnet.storage.store_requests import reason
-from raycontrolnet.storage.uri import UNUSABLE, is_uri, shown_value, split_uri
+from raycontrolnet.storage.uri import ACCESS, UNUSABLE, is_uri, shown_value, split_uri
 from raycontrolnet.text import error_message, perhaps
 
 _TYPE_NAMES = {
@@ -196,7 +196,8 @@ def read_yaml(path: str | Path, place: str) -> dict[Any, Any]:
     try:
         settings = load_yaml(_text(str(path))) or {}
     except UNUSABLE as error:
-        raise ConfigError([f"{place}: cannot be read ({reason(error, 160)})"]) from None
+        advice = f"; {ACCESS}" if is_uri(str(path)) else ""
+        raise ConfigError([f"{place}: cannot be read ({reason(error, 160)}){advice}"]) from None
     except yaml.YAMLError as error:
         advice = "; indent with spaces, not tabs" if "'\\t'" in str(error) else ""
         raise ConfigError([f"{place}: is not valid YAML ({error_message(error)}){advice}"]) from None

@@ -24,9 +24,9 @@ from raycontrolnet.data.paths import (
     shown_path,
 )
 from raycontrolnet.data.records import EncodedImage, ImageRow
-from raycontrolnet.data.remote_path import AnyPath, RemotePath, joined
+from raycontrolnet.data.remote_path import AnyPath, RemotePath, joined, unreadable
 from raycontrolnet.errors import DataError
-from raycontrolnet.text import error_message, is_unicode, shorten
+from raycontrolnet.text import is_unicode, shorten
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -147,7 +147,7 @@ def open_folder(folder: AnyPath, data: SourceConfig) -> FolderSource:
         columns, table, bad_rows = _read_table(path, data)
         content_hash = _content_hash(path, columns)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error_message(error)})") from None
+        raise unreadable(path, error) from None
     source = folder_source(path.parent, str(path), table, content_hash, bad_rows)
     # `raycontrolnet condition` names the pictures where they are, by our own doing.
     if (outside := source.paths_outside()) and not written_by_condition(path):

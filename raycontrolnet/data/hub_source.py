@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from raycontrolnet.data.records import EncodedImage, ImageRow
 from raycontrolnet.data.remote_copy import RemoteCopy
 from raycontrolnet.data.remote_path import AnyPath, RemotePath
 from raycontrolnet.errors import DataError
+from raycontrolnet.quiet import no_messages
 from raycontrolnet.text import error_message
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 _FILE_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
 _SAVED_MARKS = ("state.json", "dataset_dict.json")
+_NO_FORMAT = re.compile("doesn't contain any data files|infer the same data file format")
+"""What datasets says of folders without data, or with files of several kinds."""
 _FINGERPRINT_ROWS = 16
 _OPENING = Lock()
 
@@ -217,7 +221,7 @@ def _load(location: Location) -> datasets.Dataset:
     if location.copy is not None:
         name = str(location.copy.fetched(location.cache_dir))
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), no_messages("datasets"):
             warnings.simplefilter("ignore", ResourceWarning)  # datasets leaves metadata files to the garbage collector
             if location.is_local and Path(name).is_file():
                 builder = _FILE_BUILDERS.get(Path(name).suffix)
@@ -267,7 +271,8 @@ def _reason(error: Exception, location: Location) -> str:
         return f"not found ({text}); check the spelling, and if it is private or gated log in with: hf auth login"
     if "Dataset scripts" in text:
         return f"needs code to be read, which datasets no longer runs ({text}); use a copy in parquet"
-    return f"cannot be read ({text})"
+    of_one_format = "; name a file, or a folder whose files have one format, such as parquet"
+    return f"cannot be read ({text}){of_one_format if location.is_local and _NO_FORMAT.search(text) else ''}"
 
 
 def _type_problems(features: datasets.Features, columns: Columns, location: Location) -> Iterator[str]:

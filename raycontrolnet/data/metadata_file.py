@@ -18,7 +18,7 @@ from raycontrolnet.data.columns import kind_name
 from raycontrolnet.data.remote_path import AnyPath
 from raycontrolnet.errors import DataError
 from raycontrolnet.storage.files import sha256_of
-from raycontrolnet.text import error_message, is_unicode
+from raycontrolnet.text import NOT_UTF8, error_message, is_unicode
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "prompt.json", "train.jsonl")
 """Names in the order of the search: image folders; the original ControlNet layout; the fill50k repository."""
@@ -112,7 +112,7 @@ def parse_json(text: bytes) -> Any:
     try:
         return json.loads(text.removeprefix(_BOM).strip())
     except UnicodeDecodeError:
-        raise ValueError("is not UTF-8 text") from None
+        raise ValueError(NOT_UTF8) from None
     except RecursionError:
         raise ValueError("is nested too deeply") from None
     except json.JSONDecodeError as error:
@@ -199,7 +199,7 @@ def _csv_row(header: Sequence[str], values: Sequence[str], lines: int) -> Row:
         hint = "; a text with a comma stands in double quotes" if more else ""
         return ValueError(f"has {len(values)} values for the {len(header)} columns of the first line{hint}")
     if not all(value.isascii() or is_unicode(value) for value in values):
-        return ValueError("is not UTF-8 text")
+        return ValueError(NOT_UTF8)
     if lines > 1 and (swallowed := _swallowed_row(header, values)):
         return ValueError(
             f'goes over {lines} lines, and "{swallowed[:60]}" in it looks like a row of its own: is there a double '

@@ -13,7 +13,7 @@ from functools import partial
 from raycontrolnet.data.folder_source import FolderSource, folder_source, rows_table
 from raycontrolnet.data.remote_path import AnyPath, RemotePath, listed
 from raycontrolnet.storage.store_requests import REQUESTS
-from raycontrolnet.text import error_message
+from raycontrolnet.text import NOT_UTF8, error_message
 
 IMAGES = "images"
 CONDITIONING_FOLDERS = ("conditioning_images", "conditioning_image", "conditioning")
@@ -68,6 +68,6 @@ def _caption(image: AnyPath, folder: AnyPath) -> tuple[str, str]:
     try:
         return file.read_text(encoding="utf-8-sig").strip(), ""
     except UnicodeDecodeError:
-        return "", f"its caption {file} is not UTF-8 text"
+        return "", f"its caption {file} {NOT_UTF8}"
     except OSError as error:
         return "", f"its caption {file} cannot be read ({error_message(error)})"

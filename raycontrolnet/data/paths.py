@@ -13,6 +13,7 @@ from pathlib import Path
 
 from raycontrolnet.data.records import EncodedImage
 from raycontrolnet.data.remote_path import AnyPath, RemotePath, joined
+from raycontrolnet.data.threads import in_threads
 from raycontrolnet.errors import DataError
 from raycontrolnet.text import SHOWN_PROBLEMS, shorten
 
@@ -26,6 +27,7 @@ _BASE64_LETTERS = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
 _SHORTEST_BASE64 = 64
 _LONGEST_SHOWN = 120
 _MISSING = "no such file"
+_LINKS_AT_A_TIME = 16
 
 
 def embedded_image(text: str) -> bytes | None:
@@ -74,9 +76,10 @@ def missing_files(root: Root, paths: Iterable[str]) -> Iterator[tuple[int, str]]
     """Yield (index, path) of the `paths`, relative to `root` or absolute, that do not exist, or are no files.
 
     "" and embedded images are no paths and pass. Lists each folder once: a system call per file takes minutes for a
-    million files on a network disk.
+    million files on a network disk. Links alone are followed, several at a time.
     """
-    listings: dict[str, Mapping[str, bool]] = {}
+    listings: dict[str, Mapping[str, bool | None]] = {}
+    links: list[tuple[int, str]] = []
     for index, path in enumerate(paths):
         if not path or is_embedded(path):
             continue
@@ -86,23 +89,30 @@ def missing_files(root: Root, paths: Iterable[str]) -> Iterator[tuple[int, str]]
             listings[folder] = _files_in(joined(root, folder))
         # names are listed as they were made; file systems that ignore case or Unicode forms may find others too
         exists = name in listings[folder] or (listings[folder] and _exists(joined(root, path)))
-        if not (exists and listings[folder].get(name, True)):
+        is_file = listings[folder].get(name, True)
+        if is_file is None:
+            links.append((index, path))
+        elif not (exists and is_file):
             yield index, path
+    reached = in_threads(lambda link: _is_file(joined(root, link[1])), links, _LINKS_AT_A_TIME, 2 * _LINKS_AT_A_TIME)
+    yield from (link for link, is_file in zip(links, reached, strict=True) if not is_file)
 
 
-def _files_in(folder: AnyPath) -> Mapping[str, bool]:
-    """Return name -> whether it is a file, of all in a folder; empty if it cannot be listed."""
+def _files_in(folder: AnyPath) -> Mapping[str, bool | None]:
+    """Return name -> True for a file, None for a link, of all in a folder; empty if it cannot be listed."""
     if isinstance(folder, RemotePath):
         return {name: stat.S_ISREG(entry.st_mode) for name, entry in folder.entries().items()}
     try:
         with os.scandir(folder) as entries:
-            return {entry.name: entry.is_symlink() or entry.is_file() for entry in entries}
+            return {entry.name: None if entry.is_symlink() else entry.is_file() for entry in entries}
     except (OSError, ValueError):
         return {}
 
 
 def missing_reason(root: Root, path: str) -> str:
     """Return that a path, relative to `root` or absolute, leads to no file, and what it seems to be instead."""
+    if target := _dead_link(joined(root, path)):
+        return f"is a link to {shown_path(target)}, where there is no file; fetch that, or name another file"
     here, archive = Path(path), joined(root, f"{Path(path).parts[0]}.zip")
     with suppress(OSError, ValueError):
         return f"is {kind_of_file(joined(root, path).stat().st_mode)}, not an image file"
@@ -135,7 +145,7 @@ def missing_problems(root: Root, columns: Mapping[str, Iterable[str]], place: Ca
     yield from shorten(reasons, "files are missing", len(missing))
     nowhere = any(why == _MISSING and not Path(path).is_absolute() for _, path, why in first)
     if nowhere and root and isinstance(root, str) and not any("unzip" in why for _, _, why in first):
-        files = sorted(name for name, is_file in _files_in(Path(root)).items() if is_file)
+        files = sorted(name for name, is_file in _files_in(Path(root)).items() if is_file is not False)
         archives = [name for name in files if Path(name).suffix.lower() in ARCHIVES]
         yield from (f"{joined(root, name)} is an archive that may hold them: unpack it there" for name in archives[:1])
 
@@ -169,6 +179,21 @@ def file_bytes(root: Root, path: str) -> int | None:
         return joined(root, path).stat().st_size
     except (OSError, ValueError):
         return None
+
+
+def _is_file(path: AnyPath) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _dead_link(path: AnyPath) -> str | None:
+    """Return where a link leads in vain, as git-annex's before its file is fetched; None if `path` is no such link."""
+    with suppress(OSError, ValueError):
+        if isinstance(path, Path) and path.is_symlink() and not path.exists():
+            return str(path.readlink())
+    return None
 
 
 def _exists(path: AnyPath) -> bool:

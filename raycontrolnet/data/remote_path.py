@@ -14,8 +14,10 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from raycontrolnet.errors import DataError
 from raycontrolnet.storage.store_requests import reached
-from raycontrolnet.storage.uri import as_path, check_bucket, is_uri, open_uri, shown_uri
+from raycontrolnet.storage.uri import ACCESS, as_path, check_bucket, is_uri, open_uri, shown_uri
+from raycontrolnet.text import error_message
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -270,3 +272,9 @@ def _entry_of(info: Any) -> Entry | None:
         return None
     seconds = (info.mtime_ns or 0) // 10**9
     return Entry(modes[info.type], info.size or 0, seconds * 10**9)
+
+
+def unreadable(path: AnyPath, error: OSError) -> DataError:
+    """Return the error for a file of a data set that cannot be read."""
+    advice = f"; {ACCESS}" if isinstance(path, RemotePath) else ""
+    return DataError(f"{path}: cannot be read ({error_message(error)}){advice}")

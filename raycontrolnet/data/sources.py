@@ -22,7 +22,7 @@ from raycontrolnet.data.source import Source
 from raycontrolnet.data.tar_index import shard_files
 from raycontrolnet.data.tar_source import open_tars
 from raycontrolnet.errors import DataError
-from raycontrolnet.storage.uri import as_path, is_uri
+from raycontrolnet.storage.uri import ACCESS, as_path, is_uri
 from raycontrolnet.text import error_message, first_of
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,6 @@ _SPLITS_NOT_TRAINED_ON = frozenset(("val", "valid", "validation", "dev", "eval",
 _SHOWN_ENTRIES = 5
 LOOKED_AT_ROWS = 32
 """Rows, about, whose files are looked for on the nodes of a cluster."""
-_ACCESS = "check the URI, and keys and address in the environment"
 
 
 def open_source(
@@ -86,7 +85,7 @@ def _open_one(config: SourceConfig, cache_dir: str | None, token: str | None, *,
     except OSError as error:
         if not is_uri(name):
             raise
-        raise DataError(f"{config.shown}: cannot be read ({error_message(error)}); {_ACCESS}") from None
+        raise DataError(f"{config.shown}: cannot be read ({error_message(error)}); {ACCESS}") from None
     if problems:
         if len(source):
             problems.append("fix the data, or skip such rows with --on_bad_sample skip")

@@ -18,13 +18,13 @@ from raycontrolnet.data.columns import MissingColumn, MissingColumns, find_colum
 from raycontrolnet.data.metadata_file import parse_json
 from raycontrolnet.data.paths import shown_path
 from raycontrolnet.data.records import ImageRow
-from raycontrolnet.data.remote_path import AnyPath, RemotePath
+from raycontrolnet.data.remote_path import AnyPath, RemotePath, unreadable
 from raycontrolnet.data.sample_files import SampleFiles, is_json
 from raycontrolnet.data.tar_index import ShardIndex, extensions_of, read_index
 from raycontrolnet.data.tar_table import FILES, tar_rows
 from raycontrolnet.errors import DataError
 from raycontrolnet.storage.store_requests import REQUESTS
-from raycontrolnet.text import counted, error_message, is_unicode, printable, shorten
+from raycontrolnet.text import NOT_UTF8, counted, error_message, is_unicode, printable, shorten
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -180,7 +180,7 @@ class TarSource:
             try:
                 return (content.decode("utf-8-sig").strip(),)
             except UnicodeDecodeError:
-                raise ValueError(f"its {extension} is not UTF-8 text") from None
+                raise ValueError(f"its {extension} {NOT_UTF8}") from None
         values = self._json(row, content)
         column = find_column("caption_column", self.caption_column, list(values), f"its {extension}")
         try:
@@ -230,7 +230,7 @@ def _shard(path: AnyPath) -> TarShard:
     try:
         found = path.stat()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error_message(error)})") from None
+        raise unreadable(path, error) from None
     place = path if isinstance(path, RemotePath) else str(path.absolute())
     return TarShard(place, str(path), (found.st_size, found.st_mtime_ns))
 

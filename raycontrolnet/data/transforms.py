@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from raycontrolnet.data.augmentation import CENTRED, View
-from raycontrolnet.data.paths import kind_of_file
+from raycontrolnet.data.paths import kind_of_file, missing_reason
 from raycontrolnet.data.records import DecodedRow, EncodedImage, ImageRow, Size, UInt8Image
 from raycontrolnet.data.remote_path import RemotePath
 from raycontrolnet.data.size_conditioning import crop_corner, resized_size
@@ -204,7 +204,8 @@ def _read_file(path: str | RemotePath, prefix: str) -> bytes:
         _check_size(found.st_size, f"{prefix}{path}")
         return Path(path).read_bytes()
     except FileNotFoundError:
-        raise DataError(f"{prefix}{path}: no such file") from None
+        reason = "no such file" if isinstance(path, RemotePath) else missing_reason("", path)
+        raise DataError(f"{prefix}{path}: {reason}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise DataError(f"{prefix}{path}: cannot be read ({error_message(error)})") from None
 

@@ -76,6 +76,7 @@ def _encode(
     stream: TextIO,
 ) -> dict[str, ShardResult]:
     """Encode the shards that are missing; return the results by name."""
+    plan.folder.check_writable()
     plan.folder.remove_leftovers()
     _announce(plan, there, stream)
     stored = plan.folder.sizes()

@@ -33,9 +33,11 @@ from raycontrolnet.model.performance import has_bf16, working_precision
 from raycontrolnet.predict.devices import REACHED, peak_of
 from raycontrolnet.predict.prediction import GIB, MIB, RESERVED, Prediction, margin
 from raycontrolnet.storage.checkpoint import Checkpoint
+from raycontrolnet.storage.object_store import ObjectStore
 from raycontrolnet.storage.resume import resolve
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.storage.stored_folder import run_folder
+from raycontrolnet.storage.uri import UNUSABLE, unusable
 from raycontrolnet.text import counted, duration, file_size, short_number
 from raycontrolnet.training.room import check_room, final_bytes
 from raycontrolnet.training.schedule import Schedule
@@ -173,11 +175,22 @@ def _start(train: TrainConfig, folder: RunFolder, problems: list[str]) -> Checkp
 
     Creates no folder, and fetches nothing of an object store's.
     """
-    if not folder.is_stored and folder.path.exists() and (problem := unwritable(folder.path, "output_dir")):
+    if problem := _unwritable(folder):
         problems.append(problem)
     elif not folder.is_stored or train.resume_from_checkpoint is None:
         with collected(problems):
             return resolve(train.resume_from_checkpoint, folder)
+    return None
+
+
+def _unwritable(folder: RunFolder) -> str | None:
+    """Return why results cannot be written to the folder of a run; None if they can."""
+    if not folder.is_stored:
+        return unwritable(folder.path, "output_dir") if folder.path.exists() else None
+    try:
+        ObjectStore(folder.place).check_writable()
+    except UNUSABLE as error:
+        return f"--output_dir={folder.shown}: {unusable(error)}"
     return None
 
 

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from raycontrolnet.cluster.resources import WorkerResources, wanted_and_there
+from raycontrolnet.cluster.resources import WorkerResources, no_cpu_for_loading, wanted_and_there
 from raycontrolnet.errors import RunError
 from raycontrolnet.text import duration
 from raycontrolnet.training.background import repeating
 
 FIRST_NEWS_S = 30.0
 LOOK_INTERVAL_S = 2.0
+LOADING_LOOK_S = 10.0
+"""Time between questions to Ray while a run goes on."""
+
+
+class _LoadingNews:
+    """News of a run whose workers have their places, while no CPU is left to load their data."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self._start, self._next_look, self._next_news = math.inf, 0.0, FIRST_NEWS_S
+
+    def look(self) -> None:
+        """Ask Ray now and then; say what it is after 30 s, 1, 2, 4 minutes and so on."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + LOADING_LOOK_S
+        if (problem := no_cpu_for_loading()) is None:
+            self._start, self._next_news = math.inf, FIRST_NEWS_S
+            return
+        self._start = min(self._start, now)
+        if (waited := now - self._start) >= self._next_news:
+            self._next_news *= 2
+            self._stream.write(f"waiting for data, {duration(waited)}: {problem}\n")
 
 
 @contextmanager
@@ -24,7 +49,9 @@ def waiting_for_workers(
     limit_s: float | None,
     stream: TextIO,
 ) -> Iterator[None]:
-    """Say on `stream` what a run waits for, while its workers have no place: after 30 s, 1, 2, 4 minutes and so on.
+    """Say on `stream` what a run waits for: after 30 s, 1, 2, 4 minutes and so on.
+
+    It waits while its workers have no place, or while other runs' workers leave no CPU for loading data.
 
     Args:
         is_waiting: tells whether they have none, at the start or after a loss.
@@ -35,6 +62,7 @@ def waiting_for_workers(
         RunError: the limit was reached.
     """
     start, next_news, too_late = time.monotonic(), FIRST_NEWS_S, ""
+    loading = _LoadingNews(stream)
 
     def look() -> None:
         nonlocal start, next_news, too_late
@@ -43,6 +71,7 @@ def waiting_for_workers(
             return
         if not is_waiting():
             start, next_news = time.monotonic(), FIRST_NEWS_S
+            loading.look()
             return
         waited = time.monotonic() - start
         if limit_s is not None and waited >= limit_s:

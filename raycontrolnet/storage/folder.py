@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING, TypeVar
 from raycontrolnet.errors import RunError, UserError
 from raycontrolnet.storage.files import PARTIAL_SUFFIX, replacing
 from raycontrolnet.storage.left_requests import LeftError, unless_left
+from raycontrolnet.storage.object_store import ObjectStore
 from raycontrolnet.storage.store_requests import RUN_WAITS_S, is_lasting, reason, tried_again
 from raycontrolnet.storage.uri import UNUSABLE, as_path, check_bucket, open_uri, shown_uri, unusable
+from raycontrolnet.text import error_message
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -157,6 +160,24 @@ class CacheFolder:
         Path(self.uri).mkdir(parents=True, exist_ok=True)
         with replacing(Path(self.uri, name), sync=True, many_writers=True) as unfinished:
             unfinished.write_bytes(data)
+
+    def check_writable(self) -> None:
+        """Check that files can be written, before anything is encoded for them.
+
+        Raises:
+            UserError: if not.
+        """
+        try:
+            if self.is_local:
+                Path(self.uri).mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=self.uri).close()
+            else:
+                ObjectStore(self.uri).check_writable()
+        except OSError as error:
+            raise UserError(
+                f"--latents_cache_dir={self.name}: cannot be written to ({error_message(error, 160)}); "
+                f"name {'another folder' if self.is_local else 'a folder in a bucket to which your keys may write'}"
+            ) from None
 
     def _send(self, name: str, data: bytes | pa.Buffer) -> None:
         system, folder = _open(self.uri)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 AT_A_TIME = 4
 """Files that are sent or fetched side by side."""
 BLOCK_BYTES = 16 * 2**20
+WRITE_TEST = ".raycontrolnet-write-test"
 
 
 class Stored(NamedTuple):
@@ -156,6 +157,13 @@ class ObjectStore:
                 system.delete_dir(f"{root}/{name}".rstrip("/"))
 
         self._change(delete)
+
+    def check_writable(self) -> None:
+        """Check that objects can be written, by one that is deleted again."""
+        self.write(WRITE_TEST, b"-")
+        with suppress(OSError):  # where nothing may be deleted, it stays, one for all checks
+            self.delete([WRITE_TEST])
+            self.delete_if_empty()
 
     def delete_if_empty(self) -> None:
         """Delete the mark of a folder without objects, which stores that know no folders keep."""

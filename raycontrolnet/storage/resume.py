@@ -9,10 +9,12 @@ from pathlib import Path
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.storage.checkpoint import CONTROLNET_FOLDER, MANIFEST_FILE, Checkpoint, all_checkpoints
 from raycontrolnet.storage.run_folder import RunFolder
-from raycontrolnet.storage.stored_folder import DRIVER, folder_containing
+from raycontrolnet.storage.stored_folder import DRIVER, StoredFolder, folder_containing
 from raycontrolnet.storage.uri import is_uri, shown_uri, unusable
 from raycontrolnet.text import error_message
 
+SWEEP_FILE = "sweep.json"
+"""The file by which the folder of a sweep is known."""
 _OF_OTHERS = ("optimizer.bin", "scheduler.bin", "random_states_*.pkl", "optimizer.pt")
 """Files of checkpoints that accelerate writes, as diffusers' scripts do, and transformers' Trainer."""
 
@@ -71,7 +73,8 @@ def _other_folder(path: Path, folder: RunFolder, present: Sequence[Checkpoint], 
     if is_name and not folder.is_stored and (folder.path / path).is_dir():
         path = folder.path / path
     if not path.is_dir():
-        raise ConfigError([f"{flag}: no such folder; complete in {folder.shown}: {_names(present)}"])
+        anew = "" if present else "; leave the flag out for a new run"
+        raise ConfigError([f"{flag}: no such folder; complete in {folder.shown}: {_names(present)}{anew}"])
     if _is_of_others(path):
         raise ConfigError([f"{flag}: {_of_others(path)}"])
     return path
@@ -112,6 +115,12 @@ def _names(checkpoints: Sequence[Checkpoint]) -> str:
     return ", ".join(checkpoint.path.name for checkpoint in checkpoints) or "none"
 
 
+def _holds_sweep(folder: RunFolder) -> bool:
+    if isinstance(folder, StoredFolder):
+        return bool(folder.store.find([SWEEP_FILE]))
+    return (folder.path / SWEEP_FILE).exists()
+
+
 def _check_nothing_is_overwritten(folder: RunFolder, present: Sequence[Checkpoint]) -> None:
     # Of another program, such as diffusers' script, or damaged: not to be overwritten either.
     patterns = () if folder.is_stored else ("checkpoint-[0-9]*", "diffusion_pytorch_model.safetensors")
@@ -121,6 +130,8 @@ def _check_nothing_is_overwritten(folder: RunFolder, present: Sequence[Checkpoin
             f"holds {present[-1].path.name} of an earlier run. Go on with it: add --resume_from_checkpoint latest. "
             "Start anew: name another --output_dir, or delete that folder"
         )
+    elif _holds_sweep(folder):
+        problem = "holds a sweep, which `raycontrolnet tune --resume` goes on with; name another --output_dir for a run"
     elif others and _is_of_others(others[0]):
         problem = _of_others(others[0])
     elif others:

@@ -22,6 +22,8 @@ STORES_WITH_BUCKETS = ("s3", "gcs")
 """pyarrow's names of file systems in which nothing can be written where there is no bucket."""
 
 
+ACCESS = "check the URI, and keys and address in the environment"
+"""Advice where a URI cannot be read."""
 SCHEMES = ("s3", "gs", "gcs", "hdfs", "abfs", "abfss")
 """Beginnings of URIs that pyarrow reads."""
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from raycontrolnet.errors import RunError, UserError
+from raycontrolnet.errors import DataError, RunError, UserError
 from raycontrolnet.model.performance import memory_advised
 from raycontrolnet.storage.files import check_open, is_closed
 
@@ -65,6 +65,18 @@ def failures_recorded(output_dir: Path, memory_advice: Callable[[], str] | None 
     except (UserError, RunError) as error:
         record_failure(output_dir, error)
         raise
+
+
+@contextmanager
+def bad_samples_advised(*, cached: bool) -> Iterator[None]:
+    """Say what helps against images that cannot be used: from pixels each is found alone, when its turn comes."""
+    try:
+        yield
+    except DataError as error:
+        if cached:
+            raise
+        advice = "--cache_latents on names all such images before training, and --on_bad_sample skip leaves them out"
+        raise DataError(f"{error}\nfix the data; {advice}") from error
 
 
 @contextmanager

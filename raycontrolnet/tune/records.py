@@ -24,12 +24,12 @@ from raycontrolnet.errors import ConfigError
 from raycontrolnet.report import run_history
 from raycontrolnet.report.run_history import RunHistory, number
 from raycontrolnet.storage.files import replace_text
+from raycontrolnet.storage.resume import SWEEP_FILE
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.storage.stored_folder import DRIVER
 from raycontrolnet.training import held_out
 from raycontrolnet.training.schedule import due_steps
 
-SWEEP_FILE = "sweep.json"
 TRIALS_FOLDER = "trials"
 TRIAL_FILE = "trial.json"
 

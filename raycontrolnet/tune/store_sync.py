@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.report.page import REPORT_FILE
+from raycontrolnet.storage.resume import SWEEP_FILE
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.storage.stored_folder import run_folder
 from raycontrolnet.storage.uri import UNUSABLE, check_bucket, unusable
@@ -19,7 +20,7 @@ from raycontrolnet.training import store_sync
 from raycontrolnet.training.store_sync import FETCH_INTERVAL_S, SEND_INTERVAL_S, last_records_sent, repeating_by_cost
 from raycontrolnet.tune.leaderboard import LEADERBOARD_FILE
 from raycontrolnet.tune.lease import LEASE_FILE, SweepLease
-from raycontrolnet.tune.records import SWEEP_FILE, TRIAL_FILE, TRIALS_FOLDER
+from raycontrolnet.tune.records import TRIAL_FILE, TRIALS_FOLDER
 
 SWEEP_LOG = "sweep.log"
 OF_TRIALS = (*store_sync.RECORDS, store_sync.VALIDATION, "run.json", "config.yaml")

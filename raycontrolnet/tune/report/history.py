@@ -12,8 +12,8 @@ from typing import Any
 from raycontrolnet.config.sweep_config import OBJECTIVES
 from raycontrolnet.report.run_history import number
 from raycontrolnet.storage.files import read_json
+from raycontrolnet.storage.resume import SWEEP_FILE
 from raycontrolnet.tune.records import (
-    SWEEP_FILE,
     Trial,
     as_text,
     control_appeared,

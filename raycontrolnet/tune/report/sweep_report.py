@@ -16,9 +16,10 @@ from typing import Any
 
 from raycontrolnet.report import page
 from raycontrolnet.report.curves import digits
+from raycontrolnet.storage.resume import SWEEP_FILE
 from raycontrolnet.text import STANDARD_ERRORS, counted, duration, short_number
 from raycontrolnet.training.held_out import visible
-from raycontrolnet.tune.records import SWEEP_FILE, TRIALS_FOLDER, Trial
+from raycontrolnet.tune.records import TRIALS_FOLDER, Trial
 from raycontrolnet.tune.report import charts
 from raycontrolnet.tune.report.history import SHADES, SweepHistory, read, too_early
 from raycontrolnet.tune.report.timeline import timeline
