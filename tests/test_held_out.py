@@ -458,3 +458,6 @@ def test_in_words() -> None:
     records = [record(100, 0.0), record(200, 0.012), record(300, 0.034)]
     expected = "held-out loss 0.2000, control gap 0.034 ± 0.002 (2 standard errors): control has appeared at step 200"
     assert in_words(records) == expected
+    records = [record(100, 1e-8, error=1e-9)]
+    assert in_words(records).endswith(", control gap <2e-7 ± <4e-7 (2 standard errors): no control yet")
+    assert in_words([{**record(1, 0.0), "val_loss": 2e-6}]).startswith("held-out loss 2e-6, control gap 0 ± ")

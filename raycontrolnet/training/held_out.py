@@ -37,7 +37,7 @@ from raycontrolnet.errors import DataError
 from raycontrolnet.model.batch import draw, latent_shape, make_batch
 from raycontrolnet.model.step import TrainState, controlnet_loss, with_posterior
 from raycontrolnet.sampling.pipeline import evaluating
-from raycontrolnet.text import plus_minus, short_number
+from raycontrolnet.text import above, decimals, plus_minus
 from raycontrolnet.training import metrics
 from raycontrolnet.training.state import unwrap_controlnet
 
@@ -248,22 +248,22 @@ def summary(output_dir: Path) -> dict[str, Any]:
     return last | {"control_appeared_at_step": control_appeared(records)}
 
 
-def visible(difference: float, loss: float) -> float:
-    """Return a difference of losses; 0 for one that their 32 bits do not show."""
-    return 0.0 if abs(difference) <= PRECISION * abs(loss) else difference
+def noise_of(loss: float) -> float:
+    """Return the size up to which differences of such losses may be the rounding of their 32 bits."""
+    return PRECISION * abs(loss)
 
 
-def gap_in_words(record: Mapping[str, Any]) -> str:
-    """Return the control gap and its error."""
-    gap, error = (visible(record[name], record["val_loss"]) for name in ("control_gap", "control_gap_error"))
-    return f"{short_number(gap, 2)}{plus_minus(error)}"
+def gap_and_error(record: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the control gap and its error in words; of what may be rounding, the most that it may be."""
+    noise = noise_of(record["val_loss"])
+    return above(record["control_gap"], noise, 2), plus_minus(record["control_gap_error"], noise)
 
 
 def in_words(records: Sequence[Mapping[str, Any]]) -> str:
     """Return the last measurement in words, for a log."""
     last = records[-1]
-    gap = f"control gap {gap_in_words(last)}"
+    gap = f"control gap {''.join(gap_and_error(last))}"
     step = control_appeared(records)
     shown = "no control yet" if step is None else f"control has appeared at step {step}"
     of = " of the averages" if last.get("weights") == AVERAGES else ""
-    return f"held-out loss{of} {last['val_loss']:.4f}, {gap}: {shown}"
+    return f"held-out loss{of} {decimals(last['val_loss'])}, {gap}: {shown}"
