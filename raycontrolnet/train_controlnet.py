@@ -183,7 +183,7 @@ class Worker:
             "total_updates": schedule.total_updates,
             "samples": state.samples,
             "loss": self.last.loss if self.last else None,
-            "num_workers": self.share.world_size,
+            "processes": self.share.world_size,
             "timings": self.clock.rounded(),
             **kernels_used(state.components),
             **graphs_used(state.graphs, config, on_gpu=not on_cpu, num_workers=state.accelerator.num_processes),

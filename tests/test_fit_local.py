@@ -110,7 +110,7 @@ def test_what_a_run_leaves(
     assert (status["status"], status["step"], status["samples"]) == ("finished", 4, 16)
     assert status["loss"] == result.loss
     assert status["checkpoint"] == "checkpoint-4"
-    assert (status["num_workers"], status["latents_cache"]) == (1, None)
+    assert (status["num_workers"], status["processes"], status["latents_cache"]) == (0, 1, None)
     assert status["timings"] == result.timings
     assert status["timings"].keys() >= {"model_s", "step_s", "checkpoint_s"}
     for package in ("raycontrolnet", "ray", "torch", "diffusers"):
@@ -1012,10 +1012,10 @@ def test_the_workers_of_an_elastic_run_that_failed(out: Path) -> None:
 
     def fail() -> None:
         with live_status(out, 0.0, {}) as status:
-            status["num_workers"] = None
+            status |= {"num_workers": "1:3", "processes": None}
             write_timings(out, {"step_s": 1.5}, 2)
             raise RunError("lost")
 
     with pytest.raises(RunError, match="lost"):
         fail()
-    assert (read_status(out)["num_workers"], read_status(out)["timings"]) == (2, {"step_s": 1.5})
+    assert [read_status(out)[name] for name in ("num_workers", "processes", "timings")] == ["1:3", 2, {"step_s": 1.5}]
