@@ -218,7 +218,7 @@ def wait_for_driver(output_dir: Path, marked: Callable[[], bool], driver: str) -
 
 
 def write_timings(output_dir: Path, timings: Mapping[str, float], processes: int) -> None:
-    """Write the seconds by phase so far and the number of processes that train, for the report, or run.json if the run fails."""
+    """Write the seconds by phase so far and the number of processes that train: for the report, or a failed run."""
     replace_text(output_dir / TIMINGS_FILE, json.dumps({"processes": processes, "timings": timings}))
 
 
