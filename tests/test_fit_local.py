@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from fused_stand_ins import use_stand_ins
 from PIL import Image
 from reference import normalize, to_tensor, write_trained_controlnet
 from runs import WEIGHTS, Settings, column, equal, lines, losses, metadata, run, weights
@@ -40,6 +41,8 @@ from raycontrolnet.latents import encoder
 from raycontrolnet.launch import running
 from raycontrolnet.model import batch as batch_module
 from raycontrolnet.model import step, vae
+from raycontrolnet.model.fused.layers import use_fused_layers
+from raycontrolnet.model.performance import fused_layers
 from raycontrolnet.report.progress import Progress, progress
 from raycontrolnet.report.run_report import write_report
 from raycontrolnet.sampling import images
@@ -640,6 +643,28 @@ def before_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[
             patch.setattr(train_controlnet, "train_step", acting_step)
 
         yield install
+
+
+def test_the_layer_within_a_fused_block_is_named(
+    tiny_settings: Settings, out: Path, before_step: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fused blocks call none of the layers in them."""
+    use_stand_ins(monkeypatch)
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", False)  # a stand-in's takes no nan
+    damaged = "down_blocks.0.resnets.0.norm2"
+    states = []
+
+    def diverge(state: Any) -> None:
+        states.append(state)
+        use_fused_layers(state.components)
+        with torch.no_grad():
+            state.components.controlnet.get_submodule(damaged).weight.fill_(float("nan"))
+
+    before_step(diverge)
+    with pytest.raises(RunError) as error:
+        run(tiny_settings, out)
+    assert f"The first module whose output is not finite: controlnet.{damaged}." in str(error.value)
+    assert fused_layers(states[0].components), "after that they are as they were"
 
 
 def test_a_diverged_run(tiny_settings: Settings, out: Path, before_step: Any) -> None:

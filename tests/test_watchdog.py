@@ -187,10 +187,8 @@ def test_whereabouts_of_a_thread() -> None:
     assert first == 'waiting for the thread "a thread that does not end"'
     assert second == "in the backward pass, in which gradients are exchanged"
     assert third == "", "nothing of ours"
-    assert (itself, other) == (
-        "in first_of of text.py",
-        'waiting for the thread "words", which is in first_of of text.py',
-    )
+    assert itself == "in first_of of text.py"
+    assert other == f'waiting for the thread "words", which is {itself}'
     assert whereabouts(0) == "", "no such thread"
 
 
