@@ -136,8 +136,10 @@ def test_the_shares_of_workers_are_the_whole(settings: Settings) -> None:
         shake(state)
         whole = measure(state, loader)
     assert whole is not None
-    count, right, gap, _ = sums_of_workers(settings, loader, 7).sum(0).tolist()  # two of them have nothing to do
-    assert count == NUM_HELD_OUT
+    count, right, gap, _, stopped = (
+        sums_of_workers(settings, loader, 7).sum(0).tolist()
+    )  # two of them have nothing to do
+    assert (count, stopped) == (NUM_HELD_OUT, 0)
     assert right / count == pytest.approx(whole.val_loss, rel=1e-6)
     assert gap / count == pytest.approx(whole.control_gap, abs=1e-6)
 

@@ -76,6 +76,10 @@ class HeldOutMetrics(NamedTuple):
     """Unix seconds."""
 
 
+class MeasureStopped(Exception):
+    """The measurement was ended before its last batch, on all workers."""
+
+
 class KeptSamples:
     """The first batches of a worker's held-out samples, as an earlier measurement read and encoded them.
 
@@ -114,7 +118,7 @@ def measure(
     *,
     rank: int = 0,
     world_size: int = 1,
-    progress: Callable[[], None] = lambda: None,
+    ends_early: Callable[[], bool] = lambda: False,
     kept: KeptSamples | None = None,
 ) -> HeldOutMetrics | None:
     """Measure the held-out rows of `loader`, every worker its share; all workers must call it together.
@@ -122,23 +126,29 @@ def measure(
     A row that cannot be read is left out, and logged.
 
     Args:
-        progress: called after every batch.
+        ends_early: asked before every batch; leaves out the rest.
         kept: of earlier measurements of this share, to use and to add to.
 
     Returns:
         The same on every worker; None if there is nothing to measure.
+
+    Raises:
+        MeasureStopped: if `ends_early` has answered True on a worker.
     """
     started = time.perf_counter()
     accelerator, components = state.accelerator, state.components
     controlnet = unwrap_controlnet(state)
     ordered = _ordered(loader)
     share = np.array_split(ordered, world_size)[rank].tolist()
-    sums, kept = torch.zeros(4, dtype=torch.float64), kept or KeptSamples(most_bytes=0)
+    sums, kept = torch.zeros(5, dtype=torch.float64), kept or KeptSamples(most_bytes=0)
     num_kept = len(kept.batches)
     to_read = _batches(_with_others(loader, share[kept.num_samples :], ordered), loader.batch_size)
     with evaluating((controlnet, *components.frozen())), torch.no_grad():
         models = replace(components, controlnet=controlnet)
         for number, samples in enumerate(chain(list(kept.batches), to_read)):
+            if ends_early():
+                sums[-1] = 1.0
+                break
             rows, others = [row for row, _ in samples], [other for _, other in samples]
             indices = [row.sample_index for row in rows]
             batch = with_posterior(models, make_batch(rows, components, accelerator.device))
@@ -160,11 +170,13 @@ def measure(
             )
             gaps = (shuffled - right).double().cpu()
             totals = [float(len(rows)), float(right.double().sum()), float(gaps.sum()), float(gaps.pow(2).sum())]
-            sums += torch.tensor(totals, dtype=torch.float64)
-            progress()
+            sums[:-1] += torch.tensor(totals, dtype=torch.float64)
     if world_size > 1:
         sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
-    return _metrics(state.step, sums.tolist(), time.perf_counter() - started)
+    *figures, stopped = sums.tolist()
+    if stopped:
+        raise MeasureStopped
+    return _metrics(state.step, figures, time.perf_counter() - started)
 
 
 def _metrics(step: int, sums: Sequence[float], seconds: float) -> HeldOutMetrics | None:
