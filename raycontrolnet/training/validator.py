@@ -159,7 +159,7 @@ class Validator:
                 self._wait_for_all()  # until they are saved
                 self._draw_together(self._saved_controlnet)
                 if self.actor:
-                    self._publish(self.actor.collect(wait=True))
+                    self._publish(self.actor.collect(lambda: self._ends_early("validation images")))
                 if self.rank == 0:  # an attempt that failed, or whose images the actor drew
                     self._forget_attempt()
 
