@@ -22,8 +22,8 @@ from raycontrolnet.config.spellings import SPELLINGS, in_our_spelling, misspelt
 from raycontrolnet.config.sweep_config import SweepConfig, SweepSettings
 from raycontrolnet.config.train_config import GROUPS, TrainConfig, typed_settings
 from raycontrolnet.config.values import read_yaml, setting_types, unknown_names
-from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError, end_told
-from raycontrolnet.signals import end_if_threads_left, ending_signals_raised, exit_code, process_ended_in_haste
+from raycontrolnet.errors import ConfigError, Interrupted, RunError, UserError, end_told, interruption
+from raycontrolnet.signals import end_if_threads_left, ending_signals_raised, process_ended_in_haste
 from raycontrolnet.storage.uri import shown_name
 from raycontrolnet.text import first_of, perhaps
 from raycontrolnet.version import __version__
@@ -91,19 +91,19 @@ def _main(argv: Sequence[str] | None) -> int:
     if command not in COMMANDS:
         print(f"{command}: no such command{perhaps(command, COMMANDS)}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
+    stands = f"Interrupted before raycontrolnet {command} began: nothing was changed."
     try:
         with ending_signals_raised(), end_told(sys.stderr, lambda: f"raycontrolnet {command} was ended."):
-            config = parse(command, rest)
-            _load(COMMANDS[command].run)(config)
+            config, run = parse(command, rest), _load(COMMANDS[command].run)
+            stands = f"Interrupted. raycontrolnet {command} was ended."
+            run(config)
     except (UserError, RunError) as error:
         _say(f"error: {error}")
         return error.exit_code
-    except Interrupted as error:
-        _say(str(error))
-        return error.exit_code
-    except KeyboardInterrupt:
-        _say(f"Interrupted before raycontrolnet {command} began.")
-        return exit_code()
+    except (Interrupted, KeyboardInterrupt) as error:
+        told = error if isinstance(error, Interrupted) else interruption(error, lambda: stands)
+        _say(str(told))
+        return told.exit_code
     return 0
 
 

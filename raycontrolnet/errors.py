@@ -88,6 +88,14 @@ def end_told(stream: TextIO, message: Callable[[], str], put_down: Callable[[], 
         yield
 
 
+def interruption(error: KeyboardInterrupt, message: Callable[[], str]) -> Interrupted:
+    """Return what to tell of `error`: what was about to be told when it came, as a second Ctrl-C, or else `message`."""
+    before = error.__context__
+    while before is not None and not isinstance(before, Interrupted):
+        before = before.__context__
+    return before or Interrupted(message())
+
+
 def explained(what: str, stands: Callable[[], str], log: Path | None = None) -> AbstractContextManager[None]:
     """Turn what ends a piece of work early into one paragraph: the cause, what stands, and where the details are.
 
@@ -133,8 +141,8 @@ def _explained(
     """
     try:
         yield
-    except KeyboardInterrupt:
-        raise Interrupted(f"Interrupted. {stands()}") from None
+    except KeyboardInterrupt as error:
+        raise interruption(error, lambda: f"Interrupted. {stands()}") from None
     except Exception as error:
         if isinstance(error, (Interrupted, *passed)):
             raise

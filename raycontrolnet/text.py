@@ -38,10 +38,15 @@ def duration(seconds: float, *, fine: bool = False) -> str:
     return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"
 
 
-def plus_minus(error: float) -> str:
-    """Return ` ± 0.004 (2 standard errors)` for a standard error of 0.002; nothing for nan."""
-    shown = f" ± {short_number(STANDARD_ERRORS * error, 1)} ({STANDARD_ERRORS} standard errors)"
+def plus_minus(error: float, noise: float = 0.0) -> str:
+    """Return ` ± 0.004 (2 standard errors)` for a standard error of 0.002; nothing for nan; `noise` as of `above`."""
+    shown = f" ± {above(STANDARD_ERRORS * error, STANDARD_ERRORS * noise, 1)} ({STANDARD_ERRORS} standard errors)"
     return "" if math.isnan(error) else shown
+
+
+def above(number: float, noise: float, digits: int = 4) -> str:
+    """Return a short number; `<5e-7` for one that is not 0 and not above `noise`, which may be all of it."""
+    return f"<{short_number(noise, 1)}" if 0 < abs(number) <= noise else short_number(number, digits)
 
 
 def file_size(num_bytes: float) -> str:
@@ -57,6 +62,12 @@ def counted(number: float, noun: str) -> str:
     """Return `1 image`, `2 images` or `1,000 images`."""
     shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
     return f"{shown} {noun}{'s' * (number != 1)}"
+
+
+def decimals(number: float, places: int = 4) -> str:
+    """Return 0.25 as 0.2500, and what would lose all but one of its digits with two of them: 0.00034, 1e-8."""
+    small = 0 < abs(number) < 10.0 ** (1 - places)
+    return short_number(number, 2) if small else f"{number:.{places}f}"
 
 
 def short_number(number: float, digits: int = 4) -> str:
@@ -274,5 +285,5 @@ class Counter:
         parts = [f"{self.name}: {self.done:,}/{self.total:,} {self.unit}"]
         rate = (self.done - self.first) / max(self.seconds, 1e-9)
         if self.done > self.first:
-            parts += [f"{rate:.3g} {self.unit}/s", f"{duration((self.total - self.done) / rate)} left"]
+            parts += [f"{short_number(rate, 3)} {self.unit}/s", f"{duration((self.total - self.done) / rate)} left"]
         return " | ".join(parts)

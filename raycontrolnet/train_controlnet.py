@@ -106,9 +106,8 @@ class Worker:
 
     def __init__(self, job: Job, schedule: Schedule, share: Share, state: TrainState, clock: PhaseClock):
         self.job, self.schedule, self.share, self.state, self.clock = job, schedule, share, state, clock
-        self.first_step = state.step
-        interval_s = 0.0 if state.accelerator.device.type == "cpu" else GPU_METRICS_INTERVAL_S
-        self.pending = PendingMetrics(interval_s, schedule.samples_per_update)
+        self.first_step, self.on_cpu = state.step, state.accelerator.device.type == "cpu"
+        self.pending = PendingMetrics(0.0 if self.on_cpu else GPU_METRICS_INTERVAL_S, schedule.samples_per_update)
         most = job.config.max_nan if job.config.on_nan == "skip" else 0
         self.not_finite = NotFiniteUpdates(state, most, job.output_dir if share.rank == 0 else None)
         self.last: UpdateMetrics | None = None
@@ -116,8 +115,7 @@ class Worker:
         """Means over the workers, in the last update: driver asks for the end, a lost machine for a checkpoint."""
         self.reclaims, self.saved_step = ReclaimNotices(local=job.local), -1
         # On a CPU training would lose as much time as writing takes; a store takes the network's.
-        beside = job.folder.is_stored or state.accelerator.device.type != "cpu"
-        self.saver = CheckpointSaver(job, clock, rank=share.rank, beside=beside)
+        self.saver = CheckpointSaver(job, clock, rank=share.rank, beside=job.folder.is_stored or not self.on_cpu)
         self.metrics_log: MetricsLog | None = None
         self.trackers: Trackers | None = None
         if share.rank == 0:
@@ -133,37 +131,12 @@ class Worker:
         """Train to the end; None if the driver asked for an earlier one, for which there is a checkpoint then."""
         state, schedule, config = self.state, self.schedule, self.job.config
         inputs = read_ahead(step_inputs(batches, state, self.share, config, state.samples))
-        on_cpu = state.accelerator.device.type == "cpu"
         self.rest_from_training()
         try:
             # In the caller's process there is nobody to start it again.
             with nullcontext() if self.job.local else self.watchdog.watching():
-                self.validator.make_up(start, schedule.total_updates)
-                while state.step < schedule.total_updates:
-                    before = self.notices
-                    self.update(inputs)
-                    self.saver.check()
-                    # On a GPU those of the update before, so that this one need not be waited for.
-                    asked_to_end, asked_to_save = (self.notices if on_cpu else before).read()
-                    if asked_to_end:
-                        self.checkpoint()
-                        self.await_checkpoint()
-                        return None
-                    validates = schedule.is_due(config.validation_steps, state.step)
-                    saves = schedule.is_due(config.checkpointing_steps, state.step) or asked_to_save > 0
-                    if validates:
-                        self.record(force=True)
-                        self.validator.measure()  # before the checkpoint, which is reported with the figures
-                    if saves:
-                        self.checkpoint()
-                    if validates and state.step < schedule.total_updates:
-                        self.validator.draw()
-                    if validates or saves:
-                        self.rest_from_training()
-                    if validates and state.step < schedule.total_updates and self.job.callback:
-                        self.await_checkpoint()  # which it may ask for
-                        self.job.callback.validated(state.step)
-                        self.pending.restart_clock()
+                if not self.train(inputs, start):
+                    return None
             self.finish()
         except KeyboardInterrupt:  # as by a second Ctrl-C: the first only begins the end
             self.saver.drop()
@@ -172,19 +145,55 @@ class Worker:
             if state.graphs:
                 state.graphs.release()  # what else may hold the state holds no more than before
             with ExitStack() as closing:  # each, also when one fails or is interrupted
-                for part in (self.trackers, self.validator, self.metrics_log, self.saver):
-                    if part:
-                        closing.callback(part.close)
+                for part in [each for each in (self.trackers, self.validator, self.metrics_log, self.saver) if each]:
+                    closing.callback(part.close)
         return {
             "step": state.step,
             "total_updates": schedule.total_updates,
             "samples": state.samples,
             "loss": self.last.loss if self.last else None,
-            "num_workers": self.share.world_size,
+            "processes": self.share.world_size,
             "timings": self.clock.rounded(),
             **kernels_used(state.components),
-            **graphs_used(state.graphs, config, on_gpu=not on_cpu, num_workers=state.accelerator.num_processes),
+            **graphs_used(state.graphs, config, on_gpu=not self.on_cpu, num_workers=state.accelerator.num_processes),
         }
+
+    def train(self, inputs: Iterator[tuple[Batch, Draws]], start: Checkpoint | None) -> bool:
+        """Do the updates; return False if the driver asked for an end before the last, with a checkpoint of it."""
+        state, schedule, validator, asked_to_end = self.state, self.schedule, self.validator, 0.0
+        validator.make_up(start, schedule.total_updates)
+        while state.step < schedule.total_updates and not (asked_to_end or validator.is_cut_off):
+            before = self.notices
+            self.update(inputs)
+            self.saver.check()
+            # On a GPU those of the update before, so that this one need not be waited for.
+            asked_to_end, asked_to_save = (self.notices if self.on_cpu else before).read()
+            if not asked_to_end:
+                steps = self.job.config.checkpointing_steps, self.job.config.validation_steps
+                saves, validates = (schedule.is_due(each, state.step) for each in steps)
+                self.validate_and_save(validates, saves or asked_to_save > 0)
+        ends_early = asked_to_end > 0 or validator.is_cut_off
+        if ends_early and state.step > self.first_step:
+            self.checkpoint()
+            self.await_checkpoint()
+        return not ends_early
+
+    def validate_and_save(self, validates: bool, saves: bool) -> None:
+        """Do what is due after an update; a validation ends early with the run."""
+        if validates:
+            self.record(force=True)
+            self.validator.measure()  # before the checkpoint, which is reported with the figures
+        if saves:
+            self.checkpoint()
+        draws = validates and self.state.step < self.schedule.total_updates
+        if draws and not self.validator.is_cut_off:
+            self.validator.draw()
+        if validates or saves:
+            self.rest_from_training()
+        if draws and self.job.callback and not self.validator.is_cut_off:
+            self.await_checkpoint()  # which it may ask for
+            self.job.callback.validated(self.state.step)
+            self.pending.restart_clock()
 
     def update(self, inputs: Iterator[tuple[Batch, Draws]]) -> None:
         """Do one optimizer update."""
@@ -210,9 +219,8 @@ class Worker:
             self.notices = OnItsWay(figures[1:])
             assert metrics.grad_norm is not None
             rate = schedule.samples_per_update / (time.perf_counter() - start)
-            self.pending.add(
-                UpdateMetrics(state.step, loss, metrics.lr, metrics.grad_norm, state.samples, rate, time.time())
-            )
+            of_update = (state.step, loss, metrics.lr, metrics.grad_norm, state.samples, rate, time.time())
+            self.pending.add(UpdateMetrics(*of_update))
             self.record()
         if self.job.callback:
             self.job.callback.updated()
@@ -247,18 +255,17 @@ class Worker:
 
     def checkpoint(self) -> None:
         """Begin to write a checkpoint of the current update, and report it once it is whole."""
-        state = self.state
-        if self.saved_step == state.step:
+        if self.saved_step == self.state.step:
             return
-        self.saved_step = state.step
+        self.saved_step = self.state.step
         # The one before may still be on its way to a store, which takes as long as the network does.
         self.watchdog.progress("a checkpoint", timed=not self.job.folder.is_stored)
         self.record(force=True)  # a diverged model is not worth a checkpoint
-        figures = self.last._asdict() if self.last else {"step": state.step}
-        if (measured := self.validator.last) and measured.step == state.step:
+        figures = self.last._asdict() if self.last else {"step": self.state.step}
+        if (measured := self.validator.last) and measured.step == self.state.step:
             figures = measured._asdict() | figures
         with self.clock("checkpoint"):
-            self.saver.save(state, figures)
+            self.saver.save(self.state, figures)
 
     def await_checkpoint(self) -> None:
         """Return once the last checkpoint is whole; the other workers go on, and wait for rank 0 elsewhere."""

@@ -22,6 +22,7 @@ from raycontrolnet.cli import main, parse
 from raycontrolnet.config.foreign_flags import ADVICE
 from raycontrolnet.config.values import setting_types
 from raycontrolnet.errors import ConfigError
+from raycontrolnet.launch import fit as launch_fit
 from raycontrolnet.version import __version__
 
 Settings = dict[str, Any]
@@ -412,7 +413,36 @@ def test_an_interrupted_run_is_130(tiny_settings: Settings, ask: Ask, monkeypatc
     assert (answer.code, answer.out) == (130, "")
     assert answer.err.endswith("Interrupted. There was no checkpoint yet.\n")
     monkeypatch.setattr(cli, "parse", interrupt)
-    assert ask("train") == (130, "", "Interrupted before raycontrolnet train began.\n")
+    assert ask("train") == (130, "", "Interrupted before raycontrolnet train began: nothing was changed.\n")
+
+
+def test_a_second_interruption_tells_of_the_run(
+    tiny_settings: Settings, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its training and after it, and whatever was about to be told at the first."""
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    out = tiny_settings["output_dir"]
+    with monkeypatch.context() as beside:
+        beside.setattr(launch_fit, "choose_latents", interrupt)
+        again = f"Interrupted. No checkpoint is in {out} yet: run the same command again.\n"
+        assert ask("train", *flags(tiny_settings)) == (130, "", again)
+    assert ask("train", *flags(tiny_settings)).code == 0
+    step = max(int(each.name.partition("-")[2]) for each in Path(out).glob("checkpoint-*"))
+    stand = f"Interrupted. The checkpoints in {out} stand, up to that of update {step}: go on with "
+    for given in ("latest", f"checkpoint-{step}"):
+        resumed = flags(tiny_settings, resume_from_checkpoint=given)
+        with monkeypatch.context() as beside:
+            beside.setattr(launch_fit, "choose_latents", interrupt)
+            assert ask("train", *resumed) == (130, "", f"{stand}--resume_from_checkpoint {given}.\n")
+    with monkeypatch.context() as beside:  # the second comes while what was told of the first is on its way
+        beside.setattr(launch_fit, "_train", interrupt)
+        beside.setattr("raycontrolnet.training.status.read_timings", interrupt)
+        answer = ask("train", *resumed)
+    told = f"Interrupted. The checkpoint of update {step} stands: go on with --resume_from_checkpoint latest ("
+    assert (answer.code, answer.err.splitlines()[-1]) == (130, f"{told}--output_dir {out}).")
 
 
 # --- as a process ---

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from fused_stand_ins import use_stand_ins
 from PIL import Image
 from reference import normalize, to_tensor, write_trained_controlnet
 from runs import WEIGHTS, Settings, column, equal, lines, losses, metadata, run, weights
@@ -40,6 +41,8 @@ from raycontrolnet.latents import encoder
 from raycontrolnet.launch import running
 from raycontrolnet.model import batch as batch_module
 from raycontrolnet.model import step, vae
+from raycontrolnet.model.fused.layers import use_fused_layers
+from raycontrolnet.model.performance import fused_layers
 from raycontrolnet.report.progress import Progress, progress
 from raycontrolnet.report.run_report import write_report
 from raycontrolnet.sampling import images
@@ -111,7 +114,7 @@ def test_what_a_run_leaves(
     assert (status["status"], status["step"], status["samples"]) == ("finished", 4, 16)
     assert status["loss"] == result.loss
     assert status["checkpoint"] == "checkpoint-4"
-    assert (status["num_workers"], status["latents_cache"]) == (1, None)
+    assert (status["num_workers"], status["processes"], status["latents_cache"]) == (0, 1, None)
     assert status["timings"] == result.timings
     assert status["timings"].keys() >= {"model_s", "step_s", "checkpoint_s"}
     for package in ("raycontrolnet", "ray", "torch", "diffusers"):
@@ -644,6 +647,28 @@ def before_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[
         yield install
 
 
+def test_the_layer_within_a_fused_block_is_named(
+    tiny_settings: Settings, out: Path, before_step: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fused blocks call none of the layers in them."""
+    use_stand_ins(monkeypatch)
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", False)  # a stand-in's takes no nan
+    damaged = "down_blocks.0.resnets.0.norm2"
+    states = []
+
+    def diverge(state: Any) -> None:
+        states.append(state)
+        use_fused_layers(state.components)
+        with torch.no_grad():
+            state.components.controlnet.get_submodule(damaged).weight.fill_(float("nan"))
+
+    before_step(diverge)
+    with pytest.raises(RunError) as error:
+        run(tiny_settings, out)
+    assert f"The first module whose output is not finite: controlnet.{damaged}." in str(error.value)
+    assert fused_layers(states[0].components), "after that they are as they were"
+
+
 def test_a_diverged_run(tiny_settings: Settings, out: Path, before_step: Any) -> None:
     """It fails at once, and no checkpoint holds its weights."""
 
@@ -851,7 +876,7 @@ def test_a_signal_while_images_are_drawn(
     with pytest.raises(Interrupted):
         run(validated_settings, out, checkpointing_steps=100)
     assert len(drawn) == 1
-    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 def test_a_machine_that_is_to_be_reclaimed(tiny_settings: Settings, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1014,10 +1039,10 @@ def test_the_workers_of_an_elastic_run_that_failed(out: Path) -> None:
 
     def fail() -> None:
         with live_status(out, 0.0, {}) as status:
-            status["num_workers"] = None
+            status |= {"num_workers": "1:3", "processes": None}
             write_timings(out, {"step_s": 1.5}, 2)
             raise RunError("lost")
 
     with pytest.raises(RunError, match="lost"):
         fail()
-    assert (read_status(out)["num_workers"], read_status(out)["timings"]) == (2, {"step_s": 1.5})
+    assert [read_status(out)[name] for name in ("num_workers", "processes", "timings")] == ["1:3", 2, {"step_s": 1.5}]

@@ -149,7 +149,8 @@ def test_an_elastic_run_keeps_the_curve(numbers: tuple[int, ...], settings: Sett
     assert re.findall(r"update (\d) on: (\d) worker", (out / "run.log").read_text()) == [
         (str(done), str(number)) for done, number in zip(range(0, last, 2), numbers, strict=True)
     ]
-    assert json.loads((out / "run.json").read_text())["num_workers"] == numbers[-1]
+    status = json.loads((out / "run.json").read_text())
+    assert (status["num_workers"], status["processes"]) == ("1:3", numbers[-1])
     assert column(out, "samples") == column(whole, "samples") == [6 * update for update in range(1, last + 1)]
     assert column(out, "lr") == column(whole, "lr")
     for name in ("loss", "grad_norm"):

@@ -737,7 +737,7 @@ def test_exit_codes(settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys:
     assert f"error: Drawing failed: LookupError: something.\n1 of 2 images stand in {settings['out']}. Details: " in err
     monkeypatch.undo()
     monkeypatch.setattr(generate_images, "_check", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert ask(argv) == (130, "Interrupted before raycontrolnet generate began.\n")
+    assert ask(argv) == (130, "Interrupted. raycontrolnet generate was ended.\n")
 
 
 def test_in_a_shell(tiny_base: Path, controls: Controls, run: Path, tmp_path: Path) -> None:

@@ -136,8 +136,10 @@ def test_the_shares_of_workers_are_the_whole(settings: Settings) -> None:
         shake(state)
         whole = measure(state, loader)
     assert whole is not None
-    count, right, gap, _ = sums_of_workers(settings, loader, 7).sum(0).tolist()  # two of them have nothing to do
-    assert count == NUM_HELD_OUT
+    count, right, gap, _, stopped = (
+        sums_of_workers(settings, loader, 7).sum(0).tolist()
+    )  # two of them have nothing to do
+    assert (count, stopped) == (NUM_HELD_OUT, 0)
     assert right / count == pytest.approx(whole.val_loss, rel=1e-6)
     assert gap / count == pytest.approx(whole.control_gap, abs=1e-6)
 
@@ -458,3 +460,6 @@ def test_in_words() -> None:
     records = [record(100, 0.0), record(200, 0.012), record(300, 0.034)]
     expected = "held-out loss 0.2000, control gap 0.034 ± 0.002 (2 standard errors): control has appeared at step 200"
     assert in_words(records) == expected
+    records = [record(100, 1e-8, error=1e-9)]
+    assert in_words(records).endswith(", control gap <2e-7 ± <4e-7 (2 standard errors): no control yet")
+    assert in_words([{**record(1, 0.0), "val_loss": 2e-6}]).startswith("held-out loss 2e-6, control gap 0 ± ")

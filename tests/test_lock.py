@@ -21,7 +21,7 @@ import pytest
 from raycontrolnet import TrainConfig, fit
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.storage import folder_lock
-from raycontrolnet.storage.folder_lock import locked
+from raycontrolnet.storage.folder_lock import FolderLock, locked
 from raycontrolnet.storage.lock import LOCK_FILE, UNHEARD_AFTER_S, Owner, has_ended, is_gone
 
 HOLD = """
@@ -136,6 +136,24 @@ def test_signs_of_life(tmp_path: Path) -> None:
         assert mine.lost == "another run has taken the folder over: process 12 on node-7"
         assert owner(tmp_path)["token"] == other.token
     assert owner(tmp_path)["token"] == other.token
+
+
+def test_a_sign_of_life_that_comes_after_the_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is ended in haste does not wait for the thread that gives them."""
+    found = FolderLock.found
+    with locked(tmp_path) as mine:
+
+        def found_and_released(lock: FolderLock) -> Owner | None:
+            owner = found(lock)
+            lock.release()
+            return owner
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FolderLock, "found", found_and_released)
+            mine.beat()
+        assert not (tmp_path / LOCK_FILE).exists()
+        mine.beat()
+        assert not (tmp_path / LOCK_FILE).exists(), "nor does a later one"
 
 
 def test_many_find_a_dead_one_at_once(tmp_path: Path) -> None:

@@ -83,7 +83,8 @@ def test_cpus_are_warned_of_alone() -> None:
     problem, lines = said(WorkerMemory(24 * GIB, is_gpu=False))
     assert problem is None
     assert lines[0].startswith("needs: 32.2 GiB of memory for each worker at batch 4, ")
-    assert lines[1:] == ["warning: this machine has 24.0 GiB, and a worker needs 32.2 GiB: it may be killed, or swap"]
+    warning = "warning: the run may be killed, or swap: batch 4 needs 32.2 GiB, this machine has 24.0 GiB: "
+    assert lines[1:] == [f"{warning}--gradient_checkpointing brings it to 9.9 GiB"]
     assert host_share(2).bytes == host_share(1).bytes / 2  # type: ignore[operator]
     assert len(said(WorkerMemory(40 * GIB, is_gpu=False))[1]) == 1
 
@@ -286,7 +287,8 @@ def test_a_run_says_its_needs_first(tiny_settings: dict[str, Any], monkeypatch: 
     (first,) = (number for number, line in enumerate(lines) if line.startswith("needs: "))
     assert " MiB of memory for each worker at batch " in lines[first]
     assert "1 checkpoint of " in lines[first]
-    assert lines[first + 1].startswith("warning: this machine has 0.0 MiB, and a worker needs ")
+    assert lines[first + 1].startswith("warning: the run may be killed, or swap: batch ")
+    assert "this machine has 1 KiB: no batch fits with --gradient_checkpointing: take " in lines[first + 1]
     assert first < next(number for number, line in enumerate(lines) if line.startswith("raycontrolnet "))
 
 

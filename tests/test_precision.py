@@ -25,7 +25,7 @@ from raycontrolnet.config.check_config import CheckConfig
 from raycontrolnet.errors import RunError
 from raycontrolnet.launch import fit as launch
 from raycontrolnet.launch import precision
-from raycontrolnet.launch.check import Device, in_precision_of_device
+from raycontrolnet.launch.checked_device import Device, in_precision_of_device
 from raycontrolnet.launch.precision import in_words, resolve, trained_in, workers_have_bf16
 from raycontrolnet.model import performance
 from raycontrolnet.predict.devices import peak_of

@@ -25,8 +25,9 @@ from raycontrolnet import TrainConfig, cli, fit
 from raycontrolnet.config.check_config import CheckConfig
 from raycontrolnet.config.objective_settings import PLAIN
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.launch import check as launch_check
-from raycontrolnet.launch.check import Device, _device_lines, _memory_lines, check
+from raycontrolnet.launch import checked_device
+from raycontrolnet.launch.check import _device_lines, _memory_lines, check
+from raycontrolnet.launch.checked_device import Device
 from raycontrolnet.launch.needs import Needs, memory_size
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.families.registry import family_of
@@ -273,7 +274,7 @@ def test_what_it_says(tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyP
     )
     assert any(line.startswith("  VAE ") and "on the CPU" in line for line in said)
     text = "\n".join(said)
-    assert "device: fits; the largest batch for the device with 24.0 GiB is " in text
+    assert "device: fits; the largest batch for 0.5 of the machine with 12.0 GiB is " in text
     assert re.search(r"work: 30 updates, 120 samples of 0\.\d*[1-9]\d* GFLOP each", text)
     assert re.search(r"  together +(0\.[1-9]|[1-9]\d*\.\d) MiB ", text), "no zeros for small models"
     assert "cost: " in text
@@ -286,6 +287,9 @@ def test_what_it_says(tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyP
     assert "cache: 512 B of latents a row (both ways, for --random_flip), " in both
 
 
+CPU_OF_24 = "the CPU (--use_gpu False), of a machine of 24.0 GiB"
+
+
 @pytest.mark.parametrize(
     ("settings", "own", "here", "expected", "dtype"),
     [
@@ -293,7 +297,8 @@ def test_what_it_says(tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyP
         ({}, {"device_memory": 24}, False, "a GPU of 24.0 GiB (--device_memory)", "bf16"),
         ({}, {"device_tflops": 312}, False, "a GPU of 312 TFLOP/s (--device_tflops)", "bf16"),
         ({"use_gpu": True}, {}, False, "a GPU (--use_gpu True); there is none here", "bf16"),
-        ({"use_gpu": False}, {"device_memory": 24}, False, "the CPU (--use_gpu False)", "fp32"),
+        ({"use_gpu": False}, {"device_memory": 24}, False, CPU_OF_24, "fp32"),
+        ({"use_gpu": False}, {}, True, "the CPU (--use_gpu False)", "fp32"),
         ({}, {}, True, "the GPU here, NVIDIA A100", "bf16"),
         ({}, {"device_memory": 24}, True, "a GPU of 24.0 GiB (--device_memory)", "bf16"),
     ],
@@ -305,13 +310,16 @@ def test_it_says_which_device_it_counts_for(
     gpu = SimpleNamespace(name="NVIDIA A100", total_memory=80 * GIB)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: here)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
-    monkeypatch.setattr(launch_check, "has_bf16", lambda: True)
+    monkeypatch.setattr(checked_device, "has_bf16", lambda: True)
     said = checked({**tiny_settings, "use_gpu": None, **settings}, **own)
     assert f", {dtype}, from pixels: " in said[0]
     (line,) = (line for line in said if line.startswith("memory of a worker, "))
     assert line == f"memory of a worker, counted for {expected}"
     (together,) = (line for line in said if line.startswith("  together "))
     assert ("CUDA" in together) == (dtype == "bf16")
+    (found,) = (line for line in said if line.startswith("device: "))
+    assert ("NVIDIA" in found) == ("NVIDIA" in expected)
+    assert "CUDA" not in found or dtype == "bf16"
 
 
 def test_what_needs_a_gpu_is_refused_for_the_cpu(tiny_settings: dict[str, Any]) -> None:
@@ -340,7 +348,7 @@ def test_what_brings_a_run_that_does_not_fit_there(tiny_settings: dict[str, Any]
         device = (needed + LEAST_RESERVED) / (1 - GAPS)
         assert not plain.fits(512, device)
         assert Needs(train, plain, lambda **_: less).advice(device).startswith(expected)
-    said = checked(tiny_settings | {"train_batch_size": 512}, device_memory=0.9)
+    said = checked(tiny_settings | {"use_gpu": None, "train_batch_size": 512}, device_memory=0.9)
     (found,) = (line for line in said if line.startswith("device: "))
     assert found.startswith("device: batch 512 needs ")
     assert "the device has 0.9 GiB: no batch fits with --use_8bit_adam" in found
@@ -389,7 +397,38 @@ def test_a_run_that_goes_on_without_graphs_is_not_refused(tiny_base: Path) -> No
     assert needs.problem(bare * 0.85)
 
 
+def test_the_cpus_memory(tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine here may swap, so that a warning is all; one that is described must hold the run."""
+    settings = tiny_settings | {"use_gpu": None, "num_workers": "2"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def device(of_machine: float, **changed: Any) -> str:
+        monkeypatch.setattr("raycontrolnet.launch.needs.host_bytes", lambda: of_machine)
+        (line,) = (line for line in checked(settings | changed) if line.startswith("device: "))
+        return line
+
+    here = "0.5 of this machine with 24.0 GiB"
+    assert re.fullmatch(
+        rf"device: fits; the largest batch for {here} is [1-9]\d*, as 2.7 GiB are kept for Python and gaps",
+        device(48 * GIB),
+    )
+    assert re.search(rf"and what Python needs; {here[:-8]}2.0 GiB may just have it; to be sure, ", device(4 * GIB))
+    warning = r"device: warning: the run may be killed, or swap: batch 4 needs [\d.]+ MiB"
+    for size, more in ((1.0, " and 0.5 GiB for Python and gaps, 0.5 of this machine has 0.5 GiB: "), (0, ", 0.5 of ")):
+        assert re.match(warning + more, found := device(size * GIB))
+        assert "8bit" not in found, "which the CPU does not have"
+    given = settings | {"use_gpu": False}
+    (line,) = (line for line in checked(given, device_memory=48) if line.startswith("device: "))
+    assert line.startswith("device: fits; the largest batch for 0.5 of the machine with 24.0 GiB is ")
+    with pytest.raises(ConfigError, match=r"^--train_batch_size=4: batch 4 needs .* 0.5 of the machine has "):
+        checked(given, device_memory=0.001)
+    monkeypatch.setattr(checked_device, "runs_on_a_cluster", lambda _: True)
+    instead = "--use_gpu False --device_memory 24 says what fits machines of 24 GiB"
+    assert device(0) == f"device: its memory is not known; {instead}"
+
+
 def test_the_margin_is_said(tiny_settings: dict[str, Any]) -> None:
+    tiny_settings = tiny_settings | {"use_gpu": None}
     (said,) = (line for line in checked(tiny_settings, device_memory=24) if line.startswith("device: "))
     assert said.endswith(", as 3.7 GiB are kept for CUDA and gaps"), "3 GiB and 3%"
     (said,) = (line for line in checked(tiny_settings, device_memory=1) if line.startswith("device: "))
@@ -412,6 +451,7 @@ def test_what_it_says_goes_to_standard_error_from_python(
 
 
 def test_what_may_just_fit(tiny_settings: dict[str, Any]) -> None:
+    tiny_settings = tiny_settings | {"use_gpu": None}
     (said,) = (line for line in checked(tiny_settings, device_memory=2.5) if line.startswith("device: "))
     where = "the device with 2.5 GiB"
     assert re.search(

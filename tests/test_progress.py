@@ -47,7 +47,7 @@ def test_rate_and_time_left(tmp_path: Path, until: int, validation_steps: int | 
     progress = Progress(tmp_path, 60, 0, io.StringIO(), validation_steps=validation_steps)
     write_updates(tmp_path, until, validation_steps)
     progress.update()
-    assert progress.line() == f"step {until}/60 | loss 0.5000 | lr 1e-05 | {shown}"
+    assert progress.line() == f"step {until}/60 | loss 0.5000 | lr 1e-5 | {shown}"
 
 
 def show_validation(folder: Path, step: int, num_drawn: int, *, finished: bool = False) -> None:
@@ -73,7 +73,7 @@ def test_drawing_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         progress.update(**how)
         return stream.getvalue()[before:].rstrip()
 
-    training = "step {}/25 | loss 0.5000 | lr 1e-05 | 2 images/s | "
+    training = "step {}/25 | loss 0.5000 | lr 1e-5 | 2 images/s | "
     write_updates(tmp_path, 9, 10)
     assert shown() == f"{training.format(9)}0:32 and 3 validations left"
     write_updates(tmp_path, 10, 10)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 from s3_server import BUCKET, S3Server, s3, use_s3
 
 from raycontrolnet.errors import ConfigError
+from raycontrolnet.signals import ending_signals_raised
 from raycontrolnet.storage import lock, object_store, store_lock
 from raycontrolnet.storage import uri as uri_module
 from raycontrolnet.storage.lock import LOCK_FILE, Owner, content_of
@@ -133,6 +137,58 @@ def test_signs_of_life_that_do_not_arrive(place: str, clock: Clock, monkeypatch:
                 store.delete([LOCK_FILE])
             held.beat()
             assert bool(held.lost) is deleted
+
+
+def test_a_sign_of_life_that_arrives_after_the_release(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for it after a second signal: the lock is removed meanwhile, and again once it is there."""
+    begun, goes_on, ended = threading.Event(), threading.Event(), threading.Event()
+    arrived: list[bool] = []
+    store, written = ObjectStore(place), StoreLock.written
+
+    class Slow:
+        def __init__(self, system: Any):
+            self._system = system
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "open_output_stream":
+                begun.set()
+                assert goes_on.wait(60)
+            return getattr(self._system, name)
+
+    def open_uri(uri: str) -> tuple[Any, str]:
+        system, root = uri_module.open_uri(uri)
+        return Slow(system), root
+
+    def late(held: StoreLock) -> None:
+        with suppress(OSError):
+            held.beat()
+
+    def written_and_ended(lock: StoreLock) -> None:
+        arrived.append(store_has_lock(place))
+        written(lock)
+        ended.set()
+
+    with ending_signals_raised():
+        with store_locked(store) as held, monkeypatch.context() as patch:
+            patch.setattr(object_store, "open_uri", open_uri)
+            patch.setattr(StoreLock, "written", written_and_ended)
+            beat = threading.Thread(target=late, args=(held,))
+            beat.start()
+            assert begun.wait(60)
+            for _ in range(2):
+                with suppress(KeyboardInterrupt):
+                    signal.raise_signal(signal.SIGINT)
+            beat.join()
+        assert not store_has_lock(place)
+        goes_on.set()
+        assert ended.wait(60)
+        assert arrived == [True]
+        assert not store_has_lock(place)
+
+
+def store_has_lock(place: str) -> bool:
+    system, root = uri_module.open_uri(place)
+    return bool(system.get_file_info(f"{root}/{LOCK_FILE}").type)
 
 
 def test_a_late_write_gives_way(place: str, monkeypatch: pytest.MonkeyPatch) -> None:

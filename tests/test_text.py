@@ -25,6 +25,14 @@ def test_in_words() -> None:
     assert text.shorten(["a"] * 1234, "files") == [*["a"] * 10, "... 1,234 files in all"]
 
 
+def test_small_numbers_are_not_0() -> None:
+    shown = {0.0: "0.0000", 0.25: "0.2500", 1.5: "1.5000", 0.001: "0.0010", 0.00034567: "0.00035", 1e-8: "1e-8"}
+    assert {number: text.decimals(number) for number in shown} == shown
+    assert [text.decimals(-0.0004, 2), text.decimals(0.1, 2)] == ["-0.0004", "0.10"]
+    assert [text.above(number, 5e-7, 2) for number in (0.0, 1e-8, -5e-7, -6e-7)] == ["0", "<5e-7", "<5e-7", "-6e-7"]
+    assert text.plus_minus(2e-8, 1e-7) == " ± <2e-7 (2 standard errors)"
+
+
 @pytest.mark.parametrize(
     ("error", "message", "line"),
     [

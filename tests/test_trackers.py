@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from runs import flags
 
 from raycontrolnet.config.output_settings import OutputConfig
 from raycontrolnet.config.train_config import TrainConfig, public_settings
+from raycontrolnet.signals import HASTE_S, ending_signals_raised
 from raycontrolnet.training import trackers
 from raycontrolnet.training.trackers import check_trackers, open_trackers, resolve
 
@@ -42,6 +47,52 @@ for pair in (0, 1):  # equal prompts, and later than the scalars of the next ste
 assert opened.names == (name,), opened.names
 opened.close()
 """
+
+
+class Slow(trackers.Tracker):
+    """A tool that waits for an upload, or fails."""
+
+    def __init__(self, run: trackers.Run):
+        self.closed, self.uploaded = threading.Event(), threading.Event()
+
+    def scalars(self, step: int, values: Any) -> None: ...
+
+    def images(self, step: int, key: str, paths: Any, caption: str) -> None: ...
+
+    def close(self) -> None:
+        self.uploaded.wait(60)
+        self.closed.set()
+
+
+class Failing(Slow):
+    def close(self) -> None:
+        raise LookupError("no network")
+
+
+def test_no_upload_is_waited_for_after_a_second_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(trackers, "_KINDS", {"slow": Slow, "failing": Failing})
+    with ending_signals_raised():
+        opened = trackers.Trackers(["failing", "slow"], trackers.Run(tmp_path, "", "", {}, 0, None))
+        slow = opened._open["slow"]
+        assert isinstance(slow, Slow)
+        for _ in range(2):
+            with suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        began = time.monotonic()
+        opened.close()
+        assert time.monotonic() - began < HASTE_S + 1
+    slow.uploaded.set()
+    assert slow.closed.wait(10), "it goes on beside the end"
+    assert "failing failed (LookupError: no network)" in caplog.text
+    assert "slow is not waited for any longer" in caplog.text
+    leisurely = trackers.Trackers(["failing", "slow"], trackers.Run(tmp_path, "", "", {}, 0, None))
+    threading.Timer(0.5, leisurely._open["slow"].uploaded.set).start()  # type: ignore[attr-defined]
+    later = leisurely._open["slow"]
+    leisurely.close()
+    assert isinstance(later, Slow)
+    assert later.closed.is_set(), "without a signal all is waited for"
 
 
 @pytest.fixture

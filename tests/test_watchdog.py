@@ -19,6 +19,7 @@ from runs import Settings, column, equal, run, weights
 from raycontrolnet import TrainConfig, fit
 from raycontrolnet.errors import RunError
 from raycontrolnet.storage.run_folder import RunFolder
+from raycontrolnet.text import first_of
 from raycontrolnet.training.background import repeating
 from raycontrolnet.training.failures import read_hang
 from raycontrolnet.training.signs_of_life import Position, SignsOfLife
@@ -167,20 +168,28 @@ def test_whereabouts_of_a_thread() -> None:
         with repeating(over.wait, 0.0, "a thread that does not end"):
             pass
 
+    class Words(list[str]):
+        def __len__(self) -> int:
+            over.wait()
+            return 0
+
     over = threading.Event()
-    threads = [threading.Thread(target=work) for work in (here, backward, over.wait)]
+    counts = threading.Thread(target=first_of, args=(Words(),), name="words")
+    threads = [counts, *(threading.Thread(target=work) for work in (here, backward, over.wait, counts.join))]
     for thread in threads:
         thread.start()
     try:
         time.sleep(1)
-        first, second, third = [whereabouts(thread.ident or 0) for thread in threads]
+        itself, first, second, third, other = [whereabouts(thread.ident or 0) for thread in threads]
     finally:
         over.set()
         for thread in threads:
             thread.join()
-    assert first == "in _joined of training/background.py"
+    assert first == 'waiting for the thread "a thread that does not end"'
     assert second == "in the backward pass, in which gradients are exchanged"
     assert third == "", "nothing of ours"
+    assert itself == "in first_of of text.py"
+    assert other == f'waiting for the thread "words", which is {itself}'
     assert whereabouts(0) == "", "no such thread"
 
 
@@ -261,7 +270,7 @@ def test_a_hang_in_the_same_update_says_who_waits_in_a_collective(tmp_path: Path
     assert "all workers are in update 7 at an update with 1 micro-step to go: " in said
     who = ("this one", "worker 1") if said.startswith("Worker 0") else ("worker 0", "this one")
     assert f"{who[0]} waiting in a collective (all_reduce)" in said
-    assert f"{who[1]} in _joined of training/background.py" in said
+    assert f'{who[1]} waiting for the thread "' in said
 
 
 def test_one_that_does_not_is_left_alone(tmp_path: Path) -> None:
@@ -356,5 +365,5 @@ def test_a_hang_in_the_step_says_where_each_worker_is(
         run(settings, tmp_path / "out")
     said = str(error.value)
     assert "all workers are in update 4 at an update with 1 micro-step to go: " in said
-    assert "in _joined of training/background.py" in said
+    assert 'waiting for the thread "a thread that does not end"' in said
     assert "in the backward pass, in which gradients are exchanged" in said

@@ -15,7 +15,8 @@ class CheckSettings:
     """Check: the device that the run is predicted for."""
 
     device_memory: float | None = None
-    """Memory of a GPU in GiB; by default that of the GPU here, if there is one."""
+    """Memory of a GPU in GiB, or with --use_gpu False of a machine; by default that of the GPU here, or else of this
+    machine."""
     device_tflops: float | None = None
     """Peak TFLOP/s of a GPU in the run's precision, by its data sheet (dense); by default those of the GPU here."""
     price_per_hour: float | None = None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from raycontrolnet.errors import ConfigError, RunError
 from raycontrolnet.storage.uri import is_uri
-from raycontrolnet.text import plus_minus
+from raycontrolnet.text import decimals, plus_minus
 
 if TYPE_CHECKING:
     from raycontrolnet.config.output_settings import ValidationConfig
@@ -193,7 +193,7 @@ def _comparison(folder: Path, config: TrainConfig) -> str:
     lines = [f"Results on {number} outlines that it has never seen (fidelity: overlap of asked and drawn shape):"]
     for name, one in found.items():
         lines.append(
-            f"  {name:8} control fidelity {one.fidelity.mean:.2f}{plus_minus(one.fidelity.error)}, "
+            f"  {name:8} control fidelity {decimals(one.fidelity.mean, 2)}{plus_minus(one.fidelity.error)}, "
             f"colours right in {one.right_colours:.0%}"
         )
     lines.append(f"  picture  {folder / PICTURE}")

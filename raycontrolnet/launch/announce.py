@@ -39,7 +39,8 @@ def announce(run: CheckedRun, status: RunStatus, stream: TextIO, *, use_gpu: boo
     status["latents_cache"] = run.cache.folder.name if run.cache else None
     status["mixed_precision"] = run.config.mixed_precision or "no"
     fewest, most = run.config.worker_range
-    status["num_workers"] = run.config.most_workers if fewest == most else None  # of an elastic run workers say it
+    status["num_workers"] = most if fewest == most else run.config.num_workers
+    status["processes"] = run.config.most_workers if fewest == most else None  # of an elastic run workers say it
     status.write()
     step = run.start.step if run.start else 0
     source = "" if run.cache is None else " from cached latents"

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TextIO
-
-import torch
 
 from raycontrolnet.config.check_config import CheckConfig
 from raycontrolnet.config.checks import (
@@ -24,79 +22,27 @@ from raycontrolnet.data.mixture import in_words as sources_in_words
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.latents.inputs import check_inputs
 from raycontrolnet.latents.plan import posterior_bytes
-from raycontrolnet.launch import precision
-from raycontrolnet.launch.needs import Needs, StepSpec, count, known_family, memory_size, work
+from raycontrolnet.launch.checked_device import (
+    Device,
+    device_in_words,
+    in_precision_of_device,
+    is_for_gpu,
+)
+from raycontrolnet.launch.needs import MAY_BE_KILLED, Needs, StepSpec, count, known_family, memory_size, work
 from raycontrolnet.launch.preflight import no_cache_because, wants_latents
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.optimizers import try_optimizer
-from raycontrolnet.model.performance import has_bf16, working_precision
-from raycontrolnet.predict.devices import REACHED, peak_of
-from raycontrolnet.predict.prediction import GIB, MIB, RESERVED, Prediction, margin
+from raycontrolnet.predict.devices import REACHED
+from raycontrolnet.predict.prediction import GIB, Prediction, margin
 from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.storage.object_store import ObjectStore
 from raycontrolnet.storage.resume import resolve
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.storage.stored_folder import run_folder
 from raycontrolnet.storage.uri import UNUSABLE, unusable
-from raycontrolnet.text import counted, duration, file_size, short_number
+from raycontrolnet.text import counted, decimals, duration, file_size, short_number
 from raycontrolnet.training.room import check_room, final_bytes
 from raycontrolnet.training.schedule import Schedule
-
-
-@dataclass(frozen=True)
-class Device:
-    """The device that a run is predicted for, as far as it is known."""
-
-    name: str | None
-    bytes: float | None
-    tflops: float | None
-
-    @property
-    def words(self) -> str:
-        return self.name or "the device"
-
-    @staticmethod
-    def of(config: CheckConfig) -> Device:
-        """Return the device that the settings describe, or else the GPU here."""
-        name, memory, tflops = None, config.device_memory, config.device_tflops
-        if torch.cuda.is_available():
-            found = torch.cuda.get_device_properties(0)
-            name = found.name if memory is None else None
-            memory = memory or found.total_memory / GIB
-            if tflops is None and (peak := peak_of(found.name)):
-                dtype = working_precision(config.train.mixed_precision)
-                tflops = peak.of(dtype, allow_tf32=config.train.allow_tf32)
-        return Device(name, memory * GIB if memory else None, tflops)
-
-
-def in_precision_of_device(config: CheckConfig) -> TrainConfig:
-    """Return the settings of the run with its precision on the device that is described, or else on the one here."""
-    train, described = config.train, config.device_memory is not None
-    bf16 = has_bf16 if torch.cuda.is_available() and not described else lambda: True  # as all GPUs since 2020
-    chosen, _ = precision.resolve(train.mixed_precision, None, use_gpu=is_for_gpu(config), has_bf16=bf16)
-    return replace(train, mixed_precision=chosen)
-
-
-def is_for_gpu(config: CheckConfig) -> bool:
-    """Check whether the device that is described, or else the one here, is a GPU."""
-    described = config.device_memory is not None or config.device_tflops is not None
-    here = described or torch.cuda.is_available()
-    return here if config.train.use_gpu is None else config.train.use_gpu
-
-
-def device_in_words(config: CheckConfig, device: Device) -> str:
-    """Return the device whose layers and default precision are counted, and why it is that one."""
-    if not is_for_gpu(config):
-        if config.train.use_gpu is False:
-            return "the CPU (--use_gpu False)"
-        return "the CPU, as there is no GPU here; --device_memory 24 counts for a GPU of 24 GiB"
-    if config.device_memory is not None:
-        return f"a GPU of {memory_size(config.device_memory * GIB)} (--device_memory)"
-    if torch.cuda.is_available():
-        return f"the GPU here, {device.words}"
-    if config.device_tflops is not None:
-        return f"a GPU of {config.device_tflops:g} TFLOP/s (--device_tflops)"
-    return "a GPU (--use_gpu True); there is none here"
 
 
 def check_on_stdout(config: CheckConfig) -> Prediction:
@@ -137,14 +83,14 @@ def check(config: CheckConfig, *, stream: TextIO | None = None) -> Prediction:
         cached = cached and (start is not None or no_cache_because(train, len(source)) is None)
     buckets = find_buckets(train, source, family.resolution_multiple)
     step = StepSpec(train, token, cached, buckets.sizes if buckets else (), on_gpu=is_for_gpu(config))
-    device, prediction = Device.of(config), count(step)
+    device, prediction = Device.of(config, schedule.num_workers), count(step)
     needs = Needs.of(step, prediction)
     lines = [
         *_run_lines(family, train, schedule, cached=cached),
         *([f"data: {sources}"] if (sources := sources_in_words(source, train)) else []),
         *(buckets.table() if buckets else ()),
         *train.without_effect(),
-        *_memory_lines(prediction, train.train_batch_size, device_in_words(config, device), on_gpu=step.on_gpu),
+        *_memory_lines(prediction, train.train_batch_size, device_in_words(config, device), on_gpu=device.is_gpu),
         *_device_lines(needs, device),
         *_work_lines(prediction, schedule, device, config.price_per_hour),
         *_disk_lines(needs, schedule, len(source), cached=cached),
@@ -165,7 +111,7 @@ def _problems_of_machine(
         with collected(problems):
             weights = needs.prediction.trained_bytes["ControlNet"]
             check_room(folder, weights, schedule, start.step if start else 0, needs.train)
-    if device.bytes and (problem := needs.problem(device.bytes, device.words)):
+    if device.bytes and device.refuses and (problem := needs.problem(device.bytes, device.words)):
         problems.append(problem)
     return problems
 
@@ -223,19 +169,27 @@ def _memory_lines(prediction: Prediction, batch_size: int, device: str, *, on_gp
 
 def _device_lines(needs: Needs, device: Device) -> Iterator[str]:
     if device.bytes is None:
-        yield "\ndevice: its memory is not known; --device_memory 24 says what fits a GPU of 24 GiB"
+        what = "--device_memory 24 says what fits a GPU"
+        if not device.is_gpu:
+            what = "--use_gpu False --device_memory 24 says what fits machines"
+        yield f"\ndevice: its memory is not known; {what} of 24 GiB"
         return
     batch_size, where = needs.train.train_batch_size, f"{device.words} with {memory_size(device.bytes)}"
     if not needs.fits(device.bytes):
+        shortage = needs.shortage(device.bytes, device.words)
+        if not device.refuses:
+            yield f"\ndevice: warning: {MAY_BE_KILLED}: {shortage}"
+            return
         tried = "" if needs.problem(device.bytes) else " (predictions are within 10%: train warns, and tries it)"
-        yield f"\ndevice: {needs.shortage(device.bytes, device.words)}{tried}"
+        yield f"\ndevice: {shortage}{tried}"
         return
-    largest, kept = needs.largest_batch(device.bytes), memory_size(margin(device.bytes))
-    sure = f"the largest batch for {where} is {largest}, as {kept} are kept for CUDA and gaps"
-    if needs.prediction.fits(batch_size, device.bytes, RESERVED):
+    largest, user = needs.largest_batch(device.bytes), needs.reserved.user
+    kept = memory_size(margin(device.bytes, needs.reserved.to_be_sure))
+    sure = f"the largest batch for {where} is {largest}, as {kept} are kept for {user} and gaps"
+    if needs.prediction.fits(batch_size, device.bytes, needs.reserved.to_be_sure):
         yield f"\ndevice: fits; {sure}"
     else:
-        need = f"batch {batch_size} needs {memory_size(needs.memory)} and what CUDA needs"
+        need = f"batch {batch_size} needs {memory_size(needs.memory)} and what {user} needs"
         yield f"\ndevice: {need}; {where} may just have it; to be sure, {sure}"
 
 
@@ -251,14 +205,16 @@ def _work_lines(
         yield f"{what}: not known without the device; --device_tflops 312, of its data sheet, gives a range"
         return
     slow, fast = (flop / (schedule.num_workers * device.tflops * 1e12 * share) for share in REACHED)
-    rates = " to ".join(f"{samples / seconds:.3g}" for seconds in (slow, fast))
+    rates = " to ".join(short_number(samples / seconds, 3) for seconds in (slow, fast))
     yield (
         f"time: {duration(fast)} to {duration(slow)}, {rates} images/s, at {REACHED[0]:.0%} to {REACHED[1]:.0%} of "
         f"{device.tflops:g} TFLOP/s"
     )
     if price_per_hour is not None:
+        priced = "GPU" if device.is_gpu else "worker"
         low, high = (seconds / 3600 * schedule.num_workers * price_per_hour for seconds in (fast, slow))
-        yield f"cost: {low:.2f} to {high:.2f}, for {counted(schedule.num_workers, 'GPU')} at {price_per_hour:g} an hour"
+        workers = counted(schedule.num_workers, priced)
+        yield f"cost: {decimals(low, 2)} to {decimals(high, 2)}, for {workers} at {price_per_hour:g} an hour"
 
 
 def _disk_lines(needs: Needs, schedule: Schedule, rows: int, *, cached: bool) -> Iterator[str]:
@@ -274,8 +230,7 @@ def _disk_lines(needs: Needs, schedule: Schedule, rows: int, *, cached: bool) ->
 
 
 def _per_sample(size: float) -> str:
-    small = f"{size / 1024:.0f} KiB" if size < 0.1 * MIB else memory_size(size)
-    return f"{size / GIB:.2f} GiB a sample" if size >= 0.1 * GIB else f"{small} a sample"
+    return f"{size / GIB:.2f} GiB a sample" if size >= 0.1 * GIB else f"{memory_size(size)} a sample"
 
 
 def _row(name: str, size: str, more: str = "") -> str:

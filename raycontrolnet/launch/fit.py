@@ -22,7 +22,7 @@ from raycontrolnet.cluster.resources import worker_resources
 from raycontrolnet.cluster.session import ray_session
 from raycontrolnet.config.checks import check_device, versions, with_absolute_paths
 from raycontrolnet.config.train_config import TrainConfig, changed_settings
-from raycontrolnet.errors import RunError, explained_once
+from raycontrolnet.errors import RunError, end_told, explained_once, interruption
 from raycontrolnet.hub import push
 from raycontrolnet.hub.licence import Licence, find_licence
 from raycontrolnet.hub.model_card import write_model_card
@@ -31,6 +31,7 @@ from raycontrolnet.launch.needs import StepSpec
 from raycontrolnet.launch.needs_beside import PendingNeeds, counting
 from raycontrolnet.launch.precision import trained_in, with_precision, workers_have_bf16
 from raycontrolnet.launch.preflight import check, choose_latents, ensure_latents
+from raycontrolnet.launch.resumed_run import how_to_go_on
 from raycontrolnet.launch.workers import train_here, train_on_ray
 from raycontrolnet.model.performance import has_bf16
 from raycontrolnet.report.live_report import live_report
@@ -107,8 +108,15 @@ def run_fit(config: TrainConfig, stream: TextIO, callback: RunCallback | None = 
     """Train as `fit`, and tell `callback`, which may end the run, of its progress."""
     config = with_absolute_paths(config)
     folder = run_folder(config.output_dir)
-    with run_folder_open(folder):
-        return _run_fit(config, folder, stream, callback)
+
+    def stands() -> str:
+        return how_to_go_on(config, folder)
+
+    try:
+        with end_told(stream, stands), run_folder_open(folder):
+            return _run_fit(config, folder, stream, callback)
+    except KeyboardInterrupt as error:  # beside the training, which explains its own
+        raise interruption(error, lambda: f"Interrupted. {stands()}") from None
 
 
 def _run_fit(config: TrainConfig, folder: RunFolder, stream: TextIO, callback: RunCallback | None) -> RunResult:

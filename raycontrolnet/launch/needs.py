@@ -23,12 +23,14 @@ from raycontrolnet.model.optimizers import state_bytes_per_weight
 from raycontrolnet.model.performance import working_precision
 from raycontrolnet.model.single_file import base_files
 from raycontrolnet.predict.devices import bytes_of_type
-from raycontrolnet.predict.prediction import GIB, LEAST_RESERVED, MIB, RESERVED, Prediction, margin, predict
+from raycontrolnet.predict.prediction import GIB, MIB, OF_CUDA, OF_PYTHON, Prediction, Reserve, margin, predict
 from raycontrolnet.predict.shapes import shaped
-from raycontrolnet.text import counted, file_size
+from raycontrolnet.text import counted, decimals, file_size
 from raycontrolnet.training.schedule import Schedule, due_steps
 
 NO_GRAPHS = "--cuda_graphs off"
+MAY_BE_KILLED = "the run may be killed, or swap"
+"""What becomes of a run that a CPU's memory does not hold."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,14 @@ class Needs:
     prediction: Prediction
     counted: Callable[..., Prediction]
     """Call it with settings that differ, for the prediction with them; takes seconds."""
+    reserved: Reserve = OF_CUDA
+    """Memory of the device that is not for the step."""
 
     @staticmethod
     def of(step: StepSpec, prediction: Prediction) -> Needs:
         """Return the needs of a step by its prediction, which has been made."""
-        return Needs(step.train, prediction, cache(lambda **changes: count(step.with_settings(**changes))))
+        counted = cache(lambda **changes: count(step.with_settings(**changes)))
+        return Needs(step.train, prediction, counted, OF_CUDA if step.on_gpu else OF_PYTHON)
 
     @property
     def memory(self) -> float:
@@ -82,19 +87,20 @@ class Needs:
         return number if limit is None else min(number, limit)
 
     def fits(self, device_bytes: float) -> bool:
-        return self.prediction.fits(self.train.train_batch_size, device_bytes)
+        return self.prediction.fits(self.train.train_batch_size, device_bytes, self.reserved.at_least)
 
     def largest_batch(self, device_bytes: float) -> int:
         """Return the largest batch that fits a device to be sure; 0 if none does."""
-        size = self.prediction.largest_batch(device_bytes)
+        sure = self.reserved.to_be_sure
+        size = self.prediction.largest_batch(device_bytes, sure)
         if not self.train.gradient_checkpointing:
             return size
         # Then a sample takes more in a larger batch: what is counted at one batch promises too much at any other.
         while size > 0:
             there = self._counted_at(size)
-            if there.fits(size, device_bytes, RESERVED):
+            if there.fits(size, device_bytes, sure):
                 break
-            size = min(size - 1, there.largest_batch(device_bytes))
+            size = min(size - 1, there.largest_batch(device_bytes, sure))
         return size
 
     def _counted_at(self, batch_size: int, **changes: Any) -> Prediction:
@@ -119,7 +125,9 @@ class Needs:
         """Return in words that the batch does not fit, and what brings it in."""
         need, has = memory_size(self.memory), memory_size(device_bytes)
         if self.memory <= device_bytes:
-            need += f" and {memory_size(margin(device_bytes, LEAST_RESERVED))} for CUDA and gaps"
+            need += (
+                f" and {memory_size(margin(device_bytes, self.reserved.at_least))} for {self.reserved.user} and gaps"
+            )
         return f"batch {self.train.train_batch_size} needs {need}, {device} has {has}: {self.advice(device_bytes)}"
 
     def advice(self, device_bytes: float) -> str:
@@ -129,18 +137,20 @@ class Needs:
             if found := self._what_fits([way for way in ways if bool(way.lacks) == lacks], device_bytes):
                 return found
         flags = f" with {ways[-2].flags}" if ways[-2].flags else ""  # not --cuda_graphs off, which helps least
-        return f"no batch fits{flags}: take a smaller --resolution, or a device with more memory"
+        machine = "device" if self.reserved is OF_CUDA else "machine"
+        return f"no batch fits{flags}: take a smaller --resolution, or a {machine} with more memory"
 
     def _what_fits(self, ways: Sequence[_Way], device_bytes: float) -> str | None:
         """Return the first way that brings the whole batch in, or else the largest part of it with the fewest flags."""
         size, steps = self.train.train_batch_size, self.train.gradient_accumulation_steps
+        least = self.reserved.at_least
         for way in ways:
-            if (lighter := way.at(size)).fits(size, device_bytes):
+            if (lighter := way.at(size)).fits(size, device_bytes, least):
                 return f"{way.flags} brings it to {memory_size(lighter.total(size))}{way.note}"
         for part in [part for part in range(size - 1, 0, -1) if size % part == 0]:
             for way in ways:
                 # Counted at the whole batch, a smaller one seems to need too little, never too much.
-                if way.at(size).fits(part, device_bytes) and way.at(part).fits(part, device_bytes):
+                if all(way.at(each).fits(part, device_bytes, least) for each in (size, part)):
                     accumulation = f"--gradient_accumulation_steps {size // part * steps}"
                     flags = f" with {way.flags}" if way.flags else ""
                     return f"--train_batch_size {part} {accumulation} fits{flags}{way.note}"
@@ -154,7 +164,7 @@ class Needs:
         if not train.gradient_checkpointing:
             flags, at = "--gradient_checkpointing", cache(partial(self._counted_at, gradient_checkpointing=True))
             yield from _Way(flags, at).and_without_graphs()
-        if not train.use_8bit_adam and train.optimizer == ADAMW:
+        if self.reserved is OF_CUDA and not train.use_8bit_adam and train.optimizer == ADAMW:
             flags = f"--use_8bit_adam {flags}".strip()
             yield from _Way(
                 flags, lambda size: at(size).with_8bit_adam(), missing_package("use_8bit_adam")
@@ -232,8 +242,12 @@ class WorkerMemory(NamedTuple):
     @property
     def words(self) -> str:
         if not self.is_gpu:
-            return "this machine" if self.share == 1 else f"{self.share:.2g} of this machine"
+            return self.words_of("this machine")
         return "this GPU" if self.share == 1 else f"{self.share:.2g} of a GPU"
+
+    def words_of(self, machine: str) -> str:
+        """Return the worker's part of a machine's memory in words."""
+        return machine if self.share == 1 else f"{self.share:.2g} of {machine}"
 
 
 def gpu_bytes(types: Iterable[str | None]) -> float | None:
@@ -269,9 +283,8 @@ def say_needs(needs: Needs, schedule: Schedule, memory: WorkerMemory, stream: Te
     if memory.bytes is None:
         return None
     if not memory.is_gpu:
-        if needs.memory > memory.bytes:
-            need, has = memory_size(needs.memory), memory_size(memory.bytes)
-            stream.write(f"warning: {memory.words} has {has}, and a worker needs {need}: it may be killed, or swap\n")
+        if not needs.fits(memory.bytes):
+            stream.write(f"warning: {MAY_BE_KILLED}: {needs.shortage(memory.bytes, memory.words)}\n")
         return None
     if problem := needs.problem(memory.bytes, memory.words):
         return problem
@@ -282,9 +295,11 @@ def say_needs(needs: Needs, schedule: Schedule, memory: WorkerMemory, stream: Te
 
 def work(flop: float) -> str:
     """Return floating-point operations in words."""
-    return f"{flop / 1e12:.2f} TFLOP" if flop >= 1e11 else f"{flop / 1e9:.2f} GFLOP"
+    return f"{flop / 1e12:.2f} TFLOP" if flop >= 1e11 else f"{decimals(flop / 1e9, 2)} GFLOP"
 
 
 def memory_size(size: float) -> str:
     """Return bytes of memory in words."""
+    if size < 0.1 * MIB:
+        return f"{size / 1024:.0f} KiB"
     return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / MIB:.1f} MiB"

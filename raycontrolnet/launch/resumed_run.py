@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 
 from raycontrolnet.config.objective_settings import ZERO_SNR, ObjectiveConfig
 from raycontrolnet.config.optimizer_settings import AveragesConfig, OptimizerConfig
@@ -20,6 +21,7 @@ from raycontrolnet.model.files import local_files
 from raycontrolnet.model.optimizers import state_problem
 from raycontrolnet.model.problems import mismatch
 from raycontrolnet.storage import checkpoint as checkpoints
+from raycontrolnet.storage.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -125,3 +127,14 @@ def check_buckets(config: TrainConfig, buckets: Buckets | None, start: checkpoin
         raise ConfigError([f"{problem}, and a batch must be of one aspect bucket; use {fits}, or a divisor of it"])
     if size != before:
         logger.warning("%s was made with --train_batch_size=%s: the order of samples changes", start.path, before)
+
+
+def how_to_go_on(config: TrainConfig, folder: RunFolder) -> str:
+    """Return what stands of the run in `folder`, and how to go on, where no more is known of it than its settings."""
+    again = f"--resume_from_checkpoint {config.resume_from_checkpoint or 'latest'}"
+    if folder.is_stored:  # which may not answer: nothing is asked of it
+        return f"The checkpoints in {folder.shown} stand: go on with {again}."
+    with suppress(OSError):
+        if last := folder.latest():
+            return f"The checkpoints in {folder.shown} stand, up to that of update {last.step}: go on with {again}."
+    return f"No checkpoint is in {folder.shown} yet: run the same command again."

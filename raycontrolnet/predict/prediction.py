@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +25,20 @@ LEAST_RESERVED, RESERVED = 1.0 * GIB, 3.0 * GIB
 """Bytes that CUDA's context and the kernels' workspaces need, at least and to be sure."""
 GAPS = 0.03
 """Share of the device's memory that is lost between blocks."""
+
+
+class Reserve(NamedTuple):
+    """The bytes of a device that are not for the step."""
+
+    at_least: float
+    to_be_sure: float
+    user: str
+
+
+OF_CUDA = Reserve(LEAST_RESERVED, RESERVED, "CUDA")
+OF_PYTHON = Reserve(0.5 * GIB, 2.0 * GIB, "Python")
+"""On a CPU: of a worker's libraries, which take 0.5 GiB, and of the processes of Ray that load its data."""
+
 ERROR = 0.1
 """Share by which a prediction may be too high."""
 
@@ -92,16 +106,17 @@ class Prediction:
         return self._fixed + of_batch + self.averaging(batch_size)
 
     def fits(self, batch_size: int, device_bytes: float, reserved: float = LEAST_RESERVED) -> bool:
-        """Check whether a batch fits a device, of which CUDA and its kernels take `reserved` bytes."""
+        """Check whether a batch fits a device, of which CUDA or Python take `reserved` bytes."""
         return self.total(batch_size) + margin(device_bytes, reserved) <= device_bytes
 
     def cannot_fit(self, batch_size: int, device_bytes: float) -> bool:
         """Check whether a batch does not fit a device even if the prediction is too high, and CUDA needs nothing."""
         return self.total(batch_size) * (1 - ERROR) > device_bytes
 
-    def largest_batch(self, device_bytes: float) -> int:
+    def largest_batch(self, device_bytes: float, reserved: float = RESERVED) -> int:
         """Return the largest batch that fits a device to be sure; 0 if none does."""
-        left, copied = device_bytes - margin(device_bytes) - self._fixed, self.trained_bytes.get("averages", 0)
+        left = device_bytes - margin(device_bytes, reserved) - self._fixed
+        copied = self.trained_bytes.get("averages", 0)
         if left < copied:
             return 0
         if self.has_graphs:
@@ -117,7 +132,7 @@ class Prediction:
 
 
 def margin(device_bytes: float, reserved: float = RESERVED) -> float:
-    """Return the bytes of a device that a step cannot have: `reserved` ones of CUDA, and gaps between blocks."""
+    """Return the bytes of a device that a step cannot have: `reserved` ones, and gaps between blocks."""
     return reserved + GAPS * device_bytes
 
 

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from raycontrolnet.sampling import images, scores
 from raycontrolnet.sampling.images import METADATA
-from raycontrolnet.text import StatusLine, counted, duration
+from raycontrolnet.text import StatusLine, counted, decimals, duration, short_number
 from raycontrolnet.training import held_out, metrics, validation
 from raycontrolnet.training.background import repeating
 from raycontrolnet.training.schedule import due_steps
@@ -98,7 +98,7 @@ class Progress:
         self._validated = (num_drawn + 0.5) / (self._num_images + 1)
         drawn = f"image {num_drawn}/{self._num_images}, " if num_drawn else ""
         loss, seconds = self._updates[-1]["loss"], time.monotonic() - self._step_at[1]
-        return f"step {step}/{self.total_steps} | loss {loss:.4f} | validating, {drawn}{seconds:.0f} s"
+        return f"step {step}/{self.total_steps} | loss {decimals(loss)} | validating, {drawn}{seconds:.0f} s"
 
     def line(self) -> str:
         """Return the line as it stands."""
@@ -107,12 +107,12 @@ class Progress:
         update = self._updates[-1]
         parts = [
             f"step {update['step']}/{self.total_steps}",
-            f"loss {update['loss']:.4f}",
-            f"lr {update['lr']:.3g}",
+            f"loss {decimals(update['loss'])}",
+            f"lr {short_number(update['lr'], 3)}",
         ]
         samples, rates = ([update[name] for update in self._updates] for name in ("samples", "images_per_second"))
         images_per_second = metrics.recent_rate(samples, rates)
-        parts.append(f"{images_per_second:.3g} images/s")
+        parts.append(f"{short_number(images_per_second, 3)} images/s")
         if len(samples) >= metrics.MIN_UPDATES_FOR_RATE:
             parts.append(self._left(images_per_second))
         return " | ".join(parts)

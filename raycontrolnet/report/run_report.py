@@ -17,8 +17,8 @@ from raycontrolnet.report import curves, page
 from raycontrolnet.report.curves import Column
 from raycontrolnet.report.run_history import RunHistory, read
 from raycontrolnet.report.thumbnails import MOST_PAIRS, MOST_STEPS, PairHistory, pair_histories
-from raycontrolnet.text import STANDARD_ERRORS, counted, duration, plus_minus
-from raycontrolnet.training.held_out import AVERAGES, MIN_GAP_SHARE, control_appeared, gap_in_words
+from raycontrolnet.text import STANDARD_ERRORS, counted, duration, plus_minus, short_number
+from raycontrolnet.training.held_out import AVERAGES, MIN_GAP_SHARE, control_appeared, gap_and_error
 from raycontrolnet.training.metrics import RATE_WINDOW_S, recent_rate
 from raycontrolnet.training.status import STATUS_FILE
 
@@ -126,21 +126,21 @@ def _figures(run: RunHistory) -> Iterable[tuple[str, str, str]]:
     losses = run.updates["loss"][np.isfinite(run.updates["loss"])]
     if losses.size:
         smoothed = curves.smooth(losses)
-        yield "loss", f"{smoothed[-1]:.4g}", f"at first {smoothed[0]:.4g}"
+        yield "loss", short_number(smoothed[-1]), f"at first {short_number(smoothed[0])}"
     if run.held_out:
         first, last = run.held_out[0], run.held_out[-1]
         of = ", of the averages" if last.get("weights") == AVERAGES else ""
-        yield "held-out loss", f"{last['val_loss']:.4g}", f"at first {first['val_loss']:.4g}{of}"
-        gap, error = gap_in_words(last).split(" ", 1)
-        yield "control gap", gap, f"{error}, at step {last['step']:,}"
+        yield "held-out loss", short_number(last["val_loss"]), f"at first {short_number(first['val_loss'])}{of}"
+        gap, error = gap_and_error(last)
+        yield "control gap", gap, f"{error.strip()}, at step {last['step']:,}"
     if run.fidelity:
         step, fidelity = list(run.fidelity.items())[-1]
         error = plus_minus(fidelity.error).strip()
-        yield "control fidelity", f"{fidelity.mean:.3g}", f"{error}{', ' * bool(error)}at step {step:,}"
+        yield "control fidelity", short_number(fidelity.mean, 3), f"{error}{', ' * bool(error)}at step {step:,}"
     samples, rates = run.updates["samples"], run.updates["images_per_second"]
     if (known := np.isfinite(samples) & (rates > 0)).any():
         rate = recent_rate(samples[known].tolist(), rates[known].tolist())
-        yield "images/s", f"{rate:.3g}", f"in the last {RATE_WINDOW_S:.0f} s, without validations"
+        yield "images/s", short_number(rate, 3), f"in the last {RATE_WINDOW_S:.0f} s, without validations"
 
 
 def _learning(run: RunHistory, appeared: int | None) -> Iterable[Card]:

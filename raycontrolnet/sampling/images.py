@@ -16,7 +16,7 @@ with more digits for the pair where there are more than a hundred.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import groupby, islice
@@ -146,12 +146,16 @@ def _read(path: str, flag: str) -> bytes:
 
 
 def draw_items(
-    components: Components, items: Iterable[ImageItem], options: DrawOptions
+    components: Components,
+    items: Iterable[ImageItem],
+    options: DrawOptions,
+    ends_early: Callable[[], bool] | None = None,
 ) -> Iterator[tuple[ImageItem, Image.Image]]:
     """Draw `items` with the models in memory, which keep their mode, gradients and random state.
 
     Args:
         components: the models themselves, not wrapped in DistributedDataParallel.
+        ends_early: asked after every step of the sampler; if it answers True, `DrawingStopped` is raised.
 
     Yields:
         (item, RGB image of the size of its control image as it is used)
@@ -162,14 +166,22 @@ def draw_items(
         while batch := list(islice(of_one_size, options.batch_size)):
             drawn, controls = [item for item, _ in batch], [control for _, control in batch]
             prompts, seeds = [item.prompt for item in drawn], [item.seed for item in drawn]
-            yield from zip(drawn, draw(pipeline, components, prompts, controls, seeds, options), strict=True)
+            found = draw(pipeline, components, prompts, controls, seeds, options, ends_early)
+            yield from zip(drawn, found, strict=True)
 
 
 def write(
-    folder: Path, items: Iterable[ImageItem], components: Components, options: DrawOptions
+    folder: Path,
+    items: Iterable[ImageItem],
+    components: Components,
+    options: DrawOptions,
+    ends_early: Callable[[], bool] | None = None,
 ) -> Iterator[ImageItem]:
-    """Draw `items` and save each as soon as it is drawn, in place of an earlier image; yield it once it is saved."""
-    for item, image in draw_items(components, items, options):
+    """Draw `items` and save each as soon as it is drawn, in place of an earlier image; yield it once it is saved.
+
+    `ends_early` as of `draw_items`.
+    """
+    for item, image in draw_items(components, items, options, ends_early):
         check_open(folder)
         (folder / METADATA).unlink(missing_ok=True)  # it describes the image that is replaced
         _save(image, folder / item.file_name)

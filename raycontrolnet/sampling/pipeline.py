@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,10 @@ from raycontrolnet.quiet import only_errors
 
 if TYPE_CHECKING:
     from raycontrolnet.model.components import Components
+
+
+class DrawingStopped(Exception):
+    """The drawing was ended before the last step of an image, as `draw` was asked to."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ def draw(
     controls: Sequence[Image.Image],
     seeds: Sequence[int],
     options: DrawOptions,
+    ends_early: Callable[[], bool] | None = None,
 ) -> list[Image.Image]:
     """Draw RGB images of the size of `controls`, each a function of its own arguments and the weights alone.
 
@@ -76,7 +81,17 @@ def draw(
         pipeline: of `build_pipeline`, for `components`.
         controls: RGB, of one size, width and height divisible by 8; as many as prompts and seeds.
         options: what decides the size of `controls`, `batch_size`, `measure` and `sampler` are not used here.
+        ends_early: asked after every step of the sampler.
+
+    Raises:
+        DrawingStopped: if `ends_early` answers True.
     """
+
+    def look(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if ends_early and ends_early():
+            raise DrawingStopped
+        return tensors
+
     modules = (*components.frozen(), components.controlnet)
     for prompt in prompts:
         warn_if_cut(components.tokenizers, prompt)
@@ -94,6 +109,7 @@ def draw(
                 guidance_scale=options.guidance_scale,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 output_type="latent" if decodes_apart else "pil",
+                callback_on_step_end=look,
             ).images
         return _decoded(pipeline, components, images) if decodes_apart else list(images)
 

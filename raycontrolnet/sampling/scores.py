@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import numpy as np
 from PIL import Image
 
-from raycontrolnet.text import one_line, plus_minus
+from raycontrolnet.text import decimals, one_line, plus_minus
 
 if TYPE_CHECKING:
     from raycontrolnet.sampling.fidelity import Measure
@@ -60,4 +60,4 @@ def average(scores: Iterable[float]) -> Fidelity | None:
 
 def in_words(fidelity: Fidelity) -> str:
     """Describe `fidelity` for a log."""
-    return f"control fidelity {fidelity.mean:.3f}{plus_minus(fidelity.error)}"
+    return f"control fidelity {decimals(fidelity.mean, 3)}{plus_minus(fidelity.error)}"

@@ -53,9 +53,9 @@ class FolderLock(HeldLock):
             with self._file.open("x") as file:  # another's, which is there by now, stays
                 file.write(content)
         self._seen_at = began
+        self.written()
 
-    def release(self) -> None:
-        """Remove the file, if it is still this process's."""
+    def remove(self) -> None:
         with suppress(OSError):
             found = _read(self._file)
             if found and found.token == self._owner.token:

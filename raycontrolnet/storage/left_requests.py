@@ -71,6 +71,16 @@ def unless_left(request: Callable[[], T]) -> T:
 
 
 @contextmanager
+def made_here() -> Iterator[None]:
+    """Let requests of this thread, which is one of a request's, be made in it, also after a second signal."""
+    before, _this_thread.makes_last = getattr(_this_thread, "makes_last", False), True
+    try:
+        yield
+    finally:
+        _this_thread.makes_last = before
+
+
+@contextmanager
 def made_in_any_case(make: Callable[[], None]) -> Iterator[None]:
     """Call `make`, which makes requests that may be made twice, after the `with` block, also after a second signal.
 

@@ -70,6 +70,7 @@ class HeldLock:
             close: ends all changes in the folder by this process; takes the reason.
         """
         self._owner, self._shown, self._close, self._beat = owner, shown, close, 0
+        self._is_given_back = False
         self._seen_at = time.time()  # it counts the time that a machine sleeps
         self.lost: str | None = None
         """The reason why the folder is no longer this run's: another has taken it over, or may have."""
@@ -82,7 +83,7 @@ class HeldLock:
         Raises:
             OSError: if it cannot be read or written.
         """
-        if self.lost:
+        if self.lost or self._is_given_back:
             return
         found = self.found()
         silent = time.time() - self._seen_at
@@ -95,7 +96,7 @@ class HeldLock:
             )
         else:
             self._beat += 1
-            self.write()
+            self.write()  # and see `written`
 
     def _lose(self, reason: str) -> None:
         self.lost = reason
@@ -106,12 +107,26 @@ class HeldLock:
         """Let other runs of this process have the folder, even if the lock cannot be removed."""
         _given_up.add(self._owner.token)
 
+    def release(self) -> None:
+        """Give the lock back: remove it, if it is still this process's."""
+        self._is_given_back = True  # first: a sign of life that is on its way is removed here, or by `written`
+        self.remove()
+
+    def written(self) -> None:
+        """Remove a sign of life that was on its way when the lock was given back, in haste, and came after that."""
+        if self._is_given_back:
+            self.remove()
+
+    def remove(self) -> None:
+        """Remove the lock, if it is still this process's."""
+        raise NotImplementedError
+
     def found(self) -> Owner | None:
         """Return the owner that the lock names; None if there is no lock."""
         raise NotImplementedError
 
     def write(self) -> None:
-        """Write the lock."""
+        """Write the lock, and call `written` once it is there."""
         raise NotImplementedError
 
 

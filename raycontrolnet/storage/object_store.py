@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from raycontrolnet.storage.files import FolderClosedError, replacing
+from raycontrolnet.storage.left_requests import made_here
 from raycontrolnet.storage.store_requests import RUN_WAITS_S, reached
 from raycontrolnet.storage.uri import check_bucket, open_uri, shown_uri
 
@@ -98,13 +99,21 @@ class ObjectStore:
 
         return reached(read, _waits(tries))
 
-    def write(self, name: str, content: bytes, tries: int | None = None) -> None:
-        """Write the object `name`."""
+    def write(
+        self, name: str, content: bytes, tries: int | None = None, then: Callable[[], None] = lambda: None
+    ) -> None:
+        """Write the object `name`.
+
+        Args:
+            then: called once it is there, also if nobody waits for that any more; may make requests.
+        """
 
         def write() -> None:
             system, root = open_uri(self.uri)
             with system.open_output_stream(f"{root}/{name}") as file:
                 file.write(content)
+            with made_here():
+                then()
 
         self._change(write, tries)
 

@@ -37,10 +37,10 @@ class StoreLock(HeldLock):
     def write(self) -> None:
         """Write the object, in one attempt."""
         began = time.time()
-        self._store.write(LOCK_FILE, content_of(self._owner, self._beat).encode(), tries=1)
+        self._store.write(LOCK_FILE, content_of(self._owner, self._beat).encode(), tries=1, then=self.written)
         self._seen_at = began
 
-    def release(self) -> None:
+    def remove(self) -> None:
         """Remove the object, if it is still this process's; log why that fails.
 
         Raises:

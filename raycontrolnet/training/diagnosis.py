@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -88,10 +88,13 @@ def diagnosis(state: TrainState, loader: BatchLoader, samples: Sequence[int]) ->
         if not batch.posterior.isfinite().all():
             unencoded.append(place)
             continue
+        again = partial(controlnet_loss, components, components.controlnet, batch, draws, state.objective)
+        before = len(modules)
         with torch.no_grad(), _first_not_finite(models, modules):
-            loss = controlnet_loss(components, components.controlnet, batch, draws, state.objective)
-            if not loss.isfinite().all():
+            if not again().isfinite().all():
                 not_finite.append(place)
+        if len(modules) > before:
+            modules[:] = [_layer_in(modules[0], models, again)]
     if unencoded:
         kind = str(components.vae.dtype).removeprefix("torch.")
         advice = _advice_on_vae(components)
@@ -106,6 +109,16 @@ def diagnosis(state: TrainState, loader: BatchLoader, samples: Sequence[int]) ->
     places = [loader.place(index) for index in samples]
     where = f". The first module whose output is not finite: {modules[0]}" if modules else ""
     return f"Training has diverged: {lower}. The update's samples: {first_of(places)}{where}"
+
+
+def _layer_in(module: str, models: Mapping[str, torch.nn.Module], again: Callable[[], Any]) -> str:
+    """Return the first layer in `module` whose output is not finite: a fused block calls none of its own."""
+    from raycontrolnet.model.fused.layers import plain_layers  # imports diffusers
+
+    found: list[str] = []
+    with torch.no_grad(), plain_layers(*models.values()), _first_not_finite(models, found):
+        again()
+    return found[0] if found and found[0].startswith(f"{module}.") else module
 
 
 def _advice_on_vae(components: Components) -> str:

@@ -37,7 +37,7 @@ from raycontrolnet.errors import DataError
 from raycontrolnet.model.batch import draw, latent_shape, make_batch
 from raycontrolnet.model.step import TrainState, controlnet_loss, with_posterior
 from raycontrolnet.sampling.pipeline import evaluating
-from raycontrolnet.text import plus_minus, short_number
+from raycontrolnet.text import above, decimals, plus_minus
 from raycontrolnet.training import metrics
 from raycontrolnet.training.state import unwrap_controlnet
 
@@ -74,6 +74,10 @@ class HeldOutMetrics(NamedTuple):
     """Duration of the measurement."""
     time: float
     """Unix seconds."""
+
+
+class MeasureStopped(Exception):
+    """The measurement was ended before its last batch, on all workers."""
 
 
 class KeptSamples:
@@ -114,7 +118,7 @@ def measure(
     *,
     rank: int = 0,
     world_size: int = 1,
-    progress: Callable[[], None] = lambda: None,
+    ends_early: Callable[[], bool] = lambda: False,
     kept: KeptSamples | None = None,
 ) -> HeldOutMetrics | None:
     """Measure the held-out rows of `loader`, every worker its share; all workers must call it together.
@@ -122,23 +126,29 @@ def measure(
     A row that cannot be read is left out, and logged.
 
     Args:
-        progress: called after every batch.
+        ends_early: asked before every batch; leaves out the rest.
         kept: of earlier measurements of this share, to use and to add to.
 
     Returns:
         The same on every worker; None if there is nothing to measure.
+
+    Raises:
+        MeasureStopped: if `ends_early` has answered True on a worker.
     """
     started = time.perf_counter()
     accelerator, components = state.accelerator, state.components
     controlnet = unwrap_controlnet(state)
     ordered = _ordered(loader)
     share = np.array_split(ordered, world_size)[rank].tolist()
-    sums, kept = torch.zeros(4, dtype=torch.float64), kept or KeptSamples(most_bytes=0)
+    sums, kept = torch.zeros(5, dtype=torch.float64), kept or KeptSamples(most_bytes=0)
     num_kept = len(kept.batches)
     to_read = _batches(_with_others(loader, share[kept.num_samples :], ordered), loader.batch_size)
     with evaluating((controlnet, *components.frozen())), torch.no_grad():
         models = replace(components, controlnet=controlnet)
         for number, samples in enumerate(chain(list(kept.batches), to_read)):
+            if ends_early():
+                sums[-1] = 1.0
+                break
             rows, others = [row for row, _ in samples], [other for _, other in samples]
             indices = [row.sample_index for row in rows]
             batch = with_posterior(models, make_batch(rows, components, accelerator.device))
@@ -160,11 +170,13 @@ def measure(
             )
             gaps = (shuffled - right).double().cpu()
             totals = [float(len(rows)), float(right.double().sum()), float(gaps.sum()), float(gaps.pow(2).sum())]
-            sums += torch.tensor(totals, dtype=torch.float64)
-            progress()
+            sums[:-1] += torch.tensor(totals, dtype=torch.float64)
     if world_size > 1:
         sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
-    return _metrics(state.step, sums.tolist(), time.perf_counter() - started)
+    *figures, stopped = sums.tolist()
+    if stopped:
+        raise MeasureStopped
+    return _metrics(state.step, figures, time.perf_counter() - started)
 
 
 def _metrics(step: int, sums: Sequence[float], seconds: float) -> HeldOutMetrics | None:
@@ -248,22 +260,22 @@ def summary(output_dir: Path) -> dict[str, Any]:
     return last | {"control_appeared_at_step": control_appeared(records)}
 
 
-def visible(difference: float, loss: float) -> float:
-    """Return a difference of losses; 0 for one that their 32 bits do not show."""
-    return 0.0 if abs(difference) <= PRECISION * abs(loss) else difference
+def noise_of(loss: float) -> float:
+    """Return the size up to which differences of such losses may be the rounding of their 32 bits."""
+    return PRECISION * abs(loss)
 
 
-def gap_in_words(record: Mapping[str, Any]) -> str:
-    """Return the control gap and its error."""
-    gap, error = (visible(record[name], record["val_loss"]) for name in ("control_gap", "control_gap_error"))
-    return f"{short_number(gap, 2)}{plus_minus(error)}"
+def gap_and_error(record: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the control gap and its error in words; of what may be rounding, the most that it may be."""
+    noise = noise_of(record["val_loss"])
+    return above(record["control_gap"], noise, 2), plus_minus(record["control_gap_error"], noise)
 
 
 def in_words(records: Sequence[Mapping[str, Any]]) -> str:
     """Return the last measurement in words, for a log."""
     last = records[-1]
-    gap = f"control gap {gap_in_words(last)}"
+    gap = f"control gap {''.join(gap_and_error(last))}"
     step = control_appeared(records)
     shown = "no control yet" if step is None else f"control has appeared at step {step}"
     of = " of the averages" if last.get("weights") == AVERAGES else ""
-    return f"held-out loss{of} {last['val_loss']:.4f}, {gap}: {shown}"
+    return f"held-out loss{of} {decimals(last['val_loss'])}, {gap}: {shown}"

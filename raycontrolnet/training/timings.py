@@ -13,9 +13,9 @@ from raycontrolnet.storage.files import replace_text
 TIMINGS_FILE = ".timings.json"
 
 
-def write_timings(output_dir: Path, timings: Mapping[str, float], num_workers: int) -> None:
-    """Write the seconds by phase so far and the number of workers, for the report, or run.json if the run fails."""
-    replace_text(output_dir / TIMINGS_FILE, json.dumps({"num_workers": num_workers, "timings": timings}))
+def write_timings(output_dir: Path, timings: Mapping[str, float], processes: int) -> None:
+    """Write the seconds by phase so far and the number of processes that train: for the report, or a failed run."""
+    replace_text(output_dir / TIMINGS_FILE, json.dumps({"processes": processes, "timings": timings}))
 
 
 def read_timings(output_dir: Path) -> dict[str, Any]:

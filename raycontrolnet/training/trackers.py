@@ -13,7 +13,8 @@ import sys
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import TimeoutError as NotYetError
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +25,9 @@ from PIL import Image
 
 from raycontrolnet.config.output_settings import OutputConfig
 from raycontrolnet.config.train_config import names_with
+from raycontrolnet.signals import haste
 from raycontrolnet.storage.uri import shown_uri
+from raycontrolnet.training.background import begun
 
 logger = logging.getLogger(__name__)
 
@@ -189,6 +192,24 @@ class Comet(Tracker):
         self._experiment.end()
 
 
+def _close(name: str, tracker: Tracker) -> None:
+    """Close a tracker; in haste beside this thread, for some wait until all is uploaded."""
+    if not haste().has_begun:
+        tracker.close()  # which a second signal interrupts
+        return
+    done = begun(tracker.close, name, set())
+
+    def look(seconds: float) -> bool:
+        with suppress(NotYetError):
+            done.exception(seconds)
+        return done.done()
+
+    if haste().wait(look):
+        done.result()
+    else:
+        logger.warning("%s is not waited for any longer: its last figures may not arrive", name)
+
+
 _KINDS: dict[str, Callable[[Run], Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb, "comet_ml": Comet}
 
 
@@ -220,8 +241,10 @@ class Trackers:
         self._each("images", step, key, paths, caption)
 
     def close(self) -> None:
-        """Write out everything. A second call does nothing."""
-        self._each("close")
+        """Write out everything, in haste as far as it gets. A second call does nothing."""
+        for name, tracker in list(self._open.items()):
+            with self._dropped_if_it_fails(name):
+                _close(name, tracker)
         self._open.clear()
 
     def _each(self, method: str, *arguments: Any) -> None:

@@ -8,6 +8,7 @@ does not end the training.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 from raycontrolnet.config.output_settings import ValidationConfig
 from raycontrolnet.sampling import images
 from raycontrolnet.sampling.images import METADATA, ImageItem, PairImages, fidelity_of
-from raycontrolnet.sampling.pipeline import DrawOptions
+from raycontrolnet.sampling.pipeline import DrawingStopped, DrawOptions
 from raycontrolnet.sampling.scores import Fidelity
 from raycontrolnet.storage.files import check_open
 from raycontrolnet.storage.run_folder import RunFolder
@@ -48,12 +49,12 @@ class StepImages:
         components: Components,
         rank: int = 0,
         world_size: int = 1,
-        ends_early: Callable[[], bool] = lambda: False,
-    ) -> None:
-        """Draw and save worker `rank`'s share. No collectives; a failure is logged.
+        ends_early: Callable[[], bool] | None = None,
+    ) -> bool:
+        """Draw and save worker `rank`'s share; return False if it was ended early. No collectives; a failure is logged.
 
         Args:
-            ends_early: asked after every image; leaves out the rest.
+            ends_early: asked after every step of the sampler; leaves out the rest.
         """
         folder, own = step_folder(self.output_dir, self.step), self.items[rank::world_size]
         with failures_logged(self.step):
@@ -63,9 +64,11 @@ class StepImages:
                 (folder / METADATA).unlink(missing_ok=True)  # of a run that was here before and then went back
             for item in own:
                 (folder / item.file_name).unlink(missing_ok=True)  # `finish` takes every image that it finds
-            for _ in images.write(folder, own, components, self.options):
-                if ends_early():
-                    break
+            try:
+                deque(images.write(folder, own, components, self.options, ends_early), maxlen=0)
+            except DrawingStopped:
+                return False
+        return True
 
     def finish(self) -> list[PairImages]:
         """Finish the folder once every worker has drawn; return one result per pair that has images."""

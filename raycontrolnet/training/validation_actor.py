@@ -25,7 +25,7 @@ from raycontrolnet.training.run_log import log_of, logging_to_run_log
 from raycontrolnet.training.shared_folder import check_folder_is_shared
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from diffusers import ModelMixin
 
@@ -37,6 +37,8 @@ START_WITHIN_S = 120.0
 """An actor that is not scheduled within this time is given up: others may need the resources."""
 FINISH_WITHIN_S = 1800.0
 """Wait at the end of a run for images that are being drawn."""
+LOOK_S = 0.5
+"""Time between two looks whether the run ends early meanwhile."""
 
 
 class Drawn(NamedTuple):
@@ -127,10 +129,21 @@ class AsyncValidation:
         weights = {name: value.detach().cpu() for name, value in controlnet.state_dict().items()}
         self._pending = self._actor.draw.remote(step, ray.put(weights), self._token)
 
-    def collect(self, *, wait: bool = False) -> Drawn | None:
-        """Return the images that the actor has finished, if any; it is free then."""
-        if self._pending is None or not ray.wait([self._pending], timeout=FINISH_WITHIN_S if wait else 0)[0]:
+    def collect(self, ends_early: Callable[[], bool] | None = None) -> Drawn | None:
+        """Return the images that the actor has finished, if any; it is free then.
+
+        Args:
+            ends_early: asked while they are waited for; None not to wait.
+        """
+        if self._pending is None:
             return None
+        until = time.monotonic() + FINISH_WITHIN_S
+        while not ray.wait([self._pending], timeout=LOOK_S if ends_early else 0)[0]:
+            if ends_early is None or time.monotonic() > until:
+                return None
+            if ends_early():
+                logger.warning("the validation images that are drawn beside the training are left unfinished")
+                return None
         pending, self._pending = self._pending, None
         try:
             return ray.get(pending)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import ray
+import torch
 
 from raycontrolnet.cluster.worker import from_rank_zero, wait_for_all
 from raycontrolnet.data.stream import BatchLoader
@@ -62,6 +63,8 @@ class Validator:
         self.last: held_out.HeldOutMetrics | None = None
         """The last measurement."""
         self.loader: BatchLoader | None = None
+        self.is_cut_off = False
+        """True if the driver asked for the end, on all workers: the run that goes on makes up for what was left out."""
         self.kept = held_out.KeptSamples()
         self.log: MetricsLog | None = None
         self.actor: AsyncValidation | None = None
@@ -78,15 +81,19 @@ class Validator:
         """
         if self.loader is None:
             return
-        with self.clock("validation"), self.state.paused(), self._averaged():
-            self.last = held_out.measure(
-                self.state,
-                self.loader,
-                rank=self.rank,
-                world_size=self.world_size,
-                progress=lambda: self.watchdog.progress("the held-out measure"),
-                kept=self.kept,
-            )
+        try:
+            with self.clock("validation"), self.state.paused(), self._averaged():
+                self.last = held_out.measure(
+                    self.state,
+                    self.loader,
+                    rank=self.rank,
+                    world_size=self.world_size,
+                    ends_early=lambda: self._ends_early("the held-out measure"),
+                    kept=self.kept,
+                )
+        except held_out.MeasureStopped:
+            self.is_cut_off = True
+            return
         if self.last and self.log and self.trackers:
             self.log.append(self.last._asdict() | ({"weights": held_out.AVERAGES} if self.state.averages else {}))
             names = ("val_loss", "val_loss_shuffled", "control_gap")
@@ -101,16 +108,33 @@ class Validator:
                     self._draw_together(lambda: unwrap_controlnet(self.state))
 
     def make_up(self, start: Checkpoint | None, total_updates: int) -> None:
-        """Draw the images of the checkpoint `start`, once, if the run was killed between it and them."""
-        if start is None or start.step == total_updates or not _had_images(start, self.job):
+        """Do what is left of the validation of the checkpoint `start`, if the run was ended or killed before.
+
+        A measurement that was cut off is made up for; images are drawn once.
+        """
+        if start is None or not _was_validated(start, self.job):
             return
-        wanted = self.rank == 0 and self._begins_to_make_up(start.step)
-        if self.world_size > 1:
-            wanted = from_rank_zero(wanted)
-        if wanted:
+        if self.loader and self._agreed(lambda: self._lacks_measurement(start.step)):
+            self.measure()
+        if self.is_cut_off or start.step == total_updates or not start.manifest["settings"].get("validation_image"):
+            return
+        if self._agreed(lambda: self._begins_to_make_up(start.step)):
             self.draw()
-            if self.rank == 0 and not self._lacks_images(start.step):  # else the actor draws them, or they failed
-                self.job.folder.delete(validation.MADE_UP_FILE)
+            # Else the actor draws them, or they failed.
+            if self.rank == 0 and (self.is_cut_off or not self._lacks_images(start.step)):
+                self._forget_attempt()
+
+    def _agreed(self, ask: Callable[[], bool]) -> bool:
+        """Return, on every worker, what rank 0 finds."""
+        found = self.rank == 0 and ask()
+        return from_rank_zero(found) if self.world_size > 1 else found
+
+    def _lacks_measurement(self, step: int) -> bool:
+        return all(record["step"] != step for record in held_out.read(self.job.output_dir))
+
+    def _forget_attempt(self) -> None:
+        with validation.failures_logged(self.state.step):
+            self.job.folder.delete(validation.MADE_UP_FILE)
 
     def _begins_to_make_up(self, step: int) -> bool:
         """Check whether images of `step` are missing, and note the attempt; False if there has been one."""
@@ -136,7 +160,9 @@ class Validator:
                 self._wait_for_all()  # until they are saved
                 self._draw_together(self._saved_controlnet)
                 if self.actor:
-                    self._publish(self.actor.collect(wait=True))
+                    self._publish(self.actor.collect(lambda: self._ends_early("validation images")))
+                if self.rank == 0:  # an attempt that failed, or whose images the actor drew
+                    self._forget_attempt()
 
     def _wait_for_all(self) -> None:
         """Wait for the other workers by Ray's barrier: one of the process group has a timeout."""
@@ -169,7 +195,7 @@ class Validator:
         """Draw this worker's share; rank 0 finishes and publishes the images of all."""
         state, folder = self.state, self.job.folder
         drawing = self.job.images_of(state.step, state.components.family)
-        files = validation.files_of(state.step)
+        files, whole = validation.files_of(state.step), True
         if folder.is_stored:
             self._forget(files)
         with (
@@ -178,11 +204,12 @@ class Validator:
             vae_on(state.components, state.accelerator.device),
         ):
             components = replace(state.components, controlnet=controlnet())
-            drawing.draw(components, self.rank, self.world_size, self._ends_early)
+            whole = drawing.draw(components, self.rank, self.world_size, lambda: self._ends_early("validation images"))
             if self.world_size > 1:  # who may have no disk in common
                 folder.push(files)
         self._wait_for_all()
-        if self.rank == 0:
+        self.is_cut_off = not self._all(whole)
+        if self.rank == 0 and not self.is_cut_off:
             pairs: list[PairImages] = []
             with validation.failures_logged(state.step):
                 if self.world_size > 1:
@@ -203,10 +230,18 @@ class Validator:
                 self.job.folder.delete(files)
         self._wait_for_all()
 
-    def _ends_early(self) -> bool:
-        """Check, after every image, for the driver's wish to end, which does not wait for all of them."""
-        self.watchdog.progress("validation images")
+    def _ends_early(self, phase: str) -> bool:
+        """Check, again and again, for the driver's wish to end, which waits for no validation."""
+        self.watchdog.progress(phase)
         return stop_asked(self.job)
+
+    def _all(self, own: bool) -> bool:
+        """Return, on every worker, whether `own` is true on all; they must be together by then."""
+        if self.world_size == 1:
+            return own
+        accelerator = self.state.accelerator
+        others = torch.tensor(float(not own), device=accelerator.device)
+        return float(accelerator.reduce(others, reduction="sum")) == 0
 
     def _publish(self, drawn: Drawn | None) -> None:
         """Give the trackers what was drawn."""
@@ -228,9 +263,9 @@ class Validator:
             logger.info("step %d: %s", drawn.step, scores.in_words(fidelity))
 
 
-def _had_images(start: Checkpoint, job: Job) -> bool:
-    """Check that images were due after a checkpoint of this run's folder, and still are."""
+def _was_validated(start: Checkpoint, job: Job) -> bool:
+    """Check that a validation was due at a checkpoint of this run's folder, and still is."""
     settings, steps = start.manifest.get("settings", {}), job.config.validation_steps
     if start.uri or start.path.parent != job.output_dir or start.step % steps:
         return False
-    return settings.get("validation_steps") == steps and bool(settings.get("validation_image"))
+    return bool(settings.get("validation_steps") == steps)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from rich.cells import cell_len
 from rich.text import Text
 
-from raycontrolnet.text import duration, first_of, printable, short_exponent
+from raycontrolnet.text import decimals, duration, first_of, printable, short_exponent, short_number
 from raycontrolnet.tune.records import Trial, as_text, settings_of
 
 GAP = "  "
@@ -20,7 +21,11 @@ CONTROL = "*"
 """Marks a control gap that shows that the model obeys the control image."""
 LONGEST = (24, 12, 8)
 """Widths of a setting in the table; the shorter ones are tried before columns are left out."""
-FORMATS = {"control_gap": ".2g", "control_fidelity": ".3f", "images_per_second": ".3g"}
+FORMATS: dict[str, Callable[[float], str]] = {
+    "control_gap": partial(short_number, digits=2),
+    "control_fidelity": partial(decimals, places=3),
+    "images_per_second": partial(short_number, digits=3),
+}
 """Formats of the figures that are not shown with four decimals."""
 FIGURES = ("val_loss", "loss", "control_gap")
 """Figures besides the objective."""
@@ -39,7 +44,7 @@ class LiveState(NamedTuple):
 
 def figure(name: str, value: float | None) -> str:
     """Return a short number; `UNKNOWN` for nan and None."""
-    return UNKNOWN if value is None or math.isnan(value) else f"{value:{FORMATS.get(name, '.4f')}}"
+    return UNKNOWN if value is None or math.isnan(value) else FORMATS.get(name, decimals)(value)
 
 
 def setting(value: Any) -> str:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ FUSED = {
     ControlNetConditioningEmbedding: FusedConditioningEmbedding,
 }
 """Layer's class -> that of the fused one, for those with plain settings."""
+PLAIN_CLASSES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {fused: plain for plain, fused in FUSED.items()}
 
 PLAIN: dict[type[torch.nn.Module], Callable[[Any], bool]] = {
     torch.nn.GroupNorm: lambda norm: norm.affine,
@@ -83,6 +85,19 @@ def use_fused_layers(components: Components) -> None:
         for module in model.modules():
             if fused := fused_class(module):
                 module.__class__ = fused
+
+
+@contextmanager
+def plain_layers(*models: torch.nn.Module) -> Iterator[None]:
+    """Give fused layers their own classes back while the `with` block runs, so that each layer within is called."""
+    fused = [(module, type(module)) for model in models for module in model.modules() if type(module) in PLAIN_CLASSES]
+    for module, kind in fused:
+        module.__class__ = PLAIN_CLASSES[kind]
+    try:
+        yield
+    finally:
+        for module, kind in fused:
+            module.__class__ = kind
 
 
 def fused_class(module: torch.nn.Module) -> type[torch.nn.Module] | None:

@@ -17,8 +17,8 @@ from typing import Any
 from raycontrolnet.report import page
 from raycontrolnet.report.curves import digits
 from raycontrolnet.storage.resume import SWEEP_FILE
-from raycontrolnet.text import STANDARD_ERRORS, counted, duration, short_number
-from raycontrolnet.training.held_out import visible
+from raycontrolnet.text import STANDARD_ERRORS, above, counted, duration, short_number
+from raycontrolnet.training.held_out import noise_of
 from raycontrolnet.tune.records import TRIALS_FOLDER, Trial
 from raycontrolnet.tune.report import charts
 from raycontrolnet.tune.report.history import SHADES, SweepHistory, read, too_early
@@ -156,13 +156,15 @@ def _measured(history: SweepHistory, trial: Trial, name: str) -> str:
     if not math.isfinite(value := trial.value(name)):
         return "–"
     if name == "control_gap":
-        return short_number(visible(value, trial.value("val_loss")), 2)
+        return above(value, noise_of(trial.value("val_loss")), 2)
     known = [other for one in history.trials if math.isfinite(other := one.value(name))]
     return short_number(value, digits(min(known), max(known), least=3 if name == "images_per_second" else 4))
 
 
 def _figure(history: SweepHistory, trial: Trial, name: str) -> tuple[str, str]:
     """Return a value of the last report, and its error."""
-    error = visible(trial.value("control_gap_error"), trial.value("val_loss"))
+    error, noise = trial.value("control_gap_error"), noise_of(trial.value("val_loss"))
     known = name == "control_gap" and math.isfinite(error) and name in trial.last
-    return _measured(history, trial, name), f"± {short_number(STANDARD_ERRORS * error, 1)}" if known else ""
+    return _measured(
+        history, trial, name
+    ), f"± {above(STANDARD_ERRORS * error, STANDARD_ERRORS * noise, 1)}" if known else ""
