@@ -285,7 +285,7 @@ def test_workers_of_several_runs_that_leave_loading_no_cpu(monkeypatch: pytest.M
     monkeypatch.setattr(ray.util, "placement_group_table", lambda: groups)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     said, clock = io.StringIO(), [0.0]
-    monkeypatch.setattr(waiting.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("raycontrolnet.launch.waiting.time.monotonic", lambda: clock[0])
     news = waiting._LoadingNews(said)
 
     def look(seconds: float) -> str:
