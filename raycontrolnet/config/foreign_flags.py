@@ -51,7 +51,7 @@ ADVICE: Mapping[str, str] = {
 }
 """Flag -> the words after it in a message."""
 SCRIPT_FLAGS = frozenset(("enable_npu_flash_attention",))
-"""Those of diffusers' ControlNet scripts, which may be abbreviated as there."""
+"""Flags of diffusers' ControlNet scripts, which may be abbreviated as there."""
 SCRIPTS = frozenset(f"train_controlnet{end}.py" for end in ("", "_sdxl", "_sd3", "_flux"))
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _FILE_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
 _SAVED_MARKS = ("state.json", "dataset_dict.json")
 _NO_FORMAT = re.compile("doesn't contain any data files|infer the same data file format")
-"""What datasets says of folders without data, or with files of several kinds."""
+"""Words of datasets for folders without data, or with files of several kinds."""
 _FINGERPRINT_ROWS = 16
 _OPENING = Lock()
 
