@@ -148,7 +148,7 @@ class Worker:
             if state.graphs:
                 state.graphs.release()  # what else may hold the state holds no more than before
             with ExitStack() as closing:  # each, also when one fails or is interrupted
-                for part in filter(None, (self.trackers, self.validator, self.metrics_log, self.saver)):
+                for part in [each for each in (self.trackers, self.validator, self.metrics_log, self.saver) if each]:
                     closing.callback(part.close)
         return {
             "step": state.step,
