@@ -91,10 +91,12 @@ def _main(argv: Sequence[str] | None) -> int:
     if command not in COMMANDS:
         print(f"{command}: no such command{perhaps(command, COMMANDS)}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
-    stands = f"Interrupted before raycontrolnet {command} began: nothing was changed."
+    stands = f"Interrupted before raycontrolnet {command} began: nothing was changed; run the same command again."
     try:
         with ending_signals_raised(), end_told(sys.stderr, lambda: f"raycontrolnet {command} was ended."):
-            config, run = parse(command, rest), _load(COMMANDS[command].run)
+            config = parse(command, rest)
+            stands = stands.replace("nothing", f"nothing{_place(config)}")
+            run = _load(COMMANDS[command].run)  # takes seconds
             stands = f"Interrupted. raycontrolnet {command} was ended."
             run(config)
     except (UserError, RunError) as error:
@@ -105,6 +107,12 @@ def _main(argv: Sequence[str] | None) -> int:
         _say(str(told))
         return told.exit_code
     return 0
+
+
+def _place(config: Any) -> str:
+    """Return ` in FOLDER` for a command that writes to one."""
+    folder = getattr(getattr(config, "train", config), "output_dir", None)
+    return f" in {shown_name(folder)}" if folder else ""
 
 
 def _say(message: str) -> None:

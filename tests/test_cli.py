@@ -413,7 +413,19 @@ def test_an_interrupted_run_is_130(tiny_settings: Settings, ask: Ask, monkeypatc
     assert (answer.code, answer.out) == (130, "")
     assert answer.err.endswith("Interrupted. There was no checkpoint yet.\n")
     monkeypatch.setattr(cli, "parse", interrupt)
-    assert ask("train") == (130, "", "Interrupted before raycontrolnet train began: nothing was changed.\n")
+    assert ask("train") == (
+        130,
+        "",
+        "Interrupted before raycontrolnet train began: nothing was changed; run the same command again.\n",
+    )
+    monkeypatch.undo()
+    monkeypatch.setattr(cli, "_load", interrupt)  # Python's modules, which takes seconds
+    (said,) = ask("train", *flags(tiny_settings)).err.splitlines()
+    out = tiny_settings["output_dir"]
+    assert (
+        said
+        == f"Interrupted before raycontrolnet train began: nothing in {out} was changed; run the same command again."
+    )
 
 
 def test_a_second_interruption_tells_of_the_run(

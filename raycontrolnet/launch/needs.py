@@ -30,7 +30,7 @@ from raycontrolnet.training.schedule import Schedule, due_steps
 
 NO_GRAPHS = "--cuda_graphs off"
 MAY_BE_KILLED = "the run may be killed, or swap"
-"""What becomes of a run that a CPU's memory does not hold."""
+"""Warning of a run that a CPU's memory does not hold."""
 
 
 @dataclass(frozen=True)
