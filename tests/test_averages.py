@@ -18,7 +18,7 @@ from torch.multiprocessing.spawn import spawn
 from raycontrolnet import TrainConfig
 from raycontrolnet.model.averages import averaged, trained_weights
 from raycontrolnet.sampling.find_controlnet import find
-from raycontrolnet.training.saver import HostCopy
+from raycontrolnet.training.host_copy import HostCopy
 from raycontrolnet.training.schedule import Schedule
 from raycontrolnet.training.state import accelerator_for, build_state, state_parts, write_parts
 

@@ -22,8 +22,9 @@ from raycontrolnet.errors import ConfigError
 from raycontrolnet.launch import fit as launch_fit
 from raycontrolnet.launch import needs_beside
 from raycontrolnet.launch.check import check
-from raycontrolnet.launch.needs import Needs, StepSpec, WorkerMemory, count, gpu_bytes, host_share, say_needs
+from raycontrolnet.launch.needs import Needs, StepSpec, count, say_needs
 from raycontrolnet.launch.needs_beside import CountedNeeds, PendingNeeds, counting, in_likely_precision
+from raycontrolnet.launch.worker_memory import WorkerMemory, gpu_bytes, host_share
 from raycontrolnet.predict.prediction import ERROR, GIB, RESERVED, Prediction
 from raycontrolnet.training.schedule import Schedule
 from raycontrolnet.tune.heaviest import heaviest, say_heaviest
@@ -280,7 +281,7 @@ def test_small_models_are_not_counted(tiny_settings: dict[str, Any], monkeypatch
 
 @pytest.mark.usefixtures("_counted")
 def test_a_run_says_its_needs_first(tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raycontrolnet.launch.needs.host_bytes", lambda: 1000)
+    monkeypatch.setattr("raycontrolnet.launch.worker_memory.host_bytes", lambda: 1000)
     stream = io.StringIO()
     fit(TrainConfig(**tiny_settings | {"num_workers": "0", "max_train_steps": 1}), stream=stream)
     lines = stream.getvalue().splitlines()

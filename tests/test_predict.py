@@ -403,7 +403,7 @@ def test_the_cpus_memory(tiny_settings: dict[str, Any], monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def device(of_machine: float, **changed: Any) -> str:
-        monkeypatch.setattr("raycontrolnet.launch.needs.host_bytes", lambda: of_machine)
+        monkeypatch.setattr("raycontrolnet.launch.worker_memory.host_bytes", lambda: of_machine)
         (line,) = (line for line in checked(settings | changed) if line.startswith("device: "))
         return line
 

@@ -28,7 +28,8 @@ from raycontrolnet.launch.fit import fit
 from raycontrolnet.model.step import TrainState, train_step
 from raycontrolnet.storage.checkpoint import all_checkpoints
 from raycontrolnet.training import metrics, saver
-from raycontrolnet.training.saver import CheckpointSaver, HostCopy
+from raycontrolnet.training.host_copy import HostCopy
+from raycontrolnet.training.saver import CheckpointSaver
 from raycontrolnet.training.state import StateParts, state_parts, write_parts
 
 PATIENCE_S = 60.0

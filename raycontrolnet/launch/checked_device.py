@@ -10,7 +10,8 @@ from raycontrolnet.cluster.session import runs_on_a_cluster
 from raycontrolnet.config.check_config import CheckConfig
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.launch import precision
-from raycontrolnet.launch.needs import WorkerMemory, host_share, memory_size
+from raycontrolnet.launch.needs import memory_size
+from raycontrolnet.launch.worker_memory import WorkerMemory, host_share
 from raycontrolnet.model.performance import has_bf16, working_precision
 from raycontrolnet.predict.devices import peak_of
 from raycontrolnet.predict.prediction import GIB

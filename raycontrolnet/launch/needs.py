@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, NamedTuple, TextIO
 
-import torch
-
-from raycontrolnet.cluster.machine_memory import host_bytes
 from raycontrolnet.config.checks import missing_package
 from raycontrolnet.config.optimizer_settings import ADAMW
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.records import Size
 from raycontrolnet.errors import UserError
+from raycontrolnet.launch.worker_memory import WorkerMemory
 from raycontrolnet.model.base_family import base_family
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.files import ModelFiles
@@ -22,7 +20,6 @@ from raycontrolnet.model.loading import BASE
 from raycontrolnet.model.optimizers import state_bytes_per_weight
 from raycontrolnet.model.performance import working_precision
 from raycontrolnet.model.single_file import base_files
-from raycontrolnet.predict.devices import bytes_of_type
 from raycontrolnet.predict.prediction import GIB, MIB, OF_CUDA, OF_PYTHON, Prediction, Reserve, margin, predict
 from raycontrolnet.predict.shapes import shaped
 from raycontrolnet.text import counted, decimals, file_size
@@ -228,43 +225,6 @@ def _vae_files(train: TrainConfig, token: str | None) -> ModelFiles | None:
         return None
     model = replace(train, pretrained_model_name_or_path=name, base_config=None)
     return base_files(model, token, ("config.json",), from_cache=True)
-
-
-class WorkerMemory(NamedTuple):
-    """The memory that a worker has."""
-
-    bytes: float | None
-    """None if it is not known."""
-    is_gpu: bool
-    share: float = 1.0
-    """Part of the GPU, or number of workers that share the machine's memory, as 1 / number."""
-
-    @property
-    def words(self) -> str:
-        if not self.is_gpu:
-            return self.words_of("this machine")
-        return "this GPU" if self.share == 1 else f"{self.share:.2g} of a GPU"
-
-    def words_of(self, machine: str) -> str:
-        """Return the worker's part of a machine's memory in words."""
-        return machine if self.share == 1 else f"{self.share:.2g} of {machine}"
-
-
-def gpu_bytes(types: Iterable[str | None]) -> float | None:
-    """Return the memory of the largest GPU of some of Ray's types; None if one is unknown (None, or not listed)."""
-    sizes = [bytes_of_type(kind) if kind else None for kind in types]
-    known = [size for size in sizes if size is not None]
-    return max(known) if known and len(known) == len(sizes) else None
-
-
-def gpu_here() -> float | None:
-    """Return the memory of this machine's first GPU; None if there is none. It takes a context on that GPU."""
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-
-
-def host_share(num_workers: int) -> WorkerMemory:
-    """Return the memory of each of the workers on this machine's CPUs."""
-    return WorkerMemory(host_bytes() / num_workers, is_gpu=False, share=1 / num_workers)
 
 
 def say_needs(needs: Needs, schedule: Schedule, memory: WorkerMemory, stream: TextIO) -> str | None:

@@ -21,8 +21,9 @@ from typing import IO, NamedTuple, TextIO
 from raycontrolnet.cluster.session import runs_on_a_cluster
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.errors import ConfigError
-from raycontrolnet.launch.needs import Needs, StepSpec, WorkerMemory, count, gpu_bytes, gpu_here, host_share, say_needs
+from raycontrolnet.launch.needs import Needs, StepSpec, count, say_needs
 from raycontrolnet.launch.precision import BF16
+from raycontrolnet.launch.worker_memory import WorkerMemory, gpu_bytes, gpu_here, host_share
 from raycontrolnet.model.size import controlnet_bytes_at_least
 from raycontrolnet.training.schedule import Schedule
 

@@ -24,7 +24,7 @@ from raycontrolnet.config.output_settings import WEIGHTS_FILE
 from raycontrolnet.model.components import Components, load_controlnet
 from raycontrolnet.model.step import StepMetrics, TrainState, controlnet_loss, train_step
 from raycontrolnet.storage import checkpoint as checkpoints
-from raycontrolnet.training.saver import HostCopy
+from raycontrolnet.training.host_copy import HostCopy
 from raycontrolnet.training.state import state_parts, write_parts
 
 CPU = torch.device("cpu")

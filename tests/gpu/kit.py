@@ -6,7 +6,8 @@ It needs torch, diffusers, transformers and accelerate, and neither Ray nor data
 memory beside the prediction, speed beside the common training script's loop, one profile. OUT/kit.json is written
 after each part, so that a machine that goes away costs one part. On a CPU it does the checks alone.
 
-For a machine with torch, transformers and accelerate that reaches no package index, fetch the rest before:
+For a machine with torch, transformers and accelerate that reaches no package index, fetch the rest before (and what
+diffusers needs besides, as requests and Pillow, if it is not there):
 
     pip download --no-deps --dest .whl diffusers importlib_metadata zipp pytest pytest-xdist execnet pytest-timeout \
         iniconfig pluggy pygments

@@ -18,7 +18,7 @@ from raycontrolnet.model.batch import Draws
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.step import train_step
 from raycontrolnet.predict.prediction import GIB
-from raycontrolnet.training.saver import HostCopy
+from raycontrolnet.training.host_copy import HostCopy
 from raycontrolnet.training.state import state_parts
 
 RESOLUTION = 512
