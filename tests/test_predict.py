@@ -485,7 +485,7 @@ def test_what_train_would_refuse_comes_after_the_needs(tiny_settings: dict[str, 
             stream=stream,
         )
     (problem,) = refused.value.problems
-    assert re.match(r"--train_batch_size=\d+: batch \d+ needs .* MiB, the device has 0.1 MiB: no batch fits", problem)
+    assert re.match(r"--train_batch_size=\d+: batch \d+ needs .* MiB, the machine has 0.1 MiB: no batch fits", problem)
     assert "  together " in stream.getvalue()
     assert not new.exists()
 
