@@ -12,6 +12,7 @@ from contextlib import nullcontext, suppress
 from importlib import import_module
 from typing import Annotated, Any, NamedTuple
 
+from raycontrolnet.cluster.cpus import variables_for_threads
 from raycontrolnet.config.check_config import CheckConfig, CheckSettings
 from raycontrolnet.config.condition_config import CONDITION_GROUPS, ConditionConfig
 from raycontrolnet.config.declare import title
@@ -81,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None) -> int:
     if argv is None:
         _hide_token()
+        os.environ.update(variables_for_threads())  # before torch is imported, and for the processes of our own Ray
     command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("--help", "-h", "help"):
         print(USAGE, end="")

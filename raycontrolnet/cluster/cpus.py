@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,6 +17,11 @@ TASK_CPUS = 0.25
 COUNT_CPUS = 0.01
 """CPUs of the task that lists what is to be loaded."""
 LOADING_NICENESS = 15
+
+WAIT_POLICY = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Threads that wait for each other sleep. By default they spin: beside loading or other programs, on few cores, that
+takes the time of those they wait for. An update of the demo took 20 times as long on two busy cores. OpenMP reads the
+variable when torch is imported."""
 
 CGROUP = Path("/sys/fs/cgroup")
 QUOTA_FILES = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
@@ -44,6 +50,12 @@ def _container_cpus() -> float:
 def threads_for(cpus: float) -> int:
     """Return the threads of a process that has `cpus` CPUs, rounded up: loading rarely uses the fraction."""
     return max(1, math.ceil(cpus))
+
+
+def variables_for_threads(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment variables for processes that compute on CPUs; none if the user has set one of them."""
+    given = os.environ if environment is None else environment
+    return {} if WAIT_POLICY.keys() & given.keys() else WAIT_POLICY
 
 
 def let_training_go_first() -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
+from raycontrolnet.cluster.cpus import variables_for_threads
 from raycontrolnet.cluster.resources import WorkerResources
 from raycontrolnet.data.stream import execution_options
 from raycontrolnet.launch.announce import announce
@@ -136,7 +137,7 @@ def _run_config(run: CheckedRun, *, on_cpu: bool) -> ray.train.RunConfig:
         storage_path=run.folder.parent,
         name=run.folder.name,
         failure_config=failures,
-        worker_runtime_env={"env_vars": variables_for_kept_memory()} if on_cpu else None,
+        worker_runtime_env={"env_vars": variables_for_kept_memory() | variables_for_threads()} if on_cpu else None,
     )
 
 

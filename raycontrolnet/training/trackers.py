@@ -13,8 +13,8 @@ import sys
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import TimeoutError as NotYetError
-from contextlib import contextmanager, suppress
+from concurrent.futures import wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -198,13 +198,7 @@ def _close(name: str, tracker: Tracker) -> None:
         tracker.close()  # which a second signal interrupts
         return
     done = begun(tracker.close, name, set())
-
-    def look(seconds: float) -> bool:
-        with suppress(NotYetError):
-            done.exception(seconds)
-        return done.done()
-
-    if haste().wait(look):
+    if haste().wait(lambda seconds: bool(wait([done], seconds).done)):
         done.result()
     else:
         logger.warning("%s is not waited for any longer: its last figures may not arrive", name)

@@ -11,6 +11,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from raycontrolnet.cluster import tuning
+from raycontrolnet.cluster.cpus import variables_for_threads
 from raycontrolnet.cluster.worker import remove_ray_records
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.storage.stored_folder import StoredFolder
@@ -58,7 +59,7 @@ def run_trials(plan: SweepPlan, shared: Shared, recorder: TrialRecorder, lease: 
     # A process whose GPU has failed hands its next trial to a new one, which Tune counts as a failure.
     max_failures = max(plan.train.max_failures, int(slots.use_gpu))
     try:
-        with tuning.tune_environment({} if slots.use_gpu else variables_for_kept_memory()):
+        with tuning.tune_environment({} if slots.use_gpu else variables_for_kept_memory() | variables_for_threads()):
             return tune.Tuner(
                 trainable,
                 tune_config=tune.TuneConfig(
