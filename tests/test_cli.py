@@ -19,6 +19,7 @@ from runs import flags
 
 from raycontrolnet import cli, signals, train_controlnet
 from raycontrolnet.cli import main, parse
+from raycontrolnet.cluster.cpus import SPINS
 from raycontrolnet.config.foreign_flags import ADVICE
 from raycontrolnet.config.values import setting_types
 from raycontrolnet.errors import ConfigError
@@ -113,15 +114,17 @@ def test_nobody_reads_the_output(arguments: tuple[str, ...]) -> None:
     assert (process.returncode, stderr) == (141, "")
 
 
-@pytest.mark.parametrize("chosen", [None, "ACTIVE"])
-def test_threads_that_wait_sleep_unless_the_user_chose(monkeypatch: pytest.MonkeyPatch, chosen: str | None) -> None:
+@pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "5"}], ids=str)
+def test_threads_that_wait_soon_sleep_unless_the_user_chose(
+    monkeypatch: pytest.MonkeyPatch, chosen: dict[str, str]
+) -> None:
     """Before torch is imported; in a user's Python, nothing is changed."""
-    monkeypatch.setattr(os, "environ", {} if chosen is None else {"OMP_WAIT_POLICY": chosen})
+    monkeypatch.setattr(os, "environ", chosen.copy())
     monkeypatch.setattr(sys, "argv", ["raycontrolnet", "--version"])
     assert main(["--version"]) == 0
-    assert os.environ.get("OMP_WAIT_POLICY") == chosen
+    assert os.environ == chosen
     assert main() == 0
-    assert os.environ["OMP_WAIT_POLICY"] == (chosen or "PASSIVE")
+    assert os.environ == (chosen or SPINS)
 
 
 @pytest.mark.parametrize("arguments", [(), ("train",), ("condition",), ("generate",)])

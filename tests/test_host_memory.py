@@ -12,7 +12,7 @@ from processes import when, workers_called
 from runs import Settings
 
 from raycontrolnet import TrainConfig, fit
-from raycontrolnet.cluster.cpus import WAIT_POLICY
+from raycontrolnet.cluster.cpus import SPINS
 from raycontrolnet.training.host_memory import PARAMETERS, freed_memory_kept, variables_for_kept_memory
 from raycontrolnet.training.status import read_status
 
@@ -86,4 +86,4 @@ def test_a_worker_on_ray_has_the_variables(tiny_settings: Settings) -> None:
 
     with when(lambda: bool(workers_called("RayTrainWorker")), look):
         fit(TrainConfig(**tiny_settings | {"num_workers": "1", "max_train_steps": 1}))
-    assert (variables_for_kept_memory({}) | WAIT_POLICY).items() <= found[0].items()
+    assert (variables_for_kept_memory({}) | SPINS).items() <= found[0].items()
