@@ -162,6 +162,8 @@ class Worker:
         """Do the updates; return False if the driver asked for an end before the last, with a checkpoint of it."""
         state, schedule, validator, asked_to_end = self.state, self.schedule, self.validator, 0.0
         validator.make_up(start, schedule.total_updates)
+        self.watchdog.progress("", timed=False)  # the first update may take as long as without it
+        self.pending.restart_clock()
         while state.step < schedule.total_updates and not (asked_to_end or validator.is_cut_off):
             before = self.notices
             self.update(inputs)

@@ -568,12 +568,12 @@ def test_resolve_in_an_empty_folder(tmp_path: Path) -> None:
         resume.resolve("checkpoint-2", RunFolder(str(tmp_path)))
 
 
-@pytest.mark.parametrize("given", [None, "latest"])
-def test_the_folder_of_a_sweep_is_not_written_over(tmp_path: Path, given: str | None) -> None:
+def test_the_folder_of_a_sweep_is_not_written_over(tmp_path: Path) -> None:
+    resume.check_holds_no_sweep(RunFolder(str(tmp_path)))
     (tmp_path / "sweep.json").write_text("{}")
     message = f"--output_dir={tmp_path}: holds a sweep, which `raycontrolnet tune --resume` goes on with; name another"
     with pytest.raises(ConfigError, match=f"^{message} --output_dir for a run$"):
-        resume.resolve(given, RunFolder(str(tmp_path)))
+        resume.check_holds_no_sweep(RunFolder(str(tmp_path)))
 
 
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "checkpoint-2"])

@@ -447,7 +447,7 @@ def test_values_that_are_no_numbers(sweep: Path) -> None:
     by_trial = {row[1].split()[0]: row for row in rows(page)}
     assert by_trial["0002"][2:4] == ["–", "–"]
     assert by_trial["0003"][2] == "–"
-    assert by_trial["0000"][2] == "1000M"
+    assert by_trial["0000"][2] == "1B"
     chart = page.html.split("<svg ")[3].split("</svg>")[0]
     assert set(re.findall("#trial-(....)", chart)) == {"0000", "0001", "0004", "0005", "0006", "0007", "0008"}
     assert "M</text>" not in chart

@@ -103,3 +103,16 @@ def test_what_is_made_up_may_be_interrupted_too(settings: Settings, whole: Path,
     assert [line["step"] for line in held_out.read(out)] == [2]
     run(resumed, out)
     check_is_whole(out, whole)
+
+
+def test_the_last_measurement_is_made_up_after_any_number_of_updates(settings: Settings, tmp_path: Path) -> None:
+    """It is due after the last update, of whatever number."""
+    settings, out = settings | {"max_train_steps": 3}, tmp_path / "run"
+    whole = run(settings, tmp_path / "whole")
+    interrupted_at(BATCH, 9, lambda: run(settings, out))
+    assert [line["step"] for line in held_out.read(out)] == [2]
+    run(settings, out, resume_from_checkpoint="latest")
+    assert [(line["step"], line["val_loss"]) for line in held_out.read(out)] == [
+        (line["step"], line["val_loss"]) for line in held_out.read(whole)
+    ]
+    assert [line["step"] for line in held_out.read(out)] == [2, 3]

@@ -58,7 +58,8 @@ def threads_for(cpus: float) -> int:
 def variables_for_threads(environment: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment variables for processes that compute on CPUs; none if the user has set one of them."""
     given = os.environ if environment is None else environment
-    return {} if any(name in given for name in _CHOICES) else SPINS
+    # What the command line has set for itself is no choice of the user's.
+    return {} if any(given.get(name, SPINS.get(name)) != SPINS.get(name) for name in _CHOICES) else SPINS
 
 
 def let_training_go_first() -> None:

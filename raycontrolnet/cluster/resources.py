@@ -103,7 +103,7 @@ def no_cpu_for_loading() -> str | None:
     groups = [group for group in placement_group_table().values() if group["state"] == "CREATED"]
     held = [bundle["CPU"] for group in groups for bundle in group["bundles"].values() if bundle.get("CPU")]
     there = ray.cluster_resources().get("CPU", 0.0)
-    if not held or there - sum(held) >= LOADING_CPUS:
+    if not held or there - sum(held) > LOADING_CPUS - 1e-6:  # sums of parts of CPUs are rounded
         return None
     share = math.floor((there - LOADING_CPUS) / len(held) / MIN_CPU_SHARE) * MIN_CPU_SHARE
     both = f", or start all with --cpus_per_worker {share:g}" if share else ""

@@ -66,7 +66,7 @@ def stray_words(command: str, flags: Sequence[str]) -> list[str]:
 
     A backslash with a blank behind it does not join two lines: the shell passes the blank, and drops what follows.
     """
-    first = next((place for place, flag in enumerate(flags) if flag.startswith("-")), len(flags))
+    first = next((place for place, flag in enumerate(flags) if flag.startswith(("-", "–", "—"))), len(flags))
     words = [*flags[:first], *(flag for flag in flags[first:] if PurePath(flag).name in SCRIPTS)]
     words = [word for word in words if word.strip()]
     problems = []

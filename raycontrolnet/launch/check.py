@@ -36,7 +36,7 @@ from raycontrolnet.predict.devices import REACHED
 from raycontrolnet.predict.prediction import GIB, Prediction, margin
 from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.storage.object_store import ObjectStore
-from raycontrolnet.storage.resume import resolve
+from raycontrolnet.storage.resume import check_holds_no_sweep, resolve
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.storage.stored_folder import run_folder
 from raycontrolnet.storage.uri import UNUSABLE, unusable
@@ -125,6 +125,7 @@ def _start(train: TrainConfig, folder: RunFolder, problems: list[str]) -> Checkp
         problems.append(problem)
     elif not folder.is_stored or train.resume_from_checkpoint is None:
         with collected(problems):
+            check_holds_no_sweep(folder)
             return resolve(train.resume_from_checkpoint, folder)
     return None
 
@@ -133,8 +134,12 @@ def _unwritable(folder: RunFolder) -> str | None:
     """Return why results cannot be written to the folder of a run; None if they can."""
     if not folder.is_stored:
         return unwritable(folder.path, "output_dir") if folder.path.exists() else None
+    store = ObjectStore(folder.place)
     try:
-        ObjectStore(folder.place).check_writable()
+        was_empty = not store.list()
+        store.check_writable()
+        if was_empty:
+            store.delete_if_empty()
     except UNUSABLE as error:
         return f"--output_dir={folder.shown}: {unusable(error)}"
     return None

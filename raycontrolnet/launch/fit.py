@@ -36,6 +36,7 @@ from raycontrolnet.launch.workers import train_here, train_on_ray
 from raycontrolnet.model.performance import has_bf16
 from raycontrolnet.report.live_report import live_report
 from raycontrolnet.signals import ending_signals_raised
+from raycontrolnet.storage.resume import check_holds_no_sweep
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.storage.stored_folder import run_folder
 from raycontrolnet.text import duration
@@ -121,6 +122,7 @@ def run_fit(config: TrainConfig, stream: TextIO, callback: RunCallback | None = 
 
 def _run_fit(config: TrainConfig, folder: RunFolder, stream: TextIO, callback: RunCallback | None) -> RunResult:
     started = time.time()
+    check_holds_no_sweep(folder)
     run = choose_latents(check(config, folder), stream)
     check_named_file(config, folder)  # last: it warns of what the run will do
     likely = dataclasses.replace(run.config, mixed_precision=run.config.mixed_precision or trained_in(run.start))

@@ -172,6 +172,8 @@ class CacheFolder:
                 Path(self.uri).mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=self.uri).close()
             else:
+                system, folder = _open(self.uri)
+                system.create_dir(folder)
                 ObjectStore(self.uri).check_writable()
         except OSError as error:
             raise UserError(

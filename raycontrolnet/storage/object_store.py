@@ -172,7 +172,6 @@ class ObjectStore:
         self.write(WRITE_TEST, b"-")
         with suppress(OSError):  # where nothing may be deleted, it stays, one for all checks
             self.delete([WRITE_TEST])
-            self.delete_if_empty()
 
     def delete_if_empty(self) -> None:
         """Delete the mark of a folder without objects, which stores that know no folders keep."""

@@ -115,10 +115,22 @@ def _names(checkpoints: Sequence[Checkpoint]) -> str:
     return ", ".join(checkpoint.path.name for checkpoint in checkpoints) or "none"
 
 
-def _holds_sweep(folder: RunFolder) -> bool:
-    if isinstance(folder, StoredFolder):
-        return bool(folder.store.find([SWEEP_FILE]))
-    return (folder.path / SWEEP_FILE).exists()
+def check_holds_no_sweep(folder: RunFolder) -> None:
+    """Check that a run would not write over a sweep's report and logs.
+
+    Raises:
+        ConfigError: if it would, or if an object store cannot be read.
+    """
+    try:
+        if isinstance(folder, StoredFolder):
+            is_there = bool(folder.store.find([SWEEP_FILE]))
+        else:
+            is_there = (folder.path / SWEEP_FILE).exists()
+    except OSError as error:
+        raise ConfigError([f"--output_dir={folder.shown}: {unusable(error)}"]) from None
+    if is_there:
+        problem = "holds a sweep, which `raycontrolnet tune --resume` goes on with; name another --output_dir for a run"
+        raise ConfigError([f"--output_dir={folder.shown}: {problem}"])
 
 
 def _check_nothing_is_overwritten(folder: RunFolder, present: Sequence[Checkpoint]) -> None:
@@ -130,8 +142,6 @@ def _check_nothing_is_overwritten(folder: RunFolder, present: Sequence[Checkpoin
             f"holds {present[-1].path.name} of an earlier run. Go on with it: add --resume_from_checkpoint latest. "
             "Start anew: name another --output_dir, or delete that folder"
         )
-    elif _holds_sweep(folder):
-        problem = "holds a sweep, which `raycontrolnet tune --resume` goes on with; name another --output_dir for a run"
     elif others and _is_of_others(others[0]):
         problem = _of_others(others[0])
     elif others:

@@ -112,7 +112,7 @@ class Validator:
 
         A measurement that was cut off is made up for; images are drawn once.
         """
-        if start is None or not _was_validated(start, self.job):
+        if start is None or not _was_validated(start, self.job, total_updates):
             return
         if self.loader and self._agreed(lambda: self._lacks_measurement(start.step)):
             self.measure()
@@ -263,9 +263,9 @@ class Validator:
             logger.info("step %d: %s", drawn.step, scores.in_words(fidelity))
 
 
-def _was_validated(start: Checkpoint, job: Job) -> bool:
+def _was_validated(start: Checkpoint, job: Job, total_updates: int) -> bool:
     """Check that a validation was due at a checkpoint of this run's folder, and still is."""
     settings, steps = start.manifest.get("settings", {}), job.config.validation_steps
-    if start.uri or start.path.parent != job.output_dir or start.step % steps:
+    if start.uri or start.path.parent != job.output_dir or (start.step % steps and start.step != total_updates):
         return False
     return bool(settings.get("validation_steps") == steps)

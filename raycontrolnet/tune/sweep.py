@@ -33,7 +33,7 @@ from raycontrolnet.launch.needs import StepSpec
 from raycontrolnet.launch.needs_beside import counting
 from raycontrolnet.report.live_report import live_report
 from raycontrolnet.report.page import REPORT_FILE
-from raycontrolnet.signals import ended_in_order, ending_signals_raised, haste, raise_interrupt
+from raycontrolnet.signals import ended_in_order, ending_signals_raised, haste
 from raycontrolnet.storage.files import removed_if_empty
 from raycontrolnet.text import counted, duration, one_line
 from raycontrolnet.tune.concurrency import trial_slots
@@ -234,7 +234,7 @@ def _results_so_far(plan: SweepPlan, facts: dict[str, Any], put_down: Callable[[
         except Exception:
             logger.exception("the results so far could not be written")  # the error itself matters more
         if isinstance(error, Interrupted):  # of the latents, whose command would begin the sweep anew
-            raise_interrupt(error.exit_code - 128)
+            raise Interrupted(f"Interrupted. {_how_to_go_on(plan)}") from None
         raise
 
 
