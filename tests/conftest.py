@@ -31,15 +31,8 @@ if TYPE_CHECKING:
 
     from raycontrolnet.data.records import PreparedRow
 
-LONGEST = ("test_sweep_faults", "test_fit_ray", "test_sweep", "test_secrets", "test_sweep_in_store", "test_endings")
-"""Files of tests that take minutes. Begun first, they leave neither of two processes alone at the end."""
 TINY_RESOLUTION = 32
 """Pixels; 4 x 4 latents, 2 x 2 in the middle of the tiny UNet."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let the longest files come first, the others as they were."""
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture(autouse=True)

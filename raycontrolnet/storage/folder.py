@@ -18,7 +18,6 @@ from raycontrolnet.storage.left_requests import LeftError, unless_left
 from raycontrolnet.storage.object_store import ObjectStore
 from raycontrolnet.storage.store_requests import RUN_WAITS_S, is_lasting, reason, tried_again
 from raycontrolnet.storage.uri import UNUSABLE, as_path, check_bucket, open_uri, shown_uri, unusable
-from raycontrolnet.text import error_message
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -177,7 +176,7 @@ class CacheFolder:
                 ObjectStore(self.uri).check_writable()
         except OSError as error:
             raise UserError(
-                f"--latents_cache_dir={self.name}: cannot be written to ({error_message(error, 160)}); "
+                f"--latents_cache_dir={self.name}: cannot be written to ({reason(error, 160)}); "
                 f"name {'another folder' if self.is_local else 'a folder in a bucket to which your keys may write'}"
             ) from None
 
