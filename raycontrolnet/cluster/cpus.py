@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+
+from raycontrolnet.cluster.environment import unless_chosen
 
 LOADING_CPUS = 1
 """CPUs that workers must leave to loading. Ray Data shares out whole CPUs only: with less, loading stalls."""
@@ -23,8 +24,8 @@ SPINS = {"GOMP_SPINCOUNT": "10000"}
 the time of those it waits for where cores are few and busy. On two cores that two other programs kept busy an update of
 the demo ran 1.3 to 2 times as fast, on idle ones as fast to 5%; without spinning (OMP_WAIT_POLICY=PASSIVE) it took 1.6
 times as long on idle ones. libgomp reads the variable when torch is imported."""
-_CHOICES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-"""Variables by which a user chooses."""
+WAIT_POLICY = "OMP_WAIT_POLICY"
+"""OpenMP's own variable for the same, which a user may have set instead."""
 
 CGROUP = Path("/sys/fs/cgroup")
 QUOTA_FILES = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
@@ -55,11 +56,9 @@ def threads_for(cpus: float) -> int:
     return max(1, math.ceil(cpus))
 
 
-def variables_for_threads(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment variables for processes that compute on CPUs; none if the user has set one of them."""
-    given = os.environ if environment is None else environment
-    # What the command line has set for itself is no choice of the user's.
-    return {} if any(given.get(name, SPINS.get(name)) != SPINS.get(name) for name in _CHOICES) else SPINS
+def variables_for_threads() -> dict[str, str]:
+    """Return the environment variables for processes that compute on CPUs; none if the user has chosen."""
+    return {} if WAIT_POLICY in os.environ else unless_chosen(SPINS)
 
 
 def let_training_go_first() -> None:

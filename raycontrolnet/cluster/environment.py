@@ -48,3 +48,13 @@ def passed_on_to_job() -> dict[str, str]:
     job = json.loads(os.environ.get(JOB_CONFIG) or "{}")
     there = ((job.get("runtime_env") or {}).get("env_vars")) or {}
     return {name: value for name, value in passed_on().items() if name not in there}
+
+
+def unless_chosen(ours: Mapping[str, str], environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return our variables; none of them if one is set to another value, which is the user's choice.
+
+    Args:
+        environment: of this process by default; it may have our values already, from a process of ours.
+    """
+    given = os.environ if environment is None else environment
+    return dict(ours) if all(given.get(name, value) == value for name, value in ours.items()) else {}

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
-from raycontrolnet.cluster.cpus import variables_for_threads
 from raycontrolnet.cluster.resources import WorkerResources
 from raycontrolnet.data.stream import execution_options
 from raycontrolnet.launch.announce import announce
@@ -19,7 +18,7 @@ from raycontrolnet.launch.waiting import waiting_for_workers
 from raycontrolnet.training import held_out, metrics, validation
 from raycontrolnet.training.background import repeating
 from raycontrolnet.training.failures import read_failure
-from raycontrolnet.training.host_memory import variables_for_kept_memory
+from raycontrolnet.training.host_memory import variables_of_workers
 from raycontrolnet.training.run_callback import RunCallback, RunStopped
 from raycontrolnet.training.saver import writes_finished
 from raycontrolnet.training.schedule import due_steps
@@ -137,7 +136,7 @@ def _run_config(run: CheckedRun, *, on_cpu: bool) -> ray.train.RunConfig:
         storage_path=run.folder.parent,
         name=run.folder.name,
         failure_config=failures,
-        worker_runtime_env={"env_vars": variables_for_kept_memory() | variables_for_threads()} if on_cpu else None,
+        worker_runtime_env={"env_vars": variables_of_workers()} if on_cpu else None,
     )
 
 

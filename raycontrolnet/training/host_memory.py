@@ -7,10 +7,12 @@ time: 2 million page faults in an update of Stable Diffusion 1.5. See mallopt(3)
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+
+from raycontrolnet.cluster.cpus import variables_for_threads
+from raycontrolnet.cluster.environment import unless_chosen
 
 PARAMETERS = {
     # First: a thread's own arena, as that of a worker's loop on Ray, maps all that is larger than 64 MiB in any case.
@@ -23,16 +25,14 @@ PARAMETERS = {
 bytes."""
 
 
-def variables_for_kept_memory(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the environment variables for the processes of workers on CPUs; none if the user has set one of them."""
-    if not _is_ours(environment):
-        return {}
-    return {name: str(value) for name, (_, value) in PARAMETERS.items()}
+def variables_of_workers() -> dict[str, str]:
+    """Return the environment variables for the processes of workers on CPUs."""
+    return variables_for_kept_memory() | variables_for_threads()
 
 
-def _is_ours(environment: Mapping[str, str]) -> bool:
-    """Check that none of the parameters is the user's."""
-    return all(environment.get(name) in (None, str(value)) for name, (_, value) in PARAMETERS.items())
+def variables_for_kept_memory(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the variables that let a process keep freed memory; none if the user has set one of them."""
+    return unless_chosen({name: str(value) for name, (_, value) in PARAMETERS.items()}, environment)
 
 
 @contextmanager
@@ -45,7 +45,7 @@ def freed_memory_kept(*, on_cpu: bool) -> Iterator[bool]:
     Yields:
         Whether it is kept.
     """
-    if not on_cpu or platform.libc_ver()[0] != "glibc" or not _is_ours(os.environ):
+    if not on_cpu or platform.libc_ver()[0] != "glibc" or not variables_for_kept_memory():
         yield False
         return
     libc = ctypes.CDLL(None)

@@ -11,11 +11,10 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from raycontrolnet.cluster import tuning
-from raycontrolnet.cluster.cpus import variables_for_threads
 from raycontrolnet.cluster.worker import remove_ray_records
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.storage.stored_folder import StoredFolder
-from raycontrolnet.training.host_memory import variables_for_kept_memory
+from raycontrolnet.training.host_memory import variables_of_workers
 from raycontrolnet.tune.lease import SweepLease
 from raycontrolnet.tune.plan import SweepPlan
 from raycontrolnet.tune.recorder import NotPickled, TrialRecorder
@@ -59,7 +58,7 @@ def run_trials(plan: SweepPlan, shared: Shared, recorder: TrialRecorder, lease: 
     # A process whose GPU has failed hands its next trial to a new one, which Tune counts as a failure.
     max_failures = max(plan.train.max_failures, int(slots.use_gpu))
     try:
-        with tuning.tune_environment({} if slots.use_gpu else variables_for_kept_memory() | variables_for_threads()):
+        with tuning.tune_environment({} if slots.use_gpu else variables_of_workers()):
             return tune.Tuner(
                 trainable,
                 tune_config=tune.TuneConfig(
