@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,26 +18,43 @@ LOADING_LOOK_S = 10.0
 """Time between questions to Ray while a run goes on."""
 
 
+class _Wait:
+    """A wait that is told of after 30 s, 1, 2, 4 minutes and so on."""
+
+    def __init__(self) -> None:
+        self._start, self._next_news = time.monotonic(), FIRST_NEWS_S
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    def has_news(self) -> bool:
+        """Return True if it is time to tell of it, once each time."""
+        if self.seconds < self._next_news:
+            return False
+        self._next_news *= 2
+        return True
+
+
 class _LoadingNews:
     """News of a run whose workers have their places, while no CPU is left to load their data."""
 
     def __init__(self, stream: TextIO):
-        self._stream = stream
-        self._start, self._next_look, self._next_news = math.inf, 0.0, FIRST_NEWS_S
+        self._stream, self._next_look = stream, 0.0
+        self._wait: _Wait | None = None
 
     def look(self) -> None:
-        """Ask Ray now and then; say what it is after 30 s, 1, 2, 4 minutes and so on."""
+        """Ask Ray now and then; say what it is when it is time."""
         now = time.monotonic()
         if now < self._next_look:
             return
         self._next_look = now + LOADING_LOOK_S
         if (problem := no_cpu_for_loading()) is None:
-            self._start, self._next_news = math.inf, FIRST_NEWS_S
+            self._wait = None
             return
-        self._start = min(self._start, now)
-        if (waited := now - self._start) >= self._next_news:
-            self._next_news *= 2
-            self._stream.write(f"waiting for data, {duration(waited)}: {problem}\n")
+        wait = self._wait = self._wait or _Wait()
+        if wait.has_news():
+            self._stream.write(f"waiting for data, {duration(wait.seconds)}: {problem}\n")
 
 
 @contextmanager
@@ -61,27 +77,25 @@ def waiting_for_workers(
     Raises:
         RunError: the limit was reached.
     """
-    start, next_news, too_late = time.monotonic(), FIRST_NEWS_S, ""
+    wait, too_late = _Wait(), ""
     loading = _LoadingNews(stream)
 
     def look() -> None:
-        nonlocal start, next_news, too_late
+        nonlocal wait, too_late
         if too_late:
             abort()  # and again: there may have been nothing to abort yet
             return
         if not is_waiting():
-            start, next_news = time.monotonic(), FIRST_NEWS_S
+            wait = _Wait()
             loading.look()
             return
-        waited = time.monotonic() - start
-        if limit_s is not None and waited >= limit_s:
+        if limit_s is not None and wait.seconds >= limit_s:
             too_late = (
                 f"The workers have not started within --wait_timeout_s={limit_s:g}: {wanted_and_there(resources)}"
             )
             abort()
-        elif waited >= next_news:
-            next_news *= 2
-            stream.write(f"waiting for workers, {duration(waited)}: {wanted_and_there(resources)}\n")
+        elif wait.has_news():
+            stream.write(f"waiting for workers, {duration(wait.seconds)}: {wanted_and_there(resources)}\n")
 
     try:
         with repeating(look, LOOK_INTERVAL_S, "waiting"):
