@@ -93,11 +93,11 @@ def _main(argv: Sequence[str] | None) -> int:
     if command not in COMMANDS:
         print(f"{command}: no such command{perhaps(command, COMMANDS)}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
-    stands = f"Interrupted before raycontrolnet {command} began: nothing was changed; run the same command again."
+    stands = _not_begun(command)
     try:
         with ending_signals_raised(), end_told(sys.stderr, lambda: f"raycontrolnet {command} was ended."):
             config = parse(command, rest)
-            stands = stands.replace("nothing", f"nothing{_place(config)}")
+            stands = _not_begun(command, _place(config))
             run = _load(COMMANDS[command].run)  # takes seconds
             stands = f"Interrupted. raycontrolnet {command} was ended."
             run(config)
@@ -109,6 +109,10 @@ def _main(argv: Sequence[str] | None) -> int:
         _say(str(told))
         return told.exit_code
     return 0
+
+
+def _not_begun(command: str, place: str = "") -> str:
+    return f"Interrupted before raycontrolnet {command} began: nothing{place} was changed; run the same command again."
 
 
 def _place(config: Any) -> str:

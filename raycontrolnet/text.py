@@ -40,8 +40,12 @@ def duration(seconds: float, *, fine: bool = False) -> str:
 
 def plus_minus(error: float, noise: float = 0.0) -> str:
     """Return ` ± 0.004 (2 standard errors)` for a standard error of 0.002; nothing for nan; `noise` as of `above`."""
-    shown = f" ± {above(STANDARD_ERRORS * error, STANDARD_ERRORS * noise, 1)} ({STANDARD_ERRORS} standard errors)"
-    return "" if math.isnan(error) else shown
+    return "" if math.isnan(error) else f" {spread(error, noise)} ({STANDARD_ERRORS} standard errors)"
+
+
+def spread(error: float, noise: float) -> str:
+    """Return `± 0.004` for a standard error of 0.002; `noise` as of `above`."""
+    return f"± {above(STANDARD_ERRORS * error, STANDARD_ERRORS * noise, 1)}"
 
 
 def above(number: float, noise: float, digits: int = 4) -> str:

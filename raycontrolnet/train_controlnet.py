@@ -145,8 +145,9 @@ class Worker:
             if state.graphs:
                 state.graphs.release()  # what else may hold the state holds no more than before
             with ExitStack() as closing:  # each, also when one fails or is interrupted
-                for part in [each for each in (self.trackers, self.validator, self.metrics_log, self.saver) if each]:
-                    closing.callback(part.close)
+                for part in (self.trackers, self.validator, self.metrics_log, self.saver):
+                    if part:
+                        closing.callback(part.close)
         return {
             "step": state.step,
             "total_updates": schedule.total_updates,
@@ -171,9 +172,8 @@ class Worker:
             # On a GPU those of the update before, so that this one need not be waited for.
             asked_to_end, asked_to_save = (self.notices if self.on_cpu else before).read()
             if not asked_to_end:
-                steps = self.job.config.checkpointing_steps, self.job.config.validation_steps
-                saves, validates = (schedule.is_due(each, state.step) for each in steps)
-                self.validate_and_save(validates, saves or asked_to_save > 0)
+                saves = schedule.is_due(self.job.config.checkpointing_steps, state.step) or asked_to_save > 0
+                self.validate_and_save(schedule.is_due(self.job.config.validation_steps, state.step), saves)
         ends_early = asked_to_end > 0 or validator.is_cut_off
         if ends_early and state.step > self.first_step:
             self.checkpoint()
@@ -221,8 +221,9 @@ class Worker:
             self.notices = OnItsWay(figures[1:])
             assert metrics.grad_norm is not None
             rate = schedule.samples_per_update / (time.perf_counter() - start)
-            of_update = (state.step, loss, metrics.lr, metrics.grad_norm, state.samples, rate, time.time())
-            self.pending.add(UpdateMetrics(*of_update))
+            self.pending.add(
+                UpdateMetrics(state.step, loss, metrics.lr, metrics.grad_norm, state.samples, rate, time.time())
+            )
             self.record()
         if self.job.callback:
             self.job.callback.updated()

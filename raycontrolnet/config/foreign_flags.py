@@ -18,7 +18,7 @@ ADVICE: Mapping[str, str] = {
     **dict.fromkeys(
         ("num_machines", "machine_rank", "main_process_ip", "main_process_port", "same_network"), _MACHINES
     ),
-    **dict.fromkeys(("same_network", "nnodes", "node_rank", "master_addr", "master_port", "rdzv_backend"), _MACHINES),
+    **dict.fromkeys(("nnodes", "node_rank", "master_addr", "master_port", "rdzv_backend"), _MACHINES),
     **dict.fromkeys(("use_deepspeed", "deepspeed_config_file", "zero_stage", "use_fsdp"), _SHARDS),
     "config_file": "write --num_workers and --mixed_precision in place of accelerate's file",
     "num_cpu_threads_per_process": "write --cpus_per_worker N",

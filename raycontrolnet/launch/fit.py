@@ -109,10 +109,7 @@ def run_fit(config: TrainConfig, stream: TextIO, callback: RunCallback | None = 
     """Train as `fit`, and tell `callback`, which may end the run, of its progress."""
     config = with_absolute_paths(config)
     folder = run_folder(config.output_dir)
-
-    def stands() -> str:
-        return how_to_go_on(config, folder)
-
+    stands = partial(how_to_go_on, config, folder)
     try:
         with end_told(stream, stands), run_folder_open(folder):
             return _run_fit(config, folder, stream, callback)

@@ -88,7 +88,8 @@ def draw(
     """
 
     def look(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if ends_early and ends_early():
+        assert ends_early
+        if ends_early():
             raise DrawingStopped
         return tensors
 
@@ -109,7 +110,7 @@ def draw(
                 guidance_scale=options.guidance_scale,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 output_type="latent" if decodes_apart else "pil",
-                callback_on_step_end=look,
+                callback_on_step_end=look if ends_early else None,
             ).images
         return _decoded(pipeline, components, images) if decodes_apart else list(images)
 

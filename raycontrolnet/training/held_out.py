@@ -34,7 +34,8 @@ from raycontrolnet.data.records import PreparedRow, UInt8Image
 from raycontrolnet.data.stream import BatchLoader
 from raycontrolnet.data.transforms import resize_and_crop
 from raycontrolnet.errors import DataError
-from raycontrolnet.model.batch import draw, latent_shape, make_batch
+from raycontrolnet.model.batch import Batch, Draws, draw, latent_shape, make_batch
+from raycontrolnet.model.components import Components
 from raycontrolnet.model.step import TrainState, controlnet_loss, with_posterior
 from raycontrolnet.sampling.pipeline import evaluating
 from raycontrolnet.text import above, decimals, plus_minus
@@ -163,20 +164,29 @@ def measure(
                 accelerator.device,
                 Purpose.HELD_OUT,
             )._replace(timesteps=_timesteps(state, loader, indices))
-            right = controlnet_loss(models, controlnet, batch, draws)
-            conditioning_images = torch.from_numpy(np.stack(others)).to(accelerator.device)
-            shuffled = controlnet_loss(
-                models, controlnet, batch._replace(conditioning_images=conditioning_images), draws
-            )
-            gaps = (shuffled - right).double().cpu()
-            totals = [float(len(rows)), float(right.double().sum()), float(gaps.sum()), float(gaps.pow(2).sum())]
-            sums[:-1] += torch.tensor(totals, dtype=torch.float64)
+            sums[:-1] += _sums(models, batch, np.stack(others), draws)
     if world_size > 1:
         sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
     *figures, stopped = sums.tolist()
     if stopped:
         raise MeasureStopped
     return _metrics(state.step, figures, time.perf_counter() - started)
+
+
+def _sums(models: Components, batch: Batch, others: UInt8Image, draws: Draws) -> torch.Tensor:
+    """Return the number of samples of a batch, and the sums of their losses, gaps and squared gaps.
+
+    Args:
+        others: the other rows' conditioning images, for the gaps.
+    """
+    right = controlnet_loss(models, models.controlnet, batch, draws)
+    conditioning_images = torch.from_numpy(others).to(right.device)
+    shuffled = controlnet_loss(
+        models, models.controlnet, batch._replace(conditioning_images=conditioning_images), draws
+    )
+    gaps = (shuffled - right).double().cpu()
+    totals = [float(len(right)), float(right.double().sum()), float(gaps.sum()), float(gaps.pow(2).sum())]
+    return torch.tensor(totals, dtype=torch.float64)
 
 
 def _metrics(step: int, sums: Sequence[float], seconds: float) -> HeldOutMetrics | None:

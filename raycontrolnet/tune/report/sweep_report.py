@@ -17,7 +17,7 @@ from typing import Any
 from raycontrolnet.report import page
 from raycontrolnet.report.curves import digits
 from raycontrolnet.storage.resume import SWEEP_FILE
-from raycontrolnet.text import STANDARD_ERRORS, above, counted, duration, short_number
+from raycontrolnet.text import STANDARD_ERRORS, above, counted, duration, short_number, spread
 from raycontrolnet.training.held_out import noise_of
 from raycontrolnet.tune.records import TRIALS_FOLDER, Trial
 from raycontrolnet.tune.report import charts
@@ -165,6 +165,4 @@ def _figure(history: SweepHistory, trial: Trial, name: str) -> tuple[str, str]:
     """Return a value of the last report, and its error."""
     error, noise = trial.value("control_gap_error"), noise_of(trial.value("val_loss"))
     known = name == "control_gap" and math.isfinite(error) and name in trial.last
-    return _measured(
-        history, trial, name
-    ), f"± {above(STANDARD_ERRORS * error, STANDARD_ERRORS * noise, 1)}" if known else ""
+    return _measured(history, trial, name), spread(error, noise) if known else ""
