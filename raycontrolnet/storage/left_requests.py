@@ -109,6 +109,7 @@ class _LastRequests:
 
     def __init__(self, make: Callable[[], None]):
         self._make, self._begun, self._until = make, threading.Lock(), 0.0
+        self._runs = threading.Event()
         self._thread = threading.Thread(target=self._run, name="last requests", daemon=True)
 
     def begin(self) -> None:
@@ -116,9 +117,11 @@ class _LastRequests:
         if self._begun.acquire(blocking=False):
             self._until = time.monotonic() + LAST_S
             self._thread.start()
+            self._runs.set()
 
     def wait(self) -> None:
         """Return once they are made, or `LAST_S` after they were begun."""
+        self._runs.wait(LAST_S)  # another thread may be about to begin them
         self._thread.join(max(0.0, self._until - time.monotonic()))
         if self._thread.is_alive():
             _leave(self._thread)
