@@ -35,7 +35,6 @@ GONE_TIMEOUT_S = 90.0
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AutoscalingCluster]:
     ray.shutdown()  # that of other tests
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
         types = {"cpu": {"resources": {"CPU": 1}, "max_workers": 3}}
         with autoscaling_cluster(tmp_path_factory.mktemp("cluster"), types) as found:
             patch.setattr(nodes, "BOOTSTRAP_CONFIG", found.config)

@@ -214,7 +214,6 @@ def test_ray_gives_the_node_up(
     """A node without work ends as soon as Ray hears of it; the command must not start a Ray of its own instead."""
     import ray
 
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     url, answers = metadata_service
     answers[ACTION] = notice(120)
     shell = environment(tmp_path) | {"AWS_EC2_METADATA_SERVICE_ENDPOINT": url}

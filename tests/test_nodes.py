@@ -66,7 +66,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Pat
     (folder / "sitecustomize.py").write_text(OTHER_NODE)
     rules = folder / "rules.json"
     rules.write_text("{}")
-    os.environ["RAY_AUTH_MODE"] = "disabled"
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     path = f"{folder}:{os.environ.get('PYTHONPATH', '')}"
     try:
@@ -74,7 +73,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Pat
         yield cluster.address, rules
     finally:
         cluster.shutdown()
-        del os.environ["RAY_AUTH_MODE"]
 
 
 @pytest.fixture

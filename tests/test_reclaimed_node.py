@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -26,14 +25,12 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     ray.shutdown()  # that of other tests
-    os.environ["RAY_AUTH_MODE"] = "disabled"
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster, nodes
     ray.shutdown()
     cluster.shutdown()
-    del os.environ["RAY_AUTH_MODE"]
 
 
 def test_a_reclaimed_node_costs_no_update(cluster: Any, tiny_settings: Settings, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 HERE = Path(__file__).parent
 WITHOUT = """
 import runpy, sys
-for name in ("ray", "datasets", "tyro", "pyarrow", "pandas", "cv2", "matplotlib", "tensorboard", "grpc", "PIL"):
+for name in ("ray", "datasets", "tyro", "pyarrow", "pandas", "cv2", "matplotlib", "tensorboard", "grpc"):
     sys.modules[name] = None
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
