@@ -19,6 +19,7 @@ from runs import Settings, contents, losses, run
 
 from raycontrolnet import SweepConfig, TrainConfig, fit, prepare, sweep
 from raycontrolnet.cluster import nodes
+from raycontrolnet.cluster.session import ray_session
 from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.latents import ensure
 from raycontrolnet.latents.encoder import LatentEncoder
@@ -38,9 +39,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AutoscalingClu
         types = {"cpu": {"resources": {"CPU": 1}, "max_workers": 3}}
         with autoscaling_cluster(tmp_path_factory.mktemp("cluster"), types) as found:
             patch.setattr(nodes, "BOOTSTRAP_CONFIG", found.config)
-            ray.init(address=found.address, log_to_driver=False)
-            yield found
-            ray.shutdown()
+            with ray_session(found.address):
+                yield found
 
 
 def test_nodes_come_for_a_run_and_go(cluster: AutoscalingCluster, tiny_settings: Settings, tmp_path: Path) -> None:

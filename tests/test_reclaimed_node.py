@@ -12,6 +12,8 @@ import pytest
 from processes import last_step, when
 from runs import Settings, column, run
 
+from raycontrolnet.cluster.session import ray_session
+
 pytestmark = pytest.mark.slow
 
 UPDATES = 200
@@ -27,9 +29,8 @@ def cluster() -> Iterator[Any]:
     ray.shutdown()  # that of other tests
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    ray.init(address=cluster.address, log_to_driver=False)
-    yield cluster, nodes
-    ray.shutdown()
+    with ray_session(cluster.address):
+        yield cluster, nodes
     cluster.shutdown()
 
 

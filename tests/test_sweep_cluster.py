@@ -14,6 +14,7 @@ import pytest
 from processes import last_step, when
 
 from raycontrolnet import SweepConfig, TrainConfig, sweep
+from raycontrolnet.cluster.session import ray_session
 from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.training import metrics
 from raycontrolnet.tune import records
@@ -28,9 +29,8 @@ def cluster() -> Iterator[Any]:
 
     ray.shutdown()  # that of other tests
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    ray.init(address=cluster.address, log_to_driver=False)
-    yield cluster
-    ray.shutdown()
+    with ray_session(cluster.address):
+        yield cluster
     cluster.shutdown()
 
 

@@ -10,19 +10,18 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from raycontrolnet.cluster.cpus import LOADING_CPUS, machine_cpus
 from raycontrolnet.cluster.environment import passed_on_to_job
+from raycontrolnet.cluster.tokens import take_token_mode_of, token_mode_kept
 from raycontrolnet.config.cluster_settings import ClusterConfig
 from raycontrolnet.errors import ConfigError, RunError
 from raycontrolnet.text import error_message
 
 logger = logging.getLogger(__name__)
 
-LOCAL = "local"
+LOCAL, AUTO = "local", "auto"
 ANSWER_TIMEOUT_S = 10.0
-AUTH_TOKEN = Path("~/.ray/auth_token")
 ENVIRONMENT = {
     # Without it Ray Train changes the workers' folder, and relative paths in a data set mean another place there.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -76,7 +75,7 @@ def ray_session(address: str | None) -> Iterator[None]:
     At the end, what was started or connected to here is left again; what was there before stays.
 
     Raises:
-        ConfigError: if there is no cluster at the address, or one of another version.
+        ConfigError: if there is no cluster at the address, or one of another version, or one that asks for a token.
         RunError: if none can be started here.
     """
     import ray
@@ -86,23 +85,27 @@ def ray_session(address: str | None) -> Iterator[None]:
         yield
         return
     global _own
-    target = _target(address)
+    with token_mode_kept():
+        _connect(address)
+        _own = _target(address) == LOCAL
+        try:
+            yield
+        finally:
+            _own = False
+            ray.shutdown()
+
+
+def _connect(address: str | None) -> None:
+    from ray.exceptions import AuthenticationError
+
+    target, origin = _target(address), "--address" if address else "RAY_ADDRESS"
     before = signal.getsignal(signal.SIGTERM)
     try:
         if target == LOCAL:
             _start_here()
         else:
-            _check_somebody_answers(target)
-            if AUTH_TOKEN.expanduser().is_file():  # `ray start` then asks for it
-                os.environ.setdefault("RAY_AUTH_MODE", "token")
-            variables = passed_on_to_job()  # a Ray of our own has all of this process's
-            # Nothing at all if there are none: processes that Ray has started in advance would be of no use.
-            ray.init(address=target, log_to_driver=False, runtime_env={"env_vars": variables} if variables else None)
-            if variables:
-                shown = " ".join(f"{name}={value}" for name, value in variables.items())
-                logger.info("passed on to the workers: %s", shown)
-    except (OSError, ValueError, RuntimeError) as error:
-        origin = "--address" if address else "RAY_ADDRESS"
+            _connect_to(target, origin)
+    except (OSError, ValueError, RuntimeError, AuthenticationError) as error:
         if refusal := _version_refused(error):
             raise ConfigError([f"{origin}={target}: {refusal}"]) from error
         problem = (
@@ -113,12 +116,18 @@ def ray_session(address: str | None) -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray's handler would end the process without a word
-    _own = target == LOCAL
-    try:
-        yield
-    finally:
-        _own = False
-        ray.shutdown()
+
+
+def _connect_to(address: str, origin: str) -> None:
+    import ray
+
+    take_token_mode_of(_answering(address), f"{origin}={address}")
+    variables = passed_on_to_job()  # a Ray of our own has all of this process's
+    # Nothing at all if there are none: processes that Ray has started in advance would be of no use.
+    ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": variables} if variables else None)
+    if variables:
+        shown = " ".join(f"{name}={value}" for name, value in variables.items())
+        logger.info("passed on to the workers: %s", shown)
 
 
 def _start_here() -> None:
@@ -167,18 +176,26 @@ def _version_refused(error: BaseException) -> str | None:
     return f"the cluster runs {name} {there}, this process {name} {here}; {way_out}, or use `ray job submit`"
 
 
-def _check_somebody_answers(address: str) -> None:
-    """Raise an OSError if nobody answers at HOST:PORT as Ray does: it would try for minutes, printing, and crash."""
-    host, _, port = address.rpartition(":")
+def _answering(address: str) -> str | None:
+    """Return HOST:PORT of a cluster that has answered; None of one that cannot be asked, but by Ray itself.
+
+    Raises:
+        OSError: if nobody answers as Ray does: it would try for minutes, printing, and crash.
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+
+    place = canonicalize_bootstrap_address(address) or "" if address == AUTO else address
+    host, _, port = place.rpartition(":")
     if not (host and port.isdigit()) or "/" in host:
-        return
+        return None
     socket.create_connection((host, int(port)), timeout=ANSWER_TIMEOUT_S).close()
     if os.environ.get("RAY_USE_TLS", "0") != "0":
-        return
+        return None
     import grpc
 
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(place) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=ANSWER_TIMEOUT_S)
         except grpc.FutureTimeoutError:
             raise OSError(f"what listens there has not answered within {ANSWER_TIMEOUT_S:g} s") from None
+    return place
