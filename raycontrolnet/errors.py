@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -88,12 +89,20 @@ def end_told(stream: TextIO, message: Callable[[], str], put_down: Callable[[], 
         yield
 
 
-def interruption(error: KeyboardInterrupt, message: Callable[[], str]) -> Interrupted:
-    """Return what to tell of `error`: what was about to be told when it came, as a second Ctrl-C, or else `message`."""
+def interruption(
+    error: KeyboardInterrupt, message: Callable[[], str], handled: BaseException | None = None
+) -> Interrupted:
+    """Return what to tell of `error`: what was about to be told when it came, as a second Ctrl-C, or else `message`.
+
+    Args:
+        handled: what the caller was handling when the work began, as the interruption of other work.
+    """
     before = error.__context__
-    while before is not None and not isinstance(before, Interrupted):
+    while before is not None and before is not handled:
+        if isinstance(before, Interrupted):
+            return before
         before = before.__context__
-    return before or Interrupted(message())
+    return Interrupted(message())
 
 
 def explained(what: str, stands: Callable[[], str], log: Path | None = None) -> AbstractContextManager[None]:
@@ -139,10 +148,11 @@ def _explained(
         passed: errors to raise as they are, without a log.
         complete: causes whose message is complete.
     """
+    handled = sys.exc_info()[1]
     try:
         yield
     except KeyboardInterrupt as error:
-        raise interruption(error, lambda: f"Interrupted. {stands()}") from None
+        raise interruption(error, lambda: f"Interrupted. {stands()}", handled) from None
     except Exception as error:
         if isinstance(error, (Interrupted, *passed)):
             raise

@@ -17,7 +17,7 @@ import pytest
 from processes import wait_for
 
 from raycontrolnet import signals
-from raycontrolnet.errors import end_told
+from raycontrolnet.errors import Interrupted, end_told, explained
 from raycontrolnet.signals import Haste
 from raycontrolnet.storage import left_requests, object_store, store_lock
 from raycontrolnet.storage import uri as uri_module
@@ -200,3 +200,22 @@ def test_what_stands_is_said_before_the_end(monkeypatch: pytest.MonkeyPatch) -> 
         with end_told(said, lambda: "All of it stands.", lambda: put_down.append("interrupted")):
             signals._end(signal.SIGINT)
         assert (codes, said.getvalue(), put_down) == ([130], "\nInterrupted. All of it stands.\n", ["interrupted"])
+
+
+def test_an_interruption_tells_nothing_of_the_work_before() -> None:
+    """In a notebook, the next run is begun while the end of the first is handled."""
+
+    def work(*, second_signal: bool) -> None:
+        with explained("Work", lambda: "outside"):
+            try:
+                if second_signal:
+                    raise Interrupted("inside")
+            finally:
+                raise KeyboardInterrupt
+
+    for second_signal, told in ((False, "outside"), (True, "inside")):
+        try:
+            raise Interrupted("before")
+        except Interrupted:
+            with pytest.raises(Interrupted, match=told):
+                work(second_signal=second_signal)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -109,12 +110,12 @@ def run_fit(config: TrainConfig, stream: TextIO, callback: RunCallback | None = 
     """Train as `fit`, and tell `callback`, which may end the run, of its progress."""
     config = with_absolute_paths(config)
     folder = run_folder(config.output_dir)
-    stands = partial(how_to_go_on, config, folder)
+    stands, handled = partial(how_to_go_on, config, folder), sys.exc_info()[1]
     try:
         with end_told(stream, stands), run_folder_open(folder):
             return _run_fit(config, folder, stream, callback)
     except KeyboardInterrupt as error:  # beside the training, which explains its own
-        raise interruption(error, lambda: f"Interrupted. {stands()}") from None
+        raise interruption(error, lambda: f"Interrupted. {stands()}", handled) from None
 
 
 def _run_fit(config: TrainConfig, folder: RunFolder, stream: TextIO, callback: RunCallback | None) -> RunResult:
