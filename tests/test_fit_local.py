@@ -368,12 +368,6 @@ def test_gradient_checkpointing_learns_the_same(tiny_settings: Settings, out: Pa
     assert losses(saved) == pytest.approx(losses(plain), abs=1e-6)
 
 
-def test_set_grads_to_none_learns_the_same(tiny_settings: Settings, out: Path, tmp_path: Path) -> None:
-    plain, freed = run(tiny_settings, out), run(tiny_settings, tmp_path / "freed", set_grads_to_none=True)
-    assert losses(freed) == losses(plain)
-    assert equal(weights(freed), weights(plain))
-
-
 def test_mixed_precision(tiny_settings: Settings, out: Path, tmp_path: Path) -> None:
     plain, mixed = run(tiny_settings, out), run(tiny_settings, tmp_path / "mixed", mixed_precision="bf16")
     assert losses(mixed) == pytest.approx(losses(plain), rel=0.02)

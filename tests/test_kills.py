@@ -29,7 +29,7 @@ MOMENTS = {
     "the first shard is stored": ("latents.shards:EncodeJob.store", 1),
     "the cache's manifest is written": ("latents.manifest:Manifest.write", 1),
     "run.json is written": ("training.status:RunStatus.write", 1),
-    "the folder is marked": ("launch.running:begin", 1),
+    "the folder is marked": ("launch.running:mark_folder", 1),
     "models are read": ("train_controlnet:build_state", 1),
     "an update is done": ("train_controlnet:train_step", 1),
     "held-out rows are measured": ("training.held_out:_metrics", 1),
@@ -45,7 +45,7 @@ MOMENTS = {
     "final weights are written": ("training.final_weights:write_weights", 1),
     "final weights are in place": ("train_controlnet:save_final_weights", 1),
     "the last validation is finished": ("sampling.images:finish", 2),
-    "the run's marks are removed": ("launch.running:end", 1),
+    "the run's marks are removed": ("launch.running:remove_marks", 1),
     "the model card is written": ("launch.fit:_write_card", 1),
     "the last report is written": ("report.live_report:_write", 1),
 }

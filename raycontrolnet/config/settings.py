@@ -187,7 +187,7 @@ class OptimConfig:
     max_grad_norm: float = setting(1.0, sweepable=True)
     """Gradients are clipped to this norm at every update."""
     set_grads_to_none: bool = setting(False, sweepable=True)
-    """Free the gradients after an update instead of setting them to zero."""
+    """Free the gradients after an update instead of setting them to zero; a run of one process on a CPU always does."""
 
     def problems(self) -> Problems:
         yield from one_of(self, "lr_scheduler", LR_SCHEDULERS)

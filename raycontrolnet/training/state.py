@@ -163,7 +163,8 @@ def state_of(
     if config.compile:
         compile_models(components)
     graphs = _graphs(weights, config, accelerator)
-    averages_itself = graphs is not None and accelerator.num_processes > 1
+    is_alone = accelerator.num_processes == 1
+    averages_itself = graphs is not None and not is_alone
     forward = components.controlnet.forward
     # For an evaluation: without DDP, which averages from Python.
     controlnet = accelerator.prepare_model(components.controlnet, evaluation_mode=averages_itself)
@@ -179,7 +180,8 @@ def state_of(
         lr_scheduler=lr_scheduler,
         accelerator=accelerator,
         max_grad_norm=config.max_grad_norm,
-        set_grads_to_none=config.set_grads_to_none,
+        # On a CPU zeros cost a pass over memory, and adding to them another; DDP would hold gradients anyway.
+        set_grads_to_none=config.set_grads_to_none or (accelerator.device.type == "cpu" and is_alone),
         samples_per_update=schedule.samples_per_update,
         objective=config,
         averages=build_averages(components.controlnet, config, checkpoint, saved),

@@ -19,6 +19,7 @@ from states import (
     with_controlnet,
 )
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from raycontrolnet.config.output_settings import WEIGHTS_FILE
 from raycontrolnet.model.components import Components, load_controlnet
@@ -29,6 +30,8 @@ from raycontrolnet.training.state import state_parts, write_parts
 
 CPU = torch.device("cpu")
 SIZE = 2
+BUSY_CYCLES = 2**28
+"""Cycles of the device: about 0.15 s."""
 Result = dict[str, Any]
 """Figures, with `ok`."""
 
@@ -131,14 +134,20 @@ def no_synchronisation(base: Components, device: torch.device) -> Result:
 
 
 def copied_checkpoint(base: Components, device: torch.device) -> Result:
-    """Copy a state to pinned memory, train on, write the copy: the files of the state as it was."""
+    """Copy a state to pinned memory behind other work, train on, write the copy: the files of the state as it was."""
     config = settings("bf16", learning_rate=1e-4)
     with tempfile.TemporaryDirectory() as folder, training(copied(base, config, device), config) as state:
-        do_steps(state, 0, 2, device)
+        host_copy = HostCopy()
+        do_steps(state, 0, 1, device)
+        host_copy.of(state_parts(state))  # pinning its memory would wait for the device
+        do_steps(state, 1, 1, device)
         save_state(state, Path(folder) / "now")
-        copy = HostCopy().of(state_parts(state))
+        torch.cuda._sleep(BUSY_CYCLES)
+        copied_parts = host_copy.of(state_parts(state))
+        at_once = copy.deepcopy(copied_parts)  # before the device could be done, if nobody had waited for it
         do_steps(state, 2, 1, device)
-        write_parts(state.components.controlnet, copy, Path(folder) / "copied")
+        kept = all(map(_same, tree_leaves(at_once), tree_leaves(copied_parts)))
+        write_parts(state.components.controlnet, at_once, Path(folder) / "copied")
         now, then = (
             torch.load(Path(folder) / name / checkpoints.TRAINING_STATE_FILE, map_location="cpu", weights_only=True)
             for name in ("now", "copied")
@@ -152,4 +161,9 @@ def copied_checkpoint(base: Components, device: torch.device) -> Result:
             (Path(folder) / name / checkpoints.CONTROLNET_FOLDER / WEIGHTS_FILE).read_bytes()
             for name in ("now", "copied")
         ]
-    return {"moments": len(moments), "ok": all(moments) and len(moments) > 100 and weights[0] == weights[1]}
+    ok = kept and all(moments) and len(moments) > 100 and weights[0] == weights[1]
+    return {"moments": len(moments), "copies stay": kept, "ok": ok}
+
+
+def _same(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)

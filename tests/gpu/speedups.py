@@ -48,7 +48,7 @@ def cuda_graphs(base: Components, device: torch.device) -> Result:
     differ about as much. cuDNN takes its algorithms without a trial, of which the outcome could differ.
     """
     off: dict[str, float] = {}
-    ok, problems = True, []
+    ok, problems, replayed = True, [], []
     for precision, changes in GRAPHED.items():
         found = []
         for graphs in (False, False, True):
@@ -60,14 +60,16 @@ def cuda_graphs(base: Components, device: torch.device) -> Result:
                 losses = [each.loss[None] for first in (0, 4) for each in _by_turns(state, first, device)]
                 weights = [weight.detach().flatten() for weight in state.components.controlnet.parameters()]
                 found.append(torch.cat([*losses, *weights]).double())
-                if state.graphs and state.graphs.problem:
-                    problems.append(f"{precision}: {state.graphs.problem}")
+                if state.graphs:
+                    replayed.append(state.graphs.replayed)
+                    problems += [f"{precision}: {problem}"] if (problem := state.graphs.problem) else []
         first, second, graphed = found
         off[f"{precision}, repeated"], off[f"{precision}, by graphs"] = (
             float((first - other).norm() / first.norm()) for other in (second, graphed)
         )
         ok &= off[f"{precision}, by graphs"] <= 3 * off[f"{precision}, repeated"]
-    return {**off, "problems": problems, "ok": ok and not problems}
+    ok &= replayed == [True] * len(GRAPHED)
+    return {**off, "problems": problems, "replayed": replayed, "ok": ok and not problems}
 
 
 def _by_turns(state: TrainState, first: int, device: torch.device, weight: float = 1.0) -> Iterator[StepMetrics]:
