@@ -145,9 +145,11 @@ def fused(base: Components, device: torch.device) -> Result:
     config = settings("bf16")
     with training(copied(base, config, device), config) as state:
         used = fused_layers(state.components)
+        images = [each for each in state.components.controlnet.parameters() if each.ndim == 4]
+        in_layout = all(each.is_contiguous(memory_format=torch.channels_last) for each in images)
     figures = {f"off in {kind}": value for kind, value in off.items()}
-    ok = len(used) == len(FUSED) and exact and close
-    return {**figures, "the same bits twice": exact, "used in training": used, "ok": ok}
+    ok = len(used) == len(FUSED) and exact and close and in_layout
+    return {**figures, "the same bits twice": exact, "used in training": used, "channels last": in_layout, "ok": ok}
 
 
 @contextmanager
