@@ -112,3 +112,10 @@ def test_other_attention_is_told(tiny_settings: dict[str, Any]) -> None:
             if hasattr(each, "processor"):
                 each.processor = type("XFormersAttnProcessor", (), {})()
         assert attention_kernels(state.components) == ("xformers",)
+
+
+def test_ddp_holds_no_gradient_twice(tiny_settings: dict[str, Any]) -> None:
+    with accelerator_for(TrainConfig(**tiny_settings), use_gpu=False) as accelerator:
+        handler = accelerator.ddp_handler
+        assert handler
+        assert handler.gradient_as_bucket_view
