@@ -6,6 +6,7 @@ The nodes have CPUs: a GPU that is only declared cannot be trained on.
 from __future__ import annotations
 
 import io
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from runs import Settings, contents, losses, run
 from raycontrolnet import SweepConfig, TrainConfig, fit, prepare, sweep
 from raycontrolnet.cluster import nodes
 from raycontrolnet.cluster.session import ray_session
+from raycontrolnet.cluster.tokens import MODE, token_mode_kept
 from raycontrolnet.demo.shapes import write_shapes
 from raycontrolnet.latents import ensure
 from raycontrolnet.latents.encoder import LatentEncoder
@@ -35,7 +37,8 @@ GONE_TIMEOUT_S = 90.0
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AutoscalingCluster]:
     ray.shutdown()  # that of other tests
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, token_mode_kept():
+        os.environ.pop(MODE, None)  # a Ray of this machine alone, as other tests' was, sets it
         types = {"cpu": {"resources": {"CPU": 1}, "max_workers": 3}}
         with autoscaling_cluster(tmp_path_factory.mktemp("cluster"), types) as found:
             patch.setattr(nodes, "BOOTSTRAP_CONFIG", found.config)

@@ -17,6 +17,7 @@ from raycontrolnet.errors import ConfigError
 
 MODE = "RAY_AUTH_MODE"
 """Environment variable: token, disabled, or what Ray takes without it."""
+UNSET = f"unset {MODE}, which a Ray that was started in this process sets, too"
 ANSWER_TIMEOUT_S = 10.0
 
 
@@ -48,9 +49,9 @@ def take_token_mode_of(address: str | None, origin: str) -> None:
         return
     asks, shows = _refuses(address), (chosen or "").lower() == "token"
     if chosen and asks and not shows:
-        raise ConfigError([f"{origin}: the cluster asks for a token, and {MODE}={chosen} shows none; unset {MODE}"])
+        raise ConfigError([f"{origin}: the cluster asks for a token, and {MODE}={chosen} shows none; {UNSET}"])
     if shows and not asks:
-        raise ConfigError([f"{origin}: the cluster knows no tokens, and {MODE}=token asks it for one; unset {MODE}"])
+        raise ConfigError([f"{origin}: the cluster knows no tokens, and {MODE}=token asks it for one; {UNSET}"])
     if asks and not has_token:
         problem = f"{origin}: the cluster asks for a token, and there is none here"
         raise ConfigError([f"{problem}; copy ~/.ray/auth_token from its head, or set RAY_AUTH_TOKEN to what it holds"])
