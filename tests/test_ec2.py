@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import yaml
 from documents import environment, run
@@ -26,9 +27,12 @@ from ray.autoscaler.tags import TAG_RAY_USER_NODE_TYPE
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.instance_manager.subscribers.cloud_resource_monitor import CloudResourceMonitor
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
+from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoRequest
+from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.core.generated.instance_manager_pb2 import Instance, InstanceUpdateEvent
 from test_cluster_yaml import CLUSTER_YAML, RESOURCES
 from test_job_submit import ray_head
+from test_tokens import TOKEN
 
 from raycontrolnet.cluster import reclaim
 
@@ -208,20 +212,27 @@ def test_ray_is_told(metadata_service: tuple[str, dict[str, bytes]], tmp_path: P
 
 
 @pytest.mark.slow
-def test_ray_gives_the_node_up(
-    metadata_service: tuple[str, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("asks", [False, True])
+def test_ray_gives_the_node_up(metadata_service: tuple[str, dict[str, bytes]], tmp_path: Path, *, asks: bool) -> None:
     """A node without work ends as soon as Ray hears of it; the command must not start a Ray of its own instead."""
-    import ray
-
     url, answers = metadata_service
     answers[ACTION] = notice(120)
-    shell = environment(tmp_path) | {"AWS_EC2_METADATA_SERVICE_ENDPOINT": url}
-    with ray_head(tmp_path, shell) as head:
-        gcs = ray._raylet.GcsClient(address=head.address)
-        assert [node.state for node in gcs.get_all_node_info().values()] == [GcsNodeInfo.ALIVE]
+    shell = environment(tmp_path) | {"AWS_EC2_METADATA_SERVICE_ENDPOINT": url, "HOME": str(tmp_path)}
+    if asks:  # as of itself where there is a token
+        del shell["RAY_AUTH_MODE"]
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text(TOKEN)
+    with ray_head(tmp_path, shell) as head, grpc.insecure_channel(head.address) as channel:
+        shown = [("authorization", f"Bearer {TOKEN}")] if asks else []
+
+        def state() -> int:
+            found = NodeInfoGcsServiceStub(channel).GetAllNodeInfo(GetAllNodeInfoRequest(), metadata=shown)
+            (node,) = found.node_info_list
+            return int(node.state)
+
+        assert state() == GcsNodeInfo.ALIVE
         told = run([sys.executable, "-m", "raycontrolnet.cluster.reclaim", head.address], tmp_path, shell)
         assert told.returncode == 0, told.stdout
         assert "EC2 reclaims this instance in " in told.stdout
         assert "Started a local Ray" not in told.stdout
-        wait_for(lambda: next(iter(gcs.get_all_node_info().values())).state == GcsNodeInfo.DEAD, timeout_s=60)
+        wait_for(lambda: state() == GcsNodeInfo.DEAD, timeout_s=60)

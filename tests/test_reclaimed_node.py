@@ -16,7 +16,7 @@ from raycontrolnet.cluster.session import ray_session
 
 pytestmark = pytest.mark.slow
 
-UPDATES = 200
+UPDATES = 600
 """More than two workers do in the 15 seconds of the notice."""
 
 

@@ -16,6 +16,7 @@ import sys
 import time
 import urllib.request
 from datetime import datetime, timezone
+from pathlib import Path
 
 METADATA = "http://169.254.169.254"
 """EC2's instance metadata service. AWS_EC2_METADATA_SERVICE_ENDPOINT, as in AWS's own tools, names another."""
@@ -34,8 +35,15 @@ def main() -> None:
     while (left := seconds_left(service)) is None:
         time.sleep(POLL_S)
     print(f"EC2 reclaims this instance in {left} s: telling Ray", flush=True)
-    # Without the variable, the command may start a Ray of its own, and drain that.
-    sys.exit(subprocess.run(drain_command(address, left), env=os.environ | {"RAY_ADDRESS": address}).returncode)
+    # A cluster that knows no tokens ignores one. Without the address, the command may drain a Ray of its own.
+    environment = _token_shown() | os.environ | {"RAY_ADDRESS": address}
+    sys.exit(subprocess.run(drain_command(address, left), env=environment).returncode)
+
+
+def _token_shown() -> dict[str, str]:
+    """Return what lets Ray's command show a token, if there is one here, as `ray start` did."""
+    there = "RAY_AUTH_TOKEN" in os.environ or Path("~/.ray/auth_token").expanduser().is_file()
+    return {"RAY_AUTH_MODE": "token"} if there else {}
 
 
 def seconds_left(service: str) -> int | None:
