@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -42,14 +42,13 @@ from raycontrolnet.training.run_marks import stop_asked
 from raycontrolnet.training.saver import CheckpointSaver
 from raycontrolnet.training.schedule import Schedule, Share
 from raycontrolnet.training.shared_folder import check_folder_is_shared
-from raycontrolnet.training.signs_of_life import SignsOfLife
 from raycontrolnet.training.state import accelerator_for, build_state, controlnet_bytes
 from raycontrolnet.training.step_inputs import step_inputs
 from raycontrolnet.training.store_sync import worker_in_step
 from raycontrolnet.training.timings import read_timings, write_timings
 from raycontrolnet.training.trackers import Trackers, open_trackers
 from raycontrolnet.training.validator import Validator
-from raycontrolnet.training.watchdog import Watchdog
+from raycontrolnet.training.watchdog import Watchdog, worker_watched
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +85,7 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
             logger.info("update %d on: %s", checkpoint.step if checkpoint else 0, counted(world_size, "worker"))
         batches = read_ahead(_batches(job, schedule, checkpoint))  # begins now, while the models are read
         with (
+            worker_watched(job, rank) as watchdog,
             accelerator_for(job.config, use_gpu=job.use_gpu, world_size=world_size) as accelerator,
             tf32(allowed=job.config.allow_tf32),
             fastest_convolutions(accelerator.device, working_precision(job.config.mixed_precision)),
@@ -95,16 +95,20 @@ def train_controlnet(loop_config: Mapping[str, Job]) -> dict[str, Any] | None:
                 torch.set_num_threads(job.threads)
             with clock("model"), retried_if_continued(continued=checkpoint is not job.start):
                 how: dict[str, Any] = {"encodes": not job.cached, "interpolation": job.interpolation}
+                how["models_read"] = watchdog.models_read
                 state = build_state(job.config, schedule, accelerator, checkpoint, job.token, **how)
+            watchdog.state_built()
             share = Share(rank, world_size, schedule.micro_batches)
-            summary = Worker(job, schedule, share, state, clock).run(batches, checkpoint)
+            summary = Worker(job, schedule, share, state, clock, watchdog).run(batches, checkpoint)
             return summary and {**summary, "freed_memory_kept": keeps_memory}
 
 
 class Worker:
     """One worker's part of a run: everything but the step itself."""
 
-    def __init__(self, job: Job, schedule: Schedule, share: Share, state: TrainState, clock: PhaseClock):
+    def __init__(
+        self, job: Job, schedule: Schedule, share: Share, state: TrainState, clock: PhaseClock, watch: Watchdog
+    ):
         self.job, self.schedule, self.share, self.state, self.clock = job, schedule, share, state, clock
         self.first_step, self.on_cpu = state.step, state.accelerator.device.type == "cpu"
         self.pending = PendingMetrics(0.0 if self.on_cpu else GPU_METRICS_INTERVAL_S, schedule.samples_per_update)
@@ -122,10 +126,7 @@ class Worker:
             check_room(job.folder, controlnet_bytes(state), schedule, state.step, job.config)
             self.metrics_log = MetricsLog(job.output_dir, state.step)
             self.trackers = open_trackers(job.config, job.facts["settings"], state.step, job.output_dir)
-        log = job.output_dir / log_of(job, f"worker {share.rank}")
-        who, signs = f"Worker {share.rank}", SignsOfLife.of_process_group()
-        self.watchdog = Watchdog(who, job.folder, log, job.config.hang_timeout_s, signs)
-        self.validator = Validator(job, share, state, clock, self.trackers, self.watchdog)
+        self.watchdog, self.validator = watch, Validator(job, share, state, clock, self.trackers, watch)
 
     def run(self, batches: Iterator[list[PreparedRow]], start: Checkpoint | None) -> dict[str, Any] | None:
         """Train to the end; None if the driver asked for an earlier one, for which there is a checkpoint then."""
@@ -133,8 +134,7 @@ class Worker:
         inputs = read_ahead(step_inputs(batches, state, self.share, config, state.samples))
         self.rest_from_training()
         try:
-            # In the caller's process there is nobody to start it again.
-            with nullcontext() if self.job.local else self.watchdog.watching():
+            with self.watchdog.watched_last():
                 if not self.train(inputs, start):
                     return None
             self.finish()

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import ray
+from ray import tune
 from ray.train import RunConfig, ScalingConfig
 
 from raycontrolnet.cluster.environment import JOB_CONFIG, PREFIXES, passed_on, passed_on_to_job
 from raycontrolnet.cluster.trainer import InterruptibleTrainer
+from raycontrolnet.tune.trial_function import trial_function
 
 DRIVERS = {"NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "lo", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 OWN = {
@@ -99,3 +101,25 @@ def test_a_worker_has_them_on_a_ray_that_was_connected_before(tmp_path: Path, mo
     found = json.loads(file.read_text())
     assert DRIVERS.items() <= found.items()
     assert "HF_TOKEN" not in found
+
+
+@pytest.mark.usefixtures("_local_ray")
+def test_trials_and_their_workers_have_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (DRIVERS | {"HF_TOKEN": "hf_secret"}).items():
+        monkeypatch.setenv(name, value)
+
+    def trial(config: dict[str, Any]) -> None:
+        (tmp_path / "trial.json").write_text(json.dumps(dict(os.environ)))
+        worker = tmp_path / "worker.json"
+        InterruptibleTrainer(
+            lambda: worker.write_text(json.dumps(dict(os.environ))),
+            scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
+            run_config=RunConfig(storage_path=str(tmp_path), name="run"),
+        ).fit_or_abort()
+
+    trials = tune.with_resources(trial_function(trial), {"CPU": 1})
+    tune.Tuner(trials, run_config=tune.RunConfig(name="sweep", storage_path=str(tmp_path))).fit()
+    for process in ("trial", "worker"):
+        found = json.loads((tmp_path / f"{process}.json").read_text())
+        assert DRIVERS.items() <= found.items()
+        assert "HF_TOKEN" not in found

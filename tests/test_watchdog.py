@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,8 @@ def a_collective_that_hangs():
 folder = Path(sys.argv[1])
 watchdog = Watchdog("Worker 3", RunFolder(str(folder)), folder / "run.log", 1.0)
 with watchdog.watching():
-    watchdog.progress("an update")
+    watchdog.begin_update(1, 1)
+    watchdog.micro_step_done()
     a_collective_that_hangs()
 """
 
@@ -73,6 +76,8 @@ folder, phase = Path(sys.argv[1]), sys.argv[2]
 begun(write, "checkpoint", saver._unfinished)
 watchdog = Watchdog("Worker 0", RunFolder(str(folder)), folder / "run.log", 5.0)
 with watchdog.watching():
+    watchdog.begin_update(1, 1)
+    watchdog.micro_step_done()
     watchdog.progress(phase)
     time.sleep(60)
 """
@@ -218,9 +223,10 @@ else:
     signs.store = dist.TCPStore("127.0.0.1", int((folder / "port").read_text()), 2, is_master=False)
 watchdog = Watchdog(f"Worker {rank}", RunFolder(str(folder)), folder / "run.log", 4.0, signs)
 with watchdog.watching():
+    watchdog.begin_update(6, 1)
+    watchdog.micro_step_done()
     time.sleep(2)
     watchdog.begin_update(7, 1)
-    watchdog.progress("an update")
     if rank == stopped:
         os.kill(os.getpid(), signal.SIGSTOP)
     if stopped < 0 and rank == 0:
@@ -234,12 +240,82 @@ def test_an_update_that_begins_ends_what_came_before(tmp_path: Path) -> None:
     """A checkpoint that may take as long as its store does not stop the watch over the update that follows."""
     watchdog = Watchdog("Worker 0", RunFolder(str(tmp_path)), tmp_path / "run.log", 4.0)
     watchdog.begin_update(1, 1)
-    assert watchdog._since is None, "the first may take long"
+    assert watchdog.clock.limit_s == math.inf, "the first batch may take long"
     watchdog.micro_step_done()
     watchdog.progress("a checkpoint", timed=False)
-    assert watchdog._since is None
+    assert watchdog.clock.limit_s == math.inf
     watchdog.begin_update(2, 1)
-    assert (watchdog.phase, watchdog._since is None) == ("an update", False)
+    assert (watchdog.clock.phase, watchdog.clock.limit_s) == ("an update", 4.0)
+
+
+def test_the_start_may_take_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are compiled; reading the models and the first batch may take as long as they do."""
+    ended: list[str] = []
+    monkeypatch.setattr("raycontrolnet.training.watchdog.START_TIMES", 5)
+    monkeypatch.setattr("raycontrolnet.training.watchdog.LEAST_START_S", 0.0)
+    watchdog = Watchdog("Worker 0", RunFolder(str(tmp_path)), tmp_path / "run.log", 1.0)
+    monkeypatch.setattr(watchdog, "_end", lambda clock: ended.append(f"{clock.phase} {clock.limit_s}"))
+
+    def ended_after(seconds: float) -> str:
+        watchdog.clock = watchdog.clock._replace(since=watchdog.clock.since - seconds)
+        watchdog._looked = time.monotonic()
+        watchdog._look()
+        return ended.pop() if ended else ""
+
+    with watchdog.watching():
+        assert not ended_after(1e9)
+        watchdog.models_read()
+        assert not ended_after(4)
+        assert ended_after(1) == "the first collective 5.0"
+        watchdog.state_built()
+        assert ended_after(5) == "the preparations 5.0"
+        watchdog.progress("", timed=False)
+        watchdog.begin_update(1, 2)
+        with watchdog.waiting_for_data():
+            assert not ended_after(1e9)
+        assert not ended_after(4)
+        assert ended_after(1) == "an update 5.0"
+        watchdog.micro_step_done()
+        assert not ended_after(4)
+        watchdog.micro_step_done()
+        assert ended_after(1) == "an update 1.0", "the first update is done"
+        watchdog.begin_update(2, 2)
+        with watchdog.waiting_for_data():
+            assert ended_after(1) == "an update 1.0"
+        with watchdog.watched_last():
+            assert ended_after(1) == "an update 1.0"
+        assert not ended_after(1e9)
+
+
+def test_a_worker_says_what_it_does_at_the_start(
+    tiny_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The models are read, the workers meet in `state_of`, the rest is prepared, the first batch is awaited."""
+    seen: list[str] = []
+
+    def note(module: str, name: str) -> None:
+        function = vars(import_module(f"raycontrolnet.{module}"))[name]
+
+        def noted(*given: Any, **named: Any) -> Any:
+            seen.append(name)
+            return function(*given, **named)
+
+        monkeypatch.setattr(f"raycontrolnet.{module}.{name}", noted)
+
+    def progress(watchdog: Watchdog, phase: str, *, timed: bool = True) -> None:
+        seen.append(f"{phase}, {'timed' if timed else 'untimed'}")
+
+    monkeypatch.setattr(Watchdog, "progress", progress)
+    for module, name in [
+        ("training.state", "load_components"),
+        ("training.state", "state_of"),
+        ("train_controlnet", "open_trackers"),
+        ("train_controlnet", "train_step"),
+    ]:
+        note(module, name)
+    run(tiny_settings | {"num_workers": "0", "max_train_steps": 1}, tmp_path / "out")
+    until_built = ["load_components", "the first collective, timed", "state_of", "the preparations, timed"]
+    assert seen[:8] == [*until_built, "open_trackers", ", untimed", "an update, timed", "train_step"]
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
@@ -278,15 +354,18 @@ def test_one_that_does_not_is_left_alone(tmp_path: Path) -> None:
     watchdog = Watchdog("Worker 0", RunFolder(str(tmp_path)), tmp_path / "run.log", 0.4)
     with watchdog.watching():
         time.sleep(0.8)
+        watchdog.begin_update(1, 1)
         for _ in range(8):
-            watchdog.progress("an update")
+            watchdog.micro_step_done()
             time.sleep(0.1)
     time.sleep(0.8)
     assert not (tmp_path / "run.log").exists()
 
 
 @pytest.mark.usefixtures("_local_ray")
-@pytest.mark.parametrize(("hang_timeout_s", "expected"), [(600.0, 1800), (3600.0, 7200), (float("inf"), 10**8)])
+@pytest.mark.parametrize(
+    ("hang_timeout_s", "expected"), [(100.0, 1800), (600.0, 2400), (3600.0, 14400), (math.inf, 10**8)]
+)
 def test_torch_gives_a_collective_up_later(
     tiny_settings: Settings, monkeypatch: pytest.MonkeyPatch, hang_timeout_s: float, expected: int
 ) -> None:
@@ -367,3 +446,44 @@ def test_a_hang_in_the_step_says_where_each_worker_is(
     assert "all workers are in update 4 at an update with 1 micro-step to go: " in said
     assert 'waiting for the thread "a thread that does not end"' in said
     assert "in the backward pass, in which gradients are exchanged" in said
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_local_ray")
+@pytest.mark.parametrize(
+    ("module", "name", "said"),
+    [
+        (
+            "training.state",
+            "load_components",
+            "update is done): this one is in update 0 at the first collective, worker 1 in update 0 at the reading of",
+        ),
+        (
+            "model.step",
+            "_loss",
+            "all workers are in update 1 at an update with 1 micro-step to go: ",
+        ),
+    ],
+)
+def test_a_hang_at_the_start_says_where_each_worker_is(
+    tiny_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str, said: str
+) -> None:
+    """Worker 1 hangs before the first collective, or in its first micro-step."""
+
+    def loop(loop_config: Any) -> Any:
+        from raycontrolnet import train_controlnet
+        from raycontrolnet.cluster.worker import place_among_workers
+        from raycontrolnet.training import watchdog
+
+        vars(watchdog).update(START_TIMES=1.5, LEAST_START_S=0.0)
+        if place_among_workers()[0] == 1:
+            vars(import_module(f"raycontrolnet.{module}"))[name] = lambda *_, **__: time.sleep(600)
+        return train_controlnet.train_controlnet(loop_config)
+
+    monkeypatch.setattr("raycontrolnet.train_controlnet.train_controlnet", loop)
+    settings = tiny_settings | {"num_workers": "2", "cpus_per_worker": 1.0, "hang_timeout_s": 8.0, "max_failures": 0}
+    with pytest.raises(RunError) as error:
+        run(settings, tmp_path / "out")
+    assert said in str(error.value)
+    assert "for 0:12 (--hang_timeout_s=8; longer until the first update is done)" in str(error.value)
+    assert "most recent call first" in (tmp_path / "out" / "run.log").read_text()

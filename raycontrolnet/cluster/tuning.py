@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,18 +39,25 @@ END_WITHIN_S = 60
 T = TypeVar("T")
 
 
+def pass_to_trials(names: Iterable[str]) -> None:
+    """Let Tune give trials' processes the driver's environment variables of these names.
+
+    Tune's list of names is private; no public name reaches these processes alone, on a Ray that is connected already.
+    """
+    ENV_VARS_TO_PROPAGATE.update(names)
+
+
 @contextmanager
 def tune_environment(of_trials: Mapping[str, str] | None = None) -> Iterator[None]:
     """Set Tune's environment variables while the context lasts, and silence the warning about missing files.
 
     Args:
-        of_trials: variables for the processes of trials. Tune has a list of names that it passes on, which is private;
-            no public name reaches these processes alone.
+        of_trials: variables for the processes of trials.
     """
     variables = TUNE_ENVIRONMENT | dict(of_trials or {})
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
-    ENV_VARS_TO_PROPAGATE.update(of_trials or ())
+    pass_to_trials(of_trials or ())
     logging.getLogger(QUIET_LOGGER).setLevel(logging.ERROR)
     try:
         yield

@@ -32,7 +32,7 @@ class ClusterConfig:
     wait_timeout_s: float | None = setting(None, fixed=MACHINES, changes_on_resume=True)
     """Seconds to wait for workers, as for nodes that an autoscaler starts; by default without end."""
     hang_timeout_s: float = setting(600.0, fixed=MACHINES, changes_on_resume=True)
-    """Seconds without progress after which a worker is taken for hanging, and started again as a lost one."""
+    """Seconds without progress after which a worker is started again; until its first update 3 times, at least 900."""
     dataloader_num_workers: int = setting(0, fixed=MACHINES)
     """Concurrent loading tasks per worker; 0 for a number that suits the machine."""
 

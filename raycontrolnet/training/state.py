@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MethodType
@@ -102,12 +102,14 @@ def build_state(
     *,
     encodes: bool = True,
     interpolation: str | None = None,
+    models_read: Callable[[], None] = lambda: None,
 ) -> TrainState:
     """Return the state at the start of a run, or as `checkpoint` left it.
 
     Args:
         encodes: whether the step encodes images; without it the VAE waits on the CPU, for validation.
         interpolation: how images are resized; None if nobody says.
+        models_read: called before the workers first wait for each other.
 
     Raises:
         UserError: if a model or the checkpoint does not fit the settings.
@@ -128,6 +130,7 @@ def build_state(
             f"--image_interpolation_mode: the driver does not see the base model, of which the default depends; give "
             f"{components.family.interpolation}, that of {components.family.title}"
         )
+    models_read()
     return state_of(components, config, schedule, accelerator, checkpoint)
 
 

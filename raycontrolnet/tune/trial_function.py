@@ -28,8 +28,9 @@ from typing import Any
 import ray
 from ray import tune
 
+from raycontrolnet.cluster.environment import passed_on
 from raycontrolnet.cluster.nodes import cluster_nodes, total
-from raycontrolnet.cluster.tuning import ends_orderly
+from raycontrolnet.cluster.tuning import ends_orderly, pass_to_trials
 from raycontrolnet.config.checks import with_absolute_paths
 from raycontrolnet.config.cluster_settings import ClusterConfig
 from raycontrolnet.config.train_config import TrainConfig
@@ -232,6 +233,7 @@ def trial_function(run: Callable[..., None]) -> Callable[..., None]:
         except RunStopped:
             sys.exit(0)  # a return would report once more
 
+    pass_to_trials(passed_on())  # nothing else does so on a Ray that the user has connected
     return ends_orderly(trial)
 
 
