@@ -803,7 +803,7 @@ def test_an_optimizer_that_is_not_fused(tiny_settings: Settings, out: Path, befo
         states.append(state)
         for group in state.optimizer.param_groups:
             group["fused"] = False
-        state.optimizer.optimizer.defaults["fused"] = False
+        state.optimizer.optimizer._step_supports_amp_scaling = False
         if state.step == 1:
             state.components.controlnet.controlnet_mid_block.bias.register_hook(lambda grad: grad * float("nan"))
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from full_size import TINY, write_configurations
 from random_models import built
 from reference import CPU
@@ -22,13 +23,15 @@ from raycontrolnet.model.batch import Batch, Draws, latent_shape
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.families.registry import family_of
 from raycontrolnet.model.files import local_files
-from raycontrolnet.model.step import controlnet_loss, train_step
+from raycontrolnet.model.optimizers import optimizer_class
+from raycontrolnet.model.step import TrainState, controlnet_loss, train_step
 from raycontrolnet.training.schedule import Schedule
 from raycontrolnet.training.state import accelerator_for, state_of
 
 META = torch.device("meta")
 WAITS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::masked_select"}
 """Operators whose result the host must know."""
+COPIES = {"aten::_to_copy", "aten::copy_"}
 
 
 class NoWaiting(TorchDispatchMode):
@@ -41,10 +44,12 @@ class NoWaiting(TorchDispatchMode):
         by_mask = any(each is not None and each.dtype == torch.bool for each in indices)
         if any(each.device == META for each in tensors) and (name in WAITS or by_mask):
             raise AssertionError(f"{name} waits for the device")
-        devices = {each.device.type for each in tensors if each.dim()}  # numbers of the host are arguments of kernels
+        # Numbers of the host are arguments of kernels, but where they are copied.
+        devices = {each.device.type for each in tensors if each.dim() or name in COPIES}
         if target := options.get("device"):
             devices.add(torch.device(target).type)
-        if {"meta", "cpu"} <= devices and not options.get("non_blocking"):
+        goes_on = options.get("non_blocking") or (name == "aten::copy_" and args[2:] == (True,))
+        if {"meta", "cpu"} <= devices and not goes_on:
             raise AssertionError(f"{name} copies between devices, and waits")
         return func(*args, **options)
 
@@ -114,16 +119,26 @@ def test_forward_and_backward(
     assert all(weight.grad is not None for weight in components.controlnet.parameters())
 
 
-def test_a_whole_update(tmp_path: Path) -> None:
-    """Clipping, the optimizer and the schedule too. The fused optimizer, which `meta` does not have, does nothing."""
-    config = TrainConfig(pretrained_model_name_or_path="none", train_data_dir=".", lr_scheduler="cosine")
-    components = on_meta(TINY, tmp_path, torch.float32)
+@contextmanager
+def meta_state(folder: Path, **changes: Any) -> Iterator[TrainState]:
+    """Give a state on `meta`, with an optimizer that is fused as on a GPU, which does nothing: `meta` has none."""
+    given: dict[str, Any] = {"pretrained_model_name_or_path": "none", "train_data_dir": ".", "lr_scheduler": "cosine"}
+    config = TrainConfig(**given | changes)
+    components = on_meta(TINY, folder, torch.float32)
     with accelerator_for(config, use_gpu=False) as accelerator, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accelerator.state, "device", META)
-        patch.setattr(torch.optim.AdamW, "__init__", as_fused(torch.optim.AdamW.__init__))
-        patch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
-        state = state_of(components, config, Schedule.of(config, 100, 1), accelerator)
-        batch, draws = inputs(components, cached=True)
+        patch.setitem(PartialState._shared_state, "device", META)
+        AcceleratorState()  # takes it over
+        found = optimizer_class(config.optimizer)
+        patch.setattr(found, "__init__", as_fused(found.__init__))
+        patch.setattr(found, "step", lambda self, closure=None: None)
+        yield state_of(components, config, Schedule.of(config, 100, 1), accelerator)
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "Adam", "SGD", "Adagrad"])
+def test_a_whole_update(optimizer: str, tmp_path: Path) -> None:
+    """Clipping, the optimizer and the schedule too."""
+    with meta_state(tmp_path, optimizer=f"torch.optim.{optimizer}") as state:
+        batch, draws = inputs(state.components, cached=True)
         with no_waiting():
             results = [train_step(state, batch, draws) for _ in range(2)]
         assert state.step == 2
@@ -131,11 +146,11 @@ def test_a_whole_update(tmp_path: Path) -> None:
 
 
 def as_fused(original: Any) -> Any:
-    """Return AdamW's constructor for weights on `meta`, on which it would refuse to be fused."""
+    """Return an optimizer's constructor for weights on `meta`, on which it would refuse to be fused."""
 
-    def init(self: Any, parameters: Any, *, fused: bool, **options: Any) -> None:
+    def init(self: Any, parameters: Any, *, fused: bool = False, **options: Any) -> None:
         original(self, parameters, fused=False, **options)
-        self.defaults["fused"] = fused
+        self._step_supports_amp_scaling = fused
 
     return init
 
@@ -146,6 +161,8 @@ def as_fused(original: Any) -> Any:
         (lambda on, _: on.sum().item(), "_local_scalar_dense waits"),
         (lambda on, host: host.to(META), "_to_copy copies between devices"),
         (lambda on, host: on.copy_(host), "copy_ copies between devices"),
+        (lambda on, host: host[0].to(META), "_to_copy copies between devices"),
+        (lambda on, host: on[0].copy_(host[0]), "copy_ copies between devices"),
         (lambda on, host: on[on > 0], "index waits"),
         (lambda on, host: on.__setitem__(on > 0, on[:1]), "index_put_ waits"),
         (lambda on, host: torch.tensor([1.0, 2.0], device=META), "a list is copied"),
@@ -156,3 +173,13 @@ def test_the_mode_finds(waits: Any, words: str) -> None:
     on, host = torch.zeros(3, device=META), torch.zeros(3, device=CPU)
     with no_waiting(), pytest.raises(AssertionError, match=words):
         waits(on, host)
+
+
+def test_the_mode_lets_others_pass() -> None:
+    on, host = torch.zeros(3, device=META), torch.zeros(3, device=CPU)
+    with no_waiting():
+        for each in (host, host[0]):
+            each.to(META, non_blocking=True)
+        on.copy_(host, non_blocking=True)
+        on[0].copy_(host[0], non_blocking=True)
+        on.mul_(host[0])
