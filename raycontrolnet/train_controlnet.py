@@ -23,7 +23,7 @@ from raycontrolnet.data.records import PreparedRow
 from raycontrolnet.data.stream import local_batches, ray_batches
 from raycontrolnet.data.threads import read_ahead
 from raycontrolnet.errors import RunError, UserError
-from raycontrolnet.model.batch import Batch, Draws, to_device
+from raycontrolnet.model.batch import Batch, Draws
 from raycontrolnet.model.graphs import graphs_used
 from raycontrolnet.model.performance import fastest_convolutions, kernels_used, tf32, working_precision
 from raycontrolnet.model.step import TrainState, train_step
@@ -31,11 +31,12 @@ from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.text import counted
 from raycontrolnet.training.diagnosis import NotFiniteUpdates
 from raycontrolnet.training.failures import bad_samples_advised, failures_recorded, read_failure, retried_if_continued
+from raycontrolnet.training.figures import OnItsWay, mean_over_workers
 from raycontrolnet.training.final_weights import save_final_weights
 from raycontrolnet.training.host_memory import freed_memory_kept
 from raycontrolnet.training.job import Job
 from raycontrolnet.training.memory import advice_for
-from raycontrolnet.training.metrics import MetricsLog, OnItsWay, PendingMetrics, PhaseClock, UpdateMetrics
+from raycontrolnet.training.metrics import MetricsLog, PendingMetrics, PhaseClock, UpdateMetrics
 from raycontrolnet.training.room import check_room
 from raycontrolnet.training.run_log import log_of, logging_to_run_log
 from raycontrolnet.training.run_marks import stop_asked
@@ -215,10 +216,7 @@ class Worker:
         with self.clock("step"):
             # In one message: the workers end, or write a checkpoint, after the same update.
             seen = [float(stop_asked(self.job)), float(self.reclaims.ask_for_checkpoint())]
-            notices = to_device(torch.tensor(seen), losses[0].device)
-            figures = torch.cat([(torch.stack(losses).mean() * weight)[None], notices])
-            loss, *_ = figures = state.accelerator.reduce(figures, reduction="mean")
-            self.notices = OnItsWay(figures[1:])
+            loss, self.notices = mean_over_workers(losses, weight, seen, state.accelerator)
             assert metrics.grad_norm is not None
             rate = schedule.samples_per_update / (time.perf_counter() - start)
             self.pending.add(

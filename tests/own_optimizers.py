@@ -31,6 +31,14 @@ class Estimating(torch.optim.Optimizer):
             group["estimate"] *= 1.01
 
 
+class OwnFused(torch.optim.RAdam):
+    """An optimizer with an argument of PyTorch's name, which does not ask whether it is to skip an update."""
+
+    def __init__(self, params: Any, lr: float = 1e-3, *, fused: bool = True) -> None:
+        super().__init__(params, lr)
+        self.defaults["fused"] = fused
+
+
 class WithClosure(torch.optim.Optimizer):
     """An optimizer that calls the model itself."""
 

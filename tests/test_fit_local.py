@@ -395,19 +395,64 @@ def test_allow_tf32(allowed: bool, tiny_settings: Settings, out: Path, monkeypat
     assert tf32_allowed() == before, "the process is left as it was"
 
 
-@pytest.mark.parametrize("setting", ["fp32_precision", "cuda.matmul.fp32_precision", "cudnn.fp32_precision"])
-def test_tf32_beside_the_newer_settings(setting: str) -> None:
-    """A process of its own, as they cannot be undone: after them PyTorch does not read the flags."""
-    code = f"""
+NEWER = ("fp32_precision", "cuda.matmul.fp32_precision", "cudnn.fp32_precision", "cudnn.conv.fp32_precision",
+         "cudnn.rnn.fp32_precision")  # fmt: skip
+PRECISIONS = [f'torch.backends.{name} = "{value}"' for name in NEWER for value in ("ieee", "tf32")]
+SEEN = """
 import torch
+kinds = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+
+def read(setting):
+    try:
+        return setting()
+    except RuntimeError:
+        return "not read"
+
+def seen():
+    older = (lambda: torch.backends.cuda.matmul.allow_tf32, lambda: torch.backends.cudnn.allow_tf32)
+    return [kind.fp32_precision for kind in kinds] + [
+        read(each) for each in (*older, torch.get_float32_matmul_precision)
+    ]
+"""
+
+
+def test_tf32_beside_the_newer_settings() -> None:
+    """Each in a process of its own, as they cannot be undone: after them PyTorch does not read the flags."""
+    settings = ["", *PRECISIONS, "torch.set_float32_matmul_precision('medium')"]
+    code = f"""{SEEN}
+import os
 from raycontrolnet.model.performance import tf32
-torch.backends.{setting} = "tf32"
-seen = lambda: (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)
+
+def check(setting):
+    exec(setting)
+    before, products = seen(), kinds[0].fp32_precision
+    for allowed in (False, True):
+        with tf32(allowed=allowed):
+            of_kinds = [kind.fp32_precision for kind in kinds]
+            assert of_kinds == ["tf32"] * 3 if allowed else "tf32" not in of_kinds, (setting, of_kinds)
+        assert seen() == before, (setting, seen(), before)
+    torch.backends.cudnn.fp32_precision = "ieee"
+    assert kinds[0].fp32_precision == (products if "matmul" in setting else "ieee"), (setting, "was inherited")
+
+failed = 0
+for setting in {settings!r}:
+    if (child := os.fork()) == 0:
+        check(setting)
+        os._exit(0)
+    failed += os.waitpid(child, 0)[1] != 0
+assert not failed, failed
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_fit_after_the_newer_settings(tiny_settings: Settings, out: Path) -> None:
+    settings = tiny_settings | {"output_dir": str(out), "num_workers": 0, "max_train_steps": 1}
+    code = f"""{SEEN}
+from raycontrolnet import TrainConfig, fit
+torch.backends.cudnn.conv.fp32_precision = "ieee"
 before = seen()
-for allowed in (False, True):
-    with tf32(allowed=allowed):
-        assert seen() == ("tf32" if allowed else "ieee",) * 2, seen()
-    assert seen() == before, seen()
+fit(TrainConfig(**{settings!r}))
+assert seen() == before, (seen(), before)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -752,7 +797,7 @@ def test_an_optimizer_that_is_not_fused(tiny_settings: Settings, out: Path, befo
         states.append(state)
         for group in state.optimizer.param_groups:
             group["fused"] = False
-        state.optimizer.optimizer.defaults["fused"] = False
+        state.optimizer.optimizer._step_supports_amp_scaling = False
         if state.step == 1:
             state.components.controlnet.controlnet_mid_block.bias.register_hook(lambda grad: grad * float("nan"))
 

@@ -21,12 +21,16 @@ from raycontrolnet.config.named_values import as_text, read_named_values
 from raycontrolnet.errors import ConfigError, UserError
 from raycontrolnet.launch.check import check
 from raycontrolnet.launch.needs import Needs, StepSpec, count
+from raycontrolnet.model import optimizers
 from raycontrolnet.model.optim import build_optimizer
-from raycontrolnet.model.optimizers import state_bytes_per_weight, try_optimizer
+from raycontrolnet.model.optimizers import _tried as tried
+from raycontrolnet.model.optimizers import fuses, state_bytes_per_weight, try_optimizer
 from raycontrolnet.tune.checks import optimizer_problems_of
 
 TORCHS = "torch.optim"
 OWN = "own_optimizers"
+GPU_FOR_CPU = torch.device("cuda")
+"""In place of the CPU, which does its work."""
 
 
 def config(**settings: Any) -> TrainConfig:
@@ -288,18 +292,54 @@ def test_another_class_is_refused(
     run(tiny_settings, folder, resume_from_checkpoint="latest", optimizer="torch.optim.radam.RAdam")
 
 
-def test_an_update_that_is_not_finite_is_left_out(tiny_settings: Settings) -> None:
-    """Weights and state wait, with a class that is not fused too."""
-    with training(tiny_settings | {"optimizer": "torch.optim.RAdam"}) as state:
-        steps(state, fake_rows(0))
-        parameters = list(state.components.controlnet.parameters())
-        before = [value.detach().clone() for value in parameters]
-        handle = parameters[0].register_hook(lambda gradient: gradient * torch.inf)
-        steps(state, fake_rows(1))
-        handle.remove()
-        assert all(map(torch.equal, parameters, before))
-        steps(state, fake_rows(2))
-        assert not all(map(torch.equal, parameters, before))
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        (f"{TORCHS}.RAdam", None),
+        (f"{TORCHS}.Adam", "fused=true"),
+        (f"{TORCHS}.Adagrad", "fused=true"),
+        (f"{TORCHS}.SGD", "fused=true momentum=0.9"),
+        (f"{OWN}.OwnFused", None),
+    ],
+)
+def test_an_update_that_is_not_finite_is_left_out(name: str, arguments: str | None, tiny_settings: Settings) -> None:
+    """Weights and state wait, also in the first update, with a class that is not fused too."""
+    found = []
+    for spoilt in (None, 0, 1):
+        with training(tiny_settings | {"optimizer": name, "optimizer_args": arguments}) as state:
+            parameters = list(state.components.controlnet.parameters())
+            for step in range(2 if spoilt is None else 3):
+                if step == spoilt:
+                    unwritten = [torch.full_like(each, 1e6) for each in parameters]
+                    del unwritten  # a state that is not written has such numbers
+                    handle = parameters[0].register_hook(lambda gradient: gradient * torch.inf)
+                steps(state, fake_rows(0))
+                if step == spoilt:
+                    handle.remove()
+            found.append([each.detach().clone() for each in parameters])
+    straight, first, second = found
+    assert all(weight.isfinite().all() for weight in straight)
+    assert all(map(torch.equal, straight, first))
+    assert all(map(torch.equal, straight, second))
+
+
+FUSED_ON_GPUS = ["Adam", "AdamW", "SGD", "Adagrad"]
+
+
+@pytest.mark.parametrize("name", [*FUSED_ON_GPUS, "RAdam"])
+def test_fused_by_default_on_gpus(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of PyTorch's classes those that can be, where a user has not chosen the kernels; AdamW on CPUs too."""
+    weight = [torch.nn.Parameter(torch.zeros(2))]
+    settings = config(optimizer=f"{TORCHS}.{name}")
+    assert bool(build_optimizer(weight, settings, 1e-3).defaults.get("fused")) == (name == "AdamW")
+    monkeypatch.setattr("raycontrolnet.model.optim.fuses", lambda config, _: fuses(config, GPU_FOR_CPU))
+    monkeypatch.setattr(optimizers, "_tried", lambda *given, **options: tried(*given[:2], **options))
+    assert bool(build_optimizer(weight, settings, 1e-3).defaults.get("fused")) == (name in FUSED_ON_GPUS)
+    assert not build_optimizer(weight, settings, 1e-3, fused=False).defaults.get("fused"), "with fp16's loss scaler"
+    for chosen in ("fused=false", "foreach=false", "foreach=true"):
+        if name in FUSED_ON_GPUS:
+            given = config(optimizer=f"{TORCHS}.{name}", optimizer_args=chosen)
+            assert not build_optimizer(weight, given, 1e-3).defaults.get("fused"), chosen
 
 
 # --- memory ---

@@ -12,7 +12,7 @@ from raycontrolnet.config.optimizer_settings import ADAMW
 from raycontrolnet.config.settings import OptimConfig
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.errors import UserError
-from raycontrolnet.model.optimizers import arguments_of, new_optimizer, try_optimizer
+from raycontrolnet.model.optimizers import arguments_of, fuses, new_optimizer, try_optimizer
 
 
 def build_optimizer(
@@ -22,8 +22,8 @@ def build_optimizer(
 
     Args:
         learning_rate: after `scale_lr`.
-        fused: whether one kernel updates all parameters; not with fp16's loss scaler: a fused AdamW hides its skipped
-            updates from accelerate. On a GPU it is then a few kernels (foreach).
+        fused: whether one kernel updates all parameters, if the class has one; not with fp16's loss scaler: a fused
+            optimizer hides its skipped updates from accelerate. On a GPU AdamW is then a few kernels (foreach).
 
     Raises:
         UserError: if bitsandbytes is asked for and missing, or the class or its arguments cannot be used.
@@ -31,15 +31,18 @@ def build_optimizer(
     arguments = arguments_of(optim)
     if arguments.get("fused") and not fused:
         raise UserError("--optimizer_args: fused hides the updates that fp16's loss scaler skips; leave it out")
+    chosen = "fused" in arguments or "foreach" in arguments
     if optim.optimizer != ADAMW:
-        try_optimizer(optim, parameters[0].device)
-        return new_optimizer(parameters, optim, learning_rate)
+        device = parameters[0].device
+        try_optimizer(optim, device)
+        is_fused = fused and not chosen and fuses(optim, device)
+        return new_optimizer(parameters, optim, learning_rate, **({"fused": True} if is_fused else {}))
     options: dict[str, Any] = {
         "betas": (optim.adam_beta1, optim.adam_beta2),
         "weight_decay": optim.adam_weight_decay,
         "eps": optim.adam_epsilon,
     }
-    if not optim.use_8bit_adam and "fused" not in arguments and "foreach" not in arguments:
+    if not optim.use_8bit_adam and not chosen:
         options |= {"fused": fused, "foreach": not fused and parameters[0].is_cuda}
     return new_optimizer(parameters, optim, learning_rate, **options)
 

@@ -217,12 +217,26 @@ def keeps_layouts(config: TrainConfig) -> bool:
     return not config.use_8bit_adam and _is_torchs(config.optimizer)
 
 
-def _tried(config: TrainConfig, shapes: Iterable[Sequence[int]], device: torch.device | None = None) -> Optimizer:
+def fuses(config: TrainConfig, device: torch.device) -> bool:
+    """Check that one kernel of a GPU can update all weights, for a class of PyTorch's, as Adam, SGD and Adagrad."""
+    takes = device.type != "cpu" and _is_torchs(config.optimizer) and "fused" in constructor_arguments(class_of(config))
+    if not takes:
+        return False
+    try:
+        _tried(config, KINDS_OF_WEIGHTS, device, fused=True).step()
+    except (RuntimeError, UserError):  # other arguments, as differentiable, or the device have none
+        return False
+    return True
+
+
+def _tried(
+    config: TrainConfig, shapes: Iterable[Sequence[int]], device: torch.device | None = None, **options: Any
+) -> Optimizer:
     """Return the optimizer of the settings for new weights of `shapes`, with gradients."""
     weights = [torch.nn.Parameter(torch.full(tuple(shape), 0.1, device=device)) for shape in shapes]
     for weight in weights:
         weight.grad = torch.full_like(weight, 0.01)
-    return new_optimizer(weights, config, config.learning_rate)
+    return new_optimizer(weights, config, config.learning_rate, **options)
 
 
 def state_bytes_per_weight(config: TrainConfig, shapes: Iterable[Sequence[int]] = LEAST) -> float:

@@ -79,31 +79,46 @@ def allow_tf32(*, allowed: bool) -> None:
 @contextmanager
 def tf32(*, allowed: bool) -> Iterator[None]:
     """Allow TF32 or not, as `allow_tf32`, for a while."""
-    matmul: Any = torch.backends.cuda.matmul
-    cudnn: Any = torch.backends.cudnn
-    if _precisions_are_set():
-        precisions = matmul.fp32_precision, cudnn.conv.fp32_precision
-        matmul.fp32_precision = cudnn.conv.fp32_precision = "tf32" if allowed else "ieee"
-        try:
-            yield
-        finally:
-            matmul.fp32_precision, cudnn.conv.fp32_precision = precisions
-        return
-    flags = matmul.allow_tf32, cudnn.allow_tf32
-    allow_tf32(allowed=allowed)
+    flags, kinds = _tf32_flags(), _kinds_with_precision()
+    precisions = [kind.fp32_precision for kind in kinds]
+    if flags:
+        allow_tf32(allowed=allowed)
+    else:
+        for kind in kinds:
+            kind.fp32_precision = "tf32" if allowed else "ieee"
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = flags
+        if flags:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, of_products = flags
+            if of_products == "medium":  # which the flag has made "high"
+                torch.set_float32_matmul_precision(of_products)
+        for kind, precision in zip(kinds, precisions, strict=True):
+            kind.fp32_precision = "none"  # then a wider setting counts again, if it did before
+            if kind.fp32_precision != precision:
+                kind.fp32_precision = precision
 
 
-def _precisions_are_set() -> bool:
-    """Check whether this process has used `fp32_precision`, of PyTorch 2.9, beside which flags cannot be read."""
+def _tf32_flags() -> tuple[bool, bool, str] | None:
+    """Return both flags of TF32, and the older name of the products' precision; None if PyTorch does not read these.
+
+    So it is once this process has used `fp32_precision`, of PyTorch 2.9.
+    """
+    if getattr(torch.backends.cudnn, "fp32_precision", "none") != "none":  # or that of torch.backends, wider still
+        return None
     try:
-        _ = torch.backends.cuda.matmul.allow_tf32
+        flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        return *flags, torch.get_float32_matmul_precision()
     except RuntimeError:
-        return True
-    return getattr(torch.backends, "fp32_precision", "none") != "none"
+        return None
+
+
+def _kinds_with_precision() -> list[Any]:
+    """Return the kinds of kernels that have an `fp32_precision`: none before PyTorch 2.9."""
+    cudnn: Any = torch.backends.cudnn
+    if not hasattr(cudnn, "fp32_precision"):
+        return []
+    return [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn]
 
 
 def memory_fraction(share: float, total_bytes: int) -> float:

@@ -143,14 +143,22 @@ def _posterior(components: Components, batch: Batch) -> tuple[Tensor, Tensor]:
 def _skip_if_not_finite(optimizer: AcceleratedOptimizer, grad_norm: Tensor) -> None:
     """Let the next step of the optimizer change nothing if a gradient is not finite, as fp16's loss scaler does.
 
-    With an optimizer that is not fused, as bitsandbytes', the host waits for the device.
+    With an optimizer that cannot skip on the device, as bitsandbytes', the host waits for the device.
     """
     not_finite = ~grad_norm.isfinite()
-    if optimizer.defaults.get("fused"):
-        # As torch's own loss scaler tells a fused optimizer: on the device, so that nobody waits for it.
+    if _skips_on_device(optimizer.optimizer):
         optimizer.optimizer.found_inf = not_finite.float()
     elif not_finite:
         optimizer.zero_grad(set_to_none=True)
+
+
+def _skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Check that an optimizer reads `found_inf` on the device, as torch's own loss scaler asks it: the fused ones do.
+
+    Not SGD's first step: if it is skipped, the momentum stays memory that nobody wrote (PyTorch 2.13).
+    """
+    begins_momentum = optimizer.defaults.get("momentum") and not optimizer.state
+    return getattr(optimizer, "_step_supports_amp_scaling", False) and not begins_momentum
 
 
 def train_step(state: TrainState, batch: Batch, draws: Draws, weight: float = 1.0) -> StepMetrics:

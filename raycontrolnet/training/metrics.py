@@ -129,26 +129,6 @@ class Tail:
         return found.st_ino, found.st_size
 
 
-class OnItsWay:
-    """Figures that are copied from the device beside its work: reading them later waits for that copy alone."""
-
-    def __init__(self, value: Tensor):
-        import torch
-
-        self._value, self._copied = value, None
-        if value.is_cuda:
-            self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-            self._value.copy_(value, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-
-    def read(self) -> list[float]:
-        """Return the figures."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return self._value.tolist()
-
-
 class PendingMetrics:
     """Updates whose figures are still on the device.
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from reference import save_state
+from random_models import TextLengths
+from reference import fake_row, save_state
 from states import (
     TINY_RESOLUTION,
     copied,
@@ -22,9 +24,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from raycontrolnet.config.output_settings import WEIGHTS_FILE
+from raycontrolnet.model.batch import make_batch
 from raycontrolnet.model.components import Components, load_controlnet
 from raycontrolnet.model.step import StepMetrics, TrainState, controlnet_loss, train_step
 from raycontrolnet.storage import checkpoint as checkpoints
+from raycontrolnet.training.figures import OnItsWay, mean_over_workers
 from raycontrolnet.training.host_copy import HostCopy
 from raycontrolnet.training.state import state_parts, write_parts
 
@@ -32,6 +36,7 @@ CPU = torch.device("cpu")
 SIZE = 2
 BUSY_CYCLES = 2**28
 """Cycles of the device: about 0.15 s."""
+NOTICES = [0.0, 1.0]
 Result = dict[str, Any]
 """Figures, with `ok`."""
 
@@ -112,20 +117,33 @@ def loss_scaler_skips(base: Components, device: torch.device) -> Result:
     return {"weights kept": kept, "scale halved": halved, "next taken": taken, "ok": kept and halved and taken}
 
 
+def update(state: TrainState, number: int, device: torch.device) -> OnItsWay:
+    """Do an update as a worker does, from rows to the figures on their way; return what workers have seen."""
+    first = SIZE * number
+    tokenizers = tuple(TextLengths() for _ in state.components.text_encoders)
+    rows = [fake_row(index, TINY_RESOLUTION) for index in range(first, first + SIZE)]
+    batch = make_batch(rows, replace(state.components, tokenizers=tokenizers), device)
+    draws = draws_of(state.components, first, SIZE, TINY_RESOLUTION, device)
+    state.begin_update(1)
+    metrics = train_step(state, batch, draws)
+    _, notices = mean_over_workers([metrics.loss], 1.0, NOTICES, state.accelerator)
+    return notices
+
+
 def no_synchronisation(base: Components, device: torch.device) -> Result:
-    """Let CUDA fail at whatever waits for the device in a step whose batch and draws are there."""
+    """Let CUDA fail at whatever waits for the device in an update: its inputs, the step, and its figures."""
     said: dict[str, str | None] = {}
     for name, graphs in (("kernel by kernel", False), ("by a graph", True)):
         config = settings("bf16", cuda_graphs="on" if graphs else "off")
         with training(copied(base, config, device), config) as state:
-            do_steps(state, 0, 2, device)
-            batch = random_batch(state.components, SIZE, TINY_RESOLUTION, device, cached=False)
-            draws = draws_of(state.components, 2 * SIZE, SIZE, TINY_RESOLUTION, device)
+            for number in range(2):
+                update(state, number, device)
             torch.cuda.synchronize()
             try:
                 torch.cuda.set_sync_debug_mode("error")
-                train_step(state, batch, draws)
-                said[name] = None
+                notices = update(state, 2, device)
+                torch.cuda.set_sync_debug_mode("default")
+                said[name] = None if notices.read() == NOTICES else f"the notices are {notices.read()}"
             except RuntimeError as error:
                 said[name] = str(error).splitlines()[0]
             finally:

@@ -11,6 +11,9 @@ from pathlib import Path
 import checks
 import pytest
 import torch
+from correctness import CPU, NOTICES, update
+from full_size import TINY
+from states import components_of, settings, training
 
 HERE = Path(__file__).parent
 WITHOUT = """
@@ -34,6 +37,14 @@ def test_it_needs_few_packages() -> None:
     found = kit("--help")
     assert found.returncode == 0, found.stderr
     assert "OUT/kit.json is written" in found.stdout
+
+
+def test_an_update_as_a_worker_does_it() -> None:
+    """On the CPU; on a GPU the kit lets it fail where it waits."""
+    config = settings()
+    with training(components_of(TINY, config, CPU, cached=False), config) as state:
+        assert [update(state, number, CPU).read() for number in range(2)] == [NOTICES] * 2
+        assert state.step == 2
 
 
 @pytest.mark.slow
