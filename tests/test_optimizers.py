@@ -328,7 +328,7 @@ FUSED_ON_GPUS = ["Adam", "AdamW", "SGD", "Adagrad"]
 
 @pytest.mark.parametrize("name", [*FUSED_ON_GPUS, "RAdam"])
 def test_fused_by_default_on_gpus(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of PyTorch's classes those that can be, where a user has not chosen the kernels; AdamW on CPUs too."""
+    """Take those classes of PyTorch that can be, where a user has not chosen the kernels; AdamW on CPUs too."""
     weight = [torch.nn.Parameter(torch.zeros(2))]
     settings = config(optimizer=f"{TORCHS}.{name}")
     assert bool(build_optimizer(weight, settings, 1e-3).defaults.get("fused")) == (name == "AdamW")
