@@ -146,10 +146,8 @@ def test_the_gpu_here_decides(settings: Settings, tmp_path: Path, monkeypatch: p
 def test_sdxls_own_vae_is_as_fast_in_a_step(tiny_xl_base: Path) -> None:
     train = TrainConfig(pretrained_model_name_or_path=str(tiny_xl_base), train_data_dir=".", mixed_precision="bf16")
     named = dataclasses.replace(train, pretrained_vae_model_name_or_path="another")
-    own, other = (
-        enough_uses.enough_uses(each, known_family(base_family(train, None), train), PEAKS["L4"])
-        for each in (train, named)
-    )
+    family = known_family(base_family(train, None), train)
+    own, other = (enough_uses.enough_uses(each, family, PEAKS["L4"]) for each in (train, named))
     assert (own, other) == (1.1, 121 / 30.3)
 
 

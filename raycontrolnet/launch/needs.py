@@ -239,8 +239,8 @@ def say_needs(needs: Needs, schedule: Schedule, memory: WorkerMemory, stream: Te
     precision = in_words(needs.train.mixed_precision or NO, "")
     checkpoints = counted(needs.num_checkpoints(schedule), "checkpoint")
     stream.write(
-        f"needs: {memory_size(needs.memory)} of {where} at batch {size} in {precision}, {work(needs.prediction.flop_per_sample)} a "
-        f"sample, {checkpoints} of {file_size(needs.checkpoint_bytes)}\n"
+        f"needs: {memory_size(needs.memory)} of {where} at batch {size} in {precision}, "
+        f"{work(needs.prediction.flop_per_sample)} a sample, {checkpoints} of {file_size(needs.checkpoint_bytes)}\n"
     )
     if memory.bytes is None:
         return None
