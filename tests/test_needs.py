@@ -58,7 +58,10 @@ def said(memory: WorkerMemory, needs: Needs = NEEDS) -> tuple[str | None, list[s
 
 
 def test_the_line() -> None:
-    line = "needs: 32.2 GiB of each GPU at batch 4, 2.27 TFLOP a sample, 3 checkpoints of 1.2 GB"
+    """With the precision, which is decided only after the encoding where it is not given."""
+    line = "needs: 32.2 GiB of each GPU at batch 4 in fp32, 2.27 TFLOP a sample, 3 checkpoints of 1.2 GB"
+    half = replace(NEEDS, train=replace(TRAIN, mixed_precision="bf16"))
+    assert said(WorkerMemory(None, is_gpu=True), half) == (None, [line.replace("fp32", "bf16")])
     for memory in (None, 80 * GIB):
         assert said(WorkerMemory(memory, is_gpu=True)) == (None, [line])
 
@@ -83,7 +86,7 @@ def test_a_part_of_a_gpu() -> None:
 def test_cpus_are_warned_of_alone() -> None:
     problem, lines = said(WorkerMemory(24 * GIB, is_gpu=False))
     assert problem is None
-    assert lines[0].startswith("needs: 32.2 GiB of memory for each worker at batch 4, ")
+    assert lines[0].startswith("needs: 32.2 GiB of memory for each worker at batch 4 in fp32, ")
     warning = "warning: the run may be killed, or swap: batch 4 needs 32.2 GiB, this machine has 24.0 GiB: "
     assert lines[1:] == [f"{warning}--gradient_checkpointing brings it to 9.9 GiB"]
     assert host_share(2).bytes == host_share(1).bytes / 2  # type: ignore[operator]
@@ -412,7 +415,7 @@ def said_of_the_heaviest(plan: SweepPlan, monkeypatch: pytest.MonkeyPatch) -> li
     with counting(StepSpec(BIG, cached=True), wanted=False) as under_way:
         say_heaviest(plan, found, under_way, stream, types=None, use_gpu=True)
     first, *rest = stream.getvalue().splitlines()
-    assert first.startswith("needs: 62.0 GiB of each GPU at batch 8")
+    assert first.startswith("needs: 62.0 GiB of each GPU at batch 8 in fp32, ")
     return rest
 
 

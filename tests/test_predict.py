@@ -26,17 +26,18 @@ from raycontrolnet.config.check_config import CheckConfig
 from raycontrolnet.config.objective_settings import PLAIN
 from raycontrolnet.errors import ConfigError
 from raycontrolnet.launch import checked_device
-from raycontrolnet.launch.check import _device_lines, _memory_lines, check
+from raycontrolnet.launch.check import _device_lines, _memory_lines, _rows_to_encode, check
 from raycontrolnet.launch.checked_device import Device
 from raycontrolnet.launch.needs import Needs, memory_size
 from raycontrolnet.model.components import Components, load_components
 from raycontrolnet.model.families.registry import family_of
 from raycontrolnet.model.files import local_files
 from raycontrolnet.predict.count import StepCost, _counter, count_steps
-from raycontrolnet.predict.devices import peak_of
+from raycontrolnet.predict.devices import PYTHON_S_PER_CALL, peak_of
 from raycontrolnet.predict.prediction import GAPS, GIB, LEAST_RESERVED, RESERVED, Prediction, _use_layers_of_gpus
 from raycontrolnet.predict.shape_tensors import ShapeMode
 from raycontrolnet.predict.shapes import _models, shaped
+from raycontrolnet.storage.checkpoint import Checkpoint
 
 BUDGET = 6_300
 """Calls of operators in a step of SD 1.5: 6,223 when they were first counted so, without asking for devices."""
@@ -71,6 +72,7 @@ def test_the_figures_that_were_measured(sd15: Path) -> None:
     assert round(found.weights["denoiser"] / 1e6) == 860
     assert round(found.weights["ControlNet"] / 1e6) == 361
     assert found.flop_per_sample / 1e12 == pytest.approx(2.34, rel=0.01)
+    assert found.encoding_flop / 1e12 == pytest.approx(1.12, rel=0.01)
     assert found.dispatches <= BUDGET
 
 
@@ -83,6 +85,8 @@ def test_the_layers_of_a_gpu(sd15: Path) -> None:
     assert found.flop_per_sample == plain.flop_per_sample
     assert 0.7 < found.activations_per_sample / plain.activations_per_sample < 0.8
     assert found.dispatches <= BUDGET_ON_GPUS
+    measured = 4 / 20.2  # seconds of a step of batch 4 without graphs, tests/benchmarks/RESULTS.md
+    assert found.dispatches * PYTHON_S_PER_CALL == pytest.approx(measured, rel=0.05)
     guide = (Path(__file__).parents[1] / "examples" / "guides" / "needs.md").read_text()
     needs = Needs(TrainConfig(pretrained_model_name_or_path="none", train_data_dir="."), found, lambda **_: found)
     shown = [*_memory_lines(found, 4, "a GPU", on_gpu=True), *_device_lines(needs, Device(None, 24 * GIB, None))]
@@ -203,6 +207,8 @@ def test_precision_and_optimizer(tiny_base: Path) -> None:
     half, plain = (predicted(tiny_base, dtype, resolution=64) for dtype in (torch.bfloat16, torch.float32))
     assert plain.frozen_bytes["denoiser"] == 2 * half.frozen_bytes["denoiser"]
     assert "VAE" not in half.frozen_bytes
+    pixels = predicted(tiny_base, torch.bfloat16, cached=False, resolution=64)
+    assert pixels.flop_per_sample - half.flop_per_sample == half.encoding_flop == plain.encoding_flop > 0
     assert plain.activations_per_sample > 1.3 * half.activations_per_sample
     assert half.trained_bytes["optimizer"] == 4 * half.with_8bit_adam().trained_bytes["optimizer"]
     assert half.total(3) - half.with_8bit_adam().total(3) == 6 * half.weights["ControlNet"]
@@ -274,17 +280,29 @@ def test_what_it_says(tiny_settings: dict[str, Any], monkeypatch: pytest.MonkeyP
     )
     assert any(line.startswith("  VAE ") and "on the CPU" in line for line in said)
     text = "\n".join(said)
+    assert "encoding: 13 images of " in text
     assert "device: fits; the largest batch for 0.5 of the machine with 12.0 GiB is " in text
     assert re.search(r"work: 30 updates, 120 samples of 0\.\d*[1-9]\d* GFLOP each", text)
     assert re.search(r"  together +(0\.[1-9]|[1-9]\d*\.\d) MiB ", text), "no zeros for small models"
     assert "cost: " in text
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     said = checked(tiny_settings | run, price_per_hour=3.6)
+    assert "encoding: " not in "\n".join(said), "from pixels"
     assert "time and cost: not known without the device; --device_tflops" in "\n".join(said)
     assert "disk: 2 checkpoints of " in text
     assert "cache: 256 B of latents a row, " in text
     both = "\n".join(checked(tiny_settings | run | {"cache_latents": "on", "random_flip": True}))
     assert "cache: 512 B of latents a row (both ways, for --random_flip), " in both
+    assert "encoding: 26 images (both ways, for --random_flip) of " in both
+
+
+def test_rows_that_are_encoded_first() -> None:
+    """Held-out rows, too; none for a run that goes on with its cache."""
+    train = TrainConfig(pretrained_model_name_or_path="base", train_data_dir="data", validation_split=16)
+    some = replace(train, max_train_samples=100)
+    pixels, cached = (Checkpoint(Path("checkpoint-1"), 1, 4, 0, "run", {"cached": cached}) for cached in (False, True))
+    assert [_rows_to_encode(each, 1000, None) for each in (train, some)] == [1000, 116]
+    assert [_rows_to_encode(train, 1000, start) for start in (pixels, cached)] == [1000, 0]
 
 
 CPU_OF_24 = "the CPU (--use_gpu False), of a machine of 24.0 GiB"

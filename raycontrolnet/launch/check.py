@@ -28,11 +28,13 @@ from raycontrolnet.launch.checked_device import (
     in_precision_of_device,
     is_for_gpu,
 )
-from raycontrolnet.launch.needs import MAY_BE_KILLED, Needs, StepSpec, count, known_family, memory_size, work
+from raycontrolnet.launch.enough_uses import enough_uses
+from raycontrolnet.launch.expected_time import Work, work_lines
+from raycontrolnet.launch.needs import MAY_BE_KILLED, Needs, StepSpec, count, known_family, memory_size
 from raycontrolnet.launch.preflight import no_cache_because, wants_latents
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.optimizers import try_optimizer
-from raycontrolnet.predict.devices import REACHED
+from raycontrolnet.predict.devices import TYPICAL
 from raycontrolnet.predict.prediction import GIB, Prediction, margin
 from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.storage.object_store import ObjectStore
@@ -40,7 +42,7 @@ from raycontrolnet.storage.resume import check_holds_no_sweep, resolve
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.storage.stored_folder import run_folder
 from raycontrolnet.storage.uri import UNUSABLE, unusable
-from raycontrolnet.text import counted, decimals, duration, file_size, short_number
+from raycontrolnet.text import counted, file_size, short_number
 from raycontrolnet.training.room import check_room, final_bytes
 from raycontrolnet.training.schedule import Schedule
 
@@ -78,13 +80,16 @@ def check(config: CheckConfig, *, stream: TextIO | None = None) -> Prediction:
     start = _start(train, folder, refused)
     rows = len(source) - train.num_held_out(len(source))
     schedule = Schedule.of(train, min(rows, train.max_train_samples or rows), train.most_workers, start)
-    cached = wants_latents(train, schedule, start)
+    device = Device.of(config, schedule.num_workers)
+    enough = enough_uses(train, family, device.peak or TYPICAL if device.is_gpu else None)
+    cached = wants_latents(train, schedule, start, enough=enough)
     with collected(refused):
         cached = cached and (start is not None or no_cache_because(train, len(source)) is None)
     buckets = find_buckets(train, source, family.resolution_multiple)
     step = StepSpec(train, token, cached, buckets.sizes if buckets else (), on_gpu=is_for_gpu(config))
-    device, prediction = Device.of(config, schedule.num_workers), count(step)
+    prediction = count(step)
     needs = Needs.of(step, prediction)
+    run = Work(train, prediction, schedule, _rows_to_encode(train, len(source), start) if cached else 0)
     lines = [
         *_run_lines(family, train, schedule, cached=cached),
         *([f"data: {sources}"] if (sources := sources_in_words(source, train)) else []),
@@ -92,7 +97,7 @@ def check(config: CheckConfig, *, stream: TextIO | None = None) -> Prediction:
         *train.without_effect(),
         *_memory_lines(prediction, train.train_batch_size, device_in_words(config, device), on_gpu=device.is_gpu),
         *_device_lines(needs, device),
-        *_work_lines(prediction, schedule, device, config.price_per_hour),
+        *work_lines(run, device, config.price_per_hour),
         *_disk_lines(needs, schedule, len(source), cached=cached),
     ]
     stream.write("\n".join(lines) + "\n")
@@ -143,6 +148,14 @@ def _unwritable(folder: RunFolder) -> str | None:
     except UNUSABLE as error:
         return f"--output_dir={folder.shown}: {unusable(error)}"
     return None
+
+
+def _rows_to_encode(train: TrainConfig, num_rows: int, start: Checkpoint | None) -> int:
+    """Return the rows that a cached run encodes: all that it uses, but where it goes on with the cache that it has.
+
+    Others may be cached already. To know that, the VAE's weights would have to be read.
+    """
+    return 0 if start and start.manifest.get("cached") else min(num_rows, train.num_used(num_rows))
 
 
 def _run_lines(family: Family, train: TrainConfig, schedule: Schedule, *, cached: bool) -> Iterator[str]:
@@ -196,30 +209,6 @@ def _device_lines(needs: Needs, device: Device) -> Iterator[str]:
     else:
         need = f"batch {batch_size} needs {memory_size(needs.memory)} and what {user} needs"
         yield f"\ndevice: {need}; {where} may just have it; to be sure, {sure}"
-
-
-def _work_lines(
-    prediction: Prediction, schedule: Schedule, device: Device, price_per_hour: float | None
-) -> Iterator[str]:
-    samples = schedule.total_updates * schedule.samples_per_update
-    flop = prediction.flop_per_sample * samples
-    each = work(prediction.flop_per_sample)
-    yield f"\nwork: {counted(schedule.total_updates, 'update')}, {counted(samples, 'sample')} of {each} each"
-    if device.tflops is None:
-        what = "time" if price_per_hour is None else "time and cost"
-        yield f"{what}: not known without the device; --device_tflops 312, of its data sheet, gives a range"
-        return
-    slow, fast = (flop / (schedule.num_workers * device.tflops * 1e12 * share) for share in REACHED)
-    rates = " to ".join(short_number(samples / seconds, 3) for seconds in (slow, fast))
-    yield (
-        f"time: {duration(fast)} to {duration(slow)}, {rates} images/s, at {REACHED[0]:.0%} to {REACHED[1]:.0%} of "
-        f"{device.tflops:g} TFLOP/s"
-    )
-    if price_per_hour is not None:
-        priced = "GPU" if device.is_gpu else "worker"
-        low, high = (seconds / 3600 * schedule.num_workers * price_per_hour for seconds in (fast, slow))
-        workers = counted(schedule.num_workers, priced)
-        yield f"cost: {decimals(low, 2)} to {decimals(high, 2)}, for {workers} at {price_per_hour:g} an hour"
 
 
 def _disk_lines(needs: Needs, schedule: Schedule, rows: int, *, cached: bool) -> Iterator[str]:

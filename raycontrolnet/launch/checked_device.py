@@ -13,7 +13,7 @@ from raycontrolnet.launch import precision
 from raycontrolnet.launch.needs import memory_size
 from raycontrolnet.launch.worker_memory import WorkerMemory, host_share
 from raycontrolnet.model.performance import has_bf16, working_precision
-from raycontrolnet.predict.devices import peak_of
+from raycontrolnet.predict.devices import Peak, peak_of, peak_with
 from raycontrolnet.predict.prediction import GIB
 
 
@@ -28,10 +28,17 @@ class Device:
     is_gpu: bool = True
     refuses: bool = True
     """False for this machine's CPU, which may swap: there `train` warns of a run that cannot fit, and tries it."""
+    peak: Peak | None = None
+    """Peaks of a GPU in all precisions, as far as `tflops` is known."""
 
     @property
     def words(self) -> str:
         return self.name or "the device"
+
+    @property
+    def fp32_tflops(self) -> float | None:
+        """Peak in fp32 without TF32; of a CPU, which has one figure for all, that."""
+        return self.peak.fp32 if self.peak else self.tflops
 
     @staticmethod
     def of(config: CheckConfig, num_workers: int = 1) -> Device:
@@ -45,15 +52,18 @@ class Device:
                 return Device(None, None, tflops, is_gpu=False)
             here = host_share(num_workers)
             return Device(here.words, here.bytes, tflops, is_gpu=False, refuses=False)
-        name = None
+        name = peak = None
+        dtype, allow_tf32 = working_precision(config.train.mixed_precision), config.train.allow_tf32
         if torch.cuda.is_available():
             found = torch.cuda.get_device_properties(0)
             name = found.name if memory is None else None
             memory = memory or found.total_memory / GIB
-            if tflops is None and (peak := peak_of(found.name)):
-                dtype = working_precision(config.train.mixed_precision)
-                tflops = peak.of(dtype, allow_tf32=config.train.allow_tf32)
-        return Device(name, memory * GIB if memory else None, tflops)
+            peak = peak_of(found.name)
+        if tflops is not None:
+            peak = peak_with(tflops, dtype, allow_tf32=allow_tf32)
+        elif peak is not None:
+            tflops = peak.of(dtype, allow_tf32=allow_tf32)
+        return Device(name, memory * GIB if memory else None, tflops, peak=peak)
 
 
 def in_precision_of_device(config: CheckConfig) -> TrainConfig:

@@ -12,6 +12,7 @@ from raycontrolnet.config.optimizer_settings import ADAMW
 from raycontrolnet.config.train_config import TrainConfig
 from raycontrolnet.data.records import Size
 from raycontrolnet.errors import UserError
+from raycontrolnet.launch.precision import NO, in_words
 from raycontrolnet.launch.worker_memory import WorkerMemory
 from raycontrolnet.model.base_family import base_family
 from raycontrolnet.model.families.family import Family
@@ -235,10 +236,11 @@ def say_needs(needs: Needs, schedule: Schedule, memory: WorkerMemory, stream: Te
     """
     size = needs.train.train_batch_size
     where = "each GPU" if memory.is_gpu else "memory for each worker"
+    precision = in_words(needs.train.mixed_precision or NO, "")
     checkpoints = counted(needs.num_checkpoints(schedule), "checkpoint")
     stream.write(
-        f"needs: {memory_size(needs.memory)} of {where} at batch {size}, {work(needs.prediction.flop_per_sample)} a "
-        f"sample, {checkpoints} of {file_size(needs.checkpoint_bytes)}\n"
+        f"needs: {memory_size(needs.memory)} of {where} at batch {size} in {precision}, "
+        f"{work(needs.prediction.flop_per_sample)} a sample, {checkpoints} of {file_size(needs.checkpoint_bytes)}\n"
     )
     if memory.bytes is None:
         return None

@@ -23,6 +23,7 @@ from raycontrolnet.data.records import Size
 from raycontrolnet.model.batch import Batch, Draws, latent_shape
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.step import controlnet_loss, with_posterior
+from raycontrolnet.model.vae import encode_images
 from raycontrolnet.predict.shape_tensors import memory_of
 
 SIZES = 6
@@ -163,6 +164,18 @@ def _counter(
     with as_autocast_on_gpus(components) as controlnet, counter:
         controlnet_loss(components, controlnet, batch, draws, objective).mean().backward()
     return counter
+
+
+def count_encoding(components: Components, resolution: Size) -> int:
+    """Count the floating-point operations by which the VAE encodes one image, for the latent cache.
+
+    Args:
+        components: of `shapes`.
+    """
+    images = torch.zeros(1, *resolution, 3, dtype=torch.uint8)
+    with torch.no_grad(), StepCounter(1) as counter:
+        encode_images(components.vae, images)
+    return counter.of(1).flop
 
 
 def _inputs(components: Components, batch_size: int, resolution: Size | int) -> tuple[Batch, Draws]:

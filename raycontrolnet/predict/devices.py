@@ -9,6 +9,9 @@ import torch
 
 REACHED = (0.15, 0.35)
 """Shares of the peak between which a step is expected; a ControlNet step has many small kernels."""
+PYTHON_S_PER_CALL = 30e-6
+"""Seconds in which Python asks a GPU for one operator of a step: a step of Stable Diffusion 1.5 without CUDA graphs
+has 6,516 and took 0.2 s, at batch 4 (20.2 images/s) as at 16 (79.9): tests/benchmarks/RESULTS.md, 2026-11-27."""
 
 
 class Peak(NamedTuple):
@@ -44,6 +47,8 @@ PEAKS = {
     "T4": Peak(65, 8.1, 8.1),
 }
 """Words in a device's name, as CUDA gives it -> peak; the first that fits."""
+TYPICAL = PEAKS["H100"]
+"""Peaks of a GPU of which nothing is known; an A100's have the same proportions."""
 
 
 def peak_of(name: str) -> Peak | None:
@@ -51,6 +56,16 @@ def peak_of(name: str) -> Peak | None:
     if "laptop" in name.lower() or "max-q" in name.lower():
         return None
     return next((peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
+
+
+def peak_with(tflops: float, dtype: torch.dtype, *, allow_tf32: bool) -> Peak:
+    """Return the peaks of a GPU by the one in a run's precision: as listed, or else in proportion to the typical ones.
+
+    Of several that are listed, the one that is slowest in fp32 counts.
+    """
+    listed = [each for each in PEAKS.values() if each.of(dtype, allow_tf32=allow_tf32) == tflops]
+    share = tflops / TYPICAL.of(dtype, allow_tf32=allow_tf32)
+    return min(listed, key=lambda each: each.fp32, default=Peak(*(share * each for each in TYPICAL)))
 
 
 MEMORY = {

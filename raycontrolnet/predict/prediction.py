@@ -17,7 +17,7 @@ from raycontrolnet.model.graphs import has_graphs
 from raycontrolnet.model.optimizers import MOMENTS
 from raycontrolnet.model.performance import enable_memory_savers
 from raycontrolnet.model.size import FP32_BYTES
-from raycontrolnet.predict.count import count_steps, input_bytes
+from raycontrolnet.predict.count import count_encoding, count_steps, input_bytes
 
 GIB = 2**30
 MIB = 2**20
@@ -64,6 +64,8 @@ class Prediction:
     """Calls of operators in a step."""
     latents: int
     """Numbers in the latents of a sample."""
+    encoding_flop: int = 0
+    """Floating-point operations by which the VAE encodes an image for the latent cache."""
     has_averages: bool = False
     """True for a run that averages its weights (--use_ema)."""
     has_graphs: bool = False
@@ -179,6 +181,7 @@ def predict(
         flop_per_sample=(two.flop - one.flop) // size,
         dispatches=one.dispatches,
         latents=math.prod(latent_shape(components, largest)),
+        encoding_flop=count_encoding(components, largest),
         has_averages=config.use_ema,
         has_graphs=graphs,
         graph_inputs_per_sample=input_bytes(components, sizes, **how) if graphs else 0,
