@@ -24,7 +24,8 @@ from raycontrolnet.launch.needs import Needs, StepSpec, count
 from raycontrolnet.model import optimizers
 from raycontrolnet.model.optim import build_optimizer
 from raycontrolnet.model.optimizers import _tried as tried
-from raycontrolnet.model.optimizers import fuses, state_bytes_per_weight, try_optimizer
+from raycontrolnet.model.optimizers import copies_weights, fuses, state_bytes_per_weight, try_optimizer
+from raycontrolnet.predict.count import StepCounter
 from raycontrolnet.tune.checks import optimizer_problems_of
 
 TORCHS = "torch.optim"
@@ -425,3 +426,35 @@ def test_trials_with_optimizers_that_cannot_be_used() -> None:
     }
     (problem,) = optimizer_problems_of(config(), SweepConfig(train=config(), space=others).parsed_space)
     assert "--optimizer=torch.optim.SGD, --optimizer_args=betas=[0.8, 0.9]: SGD.__init__() got an unexpected" in problem
+
+
+@pytest.mark.parametrize(
+    ("settings", "copies"),
+    [
+        ({}, False),
+        ({"mixed_precision": "fp16"}, True),
+        ({"use_8bit_adam": True}, False),
+        ({"optimizer": "torch.optim.RAdam"}, True),
+        ({"optimizer": "torch.optim.Adagrad"}, False),
+        ({"optimizer": "torch.optim.RAdam", "optimizer_args": "foreach=false"}, False),
+        ({"optimizer_args": "foreach=true"}, True),
+        ({"optimizer_args": "fused=false"}, True),
+        ({"optimizer": "torch.optim.Adafactor", "optimizer_args": "foreach=false"}, False),
+    ],
+)
+def test_optimizers_that_copy_the_weights(settings: dict[str, Any], copies: bool) -> None:
+    assert copies_weights(config(**settings)) is copies
+
+
+@pytest.mark.parametrize("name", ["AdamW", "NAdam", "RAdam", "Adamax", "RMSprop"])
+def test_what_an_update_of_all_weights_together_takes(name: str) -> None:
+    """A copy of them; only Adadelta makes two."""
+    weights = [torch.nn.Parameter(torch.ones(64, 64)) for _ in range(8)]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer = getattr(torch.optim, name)(weights, foreach=True)
+    optimizer.step()
+    counter = StepCounter(1)
+    with counter:
+        optimizer.step()
+    assert counter.of(1).activations == pytest.approx(sum(weight.nbytes for weight in weights), rel=0.01)

@@ -173,9 +173,9 @@ def _memory_lines(prediction: Prediction, batch_size: int, device: str, *, on_gp
     for name in ("gradients", "optimizer", "averages"):
         if name in prediction.trained_bytes:
             yield _row(name, memory_size(prediction.trained_bytes[name]))
-    if copied := prediction.averaging(batch_size):
+    if copied := prediction.updating(batch_size):
         beside = "beside CUDA graphs" if prediction.has_graphs else "less the activations, which are gone by then"
-        yield _row("averaging", memory_size(copied), f"a copy of them, {beside}")
+        yield _row("update", memory_size(copied), f"a copy of the weights, {beside}")
     if inputs := prediction.graph_inputs(batch_size):
         yield _row("graph inputs", memory_size(inputs), _per_sample(prediction.graph_inputs_per_sample))
     per_sample = _per_sample(prediction.activations_per_sample)

@@ -229,6 +229,19 @@ def fuses(config: TrainConfig, device: torch.device) -> bool:
     return True
 
 
+def copies_weights(config: TrainConfig) -> bool:
+    """Check that an update on a GPU makes a copy of all weights: by a few kernels for all of them (foreach).
+
+    A fused one makes none, nor do classes that take one weight after the other.
+    """
+    if config.use_8bit_adam:
+        return False
+    names, chosen = constructor_arguments(class_of(config)), arguments_of(config)
+    takes_fused = _is_torchs(config.optimizer) and "fused" in names and config.mixed_precision != "fp16"
+    fused = chosen.get("fused", takes_fused and "foreach" not in chosen)
+    return bool(chosen.get("foreach", "foreach" in names and not fused))
+
+
 def _tried(
     config: TrainConfig, shapes: Iterable[Sequence[int]], device: torch.device | None = None, **options: Any
 ) -> Optimizer:

@@ -14,7 +14,7 @@ from raycontrolnet.data.records import Size
 from raycontrolnet.model.batch import latent_shape
 from raycontrolnet.model.components import Components
 from raycontrolnet.model.graphs import has_graphs
-from raycontrolnet.model.optimizers import MOMENTS
+from raycontrolnet.model.optimizers import MOMENTS, copies_weights
 from raycontrolnet.model.performance import enable_memory_savers
 from raycontrolnet.model.size import FP32_BYTES
 from raycontrolnet.predict.count import count_encoding, count_steps, input_bytes
@@ -68,6 +68,8 @@ class Prediction:
     """Floating-point operations by which the VAE encodes an image for the latent cache."""
     has_averages: bool = False
     """True for a run that averages its weights (--use_ema)."""
+    optimizer_copies: bool = False
+    """True for an optimizer whose update makes a copy of all weights."""
     has_graphs: bool = False
     """True for CUDA graphs, which keep the memory of a step's activations."""
     graph_inputs_per_sample: int = 0
@@ -94,18 +96,19 @@ class Prediction:
     def graph_inputs(self, batch_size: int) -> int:
         return self.graph_inputs_per_sample * batch_size
 
-    def averaging(self, batch_size: int) -> float:
-        """Return the bytes that an update of the averages takes beyond the activations: it makes a copy of them.
+    @property
+    def _copied(self) -> int:
+        """Bytes of a copy of the weights, which some optimizers make, and every update of the averages."""
+        return FP32_BYTES * self.trained if self.has_averages or self.optimizer_copies else 0
 
-        No activations are left then, but those in graphs.
-        """
-        copied = self.trained_bytes.get("averages", 0)
-        return copied if self.has_graphs else max(0.0, copied - self.activations(batch_size))
+    def updating(self, batch_size: int) -> float:
+        """Return the bytes that an update takes beyond the activations, of which none are left but those in graphs."""
+        return self._copied if self.has_graphs else max(0.0, self._copied - self.activations(batch_size))
 
     def total(self, batch_size: int) -> float:
         """Return the most bytes at a time, beside CUDA's context and the kernels' workspaces."""
         of_batch = self.activations(batch_size) + self.graph_inputs(batch_size)
-        return self._fixed + of_batch + self.averaging(batch_size)
+        return self._fixed + of_batch + self.updating(batch_size)
 
     def fits(self, batch_size: int, device_bytes: float, reserved: float = LEAST_RESERVED) -> bool:
         """Check whether a batch fits a device, of which CUDA or Python take `reserved` bytes."""
@@ -118,16 +121,15 @@ class Prediction:
     def largest_batch(self, device_bytes: float, reserved: float = RESERVED) -> int:
         """Return the largest batch that fits a device to be sure; 0 if none does."""
         left = device_bytes - margin(device_bytes, reserved) - self._fixed
-        copied = self.trained_bytes.get("averages", 0)
-        if left < copied:
+        if left < self._copied:
             return 0
         if self.has_graphs:
-            left -= copied
+            left -= self._copied
         per_sample = self.activations_per_sample + self.graph_inputs_per_sample
         return max(0, int((left - self.activations(0)) // per_sample))
 
     def with_8bit_adam(self) -> Prediction:
-        return replace(self, moment_bytes=MOMENTS[True])
+        return replace(self, moment_bytes=MOMENTS[True], optimizer_copies=False)
 
     def without_graphs(self) -> Prediction:
         return replace(self, has_graphs=False, graph_inputs_per_sample=0)
@@ -183,6 +185,7 @@ def predict(
         latents=math.prod(latent_shape(components, largest)),
         encoding_flop=count_encoding(components, largest),
         has_averages=config.use_ema,
+        optimizer_copies=on_gpu and copies_weights(config),
         has_graphs=graphs,
         graph_inputs_per_sample=input_bytes(components, sizes, **how) if graphs else 0,
     )
