@@ -113,6 +113,12 @@ def test_a_worker_that_is_stopped_is_named_to_those_that_wait_for_it() -> None:
     assert signs[0].suspect(UPDATE_5, 60) is None
 
 
+def test_there_may_be_no_limit(tmp_path: Path) -> None:
+    """A watch that fails in its thread fails the test."""
+    with Watchdog("Worker 0", RunFolder(str(tmp_path)), tmp_path / "run.log", math.inf).watching():
+        time.sleep(0.1)
+
+
 def test_a_worker_that_is_behind_is_named() -> None:
     signs = signs_of(3)
     told = [(5, "an update"), (5, "the wait for data"), (4, "a checkpoint")]

@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 SENDING_S = 20.0
 """Time to tell an object store of a hang."""
-LOOKS = 20
-"""Looks in the time that is allowed."""
+LOOKS, MOST_LOOK_S = 20, 60.0
+"""Looks in the time that is allowed, which may be without end, and seconds between two at most."""
 READING, FIRST_COLLECTIVE, PREPARATIONS = "the reading of the models", "the first collective", "the preparations"
 UPDATE = "an update"
 UNKNOWN = "by itself, or in waiting for another"
@@ -119,7 +119,7 @@ class Watchdog:
         """Watch this thread, in another, while the `with` block runs; it first reads the models."""
         self.progress(READING, timed=False)  # as long as the store takes
         self._thread = threading.get_ident()
-        self._looked, interval_s = time.monotonic(), self.timeout_s / LOOKS
+        self._looked, interval_s = time.monotonic(), min(self.timeout_s / LOOKS, MOST_LOOK_S)
         exchanging = self.signs.exchanging(self._position, interval_s) if self.signs else nullcontext()
         with exchanging, repeating(self._look, interval_s, "watchdog"):
             yield
