@@ -6,7 +6,6 @@ import dataclasses
 import io
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,13 +16,9 @@ from raycontrolnet import RunResult, TrainConfig, fit, prepare
 from raycontrolnet.data import transforms
 from raycontrolnet.errors import ConfigError, UserError
 from raycontrolnet.latents.cache import read_row
-from raycontrolnet.launch import enough_uses, preflight
-from raycontrolnet.launch.needs import known_family
 from raycontrolnet.launch.preflight import check, choose_latents
-from raycontrolnet.model.base_family import base_family
 from raycontrolnet.model.components import load_components
 from raycontrolnet.model.performance import vae_on
-from raycontrolnet.predict.devices import PEAKS
 from raycontrolnet.storage.folder import cache_folder
 from raycontrolnet.storage.run_folder import RunFolder
 from raycontrolnet.training.status import read_status
@@ -95,90 +90,6 @@ def test_auto_caches_what_is_used_more_than_once(
 ) -> None:
     checked = check(TrainConfig(**settings | {"cache_latents": "auto"} | changed), RunFolder(str(tmp_path / "out")))
     assert (choose_latents(checked, io.StringIO()).latents is not None) == cached
-
-
-def chosen(settings: Settings, out: Path, **changed: Any) -> tuple[bool, str]:
-    """Return whether a run on a GPU would train from the cache, and what it says; nothing is encoded."""
-    given = settings | {"cache_latents": "auto", "max_train_steps": changed.pop("max_train_steps")}
-    here = check(TrainConfig(**given), RunFolder(str(out)))
-    said = io.StringIO()
-    run = dataclasses.replace(here, config=dataclasses.replace(here.config, use_gpu=True, **changed))
-    return choose_latents(run, said).latents is not None, said.getvalue()
-
-
-H100, L4 = {"accelerator_type": "H100"}, {"accelerator_type": "L4"}
-
-
-@pytest.mark.parametrize(
-    ("uses", "changed", "cached"),
-    [
-        (14, H100, False),  # 989 / 67
-        (16, H100, True),
-        (3, L4, False),  # 121 / 30.3
-        (5, L4, True),
-        (5, L4 | {"random_flip": True}, False),
-        (9, L4 | {"random_flip": True}, True),
-        (14, {"accelerator_type": "a type of tomorrow"}, False),
-        (2, H100 | {"mixed_precision": "no"}, True),
-        (7, H100 | {"mixed_precision": "no", "allow_tf32": True}, False),
-        (8, H100 | {"mixed_precision": "no", "allow_tf32": True}, True),
-        (1, H100 | {"mixed_precision": "no"}, False),
-    ],
-)
-def test_gpus_cache_what_pays_to_encode_in_fp32(
-    uses: int, changed: Settings, cached: bool, settings: Settings, tmp_path: Path
-) -> None:
-    settings |= {"train_batch_size": 13}
-    found, said = chosen(settings, tmp_path / "out", max_train_steps=uses, **changed)
-    assert found == cached
-    why = f"an image is used {uses:.2f} times, and encoding it for a cache, in fp32, takes as long as "
-    assert (why in said) == (not cached and uses > 1)
-
-
-def test_the_gpu_here_decides(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, capability, expected in (("NVIDIA L4", 8, True), ("NVIDIA H100", 9, False), ("Tesla T4", 7, True)):
-        monkeypatch.setattr(enough_uses, "first_gpu_here", lambda found=(name, capability): found)
-        assert chosen(settings, tmp_path / "out", max_train_steps=20)[0] == expected, name  # 6 uses; a T4 has no bf16
-    monkeypatch.setattr(enough_uses, "first_gpu_here", lambda: None)
-    assert not chosen(settings, tmp_path / "out", max_train_steps=20)[0]
-
-
-def test_sdxls_own_vae_is_as_fast_in_a_step(tiny_xl_base: Path) -> None:
-    train = TrainConfig(pretrained_model_name_or_path=str(tiny_xl_base), train_data_dir=".", mixed_precision="bf16")
-    named = dataclasses.replace(train, pretrained_vae_model_name_or_path="another")
-    family = known_family(base_family(train, None), train)
-    own, other = (enough_uses.enough_uses(each, family, PEAKS["L4"]) for each in (train, named))
-    assert (own, other) == (1.1, 121 / 30.3)
-
-
-def test_a_cache_that_is_there_is_used(settings: Settings, tmp_path: Path) -> None:
-    """By runs that alone would not make it; changed data makes it no trouble for them."""
-    data = Path(shutil.copytree(settings["train_data_dir"], tmp_path / "data"))
-    settings |= {"train_data_dir": str(data)}
-    assert not chosen(settings, tmp_path / "out", max_train_steps=6, **H100)[0]  # 1.8 uses
-    prepare(TrainConfig(**settings), stream=io.StringIO())
-    assert chosen(settings, tmp_path / "out", max_train_steps=6, **H100) == (True, "")
-    assert not chosen(settings, tmp_path / "out", max_train_steps=3, **H100)[0], "used once"
-    assert not chosen(settings | {"resolution": 16}, tmp_path / "out", max_train_steps=6, **H100)[0]
-    metadata = data / "metadata.jsonl"
-    metadata.write_text("\n".join(metadata.read_text().splitlines()[1:]) + "\n")
-    assert not chosen(settings, tmp_path / "out", max_train_steps=6, **H100)[0]
-
-
-def test_a_run_from_pixels_goes_on_so_on_another_device(
-    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also if the cache is there by then."""
-    settings |= {"cache_latents": "auto", "max_train_steps": 6, "checkpointing_steps": 2}
-    with monkeypatch.context() as on_gpu:
-        on_gpu.setattr(preflight, "likely_enough_uses", lambda *_: 15.0)
-        whole = run(settings, tmp_path / "whole")
-    prepare(TrainConfig(**settings), stream=io.StringIO())
-    start = str(whole / "checkpoint-2")
-    assert losses(run(settings, tmp_path / "rest", resume_from_checkpoint=start)) == losses(whole)[2:]
-    with monkeypatch.context() as on_gpu:
-        on_gpu.setattr(preflight, "likely_enough_uses", lambda *_: 15.0)
-        assert losses(run(settings, tmp_path / "there", resume_from_checkpoint=start)) == losses(whole)[2:]
 
 
 def test_a_longer_run_that_is_resumed_may_begin_to_cache(settings: Settings, tmp_path: Path) -> None:

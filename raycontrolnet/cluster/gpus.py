@@ -1,9 +1,8 @@
-"""A look at GPUs without taking one: whether those of the connected cluster compute in bf16, and which one is here."""
+"""A look at the GPUs of the connected cluster: whether they compute in bf16."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from raycontrolnet.cluster import session
 from raycontrolnet.cluster.each_node import on_each_node
@@ -66,45 +65,23 @@ class Question:
             ray.cancel(self._answer, force=True)
 
 
-def first_gpu_here() -> tuple[str, int] | None:
-    """Return name and major compute capability of this machine's first GPU; None if there is none, or NVML is missing.
-
-    It takes no memory of the GPU.
-    """
-    return next(iter(_reader()()), None)
-
-
 def _looker() -> Callable[[int], bool | None]:
-    read = _reader()
-
     def look(least: int) -> bool | None:
         """Return whether each GPU has at least this capability; None if there are none, or NVML is missing."""
-        major = [capability for _, capability in read()]
-        return min(major) >= least if major else None
-
-    return look
-
-
-def _reader() -> Callable[[], list[tuple[str, int]]]:
-    def read() -> list[tuple[str, int]]:
-        """Return name and major capability of each GPU of the machine; none if NVML is missing."""
         # Private: the driver's library, as Ray brings it. Without it a task would have to take a GPU to ask torch.
         from ray._private.thirdparty import pynvml
-
-        def name(gpu: Any) -> str:
-            found = pynvml.nvmlDeviceGetName(gpu)
-            return found.decode() if isinstance(found, bytes) else found
 
         try:
             pynvml.nvmlInit()
         except pynvml.NVMLError:
-            return []
+            return None
         try:
             gpus = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-            return [(name(gpu), pynvml.nvmlDeviceGetCudaComputeCapability(gpu)[0]) for gpu in gpus]
+            major = [pynvml.nvmlDeviceGetCudaComputeCapability(gpu)[0] for gpu in gpus]
         except pynvml.NVMLError:
-            return []
+            return None
         finally:
             pynvml.nvmlShutdown()
+        return min(major) >= least if major else None
 
-    return read
+    return look

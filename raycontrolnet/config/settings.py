@@ -133,8 +133,7 @@ class CacheConfig:
     """Latents: the cache of encoded images."""
 
     cache_latents: str = setting("auto", fixed=FILES)
-    """Encode every image once and train from the stored latents: on, off, or auto (where it pays: above 1.1 uses of an
-    image; in half precision on GPUs, which encode in fp32, above 2 to 16, or if the cache is there)."""
+    """Encode every image once and train from the stored latents: on, off, or auto (above 1.1 uses of an image)."""
     latents_cache_dir: str | None = setting(None, fixed=FILES, in_prepare=True, path="or URI")
     """Folder or object-store URI of the cached latents; by default one in ~/.cache/raycontrolnet/latents."""
     latents_dtype: str = setting("float16", sweepable=True, decides="latents")

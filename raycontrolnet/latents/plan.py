@@ -102,11 +102,6 @@ class LatentPlan:
     def num_rows(self) -> int:
         return sum(len(shard.rows) for shard in self.shards)
 
-    @property
-    def is_complete(self) -> bool:
-        """True if the cache is there, for the data as it is."""
-        return self.manifest is not None and self.manifest.encoding == self.encoding and self.changes() is None
-
     def check_encoding(self) -> None:
         """Check that the folder holds no cache of another encoding.
 

@@ -28,13 +28,11 @@ from raycontrolnet.launch.checked_device import (
     in_precision_of_device,
     is_for_gpu,
 )
-from raycontrolnet.launch.enough_uses import enough_uses
 from raycontrolnet.launch.expected_time import Work, work_lines
 from raycontrolnet.launch.needs import MAY_BE_KILLED, Needs, StepSpec, count, known_family, memory_size
 from raycontrolnet.launch.preflight import no_cache_because, wants_latents
 from raycontrolnet.model.families.family import Family
 from raycontrolnet.model.optimizers import try_optimizer
-from raycontrolnet.predict.devices import TYPICAL
 from raycontrolnet.predict.prediction import GIB, Prediction, margin
 from raycontrolnet.storage.checkpoint import Checkpoint
 from raycontrolnet.storage.object_store import ObjectStore
@@ -80,14 +78,12 @@ def check(config: CheckConfig, *, stream: TextIO | None = None) -> Prediction:
     start = _start(train, folder, refused)
     rows = len(source) - train.num_held_out(len(source))
     schedule = Schedule.of(train, min(rows, train.max_train_samples or rows), train.most_workers, start)
-    device = Device.of(config, schedule.num_workers)
-    enough = enough_uses(train, family, device.peak or TYPICAL if device.is_gpu else None)
-    cached = wants_latents(train, schedule, start, enough=enough)
+    cached = wants_latents(train, schedule, start)
     with collected(refused):
         cached = cached and (start is not None or no_cache_because(train, len(source)) is None)
     buckets = find_buckets(train, source, family.resolution_multiple)
     step = StepSpec(train, token, cached, buckets.sizes if buckets else (), on_gpu=is_for_gpu(config))
-    prediction = count(step)
+    device, prediction = Device.of(config, schedule.num_workers), count(step)
     needs = Needs.of(step, prediction)
     run = Work(train, prediction, schedule, _rows_to_encode(train, len(source), start) if cached else 0)
     lines = [
