@@ -172,6 +172,8 @@ class Worker:
             self.saver.check()
             # On a GPU those of the update before, so that this one need not be waited for.
             asked_to_end, asked_to_save = (self.notices if self.on_cpu else before).read()
+            if state.step > self.first_step + (not self.on_cpu):
+                self.watchdog.started()
             if not asked_to_end:
                 saves = schedule.is_due(self.job.config.checkpointing_steps, state.step) or asked_to_save > 0
                 self.validate_and_save(schedule.is_due(self.job.config.validation_steps, state.step), saves)

@@ -438,7 +438,7 @@ def test_trials_with_optimizers_that_cannot_be_used() -> None:
         ({"optimizer": "torch.optim.Adagrad"}, False),
         ({"optimizer": "torch.optim.RAdam", "optimizer_args": "foreach=false"}, False),
         ({"optimizer_args": "foreach=true"}, True),
-        ({"optimizer_args": "fused=false"}, True),
+        ({"optimizer_args": "fused=false"}, False),
         ({"optimizer": "torch.optim.Adafactor", "optimizer_args": "foreach=false"}, False),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +13,8 @@ from pathlib import Path
 import pytest
 from documents import environment
 from heads import started_head
+
+from raycontrolnet.cluster import tokens
 
 TOKEN, OTHER = "0123456789abcdef" * 4, "fedcba9876543210" * 4
 FLAGS = ("--num-cpus=1", "--include-dashboard=false")
@@ -83,6 +87,7 @@ def test_without_a_token(heads: dict[str, str], tmp_path: Path) -> None:
         ("asks", {"RAY_AUTH_TOKEN": OTHER}, "the cluster takes another token than RAY_AUTH_TOKEN"),
         ("asks", {"RAY_AUTH_TOKEN": TOKEN}, "answered token"),
         ("asks", {"RAY_AUTH_MODE": "token"}, "answered token"),
+        ("open", {"http_proxy": "http://127.0.0.1:9", "no_proxy": ""}, "answered disabled"),
     ],
 )
 def test_the_environment_says(
@@ -92,3 +97,11 @@ def test_the_environment_says(
     assert said in found[0]
     assert found[1] == f"then {variables.get('RAY_AUTH_MODE')}"
     assert not any(token in line for line in found for token in (TOKEN, OTHER))
+
+
+def test_a_head_that_is_too_busy_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "ANSWER_TIMEOUT_S", 0.2)
+    monkeypatch.delenv(tokens.MODE, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(OSError, match="does not say whether it asks"):
+        tokens.take_token_mode_of(f"127.0.0.1:{server.getsockname()[1]}", "--address")
+    assert tokens.MODE not in os.environ

@@ -45,6 +45,7 @@ watchdog = Watchdog("Worker 3", RunFolder(str(folder)), folder / "run.log", 1.0)
 with watchdog.watching():
     watchdog.begin_update(1, 1)
     watchdog.micro_step_done()
+    watchdog.started()
     a_collective_that_hangs()
 """
 
@@ -78,6 +79,7 @@ watchdog = Watchdog("Worker 0", RunFolder(str(folder)), folder / "run.log", 5.0)
 with watchdog.watching():
     watchdog.begin_update(1, 1)
     watchdog.micro_step_done()
+    watchdog.started()
     watchdog.progress(phase)
     time.sleep(60)
 """
@@ -231,6 +233,7 @@ watchdog = Watchdog(f"Worker {rank}", RunFolder(str(folder)), folder / "run.log"
 with watchdog.watching():
     watchdog.begin_update(6, 1)
     watchdog.micro_step_done()
+    watchdog.started()
     time.sleep(2)
     watchdog.begin_update(7, 1)
     if rank == stopped:
@@ -248,6 +251,7 @@ def test_an_update_that_begins_ends_what_came_before(tmp_path: Path) -> None:
     watchdog.begin_update(1, 1)
     assert watchdog.clock.limit_s == math.inf, "the first batch may take long"
     watchdog.micro_step_done()
+    watchdog.started()
     watchdog.progress("a checkpoint", timed=False)
     assert watchdog.clock.limit_s == math.inf
     watchdog.begin_update(2, 1)
@@ -284,6 +288,8 @@ def test_the_start_may_take_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         watchdog.micro_step_done()
         assert not ended_after(4)
         watchdog.micro_step_done()
+        assert not ended_after(4), "others may still be at it"
+        watchdog.started()
         assert ended_after(1) == "an update 1.0", "the first update is done"
         watchdog.begin_update(2, 2)
         with watchdog.waiting_for_data():
@@ -363,6 +369,7 @@ def test_one_that_does_not_is_left_alone(tmp_path: Path) -> None:
         watchdog.begin_update(1, 1)
         for _ in range(8):
             watchdog.micro_step_done()
+            watchdog.started()
             time.sleep(0.1)
     time.sleep(0.8)
     assert not (tmp_path / "run.log").exists()

@@ -42,8 +42,8 @@ def main() -> None:
 
 def _token_shown() -> dict[str, str]:
     """Return what lets Ray's command show a token, if there is one here, as `ray start` did."""
-    there = "RAY_AUTH_TOKEN" in os.environ or Path("~/.ray/auth_token").expanduser().is_file()
-    return {"RAY_AUTH_MODE": "token"} if there else {}
+    named = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    return {"RAY_AUTH_MODE": "token"} if named or Path("~/.ray/auth_token").expanduser().is_file() else {}
 
 
 def seconds_left(service: str) -> int | None:

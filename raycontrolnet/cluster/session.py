@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from raycontrolnet.cluster.cpus import LOADING_CPUS, machine_cpus
 from raycontrolnet.cluster.environment import passed_on_to_job
-from raycontrolnet.cluster.tokens import take_token_mode_of, token_mode_kept
+from raycontrolnet.cluster.tokens import channel_to, take_token_mode_of, token_mode_kept
 from raycontrolnet.config.cluster_settings import ClusterConfig
 from raycontrolnet.errors import ConfigError, RunError
 from raycontrolnet.text import error_message
@@ -75,7 +75,7 @@ def ray_session(address: str | None) -> Iterator[None]:
     At the end, what was started or connected to here is left again; what was there before stays.
 
     Raises:
-        ConfigError: if there is no cluster at the address, or one of another version, or one that asks for a token.
+        ConfigError: if there is no cluster at the address, one of another version, or one that asks for another token.
         RunError: if none can be started here.
     """
     import ray
@@ -188,12 +188,12 @@ def _answering(address: str) -> str | None:
     host, _, port = place.rpartition(":")
     if not (host and port.isdigit()) or "/" in host:
         return None
-    socket.create_connection((host, int(port)), timeout=ANSWER_TIMEOUT_S).close()
+    socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_TIMEOUT_S).close()
     if os.environ.get("RAY_USE_TLS", "0") != "0":
         return None
     import grpc
 
-    with grpc.insecure_channel(place) as channel:
+    with channel_to(place) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=ANSWER_TIMEOUT_S)
         except grpc.FutureTimeoutError:

@@ -11,9 +11,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raycontrolnet.errors import ConfigError
+
+if TYPE_CHECKING:
+    import grpc
 
 MODE = "RAY_AUTH_MODE"
 """Environment variable: token, disabled, or what Ray takes without it."""
@@ -41,18 +44,18 @@ def take_token_mode_of(address: str | None, origin: str) -> None:
 
     Raises:
         ConfigError: if RAY_AUTH_MODE says otherwise, or there is no token.
+        OSError: if the head does not answer.
     """
     chosen, tokens = os.environ.get(MODE), _raylet().AuthenticationTokenLoader.instance()
-    has_token = tokens.has_token(ignore_auth_mode=True)
     if address is None:
-        _set_mode(chosen or ("token" if has_token else "disabled"))
+        _set_mode(chosen or ("token" if tokens.has_token(ignore_auth_mode=True) else "disabled"))
         return
     asks, shows = _refuses(address), (chosen or "").lower() == "token"
     if chosen and asks and not shows:
         raise ConfigError([f"{origin}: the cluster asks for a token, and {MODE}={chosen} shows none; {UNSET}"])
     if shows and not asks:
         raise ConfigError([f"{origin}: the cluster knows no tokens, and {MODE}=token asks it for one; {UNSET}"])
-    if asks and not has_token:
+    if asks and not tokens.has_token(ignore_auth_mode=True):
         problem = f"{origin}: the cluster asks for a token, and there is none here"
         raise ConfigError([f"{problem}; copy ~/.ray/auth_token from its head, or set RAY_AUTH_TOKEN to what it holds"])
     if asks and _refuses(address, tokens.get_raw_token(ignore_auth_mode=True)):
@@ -66,18 +69,32 @@ def _place_of_token() -> str:
 
 
 def _refuses(address: str, token: str | None = None) -> bool:
-    """Check whether a head does not answer a process that shows a token, or none."""
+    """Check whether a head does not answer a process that shows a token, or none.
+
+    Raises:
+        OSError: if it answers nobody.
+    """
     import grpc
     from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
     from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
     shown = [("authorization", f"Bearer {token}")] if token else []
-    with grpc.insecure_channel(address) as channel:
+    with channel_to(address) as channel:
         try:
             NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=ANSWER_TIMEOUT_S, metadata=shown)
         except grpc.RpcError as error:
-            return error.code() == grpc.StatusCode.UNAUTHENTICATED
+            if error.code() != grpc.StatusCode.UNAUTHENTICATED:
+                raise OSError(f"its head does not say whether it asks for a token: {error.details()}") from error
+            return True
     return False
+
+
+def channel_to(address: str) -> grpc.Channel:
+    """Return a way to ask a head that needs no encryption; as Ray's own, past what `http_proxy` names."""
+    import grpc
+    from ray._private.ray_constants import GLOBAL_GRPC_OPTIONS
+
+    return grpc.insecure_channel(address, options=GLOBAL_GRPC_OPTIONS)
 
 
 def _set_mode(mode: str | None) -> None:

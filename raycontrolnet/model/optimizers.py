@@ -237,9 +237,10 @@ def copies_weights(config: TrainConfig) -> bool:
     if config.use_8bit_adam:
         return False
     names, chosen = constructor_arguments(class_of(config)), arguments_of(config)
-    takes_fused = _is_torchs(config.optimizer) and "fused" in names and config.mixed_precision != "fp16"
-    fused = chosen.get("fused", takes_fused and "foreach" not in chosen)
-    return bool(chosen.get("foreach", "foreach" in names and not fused))
+    if "foreach" in chosen or "fused" in chosen:  # with either, PyTorch takes the other for False
+        return bool(chosen.get("foreach"))
+    is_fused = _is_torchs(config.optimizer) and "fused" in names and config.mixed_precision != "fp16"
+    return "foreach" in names and not is_fused
 
 
 def _tried(

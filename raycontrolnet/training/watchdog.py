@@ -100,9 +100,13 @@ class Watchdog:
     def micro_step_done(self) -> None:
         """Note that a micro-step of the update is done."""
         self._left -= 1
-        if not self._left:
-            self._limit_s = self.timeout_s
         self.progress(UPDATE)
+
+    def started(self) -> None:
+        """Note that an update was seen to be done by all workers: a GPU may be asked for it long before."""
+        if self._limit_s != self.timeout_s:
+            self._limit_s = self.timeout_s
+            self.progress(UPDATE)
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
