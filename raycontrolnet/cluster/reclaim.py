@@ -18,6 +18,8 @@ import urllib.request
 from datetime import datetime, timezone
 from pathlib import Path
 
+from raycontrolnet.cluster.tokens import FILE, MODE, VARIABLES, place_of_token
+
 METADATA = "http://169.254.169.254"
 """EC2's instance metadata service. AWS_EC2_METADATA_SERVICE_ENDPOINT, as in AWS's own tools, names another."""
 POLL_S = 5.0
@@ -42,8 +44,8 @@ def main() -> None:
 
 def _token_shown() -> dict[str, str]:
     """Return what lets Ray's command show a token, if there is one here, as `ray start` did."""
-    named = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
-    return {"RAY_AUTH_MODE": "token"} if named or Path("~/.ray/auth_token").expanduser().is_file() else {}
+    is_there = place_of_token() in VARIABLES or Path(FILE).expanduser().is_file()
+    return {MODE: "token"} if is_there else {}
 
 
 def seconds_left(service: str) -> int | None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 MODE = "RAY_AUTH_MODE"
 """Environment variable: token, disabled, or what Ray takes without it."""
+VARIABLES, FILE = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"), "~/.ray/auth_token"
+"""Places of a token, in the order in which Ray looks: in an environment variable, in the file that one names, here."""
 UNSET = f"unset {MODE}, which a Ray that was started in this process sets, too"
 ANSWER_TIMEOUT_S = 10.0
 
@@ -59,13 +61,13 @@ def take_token_mode_of(address: str | None, origin: str) -> None:
         problem = f"{origin}: the cluster asks for a token, and there is none here"
         raise ConfigError([f"{problem}; copy ~/.ray/auth_token from its head, or set RAY_AUTH_TOKEN to what it holds"])
     if asks and _refuses(address, tokens.get_raw_token(ignore_auth_mode=True)):
-        raise ConfigError([f"{origin}: the cluster takes another token than {_place_of_token()}, which is shown to it"])
+        raise ConfigError([f"{origin}: the cluster takes another token than {place_of_token()}, which is shown to it"])
     _set_mode("token" if asks else "disabled")
 
 
-def _place_of_token() -> str:
-    """Return where Ray has found this process's token, in the order in which it looks."""
-    return next((name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if name in os.environ), "~/.ray/auth_token")
+def place_of_token() -> str:
+    """Return where Ray looks for this process's token: the name of a variable, or of the user's file."""
+    return next((name for name in VARIABLES if name in os.environ), FILE)
 
 
 def _refuses(address: str, token: str | None = None) -> bool:
